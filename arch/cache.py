@@ -1,0 +1,129 @@
+"""The KV cache: one plain object per store of the plan, and nothing per layer.
+
+Shapes: B batch, T new tokens, S slots read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attend import Mask, causal_mask, visible
+from .attention import Slots
+from .plan import KVPlan, Store
+
+
+class AppendStore:
+    """Keeps every position, in order."""
+
+    def __init__(self, tensors: Slots):
+        self.tensors = tensors
+
+    def update(self, new: Slots, offset: int) -> Slots:
+        """Write the slots of tokens `offset`, `offset` + 1, ...; return all that the new tokens may read."""
+        end = offset + new[0].shape[1]
+        for tensor, value in zip(self.tensors, new, strict=True):
+            tensor[:, offset:end] = value
+        return tuple(tensor[:, :end] for tensor in self.tensors)
+
+    def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `update` returns."""
+        return torch.arange(offset + length, device=device)
+
+
+class RingStore:
+    """Keeps the last `size` positions: token i lies in slot i mod size."""
+
+    def __init__(self, tensors: Slots):
+        self.tensors = tensors
+        self.size = tensors[0].shape[1]
+
+    def update(self, new: Slots, offset: int) -> Slots:
+        """As in AppendStore. A chunk reads what was kept before it and itself; then its own last slots are kept."""
+        length = new[0].shape[1]
+        if offset == 0:
+            live = new
+        elif length == 1:
+            live = self.tensors
+        else:
+            live = tuple(torch.cat((t, n.to(t.dtype)), dim=1) for t, n in zip(self.tensors, new, strict=True))
+        kept = min(length, self.size)
+        where = torch.arange(offset + length - kept, offset + length, device=new[0].device) % self.size
+        for tensor, value in zip(self.tensors, new, strict=True):
+            tensor[:, where] = value[:, length - kept :].to(tensor.dtype)
+        return live
+
+    def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
+        """As in AppendStore; negative for a slot that holds nothing yet."""
+        new = torch.arange(offset, offset + length, device=device)
+        if offset == 0:
+            return new
+        last = offset if length == 1 else offset - 1
+        kept = last - (last - torch.arange(self.size, device=device)) % self.size
+        return kept if length == 1 else torch.cat((kept, new))
+
+
+@dataclass
+class Cache:
+    """What a decoder remembers of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`."""
+
+    plan: KVPlan
+    stores: tuple[AppendStore | RingStore, ...]
+    capacity: int
+    start_B: Tensor | None = None
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages behind the cache; a view counts with all of the storage it keeps alive."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in self.stores for t in s.tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    def check(self, batch: int, length: int) -> None:
+        """Raises ValueError where `length` more tokens for `batch` sequences do not fit."""
+        rows = self.stores[0].tensors[0].shape[0]
+        if batch != rows:
+            raise ValueError(f"the cache was allocated for {rows} sequences, the batch has {batch}")
+        if self.length + length > self.capacity:
+            raise ValueError(
+                f"the cache holds up to {self.capacity} tokens; it has {self.length} and {length} more do not fit: "
+                "allocate it with a larger capacity"
+            )
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
+        index = torch.arange(self.length, self.length + length, device=device)
+        return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
+
+    def mask(self, window: int | None, length: int, device: torch.device) -> Mask:
+        """What the next `length` tokens see of the slots that stores of this window hand out."""
+        if self.start_B is None and self.length == 0:
+            return causal_mask(length, window, device)
+        if self.start_B is None and window is None and length == 1:
+            return Mask(causal=False, allowed=None)
+        store = next(s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
+        query = torch.arange(self.length, self.length + length, device=device)
+        slots = store.indices(self.length, length, device)
+        return Mask(causal=False, allowed=visible(query, slots, window, self.start_B))
+
+
+def allocate(
+    plan: KVPlan,
+    batch: int,
+    capacity: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    start_B: Tensor | None = None,
+) -> Cache:
+    """An empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
+
+    `start_B`: the batch is padded on the left, row b up to token `start_B[b]`.
+    """
+
+    def make(store: Store) -> AppendStore | RingStore:
+        shape = (batch, store.positions(capacity))
+        tensors = tuple(torch.zeros(*shape, *tail, dtype=dtype, device=device) for tail in store.slot.shapes)
+        return AppendStore(tensors) if store.window is None else RingStore(tensors)
+
+    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B)

@@ -1,0 +1,116 @@
+"""Authored configuration: what a person writes in `configs/arch` and `configs/size`.
+
+Plain mutable dataclasses of plain types, so that they serve as Hydra schema nodes, as JSON in a checkpoint, and as
+arguments in a test. Nothing here is checked or derived: `plan.resolve` does both, once.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+@dataclass
+class LatentConfig:
+    """A multi-head latent store (DeepSeek-V2, section 2.1): one latent and one rotary key per token, for all heads.
+
+    Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices).
+    """
+
+    dim: int | str = "4/1"
+    rope_dim: int | str = "1/2"
+
+
+@dataclass
+class StoreConfig:
+    """A type of store: what one cached position holds and how long it is kept.
+
+    kv_heads    key/value heads: a number, a share of the query heads (`1/4`), or `all`
+    latent      a latent instead of key/value heads
+    window      keep this many positions, counting the current one; null keeps all
+    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed stores)
+    kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
+    rope_theta  rotary base of this store; null takes the size's
+    """
+
+    kv_heads: int | str | None = None
+    latent: LatentConfig | None = None
+    window: int | None = None
+    sinks: bool = False
+    kv_norm: bool = False
+    rope_theta: float | None = None
+
+
+@dataclass
+class ArchConfig:
+    """A KV layout: named store types, and who writes and who reads them, from the bottom layer up.
+
+    pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
+                 items for the eye. Or a list of sections `{layers: 2 | 1/2, pattern: [...]}`: each takes that many
+                 layers (a share is rounded down; what the depth cannot hold is cut, last section first), the one
+                 section without `layers` takes the rest.
+    short_group  where the incomplete tile goes when the tile does not divide its layers: `first` or `last`
+    """
+
+    stores: dict[str, StoreConfig] = field(default_factory=dict)
+    pattern: list[Any] = field(default_factory=list)
+    short_group: str = "last"
+
+
+@dataclass
+class SizeConfig:
+    """Widths and depth of a model, and the training budget that goes with them.
+
+    head_dim     null: d_model / num_heads
+    max_window   windows of the layout are cut to this; small sizes, trained on short sequences, set it
+    seq_len      tokens per training sequence
+    batch_size   sequences per optimizer step
+    tokens, lr   training tokens and peak learning rate: defaults of the trainer, never read by the model
+    """
+
+    num_layers: int = 12
+    d_model: int = 768
+    num_heads: int = 8
+    head_dim: int | None = None
+    d_ff: int = 2048
+    vocab_size: int = 50304
+    seq_len: int = 2048
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    max_window: int | None = None
+    tokens: int = 1_000_000
+    batch_size: int = 16
+    lr: float = 1e-3
+
+
+@dataclass
+class ModelConfig:
+    """All that defines a model: a layout at a size."""
+
+    arch: ArchConfig = field(default_factory=ArchConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build the dataclass `cls` from plain nested dicts, as read from YAML or JSON.
+
+    Raises ValueError on a key that `cls` does not have.
+    """
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        if get_origin(hint) is dict:
+            return {key: _convert(get_args(hint)[1], item) for key, item in value.items()}
+        for option in get_args(hint) or (hint,):
+            if is_dataclass(option):
+                return from_dict(option, value)  # type: ignore[arg-type]
+    return value

@@ -1,0 +1,162 @@
+"""The decoder: a loop over blocks that hands an owner's slots to its readers as explicit tensors.
+
+Shapes: B batch, T new tokens, D model, V vocabulary.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from .attend import Backend, Mask, causal_mask, choose
+from .attention import Slots, build_reader, build_writer
+from .cache import AppendStore, Cache, RingStore
+from .config import ModelConfig, SizeConfig
+from .layers import RMSNorm, Rope, SwiGLU, rope_table
+from .plan import KVPlan, Store, resolve
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU. The owner of a store also writes it."""
+
+    def __init__(self, size: SizeConfig, store: Store, owner: bool, backend: Backend):
+        super().__init__()
+        self.attn_norm = RMSNorm(size.d_model, size.norm_eps)
+        self.kv_norm = RMSNorm(size.d_model, size.norm_eps) if owner and store.kv_norm else None
+        self.writer = build_writer(size, store) if owner else None
+        self.reader = build_reader(size, store, backend)
+        self.mlp_norm = RMSNorm(size.d_model, size.norm_eps)
+        self.mlp = SwiGLU(size.d_model, size.d_ff)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        slots: Slots,
+        rope: Rope,
+        mask: Mask,
+        store: AppendStore | RingStore | None = None,
+        offset: int = 0,
+    ) -> tuple[Tensor, Slots]:
+        """The next residual stream, and the slots this layer read.
+
+        `slots` is what an earlier layer wrote, ignored by an owner. With `store`, the cache of what this layer writes,
+        the new slots (of tokens `offset` on) go through it and come back with the ones before.
+        """
+        h_BTD = self.attn_norm(x_BTD)
+        if self.writer is not None:
+            slots = self.writer(h_BTD if self.kv_norm is None else self.kv_norm(x_BTD), rope)
+            if store is not None:
+                slots = store.update(slots, offset)
+        x_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD, slots
+
+
+class Decoder(nn.Module):
+    """A language model of the layout and size in `config`.
+
+    `backend` names an attention backend (`attend.BACKENDS`) or is `auto`, decided here for the device the model is
+    built on. Parameters are uninitialised until `init_weights`. `activation_checkpointing` recomputes each block in the
+    backward pass.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
+        super().__init__()
+        size = config.size
+        self.config = config
+        self.plan: KVPlan = resolve(config)
+        self.backend = choose(backend, attention_needs(self.plan), device_type)
+        self.activation_checkpointing = False
+        self.embed = nn.Embedding(size.vocab_size, size.d_model)
+        self.layers = nn.ModuleList(
+            Block(size, self.plan.store(layer), owner == layer, self.backend)
+            for layer, owner in enumerate(self.plan.owners)
+        )
+        self.norm = RMSNorm(size.d_model, size.norm_eps)
+        self.lm_head = nn.Linear(size.d_model, size.vocab_size, bias=False)
+        if size.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each of `tokens_BT`.
+
+        With `cache` the tokens continue what it holds and are added to it. Raises ValueError if they do not fit.
+        """
+        length, device = tokens_BT.shape[1], tokens_BT.device
+        offset = 0
+        if cache is None:
+            positions = torch.arange(length, device=device)
+            masks = {window: causal_mask(length, window, device) for window in self.plan.windows}
+        else:
+            cache.check(*tokens_BT.shape)
+            offset = cache.length
+            positions = cache.positions(length, device)
+            masks = {window: cache.mask(window, length, device) for window in self.plan.windows}
+        ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(map(rope_key, self.plan.stores))}
+
+        x_BTD = self.embed(tokens_BT)
+        written: list[Slots] = []
+        for layer, block in enumerate(self.layers):
+            read = self.plan.reads[layer]
+            spec = self.plan.stores[read]
+            owner = spec.owner == layer
+            arguments = (
+                x_BTD,
+                () if owner else written[read],
+                ropes[rope_key(spec)],
+                masks[spec.window],
+                cache.stores[read] if owner and cache is not None else None,
+                offset,
+            )
+            if self.activation_checkpointing and self.training:
+                x_BTD, slots = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD, slots = block(*arguments)
+            if owner:
+                written.append(slots)
+        if cache is not None:
+            cache.length += length
+        logits_BTV: Tensor = self.lm_head(self.norm(x_BTD))
+        return logits_BTV
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Linear and embedding weights from N(0, init_std), norms 1, sinks 0.
+
+        Each parameter draws from a generator of its own, seeded by its name, so that the result depends neither on how
+        the parameters are sharded nor on which others exist: two layouts start from the same weights where they share
+        a name.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("sinks"):
+                full = torch.zeros(parameter.shape)
+            elif parameter.ndim == 1:
+                full = torch.ones(parameter.shape)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                full = torch.empty(parameter.shape).normal_(0.0, self.config.size.init_std, generator=generator)
+            if isinstance(parameter, DTensor):
+                full = full.to(parameter.device)
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(full, mesh, placements, src_data_rank=None))
+            else:
+                parameter.copy_(full)
+
+
+def rope_key(store: Store) -> tuple[int, float]:
+    """What decides a rotary table: (width, base)."""
+    return store.slot.rotary_dim, store.rope_theta
+
+
+def attention_needs(plan: KVPlan) -> set[str]:
+    """What a backend must claim to run `plan` (names of the claims of `attend.Backend`)."""
+    needs = {"ragged"}
+    if any(store.window for store in plan.stores):
+        needs.add("windows")
+    if any(store.sinks for store in plan.stores):
+        needs.add("sinks")
+    if any(store.slot.latent_dim for store in plan.stores):
+        needs.add("uneven_value_width")
+    return needs

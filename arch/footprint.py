@@ -1,0 +1,106 @@
+"""What a model costs: parameters, training FLOPs, and bytes of KV cache stored, read and allocated.
+
+Pure functions of the configuration and its plan. Bytes of cache are three figures, never one: `stored` grows by a slope
+per token up to a constant share, `read` is what decoding one token fetches (sharing does not reduce it), and allocation
+is `stored` at the full capacity for every sequence of the batch.
+"""
+
+from dataclasses import dataclass
+
+from .config import ModelConfig
+from .plan import KVPlan, Store, head_dim
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """KV cache of one sequence, in bytes.
+
+    per_token  what each further token adds, once all windows are full
+    constant   windowed stores when full
+    stored     the whole cache after `context` tokens
+    read       fetched from it to decode the token at `context` (that token included), over all layers
+    """
+
+    per_token: int
+    constant: int
+    stored: int
+    read: int
+
+
+def kv_bytes(plan: KVPlan, context: int, itemsize: int = 2) -> KVBytes:
+    """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes."""
+    return KVBytes(
+        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.window is None),
+        constant=sum(slot_bytes(s, itemsize) * s.window for s in plan.stores if s.window is not None),
+        stored=sum(slot_bytes(s, itemsize) * s.positions(context) for s in plan.stores),
+        read=sum(
+            slot_bytes(plan.store(i), itemsize) * plan.store(i).positions(context) for i in range(plan.num_layers)
+        ),
+    )
+
+
+def slot_bytes(store: Store, itemsize: int = 2) -> int:
+    return store.slot.elements * itemsize
+
+
+def allocated_bytes(plan: KVPlan, batch: int, capacity: int, itemsize: int = 2) -> int:
+    """Bytes of the tensors that `cache.allocate` makes for `batch` sequences of up to `capacity` tokens."""
+    return batch * kv_bytes(plan, capacity, itemsize).stored
+
+
+def num_params(config: ModelConfig, plan: KVPlan) -> int:
+    """Parameters of the model, embedding included; tied embeddings count once."""
+    size = config.size
+    embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
+    return embedding + size.d_model + sum(_layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+
+
+def _layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
+    """(parameters, those that are factors of a matrix product) of one layer."""
+    size, store = config.size, plan.store(layer)
+    slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
+    query_dim = width + slot.rope_dim
+    matrices = size.d_model * heads * query_dim + heads * width * size.d_model + 3 * size.d_model * size.d_ff
+    others = 2 * size.d_model + (heads if store.sinks else 0)
+    if slot.latent_dim:
+        matrices += slot.latent_dim * heads * 2 * width  # from the latent to keys and values, in every reader
+    if store.owner == layer:
+        matrices += size.d_model * slot.elements
+        others += (size.d_model if store.kv_norm else 0) + slot.latent_dim
+    return matrices + others, matrices
+
+
+def visible_pairs(seq_len: int, window: int | None) -> int:
+    """Pairs (query, key) that causal attention over `seq_len` tokens looks at."""
+    full = min(seq_len, window or seq_len)
+    return full * (full + 1) // 2 + (seq_len - full) * full
+
+
+def forward_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
+    """FLOPs of the forward pass over one sequence: 2 per multiply-add of a matrix product, visible pairs only.
+
+    Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is.
+    """
+    size = config.size
+    total = 2 * seq_len * size.d_model * size.vocab_size
+    for layer in range(plan.num_layers):
+        total += 2 * seq_len * _layer_params(config, plan, layer)[1]
+        total += attention_flops(config, plan, layer, visible_pairs(seq_len, plan.store(layer).window))
+    return total
+
+
+def attention_flops(config: ModelConfig, plan: KVPlan, layer: int, pairs: int) -> int:
+    """FLOPs of scores and weighted values of one layer over `pairs` (query, key) pairs."""
+    width = head_dim(config.size)
+    return 2 * config.size.num_heads * (2 * width + plan.store(layer).slot.rope_dim) * pairs
+
+
+def train_flops_per_token(config: ModelConfig, plan: KVPlan, seq_len: int | None = None) -> float:
+    """Forward and backward FLOPs per training token (backward = twice forward), without recomputation."""
+    seq_len = seq_len or config.size.seq_len
+    return 3 * forward_flops(config, plan, seq_len) / seq_len
+
+
+def max_batch(plan: KVPlan, context: int, memory: float, weight_bytes: int, itemsize: int = 2) -> int:
+    """Sequences of `context` tokens whose cache fits in `memory` bytes beside the weights."""
+    return max(0, int((memory - weight_bytes) // kv_bytes(plan, context, itemsize).stored))

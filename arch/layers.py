@@ -1,0 +1,59 @@
+"""RMSNorm, rotary embeddings, SwiGLU.
+
+Shapes: B batch, T tokens, D model, P rotary width; `*` any number of axes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rope = tuple[Tensor, Tensor]
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in where half precision would lose too much: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in at least fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
+    """Cosines and sines, fp32, of shape positions.shape + (dim / 2,)."""
+    exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
+    angle = positions.float().unsqueeze(-1) * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
+    """Rotate the two halves of the last axis against each other (the half-split order of Hugging Face checkpoints).
+
+    `rope` holds tables of shape [T, P/2], or [B, T, P/2] where the rows of the batch have positions of their own.
+    """
+    cos, sin = (table.unsqueeze(-2) for table in rope)
+    first, second = x_BTNP.to(at_least_fp32(x_BTNP.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNP.dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), without biases."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out

@@ -1,0 +1,325 @@
+"""From a written layout to the resolved one: which layer writes which store, and which store each layer reads.
+
+slot   what one cached position holds
+store  the slots that exactly one owner layer writes, with a retention: all of them, or a window
+read   each layer reads exactly one store: its own or an earlier layer's
+plan   the tuple of stores and the tuple of reads, one per layer
+
+Everything that depends on a layout (weights, data flow, masks, cache, bytes, export) asks the plan and nothing else.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from .config import ModelConfig, SizeConfig, StoreConfig
+
+
+class LayoutError(ValueError):
+    """A layout or size that cannot be built. The message lists every problem found, each with its fix."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Elements that one cached position holds: keys and values per head, or a latent and a rotary key for all heads."""
+
+    kv_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    latent_dim: int = 0
+    rope_dim: int = 0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor of the slot, for one position."""
+        if self.latent_dim:
+            return ((self.latent_dim,), (self.rope_dim,))
+        return ((self.kv_heads, self.k_dim), (self.kv_heads, self.v_dim))
+
+    @property
+    def elements(self) -> int:
+        return self.kv_heads * (self.k_dim + self.v_dim) + self.latent_dim + self.rope_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of the rotated part of a key."""
+        return self.rope_dim if self.latent_dim else self.k_dim
+
+
+@dataclass(frozen=True)
+class Store:
+    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position."""
+
+    name: str
+    owner: int
+    slot: Slot
+    window: int | None
+    sinks: bool
+    kv_norm: bool
+    rope_theta: float
+
+    def positions(self, context: int) -> int:
+        """Cached positions after `context` tokens."""
+        return context if self.window is None else min(context, self.window)
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`."""
+
+    stores: tuple[Store, ...]
+    reads: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.reads)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """For each layer, the layer whose keys and values it reads."""
+        return tuple(self.stores[read].owner for read in self.reads)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows, in order of first use."""
+        return tuple(dict.fromkeys(store.window for store in self.stores))
+
+    def store(self, layer: int) -> Store:
+        """The store that `layer` reads."""
+        return self.stores[self.reads[layer]]
+
+    def readers(self, store: Store) -> tuple[int, ...]:
+        """The layers that read `store`, its owner first."""
+        return tuple(layer for layer, owner in enumerate(self.owners) if owner == store.owner)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "KVPlan":
+        stores = tuple(Store(**{**store, "slot": Slot(**store["slot"])}) for store in values["stores"])
+        return cls(stores=stores, reads=tuple(values["reads"]))
+
+    def __str__(self) -> str:
+        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows."""
+        return " ".join(f"{self.store(i).owner}{'s' if self.store(i).window else ''}" for i in range(self.num_layers))
+
+
+def resolve(config: ModelConfig) -> KVPlan:
+    """The plan of `config`.
+
+    Raises LayoutError, with every problem found, where the size or the layout is impossible.
+    """
+    problems = _check_size(config.size)
+    if problems:
+        raise LayoutError(problems)
+    types = {name: _resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
+    items = _expand(config, problems)
+    if problems:
+        raise LayoutError(problems)
+
+    stores: list[Store] = []
+    reads: list[int] = []
+    latest: dict[str, int] = {}
+    for layer, (verb, name) in enumerate(items):
+        if verb == "new":
+            latest[name] = len(stores)
+            stores.append(Store(owner=layer, **types[name]))
+        elif name not in latest:
+            problems.append(
+                f"layer {layer}: `reuse {name}` has nothing to reuse, no layer below it writes a {name} store; "
+                f"put a `new {name}` at or below layer {layer}"
+            )
+            continue
+        reads.append(latest[name])
+    if problems:
+        raise LayoutError(problems)
+    return KVPlan(tuple(stores), tuple(reads))
+
+
+def head_dim(size: SizeConfig) -> int:
+    """Width of a query head."""
+    return size.head_dim or size.d_model // size.num_heads
+
+
+def _check_size(size: SizeConfig) -> list[str]:
+    problems = [
+        f"size.{name} is {getattr(size, name)}; it must be at least 1"
+        for name in ("num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "seq_len", "batch_size", "tokens")
+        if getattr(size, name) < 1
+    ]
+    if problems:
+        return problems
+    if size.head_dim is None and size.d_model % size.num_heads:
+        problems.append(
+            f"size.d_model {size.d_model} is not a multiple of size.num_heads {size.num_heads}; set size.head_dim, "
+            "or change one of them"
+        )
+    elif head_dim(size) < 2 or head_dim(size) % 2:
+        problems.append(f"the head dimension is {head_dim(size)}; rotary embeddings need an even one")
+    if size.max_window is not None and size.max_window < 1:
+        problems.append(f"size.max_window is {size.max_window}; it must be at least 1, or null for no limit")
+    for name in ("rope_theta", "norm_eps", "init_std", "lr"):
+        if getattr(size, name) <= 0:
+            problems.append(f"size.{name} is {getattr(size, name)}; it must be positive")
+    return problems
+
+
+def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> dict[str, Any]:
+    """The fields of `Store` that do not depend on the layer. Adds to `problems` what is wrong with them."""
+    where = f"arch.stores.{name}"
+    width, heads = head_dim(size), size.num_heads
+    slot = Slot()
+    if (store.kv_heads is None) == (store.latent is None):
+        problems.append(f"{where} needs either kv_heads or latent, and not both")
+    elif store.latent is not None:
+        latent_dim = _share(f"{where}.latent.dim", store.latent.dim, width, "the head dimension", problems)
+        rope_dim = _share(f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems)
+        if rope_dim % 2:
+            problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
+        slot = Slot(latent_dim=latent_dim, rope_dim=rope_dim)
+    else:
+        wanted = "1/1" if store.kv_heads == "all" else store.kv_heads
+        kv_heads = _share(f"{where}.kv_heads", wanted, heads, "the query heads", problems)
+        if kv_heads and heads % kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            problems.append(f"{where}.kv_heads {kv_heads} does not divide the {heads} query heads; choose {divisors}")
+        slot = Slot(kv_heads=kv_heads, k_dim=width, v_dim=width)
+    window = store.window
+    if window is not None and window < 1:
+        problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
+    if window is None and store.sinks:
+        problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
+    if store.rope_theta is not None and store.rope_theta <= 0:
+        problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive")
+    if window is not None and size.max_window is not None:
+        window = min(window, size.max_window)
+    return {
+        "name": name,
+        "slot": slot,
+        "window": window,
+        "sinks": store.sinks,
+        "kv_norm": store.kv_norm,
+        "rope_theta": float(store.rope_theta or size.rope_theta),
+    }
+
+
+def _share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:
+    """`value` as a count: itself, or the share `a/b` of `whole`. Adds to `problems` and returns 0 if it is neither."""
+    amount = _amount(value, whole)
+    if amount is None:
+        problems.append(f"{where} is {value!r}; write a number, or a share of {of} such as 1/4")
+        return 0
+    if amount < 1 or amount.denominator != 1:
+        problems.append(
+            f"{where} is {value}, {amount} with {whole} as {of}; it must come to a whole number, at least 1"
+        )
+        return 0
+    return int(amount)
+
+
+def _amount(value: Any, whole: int) -> Fraction | None:
+    """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
+    if match is None:
+        return None
+    return Fraction(int(match[1]), int(match[2])) * whole if match[2] else Fraction(int(match[1]))
+
+
+Item = tuple[str, str]
+
+
+def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
+    """One (verb, store type) for each layer. Adds to `problems` what is wrong with the pattern."""
+    pattern, depth = list(config.arch.pattern), config.size.num_layers
+    if not pattern:
+        problems.append("arch.pattern is empty; write at least `[new kv]`, with kv one of the names under arch.stores")
+        return []
+    has_section = [isinstance(entry, dict) for entry in pattern]
+    if not any(has_section):
+        sections: list[dict[str, Any]] = [{"pattern": pattern}]
+    elif all(has_section):
+        sections = pattern
+    else:
+        problems.append(
+            "arch.pattern mixes items and sections; put all items into sections {layers: n, pattern: [...]}"
+        )
+        return []
+
+    layers = _allot(sections, depth, problems)
+    items: list[Item] = []
+    mentioned: set[str] = set()
+    for number, section in enumerate(sections):
+        where = "arch.pattern" if not any(has_section) else f"arch.pattern[{number}]"
+        tile = _tile(where, section.get("pattern"), config.arch.stores, problems)
+        short = section.get("short_group", config.arch.short_group)
+        if short not in ("first", "last"):
+            problems.append(f"{where}: short_group is {short!r}; it is `first` or `last`")
+        if tile:
+            whole, rest = divmod(layers[number], len(tile))
+            items += tile[:rest] + tile * whole if short == "first" else tile * whole + tile[:rest]
+        mentioned.update(name for _, name in tile)
+    for name in config.arch.stores:
+        if name not in mentioned:
+            problems.append(
+                f"arch.stores.{name} is in no item of arch.pattern; use it, or remove it (~arch.stores.{name})"
+            )
+    if not problems and len(items) != depth:
+        problems.append(
+            f"arch.pattern covers {len(items)} layers, the model has {depth}; leave `layers` out of one section, "
+            "which then takes the rest"
+        )
+    return items
+
+
+def _allot(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> list[int]:
+    """Layers of each section: counts and shares in order while the depth lasts, the rest to the section without."""
+    layers = [0] * len(sections)
+    left = depth
+    open_section = None
+    for number, section in enumerate(sections):
+        where = f"arch.pattern[{number}]"
+        unknown = sorted(set(section) - {"layers", "pattern", "short_group"})
+        if unknown:
+            problems.append(f"{where} has no {', '.join(unknown)}; a section's keys are layers, pattern, short_group")
+        wanted = section.get("layers")
+        amount = _amount(wanted, depth)
+        if wanted is None and open_section is None:
+            open_section = number
+        elif wanted is None:
+            problems.append(f"{where} and arch.pattern[{open_section}] both lack `layers`; only one can take the rest")
+        elif amount is None:
+            problems.append(f"{where}.layers is {wanted!r}; write a number, or a share of the depth such as 1/2")
+        else:
+            layers[number] = min(int(amount), left)
+            left -= layers[number]
+    if open_section is not None:
+        layers[open_section] = left
+    return layers
+
+
+def _tile(where: str, entries: Any, stores: dict[str, Any], problems: list[str]) -> list[Item]:
+    """The items of a pattern, groups flattened and `xN` repeats written out."""
+    items: list[Item] = []
+    if not isinstance(entries, list) or not entries:
+        problems.append(f"{where}: a pattern is a list of `new X` and `reuse X`, not {entries!r}")
+        return items
+    for entry in entries:
+        if isinstance(entry, list):
+            items += _tile(where, entry, stores, problems)
+            continue
+        match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)(?:\s+x([1-9]\d*))?\s*", str(entry))
+        if match is None:
+            problems.append(
+                f"{where}: cannot read {entry!r}; write `new X`, `reuse X` or `new X x3`, X from arch.stores"
+            )
+        elif match[2] not in stores:
+            problems.append(f"{where}: `{entry}` names no store type; arch.stores has {', '.join(stores) or 'none'}")
+        else:
+            items += [(match[1], match[2])] * int(match[3] or 1)
+    return items

@@ -1,0 +1,1 @@
+"""Training any layout with Lightning."""
