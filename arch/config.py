@@ -1,7 +1,9 @@
 """Authored configuration: what a person writes in `configs/arch` and `configs/size`.
 
 Plain mutable dataclasses of plain types, so that they serve as Hydra schema nodes, as JSON in a checkpoint, and as
-arguments in a test. Nothing here is checked or derived: `plan.resolve` does both, once.
+arguments in a test. What
+may be a number or a share is Any: OmegaConf cannot merge a union inside a mapping. Nothing here is checked or derived:
+`plan.resolve` does both, once.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -17,8 +19,8 @@ class LatentConfig:
     Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices).
     """
 
-    dim: int | str = "4/1"
-    rope_dim: int | str = "1/2"
+    dim: Any = "4/1"
+    rope_dim: Any = "1/2"
 
 
 @dataclass
@@ -33,7 +35,7 @@ class StoreConfig:
     rope_theta  rotary base of this store; null takes the size's
     """
 
-    kv_heads: int | str | None = None
+    kv_heads: Any = None
     latent: LatentConfig | None = None
     window: int | None = None
     sinks: bool = False

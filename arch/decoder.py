@@ -8,6 +8,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attend import Backend, Mask, causal_mask, choose
@@ -75,9 +76,7 @@ class Decoder(nn.Module):
             for layer, owner in enumerate(self.plan.owners)
         )
         self.norm = RMSNorm(size.d_model, size.norm_eps)
-        self.lm_head = nn.Linear(size.d_model, size.vocab_size, bias=False)
-        if size.tie_embeddings:
-            self.lm_head.weight = self.embed.weight
+        self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [B, T, V] of the token after each of `tokens_BT`.
@@ -118,8 +117,8 @@ class Decoder(nn.Module):
                 written.append(slots)
         if cache is not None:
             cache.length += length
-        logits_BTV: Tensor = self.lm_head(self.norm(x_BTD))
-        return logits_BTV
+        head = self.embed if self.lm_head is None else self.lm_head
+        return F.linear(self.norm(x_BTD), head.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

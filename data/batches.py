@@ -34,9 +34,9 @@ def order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 class TrainBatches:
     """The micro-batches of one process from step `start_step` on.
 
-    Sequence g of the run is window `order(epoch)[g mod num_windows]`; step s takes the batch_size sequences from
-    s * batch_size on, which the processes share out micro-batch by micro-batch. The length counts all micro-batches of the run, those before
-    `start_step` too, because that is what the loop's restored counter runs against.
+    Sequence g of the run is window `order(epoch)[g mod num_windows]`. Step s takes the batch_size sequences from
+    s * batch_size on, which the processes share out micro-batch by micro-batch. The length counts all micro-batches of
+    the run, those before `start_step` too, because the loop's restored counter runs against it.
     """
 
     windows: TokenWindows

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.corpora import CORPORA, SPLITS  # noqa: E402
-from data.shards import FORMAT, DataError, Manifest, Shard, Split, sha256  # noqa: E402
+from data.corpora import CORPORA, SPLITS
+from data.shards import FORMAT, DataError, Manifest, Shard, Split, sha256
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 256
@@ -26,7 +26,7 @@ BATCH = 256
 
 def default_folder(corpus: str, vocab_size: int) -> Path:
     """Where prepared data goes unless told: beside this file, ignored by git."""
-    return Path(__file__).resolve().parent / "shards" / f"{corpus}-bpe{vocab_size}"
+    return Path(__file__).resolve().parent / "prepared" / f"{corpus}-bpe{vocab_size}"
 
 
 def prepare(corpus: str, vocab_size: int, folder: Path) -> Manifest:

@@ -90,7 +90,7 @@ class TokenWindows:
         self.starts = np.cumsum([0, *counts])
         if len(self) == 0:
             raise DataError(
-                f"{folder}: no shard of split {split} holds {seq_len + 1} tokens, one window at size.seq_len={seq_len}; "
+                f"{folder}: no shard of split {split} holds {seq_len + 1} tokens, one window at seq_len {seq_len}; "
                 "use a shorter seq_len or more text"
             )
 
@@ -107,7 +107,7 @@ def _open(folder: Path, shard: Shard, dtype: np.dtype) -> np.ndarray:
     path = folder / shard.file
     if path.parent != folder or not path.is_file():
         raise DataError(f"{path} is named by the manifest and is not there; prepare the data again")
-    expected = shard.tokens * dtype.itemsize
-    if path.stat().st_size != expected:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, its manifest says {expected}; prepare it again")
+    size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
+    if size != expected:
+        raise DataError(f"{path} has {size} bytes, its manifest says {expected}; prepare it again")
     return np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype)

@@ -1,0 +1,119 @@
+"""Command lines: Hydra over a typed schema, with errors that name the fix and exit code 2.
+
+A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primary config and starts from the node
+`name_schema`. `task` gets a typed object, whose `arch` and `size` are filled in from `+arch=X +size=Y`.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from arch import ArchConfig, SizeConfig
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class UsageError(ValueError):
+    """A mistake of the user; the message names the fix."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The names given with `+arch=` and `+size=`; None where a script was started without."""
+
+    arch: str | None
+    size: str | None
+
+
+def names(group: str) -> list[str]:
+    """The files of a config group."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
+    """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
+
+    ValueError from the configuration or from `task` is printed without a traceback and ends the process with code 2.
+    """
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
+    def job(config: DictConfig) -> None:
+        unknown = list(unknown_keys(config))
+        if unknown:
+            raise UsageError("\n".join(unknown))
+        picked = HydraConfig.get().runtime.choices
+        task(config, Choices(picked.get("arch"), picked.get("size")))
+
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error))
+    except ValueError as error:
+        fail(str(error))
+
+
+def load_arch(name: str) -> ArchConfig:
+    """The layout in `configs/arch/<name>.yaml`."""
+    path = CONFIGS / "arch" / f"{name}.yaml"
+    arch: ArchConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ArchConfig), OmegaConf.load(path)))
+    return arch
+
+
+def load_size(name: str) -> SizeConfig:
+    """The size in `configs/size/<name>.yaml`."""
+    path = CONFIGS / "size" / f"{name}.yaml"
+    size: SizeConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SizeConfig), OmegaConf.load(path)))
+    return size
+
+
+def fail(message: str) -> None:
+    separator = "\n" if "\n" in message else " "
+    print(f"error:{separator}{message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def require(**chosen: str | None) -> None:
+    """Raises UsageError, listing the choices, for each group that was not chosen with `+group=name`."""
+    missing = [group for group, choice in chosen.items() if choice is None]
+    if missing:
+        raise UsageError("\n".join(f"choose +{group}= one of: {', '.join(names(group))}" for group in missing))
+
+
+def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """A message for each key that its dataclass does not have: `+arch.typo=1` gets past Hydra."""
+    cls = OmegaConf.get_type(config)
+    for key in config:
+        if is_dataclass(cls) and key not in cls.__dataclass_fields__:
+            yield _unknown(f"{prefix}{key}", cls)
+        elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
+            yield from unknown_keys(config[key], f"{prefix}{key}.")
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's or OmegaConf's message; where a key is unknown, what its neighbours are instead."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    cls = getattr(cause, "object_type", None)
+    if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
+        return _unknown(cause.full_key, cls)
+    message = str(error).split("Set the environment variable")[0].split("Config search path")[0].strip()
+    return message if cause is error else f"{message.splitlines()[0]}: {str(cause).splitlines()[0]}"
+
+
+def _unknown(path: str, cls: type) -> str:
+    parent, _, key = path.rpartition(".")
+    known = sorted(field.name for field in fields(cls))
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f", did you mean {near[0]}?" if near else "."
+    return f"unknown key {path}{hint} {parent or 'The top level'} has {', '.join(known)}"

@@ -1,0 +1,171 @@
+"""What every architecture costs at one size: `python eval/footprint.py +size=1b context=32768`. See --help."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, resolve
+from arch.footprint import kv_bytes, max_batch, num_params, slot_bytes, train_flops_per_token
+from eval.cli import Choices, launch, load_arch, names, require
+from eval.units import bytes_text, count_text, parse_bytes
+
+
+@dataclass
+class FootprintConfig:
+    """The command line; `configs/footprint.yaml` explains the keys."""
+
+    arch: ArchConfig = field(default_factory=ArchConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+    context: int | None = None
+    memory: str = "80GB"
+    itemsize: int = 2
+    json: bool = False
+    picture: str | None = "<arch>-<size>.png"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Costs of one architecture; bytes are of one sequence, as in `arch.footprint.KVBytes`."""
+
+    arch: str
+    num_params: int
+    flops_per_token: float
+    kv_bytes_per_token: int
+    kv_bytes_constant: int
+    kv_bytes_stored: int
+    kv_bytes_read: int
+    context: int
+    max_batch: int
+
+
+def measure(name: str, config: ModelConfig, context: int, memory: float, itemsize: int) -> Footprint:
+    """Raises LayoutError where the layout is impossible at this size."""
+    plan = resolve(config)
+    params, kv = num_params(config, plan), kv_bytes(plan, context, itemsize)
+    return Footprint(
+        arch=name,
+        num_params=params,
+        flops_per_token=train_flops_per_token(config, plan),
+        kv_bytes_per_token=kv.per_token,
+        kv_bytes_constant=kv.constant,
+        kv_bytes_stored=kv.stored,
+        kv_bytes_read=kv.read,
+        context=context,
+        max_batch=max_batch(plan, context, memory, params * itemsize, itemsize),
+    )
+
+
+def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
+    result = Table(title=f"{size}, one sequence of {rows[0].context:,} tokens", title_justify="left")
+    result.add_column("arch", style="bold")
+    for column in (
+        "params",
+        f"FLOPs/token\n(training, {seq_len:,})",
+        "KV per token\n(slope)",
+        "KV constant\n(windows)",
+        "KV stored\n(one sequence)",
+        "KV read\n(one step)",
+        f"largest batch\n({memory})",
+    ):
+        result.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: -row.kv_bytes_stored):
+        result.add_row(
+            row.arch,
+            count_text(row.num_params),
+            count_text(row.flops_per_token),
+            f"{row.kv_bytes_per_token:,} B",
+            bytes_text(row.kv_bytes_constant) if row.kv_bytes_constant else "-",
+            bytes_text(row.kv_bytes_stored),
+            bytes_text(row.kv_bytes_read),
+            f"{row.max_batch:,}",
+        )
+    return result
+
+
+def plan_table(name: str, plan: KVPlan, context: int, itemsize: int) -> Table:
+    """The stores of a plan: who writes, who reads, what is kept."""
+    kv = kv_bytes(plan, context, itemsize)
+    title = (
+        f"{name}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per token, "
+        f"{bytes_text(kv.stored)} at {context:,} tokens"
+    )
+    result = Table(title=title, title_justify="left")
+    for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
+        result.add_column(column, justify="right" if "bytes" in column else "left")
+    for store in plan.stores:
+        slot, size = store.slot, slot_bytes(store, itemsize)
+        result.add_row(
+            store.name,
+            str(store.owner),
+            ranges(plan.readers(store)),
+            f"last {store.window:,}" if store.window else "all",
+            f"latent {slot.latent_dim} + rope {slot.rope_dim}"
+            if slot.latent_dim
+            else f"{slot.kv_heads} x ({slot.k_dim} + {slot.v_dim})",
+            f"{size:,}",
+            bytes_text(size * store.positions(context)),
+        )
+    return result
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """`0-2, 5` for (0, 1, 2, 5)."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    require(size=choices.size)
+    archs: dict[str, Any]
+    if choices.arch is None:
+        archs = {name: load_arch(name) for name in names("arch")}
+    options: FootprintConfig = OmegaConf.to_object(config)
+    if choices.arch is not None:
+        archs = {choices.arch: options.arch}
+    context = options.context or options.size.seq_len
+    if context < 1 or options.itemsize < 1:
+        raise ValueError(f"context ({context}) and itemsize ({options.itemsize}) must be at least 1")
+    memory = parse_bytes(options.memory)
+
+    rows, refused = [], []
+    for name, arch in archs.items():
+        try:
+            rows.append(measure(name, ModelConfig(arch, options.size), context, memory, options.itemsize))
+        except LayoutError as error:
+            if choices.arch is not None:
+                raise
+            refused.append(f"{name} is impossible at this size:\n{error}")
+    print("\n".join(refused), file=sys.stderr, end="\n" if refused else "")
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    if not rows:
+        raise LayoutError(["no architecture is possible at this size"])
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table(rows, str(choices.size), options.memory, options.size.seq_len))
+    if choices.arch is not None:
+        plan = resolve(ModelConfig(options.arch, options.size))
+        console.print(plan_table(choices.arch, plan, context, options.itemsize))
+        if options.picture:
+            from eval.pictures import draw_plan  # matplotlib takes a second to import
+
+            path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
+            draw_plan(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path)
+            console.print(f"ownership map: {path}")
+
+
+if __name__ == "__main__":
+    launch(main, "footprint", FootprintConfig)

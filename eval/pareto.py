@@ -1,0 +1,218 @@
+"""KV footprint against quality over trained runs: `python eval/pareto.py runs/* context=8192`.
+
+Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
+
+  context=N       tokens at which the KV cache is weighed (default: what the runs were trained on)
+  metric=ppl|bpb  perplexity or bits per byte of the validation text (default: ppl)
+  itemsize=2      bytes per element of the cache
+  out=FOLDER      where the files go (default: the folder given, or the one that holds all runs)
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from arch import KVPlan
+from arch.footprint import kv_bytes
+from eval.units import bytes_text, count_text
+
+METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
+
+
+class RunError(ValueError):
+    """A folder that holds no usable run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as its summary.json and plan.json tell it."""
+
+    folder: Path
+    summary: dict[str, Any]
+    plan: KVPlan
+
+
+@dataclass(frozen=True)
+class Point:
+    """Runs that differ in nothing but the seed. `value` is their mean; bytes are of one sequence of the context."""
+
+    name: str
+    bytes: int
+    value: float
+    lowest: float
+    highest: float
+    seeds: int
+    frontier: bool
+    params: int
+    tokens: int
+    kv_per_token: int
+    kv_constant: int
+    kv_read: int
+
+
+def load_run(folder: Path) -> Run:
+    """Raises RunError where the run is unfinished or its files do not belong to a run."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        plan = KVPlan.from_dict(json.loads((folder / "plan.json").read_text()))
+        missing = {"name", "seed", "seq_len", "experiment", "val", "params", "tokens"} - set(summary)
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} holds no finished run: {error.filename} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} holds no readable run: {error!r}") from error
+    if missing:
+        raise RunError(f"{folder}/summary.json lacks {', '.join(sorted(missing))}")
+    return Run(folder, summary, plan)
+
+
+def find_runs(folders: Sequence[str]) -> list[Run]:
+    """All finished runs in and below `folders`, each once. Raises RunError where there is none."""
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
+        for path in sorted(Path(folder).rglob("summary.json")):
+            found.setdefault(path.parent.resolve(), load_run(path.parent))
+    if not found:
+        raise RunError(f"no finished run in {', '.join(folders)}: a run writes summary.json when its training ends")
+    return list(found.values())
+
+
+def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> list[Point]:
+    """One point per experiment, fewest bytes first; on the frontier if none with at most its bytes is as good."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(experiment(run), []).append(run)
+    names = [group[0].summary["name"] for group in groups.values()]
+    rows = []
+    for (key, group), name in zip(groups.items(), names, strict=True):
+        values = [run.summary["val"][metric] for run in group]
+        kv = kv_bytes(group[0].plan, context, itemsize)
+        rows.append(
+            {
+                "name": name if names.count(name) == 1 else f"{name} ({key[:4]})",
+                "bytes": kv.stored,
+                "value": sum(values) / len(values),
+                "lowest": min(values),
+                "highest": max(values),
+                "seeds": len({run.summary["seed"] for run in group}),
+                "params": group[0].summary["params"],
+                "tokens": group[0].summary["tokens"],
+                "kv_per_token": kv.per_token,
+                "kv_constant": kv.constant,
+                "kv_read": kv.read,
+            }
+        )
+    rows.sort(key=lambda row: (row["bytes"], row["value"]))
+    best = float("inf")
+    result = []
+    for row in rows:
+        result.append(Point(**row, frontier=row["value"] < best))
+        best = min(best, row["value"])
+    return result
+
+
+def experiment(run: Run) -> str:
+    """A digest of all that decides a run but its seed."""
+    text = json.dumps([run.summary["name"], run.summary["experiment"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def table(rows: Sequence[Point], context: int, metric: str) -> Table:
+    result = Table(
+        title=f"KV cache of one sequence of {context:,} tokens against {METRICS[metric]}", title_justify="left"
+    )
+    result.add_column("run", style="bold")
+    for column in ("KV stored", "per token", "constant", "KV read", METRICS[metric], "spread", "seeds", "params"):
+        result.add_column(column, justify="right")
+    result.add_column("frontier")
+    for row in rows:
+        result.add_row(
+            row.name,
+            bytes_text(row.bytes),
+            f"{row.kv_per_token:,} B",
+            bytes_text(row.kv_constant) if row.kv_constant else "-",
+            bytes_text(row.kv_read),
+            f"{row.value:.3f}",
+            f"{row.highest - row.lowest:.3f}" if row.seeds > 1 else "-",
+            str(row.seeds),
+            count_text(row.params),
+            "[green]yes[/green]" if row.frontier else "",
+        )
+    return result
+
+
+def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
+    """pareto.png, .html, .csv and .json in `out`."""
+    from eval.pictures import draw_pareto, plot_pareto_html
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
+    draw_pareto(rows, context, METRICS[metric], paths[0])
+    plot_pareto_html(rows, context, METRICS[metric], paths[1])
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    frame.insert(0, "metric", metric)
+    frame.insert(0, "context", context)
+    frame.to_csv(paths[2], index=False)
+    frame.to_json(paths[3], orient="records", indent=1)
+    return paths
+
+
+def pareto(runs: Sequence[Run], context: int | None, metric: str, itemsize: int) -> tuple[list[Point], int]:
+    """The points and the context they are weighed at: as asked, or what the runs were trained on.
+
+    Raises RunError where the runs disagree about the latter.
+    """
+    lengths = sorted({run.summary["seq_len"] for run in runs})
+    if context is None and len(lengths) > 1:
+        raise RunError(f"the runs were trained on sequences of {lengths} tokens; say which context=N to weigh them at")
+    context = context or lengths[0]
+    return points(runs, context, metric, itemsize), context
+
+
+def main(arguments: Sequence[str]) -> None:
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    options = {"context": "", "metric": "ppl", "itemsize": "2", "out": ""}
+    folders = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            folders += sorted(glob.glob(argument)) or [argument]
+        elif key in options:
+            options[key] = value
+        else:
+            raise ValueError(f"unknown key {key}; the keys are {', '.join(options)}")
+    if options["metric"] not in METRICS:
+        raise ValueError(f"metric is {options['metric']}; choose {', '.join(METRICS)}")
+    for key in ("context", "itemsize"):
+        if options[key] and not (options[key].isdecimal() and int(options[key]) > 0):
+            raise ValueError(f"{key} is {options[key]}; it is a whole number, at least 1")
+    runs = find_runs(folders)
+    rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
+    out = Path(options["out"] or os.path.commonpath([run.folder if len(runs) > 1 else folders[0] for run in runs]))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table(rows, context, options["metric"]))
+    for path in write(rows, context, options["metric"], out):
+        console.print(str(path), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

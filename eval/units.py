@@ -1,0 +1,29 @@
+"""Numbers for people, and back."""
+
+import re
+
+
+def bytes_text(value: float) -> str:
+    """`163840` as `160 KiB`: three digits, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:,.3g} TiB" if value < 1000 else f"{value:,.0f} TiB"
+
+
+def count_text(value: float) -> str:
+    """`1_060_000_000` as `1.06B`."""
+    for unit in ("", "K", "M", "B"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
+
+
+def parse_bytes(text: str) -> float:
+    """`80GB` (decimal) or `80GiB` (binary) in bytes. Raises ValueError on anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"cannot read {text!r} as an amount of memory; write it like 80GB or 80GiB")
+    return float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")

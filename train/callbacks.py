@@ -1,0 +1,103 @@
+"""What a run reports and keeps while it trains."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from .lit_module import LitDecoder
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message says what is left of it."""
+
+
+class Metrics(L.Callback):
+    """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps.
+
+    Between reports nothing waits for the device. tokens/s counts the tokens of all processes since the last report,
+    time spent in validation left out. Raises TrainingError when the loss is not finite.
+    """
+
+    def __init__(self, every: int, step_tokens: int, constants: dict[str, float], print_lines: bool):
+        self.every, self.step_tokens, self.constants, self.print_lines = every, step_tokens, constants, print_lines
+        self.loss: Tensor | float = 0.0
+        self.step = self.reported = 0
+        self.clock = self.paused = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        self.step = self.reported = trainer.global_step
+        self.clock = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        self.clock += time.perf_counter() - self.paused
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.loss = self.loss + outputs["loss"]
+        if trainer.global_step == self.step:  # within a step that accumulates
+            return
+        self.step = trainer.global_step
+        loss, self.loss = self.loss, 0.0
+        if self.step % self.every == 0 or self.step == trainer.max_steps:
+            self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
+
+    def _report(self, trainer: L.Trainer, module: LitDecoder, loss: float) -> None:
+        if not math.isfinite(loss):
+            last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+            kept = f"The last checkpoint is {last}." if last.exists() else "No checkpoint had been written yet."
+            raise TrainingError(f"the loss is {loss} at step {self.step}: lower optim.lr or warm up longer. {kept}")
+        now = time.perf_counter()
+        speed = (self.step - self.reported) * self.step_tokens / (now - self.clock)
+        self.clock, self.reported = now, self.step
+        metrics = {
+            "train/loss": loss,
+            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/tokens": float(self.step * self.step_tokens),
+            "train/tokens_per_second": speed,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics | self.constants, step=self.step)
+        module.log_dict({"loss": loss, "tok/s": float(round(speed))}, prog_bar=True, logger=False)
+        if self.print_lines and trainer.is_global_zero:
+            print(f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, flushes it and renames it; reads nothing but tensors and plain data."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+
+
+def checkpoints(folder: Path, every: int) -> list[ModelCheckpoint]:
+    """`last.ckpt` every so many steps, `best.ckpt` by validation loss."""
+    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
+    return [
+        ModelCheckpoint(filename="last", every_n_train_steps=every, save_on_train_epoch_end=False, **common),
+        ModelCheckpoint(filename="best", monitor="val/loss", mode="min", **common),
+    ]

@@ -1,0 +1,100 @@
+"""One LightningModule for every architecture."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from arch import Decoder, ModelConfig
+from data.batches import IGNORE, Batch
+
+from .loss import cross_entropy_sum
+from .optim import adamw, schedule
+from .parallel import parallelize
+from .schema import PretrainConfig, num_steps
+
+
+class LitDecoder(L.LightningModule):
+    """Trains a Decoder on next-token prediction.
+
+    token_bytes  [V] UTF-8 bytes of each token, for bits per byte
+    """
+
+    def __init__(self, config: PretrainConfig, token_bytes: Tensor):
+        super().__init__()
+        self.config = config
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.model: Decoder | None = None
+        self.last_val: dict[str, float] = {}
+        self.last_val_step = -1
+        self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
+
+    def configure_model(self) -> None:
+        """Build on the meta device, shard, then initialise: no process ever holds more than its share."""
+        if self.model is not None:
+            return
+        trainer = self.config.trainer
+        device = self.trainer.strategy.root_device
+        mesh = self.device_mesh["data_parallel"] if trainer.strategy == "fsdp" else None
+        with torch.device("meta"):
+            self.model = Decoder(ModelConfig(self.config.arch, self.config.size), trainer.backend, device.type)
+        parallelize(
+            self.model,
+            activation_checkpointing=trainer.activation_checkpointing,
+            compile_blocks=device.type == "cuda" if trainer.compile is None else trainer.compile,
+            mesh=mesh,
+            dtype=self.compute_dtype,
+        )
+        self.model.to_empty(device=device)
+        self.model.init_weights(self.config.seed)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        precision = self.config.trainer.precision
+        return torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_cuda) else torch.float32
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        bf16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return self.model(tokens_BT)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss over the real targets of the whole optimizer step.
+
+        Lightning divides by the micro-batches of the step and averages over processes, which the factor undoes.
+        """
+        total = cross_entropy_sum(self(batch["inputs"]), batch["targets"])
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_sums.zero_()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        targets_BT = batch["targets"]
+        real = targets_BT != IGNORE
+        text_bytes = self.token_bytes[targets_BT.clamp(min=0)][real].sum()
+        nats = cross_entropy_sum(self(batch["inputs"]), targets_BT)
+        self.val_sums += torch.stack([nats.double(), real.sum().double(), text_bytes.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Loss in nats per token, perplexity, and bits per UTF-8 byte, over all processes."""
+        sums = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
+        nats, tokens, text_bytes = sums.tolist()
+        loss = nats / tokens
+        metrics = {"loss": loss, "ppl": torch.tensor(loss).exp().item(), "bpb": nats / math.log(2) / text_bytes}
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, prog_bar=True)
+        self.last_val, self.last_val_step = metrics, self.trainer.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the weights belong to, as plain data: the authored configuration and the resolved plan."""
+        config = ModelConfig(self.config.arch, self.config.size)
+        checkpoint["model"] = {"format": 1, "config": asdict(config), "plan": self.model.plan.to_dict()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = adamw(self.model, self.config.optim)
+        scheduler = schedule(optimizer, self.config.optim, num_steps(self.config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

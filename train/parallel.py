@@ -1,0 +1,31 @@
+"""Applied to a model from outside, in this order: activation checkpointing, compilation, sharding."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from arch import Decoder
+
+
+def parallelize(
+    model: Decoder,
+    *,
+    activation_checkpointing: bool,
+    compile_blocks: bool,
+    mesh: DeviceMesh | None,
+    dtype: torch.dtype,
+) -> None:
+    """Change `model` in place. With a mesh, each block and then the rest become units of FSDP2.
+
+    Keys and values cross blocks as arguments and results, so that a unit is one layer and sharing costs nothing extra.
+    Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.
+    """
+    model.activation_checkpointing = activation_checkpointing
+    if compile_blocks:
+        for block in model.layers:
+            block.compile()
+    if mesh is not None:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,0 +1,218 @@
+"""Pretrain a model: `python train/pretrain.py +arch=cla2 +size=tiny`. See --help."""
+
+import logging
+import os
+import sys
+import warnings
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from arch import KVPlan, LayoutError, ModelConfig, resolve
+from data.batches import EvalBatches, TrainBatches
+from data.prepare import default_folder, prepare
+from data.shards import DataError, Manifest, TokenWindows
+from eval.cli import Choices, launch, require
+from eval.footprint import plan_table
+from train.callbacks import AtomicCheckpointIO, Metrics, TrainingError, checkpoints
+from train.lit_module import LitDecoder
+from train.record import record
+from train.run import constants, resumed, write_start
+from train.schema import DataConfig, PretrainConfig, micro_batch, num_steps, problems
+
+
+class Data(L.LightningDataModule):
+    """Batches of a run: which ones is a function of the configuration and the step alone."""
+
+    def __init__(self, config: PretrainConfig, folder: Path, manifest: Manifest):
+        super().__init__()
+        self.config = config
+        self.train = TokenWindows(folder, manifest, "train", config.size.seq_len)
+        self.val = TokenWindows(folder, manifest, "val", config.size.seq_len)
+
+    def train_dataloader(self) -> TrainBatches:
+        trainer, config = self.trainer, self.config
+        return TrainBatches(
+            self.train,
+            seed=config.seed,
+            steps=num_steps(config),
+            batch_size=config.batch_size,
+            micro_batch=micro_batch(config),
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            start_step=trainer.global_step,
+        )
+
+    def val_dataloader(self) -> EvalBatches:
+        trainer, config = self.trainer, self.config
+        windows = min(len(self.val), config.data.val_tokens // config.size.seq_len)
+        return EvalBatches(self.val, windows, micro_batch(config), trainer.global_rank, trainer.world_size)
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    if config.resume is None:
+        require(arch=choices.arch, size=choices.size)
+        config.name = config.name or f"{choices.arch}-{choices.size}"
+        config.folder = config.folder or str(free_folder(HydraConfig.get().runtime.output_dir, config))
+    else:
+        config = resumed(config, list(HydraConfig.get().overrides.task))
+    run(OmegaConf.to_object(config))
+
+
+def free_folder(parent: str, config: DictConfig) -> Path:
+    """`<parent>/<name>-seed<seed>`, numbered where a sweep over something else has used it."""
+    base = Path(parent) / f"{config.name}-seed{config.seed}"
+    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def run(config: PretrainConfig) -> None:
+    """Train, validate, and leave everything in `config.folder`.
+
+    Raises ValueError, before any work, on a configuration that cannot be run.
+    """
+    found = problems(config)
+    if found:
+        raise LayoutError(found)
+    plan = resolve(ModelConfig(config.arch, config.size))
+    data_folder = (
+        Path(config.data.path) if config.data.path else default_folder(config.data.corpus, config.data.vocab_size)
+    )
+    manifest = (
+        Manifest.load(data_folder)
+        if config.data.path
+        else prepare(config.data.corpus, config.data.vocab_size, data_folder)
+    )
+    if manifest.vocab_size > config.size.vocab_size:
+        raise DataError(
+            f"{data_folder} has a vocabulary of {manifest.vocab_size} tokens, the model of {config.size.vocab_size}; "
+            f"set size.vocab_size={manifest.vocab_size}, or data.vocab_size to at most {config.size.vocab_size}"
+        )
+    data = Data(config, data_folder, manifest)
+    module = LitDecoder(config, torch.from_numpy(np.load(data_folder / "token_bytes.npy").astype(np.int64)))
+    folder = Path(config.folder)
+    trainer = build_trainer(config, folder, plan)
+    if trainer.is_global_zero:
+        write_start(folder, config, plan)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(plan_table(config.name, plan, config.context, config.kv_itemsize))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    last = folder / "checkpoints" / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if config.resume else None, weights_only=True)
+    if trainer.interrupted:
+        sys.exit(130)
+    trainer.save_checkpoint(last)
+    if module.last_val_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+    if trainer.is_global_zero:
+        record(folder, config, plan, module.last_val, trainer.loggers)
+
+
+def open_data(config: DataConfig) -> tuple[Path, Manifest]:
+    """The prepared folder: the one named, or the corpus' own, prepared now if it is not there."""
+    if config.path:
+        return Path(config.path), Manifest.load(Path(config.path))
+    folder = default_folder(config.corpus, config.vocab_size)
+    return folder, prepare(config.corpus, config.vocab_size, folder)
+
+
+def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan) -> L.Trainer:
+    """A Trainer for the run. Weights and optimizer are fp32 in every case; LitDecoder computes in what was asked."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
+    options, steps = config.trainer, num_steps(config)
+    world = options.devices * options.num_nodes
+    accumulate = config.batch_size // (micro_batch(config) * world)
+    val_every = options.val_every or max(1, steps // 4)
+    strategy = {
+        "auto": "auto",
+        "ddp": "ddp",
+        "fsdp": ModelParallelStrategy(
+            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        ),
+    }[options.strategy]
+    progress = options.progress and sys.stdout.isatty()
+    return L.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        max_steps=steps,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config.optim.clip,
+        val_check_interval=min(val_every, steps) * accumulate,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=loggers(config, folder),
+        log_every_n_steps=1,
+        callbacks=[
+            Metrics(
+                options.log_every,
+                config.batch_size * config.size.seq_len,
+                constants(config, plan),
+                print_lines=options.progress and not progress,
+            ),
+            *checkpoints(folder / "checkpoints", options.checkpoint_every),
+            *([RichProgressBar(leave=True)] if progress else []),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
+    """CSV always, in a new subfolder each time the run is started; wandb if asked for."""
+    starts = len(list((folder / "metrics").glob("*"))) if config.resume else 0
+    result: list[Logger] = [CSVLogger(folder, name="metrics", version=str(starts))]
+    if config.logger.wandb:
+        offline = os.environ.get("WANDB_MODE", "online" if wandb_key() else "offline") != "online"
+        if offline:
+            os.environ.setdefault("WANDB_SILENT", "true")
+        # The id makes a resumed run continue the same curves.
+        identity = f"{folder.resolve().parent.name}-{folder.name}"
+        result.append(
+            WandbLogger(
+                name=folder.name,
+                id=identity,
+                resume="allow",
+                group=config.name,
+                project=config.logger.project,
+                save_dir=folder,
+                offline=offline,
+            )
+        )
+    return result
+
+
+def wandb_key() -> bool:
+    """Whether this machine has a key for wandb."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, NetrcParseError):
+        return False
+
+
+if __name__ == "__main__":
+    try:
+        launch(main, "pretrain", PretrainConfig)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

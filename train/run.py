@@ -1,0 +1,138 @@
+"""The folder of a run: what was asked, where it ran, and what came out.
+
+config.yaml    the resolved configuration; resume=FOLDER starts from it
+plan.json      the resolved KV layout
+run.json       command, git revision, versions, hardware
+metrics/       metrics.csv, one folder for each time the run was started
+checkpoints/   last.ckpt, best.ckpt
+summary.json   the result, written when training ends
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from arch import KVPlan, ModelConfig
+from arch.footprint import kv_bytes, num_params, train_flops_per_token
+
+from .schema import PretrainConfig, num_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
+
+
+def write_start(folder: Path, config: PretrainConfig, plan: KVPlan) -> None:
+    """All but the results; on resuming, run.json gains an entry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    write_json(folder / "plan.json", plan.to_dict())
+    path = folder / "run.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    write_json(path, [*starts, environment()])
+
+
+def environment() -> dict[str, Any]:
+    """What else than the configuration a result may depend on."""
+    return {
+        "command": sys.argv,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """`2 x NVIDIA H200` or `AMD EPYC, 2 threads`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
+
+def git_revision() -> str | None:
+    """Commit of this checkout, `+` if it has been changed since; None outside of git."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
+    """The figures of a run that do not change while it trains, under the names they have in logs and in wandb."""
+    model = ModelConfig(config.arch, config.size)
+    kv = kv_bytes(plan, config.context, config.kv_itemsize)
+    return {
+        "kv/bytes_per_token": float(kv.per_token),
+        "kv/bytes_constant": float(kv.constant),
+        "kv/bytes_stored": float(kv.stored),
+        "kv/bytes_read": float(kv.read),
+        "model/params": float(num_params(model, plan)),
+        "model/train_flops_per_token": train_flops_per_token(model, plan),
+    }
+
+
+def summarize(config: PretrainConfig, plan: KVPlan, val: dict[str, float]) -> dict[str, Any]:
+    """What a Pareto plot needs of a run. `experiment` is all that decides the result except the seed."""
+    asked = asdict(config)
+    experiment = {key: asked[key] for key in ("arch", "size", "data", "optim", "tokens", "batch_size")}
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "experiment": experiment,
+        "params": num_params(ModelConfig(config.arch, config.size), plan),
+        "tokens": num_steps(config) * config.batch_size * config.size.seq_len,
+        "seq_len": config.size.seq_len,
+        "val": val,
+        "environment": environment(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of the run `config.resume`, changed by what else was given on the command line.
+
+    Raises ValueError where there is no such run, or where `overrides` choose another architecture, size or group.
+    """
+    folder = Path(config.resume)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume={folder}: no run there, config.yaml is missing; give the folder of a run")
+    if not (folder / "checkpoints" / "last.ckpt").is_file():
+        raise ValueError(f"resume={folder}: that run has no checkpoint yet (checkpoints/last.ckpt); start it anew")
+    changes = [override for override in overrides if not override.startswith("resume=")]
+    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
+    wrong = [change for change in changes if change[0] in "+~" or change.partition("=")[0] in groups]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: a resumed run keeps its arch, size and groups; change single keys instead"
+        )
+    saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
+    result = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": str(folder), "folder": str(folder)})
+    assert isinstance(result, DictConfig)
+    return result

@@ -1,0 +1,170 @@
+"""The typed schema of `train/pretrain.py`. Every key of its command line stands here, with what it means."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import II
+
+from arch import ArchConfig, SizeConfig
+
+
+@dataclass
+class DataConfig:
+    """Prepared token shards.
+
+    path        the folder; null: data/prepared/<corpus>-bpe<vocab_size>, made at first use
+    corpus      text to prepare where the folder is not there yet
+    vocab_size  of the tokenizer trained on it
+    val_tokens  tokens of the validation split to evaluate on
+    """
+
+    path: str | None = None
+    corpus: str = "stdlib"
+    vocab_size: int = 4096
+    val_tokens: int = 65536
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with warm-up and cosine decay; matrices and embeddings decay, norms and other vectors do not.
+
+    warmup      share of all steps over which the learning rate rises linearly
+    min_lr      learning rate at the last step, as a share of the peak
+    clip        largest gradient norm
+    """
+
+    lr: float = II("size.lr")
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    min_lr: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    """How the run is executed; nothing here changes what is learned, up to rounding.
+
+    accelerator  auto, cpu, cuda ...
+    strategy     auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
+    precision    fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
+    micro_batch  sequences per forward pass; null: the most that keep it within 32768 tokens
+    compile      torch.compile each block; null: on CUDA
+    backend      attention backend: auto, or a name from arch/attend.py
+    val_every    steps between validations; null: four in the run
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "auto"
+    micro_batch: int | None = None
+    compile: bool | None = None
+    activation_checkpointing: bool = False
+    backend: str = "auto"
+    log_every: int = 10
+    val_every: int | None = None
+    checkpoint_every: int = 200
+    progress: bool = True
+
+
+@dataclass
+class LoggerConfig:
+    """CSV always; wandb online where a key is set (WANDB_API_KEY or `wandb login`), offline elsewhere."""
+
+    wandb: bool = True
+    project: str = "kvfrontier"
+
+
+@dataclass
+class PretrainConfig:
+    """One training run.
+
+    tokens      training tokens, rounded down to whole steps
+    batch_size  sequences per optimizer step, over all processes and micro-batches
+    context     tokens at which the KV footprint is logged
+    kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
+    name        null: <arch>-<size>; runs of one name that differ in nothing but the seed are one point of a Pareto plot
+    folder      where the run is kept; null: runs/<time>/<name>-seed<seed>
+    resume      folder of a run to continue; its own configuration is used, keys given beside it change that
+    """
+
+    arch: ArchConfig = field(default_factory=ArchConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    name: str | None = None
+    folder: str | None = None
+    tokens: int = II("size.tokens")
+    batch_size: int = II("size.batch_size")
+    context: int = II("size.seq_len")
+    kv_itemsize: int = 2
+    seed: int = 0
+    resume: str | None = None
+
+
+def problems(config: PretrainConfig) -> list[str]:
+    """What is wrong with the run besides its layout, each with the fix."""
+    trainer, found = config.trainer, []
+    world = trainer.devices * trainer.num_nodes
+    for name, value, choices in (
+        ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
+        ("precision", trainer.precision, ("auto", "fp32", "bf16")),
+    ):
+        if value not in choices:
+            found.append(f"trainer.{name} is {value}; choose {', '.join(choices)}")
+    for name, value in (
+        ("trainer.devices", trainer.devices),
+        ("trainer.num_nodes", trainer.num_nodes),
+        ("trainer.log_every", trainer.log_every),
+        ("trainer.checkpoint_every", trainer.checkpoint_every),
+        ("trainer.val_every", trainer.val_every or 1),
+        ("trainer.micro_batch", trainer.micro_batch or 1),
+        ("batch_size", config.batch_size),
+        ("context", config.context),
+        ("kv_itemsize", config.kv_itemsize),
+        ("data.val_tokens", config.data.val_tokens // config.size.seq_len),
+    ):
+        if value < 1:
+            found.append(f"{name} is too small; it must be at least {'one sequence' if 'tokens' in name else 1}")
+    if found:
+        return found
+    if world > 1 and trainer.strategy == "auto":
+        found.append(f"{world} processes need trainer.strategy=ddp or trainer.strategy=fsdp")
+    if config.batch_size % world:
+        found.append(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
+    elif trainer.micro_batch and (config.batch_size // world) % trainer.micro_batch:
+        found.append(
+            f"trainer.micro_batch {trainer.micro_batch} does not divide the {config.batch_size // world} sequences of "
+            "batch_size that each process has in a step"
+        )
+    if num_steps(config) < 1:
+        found.append(
+            f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
+            f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
+        )
+    for name in ("lr", "eps"):
+        if getattr(config.optim, name) <= 0:
+            found.append(f"optim.{name} is {getattr(config.optim, name)}; it must be positive")
+    for name in ("warmup", "min_lr"):
+        if not 0 <= getattr(config.optim, name) <= 1:
+            found.append(f"optim.{name} is {getattr(config.optim, name)}; it is a share, from 0 to 1")
+    return found
+
+
+def num_steps(config: PretrainConfig) -> int:
+    """Optimizer steps of the run."""
+    return config.tokens // (config.batch_size * config.size.seq_len)
+
+
+def micro_batch(config: PretrainConfig) -> int:
+    """Sequences per forward pass: as asked, or the largest divisor within 32768 tokens."""
+    if config.trainer.micro_batch:
+        return config.trainer.micro_batch
+    share = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)
+    most = max(1, 32768 // config.size.seq_len)
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
