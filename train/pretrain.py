@@ -86,14 +86,7 @@ def run(config: PretrainConfig) -> None:
     if found:
         raise LayoutError(found)
     plan = resolve(ModelConfig(config.arch, config.size))
-    data_folder = (
-        Path(config.data.path) if config.data.path else default_folder(config.data.corpus, config.data.vocab_size)
-    )
-    manifest = (
-        Manifest.load(data_folder)
-        if config.data.path
-        else prepare(config.data.corpus, config.data.vocab_size, data_folder)
-    )
+    data_folder, manifest = open_data(config.data)
     if manifest.vocab_size > config.size.vocab_size:
         raise DataError(
             f"{data_folder} has a vocabulary of {manifest.vocab_size} tokens, the model of {config.size.vocab_size}; "

@@ -14,15 +14,15 @@ from .schema import PretrainConfig
 def record(folder: Path, config: PretrainConfig, plan: KVPlan, val: dict[str, float], loggers: list[Logger]) -> None:
     """Write summary.json and a Pareto picture of all runs in the parent folder; put the same into the wandb run.
 
-    The wandb summary holds `final/ppl`, `final/bpb`, `final/loss` and the `kv/...` figures as plain scalars, so that its
-    scatter panel can draw the curve across runs.
+    The wandb summary holds `final/ppl`, `final/bpb`, `final/loss` and the `kv/...` figures as plain scalars, for its
+    scatter panel.
     """
     write_json(folder / "summary.json", summarize(config, plan, val))
     points, context = pareto(find_runs([str(folder.parent)]), config.context, "ppl", config.kv_itemsize)
     picture = write(points, context, "ppl", folder / "pareto")[0]
     print(
-        f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, {val['bpb']:.4f} bits per byte\n"
-        f"run folder: {folder}"
+        f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
+        f"{val['bpb']:.4f} bits per byte\nrun folder: {folder}"
     )
     scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
     for logger in loggers:

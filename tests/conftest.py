@@ -1,0 +1,52 @@
+"""Every layout of configs/arch at a small size: the parameter of most tests."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from arch import ArchConfig, Decoder, ModelConfig, SizeConfig
+from eval.cli import load_arch, names
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = names("arch")
+SIZES = names("size")
+WINDOW = 6
+
+torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
+
+
+def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: object) -> ModelConfig:
+    """`arch` at a size for tests: 7 layers, which few tiles divide, windows cut to `window`, weights large enough that
+    a wrong slot shows."""
+    size = SizeConfig(
+        num_layers=7,
+        d_model=32,
+        num_heads=8,
+        head_dim=8,
+        d_ff=48,
+        vocab_size=61,
+        seq_len=32,
+        init_std=0.2,
+        max_window=window,
+    )
+    for key, value in changes.items():
+        setattr(size, key, value)
+    return ModelConfig(load_arch(arch) if isinstance(arch, str) else copy.deepcopy(arch), size)
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> Decoder:
+    """In fp64, so that two ways of computing the same thing agree to rounding and nothing else passes."""
+    model = Decoder(config, backend)
+    model.init_weights(seed=1)
+    return model.to(dtype).eval()
+
+
+def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param

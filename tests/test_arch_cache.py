@@ -1,0 +1,150 @@
+"""The cache weighs what the formula says, and decoding over it is the parallel forward."""
+
+import pytest
+import torch
+from conftest import WINDOW, build, small, tokens
+
+from arch import allocate, generate, resolve
+from arch.footprint import allocated_bytes, kv_bytes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+def test_bytes(arch: str, length: int, batch: int) -> None:
+    """Allocated for `length` tokens and filled with them: the storages weigh what the formula says, before and after."""
+    model = build(small(arch), torch.float32)
+    cache = allocate(model.plan, batch, length, dtype=torch.float32)
+    expected = batch * kv_bytes(model.plan, length, 4).stored
+    assert cache.nbytes == expected == allocated_bytes(model.plan, batch, length, 4)
+    with torch.no_grad():
+        for token in tokens(batch, length).split(1, dim=1):
+            model(token, cache)
+    assert cache.nbytes == expected
+    assert cache.length == length
+
+
+def test_bytes_follow_the_element_type(arch: str) -> None:
+    plan = resolve(small(arch))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert allocate(plan, 2, 20, dtype=dtype).nbytes == allocated_bytes(plan, 2, 20, dtype.itemsize)
+
+
+def test_slope_and_constant(arch: str) -> None:
+    """Beyond all windows, stored bytes are a straight line: constant + slope * context."""
+    plan = resolve(small(arch))
+    for context in (WINDOW, 5 * WINDOW, 1000):
+        kv = kv_bytes(plan, context)
+        assert kv.stored == kv.constant + kv.per_token * context
+        assert kv.read >= kv.stored, "every store is read at least by its owner"
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+def test_chunks_and_steps_equal_the_forward(arch: str, chunk: int) -> None:
+    model, batch, length = build(small(arch)), tokens(2, 20), 20
+    assert length > 2 * WINDOW
+    with torch.no_grad():
+        expected = model(batch)
+        cache = allocate(model.plan, 2, length, dtype=torch.float64)
+        logits = torch.cat([model(part, cache) for part in batch.split(chunk, dim=1)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_prefill_then_steps(arch: str) -> None:
+    model, batch = build(small(arch)), tokens(2, 20)
+    with torch.no_grad():
+        expected = model(batch)
+        cache = allocate(model.plan, 2, 20, dtype=torch.float64)
+        parts = [batch[:, :9], batch[:, 9:13], *batch[:, 13:].split(1, dim=1)]
+        logits = torch.cat([model(part, cache) for part in parts], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_left_padding_changes_nothing(arch: str) -> None:
+    """A row that starts late gives the logits it has alone, in prefill, chunks and steps."""
+    model, length, starts = build(small(arch)), 18, [0, 5, 11]
+    batch = tokens(3, length)
+    with torch.no_grad():
+        for chunk in (length, 4, 1):
+            cache = allocate(model.plan, 3, length, dtype=torch.float64, start_B=torch.tensor(starts))
+            logits = torch.cat([model(part, cache) for part in batch.split(chunk, dim=1)], dim=1)
+            for row, start in enumerate(starts):
+                alone = model(batch[row : row + 1, start:])
+                torch.testing.assert_close(logits[row : row + 1, start:], alone, rtol=0, atol=1e-10)
+
+
+def test_stores_are_per_owner(arch: str) -> None:
+    plan = resolve(small(arch))
+    cache = allocate(plan, 1, 10, dtype=torch.float32)
+    assert len(cache.stores) == len(plan.stores) == len(set(plan.owners))
+
+
+def test_latent_cache_holds_nothing_expanded() -> None:
+    plan = resolve(small("mla"))
+    for store in allocate(plan, 2, 10, dtype=torch.float32).stores:
+        assert [tuple(tensor.shape) for tensor in store.tensors] == [(2, 10, 32), (2, 10, 4)]
+
+
+def test_full_cache_and_wrong_batch_are_refused() -> None:
+    model = build(small("mha"))
+    cache = allocate(model.plan, 2, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="allocated for 2 sequences, the batch has 3"):
+        model(tokens(3, 2), cache)
+    with pytest.raises(ValueError, match="holds up to 4 tokens; it has 0 and 5 more do not fit"):
+        model(tokens(2, 5), cache)
+    assert cache.length == 0
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
+    """Greedy decoding without a cache: the whole forward for every token."""
+    row = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_greedy_generation_of_a_ragged_batch(arch: str, chunk: int | None) -> None:
+    model = build(small(arch))
+    prompts = [tokens(1, length)[0].tolist() for length in (2, 9, 1, 14)]
+    together = generate(model, prompts, 10, prefill_chunk=chunk)
+    assert together == [greedy(model, prompt, 10) for prompt in prompts]
+
+
+def test_generation_stops_and_samples() -> None:
+    model = build(small("cla2"))
+    prompts = [[1, 2, 3], [4]]
+    plain = generate(model, prompts, 12)
+    stop = plain[0][4]
+    stopped = generate(model, prompts, 12, stop_token=stop)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in plain]
+    drawn = generate(model, prompts, 12, temperature=1.5, seed=3)
+    assert drawn == generate(model, prompts, 12, temperature=1.5, seed=3) != plain
+    assert generate(model, prompts, 12, temperature=1.5, top_p=1e-6) == plain, "the smallest nucleus is the best token"
+
+
+def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
+    from arch.generate import sample
+
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, 1.0, 0.75, generator).bincount(minlength=4) / 4000
+    assert drawn[2:].sum() == 0
+    assert abs(drawn[0] - 0.5 / 0.8) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "needs a prompt"),
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"max_new_tokens": 0}, "must be at least 1"),
+        ({"prefill_chunk": 0}, "must be at least 1"),
+        ({"temperature": -1.0}, "must be at least 0"),
+        ({"top_p": 0.0}, "must be at least 0"),
+    ],
+)
+def test_generation_refuses(arguments: dict, message: str) -> None:
+    options = {"prompts": [[1]], "max_new_tokens": 2} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(build(small("mha")), **options)

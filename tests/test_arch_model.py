@@ -1,0 +1,228 @@
+"""What a model is: causal, as large as counted, initialised by name, and equal to what is known where it should be."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ARCHS, SIZES, build, small, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
+from arch.attend import causal_mask
+from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
+from eval.cli import load_arch, load_size
+
+
+def input_gradients(model: Decoder, batch: torch.Tensor, position: int) -> torch.Tensor:
+    """[T] largest gradient of the logits at `position` with respect to the embedding of each token."""
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    handle = model.embed.register_forward_hook(keep)
+    weight = torch.randn(model.config.size.vocab_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (model(batch)[0, position] * weight).sum().backward()
+    handle.remove()
+    return embedded[0].grad[0].abs().amax(dim=-1)
+
+
+def reach(model: Decoder) -> int | None:
+    """How far back a token can look through all layers: windows minus one, summed; None if any layer sees everything."""
+    windows = [model.plan.store(layer).window for layer in range(model.plan.num_layers)]
+    return None if None in windows else sum(window - 1 for window in windows)
+
+
+def test_causal_by_gradient(arch: str) -> None:
+    """Exactly zero after the position, non-zero at and before it, zero beyond the reach of the windows."""
+    model = build(small(arch, num_layers=3 if arch.startswith("swa") else 7))
+    length, position = 24, 19
+    gradient = input_gradients(model, tokens(1, length), position)
+    edge = reach(model)
+    first = 0 if edge is None else max(0, position - edge)
+    assert (gradient[position + 1 :] == 0).all()
+    assert (gradient[first : position + 1] != 0).all()
+    assert (gradient[:first] == 0).all()
+    assert first > 0 or not arch.startswith("swa"), "the test reaches past the windows where all layers have one"
+
+
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_window_edge_in_one_layer(window: int) -> None:
+    """A window of n sees the current token and n - 1 before it."""
+    gradient = input_gradients(build(small("swa", num_layers=1, window=window)), tokens(1, 12), 9)
+    assert gradient.nonzero().flatten().tolist() == list(range(10 - window, 10))
+
+
+def test_readers_have_no_key_value_weights(arch: str) -> None:
+    model = build(small(arch))
+    for layer, block in enumerate(model.layers):
+        owner = model.plan.owners[layer] == layer
+        assert (block.writer is not None) == owner
+        assert (block.kv_norm is not None) == (owner and model.plan.store(layer).kv_norm)
+        written = {"k_proj", "v_proj", "kv_down_proj"} & {name.split(".")[1] for name, _ in block.named_parameters()}
+        assert bool(written) == owner
+
+
+def test_parameters(arch: str) -> None:
+    for tied in (True, False):
+        config = small(arch, tie_embeddings=tied)
+        model = build(config)
+        assert num_params(config, model.plan) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_arch_and_size_builds_as_counted(size: str) -> None:
+    for name in ARCHS:
+        config = ModelConfig(load_arch(name), load_size(size))
+        with torch.device("meta"):
+            model = Decoder(config)
+        assert num_params(config, model.plan) == sum(parameter.numel() for parameter in model.parameters()), name
+
+
+def test_parameters_of_the_cla_paper() -> None:
+    """Facts of section 1.2: H128-MQA with tied embeddings, 0.95 B at 1b and 3.20 B at 3b."""
+    for size, billions in (("1b", 0.95), ("3b", 3.20)):
+        config = ModelConfig(load_arch("mqa"), load_size(size))
+        assert round(num_params(config, resolve(config)) / 1e9, 2) == billions
+
+
+def test_flops(arch: str) -> None:
+    """The counter sees dense attention: with its pairs put in the place of the visible ones, the formula agrees exactly."""
+    config, length = small(arch), 17
+    model = Decoder(config, "reference")
+    model.init_weights()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(tokens(1, length))
+    expected = forward_flops(config, model.plan, length)
+    for layer in range(model.plan.num_layers):
+        window = model.plan.store(layer).window
+        expected += attention_flops(config, model.plan, layer, length * length - visible_pairs(length, window))
+    assert counter.get_total_flops() == expected
+    assert train_flops_per_token(config, model.plan, length) == 3 * forward_flops(config, model.plan, length) / length
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 30])
+def test_visible_pairs_are_those_of_the_mask(window: int | None) -> None:
+    length = 9
+    mask = causal_mask(length, window, torch.device("cpu"))
+    pairs = length * (length + 1) // 2 if mask.causal else int(mask.allowed.sum())
+    assert visible_pairs(length, window) == pairs
+
+
+def test_initial_weights_depend_on_seed_and_name_only() -> None:
+    """Two layouts start from the same weights where they share a name and shape."""
+    first, again, other = build(small("mha")), build(small("mha")), build(small("cla2"))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    shared = [n for n, p in other.named_parameters() if n in dict(first.named_parameters()) and p.ndim == 2]
+    same = [n for n in shared if first.get_parameter(n).shape == other.get_parameter(n).shape]
+    assert "layers.3.mlp.up_proj.weight" in same
+    assert all(torch.equal(first.get_parameter(name), other.get_parameter(name)) for name in same)
+    first.init_weights(seed=2)
+    assert not torch.equal(first.embed.weight, again.embed.weight)
+
+
+def test_initial_spread() -> None:
+    config = ModelConfig(
+        load_arch("mla"), SizeConfig(num_layers=2, d_model=128, num_heads=8, d_ff=344, init_std=0.01275)
+    )
+    model = Decoder(config)
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            assert abs(parameter.std().item() / 0.01275 - 1) < 0.03, name
+        else:
+            assert (parameter == 1).all(), name
+
+
+def copy_into(target: Decoder, source: Decoder) -> Decoder:
+    target.load_state_dict(source.state_dict())
+    return target
+
+
+def test_cla_of_one_is_gqa() -> None:
+    """CLA with groups of one and the KV norm a copy of the attention norm is GQA."""
+    gqa = build(small("gqa2"))
+    cla = build(small(ArchConfig({"kv": StoreConfig(kv_heads=2, kv_norm=True)}, ["new kv"])))
+    weights = dict(gqa.state_dict())
+    for layer, block in enumerate(gqa.layers):
+        torch.nn.init.normal_(block.attn_norm.weight)
+        weights[f"layers.{layer}.kv_norm.weight"] = block.attn_norm.weight
+    cla.load_state_dict(weights | {k: v for k, v in gqa.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(cla(tokens(2, 20)), gqa(tokens(2, 20)))
+
+
+def test_window_as_long_as_the_text_is_no_window(arch: str) -> None:
+    length = 12
+    narrow = small(arch, window=length)
+    free = copy.deepcopy(narrow)
+    for store in free.arch.stores.values():
+        store.window = 10**6 if store.sinks else None
+    free.size.max_window = None
+    windowed, full = build(narrow), build(free)
+    copy_into(full, windowed)
+    with torch.no_grad():
+        torch.testing.assert_close(windowed(tokens(2, length)), full(tokens(2, length)), rtol=0, atol=1e-12)
+
+
+def test_absorbed_latent_attention_is_expanded() -> None:
+    """Decoding over the cache (absorbed) gives the logits and slots of the forward (expanded)."""
+    model, batch = build(small("mla")), tokens(2, 15)
+    reader = model.layers[0].reader
+    generator = torch.Generator().manual_seed(0)
+    q, rope = (torch.randn(2, 15, 8, n, generator=generator, dtype=torch.float64) for n in (8, 4))
+    slots = tuple(torch.randn(2, 15, n, generator=generator, dtype=torch.float64) for n in (32, 4))
+    mask = causal_mask(15, None, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            reader.absorbed(q, rope, slots, mask), reader.expanded(q, rope, slots, mask), rtol=0, atol=1e-12
+        )
+        cache = allocate(model.plan, 2, 15, dtype=torch.float64)
+        steps = torch.cat([model(token, cache) for token in batch.split(1, dim=1)], dim=1)
+        torch.testing.assert_close(steps, model(batch), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa4", "gqa2", "mqa"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_layouts_are_hugging_face_llama(name: str, tied: bool) -> None:
+    """The same weights in the stock class give the same logits, to 1e-5 in fp32."""
+    transformers = pytest.importorskip("transformers")
+    config = small(name, tie_embeddings=tied, init_std=0.1)
+    ours = build(config, torch.float32)
+    size, slot = config.size, ours.plan.stores[0].slot
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=size.vocab_size,
+            hidden_size=size.d_model,
+            intermediate_size=size.d_ff,
+            num_hidden_layers=size.num_layers,
+            num_attention_heads=size.num_heads,
+            num_key_value_heads=slot.kv_heads,
+            head_dim=slot.k_dim,
+            rms_norm_eps=size.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    ).eval()
+    weights = ours.state_dict()
+    weights = {f"model.{key}": value for key, value in weights.items() if not key.startswith("lm_head")} | {
+        key: value for key, value in weights.items() if key.startswith("lm_head")
+    }
+    for old, new in (
+        ("model.embed.", "model.embed_tokens."),
+        (".attn_norm.", ".input_layernorm."),
+        (".mlp_norm.", ".post_attention_layernorm."),
+        (".reader.", ".self_attn."),
+        (".writer.", ".self_attn."),
+    ):
+        weights = {key.replace(old, new): value for key, value in weights.items()}
+    missing, unexpected = llama.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if tied else [])
+    llama.tie_weights()
+    batch = tokens(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), llama(batch).logits, rtol=0, atol=1e-5)

@@ -1,0 +1,200 @@
+"""Layouts: the papers' maps, any depth, and what is refused."""
+
+import json
+
+import pytest
+from conftest import ARCHS, SIZES, small
+
+from arch import ArchConfig, KVPlan, LatentConfig, LayoutError, ModelConfig, SizeConfig, StoreConfig, from_dict, resolve
+from eval.cli import load_arch, load_size
+
+# Owner of each layer; `s` marks sliding windows. CLA paper, figure 2 and section 3.2.1; MixAttention paper, figures 2-11.
+CLA_20 = {
+    "cla2": "0 0 2 2 4 4 6 6 8 8 10 10 12 12 14 14 16 16 18 18",
+    "cla3": "0 0 2 2 2 5 5 5 8 8 8 11 11 11 14 14 14 17 17 17",
+    "cla4": "0 0 0 0 4 4 4 4 8 8 8 8 12 12 12 12 16 16 16 16",
+    "cla2_keepends": "0 1 1 3 3 5 5 7 7 9 9 11 11 13 13 15 15 17 17 19",
+    "cla2_densefront": "0 1 2 3 4 5 6 7 8 9 9 9 9 9 9 9 9 9 9 19",
+    "cla2_denseback": "0 1 1 1 1 1 1 1 1 1 1 11 12 13 14 15 16 17 18 19",
+}
+MIX_24 = {
+    "mha": " ".join(str(layer) for layer in range(24)),
+    "swa": " ".join(f"{layer}s" for layer in range(24)),
+    "ma": "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0 13s 13s 15s 15s 15s 0 19s 19s 21s 21s 0",
+    "ma_endslide": "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0 13s 13s 15s 15s 15s 0 19s 19s 21s 21s 21s",
+    "ma_offset": "0s 0s 2s 2s 2s 5 6s 6s 8s 8s 8s 5 12s 12s 14s 14s 14s 5 18s 18s 20s 20s 20s 5",
+    "mixattention": "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 12 13s 13s 15s 15s 15s 12 19s 19s 21s 21s 21s",
+    "ma_offset_slideshare": "0s 0s 0s 0s 0s 5 6s 6s 6s 6s 6s 5 12s 12s 12s 12s 12s 5 18s 18s 18s 18s 18s 5",
+    "ma_pairs_slideshare": "0 1s 1s 1s 1s 1s 0 7s 7s 7s 7s 7s 12 13s 13s 13s 13s 13s 12 19s 19s 19s 19s 19s",
+    "ma_successive1": "0 0 2s 2s 4s 4s 4s 7s 7s 9s 9s 9s 12 12 14s 14s 16s 16s 16s 19s 19s 21s 21s 21s",
+    "ma_successive2": "0s 0s 2s 2s 2s 5 5 7s 7s 9s 9s 9s 12 12 14s 14s 16s 16s 16s 19s 19s 21s 21s 21s",
+    "ma_successive3": "0s 0s 2s 2s 2s 5s 5s 7s 7s 7s 10 10 12s 12s 14s 14s 14s 17 17 19s 19s 21s 21s 21s",
+    "ma_successive4": "0s 0s 2s 2s 2s 5s 5s 7s 7s 7s 10 10 12s 12s 14s 14s 14s 17s 17s 19s 19s 19s 22 22",
+    "ma_noshare1": "0s 0s 2s 3 4s 4s 4s 7s 7s 9s 9s 9s 12s 12s 14s 14s 14s 17s 17s 19s 19s 19s 22s 22s",
+    "ma_noshare2": "0s 0s 2s 2s 2s 5s 5s 7s 7s 7s 10 11s 11s 13s 13s 13s 16s 16s 18s 18s 18s 21s 21s 23s",
+    "ma_noshare3": "0s 0s 2s 2s 2s 5s 5s 7s 7s 7s 10s 10s 12s 12s 12s 15s 15s 17s 17s 17s 20 21s 22s 22s",
+    "yoco": " ".join([*(f"{layer}s" for layer in range(12)), *["12"] * 12]),
+}
+OTHERS = {
+    ("characterai", 13): "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0",
+    ("gemma3", 26): "0s 1s 2s 3s 4s 5 6s 7s 8s 9s 10s 11 12s 13s 14s 15s 16s 17 18s 19s 20s 21s 22s 23 24s 25s",
+    ("tail_sharing", 35): (
+        "0s 1s 2s 3s 4 5s 6s 7s 8s 9 10s 11s 12s 13s 14 15s 16s 17s 18s 19 "
+        "18s 18s 18s 18s 19 18s 18s 18s 18s 19 18s 18s 18s 18s 19"
+    ),
+    ("cla3", 10): "0 1 1 1 4 4 4 7 7 7",
+}
+MAPS = {
+    **{(name, 20): layers for name, layers in CLA_20.items()},
+    **{(name, 24): layers for name, layers in MIX_24.items()},
+    **OTHERS,
+}
+
+
+@pytest.mark.parametrize(("name", "depth"), MAPS)
+def test_map_of_the_paper(name: str, depth: int) -> None:
+    assert str(resolve(small(name, num_layers=depth))) == MAPS[name, depth]
+
+
+@pytest.mark.parametrize(
+    ("name", "per_token"),
+    {"mha": 163840, "gqa4": 40960, "gqa2": 20480, "mqa": 10240, "cla2": 5120, "cla3": 3584, "cla4": 2560}.items(),
+)
+def test_bytes_of_the_cla_paper(name: str, per_token: int) -> None:
+    from arch.footprint import kv_bytes
+
+    plan = resolve(ModelConfig(load_arch(name), load_size("1b")))
+    assert kv_bytes(plan, 32768).per_token == per_token
+
+
+def test_mixattention_reductions_of_the_paper() -> None:
+    """KV at 32k tokens relative to 24 full layers, section 2.3's table."""
+    from arch.footprint import kv_bytes
+
+    def stored(name: str) -> int:
+        return kv_bytes(resolve(small(name, num_layers=24, window=None)), 32768).stored
+
+    full = stored("mha") // 4  # the MixAttention files have a quarter of the heads
+    expected = {"ma": 19.2, "ma_endslide": 19.2, "ma_offset": 19.2, "mixattention": 10.7, "ma_successive3": 10.7}
+    expected |= {"ma_offset_slideshare": 21.3, "ma_pairs_slideshare": 11.3, "swa": 32.0}
+    for name, ratio in expected.items():
+        assert round(full / stored(name), 1) == ratio, name
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 11, 20, 32, 61])
+def test_any_depth(arch: str, depth: int) -> None:
+    plan = resolve(small(arch, num_layers=depth))
+    assert plan.num_layers == depth
+    for layer in range(depth):
+        store = plan.store(layer)
+        assert store.owner <= layer
+        assert plan.store(store.owner) is store, "a reader reads a store, never a reader"
+    assert [store.owner for store in plan.stores] == sorted({store.owner for store in plan.stores})
+
+
+def test_every_arch_at_every_size() -> None:
+    for name in ARCHS:
+        for size in SIZES:
+            resolve(ModelConfig(load_arch(name), load_size(size)))
+
+
+def test_every_multi_layer_tile_says_where_the_short_group_goes() -> None:
+    from conftest import ROOT
+
+    for name in ARCHS:
+        arch = load_arch(name)
+        sections = [entry["pattern"] if isinstance(entry, dict) else entry for entry in arch.pattern]
+        one_item = all(len(section) == 1 for section in sections if isinstance(section, list)) and (
+            len(arch.pattern) == 1 or all(isinstance(entry, dict) for entry in arch.pattern)
+        )
+        assert one_item or "short_group:" in (ROOT / "configs" / "arch" / f"{name}.yaml").read_text(), name
+
+
+def test_plan_is_plain_data_and_hashable(arch: str) -> None:
+    plan = resolve(small(arch))
+    assert KVPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert hash(plan) == hash(resolve(small(arch)))
+
+
+def test_readers_start_with_the_owner(arch: str) -> None:
+    plan = resolve(small(arch))
+    assert sorted(layer for store in plan.stores for layer in plan.readers(store)) == list(range(plan.num_layers))
+    assert all(plan.readers(store)[0] == store.owner for store in plan.stores)
+
+
+def test_max_window_only_shortens(arch: str) -> None:
+    plan, free = resolve(small(arch, window=6)), resolve(small(arch, window=None))
+    for cut, store in zip(plan.stores, free.stores, strict=True):
+        assert cut.window == (None if store.window is None else min(6, store.window))
+
+
+def layout(stores: dict, pattern: list, **changes: object) -> KVPlan:
+    arch = from_dict(ArchConfig, {"stores": stores, "pattern": pattern, "short_group": "last"})
+    return resolve(small(arch, **changes))
+
+
+KV = {"kv": {"kv_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("stores", "pattern", "changes", "message"),
+    [
+        (KV, [], {}, "arch.pattern is empty"),
+        (KV, ["new kw"], {}, "names no store type; arch.stores has kv"),
+        (KV, ["now kv"], {}, "cannot read 'now kv'; write `new X`"),
+        (KV, ["new kv x0"], {}, "cannot read"),
+        (KV, ["reuse kv", "new kv"], {}, "layer 0: `reuse kv` has nothing to reuse"),
+        (KV, ["new kv", {"layers": 1, "pattern": ["new kv"]}], {}, "mixes items and sections"),
+        (KV, [{"layers": 1, "pattern": ["new kv"]}], {}, "covers 1 layers, the model has 7"),
+        (KV, [{"pattern": ["new kv"]}, {"pattern": ["new kv"]}], {}, "both lack `layers`"),
+        (KV, [{"layers": "half", "pattern": ["new kv"]}], {}, "write a number, or a share of the depth"),
+        (KV, [{"layer": 1, "pattern": ["new kv"]}], {}, "a section's keys are layers, pattern, short_group"),
+        (KV, [{"pattern": "new kv"}], {}, "a pattern is a list"),
+        (KV, [{"pattern": ["new kv"], "short_group": "middle"}], {}, "it is `first` or `last`"),
+        ({**KV, "spare": {"kv_heads": 1}}, ["new kv"], {}, "arch.stores.spare is in no item"),
+        ({"kv": {}}, ["new kv"], {}, "needs either kv_heads or latent"),
+        ({"kv": {"kv_heads": 1, "latent": {}}}, ["new kv"], {}, "needs either kv_heads or latent"),
+        ({"kv": {"kv_heads": 3}}, ["new kv"], {}, "does not divide the 8 query heads; choose 1, 2, 4, 8"),
+        ({"kv": {"kv_heads": "1/3"}}, ["new kv"], {}, "it must come to a whole number"),
+        ({"kv": {"kv_heads": "few"}}, ["new kv"], {}, "a share of the query heads such as 1/4"),
+        ({"kv": {"kv_heads": 0}}, ["new kv"], {}, "at least 1"),
+        ({"kv": {"kv_heads": 1, "window": 0}}, ["new kv"], {}, "it counts the current token"),
+        ({"kv": {"kv_heads": 1, "sinks": True}}, ["new kv"], {}, "sinks needs a window"),
+        ({"kv": {"kv_heads": 1, "rope_theta": -1.0}}, ["new kv"], {}, "must be positive"),
+        ({"kv": {"latent": {"dim": 16, "rope_dim": 3}}}, ["new kv"], {}, "rotary embeddings need an even number"),
+        (KV, ["new kv"], {"num_layers": 0}, "size.num_layers is 0; it must be at least 1"),
+        (KV, ["new kv"], {"head_dim": None, "d_model": 36}, "not a multiple of size.num_heads 8; set size.head_dim"),
+        (KV, ["new kv"], {"head_dim": 7}, "rotary embeddings need an even one"),
+        (KV, ["new kv"], {"max_window": 0}, "size.max_window is 0"),
+    ],
+)
+def test_impossible_layouts_name_the_fix(stores: dict, pattern: list, changes: dict, message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        layout(stores, pattern, **changes)
+    assert message in str(caught.value)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(LayoutError) as caught:
+        layout({"kv": {"kv_heads": 3, "window": 0}}, ["new kv", "now kv"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_heads_as_a_share_and_as_a_number_agree() -> None:
+    assert layout({"kv": {"kv_heads": "1/4"}}, ["new kv"]) == layout(KV, ["new kv"])
+    assert layout({"kv": {"kv_heads": "all"}}, ["new kv"]) == layout({"kv": {"kv_heads": 8}}, ["new kv"])
+
+
+def test_short_group_first_and_last() -> None:
+    tile = ["new kv", "reuse kv x2"]
+    stores = {"kv": StoreConfig(kv_heads=1)}
+    size = SizeConfig(num_layers=5, d_model=16, num_heads=2)
+    assert str(resolve(ModelConfig(ArchConfig(stores, tile, "first"), size))) == "0 0 2 2 2"
+    assert str(resolve(ModelConfig(ArchConfig(stores, tile, "last"), size))) == "0 0 0 3 3"
+
+
+def test_from_dict_refuses_unknown_keys() -> None:
+    with pytest.raises(ValueError, match="StoreConfig has no kv_head; its keys are kv_heads"):
+        from_dict(ArchConfig, {"stores": {"kv": {"kv_head": 1}}})
+    latent = from_dict(StoreConfig, {"latent": {"dim": 4}}).latent
+    assert latent == LatentConfig(dim=4)

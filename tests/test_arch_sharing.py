@@ -1,0 +1,97 @@
+"""Shared keys and values train alike however the model is run: the failure that other frameworks shipped."""
+
+import pytest
+import torch
+from conftest import build, small, tokens
+from torch.nn import functional as F
+
+from arch import Decoder
+
+
+def gradients(model: Decoder) -> dict[str, torch.Tensor]:
+    batch = tokens(2, 16)
+    model.train().zero_grad()
+    F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_activation_checkpointing_changes_no_gradient(arch: str) -> None:
+    model = build(small(arch), torch.float32)
+    expected = gradients(model)
+    model.activation_checkpointing = True
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_checkpointing_recomputes() -> None:
+    model = build(small("cla2"), torch.float32)
+    calls = []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.activation_checkpointing = True
+    gradients(model)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in ("cla3", "mixattention", "mla", "swa_sinks")),
+        pytest.param("mixattention", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_change_no_gradient(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    model = build(small(name), torch.float32)
+    expected = gradients(model)
+    for block in model.layers:
+        block.compile(backend=backend, fullgraph=True)
+    compiled = gradients(model)
+    for key, gradient in compiled.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_owner_gradients_come_from_all_readers(arch: str) -> None:
+    """Freeze what a reader adds to the loss by cutting its slots off: the owner's gradient changes."""
+    model = build(small(arch))
+    shared = [store for store in model.plan.stores if len(model.plan.readers(store)) > 1]
+    if not shared:
+        pytest.skip("nothing is shared in this layout")
+    expected = gradients(model)
+    for store in shared:
+        reader = model.plan.readers(store)[-1]
+        handle = model.layers[reader].register_forward_pre_hook(
+            lambda _, inputs: (inputs[0], tuple(slot.detach() for slot in inputs[1]), *inputs[2:])
+        )
+        cut = gradients(model)
+        handle.remove()
+        written = [name for name in expected if name.startswith(f"layers.{store.owner}.writer")]
+        assert written
+        assert all(not torch.allclose(cut[name], expected[name], rtol=1e-6, atol=0) for name in written)
+
+
+def test_sharing_reaches_only_readers(arch: str) -> None:
+    """Changing what an owner writes changes the layers that read it, at the layer itself, and nothing written below."""
+    model, batch = build(small(arch)), tokens(1, 10)
+    inputs: dict[int, tuple] = {}
+    for layer, block in enumerate(model.layers):
+        block.register_forward_pre_hook(lambda _, args, layer=layer: inputs.__setitem__(layer, args[1]))
+    with torch.no_grad():
+        model(batch)
+    for layer, owner in enumerate(model.plan.owners):
+        assert (inputs[layer] == ()) == (owner == layer), "an owner is handed nothing, a reader its owner's slots"
+
+
+def test_slots_are_the_owners_tensors_not_copies(arch: str) -> None:
+    model, batch = build(small(arch)), tokens(1, 10)
+    outputs, inputs = {}, {}
+    for layer, block in enumerate(model.layers):
+        block.register_forward_hook(
+            lambda _, args, out, layer=layer: (
+                (inputs.__setitem__(layer, args[1]), outputs.__setitem__(layer, out[1])) and None
+            )
+        )
+    with torch.no_grad():
+        model(batch)
+    for layer, owner in enumerate(model.plan.owners):
+        if owner != layer:
+            assert all(a is b for a, b in zip(inputs[layer], outputs[owner], strict=True))
