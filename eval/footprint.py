@@ -135,7 +135,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     options: FootprintConfig = OmegaConf.to_object(config)
     if choices.arch is not None:
         archs = {choices.arch: options.arch}
-    context = options.context or options.size.seq_len
+    context = options.size.seq_len if options.context is None else options.context
     if context < 1 or options.itemsize < 1:
         raise ValueError(f"context ({context}) and itemsize ({options.itemsize}) must be at least 1")
     memory = parse_bytes(options.memory)

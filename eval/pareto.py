@@ -8,6 +8,7 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
   out=FOLDER      where the files go (default: the folder given, or the one that holds all runs)
 """
 
+import csv
 import glob
 import hashlib
 import json
@@ -20,7 +21,6 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -162,11 +162,12 @@ def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[P
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
     draw_pareto(rows, context, METRICS[metric], paths[0])
     plot_pareto_html(rows, context, METRICS[metric], paths[1])
-    frame = pd.DataFrame([asdict(row) for row in rows])
-    frame.insert(0, "metric", metric)
-    frame.insert(0, "context", context)
-    frame.to_csv(paths[2], index=False)
-    frame.to_json(paths[3], orient="records", indent=1)
+    records = [{"context": context, "metric": metric, **asdict(row)} for row in rows]
+    with paths[2].open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0].keys())
+        writer.writeheader()
+        writer.writerows(records)
+    paths[3].write_text(json.dumps(records, indent=1))
     return paths
 
 

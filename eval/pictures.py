@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from arch import KVPlan
+from arch import KVPlan, Store
 from arch.footprint import kv_bytes, slot_bytes
 from eval.units import bytes_text
 
@@ -27,8 +27,8 @@ INK = "#222222"
 
 def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path) -> None:
     """Layers from left (lowest) to right; above each owner the store it writes, with lines to its readers."""
-    types = list(dict.fromkeys(store.name for store in plan.stores))
-    color = {name: COLORS[number % len(COLORS)] for number, name in enumerate(types)}
+    types = list({store.name: store for store in plan.stores}.values())
+    color = _colors(types)
     figure, axes = plt.subplots(figsize=(max(7.0, 0.42 * plan.num_layers + 1.5), 3.6))
     store_y, layer_y, half = 1.35, 0.0, 0.36
     for layer in range(plan.num_layers):
@@ -45,28 +45,24 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         else:
             _line(axes, (store.owner + 0.12, store_y - 0.2), (layer, layer_y + 0.2), tint, width=0.9, style="-|>")
     kv = kv_bytes(plan, context, itemsize)
-    figure.suptitle(
-        f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers",
-        x=0.02,
-        ha="left",
-        fontsize=11,
-        weight="bold",
+    axes.text(
+        -0.4, 2.05, f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers", fontsize=11, weight="bold"
     )
-    axes.set_title(
+    figures = (
         f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows; at {context:,} tokens "
-        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded token",
-        loc="left",
-        fontsize=9,
-        color="#555555",
+        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded token"
     )
+    axes.text(-0.4, 1.8, figures, fontsize=9, color="#555555")
     axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions kept)"], fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_xlim(-0.8, plan.num_layers - 0.2)
-    axes.set_ylim(-0.4, 1.75)
+    axes.set_ylim(-0.4, 2.2)
     axes.spines[:].set_visible(False)
-    sizes = {store.name: slot_bytes(store, itemsize) for store in plan.stores}
-    handles = [Patch(color=color[name], label=f"{name}: {sizes[name]:,} B per position") for name in types]
+    handles = [
+        Patch(color=color[store.name], label=f"{store.name}: {slot_bytes(store, itemsize):,} B per position")
+        for store in types
+    ]
     handles += [
         Patch(facecolor="#999999", edgecolor="#999999", label="writes and reads"),
         Patch(facecolor="white", edgecolor="#999999", label="only reads"),
@@ -76,6 +72,16 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
     )
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
     plt.close(figure)
+
+
+def _colors(types: Sequence[Store]) -> dict[str, str]:
+    """Blue for stores that keep everything, orange for windows, green for latents; further types take what is left."""
+    left = list(COLORS)
+    result = {}
+    for store in types:
+        wanted = COLORS[2] if store.slot.latent_dim else COLORS[1] if store.window else COLORS[0]
+        result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else "#7f7f7f"
+    return result
 
 
 def _box(axes: plt.Axes, x: float, y: float, half: float, half_height: float, *, face: str, edge: str) -> None:

@@ -1,13 +1,19 @@
 """Every layout of configs/arch at a small size: the parameter of most tests."""
 
 import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import data.corpora
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig
-from eval.cli import load_arch, names
+from data.prepare import prepare
+from eval.cli import launch, load_arch, names
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = names("arch")
@@ -50,3 +56,42 @@ def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
 @pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """A small corpus with something to learn and more than ASCII."""
+    for n in range(600):
+        text = f"def function_{n}(x):\n    return x * {n}  # naïve {'ä' * (n % 3)}\n"
+        yield ("val", "test", "train", "train")[n % 4], text
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Prepared shards of `documents`, with a vocabulary of 600."""
+    data.corpora.CORPORA["unit"] = documents
+    path = tmp_path_factory.mktemp("data") / "unit"
+    prepare("unit", 600, path)
+    yield path
+    del data.corpora.CORPORA["unit"]
+
+
+def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:
+    """A script's command line, without the seconds that a new process takes to import torch."""
+    argv = sys.argv
+    sys.argv = [f"{name}.py", *arguments]
+    try:
+        launch(task, name, schema)
+    finally:
+        sys.argv = argv
+
+
+def run_script(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, as typed."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=240,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )

@@ -11,7 +11,7 @@ from arch.footprint import allocated_bytes, kv_bytes
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_bytes(arch: str, length: int, batch: int) -> None:
-    """Allocated for `length` tokens and filled with them: the storages weigh what the formula says, before and after."""
+    """Allocated for `length` tokens and filled with them, the storages weigh what the formula says."""
     model = build(small(arch), torch.float32)
     cache = allocate(model.plan, batch, length, dtype=torch.float32)
     expected = batch * kv_bytes(model.plan, length, 4).stored

@@ -29,7 +29,7 @@ def input_gradients(model: Decoder, batch: torch.Tensor, position: int) -> torch
 
 
 def reach(model: Decoder) -> int | None:
-    """How far back a token can look through all layers: windows minus one, summed; None if any layer sees everything."""
+    """How far back a token can look through all layers: windows minus one, summed; None if some layer sees all."""
     windows = [model.plan.store(layer).window for layer in range(model.plan.num_layers)]
     return None if None in windows else sum(window - 1 for window in windows)
 
@@ -88,7 +88,7 @@ def test_parameters_of_the_cla_paper() -> None:
 
 
 def test_flops(arch: str) -> None:
-    """The counter sees dense attention: with its pairs put in the place of the visible ones, the formula agrees exactly."""
+    """The counter sees dense attention: with its pairs in place of the visible ones, the formula agrees exactly."""
     config, length = small(arch), 17
     model = Decoder(config, "reference")
     model.init_weights()

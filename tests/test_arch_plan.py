@@ -8,7 +8,7 @@ from conftest import ARCHS, SIZES, small
 from arch import ArchConfig, KVPlan, LatentConfig, LayoutError, ModelConfig, SizeConfig, StoreConfig, from_dict, resolve
 from eval.cli import load_arch, load_size
 
-# Owner of each layer; `s` marks sliding windows. CLA paper, figure 2 and section 3.2.1; MixAttention paper, figures 2-11.
+# Owner of each layer, `s` for sliding windows. CLA paper: figure 2, section 3.2.1. MixAttention paper: figures 2 to 11.
 CLA_20 = {
     "cla2": "0 0 2 2 4 4 6 6 8 8 10 10 12 12 14 14 16 16 18 18",
     "cla3": "0 0 2 2 2 5 5 5 8 8 8 11 11 11 14 14 14 17 17 17",

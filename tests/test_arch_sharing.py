@@ -83,13 +83,13 @@ def test_sharing_reaches_only_readers(arch: str) -> None:
 
 def test_slots_are_the_owners_tensors_not_copies(arch: str) -> None:
     model, batch = build(small(arch)), tokens(1, 10)
-    outputs, inputs = {}, {}
+    inputs, outputs = {}, {}
+
+    def keep(layer: int, arguments: tuple, result: tuple) -> None:
+        inputs[layer], outputs[layer] = arguments[1], result[1]
+
     for layer, block in enumerate(model.layers):
-        block.register_forward_hook(
-            lambda _, args, out, layer=layer: (
-                (inputs.__setitem__(layer, args[1]), outputs.__setitem__(layer, out[1])) and None
-            )
-        )
+        block.register_forward_hook(lambda _, arguments, result, layer=layer: keep(layer, arguments, result))
     with torch.no_grad():
         model(batch)
     for layer, owner in enumerate(model.plan.owners):

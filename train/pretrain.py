@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import KVPlan, LayoutError, ModelConfig, resolve
+from arch.attend import choose
+from arch.decoder import attention_needs
 from data.batches import EvalBatches, TrainBatches
 from data.prepare import default_folder, prepare
 from data.shards import DataError, Manifest, TokenWindows
@@ -96,6 +98,7 @@ def run(config: PretrainConfig) -> None:
     module = LitDecoder(config, torch.from_numpy(np.load(data_folder / "token_bytes.npy").astype(np.int64)))
     folder = Path(config.folder)
     trainer = build_trainer(config, folder, plan)
+    choose(config.trainer.backend, attention_needs(plan), trainer.strategy.root_device.type)
     if trainer.is_global_zero:
         write_start(folder, config, plan)
         console = Console(width=None if sys.stdout.isatty() else 140)

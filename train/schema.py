@@ -20,7 +20,7 @@ class DataConfig:
     path: str | None = None
     corpus: str = "stdlib"
     vocab_size: int = 4096
-    val_tokens: int = 65536
+    val_tokens: int = 32768
 
 
 @dataclass

@@ -1,0 +1,38 @@
+# make demo   a fresh machine to a Pareto plot of trained models, without a network account
+# make test   a fresh machine to the whole test suite: format, lint, types, tests
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention
+DEMO_SEEDS ?= 0
+DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.PHONY: help env demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^#/s/^# //p' Makefile
+
+# pip takes torch from the package index, which on Linux is the CUDA build; for the small CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
+env: $(BIN)/.ready
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: env
+	$(BIN)/python train/pretrain.py -m +arch=$(DEMO_ARCHS) +size=tiny seed=$(DEMO_SEEDS) hydra.sweep.dir=$(DEMO_RUNS)
+	$(BIN)/python eval/pareto.py $(DEMO_RUNS)
+
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,71 @@
+"""One of two gloo processes: gradients of every layout under FSDP2 and DDP against those of one process."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import torch
+import torch.distributed as dist
+from conftest import ARCHS, build, small, tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from arch import Decoder
+from train.parallel import parallelize
+
+
+def backward(model: torch.nn.Module, batch: torch.Tensor) -> None:
+    F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+
+
+def compare(name: str, how: str, model: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    for key, parameter in model.named_parameters():
+        gradient = parameter.grad
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        torch.testing.assert_close(
+            full, expected[key.removeprefix("module.")], rtol=1e-4, atol=1e-6, msg=f"{name} {how} {key}"
+        )
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    rank = dist.get_rank()
+    for name in ARCHS:
+        config, batch = small(name), tokens(2, 14)
+        model = build(config, torch.float32).train()
+        backward(model, batch)
+        expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+
+        model.zero_grad()
+        ddp = DistributedDataParallel(model)
+        backward(ddp, batch[rank : rank + 1])
+        compare(name, "ddp", ddp, expected)
+
+        for checkpointing in (False, True):
+            with torch.device("meta"):
+                sharded = Decoder(config)
+            parallelize(
+                sharded,
+                activation_checkpointing=checkpointing,
+                compile_blocks=False,
+                mesh=mesh,
+                dtype=torch.float32,
+            )
+            sharded.to_empty(device="cpu")
+            sharded.init_weights(seed=1)
+            for key, parameter in sharded.named_parameters():
+                assert torch.equal(parameter.full_tensor(), weights[key]), f"{name}: {key} depends on the sharding"
+            backward(sharded, batch[rank : rank + 1])
+            compare(name, f"fsdp, activation checkpointing {checkpointing}", sharded, expected)
+    if rank == 0:
+        print(f"{len(ARCHS)} layouts agree")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

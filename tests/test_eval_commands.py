@@ -1,0 +1,253 @@
+"""`eval/footprint.py` and `eval/pareto.py` as their users meet them."""
+
+import csv
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import ARCHS, launch_in_process, small
+
+from arch import resolve
+from arch.footprint import kv_bytes
+from eval import footprint, pareto
+from eval.pareto import RunError, experiment, find_runs, load_run, points
+from eval.units import bytes_text, count_text, parse_bytes
+
+KEYS = {
+    "arch",
+    "num_params",
+    "flops_per_token",
+    "kv_bytes_per_token",
+    "kv_bytes_constant",
+    "kv_bytes_stored",
+    "kv_bytes_read",
+}
+
+
+def run_footprint(*arguments: str) -> None:
+    launch_in_process(footprint.main, "footprint", footprint.FootprintConfig, [*arguments])
+
+
+def footprint_json(capsys: pytest.CaptureFixture, *arguments: str) -> dict[str, dict]:
+    run_footprint(*arguments, "json=true")
+    return {row["arch"]: row for row in json.loads(capsys.readouterr().out)}
+
+
+def test_footprint_of_every_arch(capsys: pytest.CaptureFixture) -> None:
+    rows = footprint_json(capsys, "+size=1b", "context=32768")
+    assert sorted(rows) == ARCHS
+    assert all(set(row) >= KEYS for row in rows.values())
+    expected = {"mha": 163840, "gqa4": 40960, "gqa2": 20480, "mqa": 10240, "cla2": 5120, "cla3": 3584, "cla4": 2560}
+    assert {name: rows[name]["kv_bytes_per_token"] for name in expected} == expected
+    cla = rows["cla2"]
+    assert cla["kv_bytes_stored"] == 5120 * 32768
+    assert cla["kv_bytes_read"] == 10240 * 32768, "sharing stores half and reads as much"
+    weights = 2 * cla["num_params"]
+    assert cla["max_batch"] == int((80e9 - weights) // cla["kv_bytes_stored"])
+
+
+def test_footprint_options(capsys: pytest.CaptureFixture) -> None:
+    base = footprint_json(capsys, "+size=1b", "+arch=swa", "context=4096")["swa"]
+    short = footprint_json(capsys, "+size=1b", "+arch=swa", "context=100")["swa"]
+    wide = footprint_json(capsys, "+size=1b", "+arch=swa", "context=4096", "itemsize=4", "memory=1GiB")["swa"]
+    other = footprint_json(capsys, "+size=1b", "+arch=swa", "context=4096", "arch.stores.local.window=512")["swa"]
+    assert base["kv_bytes_stored"] == base["kv_bytes_constant"] == 1024 * 20 * 2048
+    assert (base["kv_bytes_per_token"], short["kv_bytes_stored"]) == (0, 100 * 20 * 2048)
+    assert wide["kv_bytes_stored"] == 2 * base["kv_bytes_stored"]
+    assert wide["max_batch"] == 0, "the weights alone do not fit"
+    assert other["kv_bytes_stored"] * 2 == base["kv_bytes_stored"]
+
+
+def test_footprint_table_and_picture(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    picture = tmp_path / "map.png"
+    run_footprint("+size=1b", "+arch=mixattention", "context=32768", f"picture={picture}")
+    text = capsys.readouterr().out
+    for words in ("mixattention: 9 stores for 20 layers", "last 1,024", "12, 18", "142 MiB", "ownership map"):
+        assert words in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    run_footprint("+size=tiny", "+arch=mha", "picture=null")
+    assert "ownership map" not in capsys.readouterr().out
+
+
+def test_footprint_says_which_arch_is_impossible(capsys: pytest.CaptureFixture) -> None:
+    run_footprint("+size=tiny", "size.num_heads=4", "json=true")
+    captured = capsys.readouterr()
+    names = {row["arch"] for row in json.loads(captured.out)}
+    assert set(ARCHS) - names == {"gqa8"}
+    assert "gqa8 is impossible at this size" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "choose +size= one of: 125m, 1b"),
+        (["+size=1b", "+arch=cla9"], "Could not find 'arch/cla9'"),
+        (["+size=1b", "context=0"], "must be at least 1"),
+        (["+size=1b", "context=-5"], "must be at least 1"),
+        (["+size=1b", "memory=lots"], "write it like 80GB or 80GiB"),
+        (["+size=1b", "contex=3"], "unknown key contex, did you mean context?"),
+        (["+size=1b", "+arch=gqa8", "size.num_heads=4"], "does not divide the 4 query heads"),
+    ],
+)
+def test_footprint_errors(arguments: list[str], message: str, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_footprint(*arguments)
+    assert stopped.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (5120, "5 KiB"), (163840, "160 KiB"), (5 * 2**30, "5 GiB"), (3 * 2**50, "3,072 TiB")],
+)
+def test_bytes_text(value: int, text: str) -> None:
+    assert bytes_text(value) == text
+
+
+def test_other_units() -> None:
+    assert (count_text(950e6), count_text(7.17e9), count_text(12)) == ("950M", "7.17B", "12")
+    assert [parse_bytes(text) for text in ("80GB", "1GiB", "12 kb", "7")] == [80e9, 2**30, 12e3, 7]
+
+
+def make_run(folder: Path, arch: str, seed: int, ppl: float, name: str | None = None, **changes: object) -> Path:
+    path = folder / f"{name or arch}-seed{seed}-{ppl}"
+    path.mkdir(parents=True)
+    plan = resolve(small(arch))
+    (path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    summary = {
+        "name": name or arch,
+        "seed": seed,
+        "seq_len": 32,
+        "experiment": {"arch": arch, **changes},
+        "val": {"ppl": ppl, "bpb": ppl / 10, "loss": 1.0},
+        "params": 1000,
+        "tokens": 5000,
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    for seed, ppl in enumerate((20.0, 22.0, 21.0)):
+        make_run(folder, "mha", seed, ppl)
+    make_run(folder, "gqa4", 0, 23.0)
+    make_run(folder, "mqa", 0, 30.0)
+    make_run(folder, "cla2", 0, 26.0)
+    make_run(folder, "swa", 0, 40.0)
+    return folder
+
+
+def test_points_and_frontier(runs: Path) -> None:
+    rows = {row.name: row for row in points(find_runs([str(runs)]), 64, "ppl", 2)}
+    assert (rows["mha"].value, rows["mha"].lowest, rows["mha"].highest, rows["mha"].seeds) == (21.0, 20.0, 22.0, 3)
+    assert {name for name, row in rows.items() if row.frontier} == {"swa", "cla2", "gqa4", "mha"}
+    for name, row in rows.items():
+        assert row.bytes == kv_bytes(resolve(small(name)), 64, 2).stored
+
+
+def test_the_context_decides_the_order(runs: Path) -> None:
+    """Windows cost as much as full stores on a short text and almost nothing on a long one."""
+    short = {row.name: row.bytes for row in points(find_runs([str(runs)]), 4, "ppl", 2)}
+    long = {row.name: row.bytes for row in points(find_runs([str(runs)]), 4096, "ppl", 2)}
+    assert short["swa"] > short["mqa"]
+    assert long["swa"] < long["mqa"]
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_two_points(tmp_path: Path) -> None:
+    make_run(tmp_path, "mha", 0, 20.0)
+    make_run(tmp_path, "mha", 1, 25.0, lr=3)
+    rows = points(find_runs([str(tmp_path)]), 64, "ppl", 2)
+    assert len(rows) == 2
+    assert len({row.name for row in rows}) == 2
+    assert all(row.name.startswith("mha (") for row in rows)
+    first, second = find_runs([str(tmp_path)])
+    assert experiment(first) != experiment(second)
+
+
+def test_pareto_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    pareto.main([str(runs / "*"), "context=64", "metric=bpb", f"out={out}"])
+    text = capsys.readouterr().out
+    assert "KV cache of one sequence of 64 tokens against bits per byte" in text
+    assert {path.name for path in out.iterdir()} == {"pareto.png", "pareto.html", "pareto.csv", "pareto.json"}
+    records = json.loads((out / "pareto.json").read_text())
+    expected = [{"context": 64, "metric": "bpb", **asdict(row)} for row in points(find_runs([str(runs)]), 64, "bpb", 2)]
+    assert records == expected
+    with (out / "pareto.csv").open() as file:
+        assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in records]
+    html = (out / "pareto.html").read_text()
+    assert "plotly" in html
+    assert "mixattention" not in html
+    assert all(row["name"] in html for row in records)
+
+
+def test_default_place_and_context(runs: Path) -> None:
+    pareto.main([str(runs)])
+    assert json.loads((runs / "pareto.json").read_text())[0]["context"] == 32
+    single = runs / "mha-seed0-20.0"
+    pareto.main([str(single)])
+    assert (single / "pareto.png").exists()
+
+
+def test_labels_do_not_overlap(tmp_path: Path) -> None:
+    """A crowd: every name is drawn, none over another."""
+    from eval import pictures
+
+    for number, name in enumerate(
+        ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")
+    ):
+        make_run(tmp_path, name, 0, 20.0 + number / 3)
+    rows = points(find_runs([str(tmp_path)]), 64, "ppl", 2)
+    drawn = {}
+    original = pictures._label
+
+    def label(figure, axes, rows):
+        original(figure, axes, rows)
+        drawn.update({text.get_text(): text.get_window_extent() for text in axes.texts})
+
+    pictures._label = label
+    try:
+        pictures.draw_pareto(rows, 64, "perplexity", tmp_path / "pareto.png")
+    finally:
+        pictures._label = original
+    assert set(drawn) == {row.name for row in rows}
+    boxes = list(drawn.values())
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{runs}", "contxt=3"], "unknown key contxt; the keys are context, metric, itemsize, out"),
+        (["{runs}", "context=long"], "it is a whole number"),
+        (["{runs}", "context=0"], "it is a whole number"),
+        (["{runs}", "metric=loss"], "choose ppl, bpb"),
+        (["/nowhere"], "/nowhere is not a folder"),
+        (["{empty}"], "no finished run in"),
+    ],
+)
+def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError) as caught:
+        pareto.main([argument.format(runs=runs, empty=tmp_path / "empty") for argument in arguments])
+    assert message in str(caught.value)
+
+
+def test_broken_runs_are_named(runs: Path) -> None:
+    run = next(runs.glob("mqa*"))
+    (run / "plan.json").unlink()
+    with pytest.raises(RunError, match="plan.json is missing"):
+        load_run(run)
+    (run / "plan.json").write_text("{")
+    with pytest.raises(RunError, match="holds no readable run"):
+        find_runs([str(runs)])
+
+
+def test_runs_of_different_length_need_a_context(runs: Path) -> None:
+    path = next(runs.glob("mqa*")) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seq_len": 64}))
+    with pytest.raises(RunError, match=r"sequences of \[32, 64\] tokens; say which context=N"):
+        pareto.main([str(runs)])

@@ -1,0 +1,122 @@
+"""The house: who may import whom, what an entry point may be called, how long a file may get."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = ("arch", "data", "eval", "train")
+# Arrows of the house; every package may import itself.
+MAY_IMPORT = {"arch": set(), "data": set(), "eval": {"arch", "data"}, "train": {"arch", "data", "eval"}}
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(level, module) of every import in the file, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_arrows(path: Path) -> None:
+    package = path.parent.name
+    for level, module in imports(path):
+        root = module.partition(".")[0]
+        assert level <= 1, f"{path}: relative imports have a single dot"
+        if level == 0 and root in PACKAGES:
+            assert root in MAY_IMPORT[package] | {package}, f"{path} imports {root}"
+        if package == "arch":
+            assert level == 1 or root in {"torch", "einops"} | sys.stdlib_module_names, f"{path} imports {module}"
+
+
+def test_arch_is_flat_and_relative() -> None:
+    assert not [path for path in (ROOT / "arch").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    for path in (ROOT / "arch").glob("*.py"):
+        assert not [module for level, module in imports(path) if level == 0 and module.partition(".")[0] == "arch"], (
+            path
+        )
+
+
+@pytest.mark.parametrize("module", ["config", "plan", "footprint"])
+def test_layouts_and_counts_need_no_torch(module: str) -> None:
+    """Loaded as single files, as an export does, so that the package's own __init__ does not bring torch in."""
+    code = f"""
+import importlib.util, sys, types
+package = types.ModuleType("arch"); package.__path__ = [{str(ROOT / "arch")!r}]; sys.modules["arch"] = package
+import arch.{module}
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_arch_imports_with_torch_and_einops_alone() -> None:
+    """Everything else that is installed for this project is blocked."""
+    code = f"""
+import sys
+class Block:
+    names = {{"lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich",
+             "pandas", "datasets", "train", "data", "eval"}}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, {str(ROOT)!r})
+import arch, arch.footprint, arch.generate
+size = arch.SizeConfig(num_layers=2, d_model=16, num_heads=2, d_ff=16, vocab_size=11)
+config = arch.ModelConfig(arch.ArchConfig({{"kv": arch.StoreConfig(kv_heads=1)}}, ["new kv", "reuse kv"]), size)
+model = arch.Decoder(config); model.init_weights()
+assert len(arch.generate(model, [[1, 2]], 3)[0]) == 3
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_shadow_nothing() -> None:
+    """`python train/x.py` puts train/ first on the path for a moment; tests/ must not become a package."""
+    assert not (ROOT / "tests" / "__init__.py").exists()
+    forbidden = {*PACKAGES, "tests", "configs", "torch", "lightning", "hydra", "wandb", "datasets"}
+    forbidden |= set(sys.stdlib_module_names)
+    for path in FILES:
+        assert path.stem not in forbidden, path
+
+
+def test_packages_are_those_of_this_repository() -> None:
+    for package in PACKAGES:
+        module = __import__(package)
+        assert Path(module.__file__).parent == ROOT / package
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= (30 if node.name == "training_step" else 60), f"{node.name} has {length} lines"
+
+
+def test_top_level() -> None:
+    """The user fixed it: eight names, and what may join them."""
+    allowed = {
+        "pyproject.toml",
+        *PACKAGES,
+        "configs",
+        "tests",
+        "README.md",
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+        "docs",
+    }
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= allowed

@@ -1,0 +1,58 @@
+"""Two gloo processes do what one does, for every layout: DDP and FSDP2, with and without activation checkpointing."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHS, ROOT, run_script
+
+SMALL = [
+    "size.num_layers=3", "size.d_model=32", "size.d_ff=48", "size.vocab_size=600", "size.seq_len=32",
+    "size.max_window=8", "batch_size=4", "tokens=1024", "data.val_tokens=320", "trainer.log_every=1", "logger=csv",
+    "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+def test_gradients_of_every_layout() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(ROOT / "tests" / "parallel_worker.py")],
+        capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{len(ARCHS)} layouts agree" in done.stdout
+
+
+def column(folder: Path, name: str) -> list[float]:
+    with (folder / "metrics" / "0" / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    folder = tmp_path_factory.mktemp("single") / "run"
+    arguments = [*SMALL, f"data.path={corpus}", f"folder={folder}"]
+    done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1"]])
+def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path, options: list[str]) -> None:
+    """The command itself, launched on two processes: the same losses and validation, also when it accumulates."""
+    folder = tmp_path / "run"
+    arguments = [*SMALL, *options, f"data.path={corpus}", f"folder={folder}"]
+    done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("train/loss", "val/loss", "val/bpb"):
+        assert column(folder, name) == pytest.approx(column(single, name), rel=1e-5), name
+    checkpoints = [
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (single, folder)
+    ]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    for key, value in checkpoints[0].items():
+        torch.testing.assert_close(checkpoints[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
