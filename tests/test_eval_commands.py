@@ -239,7 +239,7 @@ def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path:
 def test_broken_runs_are_named(runs: Path) -> None:
     run = next(runs.glob("mqa*"))
     (run / "plan.json").unlink()
-    with pytest.raises(RunError, match="plan.json is missing"):
+    with pytest.raises(RunError, match=r"plan\.json is missing"):
         load_run(run)
     (run / "plan.json").write_text("{")
     with pytest.raises(RunError, match="holds no readable run"):

@@ -136,7 +136,7 @@ def test_resumed_run_repeats_the_losses(tmp_path: Path, corpus: Path, accumulate
     assert len(json.loads((tmp_path / "cut" / "run.json").read_text())) == 2
 
 
-class Cut(Exception):
+class CutError(Exception):
     pass
 
 
@@ -145,12 +145,12 @@ def pretrain_until(step: int, *arguments: str) -> None:
 
     def training_step(self: LitDecoder, batch: dict, batch_idx: int) -> torch.Tensor:
         if self.trainer.global_step >= step:
-            raise Cut
+            raise CutError
         return original(self, batch, batch_idx)
 
     original, LitDecoder.training_step = LitDecoder.training_step, training_step
     try:
-        with pytest.raises(Cut):
+        with pytest.raises(CutError):
             pretrain(*arguments)
     finally:
         LitDecoder.training_step = original
@@ -232,8 +232,7 @@ def test_errors_name_the_fix(
         pretrain(*arguments)
     assert stopped.value.code == 2
     assert message in capfd.readouterr().err
-    assert not list(tmp_path.rglob("*.ckpt"))
-    assert not list(tmp_path.rglob("config.yaml")), "refused before any work"
+    assert not list(tmp_path.iterdir()), "refused before any work"
 
 
 def test_a_vocabulary_too_large_for_the_model(corpus: Path, capfd: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from datetime import datetime
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -66,14 +68,16 @@ def main(config: DictConfig, choices: Choices) -> None:
     if config.resume is None:
         require(arch=choices.arch, size=choices.size)
         config.name = config.name or f"{choices.arch}-{choices.size}"
-        config.folder = config.folder or str(free_folder(HydraConfig.get().runtime.output_dir, config))
+        config.folder = config.folder or str(free_folder(config))
     else:
         config = resumed(config, list(HydraConfig.get().overrides.task))
     run(OmegaConf.to_object(config))
 
 
-def free_folder(parent: str, config: DictConfig) -> Path:
-    """`<parent>/<name>-seed<seed>`, numbered where a sweep over something else has used it."""
+def free_folder(config: DictConfig) -> Path:
+    """`<name>-seed<seed>` in runs/<time> or in the folder of the sweep, numbered where that is taken."""
+    hydra = HydraConfig.get()
+    parent = hydra.sweep.dir if hydra.mode == RunMode.MULTIRUN else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     base = Path(parent) / f"{config.name}-seed{config.seed}"
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
     return next(path for path in candidates if not path.exists())
