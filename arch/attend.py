@@ -78,9 +78,12 @@ def reference(
 
 def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
     """torch's fused attention. A window is a dense boolean mask."""
+    value_width = v_BSKV.shape[-1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
+    # Fused kernels want keys and values of one width.
+    width = max(q_BTNH.shape[-1], v_BSKV.shape[-1])
+    q, k, v = (rearrange(F.pad(x, (0, width - x.shape[-1])), "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -90,7 +93,7 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: floa
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return rearrange(out, "b n t v -> b t n v")
+    return rearrange(out, "b n t v -> b t n v")[..., :value_width]
 
 
 def _sink_as_slot(
@@ -98,17 +101,15 @@ def _sink_as_slot(
 ) -> tuple[Tensor, Tensor, Tensor, Mask]:
     """A sink is one more slot, always visible, worth nothing, whose score is the sink logit.
 
-    Queries get one more coordinate that holds their head's logit, keys get 0 there and the sink's key is that unit
-    vector; coordinates are padded to a multiple of 8, which fused kernels want.
+    Queries get two more coordinates that hold their head's logit and what its type cut off of it; keys get zeros there,
+    and the sink's key has ones there and zeros elsewhere.
     """
-    pad = 8 - q.shape[-1] % 8
     batch, length = q.shape[:2]
-    logit = (sinks_N / scale).to(q.dtype)[None, None, :, None].expand(batch, length, -1, 1)
-    q = F.pad(torch.cat((q, logit), dim=-1), (0, pad - 1))
-    sink = torch.zeros_like(k[:, :1])
-    k = F.pad(torch.cat((k, sink), dim=1), (0, pad))
-    unit = F.one_hot(torch.tensor(k.shape[-1] - pad, device=k.device), k.shape[-1]).to(k.dtype)
-    k = torch.cat((k[:, :-1], unit.expand_as(k[:, :1])), dim=1)
+    logit = (sinks_N / scale).expand(batch, length, -1).unsqueeze(-1)
+    high = logit.to(q.dtype)
+    q = torch.cat((q, high, (logit - high).to(q.dtype)), dim=-1)
+    sink = F.pad(torch.zeros_like(k[:, :1]), (0, 2), value=1.0)
+    k = torch.cat((F.pad(k, (0, 2)), sink), dim=1)
     v = torch.cat((v, torch.zeros_like(v[:, :1])), dim=1)
     allowed = mask.allowed
     if mask.causal:
@@ -128,7 +129,6 @@ class Backend:
     devices: frozenset[str] = field(default_factory=frozenset)
     windows: bool = True
     sinks: bool = True
-    ragged: bool = True
     uneven_value_width: bool = True
 
     def missing(self, needs: set[str], device: str) -> list[str]:

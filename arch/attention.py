@@ -51,8 +51,8 @@ class GroupedReader(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
-        k_BSKH, v_BSKH = slots
         q_BTNH = rotate(rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads), rope)
+        k_BSKH, v_BSKH = (slot.to(q_BTNH.dtype) for slot in slots)  # a cache may hold another type
         out_BTNH = self.backend.attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
@@ -94,6 +94,7 @@ class LatentReader(nn.Module):
         q = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         q_BTNH, q_rope_BTNP = q.split([self.width, self.rope_dim], dim=-1)
         attend = self.expanded if slots[0].shape[1] == x_BTD.shape[1] else self.absorbed
+        slots = tuple(slot.to(q.dtype) for slot in slots)  # a cache may hold another type
         out_BTNH = attend(q_BTNH, rotate(q_rope_BTNP, rope), slots, mask)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
@@ -104,7 +105,7 @@ class LatentReader(nn.Module):
         k_BSNH, v_BSNH = kv.chunk(2, dim=-1)
         k_rope_BSNP = k_rope_BSP.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         q = torch.cat((q_BTNH, q_rope_BTNP), dim=-1)
-        k = torch.cat((k_BSNH, k_rope_BSNP.to(k_BSNH.dtype)), dim=-1)
+        k = torch.cat((k_BSNH, k_rope_BSNP), dim=-1)
         return self.backend.attend(q, k, v_BSNH, mask, self.scale, self.sinks)
 
     def absorbed(self, q_BTNH: Tensor, q_rope_BTNP: Tensor, slots: Slots, mask: Mask) -> Tensor:

@@ -79,8 +79,12 @@ class Cache:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in self.stores for t in s.tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
-    def check(self, batch: int, length: int) -> None:
-        """Raises ValueError where `length` more tokens for `batch` sequences do not fit."""
+    def check(self, plan: KVPlan, batch: int, length: int) -> None:
+        """Raises ValueError where `length` more tokens for `batch` sequences of a model of `plan` cannot be added."""
+        if plan != self.plan:
+            raise ValueError("the cache was allocated for another layout; allocate it from the model's own plan")
+        if torch.is_grad_enabled():
+            raise ValueError("a cache keeps no gradients; decode under torch.no_grad() or torch.inference_mode()")
         rows = self.stores[0].tensors[0].shape[0]
         if batch != rows:
             raise ValueError(f"the cache was allocated for {rows} sequences, the batch has {batch}")

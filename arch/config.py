@@ -1,13 +1,13 @@
 """Authored configuration: what a person writes in `configs/arch` and `configs/size`.
 
 Plain mutable dataclasses of plain types, so that they serve as Hydra schema nodes, as JSON in a checkpoint, and as
-arguments in a test. What
-may be a number or a share is Any: OmegaConf cannot merge a union inside a mapping. Nothing here is checked or derived:
-`plan.resolve` does both, once.
+arguments in a test. What may be a number or a share is Any: OmegaConf cannot merge a union inside a mapping. Whether it
+makes sense is checked once, by `plan.resolve`.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -98,21 +98,28 @@ class ModelConfig:
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """Build the dataclass `cls` from plain nested dicts, as read from YAML or JSON.
 
-    Raises ValueError on a key that `cls` does not have.
+    Raises ValueError on a key that `cls` does not have and on a value of another type.
     """
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; its keys are {', '.join(sorted(known))}")
     hints = get_type_hints(cls)
-    return cls(**{key: _convert(hints[key], value) for key, value in values.items()})
+    return cls(**{key: _convert(f"{cls.__name__}.{key}", hints[key], value) for key, value in values.items()})
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    if isinstance(value, dict):
-        if get_origin(hint) is dict:
-            return {key: _convert(get_args(hint)[1], item) for key, item in value.items()}
-        for option in get_args(hint) or (hint,):
-            if is_dataclass(option):
-                return from_dict(option, value)  # type: ignore[arg-type]
-    return value
+def _convert(where: str, hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`; raises ValueError where it is of another."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for option in options:
+        kind = get_origin(option) or option
+        if is_dataclass(option) and isinstance(value, dict):
+            return from_dict(option, value)  # type: ignore[arg-type]
+        if kind is dict and isinstance(value, dict):
+            return {key: _convert(f"{where}.{key}", get_args(option)[1], item) for key, item in value.items()}
+        if kind is Any or (kind is float and type(value) is int) or (kind is not dict and type(value) is kind):
+            return value
+    names = " or ".join(
+        "null" if option is type(None) else getattr(option, "__name__", str(option)) for option in options
+    )
+    raise ValueError(f"{where} is {value!r}; it must be {names}")

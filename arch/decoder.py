@@ -78,8 +78,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(size.d_model, size.norm_eps)
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, T, V] of the token after each of `tokens_BT`.
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+        """Logits [B, T, V] of the token after each of `tokens_BT`; [B, 1, V], of the last alone, with `last_only`.
 
         With `cache` the tokens continue what it holds and are added to it. Raises ValueError if they do not fit.
         """
@@ -89,13 +89,15 @@ class Decoder(nn.Module):
             positions = torch.arange(length, device=device)
             masks = {window: causal_mask(length, window, device) for window in self.plan.windows}
         else:
-            cache.check(*tokens_BT.shape)
+            cache.check(self.plan, *tokens_BT.shape)
             offset = cache.length
             positions = cache.positions(length, device)
             masks = {window: cache.mask(window, length, device) for window in self.plan.windows}
         ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(map(rope_key, self.plan.stores))}
 
         x_BTD = self.embed(tokens_BT)
+        if torch.is_autocast_enabled(device.type):  # the residual stream is of the type that is computed in
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(device.type))
         written: list[Slots] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -117,6 +119,8 @@ class Decoder(nn.Module):
                 written.append(slots)
         if cache is not None:
             cache.length += length
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
         head = self.embed if self.lm_head is None else self.lm_head
         return F.linear(self.norm(x_BTD), head.weight)
 
@@ -129,13 +133,12 @@ class Decoder(nn.Module):
         a name.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("sinks"):
-                full = torch.zeros(parameter.shape)
-            elif parameter.ndim == 1:
-                full = torch.ones(parameter.shape)
-            else:
+            module = self.get_submodule(name.rpartition(".")[0])
+            if isinstance(module, nn.Linear | nn.Embedding):
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 full = torch.empty(parameter.shape).normal_(0.0, self.config.size.init_std, generator=generator)
+            else:
+                full = torch.ones(parameter.shape) if isinstance(module, RMSNorm) else torch.zeros(parameter.shape)
             if isinstance(parameter, DTensor):
                 full = full.to(parameter.device)
                 mesh, placements = parameter.device_mesh, parameter.placements
@@ -151,7 +154,7 @@ def rope_key(store: Store) -> tuple[int, float]:
 
 def attention_needs(plan: KVPlan) -> set[str]:
     """What a backend must claim to run `plan` (names of the claims of `attend.Backend`)."""
-    needs = {"ragged"}
+    needs = set()
     if any(store.window for store in plan.stores):
         needs.add("windows")
     if any(store.sinks for store in plan.stores):

@@ -8,6 +8,7 @@ plan   the tuple of stores and the tuple of reads, one per layer
 Everything that depends on a layout (weights, data flow, masks, cache, bytes, export) asks the plan and nothing else.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -113,7 +114,7 @@ class KVPlan:
 def resolve(config: ModelConfig) -> KVPlan:
     """The plan of `config`.
 
-    Raises LayoutError, with every problem found, where the size or the layout is impossible.
+    Raises LayoutError where the size is impossible, or else with every problem of the layout.
     """
     problems = _check_size(config.size)
     if problems:
@@ -144,7 +145,7 @@ def resolve(config: ModelConfig) -> KVPlan:
 
 def head_dim(size: SizeConfig) -> int:
     """Width of a query head."""
-    return size.head_dim or size.d_model // size.num_heads
+    return size.d_model // size.num_heads if size.head_dim is None else size.head_dim
 
 
 def _check_size(size: SizeConfig) -> list[str]:
@@ -165,8 +166,8 @@ def _check_size(size: SizeConfig) -> list[str]:
     if size.max_window is not None and size.max_window < 1:
         problems.append(f"size.max_window is {size.max_window}; it must be at least 1, or null for no limit")
     for name in ("rope_theta", "norm_eps", "init_std", "lr"):
-        if getattr(size, name) <= 0:
-            problems.append(f"size.{name} is {getattr(size, name)}; it must be positive")
+        if not 0 < getattr(size, name) < math.inf:
+            problems.append(f"size.{name} is {getattr(size, name)}; it must be positive and finite")
     return problems
 
 
@@ -195,8 +196,8 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
     if window is None and store.sinks:
         problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
-    if store.rope_theta is not None and store.rope_theta <= 0:
-        problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive")
+    if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
+        problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
     if window is not None and size.max_window is not None:
         window = min(window, size.max_window)
     return {

@@ -71,8 +71,8 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """The first `num_windows` windows in order, shared out so that every process makes equally many batches of equal
-    size; what is missing at the end is padded with ignored targets."""
+    """`num_windows` windows, spread over the split, shared out so that every process makes equally many batches of
+    equal size; what is missing at the end is padded with ignored targets."""
 
     windows: TokenWindows
     num_windows: int
@@ -84,10 +84,11 @@ class EvalBatches:
         return -(-self.num_windows // (self.micro_batch * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
+        chosen = np.linspace(0, len(self.windows) - 1, self.num_windows).round().astype(int)
         for step in range(len(self)):
             first = (step * self.world + self.rank) * self.micro_batch
-            real = range(first, min(first + self.micro_batch, self.num_windows))
-            rows = [self.windows[index] for index in real]
+            real = chosen[first : first + self.micro_batch]
+            rows = [self.windows[int(index)] for index in real]
             rows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(rows))
             batch = _batch(np.stack(rows), len(real) * self.windows.seq_len)
             batch["targets"][len(real) :] = IGNORE

@@ -15,7 +15,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.corpora import CORPORA, SPLITS
 from data.shards import FORMAT, DataError, Manifest, Shard, Split, sha256

@@ -47,6 +47,12 @@ class Manifest:
     dtype: str
     splits: dict[str, Split]
 
+    @property
+    def digest(self) -> str:
+        """One checksum of tokenizer and tokens: equal digests are equal data."""
+        parts = [self.tokenizer_sha256, *(shard.sha256 for split in self.splits.values() for shard in split.shards)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
     def save(self, folder: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1))
 

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -163,7 +164,10 @@ def main(config: DictConfig, choices: Choices) -> None:
             from eval.pictures import draw_plan  # matplotlib takes a second to import
 
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
-            draw_plan(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path)
+            try:
+                draw_plan(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path)
+            except OSError as error:
+                raise ValueError(f"cannot write {path} ({error.strerror}); give another file with picture=") from error
             console.print(f"ownership map: {path}")
 
 

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,7 @@ class Point:
     value: float
     lowest: float
     highest: float
-    seeds: int
+    runs: int
     frontier: bool
     params: int
     tokens: int
@@ -107,7 +108,7 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
                 "value": sum(values) / len(values),
                 "lowest": min(values),
                 "highest": max(values),
-                "seeds": len({run.summary["seed"] for run in group}),
+                "runs": len(group),
                 "params": group[0].summary["params"],
                 "tokens": group[0].summary["tokens"],
                 "kv_per_token": kv.per_token,
@@ -135,7 +136,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
         title=f"KV cache of one sequence of {context:,} tokens against {METRICS[metric]}", title_justify="left"
     )
     result.add_column("run", style="bold")
-    for column in ("KV stored", "per token", "constant", "KV read", METRICS[metric], "spread", "seeds", "params"):
+    for column in ("KV stored", "per token", "constant", "KV read", METRICS[metric], "spread", "runs", "params"):
         result.add_column(column, justify="right")
     result.add_column("frontier")
     for row in rows:
@@ -146,8 +147,8 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
             bytes_text(row.kv_constant) if row.kv_constant else "-",
             bytes_text(row.kv_read),
             f"{row.value:.3f}",
-            f"{row.highest - row.lowest:.3f}" if row.seeds > 1 else "-",
-            str(row.seeds),
+            f"{row.highest - row.lowest:.3f}" if row.runs > 1 else "-",
+            str(row.runs),
             count_text(row.params),
             "[green]yes[/green]" if row.frontier else "",
         )
@@ -155,7 +156,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
 
 
 def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
-    """pareto.png, .html, .csv and .json in `out`."""
+    """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
     from eval.pictures import draw_pareto, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +208,11 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(options["out"] or os.path.commonpath([run.folder if len(runs) > 1 else folders[0] for run in runs]))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(rows, context, options["metric"]))
-    for path in write(rows, context, options["metric"], out):
+    try:
+        paths = write(rows, context, options["metric"], out)
+    except OSError as error:
+        raise ValueError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
+    for path in paths:
         console.print(str(path), soft_wrap=True)
 
 

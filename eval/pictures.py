@@ -119,12 +119,14 @@ def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path)
     )
     for row in rows:
         tint = COLORS[0] if row.frontier else "#8a8a8a"
-        if row.seeds > 1:
+        if row.runs > 1:
             axes.vlines(row.bytes, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2)
             axes.scatter([row.bytes] * 2, [row.lowest, row.highest], marker="_", color=tint, s=60, zorder=2)
         face = tint if row.frontier else "white"
         axes.scatter(row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3)
     axes.margins(x=0.12, y=0.16)
+    if len({row.bytes for row in rows}) == 1:
+        axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -133,8 +135,8 @@ def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path)
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    seeds = sorted({row.seeds for row in rows})
-    spread = ", whiskers: lowest and highest seed" if seeds[-1] > 1 else ""
+    runs = sorted({row.runs for row in rows})
+    spread = ", whiskers: lowest and highest seed" if runs[-1] > 1 else ""
     handles = [
         Line2D([], [], marker="o", color=COLORS[0], label="on the frontier"),
         Line2D([], [], marker="o", color="#8a8a8a", markerfacecolor="white", linestyle="", label="dominated" + spread),
@@ -210,7 +212,7 @@ def plot_pareto_html(rows: Sequence["Point"], context: int, quality: str, path: 
             },
             name=name,
             hovertext=[
-                f"<b>{row.name}</b><br>{quality} {row.value:.4f} ({row.seeds} seeds)<br>"
+                f"<b>{row.name}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
                 f"stored {bytes_text(row.bytes)}: {row.kv_per_token:,} B per token + {bytes_text(row.kv_constant)}<br>"
                 f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
                 for row in chosen

@@ -2,16 +2,18 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 import data.corpora
-from arch import ArchConfig, Decoder, ModelConfig, SizeConfig
+from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, resolve
 from data.prepare import prepare
 from eval.cli import launch, load_arch, names
 
@@ -24,10 +26,11 @@ torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 
 
 def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: object) -> ModelConfig:
-    """`arch` at a size for tests: 7 layers, which few tiles divide, windows cut to `window`, weights large enough that
-    a wrong slot shows."""
+    """`arch` at a size for tests: the least depth at which all of it occurs, windows cut to `window`, weights large
+    enough that a wrong slot shows."""
+    layout = load_arch(arch) if isinstance(arch, str) else copy.deepcopy(arch)
     size = SizeConfig(
-        num_layers=7,
+        num_layers=whole_depth(arch) if isinstance(arch, str) else 7,
         d_model=32,
         num_heads=8,
         head_dim=8,
@@ -39,7 +42,22 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
     )
     for key, value in changes.items():
         setattr(size, key, value)
-    return ModelConfig(load_arch(arch) if isinstance(arch, str) else copy.deepcopy(arch), size)
+    return ModelConfig(layout, size)
+
+
+@cache
+def whole_depth(name: str) -> int:
+    """At least 7 layers, which few tiles divide, and as many as it takes until every item of the pattern occurs."""
+    arch = load_arch(name)
+    wanted = {(match[1], match[2]) for match in re.finditer(r"(new|reuse) (\w+)", str(arch.pattern))}
+    for depth in range(7, 40):
+        plan = resolve(ModelConfig(arch, SizeConfig(num_layers=depth)))
+        found = {
+            ("new" if owner == layer else "reuse", plan.store(layer).name) for layer, owner in enumerate(plan.owners)
+        }
+        if found == wanted:
+            return depth
+    raise AssertionError(f"{name} never shows all of its pattern")
 
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> Decoder:

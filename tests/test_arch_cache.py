@@ -87,11 +87,51 @@ def test_latent_cache_holds_nothing_expanded() -> None:
 def test_full_cache_and_wrong_batch_are_refused() -> None:
     model = build(small("mha"))
     cache = allocate(model.plan, 2, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="allocated for 2 sequences, the batch has 3"):
+    with torch.no_grad(), pytest.raises(ValueError, match="allocated for 2 sequences, the batch has 3"):
         model(tokens(3, 2), cache)
-    with pytest.raises(ValueError, match="holds up to 4 tokens; it has 0 and 5 more do not fit"):
+    with torch.no_grad(), pytest.raises(ValueError, match="holds up to 4 tokens; it has 0 and 5 more do not fit"):
         model(tokens(2, 5), cache)
     assert cache.length == 0
+
+
+def test_a_cache_of_another_layout_is_refused() -> None:
+    model = build(small("cla2", num_layers=6))
+    for other in ("mqa", "cla3"):
+        cache = allocate(resolve(small(other, num_layers=6)), 1, 4, dtype=torch.float64)
+        with torch.no_grad(), pytest.raises(ValueError, match="allocated for another layout"):
+            model(tokens(1, 2), cache)
+
+
+def test_a_cache_keeps_no_gradients() -> None:
+    model = build(small("mha"))
+    with pytest.raises(ValueError, match=r"decode under torch.no_grad\(\)"):
+        model(tokens(1, 2), allocate(model.plan, 1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("weights", "cached"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_the_cache_may_be_of_another_type(arch: str, weights: torch.dtype, cached: torch.dtype) -> None:
+    model, batch = build(small(arch, init_std=0.1), weights), tokens(2, 16)
+    with torch.no_grad():
+        expected = model(batch).float()
+        cache = allocate(model.plan, 2, 16, dtype=cached)
+        logits = torch.cat([model(part, cache).float() for part in batch.split(3, dim=1)], dim=1)
+    assert cache.nbytes == allocated_bytes(model.plan, 2, 16, cached.itemsize)
+    assert (logits - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_autocast_decodes_like_it_trains(arch: str) -> None:
+    model, batch = build(small(arch, init_std=0.1), torch.float32), tokens(2, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(batch).float()
+        cache = allocate(model.plan, 2, 16, dtype=torch.bfloat16)
+        logits = torch.cat([model(part, cache).float() for part in batch.split(3, dim=1)], dim=1)
+    assert (logits - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_last_only(arch: str) -> None:
+    model, batch = build(small(arch)), tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch, last_only=True), model(batch)[:, -1:], rtol=0, atol=1e-12)
 
 
 def greedy(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
@@ -133,6 +173,26 @@ def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
     assert abs(drawn[0] - 0.5 / 0.8) < 0.03
 
 
+def test_temperature_flattens() -> None:
+    from arch.generate import sample
+
+    logits = torch.tensor([[0.8, 0.2]]).log().repeat(4000, 1)
+    share = {t: sample(logits, t, 1.0, torch.Generator().manual_seed(0)).float().mean() for t in (0.5, 1.0, 2.0)}
+    for temperature, drawn in share.items():
+        expected = torch.tensor([0.8, 0.2]).pow(1 / temperature)
+        assert abs(drawn - expected[1] / expected.sum()) < 0.03
+    assert sample(logits, 1e-40, 1.0, torch.Generator()).sum() == 0, "next to nothing is greedy, not an overflow"
+
+
+def test_generation_leaves_the_mode_as_it_was() -> None:
+    model = build(small("mha")).train()
+    generate(model, [torch.tensor([1, 2])], 2, cache_dtype=torch.float32)
+    assert model.training
+    with pytest.raises(IndexError):
+        generate(model, [[10**6]], 2)
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +201,7 @@ def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"prefill_chunk": 0}, "must be at least 1"),
         ({"temperature": -1.0}, "must be at least 0"),
+        ({"temperature": float("nan")}, "must be at least 0 and finite"),
         ({"top_p": 0.0}, "must be at least 0"),
     ],
 )

@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch.attend import causal_mask
+from arch.decoder import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
+from arch.layers import rope_table, rotate
 from eval.cli import load_arch, load_size
 
 
@@ -123,17 +125,17 @@ def test_initial_weights_depend_on_seed_and_name_only() -> None:
     assert not torch.equal(first.embed.weight, again.embed.weight)
 
 
-def test_initial_spread() -> None:
-    config = ModelConfig(
-        load_arch("mla"), SizeConfig(num_layers=2, d_model=128, num_heads=8, d_ff=344, init_std=0.01275)
-    )
+@pytest.mark.parametrize("name", ["mla", "swa_sinks"])
+def test_initial_spread(name: str) -> None:
+    size = SizeConfig(num_layers=2, d_model=128, num_heads=8, d_ff=344, init_std=0.01275)
+    config = ModelConfig(load_arch(name), size)
     model = Decoder(config)
     model.init_weights()
-    for name, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            assert abs(parameter.std().item() / 0.01275 - 1) < 0.03, name
+            assert abs(parameter.std().item() / 0.01275 - 1) < 0.03, key
         else:
-            assert (parameter == 1).all(), name
+            assert (parameter == (0 if key.endswith("sinks") else 1)).all(), key
 
 
 def copy_into(target: Decoder, source: Decoder) -> Decoder:
@@ -189,7 +191,7 @@ def test_absorbed_latent_attention_is_expanded() -> None:
 def test_plain_layouts_are_hugging_face_llama(name: str, tied: bool) -> None:
     """The same weights in the stock class give the same logits, to 1e-5 in fp32."""
     transformers = pytest.importorskip("transformers")
-    config = small(name, tie_embeddings=tied, init_std=0.1)
+    config = small(name, tie_embeddings=tied, init_std=0.1, rope_theta=700.0)
     ours = build(config, torch.float32)
     size, slot = config.size, ours.plan.stores[0].slot
     llama = transformers.LlamaForCausalLM(
@@ -226,3 +228,47 @@ def test_plain_layouts_are_hugging_face_llama(name: str, tied: bool) -> None:
     batch = tokens(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(ours(batch), llama(batch).logits, rtol=0, atol=1e-5)
+
+
+def test_each_store_turns_with_its_own_base() -> None:
+    """A layer computed by hand, for both of gemma3's rotary bases."""
+    model = build(small("gemma3"))
+    for layer, theta in ((0, 1e4), (5, 1e6)):
+        block, store = model.layers[layer], model.plan.store(layer)
+        x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(layer), dtype=torch.float64)
+        _, (k, _) = block(x, (), rope_table(torch.arange(4), 8, store.rope_theta), causal_mask(4, None, x.device))
+        raw = (block.attn_norm(x) @ block.writer.k_proj.weight.T).view(4, 2, 8)
+        for position in range(4):
+            for pair in range(4):
+                angle = position * theta ** (-2 * pair / 8)
+                turn = torch.polar(torch.tensor(1.0, dtype=torch.float64), torch.tensor(angle, dtype=torch.float64))
+                expected = torch.complex(raw[position, :, pair], raw[position, :, pair + 4]) * turn
+                ours = torch.complex(k[0, position, :, pair], k[0, position, :, pair + 4])
+                torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    turned = [rope_key(store) for store in model.plan.stores]
+    assert set(turned) == {(8, 1e4), (8, 1e6)}
+
+
+def test_latent_attention_by_hand() -> None:
+    """DeepSeek-V2, equations 9 to 19 (queries uncompressed), one head and token at a time."""
+    model = build(small("mla", num_layers=1))
+    block = model.layers[0]
+    x = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tables = rope_table(torch.arange(5), 4, 10000.0)
+    h = block.attn_norm(x)
+    slots = block.writer(h, tables)
+    ours = block.reader(h, slots, tables, causal_mask(5, None, x.device))
+    down = h[0] @ block.writer.kv_down_proj.weight.T
+    latent = down[:, :32] / (down[:, :32].pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    k_rope = rotate(down[None, :, None, 32:], tables)[0, :, 0]
+    q = (h[0] @ block.reader.q_proj.weight.T).view(5, 8, 12)
+    up = (latent @ block.reader.kv_up_proj.weight.T).view(5, 8, 16)
+    q_rope = rotate(q[None, ..., 8:], tables)[0]
+    heads = torch.zeros(5, 8, 8, dtype=torch.float64)
+    for t in range(5):
+        for n in range(8):
+            score = [q[t, n, :8] @ up[s, n, :8] + q_rope[t, n] @ k_rope[s] for s in range(t + 1)]
+            weight = (torch.stack(score) / 12**0.5).softmax(0)
+            heads[t, n] = sum(w * up[s, n, 8:] for s, w in enumerate(weight))
+    expected = heads.flatten(1) @ block.reader.o_proj.weight.T
+    torch.testing.assert_close(ours[0], expected, rtol=0, atol=1e-10)

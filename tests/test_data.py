@@ -135,7 +135,8 @@ def test_eval_batches_cover_each_window_once_over_processes(folder: Path) -> Non
             real = (batch["targets"] != IGNORE).all(dim=1)
             seen += batch["targets"][real].tolist()
             assert batch["step_targets"] == 16 * int(real.sum())
-    assert sorted(seen) == sorted(read[index][1:].tolist() for index in range(7))
+    chosen = np.linspace(0, len(read) - 1, 7).round().astype(int)
+    assert sorted(seen) == sorted(read[int(index)][1:].tolist() for index in chosen)
 
 
 def change_manifest(folder: Path, **changes: object) -> None:

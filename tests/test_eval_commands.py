@@ -87,6 +87,7 @@ def test_footprint_says_which_arch_is_impossible(capsys: pytest.CaptureFixture) 
         (["+size=1b", "context=-5"], "must be at least 1"),
         (["+size=1b", "memory=lots"], "write it like 80GB or 80GiB"),
         (["+size=1b", "contex=3"], "unknown key contex, did you mean context?"),
+        (["+size=1b", "+arch=mha", "picture=/nowhere/x.png"], "give another file with picture="),
         (["+size=1b", "+arch=gqa8", "size.num_heads=4"], "does not divide the 4 query heads"),
     ],
 )
@@ -142,7 +143,7 @@ def runs(tmp_path: Path) -> Path:
 
 def test_points_and_frontier(runs: Path) -> None:
     rows = {row.name: row for row in points(find_runs([str(runs)]), 64, "ppl", 2)}
-    assert (rows["mha"].value, rows["mha"].lowest, rows["mha"].highest, rows["mha"].seeds) == (21.0, 20.0, 22.0, 3)
+    assert (rows["mha"].value, rows["mha"].lowest, rows["mha"].highest, rows["mha"].runs) == (21.0, 20.0, 22.0, 3)
     assert {name for name, row in rows.items() if row.frontier} == {"swa", "cla2", "gqa4", "mha"}
     for name, row in rows.items():
         assert row.bytes == kv_bytes(resolve(small(name)), 64, 2).stored
@@ -227,6 +228,7 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
         (["{runs}", "metric=loss"], "choose ppl, bpb"),
         (["/nowhere"], "/nowhere is not a folder"),
         (["{empty}"], "no finished run in"),
+        (["{runs}", "out=/proc/nowhere"], "give another folder with out="),
     ],
 )
 def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path: Path) -> None:

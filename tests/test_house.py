@@ -120,3 +120,9 @@ def test_top_level() -> None:
         pytest.skip("not a git checkout")
     top = {line.partition("/")[0] for line in tracked.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_importing_a_script_leaves_the_path_alone() -> None:
+    code = f"import sys; sys.path.insert(1, {str(ROOT)!r}); before = list(sys.path)\n"
+    code += "import data.prepare, eval.footprint, eval.pareto, train.pretrain\nassert sys.path == before"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from conftest import ROOT, launch_in_process, run_script
 from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
-from train.lit_module import LitDecoder
+from train.lit_module import TrainingError
+from train.optim import lr_share
 from train.pretrain import main
-from train.schema import PretrainConfig
+from train.schema import OptimConfig, PretrainConfig
 
 SMALL = [
     "size.num_layers=3",
@@ -114,46 +117,117 @@ def test_checkpoint_is_plain_data_and_says_what_it_is(trained: Path) -> None:
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_repeats_the_losses(tmp_path: Path, corpus: Path, accumulate: int) -> None:
-    """Stopped after a checkpoint at step 5 and resumed: bit-identical losses, validation and weights."""
-    options = ["+arch=mixattention", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv"]
-    options += [f"trainer.micro_batch={4 // accumulate}", "trainer.checkpoint_every=5", "trainer.val_every=4"]
-    pretrain(*options, f"folder={tmp_path / 'whole'}")
-    pretrain_until(6, *options, f"folder={tmp_path / 'cut'}")
-    assert not (tmp_path / "cut" / "summary.json").exists()
-    pretrain(f"resume={tmp_path / 'cut'}")
-    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
-    assert cut == whole
-    assert sorted(whole) == list(range(1, 9))
-    results = [json.loads((tmp_path / name / "summary.json").read_text())["val"] for name in ("whole", "cut")]
-    assert results[0] == results[1]
-    weights = [
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("whole", "cut")
+OPTIONS = ["trainer.checkpoint_every=5", "trainer.val_every=4", "logger=csv"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """An uninterrupted run that the resumed ones must repeat."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pretrain("+arch=mixattention", "+size=tiny", *SMALL, *OPTIONS, f"data.path={corpus}", f"folder={folder}")
+    return folder
+
+
+def assert_same_run(whole: Path, other: Path, rel: float = 0) -> None:
+    """The same losses at every step, the same validation, the same weights: bit for bit, unless `rel` is given."""
+    expected, ours = losses(whole), losses(other)
+    assert sorted(ours) == sorted(expected) == list(range(1, 9))
+    results = [json.loads((folder / "summary.json").read_text())["val"] for folder in (whole, other)]
+    states = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, other)
     ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert len(json.loads((tmp_path / "cut" / "run.json").read_text())) == 2
+    if rel:
+        assert [float(ours[k]) for k in sorted(ours)] == pytest.approx([float(v) for v in expected.values()], rel=rel)
+        return
+    assert ours == expected
+    assert results[0] == results[1]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-class CutError(Exception):
-    pass
+def start(folder: Path, corpus: Path, *arguments: str) -> subprocess.Popen:
+    """The command in a process of its own, whose steps take a tenth of a second so that a signal can hit one."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from eval.cli import launch
+from train.lit_module import LitDecoder
+from train.pretrain import main
+from train.schema import PretrainConfig
+step = LitDecoder.training_step
+def slow(self, batch, batch_idx):
+    time.sleep(0.1)
+    return step(self, batch, batch_idx)
+LitDecoder.training_step = slow
+launch(main, "pretrain", PretrainConfig)
+"""
+    options = [*SMALL, *OPTIONS, f"data.path={corpus}", f"folder={folder}", *arguments]
+    command = [sys.executable, "-c", code, "+arch=mixattention", "+size=tiny", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent)
 
 
-def pretrain_until(step: int, *arguments: str) -> None:
-    """Train, and break off after `step` steps without a chance to save."""
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_a_killed_run_goes_on_where_it_was(whole: Path, tmp_path: Path, corpus: Path, micro_batch: int) -> None:
+    """SIGKILL after the checkpoint of step 5. Resumed with other micro-batches it is the same run up to rounding."""
+    folder = tmp_path / "run"
+    process = start(folder, corpus)
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (folder / "summary.json").exists()
+    assert 5 <= max(losses(folder)) < 8, "what was logged before the end is on disk"
+    pretrain(f"resume={folder}", f"trainer.micro_batch={micro_batch}")
+    assert_same_run(whole, folder, rel=0 if micro_batch == 4 else 1e-5)
+    assert len(json.loads((folder / "run.json").read_text())) == 2
 
-    def training_step(self: LitDecoder, batch: dict, batch_idx: int) -> torch.Tensor:
-        if self.trainer.global_step >= step:
-            raise CutError
-        return original(self, batch, batch_idx)
 
-    original, LitDecoder.training_step = LitDecoder.training_step, training_step
-    try:
-        with pytest.raises(CutError):
-            pretrain(*arguments)
-    finally:
-        LitDecoder.training_step = original
+def test_an_interrupted_run_is_saved(whole: Path, tmp_path: Path, corpus: Path) -> None:
+    """Ctrl-C, between checkpoints and between micro-batches: saved at once, and nothing is lost."""
+    folder = tmp_path / "run"
+    process = start(folder, corpus, "trainer.micro_batch=1")
+    while not losses(folder):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"resume={folder} continues" in errors
+    done = max(losses(folder))
+    assert done < 5, "there had been no checkpoint yet"
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == done
+    pretrain(f"resume={folder}")
+    assert_same_run(whole, folder, rel=1e-5)
+
+
+def test_a_finished_run_can_be_extended(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "run"
+    pretrain("+arch=cla2", "+size=tiny", *SMALL, "logger=csv", f"data.path={corpus}", f"folder={folder}")
+    before = json.loads((folder / "summary.json").read_text())
+    pretrain(f"resume={folder}", "tokens=2048")
+    after = json.loads((folder / "summary.json").read_text())
+    assert (before["tokens"], after["tokens"]) == (1024, 2048)
+    assert sorted(losses(folder)) == list(range(1, 17))
+    assert after["val"]["loss"] < before["val"]["loss"]
+
+
+def test_best_checkpoint_is_the_best(tmp_path: Path, corpus: Path) -> None:
+    """Also where the last step is the best one and no validation was due at it."""
+    folder = tmp_path / "run"
+    options = ["logger=csv", "trainer.val_every=3", f"data.path={corpus}", f"folder={folder}"]
+    pretrain("+arch=cla2", "+size=tiny", *SMALL, *options)
+    validations = {int(row["step"]): float(row["val/loss"]) for row in read_metrics(folder) if row["val/loss"]}
+    assert sorted(validations) == [3, 6, 8]
+    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == min(validations, key=validations.get)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["val"]["loss"] == validations[8]
+
+
+def test_logged_learning_rate_is_that_of_the_step(trained: Path) -> None:
+    config = OptimConfig(lr=3e-3)
+    logged = [float(row["train/lr"]) for row in read_metrics(trained) if row["train/loss"]]
+    assert logged == pytest.approx([3e-3 * lr_share(step, 8, config) for step in range(8)])
 
 
 def test_accumulation_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
@@ -216,12 +290,21 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
         (["+arch=cla2", "+size=tiny", "trainer.micro_batch=3"], "does not divide the"),
         (["+arch=cla2", "+size=tiny", "tokens=10"], "is less than one step"),
         (["+arch=cla2", "+size=tiny", "optim.lr=0"], "it must be positive"),
-        (["+arch=cla2", "+size=tiny", "optim.warmup=2"], "it is a share, from 0 to 1"),
-        (["+arch=cla2", "+size=tiny", "trainer.log_every=0"], "trainer.log_every is too small"),
+        (["+arch=cla2", "+size=tiny", "optim.warmup=2"], "it must be from 0 to 1"),
+        (["+arch=cla2", "+size=tiny", "trainer.log_every=0"], "trainer.log_every is 0; it must be at least 1"),
         (["+arch=cla2", "+size=tiny", "trainer.backend=fast"], "no attention backend 'fast'; choose auto, sdpa"),
         (["+arch=cla2", "+size=tiny", "data.path=/nowhere"], "holds no prepared data"),
         (["+arch=cla2", "+size=tiny", "data.corpus=books", "data.vocab_size=999"], "no corpus 'books'; choose stdlib"),
         (["resume=/nowhere"], "no run there"),
+        (["+arch=cla2", "+size=tiny", "trainer.accelerator=tpu"], "choose auto, cpu, cuda"),
+        (["+arch=cla2", "+size=tiny", "trainer.val_every=0"], "trainer.val_every is 0; it must be at least 1"),
+        (["+arch=cla2", "+size=tiny", "trainer.micro_batch=0"], "trainer.micro_batch is 0"),
+        (["+arch=cla2", "+size=tiny", "data.val_tokens=9"], "less than one sequence"),
+        (["+arch=cla2", "+size=tiny", "seed=-1"], "seed is -1"),
+        (["+arch=cla2", "+size=tiny", "optim.lr=nan"], "optim.lr is nan; it must be positive and finite"),
+        (["+arch=cla2", "+size=tiny", "optim.beta1=2"], "optim.beta1 is 2.0"),
+        (["+arch=cla2", "+size=tiny", "optim.clip=-1"], "optim.clip is -1.0"),
+        (["+arch=cla2", "+size=tiny", "optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
     ],
 )
 def test_errors_name_the_fix(
@@ -242,22 +325,82 @@ def test_a_vocabulary_too_large_for_the_model(corpus: Path, capfd: pytest.Captur
     assert "has a vocabulary of 600 tokens, the model of 599; set size.vocab_size=600" in capfd.readouterr().err
 
 
-def test_resume_keeps_the_architecture(trained: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("change", ["+arch=mha", "size.d_model=64", "seed=1", "trainer=ddp", "batch_size=8"])
+def test_resume_keeps_what_decides_the_run(trained: Path, capfd: pytest.CaptureFixture, change: str) -> None:
     with pytest.raises(SystemExit) as stopped:
-        pretrain(f"resume={trained}", "+arch=mha")
+        pretrain(f"resume={trained}", change)
     assert stopped.value.code == 2
-    assert "a resumed run keeps its arch, size and groups" in capfd.readouterr().err
+    assert f"{change}: a resumed run keeps its arch, size, data" in capfd.readouterr().err
+
+
+def test_a_run_is_never_overwritten(trained: Path, capfd: pytest.CaptureFixture, tmp_path: Path, corpus: Path) -> None:
+    arguments = ["+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}"]
+    for options, message in (
+        ([f"folder={trained}"], f"{trained} holds a run already: resume={trained} continues it"),
+        (["-m", f"folder={tmp_path}", f"hydra.sweep.dir={tmp_path}"], "set hydra.sweep.dir= instead"),
+        ([f"folder={corpus / 'manifest.json' / 'run'}"], "give another with folder="),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            pretrain(*options, *arguments)
+        assert stopped.value.code == 2
+        assert message in capfd.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path) -> None:
+    """The weights of the steps before are kept: what is not finite is never saved."""
+    folder = tmp_path / "run"
+    options = ["trainer.log_every=8", "trainer.checkpoint_every=1", "logger=csv", f"data.path={corpus}"]
+    pretrain("+arch=mha", "+size=tiny", *SMALL, *options, f"folder={folder}")
+    with pytest.raises(
+        TrainingError, match=r"lower optim.lr, or warm up longer. The last good checkpoint is .*last.ckpt"
+    ):
+        pretrain(f"resume={folder}", "tokens=4096", "optim.lr=1e30", "optim.clip=1e30")
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
     done = run_script(
         "train/pretrain.py", "+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv",
-        "optim.lr=1e30", "optim.warmup=0", "optim.clip=1e30", f"folder={tmp_path / 'run'}",
+        "optim.lr=1e30", "optim.warmup=0", "optim.clip=1e30", f"folder={tmp_path / 'other'}",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "error: the loss is" in done.stderr
-    assert "lower optim.lr" in done.stderr
+    assert "There was no checkpoint yet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_run_of_a_sweep_keeps_its_wandb_run_to_itself(tmp_path: Path, corpus: Path) -> None:
+    options = [*SMALL, f"data.path={corpus}", "optim.clip=1e30", "optim.warmup=0"]
+    with pytest.raises(TrainingError):
+        pretrain("+arch=mha", "+size=tiny", *options, "optim.lr=1e30", f"folder={tmp_path / 'bad'}")
+    pretrain("+arch=mha", "+size=tiny", *options, f"folder={tmp_path / 'good'}")
+    assert [len(list((tmp_path / name / "wandb").glob("offline-run-*"))) for name in ("bad", "good")] == [1, 1]
+
+
+def test_wandb_can_be_disabled(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    pretrain("+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", f"folder={tmp_path / 'run'}")
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_wandb_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.record import wandb_key
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / "netrc").write_text("machine my.server login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://my.server")
+    assert wandb_key()
+    monkeypatch.setenv("NETRC", str(tmp_path / "missing"))
+    assert not wandb_key()
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert wandb_key()
+
+
+def test_neighbours_that_are_no_runs_are_passed_over(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "summary.json").write_text('{"a": 1}')
+    (tmp_path / "file").write_text("")
+    pretrain("+arch=mha", "+size=tiny", *SMALL, "logger=csv", f"data.path={corpus}", f"folder={tmp_path / 'run'}")
+    assert len(json.loads((tmp_path / "run" / "pareto" / "pareto.json").read_text())) == 1
 
 
 def test_the_command_itself(tmp_path: Path, corpus: Path) -> None:
@@ -284,7 +427,16 @@ def test_the_command_itself(tmp_path: Path, corpus: Path) -> None:
     done = run_script("eval/pareto.py", str(tmp_path / "sweep"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (first, second) = json.loads((tmp_path / "sweep" / "pareto.json").read_text())
-    assert (first["name"], first["seeds"], second["name"], second["seeds"]) == ("cla2-tiny", 2, "mha-tiny", 2)
+    assert (first["name"], first["runs"], second["name"], second["runs"]) == ("cla2-tiny", 2, "mha-tiny", 2)
+
+
+def test_cuda_where_there_is_none(capfd: pytest.CaptureFixture, corpus: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(SystemExit) as stopped:
+        pretrain("+arch=mha", "+size=tiny", "trainer.accelerator=cuda", f"data.path={corpus}")
+    assert stopped.value.code == 2
+    assert "torch sees no CUDA device; use trainer.accelerator=auto" in capfd.readouterr().err
 
 
 def test_help() -> None:

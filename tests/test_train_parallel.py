@@ -56,3 +56,12 @@ def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path
     assert checkpoints[0].keys() == checkpoints[1].keys()
     for key, value in checkpoints[0].items():
         torch.testing.assert_close(checkpoints[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_bf16_is_the_same_sharded_or_not(tmp_path: Path, corpus: Path) -> None:
+    for name, options in {"one": [], "two": ["trainer=fsdp"]}.items():
+        arguments = [*SMALL, *options, "trainer.precision=bf16", f"data.path={corpus}", f"folder={tmp_path / name}"]
+        done = run_script("train/pretrain.py", "+arch=cla2", "+size=tiny", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (column(tmp_path / name, "train/loss") for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=2e-3)

@@ -9,14 +9,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor
 
-from .lit_module import LitDecoder
-
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message says what is left of it."""
+from .lit_module import LitDecoder, TrainingError
 
 
 class Metrics(L.Callback):
@@ -29,12 +25,18 @@ class Metrics(L.Callback):
     def __init__(self, every: int, step_tokens: int, constants: dict[str, float], print_lines: bool):
         self.every, self.step_tokens, self.constants, self.print_lines = every, step_tokens, constants, print_lines
         self.loss: Tensor | float = 0.0
+        self.lr = 0.0
         self.step = self.reported = 0
         self.clock = self.paused = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
         self.step = self.reported = trainer.global_step
         self.clock = time.perf_counter()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: LitDecoder, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.lr = optimizer.param_groups[0]["lr"]
 
     def on_validation_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
         self.paused = time.perf_counter()
@@ -50,20 +52,20 @@ class Metrics(L.Callback):
             return
         self.step = trainer.global_step
         loss, self.loss = self.loss, 0.0
+        if self.step == trainer.max_steps:
+            trainer.should_stop = True  # ends the run with a validation, wherever the last one was
         if self.step % self.every == 0 or self.step == trainer.max_steps:
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
 
     def _report(self, trainer: L.Trainer, module: LitDecoder, loss: float) -> None:
         if not math.isfinite(loss):
-            last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-            kept = f"The last checkpoint is {last}." if last.exists() else "No checkpoint had been written yet."
-            raise TrainingError(f"the loss is {loss} at step {self.step}: lower optim.lr or warm up longer. {kept}")
+            raise TrainingError(f"the loss is {loss} at step {self.step}")
         now = time.perf_counter()
         speed = (self.step - self.reported) * self.step_tokens / (now - self.clock)
         self.clock, self.reported = now, self.step
         metrics = {
             "train/loss": loss,
-            "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/lr": self.lr,
             "train/tokens": float(self.step * self.step_tokens),
             "train/tokens_per_second": speed,
         }
@@ -72,6 +74,18 @@ class Metrics(L.Callback):
         module.log_dict({"loss": loss, "tok/s": float(round(speed))}, prog_bar=True, logger=False)
         if self.print_lines and trainer.is_global_zero:
             print(f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar with loss, tokens/s, last validation and time left; without what never changes."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -94,10 +108,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
-def checkpoints(folder: Path, every: int) -> list[ModelCheckpoint]:
-    """`last.ckpt` every so many steps, `best.ckpt` by validation loss."""
-    common: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "save_top_k": 1}
-    return [
-        ModelCheckpoint(filename="last", every_n_train_steps=every, save_on_train_epoch_end=False, **common),
-        ModelCheckpoint(filename="best", monitor="val/loss", mode="min", **common),
-    ]
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt`, every so many steps and when the user interrupts the run."""
+
+    def __init__(self, folder: Path, every: int):
+        super().__init__(
+            folder, "last", every_n_train_steps=every, save_on_train_epoch_end=False, enable_version_counter=False
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`, by validation loss."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, "best", monitor="val/loss", mode="min", save_top_k=1, enable_version_counter=False)

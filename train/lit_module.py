@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from arch import Decoder, ModelConfig
 from data.batches import IGNORE, Batch
@@ -15,6 +16,10 @@ from .loss import cross_entropy_sum
 from .optim import adamw, schedule
 from .parallel import parallelize
 from .schema import PretrainConfig, num_steps
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on; the message says why."""
 
 
 class LitDecoder(L.LightningModule):
@@ -29,7 +34,6 @@ class LitDecoder(L.LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.model: Decoder | None = None
         self.last_val: dict[str, float] = {}
-        self.last_val_step = -1
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
 
     def configure_model(self) -> None:
@@ -70,6 +74,16 @@ class LitDecoder(L.LightningModule):
         total = cross_entropy_sum(self(batch["inputs"]), batch["targets"])
         return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
 
+    def on_train_start(self) -> None:
+        """Optimizer settings are those of the configuration, also where a resumed run changed them."""
+        config = self.config.optim
+        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
+        for group, now in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = config.lr * now(scheduler.last_epoch)
+            group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
+            group["weight_decay"] = config.weight_decay if group["weight_decay"] else 0.0
+
     def on_validation_epoch_start(self) -> None:
         self.val_sums.zero_()
 
@@ -85,16 +99,40 @@ class LitDecoder(L.LightningModule):
         sums = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
         nats, tokens, text_bytes = sums.tolist()
         loss = nats / tokens
-        metrics = {"loss": loss, "ppl": torch.tensor(loss).exp().item(), "bpb": nats / math.log(2) / text_bytes}
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, prog_bar=True)
-        self.last_val, self.last_val_step = metrics, self.trainer.global_step
+        self.last_val = {"loss": loss, "ppl": torch.tensor(loss).exp().item(), "bpb": nats / math.log(2) / text_bytes}
+        for logger in self.loggers:
+            logger.log_metrics({f"val/{k}": v for k, v in self.last_val.items()}, step=self.trainer.global_step)
+        self.log("val/loss", loss, logger=False)  # for the best checkpoint
+        self.log("val/ppl", self.last_val["ppl"], logger=False, prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights belong to, as plain data: the authored configuration and the resolved plan."""
+        """Add what the weights belong to, as plain data: the authored configuration and the resolved plan.
+
+        Raises TrainingError, and keeps the checkpoint before, if a weight is not finite.
+        """
+        broken = torch.stack([(~local(p).isfinite()).any() for p in self.parameters()]).sum()
+        if self.trainer.strategy.reduce(broken.float(), reduce_op="sum").item():
+            raise TrainingError(f"weights are not finite after step {self.trainer.global_step}")
         config = ModelConfig(self.config.arch, self.config.size)
         checkpoint["model"] = {"format": 1, "config": asdict(config), "plan": self.model.plan.to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on after the last whole step, in as many micro-batches per step as there are now, also after the end."""
+        loop = checkpoint["loops"]["fit_loop"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = loop["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts |= dict.fromkeys(counts, done)
+        progress["is_last_batch"] = False
+        loop["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        checkpoint["epoch"] = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(self.model, self.config.optim)
         scheduler = schedule(optimizer, self.config.optim, num_steps(self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process' share of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -22,6 +22,11 @@ def parallelize(
     """
     model.activation_checkpointing = activation_checkpointing
     if compile_blocks:
+        # All blocks share one code object: each kind of block, with and without gradients, is one more variant of it.
+        # Past the limit torch would go on uncompiled and say nothing, hence the error.
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 128
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         for block in model.layers:
             block.compile()
     if mesh is not None:

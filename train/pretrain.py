@@ -1,23 +1,22 @@
 """Pretrain a model: `python train/pretrain.py +arch=cla2 +size=tiny`. See --help."""
 
 import logging
-import os
 import sys
 import warnings
 from datetime import datetime
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import lightning as L
 import numpy as np
 import torch
+import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -29,10 +28,10 @@ from data.prepare import default_folder, prepare
 from data.shards import DataError, Manifest, TokenWindows
 from eval.cli import Choices, launch, require
 from eval.footprint import plan_table
-from train.callbacks import AtomicCheckpointIO, Metrics, TrainingError, checkpoints
-from train.lit_module import LitDecoder
-from train.record import record
-from train.run import constants, resumed, write_start
+from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
+from train.lit_module import LitDecoder, TrainingError
+from train.record import loggers, record
+from train.run import constants, resumed, summarize, write_json, write_start
 from train.schema import DataConfig, PretrainConfig, micro_batch, num_steps, problems
 
 
@@ -68,16 +67,26 @@ def main(config: DictConfig, choices: Choices) -> None:
     if config.resume is None:
         require(arch=choices.arch, size=choices.size)
         config.name = config.name or f"{choices.arch}-{choices.size}"
-        config.folder = config.folder or str(free_folder(config))
+        config.folder = str(free_folder(config))
     else:
         config = resumed(config, list(HydraConfig.get().overrides.task))
     run(OmegaConf.to_object(config))
 
 
 def free_folder(config: DictConfig) -> Path:
-    """`<name>-seed<seed>` in runs/<time> or in the folder of the sweep, numbered where that is taken."""
+    """`folder=`, or `<name>-seed<seed>` in runs/<time> or in the folder of the sweep, numbered where that is taken.
+
+    Raises ValueError where `folder=` holds a run already, or would be that of every run of a sweep.
+    """
     hydra = HydraConfig.get()
-    parent = hydra.sweep.dir if hydra.mode == RunMode.MULTIRUN else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    sweep = hydra.mode == RunMode.MULTIRUN
+    if config.folder is not None:
+        if sweep:
+            raise ValueError("folder= is one folder for all runs of a sweep; set hydra.sweep.dir= instead")
+        if (Path(config.folder) / "config.yaml").exists():
+            raise ValueError(f"{config.folder} holds a run already: resume={config.folder} continues it")
+        return Path(config.folder)
+    parent = hydra.sweep.dir if sweep else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     base = Path(parent) / f"{config.name}-seed{config.seed}"
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
     return next(path for path in candidates if not path.exists())
@@ -86,12 +95,16 @@ def free_folder(config: DictConfig) -> Path:
 def run(config: PretrainConfig) -> None:
     """Train, validate, and leave everything in `config.folder`.
 
-    Raises ValueError, before any work, on a configuration that cannot be run.
+    Raises ValueError, before any work, on a configuration that cannot be run, and TrainingError on a run that failed.
     """
     found = problems(config)
     if found:
         raise LayoutError(found)
     plan = resolve(ModelConfig(config.arch, config.size))
+    device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.trainer.accelerator == "cuda" and device == "cpu":
+        raise ValueError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
+    choose(config.trainer.backend, attention_needs(plan), device)
     data_folder, manifest = open_data(config.data)
     if manifest.vocab_size > config.size.vocab_size:
         raise DataError(
@@ -101,23 +114,51 @@ def run(config: PretrainConfig) -> None:
     data = Data(config, data_folder, manifest)
     module = LitDecoder(config, torch.from_numpy(np.load(data_folder / "token_bytes.npy").astype(np.int64)))
     folder = Path(config.folder)
-    trainer = build_trainer(config, folder, plan)
-    choose(config.trainer.backend, attention_needs(plan), trainer.strategy.root_device.type)
-    if trainer.is_global_zero:
+    if rank_zero_only.rank == 0:
         write_start(folder, config, plan)
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(plan_table(config.name, plan, config.context, config.kv_itemsize))
+    failed = True
+    try:
+        trainer = build_trainer(config, folder, plan, device)
+        fit(trainer, module, data, folder, resume=config.resume is not None)
+        if trainer.is_global_zero:
+            finish(trainer, module, config, plan, manifest)
+        failed = False
+    finally:
+        wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
+
+
+def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path, *, resume: bool) -> None:
+    """Train to the last step; end the process with code 130 if the user interrupts."""
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+        logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
     last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(module, data, ckpt_path=last if config.resume else None, weights_only=True)
-    if trainer.interrupted:
+    try:
+        trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=True)
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        print(f"interrupted at step {trainer.global_step}; resume={folder} continues", file=sys.stderr)
         sys.exit(130)
+    except TrainingError as error:
+        kept = f"The last good checkpoint is {last}." if last.exists() else "There was no checkpoint yet."
+        raise TrainingError(f"{error}: lower optim.lr, or warm up longer. {kept}") from error
+    if trainer.global_step != num_steps(module.config):
+        raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
     trainer.save_checkpoint(last)
-    if module.last_val_step != trainer.global_step:
-        trainer.validate(module, data, verbose=False)
-    if trainer.is_global_zero:
-        record(folder, config, plan, module.last_val, trainer.loggers)
+
+
+def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, manifest: Manifest) -> None:
+    """Write and show the result."""
+    folder, val = Path(config.folder), module.last_val
+    write_json(folder / "summary.json", summarize(config, plan, manifest, trainer.global_step, val))
+    print(
+        f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
+        f"{val['bpb']:.4f} bits per byte\nrun folder: {folder}"
+    )
+    scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
+    record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
 def open_data(config: DataConfig) -> tuple[Path, Manifest]:
@@ -128,14 +169,14 @@ def open_data(config: DataConfig) -> tuple[Path, Manifest]:
     return folder, prepare(config.corpus, config.vocab_size, folder)
 
 
-def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan) -> L.Trainer:
+def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: str) -> L.Trainer:
     """A Trainer for the run. Weights and optimizer are fp32 in every case; LitDecoder computes in what was asked."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
     options, steps = config.trainer, num_steps(config)
     world = options.devices * options.num_nodes
     accumulate = config.batch_size // (micro_batch(config) * world)
-    val_every = options.val_every or max(1, steps // 4)
+    val_every = options.val_every or -(-steps // 4)
     strategy = {
         "auto": "auto",
         "ddp": "ddp",
@@ -145,7 +186,7 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan) -> L.Train
     }[options.strategy]
     progress = options.progress and sys.stdout.isatty()
     return L.Trainer(
-        accelerator=options.accelerator,
+        accelerator=device,
         devices=options.devices,
         num_nodes=options.num_nodes,
         strategy=strategy,
@@ -166,48 +207,15 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan) -> L.Train
                 constants(config, plan),
                 print_lines=options.progress and not progress,
             ),
-            *checkpoints(folder / "checkpoints", options.checkpoint_every),
-            *([RichProgressBar(leave=True)] if progress else []),
+            LastCheckpoint(folder / "checkpoints", options.checkpoint_every),
+            BestCheckpoint(folder / "checkpoints"),
+            *([Progress(leave=True)] if progress else []),
         ],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-
-
-def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
-    """CSV always, in a new subfolder each time the run is started; wandb if asked for."""
-    starts = len(list((folder / "metrics").glob("*"))) if config.resume else 0
-    result: list[Logger] = [CSVLogger(folder, name="metrics", version=str(starts))]
-    if config.logger.wandb:
-        offline = os.environ.get("WANDB_MODE", "online" if wandb_key() else "offline") != "online"
-        if offline:
-            os.environ.setdefault("WANDB_SILENT", "true")
-        # The id makes a resumed run continue the same curves.
-        identity = f"{folder.resolve().parent.name}-{folder.name}"
-        result.append(
-            WandbLogger(
-                name=folder.name,
-                id=identity,
-                resume="allow",
-                group=config.name,
-                project=config.logger.project,
-                save_dir=folder,
-                offline=offline,
-            )
-        )
-    return result
-
-
-def wandb_key() -> bool:
-    """Whether this machine has a key for wandb."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, NetrcParseError):
-        return False
 
 
 if __name__ == "__main__":

@@ -23,16 +23,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.shards import Manifest
 
-from .schema import PretrainConfig, num_steps
+from .schema import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+# What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
+FIXED = ("arch", "size", "data", "batch_size", "seed", "name", "folder")
+GROUPS = ("optim", "trainer", "logger")
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
 
 def write_start(folder: Path, config: PretrainConfig, plan: KVPlan) -> None:
-    """All but the results; on resuming, run.json gains an entry."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """All but the results; on resuming, run.json gains an entry. Raises ValueError where the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make the run folder {folder} ({error.strerror}); give another with folder="
+        ) from error
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
     write_json(folder / "plan.json", plan.to_dict())
     path = folder / "run.json"
@@ -92,16 +101,19 @@ def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
     }
 
 
-def summarize(config: PretrainConfig, plan: KVPlan, val: dict[str, float]) -> dict[str, Any]:
-    """What a Pareto plot needs of a run. `experiment` is all that decides the result except the seed."""
+def summarize(
+    config: PretrainConfig, plan: KVPlan, manifest: Manifest, steps: int, val: dict[str, float]
+) -> dict[str, Any]:
+    """What a Pareto plot needs of a run of `steps` steps. `experiment` is all that decides it except the seed."""
     asked = asdict(config)
-    experiment = {key: asked[key] for key in ("arch", "size", "data", "optim", "tokens", "batch_size")}
+    experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size")}
+    experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": manifest.digest}
     return {
         "name": config.name,
         "seed": config.seed,
         "experiment": experiment,
         "params": num_params(ModelConfig(config.arch, config.size), plan),
-        "tokens": num_steps(config) * config.batch_size * config.size.seq_len,
+        "tokens": steps * config.batch_size * config.size.seq_len,
         "seq_len": config.size.seq_len,
         "val": val,
         "environment": environment(),
@@ -118,7 +130,7 @@ def write_json(path: Path, value: Any) -> None:
 def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration of the run `config.resume`, changed by what else was given on the command line.
 
-    Raises ValueError where there is no such run, or where `overrides` choose another architecture, size or group.
+    Raises ValueError where there is no such run, or where `overrides` would change what decides its course.
     """
     folder = Path(config.resume)
     if not (folder / "config.yaml").is_file():
@@ -126,12 +138,10 @@ def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
     if not (folder / "checkpoints" / "last.ckpt").is_file():
         raise ValueError(f"resume={folder}: that run has no checkpoint yet (checkpoints/last.ckpt); start it anew")
     changes = [override for override in overrides if not override.startswith("resume=")]
-    groups = {path.name for path in (ROOT / "configs").iterdir() if path.is_dir()}
-    wrong = [change for change in changes if change[0] in "+~" or change.partition("=")[0] in groups]
-    if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)}: a resumed run keeps its arch, size and groups; change single keys instead"
-        )
+    for change in changes:
+        key = change.lstrip("+~").partition("=")[0]
+        if change[0] in "+~" or key.partition(".")[0] in FIXED or key in GROUPS:
+            raise ValueError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
     result = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": str(folder), "folder": str(folder)})
     assert isinstance(result, DictConfig)

@@ -1,5 +1,6 @@
 """The typed schema of `train/pretrain.py`. Every key of its command line stands here, with what it means."""
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import II
@@ -46,7 +47,7 @@ class OptimConfig:
 class TrainerConfig:
     """How the run is executed; nothing here changes what is learned, up to rounding.
 
-    accelerator  auto, cpu, cuda ...
+    accelerator  cpu, cuda, or auto: cuda where there is one, else cpu
     strategy     auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
     precision    fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
     micro_batch  sequences per forward pass; null: the most that keep it within 32768 tokens
@@ -114,6 +115,7 @@ def problems(config: PretrainConfig) -> list[str]:
     for name, value, choices in (
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
         ("precision", trainer.precision, ("auto", "fp32", "bf16")),
+        ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
     ):
         if value not in choices:
             found.append(f"trainer.{name} is {value}; choose {', '.join(choices)}")
@@ -122,15 +124,18 @@ def problems(config: PretrainConfig) -> list[str]:
         ("trainer.num_nodes", trainer.num_nodes),
         ("trainer.log_every", trainer.log_every),
         ("trainer.checkpoint_every", trainer.checkpoint_every),
-        ("trainer.val_every", trainer.val_every or 1),
-        ("trainer.micro_batch", trainer.micro_batch or 1),
+        ("trainer.val_every", trainer.val_every),
+        ("trainer.micro_batch", trainer.micro_batch),
         ("batch_size", config.batch_size),
         ("context", config.context),
         ("kv_itemsize", config.kv_itemsize),
-        ("data.val_tokens", config.data.val_tokens // config.size.seq_len),
     ):
-        if value < 1:
-            found.append(f"{name} is too small; it must be at least {'one sequence' if 'tokens' in name else 1}")
+        if value is not None and value < 1:
+            found.append(f"{name} is {value}; it must be at least 1")
+    if config.data.val_tokens < config.size.seq_len:
+        found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
+    if config.seed < 0:
+        found.append(f"seed is {config.seed}; it must be at least 0")
     if found:
         return found
     if world > 1 and trainer.strategy == "auto":
@@ -147,12 +152,16 @@ def problems(config: PretrainConfig) -> list[str]:
             f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
             f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
         )
-    for name in ("lr", "eps"):
-        if getattr(config.optim, name) <= 0:
-            found.append(f"optim.{name} is {getattr(config.optim, name)}; it must be positive")
-    for name in ("warmup", "min_lr"):
-        if not 0 <= getattr(config.optim, name) <= 1:
-            found.append(f"optim.{name} is {getattr(config.optim, name)}; it is a share, from 0 to 1")
+    optim = config.optim
+    for name in ("lr", "eps", "clip"):
+        if not 0 < getattr(optim, name) < math.inf:
+            found.append(f"optim.{name} is {getattr(optim, name)}; it must be positive and finite")
+    for name in ("warmup", "min_lr", "weight_decay"):
+        if not 0 <= getattr(optim, name) <= 1:
+            found.append(f"optim.{name} is {getattr(optim, name)}; it must be from 0 to 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            found.append(f"optim.{name} is {getattr(optim, name)}; it must be at least 0 and below 1")
     return found
 
 

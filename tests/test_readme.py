@@ -1,0 +1,105 @@
+"""Every command of the README is executed, shortened where it would take long; every file it names exists."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.strip().splitlines()]
+SHORT = [
+    "size.num_layers=2", "size.d_model=32", "size.num_heads=8", "size.d_ff=48", "size.vocab_size=4096",
+    "size.seq_len=32", "batch_size=4", "tokens=256", "data.val_tokens=128", "trainer.accelerator=cpu", "logger=csv",
+]  # fmt: skip
+
+
+def of(word: str) -> list[str]:
+    found = [command for command in COMMANDS if word in command]
+    assert found, f"README lost its commands with {word}"
+    return found
+
+
+def test_nothing_in_the_readme_is_left_out() -> None:
+    """Each command is of a kind that a test below, or CI, executes."""
+    kinds = ("python train/pretrain.py", "python eval/footprint.py", "python eval/pareto.py", "make ", "uv ")
+    by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
+    for command in COMMANDS:
+        assert command.startswith(kinds + by_hand), command
+
+
+def test_train_and_compare(tmp_path: Path) -> None:
+    """In the README's order and from a folder of the user's own: train, sweep, shard, resume, compare."""
+    resumable = None
+    for command in of("python train/pretrain.py"):
+        _, script, *arguments = shlex.split(command)
+        if "--help" not in arguments:
+            arguments = [argument.replace("devices=8", "devices=2") for argument in arguments]
+            arguments = [f"resume={resumable}" if a.startswith("resume=") else a for a in arguments]
+            arguments += ["tokens=512"] if f"resume={resumable}" in arguments else SHORT
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
+        resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))
+    (command,) = of("python eval/pareto.py")
+    _, script, *arguments = shlex.split(command)
+    done = run_script(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "context=4096" in command
+    assert (tmp_path / "runs" / "pareto.png").exists()
+
+
+def test_count(tmp_path: Path) -> None:
+    for command in of("python eval/footprint.py"):
+        _, script, *arguments = shlex.split(command)
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mixattention-1b.png").exists()
+
+
+def test_make_runs_what_it_says() -> None:
+    """`make test` is what CI runs; the demo's recipe is the two commands tested above."""
+    assert set(of("make ")) == {"make demo", "make test"}
+    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention +size=tiny" in recipe
+    assert "eval/pareto.py runs/demo-" in recipe
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_install_commands_resolve(tmp_path: Path) -> None:
+    """What the by-hand commands ask for is what is installed; uv, where there is one, resolves it too."""
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "-c",
+        "constraints.txt",
+    ]
+    done = subprocess.run([sys.executable, *command, "torch"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if shutil.which("uv") is None:
+        pytest.skip("no uv on this machine")
+    subprocess.run(["uv", "venv", str(tmp_path / "venv")], check=True)
+
+
+def test_links_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_layouts_shown_are_the_files() -> None:
+    """The left column of the layouts' block is cla2.yaml, without its comments."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    left = [line[:46].rstrip() for line in block.splitlines()]
+    shown = [line for line in left if line and not line.startswith("#") and not line.startswith("      ")]
+    text = (ROOT / "configs" / "arch" / "cla2.yaml").read_text()
+    written = [line.partition("  #")[0].rstrip() for line in text.splitlines() if not line.startswith("#")]
+    assert shown[: len(written)] == written
