@@ -129,18 +129,20 @@ def main(arguments: list[str]) -> None:
             print(__doc__)
             return
         if key not in options or not value:
-            sys.exit(f"cannot read {argument!r}; write key=value with a key of {', '.join(options)}")
+            raise DataError(f"cannot read {argument!r}; write key=value with a key of {', '.join(options)}")
         options[key] = value
-    try:
-        vocab_size = int(options["vocab_size"])
-        folder = Path(options["out"]) if options["out"] else default_folder(options["corpus"], vocab_size)
-        manifest = prepare(options["corpus"], vocab_size, folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not options["vocab_size"].isdecimal():
+        raise DataError(f"vocab_size is {options['vocab_size']}; it is a whole number")
+    vocab_size = int(options["vocab_size"])
+    folder = Path(options["out"]) if options["out"] else default_folder(options["corpus"], vocab_size)
+    manifest = prepare(options["corpus"], vocab_size, folder)
     counts = ", ".join(f"{name} {split.tokens:,} tokens" for name, split in manifest.splits.items())
     print(f"{folder}: {counts}, vocabulary {manifest.vocab_size}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -18,13 +18,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from arch import ArchConfig, SizeConfig
+from arch import ArchConfig, LayoutError, SizeConfig
+from data.shards import DataError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class UsageError(ValueError):
     """A mistake of the user; the message names the fix."""
+
+
+MISTAKES = (UsageError, LayoutError, DataError)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def names(group: str) -> list[str]:
 def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
-    ValueError from the configuration or from `task` is printed without a traceback and ends the process with code 2.
+    A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback; the process ends with code 2.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
@@ -60,7 +64,7 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         job()
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
-    except ValueError as error:
+    except MISTAKES as error:
         fail(str(error))
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, max_batch, num_params, slot_bytes, train_flops_per_token
-from eval.cli import Choices, launch, load_arch, names, require
+from eval.cli import Choices, UsageError, launch, load_arch, names, require
 from eval.units import bytes_text, count_text, parse_bytes
 
 
@@ -138,8 +138,11 @@ def main(config: DictConfig, choices: Choices) -> None:
         archs = {choices.arch: options.arch}
     context = options.size.seq_len if options.context is None else options.context
     if context < 1 or options.itemsize < 1:
-        raise ValueError(f"context ({context}) and itemsize ({options.itemsize}) must be at least 1")
-    memory = parse_bytes(options.memory)
+        raise UsageError(f"context ({context}) and itemsize ({options.itemsize}) must be at least 1")
+    try:
+        memory = parse_bytes(options.memory)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
     rows, refused = [], []
     for name, arch in archs.items():
@@ -167,7 +170,7 @@ def main(config: DictConfig, choices: Choices) -> None:
             try:
                 draw_plan(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path)
             except OSError as error:
-                raise ValueError(f"cannot write {path} ({error.strerror}); give another file with picture=") from error
+                raise UsageError(f"cannot write {path} ({error.strerror}); give another file with picture=") from error
             console.print(f"ownership map: {path}")
 
 

@@ -27,12 +27,13 @@ from rich.table import Table
 
 from arch import KVPlan
 from arch.footprint import kv_bytes
+from eval.cli import MISTAKES, UsageError, fail
 from eval.units import bytes_text, count_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
 
 
-class RunError(ValueError):
+class RunError(UsageError):
     """A folder that holds no usable run; the message says why."""
 
 
@@ -197,12 +198,12 @@ def main(arguments: Sequence[str]) -> None:
         elif key in options:
             options[key] = value
         else:
-            raise ValueError(f"unknown key {key}; the keys are {', '.join(options)}")
+            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
     if options["metric"] not in METRICS:
-        raise ValueError(f"metric is {options['metric']}; choose {', '.join(METRICS)}")
+        raise UsageError(f"metric is {options['metric']}; choose {', '.join(METRICS)}")
     for key in ("context", "itemsize"):
         if options[key] and not (options[key].isdecimal() and int(options[key]) > 0):
-            raise ValueError(f"{key} is {options[key]}; it is a whole number, at least 1")
+            raise UsageError(f"{key} is {options[key]}; it is a whole number, at least 1")
     runs = find_runs(folders)
     rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
     out = Path(options["out"] or os.path.commonpath([run.folder if len(runs) > 1 else folders[0] for run in runs]))
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         paths = write(rows, context, options["metric"], out)
     except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
+        raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:
         console.print(str(path), soft_wrap=True)
 
@@ -219,6 +220,5 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except MISTAKES as error:
+        fail(str(error))

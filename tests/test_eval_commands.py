@@ -11,6 +11,7 @@ from conftest import ARCHS, launch_in_process, small
 from arch import resolve
 from arch.footprint import kv_bytes
 from eval import footprint, pareto
+from eval.cli import UsageError
 from eval.pareto import RunError, experiment, find_runs, load_run, points
 from eval.units import bytes_text, count_text, parse_bytes
 
@@ -233,7 +234,7 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
 )
 def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UsageError) as caught:
         pareto.main([argument.format(runs=runs, empty=tmp_path / "empty") for argument in arguments])
     assert message in str(caught.value)
 

@@ -211,6 +211,16 @@ def test_a_finished_run_can_be_extended(tmp_path: Path, corpus: Path) -> None:
     assert after["val"]["loss"] < before["val"]["loss"]
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, corpus: Path) -> None:
+    folder = tmp_path / "run"
+    pretrain("+arch=cla2", "+size=tiny", *SMALL, "logger=csv", f"data.path={corpus}", f"folder={folder}")
+    before, steps = json.loads((folder / "summary.json").read_text()), losses(folder)
+    pretrain(f"resume={folder}")
+    after = json.loads((folder / "summary.json").read_text())
+    assert after["val"] == before["val"]
+    assert losses(folder) == steps
+
+
 def test_best_checkpoint_is_the_best(tmp_path: Path, corpus: Path) -> None:
     """Also where the last step is the best one and no validation was due at it."""
     folder = tmp_path / "run"

@@ -26,7 +26,7 @@ from arch.decoder import attention_needs
 from data.batches import EvalBatches, TrainBatches
 from data.prepare import default_folder, prepare
 from data.shards import DataError, Manifest, TokenWindows
-from eval.cli import Choices, launch, require
+from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
 from train.lit_module import LitDecoder, TrainingError
@@ -76,15 +76,15 @@ def main(config: DictConfig, choices: Choices) -> None:
 def free_folder(config: DictConfig) -> Path:
     """`folder=`, or `<name>-seed<seed>` in runs/<time> or in the folder of the sweep, numbered where that is taken.
 
-    Raises ValueError where `folder=` holds a run already, or would be that of every run of a sweep.
+    Raises UsageError where `folder=` holds a run already, or would be that of every run of a sweep.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
     if config.folder is not None:
         if sweep:
-            raise ValueError("folder= is one folder for all runs of a sweep; set hydra.sweep.dir= instead")
+            raise UsageError("folder= is one folder for all runs of a sweep; set hydra.sweep.dir= instead")
         if (Path(config.folder) / "config.yaml").exists():
-            raise ValueError(f"{config.folder} holds a run already: resume={config.folder} continues it")
+            raise UsageError(f"{config.folder} holds a run already: resume={config.folder} continues it")
         return Path(config.folder)
     parent = hydra.sweep.dir if sweep else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     base = Path(parent) / f"{config.name}-seed{config.seed}"
@@ -95,7 +95,7 @@ def free_folder(config: DictConfig) -> Path:
 def run(config: PretrainConfig) -> None:
     """Train, validate, and leave everything in `config.folder`.
 
-    Raises ValueError, before any work, on a configuration that cannot be run, and TrainingError on a run that failed.
+    Raises one of cli.MISTAKES, before any work, if the configuration cannot be run; TrainingError if the run fails.
     """
     found = problems(config)
     if found:
@@ -103,8 +103,11 @@ def run(config: PretrainConfig) -> None:
     plan = resolve(ModelConfig(config.arch, config.size))
     device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.trainer.accelerator == "cuda" and device == "cpu":
-        raise ValueError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
-    choose(config.trainer.backend, attention_needs(plan), device)
+        raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
+    try:
+        choose(config.trainer.backend, attention_needs(plan), device)
+    except ValueError as error:
+        raise UsageError(f"trainer.backend: {error}") from error
     data_folder, manifest = open_data(config.data)
     if manifest.vocab_size > config.size.vocab_size:
         raise DataError(
@@ -147,6 +150,8 @@ def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path, *, res
     if trainer.global_step != num_steps(module.config):
         raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
     trainer.save_checkpoint(last)
+    if not module.last_val:  # the run had ended before
+        trainer.validate(module, data, verbose=False)
 
 
 def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, manifest: Manifest) -> None:

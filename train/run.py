@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.shards import Manifest
+from eval.cli import UsageError
 
 from .schema import PretrainConfig
 
@@ -35,11 +36,11 @@ PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
 
 def write_start(folder: Path, config: PretrainConfig, plan: KVPlan) -> None:
-    """All but the results; on resuming, run.json gains an entry. Raises ValueError where the folder cannot be made."""
+    """All but the results; on resuming, run.json gains an entry. Raises UsageError where the folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"cannot make the run folder {folder} ({error.strerror}); give another with folder="
         ) from error
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
@@ -130,18 +131,18 @@ def write_json(path: Path, value: Any) -> None:
 def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration of the run `config.resume`, changed by what else was given on the command line.
 
-    Raises ValueError where there is no such run, or where `overrides` would change what decides its course.
+    Raises UsageError where there is no such run, or where `overrides` would change what decides its course.
     """
     folder = Path(config.resume)
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"resume={folder}: no run there, config.yaml is missing; give the folder of a run")
+        raise UsageError(f"resume={folder}: no run there, config.yaml is missing; give the folder of a run")
     if not (folder / "checkpoints" / "last.ckpt").is_file():
-        raise ValueError(f"resume={folder}: that run has no checkpoint yet (checkpoints/last.ckpt); start it anew")
+        raise UsageError(f"resume={folder}: that run has no checkpoint yet (checkpoints/last.ckpt); start it anew")
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
         key = change.lstrip("+~").partition("=")[0]
         if change[0] in "+~" or key.partition(".")[0] in FIXED or key in GROUPS:
-            raise ValueError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
+            raise UsageError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
     result = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": str(folder), "folder": str(folder)})
     assert isinstance(result, DictConfig)
