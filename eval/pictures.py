@@ -105,18 +105,9 @@ def _line(
 
 def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path) -> None:
     """Bytes (log) against quality (lower is better): the frontier as a staircase, the seeds' spread as whiskers."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6))
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     axes.set_xscale("log", base=2)
     frontier = [row for row in rows if row.frontier]
-    axes.step(
-        [row.bytes for row in frontier],
-        [row.value for row in frontier],
-        where="post",
-        color=COLORS[0],
-        linewidth=1.4,
-        alpha=0.6,
-        zorder=1,
-    )
     for row in rows:
         tint = COLORS[0] if row.frontier else "#8a8a8a"
         if row.runs > 1:
@@ -132,17 +123,21 @@ def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(f"KV cache of one sequence of {context:,} tokens (log scale)")
     axes.set_ylabel(f"validation {quality}  (lower is better)")
+    # The staircase goes on to the right: whatever lies above it is dominated.
+    edge = axes.get_xlim()[1]
+    steps = {"where": "post", "color": COLORS[0], "linewidth": 1.4, "alpha": 0.6, "zorder": 1}
+    axes.step([*(row.bytes for row in frontier), edge], [*(row.value for row in frontier), frontier[-1].value], **steps)
+    axes.set_xlim(right=edge)
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     runs = sorted({row.runs for row in rows})
-    spread = ", whiskers: lowest and highest seed" if runs[-1] > 1 else ""
+    spread = "; whiskers: lowest and highest seed" if runs[-1] > 1 else ""
     handles = [
         Line2D([], [], marker="o", color=COLORS[0], label="on the frontier"),
         Line2D([], [], marker="o", color="#8a8a8a", markerfacecolor="white", linestyle="", label="dominated" + spread),
     ]
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-    figure.tight_layout()
     _label(figure, axes, rows)
     figure.savefig(path, dpi=200, facecolor="white")
     plt.close(figure)
@@ -158,10 +153,14 @@ def _label(figure: plt.Figure, axes: plt.Axes, rows: Sequence["Point"]) -> None:
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
     places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
     places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
+    names = [row.name for row in rows]
+    endings = {name[name.rfind("-") :] if "-" in name else name for name in names}
+    common = endings.pop() if len(endings) == 1 and len(rows) > 1 else ""  # the size, said once
+    axes.set_title(common.removeprefix("-"), loc="left", fontsize=10, color="#555555")
     for row in rows:
         for x, y, horizontal, vertical in places:
             text = axes.annotate(
-                row.name,
+                row.name.removesuffix(common),
                 (row.bytes, row.value),
                 (x, y),
                 textcoords="offset points",

@@ -79,10 +79,10 @@ class LitDecoder(L.LightningModule):
         config = self.config.optim
         optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
         scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
-        for group, now in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group["lr"] = config.lr * now(scheduler.last_epoch)
-            group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
-            group["weight_decay"] = config.weight_decay if group["weight_decay"] else 0.0
+        share = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
+            group |= {"lr": config.lr * share, "betas": (config.beta1, config.beta2), "eps": config.eps}
+            group["weight_decay"] = decay
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums.zero_()
