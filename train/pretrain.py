@@ -83,7 +83,8 @@ def free_folder(config: DictConfig) -> Path:
     if config.folder is not None:
         if sweep:
             raise UsageError("folder= is one folder for all runs of a sweep; set hydra.sweep.dir= instead")
-        if (Path(config.folder) / "config.yaml").exists():
+        # The other processes of the run are started when the first has written it.
+        if rank_zero_only.rank == 0 and (Path(config.folder) / "config.yaml").exists():
             raise UsageError(f"{config.folder} holds a run already: resume={config.folder} continues it")
         return Path(config.folder)
     parent = hydra.sweep.dir if sweep else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
