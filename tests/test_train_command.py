@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch_in_process, run_script
+from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
+from eval.cli import CONFIGS, load_arch, load_size
 from train.lit_module import TrainingError
 from train.optim import lr_share
 from train.pretrain import main
-from train.schema import OptimConfig, PretrainConfig
+from train.schema import OptimConfig, PretrainConfig, problems
 
 SMALL = [
     "size.num_layers=3",
@@ -455,3 +458,18 @@ def test_help() -> None:
     for word in ("+arch=cla2", "mixattention", "tiny", "resume=", "warmup: 0.05"):
         assert word in done.stdout
     assert ROOT.is_dir()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_arch_composes_at_every_size(size: str) -> None:
+    """Through Hydra, as typed; the model itself is built in test_arch_model."""
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        for name in ARCHS:
+            config = OmegaConf.to_object(compose("pretrain", overrides=[f"+arch={name}", f"+size={size}"]))
+            assert config.tokens == config.size.tokens
+            assert config.optim.lr == config.size.lr
+            assert not problems(config)
+            assert resolve(ModelConfig(config.arch, config.size)) == resolve(
+                ModelConfig(load_arch(name), load_size(size))
+            )
