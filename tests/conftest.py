@@ -103,7 +103,9 @@ def launch_in_process(task: Callable, name: str, schema: type, arguments: list[s
         sys.argv = argv
 
 
-def run_script(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *arguments: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own, as typed."""
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
@@ -111,5 +113,5 @@ def run_script(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Com
         text=True,
         cwd=cwd,
         timeout=240,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (environment or {}),
     )

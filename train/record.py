@@ -53,18 +53,22 @@ def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
         return start(offline=False)
     except wandb.errors.CommError as error:
         print(f"wandb cannot be reached ({error}); logging offline, `wandb sync` sends it later", file=sys.stderr)
+        wandb.teardown()  # forgets the run that did not start
+        os.environ["WANDB_MODE"] = "offline"
         return start(offline=True)
 
 
 def wandb_key() -> bool:
-    """Whether this machine has a key for wandb's server (WANDB_BASE_URL, or the public one)."""
+    """Whether this machine has a key for wandb's server: WANDB_BASE_URL's, or one of the public ones."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    asked = os.environ.get("WANDB_BASE_URL")
+    servers = [asked] if asked else [wandb.Settings().base_url, "https://api.wandb.ai"]
     try:
-        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+        known = netrc(os.environ.get("NETRC")).hosts
     except (FileNotFoundError, NetrcParseError):
         return False
+    return any(urlparse(server).hostname in known for server in servers)
 
 
 def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int, loggers: Sequence[Logger]) -> None:
