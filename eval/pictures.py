@@ -107,6 +107,8 @@ def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path)
     """Bytes (log) against quality (lower is better): the frontier as a staircase, the seeds' spread as whiskers."""
     figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     axes.set_xscale("log", base=2)
+    if len({row.bytes for row in rows}) == 1:
+        axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
     frontier = [row for row in rows if row.frontier]
     for row in rows:
         tint = COLORS[0] if row.frontier else "#8a8a8a"
@@ -116,8 +118,6 @@ def draw_pareto(rows: Sequence["Point"], context: int, quality: str, path: Path)
         face = tint if row.frontier else "white"
         axes.scatter(row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3)
     axes.margins(x=0.12, y=0.16)
-    if len({row.bytes for row in rows}) == 1:
-        axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
     axes.xaxis.set_minor_locator(NullLocator())
