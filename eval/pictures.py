@@ -183,10 +183,11 @@ def plot_pareto_html(rows: Sequence["Point"], context: int, quality: str, path: 
     import plotly.graph_objects as go
 
     frontier = [row for row in rows if row.frontier]
+    edge = 1.5 * max(row.bytes for row in rows)
     figure = go.Figure()
     figure.add_scatter(
-        x=[row.bytes for row in frontier],
-        y=[row.value for row in frontier],
+        x=[*(row.bytes for row in frontier), edge],
+        y=[*(row.value for row in frontier), frontier[-1].value],
         mode="lines",
         line={"shape": "hv", "color": COLORS[0], "width": 1.5},
         name="frontier",
@@ -202,6 +203,7 @@ def plot_pareto_html(rows: Sequence["Point"], context: int, quality: str, path: 
             mode="markers+text",
             text=[row.name for row in chosen],
             textposition="top right",
+            cliponaxis=False,
             marker={"size": 10, "color": tint},
             error_y={
                 "type": "data",
@@ -221,6 +223,8 @@ def plot_pareto_html(rows: Sequence["Point"], context: int, quality: str, path: 
     ticks = sorted({2**power for row in rows for power in (row.bytes.bit_length() - 1, row.bytes.bit_length())})
     figure.update_layout(
         template="plotly_white",
+        legend={"orientation": "h", "y": 1.08},
+        margin={"t": 40},
         xaxis={
             "type": "log",
             "title": f"KV cache of one sequence of {context:,} tokens (log scale)",
