@@ -107,11 +107,12 @@ def run_script(
     script: str, *arguments: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own, as typed."""
+    ours = {"PYTHONPATH", "WANDB_SERVICE", "WANDB_MODE"}  # left by tests that train in this process
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
         timeout=240,
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | (environment or {}),
+        env={key: value for key, value in os.environ.items() if key not in ours} | (environment or {}),
     )

@@ -416,7 +416,7 @@ def test_wandb_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_wandb_that_cannot_be_reached_costs_half_a_minute_and_nothing_else(tmp_path: Path, corpus: Path) -> None:
     """A key is set and there is no server: in a process of its own, as wandb keeps its first settings."""
     arguments = ["+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", f"folder={tmp_path / 'run'}"]
-    environment = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://localhost:9", "WANDB_MODE": "online"}
+    environment = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://localhost:9"}
     done = run_script("train/pretrain.py", *arguments, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "wandb cannot be reached" in done.stderr
