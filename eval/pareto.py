@@ -5,7 +5,7 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
   context=N       tokens at which the KV cache is weighed (default: what the runs were trained on)
   metric=ppl|bpb  perplexity or bits per byte of the validation text (default: ppl)
   itemsize=2      bytes per element of the cache
-  out=FOLDER      where the files go (default: the folder given, or the one that holds all runs)
+  out=FOLDER      where the files go (default: the folder given, or the one that holds those given)
 """
 
 import csv
@@ -118,11 +118,9 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
             }
         )
     rows.sort(key=lambda row: (row["bytes"], row["value"]))
-    best = float("inf")
-    result = []
+    result: list[Point] = []
     for row in rows:
-        result.append(Point(**row, frontier=row["value"] < best))
-        best = min(best, row["value"])
+        result.append(Point(**row, frontier=all(row["value"] < smaller.value for smaller in result)))
     return result
 
 
@@ -206,7 +204,7 @@ def main(arguments: Sequence[str]) -> None:
             raise UsageError(f"{key} is {options[key]}; it is a whole number, at least 1")
     runs = find_runs(folders)
     rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
-    out = Path(options["out"] or os.path.commonpath([run.folder if len(runs) > 1 else folders[0] for run in runs]))
+    out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(rows, context, options["metric"]))
     try:

@@ -194,6 +194,12 @@ def test_default_place_and_context(runs: Path) -> None:
     assert (single / "pareto.png").exists()
 
 
+def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mha", 0, float("inf"))
+    pareto.main([str(run)])
+    assert (run / "pareto.png").exists()
+
+
 def test_labels_do_not_overlap(tmp_path: Path) -> None:
     """A crowd: every name is drawn, none over another."""
     from eval import pictures

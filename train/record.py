@@ -1,4 +1,4 @@
-"""The end of a run: its result, and where it stands among the runs beside it."""
+"""Where a run is logged, and where it stands at its end among the runs beside it."""
 
 import os
 import sys
