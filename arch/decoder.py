@@ -4,6 +4,7 @@ Shapes: B batch, T new tokens, D model, V vocabulary.
 """
 
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,18 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(size.d_model, size.norm_eps)
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        last_only: bool = False,
+        head: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    ) -> Tensor:
         """Logits [B, T, V] of the token after each of `tokens_BT`; [B, 1, V], of the last alone, with `last_only`.
 
         With `cache` the tokens continue what it holds and are added to it. Raises ValueError if they do not fit.
+        `head` gets the normalised last residual stream [B, T, D] and the output matrix [V, D]; a loss that never holds
+        all logits takes the place of the product here.
         """
         length, device = tokens_BT.shape[1], tokens_BT.device
         offset = 0
@@ -121,8 +130,8 @@ class Decoder(nn.Module):
             cache.length += length
         if last_only:
             x_BTD = x_BTD[:, -1:]
-        head = self.embed if self.lm_head is None else self.lm_head
-        return F.linear(self.norm(x_BTD), head.weight)
+        output = self.embed if self.lm_head is None else self.lm_head
+        return head(self.norm(x_BTD), output.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:

@@ -61,18 +61,18 @@ class LitDecoder(L.LightningModule):
         precision = self.config.trainer.precision
         return torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_cuda) else torch.float32
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        """Summed loss in nats over the real targets of a micro-batch."""
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(tokens_BT)
+            return self.model(batch["inputs"], head=cross_entropy_sum(batch["targets"]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the real targets of the whole optimizer step.
 
         Lightning divides by the micro-batches of the step and averages over processes, which the factor undoes.
         """
-        total = cross_entropy_sum(self(batch["inputs"]), batch["targets"])
-        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
+        return self(batch) * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
 
     def on_train_start(self) -> None:
         """Optimizer settings are those of the configuration, also where a resumed run changed them."""
@@ -91,8 +91,7 @@ class LitDecoder(L.LightningModule):
         targets_BT = batch["targets"]
         real = targets_BT != IGNORE
         text_bytes = self.token_bytes[targets_BT.clamp(min=0)][real].sum()
-        nats = cross_entropy_sum(self(batch["inputs"]), targets_BT)
-        self.val_sums += torch.stack([nats.double(), real.sum().double(), text_bytes.double()])
+        self.val_sums += torch.stack([self(batch).double(), real.sum().double(), text_bytes.double()])
 
     def on_validation_epoch_end(self) -> None:
         """Loss in nats per token, perplexity, and bits per UTF-8 byte, over all processes."""

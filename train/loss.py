@@ -1,14 +1,75 @@
-"""Next-token cross-entropy.
+"""Next-token cross-entropy from the last hidden states, without ever holding all logits.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: N tokens, D model, V vocabulary.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from data.batches import IGNORE
 
+# Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
+ROWS = 2048
 
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum in nats over the real targets (not IGNORE), in fp32 whatever the type of the logits."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+
+def cross_entropy_sum(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A head for `Decoder.forward`: sum in nats over the real targets (not IGNORE), in fp32."""
+
+    def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x_BTD.device.type):
+            x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
+        total: Tensor = LinearCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        return total
+
+    return head
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum(cross_entropy(x @ weight.T, targets)), `ROWS` tokens at a time.
+
+    The gradients are made in the forward pass, where a chunk has its logits: three matrix products in all, as many
+    as with whole logits, and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        weight = weight_VD.to(x_ND.dtype)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+            grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            for begin in range(0, len(x_ND), ROWS):
+                x, targets = x_ND[begin : begin + ROWS], targets_N[begin : begin + ROWS]
+                loss, grad_logits = nll_and_gradient(x @ weight.T, targets)
+                total += loss
+                if grad_x is not None:
+                    torch.mm(grad_logits, weight, out=grad_x[begin : begin + ROWS])
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ x
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_x is None else grad_x * grad_total.to(grad_x.dtype),
+            None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
+            None,
+        )
+
+
+def nll_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed negative log-likelihood, fp32, and its gradient [N, V] in the type of the logits."""
+    real_N = targets_N != IGNORE
+    index_N1 = targets_N.clamp(min=0)[:, None]
+    log_probability_NV = logits_NV.float().log_softmax(dim=-1)
+    loss = -(log_probability_NV.gather(1, index_N1)[:, 0] * real_N).sum()
+    gradient_NV = log_probability_NV.exp_()
+    gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
+    gradient_NV *= real_N[:, None]
+    return loss, gradient_NV.to(logits_NV.dtype)

@@ -10,7 +10,6 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import lightning as L
-import numpy as np
 import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
@@ -23,44 +22,15 @@ from rich.console import Console
 from arch import KVPlan, LayoutError, ModelConfig, resolve
 from arch.attend import choose
 from arch.decoder import attention_needs
-from data.batches import EvalBatches, TrainBatches
-from data.prepare import default_folder, prepare
-from data.shards import DataError, Manifest, TokenWindows
+from data.shards import Manifest
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
+from train.datamodule import Data
 from train.lit_module import LitDecoder, TrainingError
 from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_json, write_start
-from train.schema import DataConfig, PretrainConfig, micro_batch, num_steps, problems
-
-
-class Data(L.LightningDataModule):
-    """Batches of a run: which ones is a function of the configuration and the step alone."""
-
-    def __init__(self, config: PretrainConfig, folder: Path, manifest: Manifest):
-        super().__init__()
-        self.config = config
-        self.train = TokenWindows(folder, manifest, "train", config.size.seq_len)
-        self.val = TokenWindows(folder, manifest, "val", config.size.seq_len)
-
-    def train_dataloader(self) -> TrainBatches:
-        trainer, config = self.trainer, self.config
-        return TrainBatches(
-            self.train,
-            seed=config.seed,
-            steps=num_steps(config),
-            batch_size=config.batch_size,
-            micro_batch=micro_batch(config),
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-            start_step=trainer.global_step,
-        )
-
-    def val_dataloader(self) -> EvalBatches:
-        trainer, config = self.trainer, self.config
-        windows = min(len(self.val), config.data.val_tokens // config.size.seq_len)
-        return EvalBatches(self.val, windows, micro_batch(config), trainer.global_rank, trainer.world_size)
+from train.schema import PretrainConfig, micro_batch, num_steps, problems
 
 
 def main(config: DictConfig, choices: Choices) -> None:
@@ -109,14 +79,8 @@ def run(config: PretrainConfig) -> None:
         choose(config.trainer.backend, attention_needs(plan), device)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
-    data_folder, manifest = open_data(config.data)
-    if manifest.vocab_size > config.size.vocab_size:
-        raise DataError(
-            f"{data_folder} has a vocabulary of {manifest.vocab_size} tokens, the model of {config.size.vocab_size}; "
-            f"set size.vocab_size={manifest.vocab_size}, or data.vocab_size to at most {config.size.vocab_size}"
-        )
-    data = Data(config, data_folder, manifest)
-    module = LitDecoder(config, torch.from_numpy(np.load(data_folder / "token_bytes.npy").astype(np.int64)))
+    data = Data(config)
+    module = LitDecoder(config, data.token_bytes())
     folder = Path(config.folder)
     if rank_zero_only.rank == 0:
         write_start(folder, config, plan)
@@ -127,7 +91,7 @@ def run(config: PretrainConfig) -> None:
         trainer = build_trainer(config, folder, plan, device)
         fit(trainer, module, data, folder, resume=config.resume is not None)
         if trainer.is_global_zero:
-            finish(trainer, module, config, plan, manifest)
+            finish(trainer, module, config, plan, data.manifest)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
@@ -165,14 +129,6 @@ def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan:
     )
     scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
-
-
-def open_data(config: DataConfig) -> tuple[Path, Manifest]:
-    """The prepared folder: the one named, or the corpus' own, prepared now if it is not there."""
-    if config.path:
-        return Path(config.path), Manifest.load(Path(config.path))
-    folder = default_folder(config.corpus, config.vocab_size)
-    return folder, prepare(config.corpus, config.vocab_size, folder)
 
 
 def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: str) -> L.Trainer:
