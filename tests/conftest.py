@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import data.corpora
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, resolve
 from data.prepare import prepare
 from eval.cli import launch, load_arch, names
+from train.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = names("arch")
@@ -91,6 +93,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     prepare("unit", 600, path)
     yield path
     del data.corpora.CORPORA["unit"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights in a run's newest checkpoint."""
+    folder = checkpoints(run)[0]
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:

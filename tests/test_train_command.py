@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script
+from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, weights
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
 from eval.cli import CONFIGS, load_arch, load_size
-from train.lit_module import TrainingError
+from train.checkpoint import TrainingError, checkpoints, load_info
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import OptimConfig, PretrainConfig, problems
@@ -70,12 +70,13 @@ def test_run_folder(trained: Path) -> None:
     assert plan == resolve(ModelConfig(config.arch, config.size))
     (start,) = json.loads((trained / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__
-    assert set(start) == {"command", "git", "python", "versions", "hardware"}
+    assert start["from_step"] == 0
+    assert set(start) == {"from_step", "command", "git", "python", "versions", "hardware"}
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["tokens"] == 1024
     assert summary["val"]["ppl"] == pytest.approx(torch.tensor(summary["val"]["loss"]).exp().item())
     assert 0 < summary["val"]["bpb"] < 20
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert [path.name for path in checkpoints(trained)] == ["step-00000008", "step-00000006"]
     assert {path.name for path in (trained / "pareto").iterdir()} == {
         f"pareto.{k}" for k in ("png", "html", "csv", "json")
     }
@@ -111,13 +112,11 @@ def test_wandb_run_was_written_offline(trained: Path) -> None:
 
 
 def test_checkpoint_is_plain_data_and_says_what_it_is(trained: Path) -> None:
-    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-    config = from_dict(ModelConfig, checkpoint["model"]["config"])
-    model = Decoder(config)
-    weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items()}
-    model.load_state_dict(weights)
-    assert KVPlan.from_dict(checkpoint["model"]["plan"]) == model.plan
-    assert all(value.dtype == torch.float32 for value in weights.values())
+    info = load_info(checkpoints(trained)[0])
+    model = Decoder(from_dict(ModelConfig, info["config"]))
+    model.load_state_dict(weights(trained))
+    assert KVPlan.from_dict(info["plan"]) == model.plan
+    assert all(value.dtype == torch.float32 for value in weights(trained).values())
 
 
 OPTIONS = ["trainer.checkpoint_every=5", "trainer.val_every=4", "logger=csv"]
@@ -136,9 +135,7 @@ def assert_same_run(whole: Path, other: Path, rel: float = 0) -> None:
     expected, ours = losses(whole), losses(other)
     assert sorted(ours) == sorted(expected) == list(range(1, 9))
     results = [json.loads((folder / "summary.json").read_text())["val"] for folder in (whole, other)]
-    states = [
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, other)
-    ]
+    states = [weights(folder) for folder in (whole, other)]
     if rel:
         assert [float(ours[k]) for k in sorted(ours)] == pytest.approx([float(v) for v in expected.values()], rel=rel)
         return
@@ -173,7 +170,7 @@ def test_a_killed_run_goes_on_where_it_was(whole: Path, tmp_path: Path, corpus: 
     """SIGKILL after the checkpoint of step 5. Resumed with other micro-batches it is the same run up to rounding."""
     folder = tmp_path / "run"
     process = start(folder, corpus)
-    while not (folder / "checkpoints" / "last.ckpt").exists():
+    while not (folder / "checkpoints" / "step-00000005").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
@@ -198,7 +195,7 @@ def test_an_interrupted_run_is_saved(whole: Path, tmp_path: Path, corpus: Path) 
     assert f"resume={folder} continues" in errors
     done = max(losses(folder))
     assert done < 5, "there had been no checkpoint yet"
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == done
+    assert checkpoints(folder)[0].name == f"step-{done:08d}"
     pretrain(f"resume={folder}")
     assert_same_run(whole, folder, rel=1e-5)
 
@@ -231,8 +228,9 @@ def test_best_checkpoint_is_the_best(tmp_path: Path, corpus: Path) -> None:
     pretrain("+arch=cla2", "+size=tiny", *SMALL, *options)
     validations = {int(row["step"]): float(row["val/loss"]) for row in read_metrics(folder) if row["val/loss"]}
     assert sorted(validations) == [3, 6, 8]
-    best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
-    assert best["global_step"] == min(validations, key=validations.get)
+    best = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert best["checkpoint"] == f"step-{min(validations, key=validations.get):08d}"
+    assert best["val_loss"] == min(validations.values())
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["val"]["loss"] == validations[8]
 
@@ -274,8 +272,9 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
     assert [float(value) for value in plain.values()] == pytest.approx(
         [float(v) for v in other.values()], rel=tolerance
     )
-    checkpoint = torch.load(tmp_path / "other" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all(value.dtype == torch.float32 for value in checkpoint["state_dict"].values()), "master weights are fp32"
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "other").values()), (
+        "master weights are fp32"
+    )
 
 
 @pytest.mark.parametrize(
@@ -365,11 +364,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path)
     options = ["trainer.log_every=8", "trainer.checkpoint_every=1", "logger=csv", f"data.path={corpus}"]
     pretrain("+arch=mha", "+size=tiny", *SMALL, *options, f"folder={folder}")
     with pytest.raises(
-        TrainingError, match=r"lower optim.lr, or warm up longer. The last good checkpoint is .*last.ckpt"
+        TrainingError, match=r"lower optim.lr, or warm up longer. The last good checkpoint is .*step-0000"
     ):
         pretrain(f"resume={folder}", "tokens=4096", "optim.lr=1e30", "optim.clip=1e30")
-    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    assert all(value.isfinite().all() for value in weights(folder).values())
     done = run_script(
         "train/pretrain.py", "+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv",
         "optim.lr=1e30", "optim.warmup=0", "optim.clip=1e30", f"folder={tmp_path / 'other'}",

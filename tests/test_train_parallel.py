@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ARCHS, ROOT, run_script
 
+from arch import Decoder, ModelConfig, from_dict
+from train.checkpoint import checkpoints, load, load_info
+
 SMALL = [
     "size.num_layers=3", "size.d_model=32", "size.d_ff=48", "size.vocab_size=600", "size.seq_len=32",
     "size.max_window=8", "batch_size=4", "tokens=1024", "data.val_tokens=320", "trainer.log_every=1", "logger=csv",
@@ -32,6 +35,14 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
+def whole_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the newest checkpoint, put together in this one process."""
+    folder = checkpoints(run)[0]
+    model = Decoder(from_dict(ModelConfig, load_info(folder)["config"]))
+    load(folder, model)
+    return model.state_dict()
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("single") / "run"
@@ -50,12 +61,10 @@ def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("train/loss", "val/loss", "val/bpb"):
         assert column(folder, name) == pytest.approx(column(single, name), rel=1e-5), name
-    checkpoints = [
-        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (single, folder)
-    ]
-    assert checkpoints[0].keys() == checkpoints[1].keys()
-    for key, value in checkpoints[0].items():
-        torch.testing.assert_close(checkpoints[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+    expected, ours = whole_weights(single), whole_weights(folder)
+    assert expected.keys() == ours.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_bf16_is_the_same_sharded_or_not(tmp_path: Path, corpus: Path) -> None:

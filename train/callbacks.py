@@ -1,29 +1,48 @@
 """What a run reports and keeps while it trains."""
 
+import json
 import math
-import os
+import shutil
+import signal
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+import torch.distributed as dist
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
-from .lit_module import LitDecoder, TrainingError
+from data.shards import DataError
+
+from . import checkpoint
+from .checkpoint import TrainingError
+from .lit_module import LESS, LitDecoder
+from .run import write_json
 
 
 class Metrics(L.Callback):
-    """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps.
+    """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps and at those of a checkpoint.
 
     Between reports nothing waits for the device. tokens/s counts the tokens of all processes since the last report,
-    time spent in validation left out. Raises TrainingError when the loss is not finite.
+    time spent in validation left out. Raises TrainingError, before a checkpoint is saved, when the loss is not finite,
+    or for the second report running is more than `max_rise` nats above the lowest one.
     """
 
-    def __init__(self, every: int, step_tokens: int, constants: dict[str, float], print_lines: bool):
-        self.every, self.step_tokens, self.constants, self.print_lines = every, step_tokens, constants, print_lines
+    def __init__(
+        self,
+        every: int,
+        checkpoint_every: int,
+        max_rise: float,
+        step_tokens: int,
+        constants: dict[str, float],
+        print_lines: bool,
+    ):
+        self.every, self.checkpoint_every, self.max_rise = every, checkpoint_every, max_rise
+        self.step_tokens, self.constants, self.print_lines = step_tokens, constants, print_lines
+        self.lowest, self.risen = math.inf, False
         self.loss: Tensor | float = 0.0
         self.lr = 0.0
         self.step = self.reported = 0
@@ -54,12 +73,12 @@ class Metrics(L.Callback):
         loss, self.loss = self.loss, 0.0
         if self.step == trainer.max_steps:
             trainer.should_stop = True  # ends the run with a validation, wherever the last one was
-        if self.step % self.every == 0 or self.step == trainer.max_steps:
+        due = self.step % self.every == 0 or self.step % self.checkpoint_every == 0 or self.step == trainer.max_steps
+        if due:
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
 
     def _report(self, trainer: L.Trainer, module: LitDecoder, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step}")
+        self._check(loss)
         now = time.perf_counter()
         speed = (self.step - self.reported) * self.step_tokens / (now - self.clock)
         self.clock, self.reported = now, self.step
@@ -75,6 +94,14 @@ class Metrics(L.Callback):
         if self.print_lines and trainer.is_global_zero:
             print(f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
 
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {self.step}: {LESS}")
+        rising = loss > self.lowest + self.max_rise
+        if rising and self.risen:
+            raise TrainingError(f"the loss exploded, {loss:.3f} at step {self.step} after {self.lowest:.3f}: {LESS}")
+        self.lowest, self.risen = min(loss, self.lowest), rising
+
 
 class Progress(RichProgressBar):
     """Lightning's bar with loss, tokens/s, last validation and time left; without what never changes."""
@@ -88,41 +115,130 @@ class Progress(RichProgressBar):
         return "training"
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name, flushes it and renames it; reads nothing but tensors and plain data."""
+class Checkpoints(L.Callback):
+    """Saves every `every` steps, where validation is best so far, and at the end; keeps the newest `keep` and the best.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    Also restores: from `start`, a checkpoint of this run, when training begins.
+    """
 
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+    def __init__(self, run: Path, every: int, keep: int, start: Path | None):
+        self.run, self.every, self.keep, self.start = run, every, keep, start
+        self.best = math.inf
+        self.step = 0
+
+    @property
+    def best_file(self) -> Path:
+        return self.run / "checkpoints" / "best.json"
+
+    def on_fit_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        if self.start is None:
+            return
+        checkpoint.load(self.start, module.model, trainer.optimizers[0])
+        self.step = checkpoint.step_of(self.start)
+        module.go_on_after(self.step)
+        if self.best_file.is_file():
+            self.best = json.loads(self.best_file.read_text())["val_loss"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0:
+            self.save(trainer, module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        if module.last_val["loss"] < self.best and trainer.state.fn == "fit":
+            self.best = module.last_val["loss"]
+            self.save(trainer, module)
+            if trainer.is_global_zero:
+                write_json(self.best_file, {"checkpoint": folder_name(self.step), "val_loss": self.best})
+
+    def on_train_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        self.save(trainer, module)
+
+    def on_exception(self, trainer: L.Trainer, module: LitDecoder, exception: BaseException) -> None:
+        """What stops one process cannot be saved by several; alone, nothing need be lost."""
+        if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step:
+            self.save(trainer, module)
+
+    def save(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        """The state after the last whole step, unless it is saved already."""
+        step = trainer.global_step
+        if step == self.step:
+            return
+        module.check_finite()
+        folder = self.run / "checkpoints" / folder_name(step)
+        checkpoint.save(folder, module.model, trainer.optimizers[0], step, module.describe())
+        self.step = step
+        if trainer.is_global_zero:
+            kept = {path.name for path in checkpoint.checkpoints(self.run)[: self.keep]}
+            if self.best_file.is_file():
+                kept.add(json.loads(self.best_file.read_text())["checkpoint"])
+            for path in checkpoint.checkpoints(self.run):
+                if path.name not in kept:
+                    shutil.rmtree(path)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`, every so many steps and when the user interrupts the run."""
-
-    def __init__(self, folder: Path, every: int):
-        super().__init__(
-            folder, "last", every_n_train_steps=every, save_on_train_epoch_end=False, enable_version_counter=False
-        )
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """`best.ckpt`, by validation loss."""
+class Stopped(SystemExit):
+    """The run was asked to stop and has saved its state."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder, "best", monitor="val/loss", mode="min", save_top_k=1, enable_version_counter=False)
+    def __init__(self, reason: str, code: int):
+        super().__init__(code)
+        self.reason = reason
+
+
+class Stop(L.Callback):
+    """Saves and ends the run after the micro-batch in which a signal came to any process, or the time was up.
+
+    Signals are SIGTERM, SIGUSR1 and Ctrl-C; a second Ctrl-C interrupts at once. Replaces Lightning's handlers, which
+    broadcast inside the handler (and hang where a process other than the first is hit) and wait for the device in every
+    micro-batch. Processes agree through a process group on the CPU, which waits for no device.
+    """
+
+    TIME_IS_UP = 1000
+
+    def __init__(self, checkpoints: Checkpoints, max_hours: float | None):
+        self.checkpoints = checkpoints
+        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.received = 0
+        self.group: dist.ProcessGroup | None = None
+
+    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+        self._listen()
+
+    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        self._listen()
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
+
+    def _listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: LitDecoder, *_: Any) -> None:
+        self._stop_if_asked(trainer, module)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: LitDecoder, *_: Any) -> None:
+        if self.group is not None or trainer.world_size == 1:
+            self._stop_if_asked(trainer, module)
+
+    def _stop_if_asked(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        asked = self.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
+        if trainer.world_size > 1:
+            flag = torch.tensor([asked])
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+            asked = int(flag)
+        if not asked:
+            return
+        self.checkpoints.save(trainer, module)
+        reason = "trainer.max_hours are over" if asked == self.TIME_IS_UP else signal.Signals(asked).name
+        raise Stopped(f"stopped after step {trainer.global_step} ({reason})", 130 if asked == signal.SIGINT else 0)

@@ -1,25 +1,29 @@
 """One LightningModule for every architecture."""
 
 import math
+import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from arch import Decoder, ModelConfig
 from data.batches import IGNORE, Batch
 
+from . import checkpoint
+from .checkpoint import TrainingError
 from .loss import cross_entropy_sum
 from .optim import adamw, schedule
 from .parallel import parallelize
 from .schema import PretrainConfig, num_steps
 
-
-class TrainingError(RuntimeError):
-    """A run that must not go on; the message says why."""
+# What to try against a loss or weights that went astray.
+LESS = "lower optim.lr, or warm up longer"
 
 
 class LitDecoder(L.LightningModule):
@@ -54,6 +58,11 @@ class LitDecoder(L.LightningModule):
         )
         self.model.to_empty(device=device)
         self.model.init_weights(self.config.seed)
+        if self.config.init is not None and self.config.resume is None:
+            checkpoint.load(checkpoint.find(Path(self.config.init)), self.model)
+        if self.config.train_only is not None:
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(re.search(self.config.train_only, name) is not None)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -75,14 +84,19 @@ class LitDecoder(L.LightningModule):
         return self(batch) * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
 
     def on_train_start(self) -> None:
-        """Optimizer settings are those of the configuration, also where a resumed run changed them."""
-        config = self.config.optim
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
-        share = scheduler.lr_lambdas[0](scheduler.last_epoch)
-        for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-            group |= {"lr": config.lr * share, "betas": (config.beta1, config.beta2), "eps": config.eps}
-            group["weight_decay"] = decay
+        """The learning rate is that of the step, also where a run is resumed with other settings."""
+        scheduler = self.lr_schedulers()
+        scheduler.last_epoch = self.trainer.global_step
+        for group, base, share in zip(
+            self.optimizers(use_pl_optimizer=False).param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * share(scheduler.last_epoch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Sharded gradients are reduced once per step, not once per micro-batch."""
+        if isinstance(self.model, FSDPModule):
+            last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+            self.model.set_requires_gradient_sync(last)
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums.zero_()
@@ -104,27 +118,30 @@ class LitDecoder(L.LightningModule):
         self.log("val/loss", loss, logger=False)  # for the best checkpoint
         self.log("val/ppl", self.last_val["ppl"], logger=False, prog_bar=True)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the weights belong to, as plain data: the authored configuration and the resolved plan.
-
-        Raises TrainingError, and keeps the checkpoint before, if a weight is not finite.
-        """
+    def check_finite(self) -> None:
+        """Raises TrainingError if a weight of any process is not finite."""
         broken = torch.stack([(~local(p).isfinite()).any() for p in self.parameters()]).sum()
         if self.trainer.strategy.reduce(broken.float(), reduce_op="sum").item():
-            raise TrainingError(f"weights are not finite after step {self.trainer.global_step}")
-        config = ModelConfig(self.config.arch, self.config.size)
-        checkpoint["model"] = {"format": 1, "config": asdict(config), "plan": self.model.plan.to_dict()}
+            raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {LESS}")
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on after the last whole step, in as many micro-batches per step as there are now, also after the end."""
-        loop = checkpoint["loops"]["fit_loop"]
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = loop["epoch_loop.batch_progress"]
+    def describe(self) -> dict[str, Any]:
+        """What the weights belong to, as plain data: the authored configuration and the resolved plan."""
+        config = ModelConfig(self.config.arch, self.config.size)
+        return {"config": asdict(config), "plan": self.model.plan.to_dict()}
+
+    def go_on_after(self, step: int) -> None:
+        """Set the loop's counters as they are after `step` steps, in as many micro-batches as a step has now."""
+        loop = self.trainer.fit_loop
+        state = loop.state_dict()
+        progress = state["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
-            counts |= dict.fromkeys(counts, done)
-        progress["is_last_batch"] = False
-        loop["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        checkpoint["epoch"] = 0
+            counts |= dict.fromkeys(counts, step * self.trainer.accumulate_grad_batches)
+        steps = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        for counts in (steps["current"], steps["total"]):
+            counts |= dict.fromkeys(counts, step)
+        state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+        state["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loop.load_state_dict(state)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = adamw(self.model, self.config.optim)

@@ -11,7 +11,7 @@ from .schema import OptimConfig
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW. Matrices and embeddings decay; norms, biases and sinks (one axis) do not."""
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -22,12 +22,14 @@ from rich.console import Console
 from arch import KVPlan, LayoutError, ModelConfig, resolve
 from arch.attend import choose
 from arch.decoder import attention_needs
-from data.shards import Manifest
+from data.shards import DataError, Manifest
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
-from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
+from train import checkpoint
+from train.callbacks import Checkpoints, Metrics, Progress, Stop, Stopped
+from train.checkpoint import TrainingError
 from train.datamodule import Data
-from train.lit_module import LitDecoder, TrainingError
+from train.lit_module import LitDecoder
 from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_json, write_start
 from train.schema import PretrainConfig, micro_batch, num_steps, problems
@@ -79,17 +81,23 @@ def run(config: PretrainConfig) -> None:
         choose(config.trainer.backend, attention_needs(plan), device)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
+    try:
+        start = None if config.resume is None else checkpoint.newest(Path(config.resume))
+        if config.init is not None and config.resume is None:
+            checkpoint.find(Path(config.init))
+    except TrainingError as error:
+        raise UsageError(str(error)) from error
     data = Data(config)
     module = LitDecoder(config, data.token_bytes())
     folder = Path(config.folder)
     if rank_zero_only.rank == 0:
-        write_start(folder, config, plan)
+        write_start(folder, config, plan, 0 if start is None else checkpoint.step_of(start))
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(plan_table(config.name, plan, config.context, config.kv_itemsize))
     failed = True
     try:
-        trainer = build_trainer(config, folder, plan, device)
-        fit(trainer, module, data, folder, resume=config.resume is not None)
+        trainer = build_trainer(config, folder, plan, device, start)
+        fit(trainer, module, data, folder)
         if trainer.is_global_zero:
             finish(trainer, module, config, plan, data.manifest)
         failed = False
@@ -97,24 +105,24 @@ def run(config: PretrainConfig) -> None:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
 
 
-def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path, *, resume: bool) -> None:
-    """Train to the last step; end the process with code 130 if the user interrupts."""
+def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path) -> None:
+    """Train to the last step. Where the run is asked to stop it saves its state and ends the process."""
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
-    last = folder / "checkpoints" / "last.ckpt"
     try:
-        trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=True)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        print(f"interrupted at step {trainer.global_step}; resume={folder} continues", file=sys.stderr)
-        sys.exit(130)
-    except TrainingError as error:
-        kept = f"The last good checkpoint is {last}." if last.exists() else "There was no checkpoint yet."
-        raise TrainingError(f"{error}: lower optim.lr, or warm up longer. {kept}") from error
+        trainer.fit(module, data)
+    except Stopped as stopped:
+        if trainer.is_global_zero:
+            print(f"{stopped.reason}; resume={folder} continues", file=sys.stderr)
+        raise
+    except (TrainingError, DataError) as error:
+        saved = checkpoint.checkpoints(folder)
+        kept = "There was no checkpoint yet"
+        if saved:
+            kept = f"The last good checkpoint is {saved[0]}; resume={folder} continues from it"
+        raise TrainingError(f"{error}. {kept}.") from error
     if trainer.global_step != num_steps(module.config):
         raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
-    trainer.save_checkpoint(last)
     if not module.last_val:  # the run had ended before
         trainer.validate(module, data, verbose=False)
 
@@ -131,8 +139,11 @@ def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan:
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
-def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: str) -> L.Trainer:
-    """A Trainer for the run. Weights and optimizer are fp32 in every case; LitDecoder computes in what was asked."""
+def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: str, start: Path | None) -> L.Trainer:
+    """A Trainer for the run, which goes on from the checkpoint `start`.
+
+    Weights and optimizer are fp32 in every case; LitDecoder computes in what was asked.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
     options, steps = config.trainer, num_steps(config)
@@ -147,6 +158,7 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: st
         ),
     }[options.strategy]
     progress = options.progress and sys.stdout.isatty()
+    checkpoints = Checkpoints(folder, options.checkpoint_every, options.keep_checkpoints, start)
     return L.Trainer(
         accelerator=device,
         devices=options.devices,
@@ -161,19 +173,21 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: st
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         logger=loggers(config, folder),
+        enable_checkpointing=False,
         log_every_n_steps=1,
         callbacks=[
             Metrics(
                 options.log_every,
+                options.checkpoint_every,
+                options.max_rise,
                 config.batch_size * config.size.seq_len,
                 constants(config, plan),
                 print_lines=options.progress and not progress,
             ),
-            LastCheckpoint(folder / "checkpoints", options.checkpoint_every),
-            BestCheckpoint(folder / "checkpoints"),
+            checkpoints,
+            Stop(checkpoints, options.max_hours),
             *([Progress(leave=True)] if progress else []),
         ],
-        plugins=[AtomicCheckpointIO()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=folder,

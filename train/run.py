@@ -4,7 +4,7 @@ config.yaml    the resolved configuration; resume=FOLDER starts from it
 plan.json      the resolved KV layout
 run.json       command, git revision, versions, hardware
 metrics/       metrics.csv, one folder for each time the run was started
-checkpoints/   last.ckpt, best.ckpt
+checkpoints/   the newest ones and the best: train/checkpoint.py
 summary.json   the result, written when training ends
 """
 
@@ -35,8 +35,11 @@ GROUPS = ("optim", "trainer", "logger")
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
 
-def write_start(folder: Path, config: PretrainConfig, plan: KVPlan) -> None:
-    """All but the results; on resuming, run.json gains an entry. Raises UsageError where the folder cannot be made."""
+def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, step: int) -> None:
+    """All but the results; on resuming, after `step` steps, run.json gains an entry.
+
+    Raises UsageError where the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -47,7 +50,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: KVPlan) -> None:
     write_json(folder / "plan.json", plan.to_dict())
     path = folder / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
-    write_json(path, [*starts, environment()])
+    write_json(path, [*starts, {"from_step": step, **environment()}])
 
 
 def environment() -> dict[str, Any]:
@@ -136,8 +139,6 @@ def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
     folder = Path(config.resume)
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"resume={folder}: no run there, config.yaml is missing; give the folder of a run")
-    if not (folder / "checkpoints" / "last.ckpt").is_file():
-        raise UsageError(f"resume={folder}: that run has no checkpoint yet (checkpoints/last.ckpt); start it anew")
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
         key = change.lstrip("+~").partition("=")[0]

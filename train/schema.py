@@ -1,6 +1,7 @@
 """The typed schema of `train/pretrain.py`. Every key of its command line stands here, with what it means."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from omegaconf import II
@@ -54,6 +55,9 @@ class TrainerConfig:
     compile      torch.compile each block; null: on CUDA
     backend      attention backend: auto, or a name from arch/attend.py
     val_every    steps between validations; null: four in the run
+    checkpoint_every, keep_checkpoints   steps between checkpoints, and how many of the newest are kept beside the best
+    max_rise     the run ends where the loss stays more than this many nats above its lowest
+    max_hours    save and end after this many hours (leave room for one checkpoint); null: no limit
     """
 
     accelerator: str = "auto"
@@ -68,6 +72,9 @@ class TrainerConfig:
     log_every: int = 10
     val_every: int | None = None
     checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    max_rise: float = 3.0
+    max_hours: float | None = None
     progress: bool = True
 
 
@@ -89,6 +96,8 @@ class PretrainConfig:
     kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
     name        null: <arch>-<size>; runs of one name that differ in nothing but the seed are one point of a Pareto plot
     folder      where the run is kept; null: runs/<time>/<name>-seed<seed>
+    init        run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
+    train_only  regular expression: only parameters in whose name it is found are trained; null: all
     resume      folder of a run to continue; its own configuration is used, keys given beside it change that
     """
 
@@ -105,6 +114,8 @@ class PretrainConfig:
     context: int = II("size.seq_len")
     kv_itemsize: int = 2
     seed: int = 0
+    init: str | None = None
+    train_only: str | None = None
     resume: str | None = None
 
 
@@ -124,6 +135,7 @@ def problems(config: PretrainConfig) -> list[str]:
         ("trainer.num_nodes", trainer.num_nodes),
         ("trainer.log_every", trainer.log_every),
         ("trainer.checkpoint_every", trainer.checkpoint_every),
+        ("trainer.keep_checkpoints", trainer.keep_checkpoints),
         ("trainer.val_every", trainer.val_every),
         ("trainer.micro_batch", trainer.micro_batch),
         ("batch_size", config.batch_size),
@@ -134,6 +146,14 @@ def problems(config: PretrainConfig) -> list[str]:
             found.append(f"{name} is {value}; it must be at least 1")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
+    for name, value in (("trainer.max_rise", trainer.max_rise), ("trainer.max_hours", trainer.max_hours)):
+        if value is not None and not value > 0:
+            found.append(f"{name} is {value}; it must be positive")
+    if config.train_only is not None:
+        try:
+            re.compile(config.train_only)
+        except re.error as error:
+            found.append(f"train_only is no regular expression: {error}")
     if config.seed < 0:
         found.append(f"seed is {config.seed}; it must be at least 0")
     if found:

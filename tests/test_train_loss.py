@@ -1,0 +1,84 @@
+"""The chunked linear cross-entropy is the plain one, and never holds all logits."""
+
+import pytest
+import torch
+from conftest import build, small, tokens
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train.loss
+from data.batches import IGNORE
+from train.loss import cross_entropy_sum
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.loss, "ROWS", 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 10, 16, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(23, 16, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(23, (3, 10), generator=generator)
+    targets[0, 3:6] = IGNORE
+    plain = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(plain * 0.37, (x, weight))
+    ours = cross_entropy_sum(targets)(x, weight)
+    torch.testing.assert_close(ours.to(dtype), plain, rtol=1e-6, atol=0)
+    for gradient, exact in zip(torch.autograd.grad(ours * 0.37, (x, weight)), expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_keeps_fp32_weights_and_loss(short_chunks: None) -> None:
+    x = torch.randn(2, 20, 64).bfloat16().requires_grad_()
+    weight = torch.randn(100, 64).requires_grad_()
+    targets = torch.randint(100, (2, 20))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy_sum(targets)(x, weight)
+    exact = F.cross_entropy((x.double() @ weight.double().T).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=5e-3)
+    loss.backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    exact_gradient = torch.autograd.grad(exact, weight)[0]
+    assert (weight.grad - exact_gradient).norm() < 0.02 * exact_gradient.norm()
+
+
+def test_everything_ignored_is_no_loss(short_chunks: None) -> None:
+    x = torch.randn(1, 9, 4).requires_grad_()
+    loss = cross_entropy_sum(torch.full((1, 9), IGNORE))(x, torch.randn(5, 4))
+    loss.backward()
+    assert loss.item() == 0
+    assert (x.grad == 0).all()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements with a last axis of `width` that any operation returned."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width, self.elements = width, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.width:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_are_never_held_whole(short_chunks: None, grad: bool) -> None:
+    model = build(small("mixattention"), torch.float32)
+    batch = tokens(4, 30)
+    with Largest(61) as largest, torch.set_grad_enabled(grad):
+        loss = model(batch[:, :-1], head=cross_entropy_sum(batch[:, 1:]))
+        if grad:
+            loss.backward()
+    assert 0 < largest.elements <= 7 * 61
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item(), rel=1e-5
+    )

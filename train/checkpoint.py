@@ -1,0 +1,204 @@
+"""Checkpoints: folders of safetensors that any number of processes, sharded or not, can write and read.
+
+checkpoints/step-00000200/   complete or not there: written under another name, flushed, and renamed
+  *.safetensors              weights and optimizer state by parameter name; each process writes its own share
+  checkpoint.json            step, the model they belong to, and size and sha256 of every file; nothing is pickled
+checkpoints/best.json        which of them had the lowest validation loss
+
+The position in the data and in every schedule is a function of the step, so that nothing else is needed to go on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+FORMAT = 2
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+INFO = "checkpoint.json"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why and what is left of it."""
+
+
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def barrier() -> None:
+    if distributed():
+        dist.barrier()
+
+
+def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """What a checkpoint holds: `model.<name>` and `optimizer.<key>.<name>` for every parameter of `model`."""
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            state = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+    return tensors
+
+
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]) -> None:
+    """Write `folder`; all processes call this together. `about` is plain data that goes into checkpoint.json.
+
+    Raises TrainingError, and leaves nothing of it, where it cannot be written.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    barrier()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(named_tensors(model, optimizer), storage_writer=writer, no_dist=not distributed())
+        files = _gather({path.name: _describe(path) for path in partial.glob(f"shard-{rank() + 1:05d}-*")})
+        if rank() == 0:
+            info = {"format": FORMAT, "step": step, **about, "files": files}
+            _write_flushed(partial / INFO, json.dumps(info, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(partial, folder)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(f"cannot save {folder}: {_cause(error)}") from error
+    barrier()
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
+
+    Raises TrainingError where the names or shapes are not those of `model`.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = named_tensors(model, None)
+    unknown = sorted(name for name in saved if name.startswith("model.") and name not in tensors)
+    wrong = [
+        f"{name} {list(tensor.shape)} here, {list(saved[name].size) if name in saved else 'not'} there"
+        for name, tensor in tensors.items()
+        if name not in saved or saved[name].size != tensor.shape
+    ] + [f"{name} there only" for name in unknown]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise TrainingError(f"{folder} is of another model: {'; '.join(wrong[:3])}{more}")
+    if optimizer is not None:
+        by_name = dict(model.named_parameters())
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for entry in (name for name in saved if name.startswith("optimizer.")):
+            _, key, name = entry.split(".", 2)
+            parameter = by_name[name]
+            if id(parameter) in trained:
+                size, dtype = saved[entry].size, saved[entry].properties.dtype
+                like = parameter.detach() if size == parameter.shape else torch.empty(size, device=parameter.device)
+                optimizer.state[parameter][key] = torch.zeros_like(like, dtype=dtype)
+        tensors = named_tensors(model, optimizer)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
+
+
+def load_info(folder: Path) -> dict[str, Any]:
+    """checkpoint.json. Raises TrainingError where it is missing or is not one."""
+    try:
+        info: dict[str, Any] = json.loads((folder / INFO).read_text())
+        if info["format"] != FORMAT:
+            raise TrainingError(f"{folder} has format {info['format']}, this version reads {FORMAT}")
+        return info
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{folder} is no checkpoint: {INFO} cannot be read ({error})") from error
+
+
+def verify(folder: Path) -> None:
+    """Raises TrainingError, naming the file, unless every file is there as it was written."""
+    for name, written in load_info(folder)["files"].items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise TrainingError(f"{path} is missing")
+        if path.stat().st_size != written["bytes"]:
+            raise TrainingError(f"{path} has {path.stat().st_size} bytes, {written['bytes']} were written")
+        if _describe(path) != written:
+            raise TrainingError(f"{path} has been altered: its checksum is not the one written")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted((run / "checkpoints").glob("step-????????"), reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is intact; None if it has saved none yet.
+
+    Says on stderr which ones it passes over. Raises TrainingError where all of them are broken.
+    """
+    broken = []
+    for folder in checkpoints(run):
+        try:
+            verify(folder)
+        except TrainingError as error:
+            broken.append(str(error))
+            continue
+        for reason in broken if rank() == 0 else []:
+            print(f"broken checkpoint: {reason}; falling back to {folder.name}", file=sys.stderr)
+        return folder
+    if broken:
+        raise TrainingError("every checkpoint is broken: " + "; ".join(broken))
+    return None
+
+
+def find(path: Path) -> Path:
+    """`path` if it is a checkpoint, the newest intact one if it is a run. Raises TrainingError if it is neither."""
+    if (path / INFO).is_file():
+        verify(path)
+        return path
+    found = newest(path)
+    if found is None:
+        raise TrainingError(f"{path} is neither a checkpoint nor a run that has saved one")
+    return found
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    """The union over all processes."""
+    if not distributed():
+        return mine
+    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cause(error: Exception) -> str:
+    """The message of what went wrong in some process."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values()))
+    return str(error)
