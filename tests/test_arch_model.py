@@ -186,50 +186,6 @@ def test_absorbed_latent_attention_is_expanded() -> None:
         torch.testing.assert_close(steps, model(batch), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa4", "gqa2", "mqa"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_plain_layouts_are_hugging_face_llama(name: str, tied: bool) -> None:
-    """The same weights in the stock class give the same logits, to 1e-5 in fp32."""
-    transformers = pytest.importorskip("transformers")
-    config = small(name, tie_embeddings=tied, init_std=0.1, rope_theta=700.0)
-    ours = build(config, torch.float32)
-    size, slot = config.size, ours.plan.stores[0].slot
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=size.vocab_size,
-            hidden_size=size.d_model,
-            intermediate_size=size.d_ff,
-            num_hidden_layers=size.num_layers,
-            num_attention_heads=size.num_heads,
-            num_key_value_heads=slot.kv_heads,
-            head_dim=slot.k_dim,
-            rms_norm_eps=size.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-            tie_word_embeddings=tied,
-            attn_implementation="eager",
-        )
-    ).eval()
-    weights = ours.state_dict()
-    weights = {f"model.{key}": value for key, value in weights.items() if not key.startswith("lm_head")} | {
-        key: value for key, value in weights.items() if key.startswith("lm_head")
-    }
-    for old, new in (
-        ("model.embed.", "model.embed_tokens."),
-        (".attn_norm.", ".input_layernorm."),
-        (".mlp_norm.", ".post_attention_layernorm."),
-        (".reader.", ".self_attn."),
-        (".writer.", ".self_attn."),
-    ):
-        weights = {key.replace(old, new): value for key, value in weights.items()}
-    missing, unexpected = llama.load_state_dict(weights, strict=False)
-    assert not unexpected
-    assert missing == (["lm_head.weight"] if tied else [])
-    llama.tie_weights()
-    batch = tokens(2, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(batch), llama(batch).logits, rtol=0, atol=1e-5)
-
-
 def test_each_store_turns_with_its_own_base() -> None:
     """A layer computed by hand, for both of gemma3's rotary bases."""
     model = build(small("gemma3"))

@@ -1,0 +1,343 @@
+"""Parity with the stock Hugging Face classes, both ways: logits, greedy tokens, and every refusal."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, small, tokens
+
+from arch import ArchConfig, Decoder, LatentConfig, LayoutError, ModelConfig, StoreConfig, convert, generate, resolve
+from arch.convert import ConversionError, Unrepresentable, from_hf, hf_config, model_config, to_hf
+
+LENGTH = 20  # more than three windows
+STOCK = {
+    "mha": "LlamaForCausalLM",
+    "gqa2": "LlamaForCausalLM",
+    "gqa4": "LlamaForCausalLM",
+    "gqa8": "LlamaForCausalLM",
+    "mqa": "LlamaForCausalLM",
+    "swa": "MinistralForCausalLM",
+    "mla": "DeepseekV3ForCausalLM",
+}
+INTERLEAVED = ArchConfig(
+    {"local": StoreConfig("1/4", window=4), "global": StoreConfig("1/4")}, ["new local x2", "new global"]
+)
+WIDE_LATENT = ArchConfig({"latent": StoreConfig(latent=LatentConfig(dim=20, rope_dim=10))}, ["new latent"])
+
+
+def stock(hf: Mapping[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Any:
+    """The stock model, loaded from a folder as anybody would; no tensor may be missing or left over."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    (path / "config.json").write_text(json.dumps(hf))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def assert_same(ours: Decoder, theirs: Any) -> None:
+    """Equal logits, and equal greedy tokens over the cache."""
+    batch = tokens(2, LENGTH)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(batch), theirs(batch).logits, rtol=0, atol=1e-5)
+    continued = theirs.generate(batch, max_new_tokens=12, do_sample=False)[:, LENGTH:]
+    assert generate(ours, batch.tolist(), 12) == continued.tolist()
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms too, so that one in another's place shows."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def decoder(config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
+    model = Decoder(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def assert_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def reasons(error: pytest.ExceptionInfo[Exception]) -> set[str]:
+    """What the lines of the message begin with."""
+    return {line.removeprefix("- ").partition(":")[0] for line in str(error.value).splitlines()}
+
+
+def exported(layout: ArchConfig | str, **changes: object) -> tuple[Decoder, dict[str, Any]]:
+    """Three layers of `layout`, with a rotary base and an epsilon unlike any default; and the stock config."""
+    config = small(layout, **({"num_layers": 3, "rope_theta": 700.0, "norm_eps": 1e-2} | changes))
+    model = randomised(build(config, torch.float32))
+    return model, hf_config(config, model.plan)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [(name, {"tie_embeddings": tied}) for name in STOCK for tied in (True, False)]
+    + [
+        (INTERLEAVED, {"num_layers": 7, "window": None}),
+        (WIDE_LATENT, {}),
+        ("gqa2", {"head_dim": 6}),
+        ("gqa2", {"d_model": 36}),  # no multiple of the heads
+        ("mla", {"d_model": 36, "head_dim": 12}),
+        ("swa", {"window": 2}),
+    ],
+)
+def test_export_is_the_stock_model(layout: ArchConfig | str, changes: dict[str, object], tmp_path: Path) -> None:
+    model, hf = exported(layout, **changes)
+    weights = to_hf(model.config, model.plan, model.state_dict())
+    theirs = stock(hf, weights, tmp_path)
+    assert [type(theirs).__name__] == hf["architectures"]
+    assert_same(model, theirs)
+    config, back = from_hf(hf, weights)
+    assert_equal(back, model.state_dict())
+    assert hf_config(config, resolve(config)) == hf
+
+
+@pytest.mark.parametrize("delta", [-1, 1])
+def test_window_counts_the_current_token_there_too(delta: int, tmp_path: Path) -> None:
+    """Parity would not hold with a window one shorter or longer."""
+    model, hf = exported("swa")
+    hf["sliding_window"] += delta
+    theirs = stock(hf, to_hf(model.config, model.plan, model.state_dict()), tmp_path)
+    with torch.no_grad():
+        assert (model(tokens(2, LENGTH)) - theirs(tokens(2, LENGTH)).logits).abs().max() > 0.01
+
+
+def test_exported_config_leaves_nothing_to_defaults(tmp_path: Path) -> None:
+    """What the stock classes fill in for a missing key would be wrong, or stop a generation."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("mha", "swa", "mla"):
+        _, hf = exported(name)
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        read = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        assert {key: read[key] for key in hf if key != "rope_theta"} == {k: hf[k] for k in hf if k != "rope_theta"}
+        assert read["rope_parameters"] == {"rope_type": "default", "rope_theta": 700.0}
+
+
+def test_every_other_layout_is_refused(arch: str) -> None:
+    """With the reason, and no other, that can be read from its file."""
+    config = small(arch)
+    stores = config.arch.stores.values()
+    expected = {"sharing"} if "reuse" in str(config.arch.pattern) else set()
+    expected |= {"sinks"} if any(store.sinks for store in stores) else set()
+    expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
+    expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
+    if arch in STOCK:
+        assert not expected
+        assert hf_config(config, resolve(config))["architectures"] == [STOCK[arch]]
+    else:
+        with pytest.raises(Unrepresentable) as error:
+            to_hf(config, resolve(config), {})
+        assert reasons(error) == expected
+
+
+def test_refused_layouts_that_no_file_has() -> None:
+    for stores, expected in (
+        ({"a": StoreConfig(2, window=3), "b": StoreConfig(2, window=4)}, {"window"}),
+        ({"a": StoreConfig(2, window=1), "b": StoreConfig(2)}, {"window"}),
+        ({"a": StoreConfig(2), "b": StoreConfig(4)}, {"kv_heads, latent"}),
+        ({"a": StoreConfig(2), "b": StoreConfig(latent=LatentConfig(), window=3)}, {"window", "kv_heads, latent"}),
+    ):
+        config = small(ArchConfig(stores, ["new a", "new b"]))
+        with pytest.raises(Unrepresentable) as error:
+            hf_config(config, resolve(config))
+        assert reasons(error) == expected
+
+
+def test_a_reason_nobody_thought_of_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_not_stock", lambda plan: [])
+    for name in ("cla2", "swa_sinks", "gemma3"):
+        with pytest.raises(Unrepresentable, match="layout"):
+            hf_config(small(name), resolve(small(name)))
+
+
+WIDTHS = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+}
+LATENT = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 10,
+    "num_key_value_heads": 8,
+    "first_k_dense_replace": 3,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "window"),
+    [
+        ("Llama", {}, None),
+        ("Llama", {"num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-2}, None),
+        ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, None),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "hidden_size": 36, "head_dim": 8}, None),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}, 5),
+        ("Ministral", {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8}, 5),
+        ("Ministral", {"num_key_value_heads": 4, "sliding_window": 5, "head_dim": 8, "layer_types": MIXED}, 5),
+        ("DeepseekV3", LATENT | {"rope_interleave": True, "rms_norm_eps": 1e-2}, None),
+        ("DeepseekV3", LATENT | {"rope_interleave": False, "tie_word_embeddings": True}, None),
+        ("DeepseekV3", LATENT | {"qk_rope_head_dim": 2, "kv_lora_rank": 7}, None),
+    ],
+)
+def test_import_is_the_stock_model(name: str, own: dict[str, Any], window: int | None, tmp_path: Path) -> None:
+    """From the folder that the stock class saves."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(WIDTHS | own)))
+    randomised(theirs).eval().save_pretrained(tmp_path)
+    hf, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    config, weights = from_hf(hf, tensors)
+    ours = decoder(config, weights)
+    windows = [window if kind == "sliding_attention" else None for kind in own.get("layer_types", [])] or [window] * 3
+    assert [ours.plan.store(layer).window for layer in range(3)] == windows
+    assert config.size.seq_len == 64
+    assert_same(ours, theirs)
+    again = to_hf(config, ours.plan, weights)
+    if own.get("rope_interleave") is False:  # exported interleaved: the same model, other rows
+        assert_equal(from_hf(hf_config(config, ours.plan), again)[1], weights)
+    else:
+        assert_equal(again, tensors)
+
+
+LLAMA = {"model_type": "llama", "tie_word_embeddings": False, **WIDTHS}
+MINISTRAL = LLAMA | {"model_type": "ministral", "head_dim": 8, "sliding_window": 5}
+DEEPSEEK = LLAMA | {"model_type": "deepseek_v3", **LATENT}
+
+
+@pytest.mark.parametrize(
+    ("hf", "change"),
+    [
+        (LLAMA, {"model_type": "qwen3"}),
+        (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}),
+        (LLAMA, {"hidden_act": "gelu"}),
+        (LLAMA, {"attention_bias": True}),
+        (LLAMA, {"mlp_bias": True}),
+        (LLAMA, {"attention_dropout": 0.1}),
+        (LLAMA, {"pretraining_tp": 2}),
+        (LLAMA, {"partial_rotary_factor": 0.5}),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}),
+        (LLAMA, {"per_layer_config": {"0": {"num_key_value_heads": 1}}}),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (LLAMA, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}),
+        (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
+        (LLAMA, {"rope_parameters.partial_rotary_factor": 0.25}),
+        (LLAMA, {"sliding_window": 4}),
+        (LLAMA, {"layer_types": MIXED}),
+        (LLAMA, {"head_dim": None, "hidden_size": 33}),
+        (MINISTRAL | {"model_type": "mistral"}, {"layer_types": MIXED}),
+        (MINISTRAL, {"layer_types": MIXED[:2]}),
+        (MINISTRAL, {"layer_types": ["chunked_attention"] * 3}),
+        (MINISTRAL | {"layer_types": MIXED}, {"sliding_window": None}),
+        (DEEPSEEK, {"q_lora_rank": 16}),
+        (DEEPSEEK, {"first_k_dense_replace": 2}),
+        (DEEPSEEK, {"v_head_dim": 12}),
+        (DEEPSEEK, {"head_dim": 10}),
+        (DEEPSEEK, {"num_key_value_heads": 4}),
+        (DEEPSEEK, {"sliding_window": 4}),
+        (DEEPSEEK, {"rope_scaling": {"type": "yarn", "factor": 40}}),
+    ],
+    ids=lambda value: next(iter(value)) if len(value) < 3 else None,
+)
+def test_what_a_decoder_cannot_do_is_refused(hf: dict[str, Any], change: dict[str, Any]) -> None:
+    """One line, with the key and its value."""
+    hf = copy.deepcopy(hf)
+    model_config(hf)
+    key, value = next(iter(change.items()))
+    outer, _, inner = key.partition(".")
+    hf.update({outer: hf[outer] | {inner: value}} if inner else change)
+    with pytest.raises(Unrepresentable) as error:
+        model_config(hf)
+    assert len(str(error.value).splitlines()) == 1
+    assert str(error.value).startswith(
+        f"- {key} is {'missing' if key == 'head_dim' and value is None else repr(value)}"
+    )
+
+
+def test_refusals_come_together() -> None:
+    with pytest.raises(Unrepresentable) as error:
+        model_config(LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic"}})
+    assert len(str(error.value).splitlines()) == 3
+    with pytest.raises(Unrepresentable) as error:
+        model_config({"model_type": "deepseek_v3", "q_lora_rank": None, "attention_bias": True} | WIDTHS)
+    assert {line.split()[1] for line in str(error.value).splitlines()} == {"attention_bias", *convert.LATENT_WIDTHS}
+    with pytest.raises(LayoutError, match="kv_heads 3 does not divide"):
+        model_config(LLAMA | {"num_key_value_heads": 3})
+
+
+def test_missing_keys_are_the_stock_defaults() -> None:
+    """As in configs of early checkpoints, and as the installed classes have it."""
+    transformers = pytest.importorskip("transformers")
+    for model_type, names in convert.OWN_DEFAULTS.items():
+        theirs = transformers.AutoConfig.for_model(model_type, hidden_size=32, num_attention_heads=8)
+        for key, value in (convert.DEFAULTS | names).items():
+            if key == "rope_theta":
+                assert theirs.rope_parameters["rope_theta"] == value
+            elif value is not None:
+                assert getattr(theirs, key) == value, (model_type, key)
+    assert theirs.rope_interleave  # DeepSeek's; `weight_map` counts on it
+    old = {key: value for key, value in LLAMA.items() if key != "rope_parameters"} | {"rope_theta": 500.0}
+    assert model_config(old).size.rope_theta == 500.0
+    assert model_config(old).arch.stores["global"].kv_heads == 8
+    for key in ("q_lora_rank", "first_k_dense_replace"):
+        with pytest.raises(Unrepresentable, match=f"^- {key} is "):
+            hf = {name: value for name, value in DEEPSEEK.items() if name != key}
+            model_config(hf | {"num_hidden_layers": 4} if key == "first_k_dense_replace" else hf)
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    model, hf = exported("mla")
+    weights = to_hf(model.config, model.plan, model.state_dict())
+    del weights["model.norm.weight"]
+    weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(1)
+    weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(8, 32)
+    with pytest.raises(ConversionError) as error:
+        from_hf(hf, weights)
+    assert str(error.value).splitlines() == [
+        "- model.norm.weight is missing",
+        "- model.layers.1.self_attn.q_proj.weight has the shape [8, 32]; it must be [96, 32]",
+        "- model.layers.3.mlp.up_proj.weight is unexpected",
+    ]
+    with pytest.raises(ConversionError, match=r"^- embed.weight is missing\n- _orig_mod.embed.weight is unexpected$"):
+        state = model.state_dict()
+        to_hf(model.config, model.plan, state | {"_orig_mod.embed.weight": state.pop("embed.weight")})
+
+
+def test_copies_and_tables_in_a_checkpoint_are_passed_over() -> None:
+    model, hf = exported("gqa2")
+    weights = to_hf(model.config, model.plan, model.state_dict())
+    more = weights | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+    }
+    assert_equal(from_hf(hf, more)[1], model.state_dict())
+    more["lm_head.weight"] += 1
+    with pytest.raises(ConversionError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        from_hf(hf, more)
