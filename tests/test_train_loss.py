@@ -78,7 +78,6 @@ def test_logits_are_never_held_whole(short_chunks: None, grad: bool) -> None:
         loss = model(batch[:, :-1], head=cross_entropy_sum(batch[:, 1:]))
         if grad:
             loss.backward()
-    assert 0 < largest.elements <= 7 * 61
-    assert loss.item() == pytest.approx(
-        F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item(), rel=1e-5
-    )
+    assert 7 * 61 <= largest.elements <= 32 * 61, "no more than the output matrix, transposed"
+    whole = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)

@@ -145,8 +145,8 @@ def killed(step: int) -> Hit:
 
 
 def out_of_time(scene: Scene) -> tuple[int, str]:
-    process = scene.begin(f"trainer.max_hours={1e-9}")
-    return max(scene.losses(), default=0), scene.end(process, 0)
+    said = scene.end(scene.begin("trainer.max_hours=0.0004"), 0)
+    return max(scene.losses(), default=0), said
 
 
 def one_of_two_signalled(strategy: str, rank: int) -> Hit:
@@ -255,7 +255,7 @@ FAULTS = (
     Fault("SIGKILL before the first checkpoint", killed(2), most_lost=SAVED_EVERY),
     Fault("SIGKILL after step 9", killed(9), most_lost=SAVED_EVERY),
     Fault("SIGKILL after step 16", killed(16), most_lost=SAVED_EVERY),
-    Fault("time is up", out_of_time),
+    Fault("time is up", out_of_time, after=("trainer.max_hours=null",)),
     Fault("SIGTERM to the second of two processes, DDP; resumed by two", one_of_two_signalled("ddp", 1)),
     Fault("SIGTERM to the first of two processes, FSDP; resumed by two", one_of_two_signalled("fsdp", 0)),
     Fault("two processes, DDP; resumed by one", one_of_two_signalled("ddp", 1), after=ONE, tolerance=1e-5),

@@ -1,6 +1,7 @@
 """Pretrain a model: `python train/pretrain.py +arch=cla2 +size=tiny`. See --help."""
 
 import logging
+import re
 import sys
 import warnings
 from datetime import datetime
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from arch import KVPlan, LayoutError, ModelConfig, resolve
+from arch import Decoder, KVPlan, LayoutError, ModelConfig, resolve
 from arch.attend import choose
 from arch.decoder import attention_needs
 from data.shards import DataError, Manifest
@@ -74,13 +75,7 @@ def run(config: PretrainConfig) -> None:
     if found:
         raise LayoutError(found)
     plan = resolve(ModelConfig(config.arch, config.size))
-    device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
-    if config.trainer.accelerator == "cuda" and device == "cpu":
-        raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
-    try:
-        choose(config.trainer.backend, attention_needs(plan), device)
-    except ValueError as error:
-        raise UsageError(f"trainer.backend: {error}") from error
+    device = check(config, plan)
     try:
         start = None if config.resume is None else checkpoint.newest(Path(config.resume))
         if config.init is not None and config.resume is None:
@@ -103,6 +98,23 @@ def run(config: PretrainConfig) -> None:
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
+
+
+def check(config: PretrainConfig, plan: KVPlan) -> str:
+    """The type of device to run on. Raises UsageError where the model cannot be trained there as asked."""
+    device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.trainer.accelerator == "cuda" and device == "cpu":
+        raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
+    try:
+        choose(config.trainer.backend, attention_needs(plan), device)
+    except ValueError as error:
+        raise UsageError(f"trainer.backend: {error}") from error
+    if config.train_only is not None:
+        with torch.device("meta"):
+            names = [name for name, _ in Decoder(ModelConfig(config.arch, config.size)).named_parameters()]
+        if not any(re.search(config.train_only, name) for name in names):
+            raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
+    return device
 
 
 def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path) -> None:
