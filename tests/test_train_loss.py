@@ -16,8 +16,11 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.loss, "ROWS", 7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [(torch.float64, False), (torch.float32, False), pytest.param(torch.float32, True, marks=pytest.mark.slow)],
+)
+def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype, compiled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 10, 16, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(23, 16, generator=generator, dtype=dtype).requires_grad_()
@@ -25,8 +28,10 @@ def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype) -> None:
     targets[0, 3:6] = IGNORE
     plain = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     expected = torch.autograd.grad(plain * 0.37, (x, weight))
-    ours = cross_entropy_sum(targets)(x, weight)
+    ours = cross_entropy_sum(targets, compiled)(x, weight)
     torch.testing.assert_close(ours.to(dtype), plain, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy_sum(targets)(x, weight), ours, rtol=1e-6, atol=0)
     for gradient, exact in zip(torch.autograd.grad(ours * 0.37, (x, weight)), expected, strict=True):
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)

@@ -52,7 +52,7 @@ class LitDecoder(L.LightningModule):
         parallelize(
             self.model,
             activation_checkpointing=trainer.activation_checkpointing,
-            compile_blocks=device.type == "cuda" if trainer.compile is None else trainer.compile,
+            compile_blocks=self.compiled,
             mesh=mesh,
             dtype=self.compute_dtype,
         )
@@ -65,6 +65,11 @@ class LitDecoder(L.LightningModule):
                 parameter.requires_grad_(re.search(self.config.train_only, name) is not None)
 
     @property
+    def compiled(self) -> bool:
+        asked = self.config.trainer.compile
+        return self.trainer.strategy.root_device.type == "cuda" if asked is None else asked
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         precision = self.config.trainer.precision
@@ -74,7 +79,7 @@ class LitDecoder(L.LightningModule):
         """Summed loss in nats over the real targets of a micro-batch."""
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(batch["inputs"], head=cross_entropy_sum(batch["targets"]))
+            return self.model(batch["inputs"], head=cross_entropy_sum(batch["targets"], self.compiled))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the real targets of the whole optimizer step.

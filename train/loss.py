@@ -8,20 +8,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
 
 from data.batches import IGNORE
 
 # Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
 ROWS = 2048
+NllAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def cross_entropy_sum(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A head for `Decoder.forward`: sum in nats over the real targets (not IGNORE), in fp32."""
+def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """A head for `Decoder.forward`: sum in nats over the real targets (not IGNORE), in fp32.
+
+    `compiled`: what is done to a chunk's logits element by element becomes one kernel.
+    """
+    softmax = fused_nll_and_gradient if compiled else nll_and_gradient
 
     def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        total: Tensor = LinearCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten())
+        total: Tensor = LinearCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, targets_BT.flatten(), softmax)
         return total
 
     return head
@@ -35,7 +41,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softmax: NllAndGradient
+    ) -> Tensor:
         weight = weight_VD.to(x_ND.dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
             total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
@@ -43,7 +51,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for begin in range(0, len(x_ND), ROWS):
                 x, targets = x_ND[begin : begin + ROWS], targets_N[begin : begin + ROWS]
-                loss, grad_logits = nll_and_gradient(x @ weight.T, targets)
+                if not any(ctx.needs_input_grad):
+                    total += F.cross_entropy((x @ weight.T).float(), targets, ignore_index=IGNORE, reduction="sum")
+                    continue
+                loss, grad_logits = softmax(x @ weight.T, targets)
                 total += loss
                 if grad_x is not None:
                     torch.mm(grad_logits, weight, out=grad_x[begin : begin + ROWS])
@@ -54,11 +65,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         return (
             None if grad_x is None else grad_x * grad_total.to(grad_x.dtype),
             None if grad_weight is None else grad_weight * grad_total.to(grad_weight.dtype),
+            None,
             None,
         )
 
@@ -73,3 +85,6 @@ def nll_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tens
     gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
     gradient_NV *= real_N[:, None]
     return loss, gradient_NV.to(logits_NV.dtype)
+
+
+fused_nll_and_gradient = torch.compile(nll_and_gradient)
