@@ -27,7 +27,7 @@ def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
 
 @functools.cache
 def compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # past its limit of variants it fails, and says so
 
 
 def flex(
