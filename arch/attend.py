@@ -1,61 +1,47 @@
 """Softmax attention over slots: one function, several backends, each of which says what it can do.
 
+A backend makes a mask in the form its kernel takes, once per forward pass and distinct window. The mask carries the
+kernel, so that layers, which are handed masks, know nothing of backends.
+
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H key width, V value width.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+from .kernels import flash, flash_mask, flash_missing, flex, varlen
 from .layers import at_least_fp32
+from .masks import Dense, Sequences, blocks, dense, packed, visible
+
+# (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
+Kernel = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor | None], Tensor]
 
 
 class Mask(NamedTuple):
-    """Which slots a query sees.
+    """Which slots a query sees, and the kernel that `form` was made for."""
 
-    causal   slot s is visible to query t iff s <= t; requires S == T, and `allowed` is then None
-    allowed  [T, S] or [B, 1, T, S], True where visible; None: no restriction but `causal`
+    kernel: Kernel
+    form: Any
+
+
+def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
+    """softmax(q k * scale) v over the slots that `mask` shows, [B, T, N, V]; query head n reads key head n // (N / K).
+
+    A sink is one more score per query head, of a slot that is worth nothing (gpt-oss model card, section 2.2).
     """
-
-    causal: bool
-    allowed: Tensor | None
-
-
-def causal_mask(length: int, window: int | None, device: torch.device) -> Mask:
-    """The mask of `length` tokens that attend to themselves; `window` counts the current token."""
-    if window is None or window >= length:
-        return Mask(causal=True, allowed=None)
-    index = torch.arange(length, device=device)
-    return Mask(causal=False, allowed=visible(index, index, window))
-
-
-def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor | None = None) -> Tensor:
-    """[T, S], or [B, 1, T, S] given `start_B`: causal, in the window, filled (index >= 0), and not left padding.
-
-    Indices count tokens from the start of the padded sequence; row b is padding before `start_B[b]`, whose queries see
-    themselves alone, since a softmax over nothing is undefined.
-    """
-    distance = query_T[:, None] - slot_S[None, :]
-    allowed = (distance >= 0) & (slot_S >= 0)
-    if window is not None:
-        allowed &= distance < window
-    if start_B is None:
-        return allowed
-    real = slot_S[None, :] >= start_B[:, None]
-    return ((allowed & real[:, None, :]) | (distance == 0))[:, None]
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, Mask, float, Tensor | None], Tensor]
+    return mask.kernel(q_BTNH, k_BSKH, v_BSKV, mask.form, scale, sinks_N)
 
 
 def reference(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
     """The definition, in fp32 (fp64 for fp64 inputs). Slow and exact; the other backends are tested against it."""
     dtype = at_least_fp32(q_BTNH.dtype)
@@ -76,29 +62,39 @@ def reference(
     return torch.einsum("bnts,bnsv->btnv", weight, v).to(q_BTNH.dtype)
 
 
-def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
-    """torch's fused attention. A window is a dense boolean mask."""
-    value_width = v_BSKV.shape[-1]
+def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
+    """torch's fused attention. All but the plain causal mask is a dense one, which is slow on CUDA.
+
+    What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
+    one width, and no grouped heads together with a mask (or, on CUDA, with fp32).
+    """
+    value_width, length = v_BSKV.shape[-1], q_BTNH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    # Fused kernels want keys and values of one width.
     width = max(q_BTNH.shape[-1], v_BSKV.shape[-1])
     q, k, v = (rearrange(F.pad(x, (0, width - x.shape[-1])), "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
+    allowed, group = mask.allowed, q.shape[1] // k.shape[1]
+    if group > 1 and not mask.causal:
+        # Heads that read the same keys are so many more queries to them: no key is copied.
+        q = rearrange(q, "b (k g) t h -> b k (g t) h", g=group)
+        allowed = None if allowed is None else repeat(allowed, "... t s -> ... (g t) s", g=group)
+    elif group > 1 and q.is_cuda and q.dtype == torch.float32:
+        k, v = (repeat(x, "b k s h -> b (k g) s h", g=group) for x in (k, v))
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask.allowed,
+        attn_mask=allowed,
         is_causal=mask.causal,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return rearrange(out, "b n t v -> b t n v")[..., :value_width]
+    return rearrange(out, "b k (g t) v -> b t (k g) v", t=length)[..., :value_width]
 
 
 def _sink_as_slot(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, sinks_N: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Mask]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float, sinks_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Dense]:
     """A sink is one more slot, always visible, worth nothing, whose score is the sink logit.
 
     Queries get two more coordinates that hold their head's logit and what its type cut off of it; keys get zeros there,
@@ -117,45 +113,145 @@ def _sink_as_slot(
         allowed = visible(index, index, None)
     if allowed is not None:
         allowed = F.pad(allowed, (0, 1), value=True)
-    return q, k, v, Mask(causal=False, allowed=allowed)
+    return q, k, v, Dense(causal=False, allowed=allowed)
+
+
+class Needs(NamedTuple):
+    """What a layer asks of its backend.
+
+    features  of windows, documents, sinks, gqa (fewer key than query heads), uneven_value_width
+    widths    of its queries, keys and values
+    """
+
+    features: frozenset[str] = frozenset()
+    widths: tuple[int, ...] = ()
+
+
+HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of `Attend` and its claims. `devices` empty: any device."""
+    """A kernel, the maker of its masks, and its claims, which hold for forward and backward.
+
+    devices, dtypes  empty: all of them
+    widths           that queries, keys and values may have
+    unusable         why it cannot run on this machine, None if it can
+    about            what it is, for the log
+    """
 
     name: str
-    attend: Attend
-    devices: frozenset[str] = field(default_factory=frozenset)
+    kernel: Kernel
+    form: Callable[[Sequences, int | None], Any]
+    about: str
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[torch.dtype] = frozenset()
+    widths: range = range(1, 1 << 16)
     windows: bool = True
+    documents: bool = True
     sinks: bool = True
+    gqa: bool = True
     uneven_value_width: bool = True
+    unusable: Callable[[], str | None] = lambda: None
 
-    def missing(self, needs: set[str], device: str) -> list[str]:
-        """What of `needs` (names of the boolean claims) and of `device` this backend does not claim."""
-        lacking = [need for need in sorted(needs) if not getattr(self, need)]
-        return lacking + ([f"device {device}"] if self.devices and device not in self.devices else [])
+    def missing(self, needs: Needs, device: str) -> list[str]:
+        """What of `needs` and of `device` this backend does not claim, or why it cannot run here."""
+        lacking = [feature for feature in sorted(needs.features) if not getattr(self, feature)]
+        if any(width not in self.widths for width in needs.widths):
+            most, step = self.widths[-1], self.widths.step
+            takes = f"{self.widths[0]} to {most}" + (f" in steps of {step}" if step > 1 else "")
+            lacking.append(f"head width {', '.join(map(str, dict.fromkeys(needs.widths)))} (it takes {takes})")
+        if self.devices and device not in self.devices:
+            return [*lacking, f"device {device}"]
+        reason = self.unusable()
+        return lacking if reason is None else [*lacking, f"a way to run: {reason}"]
+
+    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> Mask:
+        """For attention of `sequences` to themselves, to make outside of compiled code; raises as `check_dtype`."""
+        self.check_dtype(dtype)
+        return Mask(self.kernel, self.form(sequences, window))
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raises ValueError where computing in `dtype` is not claimed."""
+        if self.dtypes and dtype not in self.dtypes:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+            raise ValueError(
+                f"attention backend {self.name} takes {names}; the model computes in "
+                f"{str(dtype).removeprefix('torch.')}: change the precision, or choose another backend"
+            )
 
 
+CUDA = frozenset({"cuda"})
+WIDTHS_OF_FLASH = range(8, 257, 8)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("sdpa", sdpa),
-        Backend("reference", reference),
+        Backend("sdpa", sdpa, dense, "torch's scaled_dot_product_attention"),
+        Backend("reference", reference, dense, "the definition, slow"),
+        Backend(
+            "flex",
+            flex,
+            blocks,
+            "torch's FlexAttention, a block mask",
+            devices=CUDA,
+            dtypes=HALF | {torch.float32},
+            widths=range(16, 257),
+        ),
+        Backend(
+            "varlen",
+            varlen,
+            packed,
+            "torch's varlen_attn, sequences end to end",
+            devices=CUDA,
+            dtypes=HALF,
+            widths=WIDTHS_OF_FLASH,
+            sinks=False,
+            uneven_value_width=False,
+        ),
+        *(
+            Backend(
+                f"flash{version}",
+                partial(flash, version=version),
+                partial(flash_mask, version=version),
+                f"flash-attn {version}",
+                devices=CUDA,
+                dtypes=HALF,
+                widths=WIDTHS_OF_FLASH,
+                sinks=version == 4,
+                uneven_value_width=version == 4,
+                unusable=partial(flash_missing, version),
+            )
+            for version in (4, 3, 2)
+        ),
     )
 }
 
 
-def choose(name: str, needs: set[str], device: str) -> Backend:
-    """The backend `name`, or for `auto` the first of the table that claims all of `needs` on `device`.
+def candidates(name: str, needs: Needs, device: str) -> list[str]:
+    """The backends that `name` may stand for, best first.
+
+    auto   on CUDA, FlexAttention for whatever is not plainly causal: a dense mask costs 14 to 51 times as much there
+           (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
+    flash  the newest flash-attn installed that has what is needed
+    """
+    if name == "flash":
+        return ["flash4", "flash3", "flash2"]
+    if name != "auto":
+        return [name]
+    masked = needs.features & {"windows", "documents", "sinks"}
+    return ["flex", "sdpa"] if device == "cuda" and masked else ["sdpa"]
+
+
+def choose(name: str, needs: Needs, device: str) -> Backend:
+    """The backend `name`, or for `auto` and `flash` the first of what they stand for that claims `needs` on `device`.
 
     Raises ValueError where there is none: nothing falls back at run time.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}")
-    candidates = list(BACKENDS.values()) if name == "auto" else [BACKENDS[name]]
-    for backend in candidates:
+    if name not in ("auto", "flash", *BACKENDS):
+        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash")
+    tried = [BACKENDS[candidate] for candidate in candidates(name, needs, device)]
+    for backend in tried:
         if not backend.missing(needs, device):
             return backend
-    reasons = "; ".join(f"{b.name} lacks {', '.join(b.missing(needs, device))}" for b in candidates)
+    reasons = "; ".join(f"{b.name} lacks {', '.join(b.missing(needs, device))}" for b in tried)
     raise ValueError(f"no attention backend for this layout on {device}: {reasons}; choose another backend or auto")

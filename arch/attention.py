@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attend import Backend, Mask
+from .attend import Mask, Needs, attend
 from .config import SizeConfig
 from .layers import RMSNorm, Rope, rotate
 from .plan import Store, head_dim
@@ -41,11 +41,10 @@ class GroupedWriter(nn.Module):
 class GroupedReader(nn.Module):
     """Queries of this layer over shared keys and values."""
 
-    def __init__(self, size: SizeConfig, store: Store, backend: Backend):
+    def __init__(self, size: SizeConfig, store: Store):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.scale = width**-0.5
-        self.backend = backend
         self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=False)
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=False)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
@@ -53,7 +52,7 @@ class GroupedReader(nn.Module):
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
         q_BTNH = rotate(rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads), rope)
         k_BSKH, v_BSKH = (slot.to(q_BTNH.dtype) for slot in slots)  # a cache may hold another type
-        out_BTNH = self.backend.attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
@@ -80,11 +79,10 @@ class LatentReader(nn.Module):
     over latents of width R + P.
     """
 
-    def __init__(self, size: SizeConfig, store: Store, backend: Backend):
+    def __init__(self, size: SizeConfig, store: Store):
         super().__init__()
         self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
         self.scale = (self.width + self.rope_dim) ** -0.5
-        self.backend = backend
         self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=False)
         self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=False)
@@ -93,9 +91,9 @@ class LatentReader(nn.Module):
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
         q = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         q_BTNH, q_rope_BTNP = q.split([self.width, self.rope_dim], dim=-1)
-        attend = self.expanded if slots[0].shape[1] == x_BTD.shape[1] else self.absorbed
+        read = self.expanded if slots[0].shape[1] == x_BTD.shape[1] else self.absorbed
         slots = tuple(slot.to(q.dtype) for slot in slots)  # a cache may hold another type
-        out_BTNH = attend(q_BTNH, rotate(q_rope_BTNP, rope), slots, mask)
+        out_BTNH = read(q_BTNH, rotate(q_rope_BTNP, rope), slots, mask)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
@@ -106,7 +104,7 @@ class LatentReader(nn.Module):
         k_rope_BSNP = k_rope_BSP.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
         q = torch.cat((q_BTNH, q_rope_BTNP), dim=-1)
         k = torch.cat((k_BSNH, k_rope_BSNP), dim=-1)
-        return self.backend.attend(q, k, v_BSNH, mask, self.scale, self.sinks)
+        return attend(q, k, v_BSNH, mask, self.scale, self.sinks)
 
     def absorbed(self, q_BTNH: Tensor, q_rope_BTNP: Tensor, slots: Slots, mask: Mask) -> Tensor:
         latent_BSR, k_rope_BSP = slots
@@ -114,7 +112,7 @@ class LatentReader(nn.Module):
         q_BTNR = torch.einsum("btnh,nhr->btnr", q_BTNH, up_NHR.to(q_BTNH.dtype))
         q = torch.cat((q_BTNR, q_rope_BTNP), dim=-1)
         k = torch.cat((latent_BSR, k_rope_BSP), dim=-1).unsqueeze(2)
-        out_BTNR = self.backend.attend(q, k, latent_BSR.unsqueeze(2), mask, self.scale, self.sinks)
+        out_BTNR = attend(q, k, latent_BSR.unsqueeze(2), mask, self.scale, self.sinks)
         return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))
 
 
@@ -122,5 +120,19 @@ def build_writer(size: SizeConfig, store: Store) -> nn.Module:
     return LatentWriter(size, store) if store.slot.latent_dim else GroupedWriter(size, store)
 
 
-def build_reader(size: SizeConfig, store: Store, backend: Backend) -> nn.Module:
-    return (LatentReader if store.slot.latent_dim else GroupedReader)(size, store, backend)
+def build_reader(size: SizeConfig, store: Store) -> nn.Module:
+    return (LatentReader if store.slot.latent_dim else GroupedReader)(size, store)
+
+
+def attention_needs(size: SizeConfig, store: Store, documents: bool = False) -> Needs:
+    """What the layers that read `store` ask of an attention backend."""
+    latent, width = bool(store.slot.latent_dim), head_dim(size)
+    asked = {
+        "windows": store.window is not None,
+        "documents": documents,
+        "sinks": store.sinks,
+        "gqa": not latent and store.slot.kv_heads < size.num_heads,
+        "uneven_value_width": latent,
+    }
+    widths = (width + store.slot.rope_dim, width) if latent else (store.slot.k_dim, store.slot.v_dim)
+    return Needs(frozenset(name for name, need in asked.items() if need), widths)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attend import Mask, causal_mask, visible
 from .attention import Slots
+from .masks import Dense, Sequences, dense, visible
 from .plan import KVPlan, Store
 
 
@@ -99,16 +99,20 @@ class Cache:
         index = torch.arange(self.length, self.length + length, device=device)
         return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
 
-    def mask(self, window: int | None, length: int, device: torch.device) -> Mask:
-        """What the next `length` tokens see of the slots that stores of this window hand out."""
+    def mask(self, window: int | None, length: int, device: torch.device) -> Dense:
+        """What the next `length` tokens see of the slots that stores of this window hand out.
+
+        Always dense: slots of a ring lie in no order that another kernel knows, and the tokens of a step are few.
+        """
         if self.start_B is None and self.length == 0:
-            return causal_mask(length, window, device)
+            rows = self.stores[0].tensors[0].shape[0]
+            return dense(Sequences(rows, length, None, device), window)
         if self.start_B is None and window is None and length == 1:
-            return Mask(causal=False, allowed=None)
+            return Dense(causal=False, allowed=None)
         store = next(s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
         query = torch.arange(self.length, self.length + length, device=device)
         slots = store.indices(self.length, length, device)
-        return Mask(causal=False, allowed=visible(query, slots, window, self.start_B))
+        return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
 
 
 def allocate(

@@ -12,23 +12,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Backend, Mask, causal_mask, choose
-from .attention import Slots, build_reader, build_writer
+from .attend import BACKENDS, Backend, Mask, choose
+from .attention import Slots, attention_needs, build_reader, build_writer
 from .cache import AppendStore, Cache, RingStore
 from .config import ModelConfig, SizeConfig
 from .layers import RMSNorm, Rope, SwiGLU, rope_table
+from .masks import Sequences
 from .plan import KVPlan, Store, resolve
 
 
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU. The owner of a store also writes it."""
 
-    def __init__(self, size: SizeConfig, store: Store, owner: bool, backend: Backend):
+    def __init__(self, size: SizeConfig, store: Store, owner: bool):
         super().__init__()
         self.attn_norm = RMSNorm(size.d_model, size.norm_eps)
         self.kv_norm = RMSNorm(size.d_model, size.norm_eps) if owner and store.kv_norm else None
         self.writer = build_writer(size, store) if owner else None
-        self.reader = build_reader(size, store, backend)
+        self.reader = build_reader(size, store)
         self.mlp_norm = RMSNorm(size.d_model, size.norm_eps)
         self.mlp = SwiGLU(size.d_model, size.d_ff)
 
@@ -59,9 +60,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model of the layout and size in `config`.
 
-    `backend` names an attention backend (`attend.BACKENDS`) or is `auto`, decided here for the device the model is
-    built on. Parameters are uninitialised until `init_weights`. `activation_checkpointing` recomputes each block in the
-    backward pass.
+    `backend` names an attention backend (`attend.BACKENDS`), or is `auto` or `flash`, decided here for each store and
+    the device the model is built on; raises ValueError where it cannot run the layout. Parameters are uninitialised
+    until `init_weights`. `activation_checkpointing` recomputes each block in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
@@ -69,15 +70,41 @@ class Decoder(nn.Module):
         size = config.size
         self.config = config
         self.plan: KVPlan = resolve(config)
-        self.backend = choose(backend, attention_needs(self.plan), device_type)
+        self.backend = backend
+        self.device_type = device_type
+        self.chosen = {False: choose_backends(backend, size, self.plan, device_type)}  # with documents: at first use
         self.activation_checkpointing = False
         self.embed = nn.Embedding(size.vocab_size, size.d_model)
         self.layers = nn.ModuleList(
-            Block(size, self.plan.store(layer), owner == layer, self.backend)
-            for layer, owner in enumerate(self.plan.owners)
+            Block(size, self.plan.store(layer), owner == layer) for layer, owner in enumerate(self.plan.owners)
         )
         self.norm = RMSNorm(size.d_model, size.norm_eps)
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
+
+    def attention(self, documents: bool = False) -> str:
+        """The backends in use and for which stores, for a log; ValueError where they cannot run packed documents."""
+        chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
+        used: dict[str, dict[str, None]] = {}
+        for backend, store in zip(chosen, self.plan.stores, strict=True):
+            used.setdefault(f"{backend.name} ({backend.about})", {})[store.name] = None
+        return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
+
+    def masks(
+        self, tokens_BT: Tensor, cache: Cache | None, documents_BT: Tensor | None, dtype: torch.dtype
+    ) -> list[Mask]:
+        """Of each store, made once for each distinct window and backend."""
+        (batch, length), device, stores = tokens_BT.shape, tokens_BT.device, self.plan.stores
+        if cache is not None:
+            kernel = BACKENDS["reference" if self.backend == "reference" else "sdpa"].kernel
+            over = {window: Mask(kernel, cache.mask(window, length, device)) for window in self.plan.windows}
+            return [over[store.window] for store in stores]
+        packed = documents_BT is not None
+        if packed not in self.chosen:
+            self.chosen[packed] = choose_backends(self.backend, self.config.size, self.plan, self.device_type, packed)
+        sequences = Sequences(batch, length, documents_BT, device)
+        kinds = [(backend, store.window) for backend, store in zip(self.chosen[packed], stores, strict=True)]
+        made = {(b.name, window): b.mask(sequences, window, dtype) for b, window in dict.fromkeys(kinds)}
+        return [made[backend.name, window] for backend, window in kinds]
 
     def forward(
         self,
@@ -85,28 +112,35 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
         head: Callable[[Tensor, Tensor], Tensor] = F.linear,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] of the token after each of `tokens_BT`; [B, 1, V], of the last alone, with `last_only`.
 
         With `cache` the tokens continue what it holds and are added to it. Raises ValueError if they do not fit.
         `head` gets the normalised last residual stream [B, T, D] and the output matrix [V, D]; a loss that never holds
         all logits takes the place of the product here.
+        With `documents_BT` a row is several documents, each a run of equal numbers, that do not see each other.
+        Positions go on counting through the row: rotary scores depend on distances alone. Not with a cache.
         """
         length, device = tokens_BT.shape[1], tokens_BT.device
         offset = 0
+        if documents_BT is not None and cache is not None:
+            raise ValueError("documents_BT cannot be given with a cache, whose rows are one document each; drop one")
+        if documents_BT is not None and documents_BT.shape != tokens_BT.shape:
+            shapes = f"{tuple(documents_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
+            raise ValueError(f"documents_BT has shape {shapes}; give a document number for each token")
         if cache is None:
             positions = torch.arange(length, device=device)
-            masks = {window: causal_mask(length, window, device) for window in self.plan.windows}
         else:
             cache.check(self.plan, *tokens_BT.shape)
             offset = cache.length
             positions = cache.positions(length, device)
-            masks = {window: cache.mask(window, length, device) for window in self.plan.windows}
         ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(map(rope_key, self.plan.stores))}
 
         x_BTD = self.embed(tokens_BT)
         if torch.is_autocast_enabled(device.type):  # the residual stream is of the type that is computed in
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device.type))
+        masks = self.masks(tokens_BT, cache, documents_BT, x_BTD.dtype)
         written: list[Slots] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -116,7 +150,7 @@ class Decoder(nn.Module):
                 x_BTD,
                 () if owner else written[read],
                 ropes[rope_key(spec)],
-                masks[spec.window],
+                masks[read],
                 cache.stores[read] if owner and cache is not None else None,
                 offset,
             )
@@ -161,13 +195,11 @@ def rope_key(store: Store) -> tuple[int, float]:
     return store.slot.rotary_dim, store.rope_theta
 
 
-def attention_needs(plan: KVPlan) -> set[str]:
-    """What a backend must claim to run `plan` (names of the claims of `attend.Backend`)."""
-    needs = set()
-    if any(store.window for store in plan.stores):
-        needs.add("windows")
-    if any(store.sinks for store in plan.stores):
-        needs.add("sinks")
-    if any(store.slot.latent_dim for store in plan.stores):
-        needs.add("uneven_value_width")
-    return needs
+def choose_backends(
+    name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
+) -> tuple[Backend, ...]:
+    """Of each store, the attention backend of the layers that read it, with or without packed documents.
+
+    Raises ValueError where the backend `name` cannot run them.
+    """
+    return tuple(choose(name, attention_needs(size, store, documents), device_type) for store in plan.stores)

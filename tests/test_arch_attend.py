@@ -1,13 +1,28 @@
 """Backends agree with the definition on all they claim, forward and backward, and refuse the rest."""
 
 import math
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from conftest import build, small, tokens
 
-from arch.attend import BACKENDS, Backend, Mask, causal_mask, choose, reference, visible
-from arch.decoder import Decoder, attention_needs
+from arch import Decoder
+from arch.attend import BACKENDS, Backend, Needs, attend, choose, reference, sdpa
+from arch.attention import attention_needs
+from arch.kernels import flash_functions
+from arch.masks import Dense, Sequences, dense, visible
+
+CPU = torch.device("cpu")
+DENSE = {"sdpa": sdpa, "reference": reference}  # the kernels that take any mask, and run anywhere
+DOCUMENTS = torch.tensor([[0] * 2 + [1] * 6 + [2], [0] * 9])
+
+
+def needs(*features: str, width: int = 64) -> Needs:
+    return Needs(frozenset(features), (width,))
 
 
 def naive(q, k, v, mask, scale, sinks):
@@ -33,26 +48,32 @@ def naive(q, k, v, mask, scale, sinks):
     return out
 
 
+def own(window: int | None, documents: torch.Tensor | None = None) -> Callable[[], Dense]:
+    return lambda: dense(Sequences(2, 9, documents, CPU), window)
+
+
 MASKS = {
-    "causal": (9, 9, lambda: causal_mask(9, None, torch.device("cpu"))),
-    "window": (9, 9, lambda: causal_mask(9, 4, torch.device("cpu"))),
-    "step": (1, 9, lambda: Mask(causal=False, allowed=None)),
-    "chunk": (3, 9, lambda: Mask(False, visible(torch.arange(6, 9), torch.arange(9), 5))),
-    "ragged": (9, 9, lambda: Mask(False, visible(torch.arange(9), torch.arange(9), None, torch.tensor([0, 4])))),
+    "causal": (9, 9, own(None)),
+    "window": (9, 9, own(4)),
+    "documents": (9, 9, own(None, DOCUMENTS)),
+    "documents and window": (9, 9, own(4, DOCUMENTS)),
+    "step": (1, 9, lambda: Dense(causal=False, allowed=None)),
+    "chunk": (3, 9, lambda: Dense(False, visible(torch.arange(6, 9), torch.arange(9), 5))),
+    "ragged": (9, 9, lambda: Dense(False, visible(torch.arange(9), torch.arange(9), None, torch.tensor([0, 4])))),
 }
 
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("kv_heads", "value_width"), [(4, 8), (2, 8), (1, 8), (1, 12)])
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_backend_is_the_definition(name: str, mask: str, kv_heads: int, value_width: int, sinks: bool) -> None:
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_backend_is_the_definition(name: str, mask: str, kv_heads: int, value_width: int, sinks: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     new, slots, make = MASKS[mask]
     shapes = ((2, new, 4, 8), (2, slots, kv_heads, 8), (2, slots, kv_heads, value_width))
     inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     logits = torch.randn(4, generator=generator).requires_grad_() if sinks else None
-    out = BACKENDS[name].attend(*inputs, make(), 8**-0.5, logits)
+    out = DENSE[name](*inputs, make(), 8**-0.5, logits)
     torch.testing.assert_close(out.double(), naive(*inputs, make(), 8**-0.5, logits), rtol=0, atol=1e-5)
 
     weight = torch.randn(out.shape, generator=generator)
@@ -65,14 +86,14 @@ def test_backend_is_the_definition(name: str, mask: str, kv_heads: int, value_wi
 
 
 @pytest.mark.parametrize("sink", [None, 3.0, 30.0])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", DENSE)
 def test_half_precision_stays_close(name: str, sink: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 16, 4, 64, generator=generator).bfloat16() for _ in range(3))
-    mask = causal_mask(16, 5, torch.device("cpu"))
+    mask = dense(Sequences(2, 16, None, CPU), 5)
     sinks = None if sink is None else torch.full((4,), sink)
     exact = reference(q.double(), k.double(), v.double(), mask, 0.125, None if sink is None else sinks.double())
-    half = BACKENDS[name].attend(q, k, v, mask, 0.125, sinks)
+    half = DENSE[name](q, k, v, mask, 0.125, sinks)
     assert half.dtype == torch.bfloat16
     assert (half.double() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -80,18 +101,19 @@ def test_half_precision_stays_close(name: str, sink: float | None) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("value_width", [8, 12])
 def test_sdpa_gets_what_fused_kernels_take(value_width: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of one width: with two, torch quietly takes its slow path."""
+    """Keys and values of one width, no grouped heads beside a mask: else torch quietly takes its slow path."""
     seen = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
     def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
         seen.append({q.shape[-1], k.shape[-1], v.shape[-1]})
+        assert q.shape[1] == k.shape[1] and not options["enable_gqa"]
         return fused(q, k, v, **options)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
     q, k, v = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, value_width)
-    mask = causal_mask(5, 3, torch.device("cpu"))
-    out = BACKENDS["sdpa"].attend(q, k, v, mask, 1.0, torch.zeros(4) if sinks else None)
+    mask = dense(Sequences(1, 5, None, CPU), 3)
+    out = sdpa(q, k, v, mask, 1.0, torch.zeros(4) if sinks else None)
     assert out.shape[-1] == value_width
     assert [len(widths) for widths in seen] == [1]
 
@@ -99,7 +121,7 @@ def test_sdpa_gets_what_fused_kernels_take(value_width: int, sinks: bool, monkey
 def test_whole_models_agree_over_backends(arch: str) -> None:
     config, batch = small(arch), tokens(2, 15)
     logits = {}
-    for name in BACKENDS:
+    for name in DENSE:
         model = build(config, torch.float64, name)
         with torch.no_grad():
             for parameter in (p for n, p in model.named_parameters() if n.endswith("sinks")):
@@ -108,25 +130,243 @@ def test_whole_models_agree_over_backends(arch: str) -> None:
     torch.testing.assert_close(logits["sdpa"], logits["reference"], rtol=0, atol=1e-10)
 
 
+def test_flex_on_cpu_is_the_definition() -> None:
+    """Unfused and forward only there, but the same masks, grouping, widths and sinks."""
+    generator = torch.Generator().manual_seed(0)
+    cut = (torch.rand(2, 300, generator=generator) < 0.02).cumsum(1)
+    for kv_heads, value_width, window, documents, with_sinks in (
+        (4, 16, None, None, False),
+        (2, 16, 130, None, True),
+        (1, 16, None, cut, True),
+        (4, 24, 40, cut, False),
+    ):
+        shapes = ((2, 300, 4, 16), (2, 300, kv_heads, 16), (2, 300, kv_heads, value_width))
+        q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+        sinks = torch.randn(4, generator=generator) if with_sinks else None
+        sequences = Sequences(2, 300, documents, CPU)
+        out = attend(q, k, v, BACKENDS["flex"].mask(sequences, window, torch.float32), 0.25, sinks)
+        exact = reference(q, k, v, dense(sequences, window), 0.25, sinks)
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
+
+
+def test_flex_in_compiled_blocks_meets_new_documents_without_recompiling() -> None:
+    torch._dynamo.reset()
+    config = small("mixattention", head_dim=16, window=40)
+    models = [Decoder(config, "flex", "cuda"), Decoder(config, "reference")]
+    for model in models:
+        model.init_weights()
+    for block in models[0].layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    generator, batch = torch.Generator().manual_seed(0), tokens(2, 150)
+    counts = []
+    with torch.no_grad():
+        for _ in range(4):
+            documents = (torch.rand(2, 150, generator=generator) < 0.05).cumsum(1)
+            ours, exact = (model(batch, documents_BT=documents) for model in models)
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float, left: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of sequences end to end, [total, heads, width], as flash-attn documents it: a query sees `left`
+    tokens before itself (-1: all), heads are grouped in order, the logsumexp is [heads, total]."""
+    assert bounds.dtype == torch.int32
+    assert (int(bounds[0]), int(bounds[-1])) == (0, len(q))
+    outs, sums = [], []
+    group = q.shape[1] // k.shape[1]
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert 0 <= end - begin <= longest
+        index = torch.arange(end - begin)
+        distance = index[:, None] - index
+        keep = (distance >= 0) & (distance <= (left if left >= 0 else len(q)))
+        keys, values = (x[begin:end].repeat_interleave(group, dim=1) for x in (k, v))
+        score = torch.einsum("tnh,snh->nts", q[begin:end], keys) * scale
+        score = score.masked_fill(~keep, -math.inf)
+        sums.append(score.logsumexp(-1))
+        outs.append(torch.einsum("nts,snv->tnv", score.softmax(-1), values))
+    return torch.cat(outs), torch.cat(sums, dim=-1)
+
+
+def stand_in(version: int) -> ModuleType:
+    """A flash-attn of this version whose kernels are `packed_attention`; other arguments than its own are refused."""
+    module = ModuleType("stand_in")
+    none = None if version == 4 else -1
+
+    def run(q: Any, k: Any, v: Any, bounds: Any, longest: int, softmax_scale: float, causal: bool, window: Any) -> Any:
+        assert causal
+        assert window == (none, none) or (window[0] >= 0 and window[1] == 0)
+        left = -1 if window[0] is None else window[0]
+        return packed_attention(q, k, v, bounds, longest, softmax_scale, left)
+
+    def varlen(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: Any = None,
+        causal: bool = False,
+        window_size: Any = (none, none),
+        **more: bool,
+    ) -> Any:
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+        assert set(more) <= ({"return_lse"} if version == 4 else set())
+        out = run(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size)
+        return out if version == 4 else out[0]
+
+    def rows(
+        q: Any, k: Any, v: Any, softmax_scale: Any = None, causal: bool = False, window_size: Any = None, **more: bool
+    ) -> Any:
+        assert set(more) <= ({"return_lse"} if version == 4 else set())
+        batch, length = q.shape[:2]
+        bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out, lse = run(*flat, bounds, length, softmax_scale, causal, window_size or (none, none))
+        out, lse = out.unflatten(0, (batch, length)), lse.unflatten(1, (batch, length)).transpose(0, 1)
+        return (out, lse) if version == 4 else out
+
+    module.flash_attn_func, module.flash_attn_varlen_func = rows, varlen
+    return module
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every CUDA-only package is there, its kernels are emulated, and masks are made for fp64 too."""
+
+    def varlen_attn(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seq_q: Any,
+        cu_seq_k: Any,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float,
+        window_size: Any,
+        enable_gqa: bool = False,
+    ) -> Any:
+        assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k and window_size[1] == 0
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return packed_attention(q, k, v, cu_seq_q, max_q, scale, window_size[0])[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    for version, name in ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn")):
+        monkeypatch.setitem(sys.modules, name, stand_in(version))
+    flash_functions.cache_clear()
+    yield
+    flash_functions.cache_clear()
+
+
+@pytest.mark.parametrize("takes_gqa", [True, False])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("name", ["varlen", "flash4", "flash3", "flash2"])
+def test_packed_kernels_are_called_by_their_conventions(
+    name: str,
+    window: int | None,
+    documents: torch.Tensor | None,
+    takes_gqa: bool,
+    stand_ins: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("arch.kernels.VARLEN_TAKES_GQA", takes_gqa)
+    backend, generator = BACKENDS[name], torch.Generator().manual_seed(0)
+    value_width = 12 if backend.uneven_value_width else 8
+    shapes = ((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, value_width), *([(4,)] if backend.sinks else []))
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    sinks = inputs[3] if backend.sinks else None
+    sequences = Sequences(2, 9, documents, CPU)
+    out = attend(*inputs[:3], backend.mask(sequences, window, torch.bfloat16), 0.3, sinks)
+    exact = reference(*inputs[:3], dense(sequences, window), 0.3, sinks)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    ours, wanted = (torch.autograd.grad((result * weight).sum(), inputs) for result in (out, exact))
+    for gradient, expected in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_compiled_code_breaks_around_flash_attn(documents: torch.Tensor | None, stand_ins: None) -> None:
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 9, 4, 8, generator=generator).requires_grad_() for _ in range(3)]
+    inputs.append(torch.randn(4, generator=generator).requires_grad_())
+    mask = BACKENDS["flash4"].mask(Sequences(2, 9, documents, CPU), 4, torch.bfloat16)
+    results = []
+    for run in (attend, torch.compile(attend, backend="aot_eager")):
+        out = run(*inputs[:3], mask, 0.3, inputs[3])
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+def test_flash_is_the_newest_that_fits(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert choose("flash", needs("windows", "sinks"), "cuda").name == "flash4"
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    flash_functions.cache_clear()
+    assert choose("flash", needs("windows"), "cuda").name == "flash3"
+    with pytest.raises(ValueError, match=r'flash4 lacks .*pip install -e "\.\[kernels\]"; flash3 lacks sinks; flash2'):
+        choose("flash", needs("sinks"), "cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    assert choose("flash", needs("windows"), "cuda").name == "flash2"
+
+
+def test_an_empty_namespace_is_no_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    flash_functions.cache_clear()
+    with pytest.raises(ValueError, match=r"flash-attn 2 cannot be loaded .*flash_attn_func"):
+        choose("flash2", needs(), "cuda")
+    flash_functions.cache_clear()
+
+
 def test_what_is_not_claimed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    poor = Backend("poor", reference, devices=frozenset({"cuda"}), windows=False, sinks=False)
+    poor = Backend("poor", reference, dense, "", devices=frozenset({"cuda"}), windows=False, sinks=False)
     monkeypatch.setitem(BACKENDS, "poor", poor)
     with pytest.raises(ValueError, match="poor lacks sinks, windows, device cpu"):
         Decoder(small("swa_sinks"), "poor")
     with pytest.raises(ValueError, match="poor lacks device cpu"):
         Decoder(small("mha"), "poor")
-    with pytest.raises(ValueError, match="no attention backend 'fast'; choose auto, sdpa, reference, poor"):
-        choose("fast", set(), "cpu")
-    assert choose("auto", {"windows", "sinks"}, "cpu").name == "sdpa"
+    with pytest.raises(ValueError, match="no attention backend 'fast'; choose auto, sdpa, reference, flex, varlen"):
+        choose("fast", needs(), "cpu")
+    with pytest.raises(ValueError, match=r"varlen lacks sinks, uneven_value_width, head width 20 \(it takes 8 to 256"):
+        choose("varlen", needs("sinks", "uneven_value_width", width=20), "cuda")
+    with pytest.raises(ValueError, match="flash4 lacks device cpu; flash3 lacks device cpu"):
+        choose("flash", needs(), "cpu")
+    with pytest.raises(ValueError, match="varlen takes bfloat16, float16; the model computes in float32"):
+        Decoder(small("mha"), "varlen", "cuda")(tokens(1, 4))
+
+
+def test_auto() -> None:
+    for features in ((), ("gqa",), ("uneven_value_width",)):
+        assert choose("auto", needs(*features), "cuda").name == "sdpa"
+    for features in (("windows",), ("sinks",), ("documents", "gqa")):
+        assert choose("auto", needs(*features), "cuda").name == "flex"
+        assert choose("auto", needs(*features), "cpu").name == "sdpa"
 
 
 def test_needs_come_from_the_plan() -> None:
-    needs = {name: attention_needs(build(small(name)).plan) for name in ("mha", "swa", "swa_sinks", "mla")}
-    assert needs == {
-        "mha": set(),
-        "swa": {"windows"},
-        "swa_sinks": {"windows", "sinks"},
-        "mla": {"uneven_value_width"},
+    found = {}
+    for name in ("mha", "mqa", "swa", "swa_sinks", "mla"):
+        model = build(small(name))
+        found[name] = attention_needs(model.config.size, model.plan.stores[0])
+    assert found == {
+        "mha": Needs(frozenset(), (8, 8)),
+        "mqa": Needs(frozenset({"gqa"}), (8, 8)),
+        "swa": Needs(frozenset({"windows", "gqa"}), (8, 8)),
+        "swa_sinks": Needs(frozenset({"windows", "sinks", "gqa"}), (8, 8)),
+        "mla": Needs(frozenset({"uneven_value_width"}), (12, 8)),
+    }
+    assert attention_needs(model.config.size, model.plan.stores[0], documents=True).features == {
+        "uneven_value_width",
+        "documents",
     }
 
 

@@ -8,11 +8,16 @@ from conftest import ARCHS, SIZES, build, small, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
-from arch.attend import causal_mask
+from arch.attend import BACKENDS, Mask
 from arch.decoder import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
+from arch.masks import Sequences
 from eval.cli import load_arch, load_size
+
+
+def causal_mask(length: int, window: int | None = None) -> Mask:
+    return BACKENDS["sdpa"].mask(Sequences(1, length, None, torch.device("cpu")), window, torch.float64)
 
 
 def input_gradients(model: Decoder, batch: torch.Tensor, position: int) -> torch.Tensor:
@@ -107,7 +112,7 @@ def test_flops(arch: str) -> None:
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 30])
 def test_visible_pairs_are_those_of_the_mask(window: int | None) -> None:
     length = 9
-    mask = causal_mask(length, window, torch.device("cpu"))
+    mask = causal_mask(length, window).form
     pairs = length * (length + 1) // 2 if mask.causal else int(mask.allowed.sum())
     assert visible_pairs(length, window) == pairs
 
@@ -176,7 +181,7 @@ def test_absorbed_latent_attention_is_expanded() -> None:
     generator = torch.Generator().manual_seed(0)
     q, rope = (torch.randn(2, 15, 8, n, generator=generator, dtype=torch.float64) for n in (8, 4))
     slots = tuple(torch.randn(2, 15, n, generator=generator, dtype=torch.float64) for n in (32, 4))
-    mask = causal_mask(15, None, torch.device("cpu"))
+    mask = causal_mask(15)
     with torch.no_grad():
         torch.testing.assert_close(
             reader.absorbed(q, rope, slots, mask), reader.expanded(q, rope, slots, mask), rtol=0, atol=1e-12
@@ -192,7 +197,7 @@ def test_each_store_turns_with_its_own_base() -> None:
     for layer, theta in ((0, 1e4), (5, 1e6)):
         block, store = model.layers[layer], model.plan.store(layer)
         x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(layer), dtype=torch.float64)
-        _, (k, _) = block(x, (), rope_table(torch.arange(4), 8, store.rope_theta), causal_mask(4, None, x.device))
+        _, (k, _) = block(x, (), rope_table(torch.arange(4), 8, store.rope_theta), causal_mask(4))
         raw = (block.attn_norm(x) @ block.writer.k_proj.weight.T).view(4, 2, 8)
         for position in range(4):
             for pair in range(4):
@@ -213,7 +218,7 @@ def test_latent_attention_by_hand() -> None:
     tables = rope_table(torch.arange(5), 4, 10000.0)
     h = block.attn_norm(x)
     slots = block.writer(h, tables)
-    ours = block.reader(h, slots, tables, causal_mask(5, None, x.device))
+    ours = block.reader(h, slots, tables, causal_mask(5))
     down = h[0] @ block.writer.kv_down_proj.weight.T
     latent = down[:, :32] / (down[:, :32].pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     k_rope = rotate(down[None, :, None, 32:], tables)[0, :, 0]

@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import Decoder, KVPlan, LayoutError, ModelConfig, resolve
-from arch.attend import choose
-from arch.decoder import attention_needs
+from arch.decoder import choose_backends
 from data.shards import DataError, Manifest
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
@@ -106,7 +105,7 @@ def check(config: PretrainConfig, plan: KVPlan) -> str:
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
-        choose(config.trainer.backend, attention_needs(plan), device)
+        choose_backends(config.trainer.backend, config.size, plan, device)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
     if config.train_only is not None:

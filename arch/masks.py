@@ -1,0 +1,159 @@
+"""What each query sees, and the forms in which kernels want to be told.
+
+A token sees itself and what came before it, within its document and the window. `window` counts the current token.
+`documents_BT` numbers the documents packed into each row: a run of equal numbers is one document.
+
+Shapes: B batch, T new tokens, S slots read, I blocks of queries, J blocks of slots.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+
+class Sequences(NamedTuple):
+    """`batch` rows of `length` tokens that attend to themselves; `documents_BT` None: a row is one document."""
+
+    batch: int
+    length: int
+    documents_BT: Tensor | None
+    device: torch.device
+
+
+class Dense(NamedTuple):
+    """For kernels that take a mask of every pair, or a flag.
+
+    causal   slot s is visible to query t iff s <= t; requires S == T, and `allowed` is then None
+    allowed  [T, S] or [B, 1, T, S], True where visible; None: no restriction but `causal`
+    """
+
+    causal: bool
+    allowed: Tensor | None
+
+
+class Packed(NamedTuple):
+    """For kernels that take sequences of several lengths end to end.
+
+    bounds   int32, the first token of each sequence among all B * T, then B * T; None: each row is one sequence.
+             Filled up with empty sequences to a power of two, so that compiled code meets few lengths
+    longest  no sequence is longer
+    window   None where it restricts nothing
+    """
+
+    bounds: Tensor | None
+    longest: int
+    window: int | None
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """[B, T] position in the row at which the document of each token begins."""
+    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return torch.where(begins_BT, index_T, 0).cummax(dim=1).values
+
+
+def first_visible(sequences: Sequences, window: int | None) -> Tensor | None:
+    """[T], or [B, T] with documents: token t sees the tokens from here to t. None: it sees all before it."""
+    starts_BT = None if sequences.documents_BT is None else document_starts(sequences.documents_BT)
+    if window is None or window >= sequences.length:
+        return starts_BT
+    edge_T = (torch.arange(sequences.length, device=sequences.device) - window + 1).clamp(min=0)
+    return edge_T if starts_BT is None else torch.maximum(edge_T, starts_BT)
+
+
+def dense(sequences: Sequences, window: int | None) -> Dense:
+    first = first_visible(sequences, window)
+    if first is None:
+        return Dense(causal=True, allowed=None)
+    index = torch.arange(sequences.length, device=sequences.device)
+    allowed = (index <= index[:, None]) & (index >= first[..., None])
+    return Dense(causal=False, allowed=allowed if allowed.ndim == 2 else allowed.unsqueeze(1))
+
+
+def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor | None = None) -> Tensor:
+    """Over a cache: [T, S], or [B, 1, T, S] given `start_B`: causal, in the window, filled (index >= 0), not padding.
+
+    Indices count tokens from the start of the padded sequence; row b is padding before `start_B[b]`, whose queries see
+    themselves alone, since a softmax over nothing is undefined.
+    """
+    distance = query_T[:, None] - slot_S[None, :]
+    allowed = (distance >= 0) & (slot_S >= 0)
+    if window is not None:
+        allowed &= distance < window
+    if start_B is None:
+        return allowed
+    real = slot_S[None, :] >= start_B[:, None]
+    return ((allowed & real[:, None, :]) | (distance == 0))[:, None]
+
+
+def packed(sequences: Sequences, window: int | None) -> Packed:
+    """Waits for the device once, to count the documents."""
+    batch, length, documents_BT, device = sequences
+    total = batch * length
+    if documents_BT is None:
+        starts = torch.arange(0, total, length, device=device)
+    else:
+        index_BT = torch.arange(total, device=device).view(batch, length)
+        starts = index_BT[document_starts(documents_BT) == index_BT % length]
+    room = 1 << (len(starts) - 1).bit_length()
+    bounds = torch.full((room + 1,), total, dtype=torch.int32, device=device)
+    bounds[: len(starts)] = starts
+    return Packed(bounds, length, narrower(window, length))
+
+
+def narrower(window: int | None, length: int) -> int | None:
+    return None if window is None or window >= length else window
+
+
+# Tokens on a side of a block of FlexAttention.
+BLOCK = 128
+
+
+def blocks(sequences: Sequences, window: int | None) -> BlockMask:
+    """For FlexAttention: which blocks of pairs are visible in part, which in whole.
+
+    What a token sees is an interval whose ends never go back from one token to the next. So the first query of a block
+    that is not before the slots decides whether any is visible, and the first and last whether all are: no mask of
+    every pair is made, as torch's create_block_mask does.
+    """
+    length, device = sequences.length, sequences.device
+    first = first_visible(sequences, window)
+    lower_BT = torch.zeros(1, length, dtype=torch.int64, device=device) if first is None else first.view(-1, length)
+    begin = torch.arange(0, length, BLOCK, device=device)
+    end = (begin + BLOCK).clamp(max=length) - 1
+    before_IJ = end < begin[:, None]
+    some_BIJ = (begin <= begin[:, None]) & (lower_BT[:, begin, None] <= end)
+    whole_BIJ = before_IJ & (lower_BT[:, end, None] <= begin) & (end - begin == BLOCK - 1)[:, None]
+    part_count, part_index = _in_order(some_BIJ & ~whole_BIJ)
+    whole_count, whole_index = _in_order(whole_BIJ)
+    return BlockMask.from_kv_blocks(
+        part_count,
+        part_index,
+        whole_count,
+        whole_index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_rule(first),
+        seq_lengths=(length, length),
+    )
+
+
+def _in_order(chosen_BIJ: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each block of queries has, and which, those first: int32, with an axis for heads."""
+    chosen = rearrange(chosen_BIJ, "b i j -> b 1 i j").to(torch.int32)
+    return chosen.sum(dim=-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def _rule(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The mask of single pairs. Bounds are read from a tensor: a number that differs between layers would be compiled
+    as one that varies."""
+    if first is None:
+        return lambda b, h, query, slot: slot <= query
+    bound = first.to(torch.int32)
+    if bound.ndim == 1:
+        return lambda b, h, query, slot: (slot <= query) & (slot >= bound[query])
+    return lambda b, h, query, slot: (slot <= query) & (slot >= bound[b, query])
