@@ -13,7 +13,7 @@ from arch import Decoder, ModelConfig
 from data.batches import IGNORE, Batch
 
 from .loss import cross_entropy_sum
-from .optim import adamw, schedule
+from .optim import build, configure, schedule
 from .parallel import parallelize
 from .schema import PretrainConfig, num_steps
 
@@ -76,13 +76,7 @@ class LitDecoder(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Optimizer settings are those of the configuration, also where a resumed run changed them."""
-        config = self.config.optim
-        optimizer, scheduler = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
-        scheduler.base_lrs = [config.lr for _ in scheduler.base_lrs]
-        share = scheduler.lr_lambdas[0](scheduler.last_epoch)
-        for group, decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
-            group |= {"lr": config.lr * share, "betas": (config.beta1, config.beta2), "eps": config.eps}
-            group["weight_decay"] = decay
+        configure(self.optimizers(use_pl_optimizer=False), self.lr_schedulers(), self.config.optim)
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums.zero_()
@@ -127,7 +121,7 @@ class LitDecoder(L.LightningModule):
         checkpoint["epoch"] = 0
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = adamw(self.model, self.config.optim)
+        optimizer = build(self.model, self.config.optim)
         scheduler = schedule(optimizer, self.config.optim, num_steps(self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
