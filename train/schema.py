@@ -96,7 +96,8 @@ class PretrainConfig:
     batch_size  sequences per optimizer step, over all processes and micro-batches
     context     tokens at which the KV footprint is logged
     kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
-    name        null: <arch>-<size>; runs of one name that differ in nothing but the seed are one point of a Pareto plot
+    name        null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the seed
+                are one point of a Pareto plot
     folder      where the run is kept; null: runs/<time>/<name>-seed<seed>
     init        folder of a run whose weights this one starts from
     train_only  regular expression; only the parameters whose name matches are trained
