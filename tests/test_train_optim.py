@@ -3,12 +3,14 @@
 import copy
 import csv
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build, launch_in_process, run_script, small, tokens
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F
 
 from train.optim import build as build_optimizer
@@ -153,14 +155,18 @@ def test_one_learning_rate_serves_both_parts() -> None:
             assert 0.1e-2 < rms < 0.3e-2, name  # 0.2 lr, up to Newton and Schulz' singular values of 0.7 to 1.2
 
 
-def test_state_comes_back_exactly() -> None:
-    """state_dict into a new object: the same further steps, bit for bit."""
+@pytest.mark.parametrize("by_name", [False, True])
+def test_state_comes_back_exactly(by_name: bool) -> None:
+    """state_dict, or torch.distributed.checkpoint's by parameter name, into a new object: the same further steps."""
     model, other = (build(small("cla2"), torch.float32) for _ in range(2))
     optimizer, restored = (build_optimizer(m, MUON) for m in (model, other))
     for seed in (1, 2):
         step(model, optimizer, seed)
     other.load_state_dict(model.state_dict())
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file would
+    if by_name:
+        set_optimizer_state_dict(other, restored, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    else:
+        restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file would
     for seed in (3, 4):
         assert step(model, optimizer, seed) == step(other, restored, seed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -225,6 +231,16 @@ def test_muon_resumes_bit_for_bit(whole: Path, tmp_path: Path, corpus: Path) -> 
     assert column(folder, "train/loss") == column(whole, "train/loss")
     states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (whole, folder)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_constant_run_is_branched_into_a_decay(whole: Path, tmp_path: Path) -> None:
+    """A copy of the run goes on at the peak, then falls to the end it was given."""
+    branch = tmp_path / "branch"
+    shutil.copytree(whole, branch)
+    pretrain(f"resume={branch}", "tokens=1536", "optim.schedule=wsd", "optim.decay=0.25", "optim.min_lr=0")
+    rates = {step: float(rate) / 3e-3 for step, rate in column(branch, "train/lr").items()}
+    assert [rates[step] for step in range(8, 13)] == pytest.approx([1, 1, *(1 - math.sqrt(k / 3) for k in (1, 2, 3))])
+    assert sorted(column(whole, "train/lr")) == list(range(1, 9))
 
 
 def test_a_resumed_run_keeps_its_optimizer(whole: Path, capfd: pytest.CaptureFixture) -> None:

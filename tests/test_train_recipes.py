@@ -2,9 +2,12 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +82,7 @@ CLA = [recipe for recipe in RECIPES if recipe.startswith("cla_")]
 
 @pytest.mark.parametrize("recipe", CLA)
 def test_cla_recipe_is_the_papers(recipe: str) -> None:
-    """Tables 1 to 7: bytes per token as printed there, the training of section 3.1, and what the comment says of ours."""
+    """Tables 1 to 7: bytes per token as printed there, the training of section 3.1, what the comment says of ours."""
     config, _ = composed(recipe)
     size, optim, text = config.size, config.optim, text_of(recipe)
     heads = (size.head_dim or size.d_model // size.num_heads) * size.num_heads
@@ -149,12 +152,10 @@ def test_variants_differ_in_the_optimizer_alone() -> None:
     assert sum(lr_share(step, steps, wsd.optim) < 1 for step in range(steps // 2, steps)) == 954
 
 
-def test_sweep_is_the_papers_ladder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
-    """Six runs in steps of 1.5, each named after its learning rate; also on top of another recipe."""
+def test_sweep_is_the_papers_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six runs in steps of 1.5, named after their learning rates; on top of another recipe; a sweep of recipes."""
     rates = [3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3]
-    assert all(1.47 < b / a < 1.53 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(1.47 < b / a < 1.53 for a, b in pairwise(rates))
     ran: list[tuple[str, float, str]] = []
     monkeypatch.setattr("train.pretrain.run", lambda config: ran.append((config.name, config.optim.lr, config.folder)))
     sweep = f"hydra.sweep.dir={tmp_path}"
@@ -162,10 +163,11 @@ def test_sweep_is_the_papers_ladder(
     assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-1b-lr{lr}", lr) for lr in rates]
     assert len({folder for _, _, folder in ran}) == 6
     ran.clear()
-    launch_in_process(
-        main, "pretrain", PretrainConfig, ["-m", "+experiment=[gpu_125m,lr_sweep]", "+arch=mqa,cla2", sweep]
-    )
-    assert [(name, lr) for name, lr, _ in ran] == [(f"{a}-125m-lr{lr}", lr) for lr in rates for a in ("mqa", "cla2")]
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=[gpu_125m,lr_sweep]", "+arch=mqa", sweep])
+    assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-125m-lr{lr}", lr) for lr in rates]
+    ran.clear()
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=glob(cla_1b_design_*)", sweep])
+    assert [name for name, _, _ in ran] == [recipe for recipe in RECIPES if "design" in recipe]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,66 @@ def test_a_recipe_without_arch_asks_for_one(capfd: pytest.CaptureFixture) -> Non
         launch_in_process(main, "pretrain", PretrainConfig, ["+experiment=gpu_125m"])
     assert stopped.value.code == 2
     assert "choose +arch= one of" in capfd.readouterr().err
+
+
+# docs/recipes.md
+
+
+def table() -> str:
+    """What docs/recipes.md ends with."""
+    rows = ["| recipe | query heads | KV bytes | tokens | steps | peak rate | perplexity |", "| --- |" + " ---: |" * 6]
+    for recipe in RECIPES:
+        if recipe == "lr_sweep":
+            continue
+        config, _ = composed(recipe)
+        text = text_of(recipe)
+        fixed = "/arch:" in text or recipe.startswith("mixattention")
+        width = config.size.head_dim or config.size.d_model // config.size.num_heads
+        added = f"{kv_bytes(plan(config), 2**20, 2).per_token:,}" if fixed else "as +arch"
+        perplexity = re.search(r"validation perplexity ([\d.]+\d) ?", text)
+        cells = [
+            f"`{recipe}`", f"{config.size.num_heads} x {width}", added, f"{config.tokens:,}", f"{num_steps(config):,}",
+            f"{config.optim.lr:g}", perplexity[1] if perplexity else "",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def test_table_of_the_page() -> None:
+    assert DOCS.read_text().endswith(table()), f"put this at the end of {DOCS}:\n{table()}"
+
+
+def test_commands_of_the_page(tmp_path: Path) -> None:
+    """Every recipe it names can be composed as it says, every launch prints a command, every data set has a file."""
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    kinds = set()
+    for command in "".join(blocks).strip().splitlines():
+        words = shlex.split(command)
+        while words[0] in ("sbatch", "--nodes=2"):
+            words.pop(0)
+        kinds.add(words[1] if words[0] == "python" else words[0])
+        if words[0].startswith("train/launch"):
+            printed = dry(Path(words[0]).name, *words[1:], **SLURM)
+            assert printed[0].split("train/pretrain.py ")[1].startswith(words[1]), command
+        elif words[1] == "data/prepare.py":
+            assert words[2] in names("data")
+        elif words[1] == "train/pretrain.py" and not words[2].startswith("resume="):
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                for recipe in recipes_in(words):
+                    overrides = [w for w in words[2:] if "=" in w and not w.startswith("+experiment=")]
+                    config = compose("pretrain", overrides=[f"+experiment={recipe}", *overrides, "name=x"])
+                    assert not problems(OmegaConf.to_object(config)), command
+    assert kinds == {
+        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/pretrain.py", "eval/footprint.py",
+        "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh", "train/launch/slurm.sbatch",
+    }  # fmt: skip
+
+
+def recipes_in(words: list[str]) -> list[str]:
+    (given,) = [word.partition("=")[2] for word in words if word.startswith("+experiment=")]
+    return [
+        name for part in given.split(",") for name in RECIPES if fnmatch(name, part.removeprefix("glob(").strip(")"))
+    ]
 
 
 # Launch files
@@ -238,8 +300,8 @@ def test_commands_of_a_first_start(tmp_path: Path) -> None:
     torchrun = "python -m torch.distributed.run"
     assert dry("torchrun.sh", *arguments) == [f"{torchrun} --standalone --nproc-per-node 8 {plain}"]
     assert dry("torchrun.sh", *arguments, "trainer.num_nodes=2", HEAD="node1:29500") == [
-        f"{torchrun} --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id kvfrontier --nproc-per-node 8 "
-        f"{plain} trainer.num_nodes=2"
+        f"{torchrun} --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id kvfrontier "
+        f"--nproc-per-node 8 {plain} trainer.num_nodes=2"
     ]
     assert dry("slurm.sbatch", *arguments, **SLURM) == [
         f"srun --kill-on-bad-exit=1 python {plain} trainer.num_nodes=2 trainer.devices=8",

@@ -13,7 +13,7 @@ from .schema import OptimConfig
 
 
 class MuonAdamW(Optimizer):
-    """Muon on the groups marked `muon`, fused AdamW on the others: one optimizer, as Lightning's own loop takes but one.
+    """Muon on the groups marked `muon`, fused AdamW on the others: one optimizer, as Lightning's loop takes but one.
 
     Both work on this object's groups and state, so that schedules, clipping and checkpoints see nothing unusual.
     """
