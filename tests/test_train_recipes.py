@@ -11,13 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, launch_in_process
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from arch import KVPlan, ModelConfig, resolve
+from arch import Decoder, KVPlan, ModelConfig, resolve
 from arch.footprint import kv_bytes, num_params
 from eval.cli import CONFIGS, names
 from train.optim import lr_share
@@ -39,8 +40,8 @@ def text_of(recipe: str) -> str:
 
 
 @cache
-def composed(recipe: str, *overrides: str) -> tuple[PretrainConfig, dict[str, str]]:
-    """The configuration as the command composes it, and the choices behind it; what the recipe leaves open is added."""
+def composed(recipe: str, *overrides: str) -> PretrainConfig:
+    """The configuration as the command composes it, with an arch and a size where the recipe leaves them open."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     arguments = [f"+experiment={recipe}", *overrides]
     if "/arch:" not in text_of(recipe) and not recipe.startswith("mixattention"):
@@ -50,10 +51,9 @@ def composed(recipe: str, *overrides: str) -> tuple[PretrainConfig, dict[str, st
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("pretrain", overrides=arguments, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
-        choices = dict(config.hydra.runtime.choices)
         OmegaConf.set_struct(config, False)
         del config["hydra"]
-        return OmegaConf.to_object(config), choices
+        return OmegaConf.to_object(config)
 
 
 def plan(config: PretrainConfig) -> KVPlan:
@@ -62,7 +62,7 @@ def plan(config: PretrainConfig) -> KVPlan:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_can_be_trained_and_counts_its_steps_right(recipe: str) -> None:
-    config, _ = composed(recipe)
+    config = composed(recipe)
     assert not problems(config)
     assert plan(config).num_layers == config.size.num_layers
     found = re.findall(
@@ -83,7 +83,7 @@ CLA = [recipe for recipe in RECIPES if recipe.startswith("cla_")]
 @pytest.mark.parametrize("recipe", CLA)
 def test_cla_recipe_is_the_papers(recipe: str) -> None:
     """Tables 1 to 7: bytes per token as printed there, the training of section 3.1, what the comment says of ours."""
-    config, _ = composed(recipe)
+    config = composed(recipe)
     size, optim, text = config.size, config.optim, text_of(recipe)
     heads = (size.head_dim or size.d_model // size.num_heads) * size.num_heads
     assert heads == {"h46": 2070, "h90": 1980}.get(recipe.split("_")[3] if "design" in recipe else "", size.d_model)
@@ -97,18 +97,18 @@ def test_cla_recipe_is_the_papers(recipe: str) -> None:
 
 
 def test_cla_learning_rates() -> None:
-    rates = {recipe: composed(recipe)[0].optim.lr for recipe in CLA if "design" not in recipe}
+    rates = {recipe: composed(recipe).optim.lr for recipe in CLA if "design" not in recipe}
     assert rates == {
         "cla_1b_mqa": 1.5e-3, "cla_1b_mqa_cla2": 2.25e-3, "cla_1b_mqa_h64": 2.25e-3,
         "cla_3b_mqa": 6.75e-4, "cla_3b_mqa_cla2": 2.25e-3, "cla_3b_mqa_h64": 1e-3,
         "cla_3b_set2_mqa_h32": 1e-3, "cla_3b_set2_mqa_h64": 1e-3, "cla_3b_set2_mqa_h64_cla2": 1e-3,
     }  # fmt: skip
-    assert {composed(recipe)[0].optim.lr for recipe in CLA if "design" in recipe} == {3e-4}
+    assert {composed(recipe).optim.lr for recipe in CLA if "design" in recipe} == {3e-4}
     assert sum("design" in recipe for recipe in CLA) == 20, "the rows of table 1"
 
 
 def test_mixattention_stages() -> None:
-    stages = [composed(f"mixattention_stage{number}")[0] for number in (1, 2, 3)]
+    stages = [composed(f"mixattention_stage{number}") for number in (1, 2, 3)]
     assert [stage.size.seq_len for stage in stages] == [4096, 32768, 32768]
     assert [stage.size.rope_theta for stage in stages] == [5e5, 8e6, 8e6]
     assert [stage.tokens for stage in stages] == [101e9, 9e9, 5e8]
@@ -121,16 +121,12 @@ def test_mixattention_stages() -> None:
     (written,) = re.findall(r"([\d.]+)B parameters;", text_of("mixattention_stage1"))
     assert float(written) == round(num_params(ModelConfig(first.arch, first.size), plan(first)) / 1e9, 2)
     assert first.optim.lr * first.optim.min_lr == pytest.approx(stages[1].optim.lr)
-    baseline, _ = composed("mixattention_stage1", "arch=mha", "arch.stores.kv.kv_heads=3")
+    baseline = composed("mixattention_stage1", "arch=mha", "arch.stores.kv.kv_heads=3")
     assert [store.slot.kv_heads for store in plan(baseline).stores] == [3] * 24
 
 
 def test_stage_two_trains_the_attention_weights_and_nothing_else() -> None:
-    import torch
-
-    from arch import Decoder
-
-    config, _ = composed("mixattention_stage2")
+    config = composed("mixattention_stage2")
     with torch.device("meta"):
         model = Decoder(ModelConfig(config.arch, config.size))
     trained = {name for name, _ in model.named_parameters() if re.search(config.train_only, name)}
@@ -139,7 +135,7 @@ def test_stage_two_trains_the_attention_weights_and_nothing_else() -> None:
 
 
 def test_variants_differ_in_the_optimizer_alone() -> None:
-    plain, wsd, muon = (composed(f"gpu_125m{variant}")[0] for variant in ("", "_wsd", "_muon"))
+    plain, wsd, muon = (composed(f"gpu_125m{variant}") for variant in ("", "_wsd", "_muon"))
     assert (wsd.optim.schedule, wsd.optim.min_lr, muon.optim.name) == ("wsd", 0.0, "muon")
     for other in (wsd, muon):
         assert (other.size, other.data, other.tokens, other.optim.lr) == (
@@ -204,7 +200,7 @@ def table() -> str:
     for recipe in RECIPES:
         if recipe == "lr_sweep":
             continue
-        config, _ = composed(recipe)
+        config = composed(recipe)
         text = text_of(recipe)
         fixed = "/arch:" in text or recipe.startswith("mixattention")
         width = config.size.head_dim or config.size.d_model // config.size.num_heads

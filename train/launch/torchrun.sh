@@ -5,6 +5,7 @@
 #
 # On several nodes the same command on each of them, with trainer.num_nodes=N and HEAD=HOST[:PORT], one of the nodes, in the
 # environment; the folder is on a file system that all of them share.
+# torchrun kills what is still alive 30 seconds after a SIGTERM: under SLURM use slurm.sbatch, which needs no torchrun.
 # Typed again, it goes on where it stopped, if it was given a folder. DRY_RUN=1 prints the command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
