@@ -1,35 +1,100 @@
-"""AdamW and the learning-rate schedule."""
+"""AdamW, Muon with AdamW, and the learning-rate schedules."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .schema import OptimConfig
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW. Matrices and embeddings decay; norms, biases and sinks (one axis) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+class MuonAdamW(Optimizer):
+    """Muon on the groups marked `muon`, fused AdamW on the others: one optimizer, as Lightning's loop takes but one.
+
+    Both work on this object's groups and state, so that schedules, clipping and checkpoints see nothing unusual.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        self.muon = Muon([group for group in groups if group["muon"]])
+        self.adamw = AdamW([group for group in groups if not group["muon"]], fused=True)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, muon in ((self.muon, True), (self.adamw, False)):
+            # Handed over at every step, because loading a checkpoint replaces both.
+            part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
+            part.state = self.state
+            part.step()
+        return loss
 
 
-def schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
+def build(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer of `config` for the parameters of `model` that are trained.
+
+    Matrices and embeddings decay; norms, biases and sinks (one axis) do not. Muon takes the hidden matrices: not the
+    embedding, and not the output matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
+    """
+    outer = {
+        parameter
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] == "lm_head"
+        for parameter in module.parameters(recurse=False)
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    if config.name == "adamw":
+        members = [matrices, vectors]
+    else:
+        members = [[p for p in matrices if p not in outer], [p for p in matrices if p in outer], vectors]
+    groups = [{"params": params} | options for params, options in zip(members, group_options(config), strict=True)]
+    return AdamW(groups, fused=True) if config.name == "adamw" else MuonAdamW(groups)
+
+
+def group_options(config: OptimConfig) -> list[dict[str, Any]]:
+    """What `config` says of each parameter group, in the order of `build`.
+
+    One learning rate serves both optimizers: Muon's updates are scaled by 0.2 sqrt(max(rows, columns)) to the root mean
+    square that AdamW's have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+    """
+    adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    groups = [adamw | {"weight_decay": config.weight_decay}, adamw | {"weight_decay": 0.0}]
+    if config.name == "adamw":
+        return groups
+    muon = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    return [muon | {"muon": True, "adjust_lr_fn": "match_rms_adamw"}, *(group | {"muon": False} for group in groups)]
+
+
+def schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: lr_share(step, steps, config))
 
 
 def lr_share(step: int, steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `step` of 0 .. steps - 1: linear warm-up, then cosine to `min_lr`.
+    """Share of the peak learning rate at `step` of 0 .. steps - 1: linear warm-up, then as `config.schedule` says.
 
-    The last step is the one that runs at `min_lr`.
+    cosine    from the peak, at the first step after the warm-up, to `min_lr`, at the last one
+    constant  the peak
+    wsd       the peak until the last `decay` share of the steps, which falls as 1 - sqrt(progress) and reaches `min_lr`
+              at the last step (Haegele et al. 2024, "Scaling laws and compute-optimal training beyond fixed training
+              durations", section 3: better than a linear fall)
     """
     warmup = round(config.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
-    return config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+        return config.min_lr + (1 - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    falling = min(round(config.decay * steps), steps - warmup) if config.schedule == "wsd" else 0
+    since = step - (steps - falling) + 1
+    if since <= 0 or falling == 0:
+        return 1.0
+    return config.min_lr + (1 - config.min_lr) * (1 - math.sqrt(min(1.0, since / falling)))

@@ -38,11 +38,22 @@ from train.schema import PretrainConfig, micro_batch, num_steps, problems
 def main(config: DictConfig, choices: Choices) -> None:
     if config.resume is None:
         require(arch=choices.arch, size=choices.size)
-        config.name = config.name or f"{choices.arch}-{choices.size}"
+        config.name = config.name or default_name(choices)
         config.folder = str(free_folder(config))
     else:
         config = resumed(config, list(HydraConfig.get().overrides.task))
     run(OmegaConf.to_object(config))
+
+
+def default_name(choices: Choices) -> str:
+    """`<arch>-<size>`; with +experiment=, what was chosen beside it on the command line and its name."""
+    hydra = HydraConfig.get()
+    experiment = hydra.runtime.choices.get("experiment")
+    if experiment is None:
+        return f"{choices.arch}-{choices.size}"
+    given = {override.lstrip("+").partition("=")[0] for override in hydra.overrides.task}
+    beside = [choice for group, choice in (("arch", choices.arch), ("size", choices.size)) if group in given]
+    return "-".join([*beside, experiment])
 
 
 def free_folder(config: DictConfig) -> Path:

@@ -30,7 +30,7 @@ from .schema import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
-FIXED = ("arch", "size", "data", "batch_size", "seed", "name", "folder")
+FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "train_only", "name", "folder")
 GROUPS = ("optim", "trainer", "logger")
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
@@ -142,7 +142,7 @@ def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
         key = change.lstrip("+~").partition("=")[0]
-        if change[0] in "+~" or key.partition(".")[0] in FIXED or key in GROUPS:
+        if change[0] in "+~" or key in GROUPS or f"{key}.".startswith(tuple(f"{fixed}." for fixed in FIXED)):
             raise UsageError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
     result = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": str(folder), "folder": str(folder)})

@@ -27,19 +27,28 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW with warm-up and cosine decay; matrices and embeddings decay, norms and other vectors do not.
+    """Optimizer and learning-rate schedule; matrices and embeddings decay, norms and other vectors do not.
 
+    name        adamw, or muon: Muon for the hidden matrices, AdamW for the rest
+    lr          peak learning rate, of both
+    momentum    of Muon
+    schedule    after the warm-up: cosine, wsd (stable, then decay) or constant
     warmup      share of all steps over which the learning rate rises linearly
-    min_lr      learning rate at the last step, as a share of the peak
+    decay       share of all steps, the last ones, over which it falls under wsd
+    min_lr      learning rate at the last step under cosine and wsd, as a share of the peak
     clip        largest gradient norm
     """
 
+    name: str = "adamw"
     lr: float = II("size.lr")
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    momentum: float = 0.95
+    schedule: str = "cosine"
     warmup: float = 0.05
+    decay: float = 0.2
     min_lr: float = 0.1
     clip: float = 1.0
 
@@ -94,7 +103,8 @@ class PretrainConfig:
     batch_size  sequences per optimizer step, over all processes and micro-batches
     context     tokens at which the KV footprint is logged
     kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
-    name        null: <arch>-<size>; runs of one name that differ in nothing but the seed are one point of a Pareto plot
+    name        null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the seed
+                are one point of a Pareto plot
     folder      where the run is kept; null: runs/<time>/<name>-seed<seed>
     init        run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
     train_only  regular expression: only parameters in whose name it is found are trained; null: all
@@ -121,8 +131,31 @@ class PretrainConfig:
 
 def problems(config: PretrainConfig) -> list[str]:
     """What is wrong with the run besides its layout, each with the fix."""
-    trainer, found = config.trainer, []
+    found = value_problems(config)
+    if found:
+        return found
+    trainer = config.trainer
     world = trainer.devices * trainer.num_nodes
+    if world > 1 and trainer.strategy == "auto":
+        found.append(f"{world} processes need trainer.strategy=ddp or trainer.strategy=fsdp")
+    if config.batch_size % world:
+        found.append(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
+    elif trainer.micro_batch and (config.batch_size // world) % trainer.micro_batch:
+        found.append(
+            f"trainer.micro_batch {trainer.micro_batch} does not divide the {config.batch_size // world} sequences of "
+            "batch_size that each process has in a step"
+        )
+    if num_steps(config) < 1:
+        found.append(
+            f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
+            f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
+        )
+    return found + optim_problems(config.optim)
+
+
+def value_problems(config: PretrainConfig) -> list[str]:
+    """Values that make no sense by themselves."""
+    trainer, found = config.trainer, []
     for name, value, choices in (
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
         ("precision", trainer.precision, ("auto", "fp32", "bf16")),
@@ -156,32 +189,26 @@ def problems(config: PretrainConfig) -> list[str]:
             found.append(f"train_only is no regular expression: {error}")
     if config.seed < 0:
         found.append(f"seed is {config.seed}; it must be at least 0")
-    if found:
-        return found
-    if world > 1 and trainer.strategy == "auto":
-        found.append(f"{world} processes need trainer.strategy=ddp or trainer.strategy=fsdp")
-    if config.batch_size % world:
-        found.append(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
-    elif trainer.micro_batch and (config.batch_size // world) % trainer.micro_batch:
-        found.append(
-            f"trainer.micro_batch {trainer.micro_batch} does not divide the {config.batch_size // world} sequences of "
-            "batch_size that each process has in a step"
-        )
-    if num_steps(config) < 1:
-        found.append(
-            f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
-            f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
-        )
-    optim = config.optim
+    return found
+
+
+def optim_problems(optim: OptimConfig) -> list[str]:
+    """What is wrong with optimizer and schedule, each with the fix."""
+    found = []
+    for name, choices in (("name", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "constant"))):
+        if getattr(optim, name) not in choices:
+            found.append(f"optim.{name} is {getattr(optim, name)}; choose {', '.join(choices)}")
     for name in ("lr", "eps", "clip"):
         if not 0 < getattr(optim, name) < math.inf:
             found.append(f"optim.{name} is {getattr(optim, name)}; it must be positive and finite")
-    for name in ("warmup", "min_lr", "weight_decay"):
+    for name in ("warmup", "decay", "min_lr", "weight_decay"):
         if not 0 <= getattr(optim, name) <= 1:
             found.append(f"optim.{name} is {getattr(optim, name)}; it must be from 0 to 1")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "momentum"):
         if not 0 <= getattr(optim, name) < 1:
             found.append(f"optim.{name} is {getattr(optim, name)}; it must be at least 0 and below 1")
+    if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
+        found.append(f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than the run; lower one")
     return found
 
 

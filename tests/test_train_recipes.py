@@ -1,0 +1,392 @@
+"""Recipes compose and say what they do; launch files start, resume and requeue; docs/recipes.md shows what is there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from fnmatch import fnmatch
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch_in_process
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from arch import Decoder, KVPlan, ModelConfig, resolve
+from arch.footprint import kv_bytes, num_params
+from eval.cli import CONFIGS, names
+from train.optim import lr_share
+from train.pretrain import main
+from train.schema import PretrainConfig, num_steps, problems
+
+RECIPES = names("experiment")
+LAUNCH = ROOT / "train" / "launch"
+DOCS = ROOT / "docs" / "recipes.md"
+SMALL = [
+    "size.num_layers=2", "size.d_model=32", "size.num_heads=4", "size.head_dim=8", "size.d_ff=48",
+    "size.vocab_size=600", "size.seq_len=32", "batch_size=4", "tokens=256", "data.val_tokens=64", "logger=csv",
+    "trainer.accelerator=cpu", "trainer.log_every=1", "trainer.checkpoint_every=1",
+]  # fmt: skip
+
+
+def text_of(recipe: str) -> str:
+    return (CONFIGS / "experiment" / f"{recipe}.yaml").read_text()
+
+
+@cache
+def composed(recipe: str, *overrides: str) -> PretrainConfig:
+    """The configuration as the command composes it, with an arch and a size where the recipe leaves them open."""
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    arguments = [f"+experiment={recipe}", *overrides]
+    if "/arch:" not in text_of(recipe) and not recipe.startswith("mixattention"):
+        arguments.append("+arch=cla2")
+    if recipe == "lr_sweep":
+        arguments.append("+size=125m")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("pretrain", overrides=arguments, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        OmegaConf.set_struct(config, False)
+        del config["hydra"]
+        return OmegaConf.to_object(config)
+
+
+def plan(config: PretrainConfig) -> KVPlan:
+    return resolve(ModelConfig(config.arch, config.size))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_can_be_trained_and_counts_its_steps_right(recipe: str) -> None:
+    config = composed(recipe)
+    assert not problems(config)
+    assert plan(config).num_layers == config.size.num_layers
+    found = re.findall(
+        r"^# ([\d,]+) tokens, ([\d,]+) a step \((\d+) sequences of (\d+)\): ([\d,]+) steps", text_of(recipe), re.M
+    )
+    if recipe == "lr_sweep":  # takes its budget from the size
+        assert not found
+        return
+    (written,) = found
+    numbers = [int(number.replace(",", "")) for number in written]
+    step_tokens = config.batch_size * config.size.seq_len
+    assert numbers == [config.tokens, step_tokens, config.batch_size, config.size.seq_len, num_steps(config)]
+
+
+CLA = [recipe for recipe in RECIPES if recipe.startswith("cla_")]
+
+
+@pytest.mark.parametrize("recipe", CLA)
+def test_cla_recipe_is_the_papers(recipe: str) -> None:
+    """Tables 1 to 7: bytes per token as printed there, the training of section 3.1, what the comment says of ours."""
+    config = composed(recipe)
+    size, optim, text = config.size, config.optim, text_of(recipe)
+    heads = (size.head_dim or size.d_model // size.num_heads) * size.num_heads
+    assert heads == {"h46": 2070, "h90": 1980}.get(recipe.split("_")[3] if "design" in recipe else "", size.d_model)
+    (printed,) = re.findall(r"([\d,]+) KV bytes per token", text)
+    assert kv_bytes(plan(config), 2048, 2).per_token == int(printed.replace(",", ""))
+    assert (optim.name, optim.schedule, optim.warmup, optim.min_lr) == ("adamw", "cosine", 0.05, 0.1)
+    assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip, optim.eps) == (0.9, 0.95, 0.1, 1.0, 1e-8)
+    assert (size.init_std, size.norm_eps, size.rope_theta) == (0.01275, 1e-5, 1e4)
+    assert (size.vocab_size, size.tie_embeddings, size.max_window) == (50304, True, None)
+    assert config.data.val_tokens == 2048 * 2048
+
+
+def test_cla_learning_rates() -> None:
+    rates = {recipe: composed(recipe).optim.lr for recipe in CLA if "design" not in recipe}
+    assert rates == {
+        "cla_1b_mqa": 1.5e-3, "cla_1b_mqa_cla2": 2.25e-3, "cla_1b_mqa_h64": 2.25e-3,
+        "cla_3b_mqa": 6.75e-4, "cla_3b_mqa_cla2": 2.25e-3, "cla_3b_mqa_h64": 1e-3,
+        "cla_3b_set2_mqa_h32": 1e-3, "cla_3b_set2_mqa_h64": 1e-3, "cla_3b_set2_mqa_h64_cla2": 1e-3,
+    }  # fmt: skip
+    assert {composed(recipe).optim.lr for recipe in CLA if "design" in recipe} == {3e-4}
+    assert sum("design" in recipe for recipe in CLA) == 20, "the rows of table 1"
+
+
+def test_mixattention_stages() -> None:
+    stages = [composed(f"mixattention_stage{number}") for number in (1, 2, 3)]
+    assert [stage.size.seq_len for stage in stages] == [4096, 32768, 32768]
+    assert [stage.size.rope_theta for stage in stages] == [5e5, 8e6, 8e6]
+    assert [stage.tokens for stage in stages] == [101e9, 9e9, 5e8]
+    assert [stage.init for stage in stages] == [None, "runs/mixattention_stage1", "runs/mixattention_stage2"]
+    assert stages[0].train_only is None
+    first = stages[0]
+    assert (first.size.num_layers, first.size.num_heads) == (24, 12)
+    assert {store.slot.kv_heads for store in plan(first).stores} == {3}
+    assert {store.window for store in plan(first).stores} == {None, 1024}
+    (written,) = re.findall(r"([\d.]+)B parameters;", text_of("mixattention_stage1"))
+    assert float(written) == round(num_params(ModelConfig(first.arch, first.size), plan(first)) / 1e9, 2)
+    assert first.optim.lr * first.optim.min_lr == pytest.approx(stages[1].optim.lr)
+    baseline = composed("mixattention_stage1", "arch=mha", "arch.stores.kv.kv_heads=3")
+    assert [store.slot.kv_heads for store in plan(baseline).stores] == [3] * 24
+
+
+def test_stage_two_trains_the_attention_weights_and_nothing_else() -> None:
+    config = composed("mixattention_stage2")
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(config.arch, config.size))
+    trained = {name for name, _ in model.named_parameters() if re.search(config.train_only, name)}
+    assert {name.split(".")[-2] for name in trained} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert len(trained) == 2 * 24 + 2 * len(plan(config).stores)
+
+
+def test_variants_differ_in_the_optimizer_alone() -> None:
+    plain, wsd, muon = (composed(f"gpu_125m{variant}") for variant in ("", "_wsd", "_muon"))
+    assert (wsd.optim.schedule, wsd.optim.min_lr, muon.optim.name) == ("wsd", 0.0, "muon")
+    for other in (wsd, muon):
+        assert (other.size, other.data, other.tokens, other.optim.lr) == (
+            plain.size,
+            plain.data,
+            plain.tokens,
+            plain.optim.lr,
+        )
+    steps = num_steps(wsd)
+    assert sum(lr_share(step, steps, wsd.optim) < 1 for step in range(steps // 2, steps)) == 954
+
+
+def test_sweep_is_the_papers_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six runs in steps of 1.5, named after their learning rates; on top of another recipe; a sweep of recipes."""
+    rates = [3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3]
+    assert all(1.47 < b / a < 1.53 for a, b in pairwise(rates))
+    ran: list[tuple[str, float, str]] = []
+    monkeypatch.setattr("train.pretrain.run", lambda config: ran.append((config.name, config.optim.lr, config.folder)))
+    sweep = f"hydra.sweep.dir={tmp_path}"
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=lr_sweep", "+arch=mqa", "+size=1b", sweep])
+    assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-1b-lr{lr}", lr) for lr in rates]
+    assert len({folder for _, _, folder in ran}) == 6
+    ran.clear()
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=[gpu_125m,lr_sweep]", "+arch=mqa", sweep])
+    assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-125m-lr{lr}", lr) for lr in rates]
+    ran.clear()
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=glob(cla_1b_design_*)", sweep])
+    assert [name for name, _, _ in ran] == [recipe for recipe in RECIPES if "design" in recipe]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["+experiment=cla_1b_mqa_cla2"], "cla_1b_mqa_cla2"),
+        (["+experiment=cla_1b_mqa_cla2", "arch=cla3"], "cla3-cla_1b_mqa_cla2"),
+        (["+experiment=gpu_125m", "+arch=mha"], "mha-gpu_125m"),
+        (["+experiment=gpu_125m", "+arch=mha", "size=350m"], "mha-350m-gpu_125m"),
+        (["+experiment=gpu_125m", "+arch=mha", "name=mine"], "mine"),
+        (["+arch=mha", "+size=tiny"], "mha-tiny"),
+    ],
+)
+def test_name_of_a_run(arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr("train.pretrain.run", lambda config: ran.append(config.name))
+    launch_in_process(main, "pretrain", PretrainConfig, [*arguments, f"folder={tmp_path / 'run'}"])
+    assert ran == [name]
+
+
+def test_a_recipe_without_arch_asks_for_one(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        launch_in_process(main, "pretrain", PretrainConfig, ["+experiment=gpu_125m"])
+    assert stopped.value.code == 2
+    assert "choose +arch= one of" in capfd.readouterr().err
+
+
+# docs/recipes.md
+
+
+def table() -> str:
+    """What docs/recipes.md ends with."""
+    rows = ["| recipe | query heads | KV bytes | tokens | steps | peak rate | perplexity |", "| --- |" + " ---: |" * 6]
+    for recipe in RECIPES:
+        if recipe == "lr_sweep":
+            continue
+        config = composed(recipe)
+        text = text_of(recipe)
+        fixed = "/arch:" in text or recipe.startswith("mixattention")
+        width = config.size.head_dim or config.size.d_model // config.size.num_heads
+        added = f"{kv_bytes(plan(config), 2**20, 2).per_token:,}" if fixed else "as +arch"
+        perplexity = re.search(r"validation perplexity ([\d.]+\d) ?", text)
+        cells = [
+            f"`{recipe}`", f"{config.size.num_heads} x {width}", added, f"{config.tokens:,}", f"{num_steps(config):,}",
+            f"{config.optim.lr:g}", perplexity[1] if perplexity else "",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def test_table_of_the_page() -> None:
+    assert DOCS.read_text().endswith(table()), f"put this at the end of {DOCS}:\n{table()}"
+
+
+def test_commands_of_the_page(tmp_path: Path) -> None:
+    """Every recipe it names can be composed as it says, every launch prints a command, every data set has a file."""
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    kinds = set()
+    for command in "".join(blocks).strip().splitlines():
+        words = shlex.split(command)
+        while words[0] in ("sbatch", "--nodes=2"):
+            words.pop(0)
+        kinds.add(words[1] if words[0] == "python" else words[0])
+        if words[0].startswith("train/launch"):
+            printed = dry(Path(words[0]).name, *words[1:], **SLURM)
+            assert printed[0].split("train/pretrain.py ")[1].startswith(words[1]), command
+        elif words[1] == "data/prepare.py":
+            assert words[2] in names("data")
+        elif words[1] == "train/pretrain.py" and not words[2].startswith("resume="):
+            with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                for recipe in recipes_in(words):
+                    overrides = [w for w in words[2:] if "=" in w and not w.startswith("+experiment=")]
+                    config = compose("pretrain", overrides=[f"+experiment={recipe}", *overrides, "name=x"])
+                    assert not problems(OmegaConf.to_object(config)), command
+    assert kinds == {
+        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/pretrain.py", "eval/footprint.py",
+        "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh", "train/launch/slurm.sbatch",
+    }  # fmt: skip
+
+
+def recipes_in(words: list[str]) -> list[str]:
+    (given,) = [word.partition("=")[2] for word in words if word.startswith("+experiment=")]
+    return [
+        name for part in given.split(",") for name in RECIPES if fnmatch(name, part.removeprefix("glob(").strip(")"))
+    ]
+
+
+# Launch files
+
+
+def launch(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    ours = {"PYTHONPATH", "WANDB_SERVICE", "WANDB_MODE"}  # left by tests that train in this process
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env={k: v for k, v in os.environ.items() if k not in ours}
+        | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def dry(script: str, *arguments: str, **environment: str) -> list[str]:
+    done = launch(script, *arguments, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.replace(sys.executable, "python").replace(" \n", "\n").splitlines()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """The folder of a run, which may have no checkpoint yet."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    return folder
+
+
+SLURM = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT)}
+START = ["+experiment=cla_1b_mqa_cla2", "trainer=fsdp", "trainer.devices=8", "optim.lr=1e-3", "seed=1"]
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_launch_files_parse(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert os.access(path, os.X_OK) == (path.suffix == ".sh" and path.stem != "common")
+
+
+def test_commands_of_a_first_start(tmp_path: Path) -> None:
+    arguments = [*START, f"folder={tmp_path / 'new'}"]
+    plain = " ".join(["train/pretrain.py", *arguments])
+    assert dry("single.sh", *arguments) == [f"python {plain}"]
+    torchrun = "python -m torch.distributed.run"
+    assert dry("torchrun.sh", *arguments) == [f"{torchrun} --standalone --nproc-per-node 8 {plain}"]
+    assert dry("torchrun.sh", *arguments, "trainer.num_nodes=2", HEAD="node1:29500") == [
+        f"{torchrun} --nnodes 2 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id kvfrontier "
+        f"--nproc-per-node 8 {plain} trainer.num_nodes=2"
+    ]
+    assert dry("slurm.sbatch", *arguments, **SLURM) == [
+        f"srun --kill-on-bad-exit=1 python {plain} trainer.num_nodes=2 trainer.devices=8",
+        "scontrol requeue 77",
+    ]
+    assert dry("single.sh", "arch.pattern=[new kv]") == [r"python train/pretrain.py arch.pattern=\[new\ kv\]"]
+
+
+def test_commands_of_a_requeue(started: Path) -> None:
+    """Only what a resumed run may change is handed on."""
+    arguments = [*START, f"folder={started}", "tokens=9", "optim.name=muon"]
+    kept = f"train/pretrain.py resume={started} trainer.devices=8 optim.lr=1e-3 tokens=9"
+    assert dry("single.sh", *arguments) == [f"python {kept}"]
+    assert dry("torchrun.sh", *arguments) == [f"python -m torch.distributed.run --standalone --nproc-per-node 8 {kept}"]
+    assert dry("slurm.sbatch", *arguments, **SLURM)[0] == (
+        f"srun --kill-on-bad-exit=1 python {kept} trainer.num_nodes=2 trainer.devices=8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "message"),
+    [
+        ("torchrun.sh", ["trainer.num_nodes=2", "folder=x"], {}, "set HEAD="),
+        ("torchrun.sh", ["trainer.num_nodes=2"], {"HEAD": "a"}, "give folder="),
+        ("slurm.sbatch", ["trainer=fsdp"], SLURM, "give folder="),
+        ("slurm.sbatch", ["folder=x"], SLURM | {"SLURM_SUBMIT_DIR": "/"}, "submit from the repository's root"),
+    ],
+)
+def test_launch_mistakes(script: str, arguments: list[str], environment: dict[str, str], message: str) -> None:
+    done = launch(script, *arguments, DRY_RUN="1", **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not done.stdout
+
+
+def tools(folder: Path, **commands: str) -> str:
+    """A PATH that starts with these commands."""
+    folder.mkdir(exist_ok=True)
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("srun", "state", "requeued", "code"),
+    [
+        ("true", "RUNNING", True, 0),  # stopped by SIGTERM
+        ("true", "CANCELLED", False, 0),
+        ("true", "PENDING", False, 0),  # preempted: SLURM has requeued it
+        ("touch $RUN/summary.json", "RUNNING", False, 0),  # finished
+        ("exit 3", "RUNNING", False, 3),
+    ],
+)
+def test_what_a_job_does_when_training_ends(started: Path, srun: str, state: str, requeued: bool, code: int) -> None:
+    """With a stand-in for SLURM. A result of before, which the run is now to go beyond, does not count."""
+    (started / "summary.json").touch()
+    os.utime(started / "summary.json", (0, 0))
+    path = tools(started / "bin", srun=srun, squeue=f"echo {state}", scontrol='echo "$@" > "$RUN/scontrol"')
+    done = launch("slurm.sbatch", *START, f"folder={started}", PATH=path, RUN=str(started), **SLURM)
+    assert done.returncode == code, done.stderr
+    assert (started / "scontrol").exists() == requeued
+    assert not requeued or (started / "scontrol").read_text() == "requeue 77\n"
+
+
+@pytest.mark.slow
+def test_two_processes_through_torchrun(tmp_path: Path, corpus: Path) -> None:
+    """Trained on gloo; the same command with more tokens goes on where it ended."""
+    folder = tmp_path / "run"
+    arguments = ["+experiment=laptop", "+arch=cla2", *SMALL, "trainer=fsdp", "trainer.devices=2", f"data.path={corpus}"]
+    done = launch("torchrun.sh", *arguments, f"folder={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 2/2  loss" in done.stdout
+    assert "cla2-laptop: validation loss" in done.stdout
+    done = launch("torchrun.sh", *arguments, f"folder={folder}", "tokens=384")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 3/3  loss" in done.stdout
+    assert "step 2/3" not in done.stdout
+
+
+@pytest.mark.slow
+def test_two_tasks_under_slurm(tmp_path: Path, corpus: Path) -> None:
+    """With an `srun` that does what SLURM's does: starts the tasks, each with its number in the environment."""
+    srun = """shift  # --kill-on-bad-exit
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 SLURM_NTASKS=2 "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || exit 1; done"""
+    environment = SLURM | {"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost"}
+    environment |= {"PATH": tools(tmp_path / "bin", srun=srun, squeue="echo RUNNING", scontrol="exit 9")}
+    arguments = ["+experiment=laptop", "+arch=cla2", *SMALL, "trainer=ddp", f"data.path={corpus}"]
+    done = launch("slurm.sbatch", *arguments, f"folder={tmp_path / 'run'}", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 2/2  loss") == 1
+    assert (tmp_path / "run" / "summary.json").exists()
