@@ -22,7 +22,6 @@ from rich.console import Console
 from arch import KVPlan, LayoutError, ModelConfig, resolve
 from arch.attend import choose
 from arch.decoder import attention_needs
-from data.shards import Manifest
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
@@ -91,7 +90,7 @@ def run(config: PretrainConfig) -> None:
         trainer = build_trainer(config, folder, plan, device)
         fit(trainer, module, data, folder, resume=config.resume is not None)
         if trainer.is_global_zero:
-            finish(trainer, module, config, plan, data.manifest)
+            finish(trainer, module, config, plan, data.digest)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
@@ -119,10 +118,10 @@ def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path, *, res
         trainer.validate(module, data, verbose=False)
 
 
-def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, manifest: Manifest) -> None:
+def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, data: str) -> None:
     """Write and show the result."""
     folder, val = Path(config.folder), module.last_val
-    write_json(folder / "summary.json", summarize(config, plan, manifest, trainer.global_step, val))
+    write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
     print(
         f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
         f"{val['bpb']:.4f} bits per byte\nrun folder: {folder}"

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from data.shards import Manifest
 from eval.cli import UsageError
 
 from .schema import PretrainConfig
@@ -102,13 +101,14 @@ def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
     }
 
 
-def summarize(
-    config: PretrainConfig, plan: KVPlan, manifest: Manifest, steps: int, val: dict[str, float]
-) -> dict[str, Any]:
-    """What a Pareto plot needs of a run of `steps` steps. `experiment` is all that decides it except the seed."""
+def summarize(config: PretrainConfig, plan: KVPlan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
+    """What a Pareto plot needs of a run of `steps` steps on the data of checksum `data`.
+
+    `experiment` is all that decides it except the seed.
+    """
     asked = asdict(config)
     experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size")}
-    experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": manifest.digest}
+    experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
     return {
         "name": config.name,
         "seed": config.seed,
