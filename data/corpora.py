@@ -5,8 +5,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-SPLITS = ("train", "val", "test")
-
 
 def stdlib() -> Iterator[tuple[str, str]]:
     """(split, text) of every source file of the Python standard library, in a fixed order.

@@ -1,143 +1,204 @@
-"""Turn text into token shards: `python data/prepare.py [corpus=stdlib] [vocab_size=4096] [out=FOLDER]`.
+"""Turn text into token shards.
 
-Trains a byte-level BPE tokenizer on the corpus's training split, encodes every split, and writes the folder that
-`data/shards.py` describes. Training does this by itself the first time it needs the folder.
+  python data/prepare.py NAME [key=value ...]     prepare configs/data/NAME.yaml
+  python data/prepare.py verify=FOLDER            compare every file of a prepared folder with its manifest
+  python data/prepare.py --help
+
+Interrupted, killed or out of disk space, it goes on where it was when the same command is run again, and ends with the
+same bytes. A folder is complete when it has a manifest.json.
 """
 
-import os
-import shutil
 import sys
+import time
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.corpora import CORPORA, SPLITS
-from data.shards import FORMAT, DataError, Manifest, Shard, Split, sha256
+from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
-BATCH = 256
+from data import config as schema
+from data.config import DataConfig, PrepareConfig, folder_of, load, names, problems, recipe
+from data.pool import encoded
+from data.report import Report
+from data.shards import FORMAT, DataError, Manifest, sha256
+from data.sources import Document, Position, Source
+from data.tokenizer import (
+    byte_tokenizer,
+    dtype_of,
+    end_token,
+    pretrained,
+    token_bytes,
+    train_bpe,
+    vocabulary_size,
+)
+from data.verify import verify
+from data.writing import PROGRESS, Progress, SplitWriter, differences, only_process
+
+CHECKPOINT_SECONDS = 60
 
 
-def default_folder(corpus: str, vocab_size: int) -> Path:
-    """Where prepared data goes unless told: beside this file, ignored by git."""
-    return Path(__file__).resolve().parent / "prepared" / f"{corpus}-bpe{vocab_size}"
+def prepare(config: PrepareConfig) -> Manifest:
+    """Write the folder of `config` and return its manifest; if it is there already, only read it.
 
-
-def prepare(corpus: str, vocab_size: int, folder: Path) -> Manifest:
-    """Write `folder` and return its manifest; if it is there already, only read it.
-
-    The folder appears whole or not at all: it is written under another name and renamed.
+    Raises DataError where the configuration, the text or the disk does not allow it.
     """
-    if (folder / "manifest.json").exists():
-        return Manifest.load(folder)
-    if corpus not in CORPORA:
-        raise DataError(f"no corpus {corpus!r}; choose {', '.join(CORPORA)}, or name a prepared folder in data.path")
-    if not 512 <= vocab_size <= 65536:
-        raise DataError(f"vocab_size is {vocab_size}; choose 512 to 65536")
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for split, text in CORPORA[corpus]():
-        texts[split].append(text)
-    empty = [split for split in SPLITS if not texts[split]]
-    if empty:
-        raise DataError(f"corpus {corpus} has no text for {', '.join(empty)} on this machine; prepare another corpus")
-
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        tokenizer = train_tokenizer(texts["train"], vocab_size)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        np.save(partial / "token_bytes.npy", token_bytes(tokenizer))
-        manifest = Manifest(
-            format=FORMAT,
-            corpus=corpus,
-            tokenizer_sha256=sha256(partial / "tokenizer.json"),
-            vocab_size=tokenizer.get_vocab_size(),
-            end_of_text=tokenizer.token_to_id(END_OF_TEXT),
-            dtype="<u2",
-            splits={split: _write_split(partial, split, texts[split], tokenizer) for split in SPLITS},
-        )
-        manifest.save(partial)
-        os.rename(partial, folder)
-    except OSError as error:
-        if (folder / "manifest.json").exists():  # another process was faster
-            return Manifest.load(folder)
+    found = problems(config)
+    if found:
+        raise DataError("\n".join(found))
+    folder = folder_of(config)
+    if not (folder / "manifest.json").exists():
+        source = Source(config.source)
+        try:
+            with only_process(folder):
+                if not (folder / "manifest.json").exists():
+                    Preparation(config, folder, source).run()
+        except OSError as error:
+            raise DataError(
+                f"cannot write {folder}: {error.strerror or error}\nMake room, or give another folder with path=. "
+                "The same command goes on from what is done"
+            ) from error
+    manifest = Manifest.load(folder)
+    if manifest.recipe != recipe(config):
         raise DataError(
-            f"cannot write {folder}: {error}; free some space, or set data.path to another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            f"{folder} was prepared with {differences(manifest.recipe, recipe(config))}; give another folder with path="
+        )
     return manifest
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text can be encoded and comes back unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    return tokenizer
+class Preparation:
+    """One folder, from its first document or from where an earlier process stopped."""
+
+    def __init__(self, config: PrepareConfig, folder: Path, source: Source):
+        self.config, self.folder, self.source = config, folder, source
+        asked = recipe(config) | {"files": source.fingerprint()}
+        self.progress = Progress.load(folder, asked, source.splits)
+        self.tokenizer = self._tokenizer()
+        self.end = end_token(self.tokenizer, config.tokenizer.end_of_text)
+        self.dtype = dtype_of(vocabulary_size(self.tokenizer))
+        self.bytes_of = np.load(folder / "token_bytes.npy")
+        self.writers: dict[str, SplitWriter] = {}
+        self.saved = time.monotonic()
+
+    def run(self) -> None:
+        splits, config = self.progress.splits, self.config
+        self.writers = {
+            name: SplitWriter(self.folder, name, splits[name], self.end, self.dtype, config.shard_tokens)
+            for name in splits
+        }
+        self._save(self.progress.position)
+        with Report(self.folder.name, config.max_tokens, splits) as report:
+            for documents in self._stretches():
+                for document, tokens in encoded(documents, self.folder, self.end, config.workers):
+                    full = self._add(document, tokens)
+                    report.update(self.source.parts[document.after.part].name)
+                    if full:
+                        break
+        for name, writer in self.writers.items():
+            if not splits[name].total("documents"):
+                raise DataError(
+                    f"{config.name} has no text for the split {name}: give it more text, a larger share or higher "
+                    f"limits, and delete {self.folder}"
+                )
+            writer.finish()
+        Manifest(
+            format=FORMAT,
+            name=config.name,
+            recipe=recipe(config),
+            tokenizer_sha256=sha256(self.folder / "tokenizer.json"),
+            token_bytes_sha256=sha256(self.folder / "token_bytes.npy"),
+            vocab_size=len(self.bytes_of),
+            end_of_text=self.end,
+            dtype=self.dtype.str,
+            splits={name: written.split() for name, written in splits.items()},
+        ).save(self.folder)
+        (self.folder / PROGRESS).unlink()
+        report.warn_of_lost_text()
+
+    def _stretches(self) -> Iterator[Iterator[Document]]:
+        """The documents that are left, one stretch for each run of parts of one split; not those of a full split."""
+        parts, position = self.source.parts, self.progress.position
+        while position.part < len(parts):
+            split = parts[position.part].split
+            beyond = next((n for n in range(position.part, len(parts)) if parts[n].split != split), len(parts))
+            if not self.progress.splits[split].full:
+                yield self.source.documents(position, beyond)
+            position = Position(beyond)
+
+    def _add(self, document: Document, tokens: np.ndarray) -> bool:
+        """Write a document unless its split is full; True if that of its part is."""
+        written, config = self.progress.splits[document.split], self.config
+        most, documents = config.max_eval_tokens, None
+        if document.split == "train":
+            most, documents = config.max_tokens, config.max_documents
+        over = most is not None and written.total("tokens") + len(tokens) > most
+        written.full = written.full or over or written.total("documents") == documents
+        if not written.full:
+            covered = int(self.bytes_of[tokens].sum(dtype=np.int64))
+            begins = self.writers[document.split].add(tokens, len(document.text.encode()), covered)
+            if begins or time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                self._save(document.after)
+        return self.progress.splits[self.source.parts[document.after.part].split].full
+
+    def _save(self, position: Position) -> None:
+        for writer in self.writers.values():
+            writer.sync()
+        self.progress.position = position
+        self.progress.save(self.folder)
+        self.saved = time.monotonic()
+
+    def _tokenizer(self) -> Tokenizer:
+        """That of the folder, or a new one, saved with the bytes of its tokens."""
+        path, asked = self.folder / "tokenizer.json", self.config.tokenizer
+        if (self.folder / PROGRESS).exists():
+            return Tokenizer.from_file(str(path))
+        if asked.kind == "pretrained":
+            tokenizer = pretrained(asked)
+        elif asked.kind == "bytes":
+            tokenizer = byte_tokenizer()
+        else:
+            print(f"training a tokenizer of {asked.vocab_size} tokens", file=sys.stderr)
+            tokenizer = train_bpe(self.source.sample(asked.sample_bytes), asked.vocab_size)
+        tokenizer.save(str(path))
+        np.save(self.folder / "token_bytes.npy", token_bytes(tokenizer))
+        return tokenizer
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token stands for; 0 for the end of text. A character of a byte-level token is a byte."""
-    sizes = [len(tokenizer.id_to_token(token)) for token in range(tokenizer.get_vocab_size())]
-    sizes[tokenizer.token_to_id(END_OF_TEXT)] = 0
-    return np.array(sizes, dtype=np.uint16)
+def usage() -> str:
+    """The docstring, the data sets, and every key with its default."""
+    from omegaconf import OmegaConf
 
-
-def _write_split(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> Split:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    path = folder / f"{split}-00000.bin"
-    tokens = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with path.open("wb") as file, Progress(*columns) as progress:
-        task = progress.add_task(f"tokens of {split}", total=len(texts))
-        for batch in _batches(texts):
-            for encoding in tokenizer.encode_batch_fast(batch):
-                ids = np.array([*encoding.ids, end], dtype="<u2")
-                tokens += len(ids)
-                file.write(ids.tobytes())
-            progress.advance(task, len(batch))
-    shard = Shard(path.name, tokens, sha256(path))
-    return Split(tokens, sum(len(text.encode()) for text in texts), len(texts), (shard,))
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
+    parts = [__doc__ or "", f"NAME is one of {', '.join(names())}.\n"]
+    for cls, prefix in (
+        (schema.PrepareConfig, ""),
+        (schema.SourceConfig, "source."),
+        (schema.TokenizerConfig, "tokenizer."),
+    ):
+        defaults = {f"{prefix}{key}": value for key, value in asdict(cls()).items() if not isinstance(value, dict)}
+        parts += [cls.__doc__ or "", OmegaConf.to_yaml(OmegaConf.create(defaults))]
+    return "\n".join(parts)
 
 
 def main(arguments: list[str]) -> None:
-    options = {"corpus": "stdlib", "vocab_size": "4096", "out": ""}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("-h", "--help"):
-            print(__doc__)
-            return
-        if key not in options or not value:
-            raise DataError(f"cannot read {argument!r}; write key=value with a key of {', '.join(options)}")
-        options[key] = value
-    if not options["vocab_size"].isdecimal():
-        raise DataError(f"vocab_size is {options['vocab_size']}; it is a whole number")
-    vocab_size = int(options["vocab_size"])
-    folder = Path(options["out"]) if options["out"] else default_folder(options["corpus"], vocab_size)
-    manifest = prepare(options["corpus"], vocab_size, folder)
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(usage())
+        return
+    first, *rest = arguments
+    if first.startswith("verify="):
+        if rest:
+            raise DataError(f"verify= stands alone, not with {rest[0]}")
+        print(verify(Path(first.removeprefix("verify="))))
+        return
+    if "=" in first:
+        raise DataError(f"{first} comes first; begin with the name of a data set: {', '.join(names())}")
+    config: DataConfig = load(first, rest)
+    manifest = prepare(config)
     counts = ", ".join(f"{name} {split.tokens:,} tokens" for name, split in manifest.splits.items())
-    print(f"{folder}: {counts}, vocabulary {manifest.vocab_size}")
+    print(f"{folder_of(config)}: {counts}, vocabulary {manifest.vocab_size}")
 
 
 if __name__ == "__main__":
@@ -146,3 +207,6 @@ if __name__ == "__main__":
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is done", file=sys.stderr)
+        sys.exit(130)

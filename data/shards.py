@@ -1,19 +1,25 @@
 """Token shards: a folder of raw little-endian integers and a manifest that says what they are.
 
-manifest.json       counts, checksums, tokenizer; written last, so that a folder with one is complete
-tokenizer.json      the tokenizer, as `tokenizers` saves it
-token_bytes.npy     UTF-8 bytes that each token stands for, for bits per byte
-train-00000.bin ... documents one after another, each ended by the end-of-text token
+manifest.json            counts, checksums, recipe; written last, so that a folder with one is complete
+tokenizer.json           the tokenizer, as `tokenizers` saves it
+token_bytes.npy          [V] UTF-8 bytes that each token stands for, for bits per byte
+train-00000.bin ...      documents one after another, each ended by the end-of-text token, which is nowhere else
+train-00000.offsets.npy  [documents] where in the shard each begins, in tokens
 """
 
 import hashlib
 import json
+import os
+import weakref
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
+OPEN_FILES = 256  # a process may have 1024 on many systems
 
 
 class DataError(ValueError):
@@ -22,9 +28,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
+    """`bytes` are of the text; `sha256` is of `file`, `offsets_sha256` of `offsets`."""
+
     file: str
     tokens: int
+    documents: int
+    bytes: int
     sha256: str
+    offsets: str
+    offsets_sha256: str
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
+    """`recipe` is the configuration that the folder was prepared with."""
+
     format: int
-    corpus: str
+    name: str
+    recipe: dict[str, Any]
     tokenizer_sha256: str
+    token_bytes_sha256: str
     vocab_size: int
     end_of_text: int
     dtype: str
@@ -54,25 +70,63 @@ class Manifest:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        (folder / "manifest.json").write_text(json.dumps(asdict(self), indent=1))
+        """Whole or not at all."""
+        write_json(folder / "manifest.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Raises DataError on a manifest that is missing or is not one of ours."""
         path = folder / "manifest.json"
         if not path.exists():
-            raise DataError(f"{path} is missing: {folder} holds no prepared data; run data/prepare.py")
+            started = (folder / "progress.json").exists()
+            state = "was not prepared to the end: run the same data/prepare.py command again" if started else ""
+            raise DataError(f"{path} is missing: {folder} {state or 'holds no prepared data; run data/prepare.py'}")
         try:
             values = json.loads(path.read_text())
             if values["format"] != FORMAT:
-                raise DataError(f"{path} has format {values['format']}, this version reads {FORMAT}; prepare it again")
+                raise DataError(
+                    f"{path} has format {values['format']}, this version reads {FORMAT}; delete {folder} and prepare "
+                    "it again"
+                )
             values["splits"] = {
                 name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
                 for name, split in values["splits"].items()
             }
-            return cls(**values)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is not a manifest ({error!r}); delete the folder and prepare it again") from error
+            manifest = cls(**values)
+            inside = all(
+                Path(file).name == file and file not in ("", "..")
+                for split in manifest.splits.values()
+                for shard in split.shards
+                for file in (shard.file, shard.offsets)
+            )
+            if not inside or manifest.dtype not in ("<u2", "<u4"):
+                raise KeyError("a file outside of the folder" if not inside else f"dtype {manifest.dtype}")
+            return manifest
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is not a manifest ({error!r}); delete {folder} and prepare it again") from error
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Raises DataError where the tokenizer is not the one that made the shards."""
+        for name, expected in (
+            ("tokenizer.json", self.tokenizer_sha256),
+            ("token_bytes.npy", self.token_bytes_sha256),
+        ):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder / name} is missing; prepare the folder again")
+            if sha256(folder / name) != expected:
+                raise DataError(f"{folder / name} is not the one that the manifest describes; prepare the folder again")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, also where the machine goes down."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def sha256(path: Path) -> str:
@@ -81,19 +135,29 @@ def sha256(path: Path) -> str:
 
 
 class TokenWindows:
-    """The windows of `seq_len` + 1 consecutive tokens of one split, memory-mapped.
+    """The windows of `seq_len` + 1 consecutive tokens of one split, read from disk one by one.
 
     Successive windows share a token: the last target of one is the first input of the next, so that every token but a
     shard's first is a target exactly once. A shard's incomplete last window is left out.
+
+    A file that is deleted or changed while it is in use is refused at the next read: a memory map would give garbage
+    or end the process.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, seq_len: int):
         if split not in manifest.splits:
             raise DataError(f"{folder} has no split {split}; it has {', '.join(manifest.splits)}")
-        self.seq_len = seq_len
-        self.arrays = [_open(folder, shard, np.dtype(manifest.dtype)) for shard in manifest.splits[split].shards]
-        counts = [max(0, len(array) - 1) // seq_len for array in self.arrays]
+        self.seq_len, self.end_of_text = seq_len, manifest.end_of_text
+        self.dtype = np.dtype(manifest.dtype)
+        self.files = [
+            (folder / shard.file, shard.tokens * self.dtype.itemsize) for shard in manifest.splits[split].shards
+        ]
+        self._open: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard -> file descriptor, time of last change
+        weakref.finalize(self, _close, self._open)
+        counts = [max(0, shard.tokens - 1) // seq_len for shard in manifest.splits[split].shards]
         self.starts = np.cumsum([0, *counts])
+        for number, shard in enumerate(manifest.splits[split].shards):
+            self._check(folder, number, shard, manifest.vocab_size)
         if len(self) == 0:
             raise DataError(
                 f"{folder}: no shard of split {split} holds {seq_len + 1} tokens, one window at seq_len {seq_len}; "
@@ -105,15 +169,60 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        begin = (index - int(self.starts[shard])) * self.seq_len
-        return self.arrays[shard][begin : begin + self.seq_len + 1]
+        return self._read(shard, (index - int(self.starts[shard])) * self.seq_len, self.seq_len + 1)
+
+    def _read(self, shard: int, begin: int, tokens: int) -> np.ndarray:
+        path, size = self.files[shard]
+        try:
+            file, changed = self._open[shard] if shard in self._open else self._open_shard(shard)
+            state = os.fstat(file)
+            raw = os.pread(file, tokens * self.dtype.itemsize, begin * self.dtype.itemsize)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {path}: {error.strerror}; put it back, or prepare the folder again"
+            ) from error
+        if state.st_nlink == 0 or state.st_size != size or state.st_mtime_ns != changed:
+            what = "deleted" if state.st_nlink == 0 else "changed"
+            raise DataError(f"{path} was {what} while in use; put it back and resume the run, or prepare it again")
+        return np.frombuffer(raw, self.dtype)
+
+    def _open_shard(self, shard: int) -> tuple[int, int]:
+        if len(self._open) >= OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1][0])
+        file = os.open(self.files[shard][0], os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = file, os.fstat(file).st_mtime_ns
+        return self._open[shard]
+
+    def _check(self, folder: Path, number: int, shard: Shard, vocab_size: int) -> None:
+        """What can be seen without reading the whole shard: sizes, offsets, end of text, a few tokens."""
+        path, size = self.files[number]
+        for file in (path, folder / shard.offsets):
+            if not file.is_file():
+                raise DataError(f"{file} is named by the manifest and is not there; prepare the folder again")
+        if path.stat().st_size != size:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}; prepare it again")
+        first_last_count = read_offsets(folder / shard.offsets)
+        if len(first_last_count) != shard.documents or first_last_count[0] != 0 or first_last_count[-1] >= shard.tokens:
+            raise DataError(f"{folder / shard.offsets} does not fit {path}; prepare it again")
+        few = min(shard.tokens, 1024)
+        tokens = np.concatenate([self._read(number, begin, few) for begin in (0, (shard.tokens - few) // 2)])
+        last = self._read(number, shard.tokens - 1, 1)
+        if tokens.max() >= vocab_size or last[0] != self.end_of_text:
+            raise DataError(f"{path} is altered: tokens are not those of its tokenizer; prepare it again")
 
 
-def _open(folder: Path, shard: Shard, dtype: np.dtype) -> np.ndarray:
-    path = folder / shard.file
-    if path.parent != folder or not path.is_file():
-        raise DataError(f"{path} is named by the manifest and is not there; prepare the data again")
-    size, expected = path.stat().st_size, shard.tokens * dtype.itemsize
-    if size != expected:
-        raise DataError(f"{path} has {size} bytes, its manifest says {expected}; prepare it again")
-    return np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype)
+def read_offsets(path: Path) -> np.ndarray:
+    """[documents] memory-mapped; raises DataError where the file is not whole."""
+    try:
+        offsets = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path} is altered or cut short ({error}); prepare the folder again") from error
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
+        raise DataError(f"{path} holds no offsets; prepare the folder again")
+    return offsets
+
+
+def _close(files: OrderedDict[int, tuple[int, int]]) -> None:
+    for file, _ in files.values():
+        os.close(file)
+    files.clear()

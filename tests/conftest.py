@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import data.corpora
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, resolve
+from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from eval.cli import launch, load_arch, names
 from train.checkpoint import checkpoints
@@ -90,7 +91,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Prepared shards of `documents`, with a vocabulary of 600."""
     data.corpora.CORPORA["unit"] = documents
     path = tmp_path_factory.mktemp("data") / "unit"
-    prepare("unit", 600, path)
+    source, tokenizer = SourceConfig(corpus="unit"), TokenizerConfig(vocab_size=600)
+    prepare(DataConfig(path=str(path), name="unit", source=source, tokenizer=tokenizer, workers=1))
     yield path
     del data.corpora.CORPORA["unit"]
 

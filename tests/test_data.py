@@ -1,21 +1,18 @@
-"""Shards hold the text, batches are a function of seed and step, and broken data is refused by name."""
+"""Batches are a function of seed and step, mixtures keep their proportions, and broken data is refused by name."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import documents, run_script
-from tokenizers import Tokenizer
 
-import data.corpora
-from data.batches import IGNORE, EvalBatches, TrainBatches, order
-from data.prepare import END_OF_TEXT, main, prepare
-from data.shards import DataError, Manifest, TokenWindows, sha256
-
-TEXTS = [text for _, text in documents()]
+from data.batches import IGNORE, EvalBatches, TrainBatches, documents_of, order
+from data.mixture import EvalWindows, Mixture, weights_of
+from data.shards import DataError, Manifest, TokenWindows, read_offsets
+from data.verify import verify
 
 
 @pytest.fixture
@@ -28,50 +25,6 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
-
-
-def test_shards_hold_the_text(folder: Path) -> None:
-    manifest = Manifest.load(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    token_bytes = np.load(folder / "token_bytes.npy")
-    assert manifest.vocab_size == tokenizer.get_vocab_size() == len(token_bytes) == 600
-    for number, name in enumerate(("val", "test", "train")):
-        split = manifest.splits[name]
-        ids = np.fromfile(folder / split.shards[0].file, dtype=manifest.dtype)
-        assert len(ids) == split.tokens
-        assert sha256(folder / split.shards[0].file) == split.shards[0].sha256
-        texts = tokenizer.decode(ids.tolist(), skip_special_tokens=False).split(END_OF_TEXT)
-        assert texts.pop() == ""
-        expected = [text for n, text in enumerate(TEXTS) if min(n % 4, 2) == number]
-        assert texts == expected
-        assert split.documents == len(expected)
-        assert split.bytes == sum(len(text.encode()) for text in expected) == token_bytes[ids].sum()
-
-
-def test_preparing_again_reads_what_is_there(folder: Path) -> None:
-    before = (folder / "manifest.json").stat().st_mtime_ns
-    assert prepare("unit", 600, folder) == Manifest.load(folder)
-    assert (folder / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_a_failed_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setitem(data.corpora.CORPORA, "unit", documents)
-    monkeypatch.setattr("data.prepare._write_split", full)
-    with pytest.raises(DataError, match=r"No space left on device; free some space"):
-        prepare("unit", 600, tmp_path / "unit")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_stdlib_corpus_is_split_by_file() -> None:
-    split_of: dict[str, str] = {}
-    for split, text in data.corpora.stdlib():
-        assert split_of.setdefault(text, split) == split or len(text) < 2000
-    sizes = {name: sum(len(t) for t, s in split_of.items() if s == name) for name in ("train", "val", "test")}
-    assert sizes["train"] > 10e6
-    assert min(sizes["val"], sizes["test"]) > 2e5
 
 
 def windows(folder: Path, seq_len: int = 16, split: str = "train") -> TokenWindows:
@@ -139,6 +92,77 @@ def test_eval_batches_cover_each_window_once_over_processes(folder: Path) -> Non
     assert sorted(seen) == sorted(read[int(index)][1:].tolist() for index in chosen)
 
 
+def test_documents_of_a_row_follow_from_the_offsets(folder: Path) -> None:
+    read = windows(folder)
+    starts = read_offsets(folder / "train-00000.offsets.npy")
+    for index in range(len(read)):
+        row = torch.from_numpy(read[index].astype(np.int64))[None]
+        place = np.arange(index * 16, index * 16 + 17)
+        number = np.searchsorted(starts, place, side="right")
+        assert documents_of(row, 0).tolist()[0] == (number - number[0]).tolist()
+
+
+def test_document_numbers_are_in_the_batches(folder: Path) -> None:
+    with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, document_mask=True)
+    for batch in with_mask:
+        assert torch.equal(batch["documents_BT"], documents_of(batch["inputs"], 0))
+        assert batch["documents_BT"].shape == batch["inputs"].shape and batch["documents_BT"].max() > 0
+    assert next(iter(replace(with_mask, document_mask=False)))["documents_BT"] is None
+    batch = next(iter(EvalBatches(windows(folder, 64, "val"), 3, 4, document_mask=True)))
+    assert torch.equal(batch["documents_BT"], documents_of(batch["inputs"], 0))
+
+
+def test_a_mixture_keeps_its_proportions(folder: Path) -> None:
+    """At every length, not only in the long run; each sequence is the next of its corpus."""
+    mixture = Mixture((windows(folder),) * 3, (6.5, 3.0, 0.5))
+    counts = [0, 0, 0]
+    for sequence in range(3000):
+        corpus, number = mixture.locate(sequence, seed=1)
+        assert number == counts[corpus]
+        counts[corpus] += 1
+        assert all(abs(n - w / 10 * (sequence + 1)) < 4 for n, w in zip(counts, mixture.weights, strict=True))
+    far = [mixture.locate(10**12 + sequence, seed=1) for sequence in range(1000)]
+    assert all(abs(n - 10**12 * mixture.weights[corpus] / 10) < 1000 for corpus, n in far)
+    assert [mixture.locate(g, 1)[0] for g in range(50)] != [mixture.locate(g, 2)[0] for g in range(50)]
+
+
+def test_batches_of_a_mixture(folder: Path) -> None:
+    """The same on any number of processes and from any step; each corpus goes through its own epochs."""
+    train, val = windows(folder), windows(folder, split="val")
+    mixture = Mixture((train, val), (1.0, 3.0))
+    steps = len(val) // 2  # of 8 sequences, 6 of val: three epochs of it and no whole one of train
+    whole = torch.cat([batch["inputs"] for batch in TrainBatches(mixture, 3, steps, 8, 8)])
+    late = torch.cat([batch["inputs"] for batch in TrainBatches(mixture, 3, steps, 8, 2, start_step=7)])
+    assert torch.equal(whole[56:], late)
+    ranks = [
+        torch.cat([b["inputs"] for b in TrainBatches(mixture, 3, steps, 8, 4, rank=rank, world=2)]).view(steps, 4, 16)
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat(ranks, dim=1).view(-1, 16), whole)
+    of_val = [row.tolist() for g, row in enumerate(whole) if mixture.locate(g, 3)[0] == 1]
+    everything = sorted(val[index][:-1].tolist() for index in range(len(val)))
+    assert sorted(of_val[: len(val)]) == sorted(of_val[len(val) : 2 * len(val)]) == everything
+    assert of_val[: len(val)] != of_val[len(val) : 2 * len(val)]
+
+
+def test_validation_of_a_mixture(folder: Path) -> None:
+    val, test = windows(folder, split="val"), windows(folder, split="test")
+    chosen = EvalWindows.of(Mixture((val, test), (3.0, 1.0)), 12)
+    assert [corpus for corpus, _ in chosen.chosen] == [0] * 9 + [1] * 3
+    assert np.array_equal(chosen[8], val[len(val) - 1]) and np.array_equal(chosen[11], test[len(test) - 1])
+    inputs = torch.cat([batch["inputs"] for batch in EvalBatches(chosen, len(chosen), 4)])
+    assert inputs.tolist() == [chosen[index][:-1].tolist() for index in range(12)]
+    single = EvalWindows.of(Mixture((val,), (1.0,)), 7)
+    for ours, plain in zip(EvalBatches(single, 7, 7), EvalBatches(val, 7, 7), strict=True):
+        assert torch.equal(ours["inputs"], plain["inputs"])
+
+
+@pytest.mark.parametrize("mix", [3, {"a": 0}, {"a": "b"}, {"a": float("inf")}])
+def test_weights_are_positive_numbers(mix: object) -> None:
+    with pytest.raises(DataError, match=r"data\.mix"):
+        weights_of(mix)
+
+
 def change_manifest(folder: Path, **changes: object) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -156,42 +180,100 @@ def test_broken_folders_are_refused(copy: Path) -> None:
     shard.unlink()
     with pytest.raises(DataError, match=r"train-00000.bin is named by the manifest and is not there"):
         windows(copy)
-    change_manifest(copy, format=99)
-    with pytest.raises(DataError, match="has format 99, this version reads 1"):
+    change_manifest(copy, format=1)
+    with pytest.raises(DataError, match="has format 1, this version reads 2"):
         Manifest.load(copy)
-    (copy / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="is not a manifest"):
-        Manifest.load(copy)
+    for text in ("{", "[]", "null", '{"format": 2}'):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match="is not a manifest"):
+            Manifest.load(copy)
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"holds no prepared data; run data/prepare.py"):
         Manifest.load(copy)
 
 
-def test_a_manifest_cannot_point_outside_its_folder(copy: Path, tmp_path: Path) -> None:
-    manifest = Manifest.load(copy)
-    (tmp_path.parent / "outside.bin").write_bytes(bytes(2000))
-    split = manifest.splits["train"]
-    outside = replace(split, shards=(replace(split.shards[0], file="../outside.bin", tokens=1000),))
-    with pytest.raises(DataError, match="is not there"):
-        TokenWindows(copy, replace(manifest, splits={"train": outside}), "train", 16)
+def overwrite(path: Path, raw: bytes, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(raw)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("file", "change", "at_start", "verified"),
     [
-        (["corpus=nothing"], "no corpus 'nothing'; choose stdlib"),
-        (["vocab_size=17"], "vocab_size is 17; choose 512 to 65536"),
-        (["vocab_size=many"], "vocab_size is many; it is a whole number"),
-        (["size=3"], "cannot read 'size=3'; write key=value with a key of corpus, vocab_size, out"),
+        ("train-00000.bin", lambda path: overwrite(path, b"\xff\xff", 10), "is altered", "is altered: its checksum"),
+        ("train-00000.bin", lambda path: overwrite(path, b"\x07\x00", 7000), None, "is altered: its checksum"),
+        ("train-00000.bin", lambda path: path.write_bytes(b""), "has 0 bytes", "has 0 bytes instead of"),
+        ("train-00000.offsets.npy", lambda path: path.write_bytes(b""), "is altered or cut short", "is altered"),
+        ("train-00000.offsets.npy", lambda path: overwrite(path, b"\x01", 128), "does not fit", "is altered"),
+        ("train-00000.offsets.npy", lambda path: overwrite(path, b"\x01", 136), None, "is altered"),
+        ("train-00000.offsets.npy", Path.unlink, "is not there", "is missing"),
+        ("tokenizer.json", lambda path: path.write_text(path.read_text() + " "), "is not the one", "is not the one"),
+        ("token_bytes.npy", lambda path: overwrite(path, b"\x09", 200), "is not the one", "is not the one"),
+        ("tokenizer.json", Path.unlink, "is missing", "is missing"),
     ],
 )
-def test_command_line_errors(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_altered_files_are_named(copy: Path, file: str, change, at_start: str | None, verified: str) -> None:
+    """The cheap checks at the start of a run see much of it, verify sees all."""
+    assert verify(copy).endswith("tokenizer and 3 shards are what the manifest says")
+    change(copy / file)
     with pytest.raises(DataError) as caught:
-        main([*arguments, f"out={tmp_path / 'x'}"])
-    assert message in str(caught.value)
+        verify(copy)
+    assert all(file in line for line in str(caught.value).splitlines())
+    assert verified in str(caught.value)
+    if at_start:
+        with pytest.raises(DataError, match=f"{file} .*{at_start}|{file} {at_start}"):
+            Manifest.load(copy).check_tokenizer(copy)
+            windows(copy)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    done = run_script("data/prepare.py", "vocab_size=1", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: vocab_size is 1; choose 512 to 65536\n")
-    assert "python data/prepare.py" in run_script("data/prepare.py", "--help", cwd=tmp_path).stdout
+def test_verify_checks_the_counts(copy: Path) -> None:
+    values = json.loads((copy / "manifest.json").read_text())
+    values["splits"]["val"]["tokens"] += 1
+    (copy / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"manifest.json: val has \d+ tokens, its shards \d+"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (Path.unlink, "was deleted while in use"),
+        (lambda path: os.truncate(path, 4096), "was changed while in use"),
+        (lambda path: overwrite(path, b"\x01", 5000), "was changed while in use"),
+    ],
+)
+def test_a_shard_that_goes_away_while_training(copy: Path, change, message: str) -> None:
+    os.utime(copy / "train-00000.bin", (0, 0))  # clocks of file systems are coarse
+    batches = iter(TrainBatches(windows(copy), 0, 100, 4, 4))
+    next(batches)
+    change(copy / "train-00000.bin")
+    with pytest.raises(DataError, match=f"train-00000.bin {message}"):
+        list(batches)
+
+
+def test_a_process_keeps_few_files_open(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.OPEN_FILES", 2)
+    manifest = Manifest.load(copy)
+    shards = tuple(split.shards[0] for split in manifest.splits.values())
+    read = TokenWindows(
+        copy, replace(manifest, splits={"all": replace(manifest.splits["train"], shards=shards)}), "all", 16
+    )
+    before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    rows = [read[index] for index in (0, len(read) - 1, len(read) // 2, 0)]
+    assert np.array_equal(rows[0], rows[3])
+    assert len(read._open) == 2
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+        del read
+        assert len(os.listdir("/proc/self/fd")) == before - 2
+
+
+@pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "..", "", "a/b.bin"])
+@pytest.mark.parametrize("key", ["file", "offsets"])
+def test_a_manifest_cannot_point_outside_its_folder(copy: Path, key: str, name: str) -> None:
+    values = json.loads((copy / "manifest.json").read_text())
+    values["splits"]["train"]["shards"][0][key] = name
+    (copy / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match="a file outside of the folder"):
+        Manifest.load(copy)

@@ -71,7 +71,8 @@ def test_run_folder(trained: Path) -> None:
     (start,) = json.loads((trained / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__
     assert start["from_step"] == 0
-    assert set(start) == {"from_step", "command", "git", "python", "versions", "hardware"}
+    assert start["attention"] == "kv: sdpa (torch's scaled_dot_product_attention)"
+    assert set(start) == {"attention", "from_step", "command", "git", "python", "versions", "hardware"}
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["tokens"] == 1024
     assert summary["val"]["ppl"] == pytest.approx(torch.tensor(summary["val"]["loss"]).exp().item())
@@ -306,7 +307,10 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
         (["+arch=cla2", "+size=tiny", "trainer.log_every=0"], "trainer.log_every is 0; it must be at least 1"),
         (["+arch=cla2", "+size=tiny", "trainer.backend=fast"], "no attention backend 'fast'; choose auto, sdpa"),
         (["+arch=cla2", "+size=tiny", "data.path=/nowhere"], "holds no prepared data"),
-        (["+arch=cla2", "+size=tiny", "data.corpus=books", "data.vocab_size=999"], "no corpus 'books'; choose stdlib"),
+        (
+            ["+arch=cla2", "+size=tiny", "data.source.corpus=books", "data.name=books"],
+            "no corpus 'books'; choose stdlib",
+        ),
         (["resume=/nowhere"], "no run there"),
         (["+arch=cla2", "+size=tiny", "trainer.accelerator=tpu"], "choose auto, cpu, cuda"),
         (["+arch=cla2", "+size=tiny", "trainer.val_every=0"], "trainer.val_every is 0; it must be at least 1"),

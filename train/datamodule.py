@@ -1,5 +1,7 @@
 """The data of a run: prepared shards, and the batches made of them."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -8,10 +10,13 @@ import torch
 from torch import Tensor
 
 from data.batches import EvalBatches, TrainBatches
-from data.prepare import default_folder, prepare
+from data.config import DataConfig, command, default_folder, recipe
+from data.mixture import EvalWindows, Mixture, weights_of
+from data.prepare import prepare
 from data.shards import DataError, Manifest, TokenWindows
+from data.writing import differences
 
-from .schema import DataConfig, PretrainConfig, micro_batch, num_steps
+from .schema import PretrainConfig, micro_batch, num_steps
 
 
 class Data(L.LightningDataModule):
@@ -21,15 +26,34 @@ class Data(L.LightningDataModule):
         """Raises DataError where the data is not there, is broken, or does not fit the model."""
         super().__init__()
         self.config = config
-        self.folder, self.manifest = open_data(config.data)
-        if self.manifest.vocab_size > config.size.vocab_size:
+        self.folders = open_data(config.data)
+        self.folder, first = next(iter(self.folders.items()))
+        for folder, manifest in self.folders.items():
+            manifest.check_tokenizer(folder)
+            if manifest.tokenizer_sha256 != first.tokenizer_sha256:
+                raise DataError(f"data.mix: {folder} has another tokenizer than {self.folder}; prepare both with one")
+        if first.vocab_size > config.size.vocab_size:
             raise DataError(
-                f"{self.folder} has a vocabulary of {self.manifest.vocab_size} tokens, the model of "
-                f"{config.size.vocab_size}; set size.vocab_size={self.manifest.vocab_size}, or data.vocab_size to at "
-                f"most {config.size.vocab_size}"
+                f"{self.folder} has a vocabulary of {first.vocab_size} tokens, the model of {config.size.vocab_size}; "
+                f"set size.vocab_size={first.vocab_size}, or prepare the data with a smaller tokenizer"
             )
-        self.train = TokenWindows(self.folder, self.manifest, "train", config.size.seq_len)
-        self.val = TokenWindows(self.folder, self.manifest, "val", config.size.seq_len)
+        self.train, self.val = self._corpora("train"), self._corpora("val")
+
+    def _corpora(self, split: str) -> Mixture:
+        """A split of every folder. One folder is a mixture of one."""
+        seq_len, mix = self.config.size.seq_len, self.config.data.mix
+        corpora = [TokenWindows(folder, manifest, split, seq_len) for folder, manifest in self.folders.items()]
+        return Mixture(tuple(corpora), tuple(weights_of(mix).values()) if mix else (1.0,))
+
+    @property
+    def digest(self) -> str:
+        """One checksum of what the model sees: that of the folder, or of the mixture; another with a document mask."""
+        parts = [manifest.digest for manifest in self.folders.values()]
+        if len(parts) == 1 and not self.config.data.document_mask:
+            return parts[0]
+        parts += [repr(weight / sum(self.train.weights)) for weight in self.train.weights]
+        parts += ["document_mask"] * self.config.data.document_mask
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def token_bytes(self) -> Tensor:
         """[V] UTF-8 bytes that each token stands for."""
@@ -46,17 +70,43 @@ class Data(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start_step=trainer.global_step,
+            document_mask=config.data.document_mask,
         )
 
     def val_dataloader(self) -> EvalBatches:
         trainer, config = self.trainer, self.config
-        windows = min(len(self.val), config.data.val_tokens // config.size.seq_len)
-        return EvalBatches(self.val, windows, micro_batch(config), trainer.global_rank, trainer.world_size)
+        asked = config.data.val_tokens // config.size.seq_len
+        windows = EvalWindows.of(self.val, asked)
+        return EvalBatches(
+            windows,
+            len(windows),
+            micro_batch(config),
+            trainer.global_rank,
+            trainer.world_size,
+            config.data.document_mask,
+        )
 
 
-def open_data(config: DataConfig) -> tuple[Path, Manifest]:
-    """The prepared folder: the one named, or the corpus' own, prepared now if it is not there."""
+def open_data(config: DataConfig) -> dict[Path, Manifest]:
+    """The prepared folders: those of `mix`, the one named, or the data set's own.
+
+    A corpus that is on every machine is prepared now if it is not there; anything else is refused with the command.
+    """
+    if config.mix:
+        if config.path:
+            raise DataError("data.path and data.mix are both set; choose one")
+        return {Path(folder): Manifest.load(Path(folder)) for folder in weights_of(config.mix)}
     if config.path:
-        return Path(config.path), Manifest.load(Path(config.path))
-    folder = default_folder(config.corpus, config.vocab_size)
-    return folder, prepare(config.corpus, config.vocab_size, folder)
+        return {Path(config.path): Manifest.load(Path(config.path))}
+    folder = default_folder(config)
+    if (folder / "manifest.json").exists():
+        manifest = Manifest.load(folder)
+        asked = recipe(config)
+        for key in ("source", "tokenizer"):  # limits may have been given when it was prepared
+            if manifest.recipe[key] != asked[key]:
+                was = differences({key: manifest.recipe[key]}, {key: asked[key]})
+                raise DataError(f"{folder} was prepared with {was}; prepare another folder and name it with data.path=")
+        return {folder: manifest}
+    if not config.source.corpus:
+        raise DataError(f"{folder} is not prepared yet; run\n  {command(config)}")
+    return {folder: prepare(replace(config, workers=1))}

@@ -79,7 +79,8 @@ class LitDecoder(L.LightningModule):
         """Summed loss in nats over the real targets of a micro-batch."""
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return self.model(batch["inputs"], head=cross_entropy_sum(batch["targets"], self.compiled))
+            head = cross_entropy_sum(batch["targets"], self.compiled)
+            return self.model(batch["inputs"], head=head, documents_BT=batch["documents_BT"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the real targets of the whole optimizer step.

@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import Decoder, KVPlan, LayoutError, ModelConfig, resolve
-from arch.decoder import choose_backends
-from data.shards import DataError, Manifest
+from data.shards import DataError
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train import checkpoint
@@ -85,7 +84,7 @@ def run(config: PretrainConfig) -> None:
     if found:
         raise LayoutError(found)
     plan = resolve(ModelConfig(config.arch, config.size))
-    device = check(config, plan)
+    device, attention = check(config)
     try:
         start = None if config.resume is None else checkpoint.newest(Path(config.resume))
         if config.init is not None and config.resume is None:
@@ -96,35 +95,40 @@ def run(config: PretrainConfig) -> None:
     module = LitDecoder(config, data.token_bytes())
     folder = Path(config.folder)
     if rank_zero_only.rank == 0:
-        write_start(folder, config, plan, 0 if start is None else checkpoint.step_of(start))
+        step = 0 if start is None else checkpoint.step_of(start)
+        write_start(folder, config, plan, {"from_step": step, "attention": attention})
         console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(plan_table(config.name, plan, config.context, config.kv_itemsize))
+        print(f"attention: {attention}")
     failed = True
     try:
         trainer = build_trainer(config, folder, plan, device, start)
         fit(trainer, module, data, folder)
         if trainer.is_global_zero:
-            finish(trainer, module, config, plan, data.manifest)
+            finish(trainer, module, config, plan, data.digest)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
 
 
-def check(config: PretrainConfig, plan: KVPlan) -> str:
-    """The type of device to run on. Raises UsageError where the model cannot be trained there as asked."""
+def check(config: PretrainConfig) -> tuple[str, str]:
+    """The type of device to run on, and the attention kernels in words.
+
+    Raises UsageError where the model cannot be trained there as asked.
+    """
     device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
-        choose_backends(config.trainer.backend, config.size, plan, device)
+        with torch.device("meta"):
+            model = Decoder(ModelConfig(config.arch, config.size), config.trainer.backend, device)
+        attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
-    if config.train_only is not None:
-        with torch.device("meta"):
-            names = [name for name, _ in Decoder(ModelConfig(config.arch, config.size)).named_parameters()]
-        if not any(re.search(config.train_only, name) for name in names):
-            raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
-    return device
+    names = [name for name, _ in model.named_parameters()]
+    if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
+        raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
+    return device, attention
 
 
 def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path) -> None:
@@ -149,10 +153,10 @@ def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path) -> Non
         trainer.validate(module, data, verbose=False)
 
 
-def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, manifest: Manifest) -> None:
+def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, data: str) -> None:
     """Write and show the result."""
     folder, val = Path(config.folder), module.last_val
-    write_json(folder / "summary.json", summarize(config, plan, manifest, trainer.global_step, val))
+    write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
     print(
         f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
         f"{val['bpb']:.4f} bits per byte\nrun folder: {folder}"

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from data.shards import Manifest
 from eval.cli import UsageError
 
 from .schema import PretrainConfig
@@ -35,8 +34,8 @@ GROUPS = ("optim", "trainer", "logger")
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
 
-def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, step: int) -> None:
-    """All but the results; on resuming, after `step` steps, run.json gains an entry.
+def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[str, Any]) -> None:
+    """All but the results. Each start of the run, `about` it included, is one more entry of run.json.
 
     Raises UsageError where the folder cannot be made.
     """
@@ -50,7 +49,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, step: int) -
     write_json(folder / "plan.json", plan.to_dict())
     path = folder / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
-    write_json(path, [*starts, {"from_step": step, **environment()}])
+    write_json(path, [*starts, {**about, **environment()}])
 
 
 def environment() -> dict[str, Any]:
@@ -105,13 +104,14 @@ def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
     }
 
 
-def summarize(
-    config: PretrainConfig, plan: KVPlan, manifest: Manifest, steps: int, val: dict[str, float]
-) -> dict[str, Any]:
-    """What a Pareto plot needs of a run of `steps` steps. `experiment` is all that decides it except the seed."""
+def summarize(config: PretrainConfig, plan: KVPlan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
+    """What a Pareto plot needs of a run of `steps` steps on the data of checksum `data`.
+
+    `experiment` is all that decides it except the seed.
+    """
     asked = asdict(config)
-    experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size")}
-    experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": manifest.digest}
+    experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size", "init", "train_only")}
+    experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
     return {
         "name": config.name,
         "seed": config.seed,

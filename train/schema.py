@@ -1,4 +1,5 @@
-"""The typed schema of `train/pretrain.py`. Every key of its command line stands here, with what it means."""
+"""The typed schema of `train/pretrain.py`: every key of its command line stands here with what it means, or, of `arch`,
+`size` and `data`, in arch/config.py and data/config.py."""
 
 import math
 import re
@@ -7,22 +8,7 @@ from dataclasses import dataclass, field
 from omegaconf import II
 
 from arch import ArchConfig, SizeConfig
-
-
-@dataclass
-class DataConfig:
-    """Prepared token shards.
-
-    path        the folder; null: data/prepared/<corpus>-bpe<vocab_size>, made at first use
-    corpus      text to prepare where the folder is not there yet
-    vocab_size  of the tokenizer trained on it
-    val_tokens  tokens of the validation split to evaluate on
-    """
-
-    path: str | None = None
-    corpus: str = "stdlib"
-    vocab_size: int = 4096
-    val_tokens: int = 32768
+from data.config import DataConfig
 
 
 @dataclass
