@@ -81,9 +81,10 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: floa
     value_width = v_BSKV.shape[-1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    # Fused kernels want keys and values of one width.
+    # Fused kernels want keys and values of one width. A pad by nothing would copy.
     width = max(q_BTNH.shape[-1], v_BSKV.shape[-1])
-    q, k, v = (rearrange(F.pad(x, (0, width - x.shape[-1])), "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
+    wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_BTNH, k_BSKH, v_BSKV))
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in wide)
     out = F.scaled_dot_product_attention(
         q,
         k,

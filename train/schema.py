@@ -54,6 +54,7 @@ class TrainerConfig:
     compile      torch.compile each block; null: on CUDA
     backend      attention backend: auto, or a name from arch/attend.py
     val_every    steps between validations; null: four in the run
+    peak_tflops  dense TFLOP/s of one device, for MFU; null: of its data sheet (eval/hardware.py), no MFU if unknown
     """
 
     accelerator: str = "auto"
@@ -68,6 +69,7 @@ class TrainerConfig:
     log_every: int = 10
     val_every: int | None = None
     checkpoint_every: int = 200
+    peak_tflops: float | None = None
     progress: bool = True
 
 
@@ -134,6 +136,8 @@ def problems(config: PretrainConfig) -> list[str]:
             found.append(f"{name} is {value}; it must be at least 1")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
+    if trainer.peak_tflops is not None and not 0 < trainer.peak_tflops < math.inf:
+        found.append(f"trainer.peak_tflops is {trainer.peak_tflops}; it must be positive and finite")
     if config.seed < 0:
         found.append(f"seed is {config.seed}; it must be at least 0")
     if found:
