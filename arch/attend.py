@@ -72,7 +72,8 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     width = max(q_BTNH.shape[-1], v_BSKV.shape[-1])
-    q, k, v = (rearrange(F.pad(x, (0, width - x.shape[-1])), "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
+    wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_BTNH, k_BSKH, v_BSKV))
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in wide)  # a pad by nothing would copy
     allowed, group = mask.allowed, q.shape[1] // k.shape[1]
     if group > 1 and not mask.causal:
         # Heads that read the same keys are so many more queries to them: no key is copied.

@@ -160,6 +160,8 @@ class Decoder(nn.Module):
                 x_BTD, slots = block(*arguments)
             if owner:
                 written.append(slots)
+            if layer == self.plan.readers(spec)[-1]:
+                written[read] = ()  # checkpointing would keep them for nobody
         if cache is not None:
             cache.length += length
         if last_only:

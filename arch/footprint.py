@@ -52,10 +52,10 @@ def num_params(config: ModelConfig, plan: KVPlan) -> int:
     """Parameters of the model, embedding included; tied embeddings count once."""
     size = config.size
     embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
-    return embedding + size.d_model + sum(_layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+    return embedding + size.d_model + sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
 
 
-def _layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
+def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
     """(parameters, those that are factors of a matrix product) of one layer."""
     size, store = config.size, plan.store(layer)
     slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
@@ -84,7 +84,7 @@ def forward_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
     size = config.size
     total = 2 * seq_len * size.d_model * size.vocab_size
     for layer in range(plan.num_layers):
-        total += 2 * seq_len * _layer_params(config, plan, layer)[1]
+        total += 2 * seq_len * layer_params(config, plan, layer)[1]
         total += attention_flops(config, plan, layer, visible_pairs(seq_len, plan.store(layer).window))
     return total
 

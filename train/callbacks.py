@@ -1,4 +1,4 @@
-"""What a run reports and keeps while it trains."""
+"""What a run keeps, and how it stops."""
 
 import json
 import math
@@ -12,107 +12,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import RichProgressBar
-from torch import Tensor
 
 from data.shards import DataError
 
 from . import checkpoint
-from .checkpoint import TrainingError
-from .lit_module import LESS, LitDecoder
+from .lit_module import LitDecoder
 from .run import write_json
-
-
-class Metrics(L.Callback):
-    """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps and at those of a checkpoint.
-
-    Between reports nothing waits for the device. tokens/s counts the tokens of all processes since the last report,
-    time spent in validation left out. Raises TrainingError, before a checkpoint is saved, when the loss is not finite,
-    or for the second report running is more than `max_rise` nats above the lowest one.
-    """
-
-    def __init__(
-        self,
-        every: int,
-        checkpoint_every: int,
-        max_rise: float,
-        step_tokens: int,
-        constants: dict[str, float],
-        print_lines: bool,
-    ):
-        self.every, self.checkpoint_every, self.max_rise = every, checkpoint_every, max_rise
-        self.step_tokens, self.constants, self.print_lines = step_tokens, constants, print_lines
-        self.lowest, self.risen = math.inf, False
-        self.loss: Tensor | float = 0.0
-        self.lr = 0.0
-        self.step = self.reported = 0
-        self.clock = self.paused = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
-        self.step = self.reported = trainer.global_step
-        self.clock = time.perf_counter()
-
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: LitDecoder, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.lr = optimizer.param_groups[0]["lr"]
-
-    def on_validation_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
-        self.paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
-        self.clock += time.perf_counter() - self.paused
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.loss = self.loss + outputs["loss"]
-        if trainer.global_step == self.step:  # within a step that accumulates
-            return
-        self.step = trainer.global_step
-        loss, self.loss = self.loss, 0.0
-        if self.step == trainer.max_steps:
-            trainer.should_stop = True  # ends the run with a validation, wherever the last one was
-        due = self.step % self.every == 0 or self.step % self.checkpoint_every == 0 or self.step == trainer.max_steps
-        if due:
-            self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
-
-    def _report(self, trainer: L.Trainer, module: LitDecoder, loss: float) -> None:
-        self._check(loss)
-        now = time.perf_counter()
-        speed = (self.step - self.reported) * self.step_tokens / (now - self.clock)
-        self.clock, self.reported = now, self.step
-        metrics = {
-            "train/loss": loss,
-            "train/lr": self.lr,
-            "train/tokens": float(self.step * self.step_tokens),
-            "train/tokens_per_second": speed,
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics | self.constants, step=self.step)
-        module.log_dict({"loss": loss, "tok/s": float(round(speed))}, prog_bar=True, logger=False)
-        if self.print_lines and trainer.is_global_zero:
-            print(f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}  {speed:,.0f} tok/s", flush=True)
-
-    def _check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step}: {LESS}")
-        rising = loss > self.lowest + self.max_rise
-        if rising and self.risen:
-            raise TrainingError(f"the loss exploded, {loss:.3f} at step {self.step} after {self.lowest:.3f}: {LESS}")
-        self.lowest, self.risen = min(loss, self.lowest), rising
-
-
-class Progress(RichProgressBar):
-    """Lightning's bar with loss, tokens/s, last validation and time left; without what never changes."""
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
 
 
 class Checkpoints(L.Callback):

@@ -38,6 +38,7 @@ class LitDecoder(L.LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.model: Decoder | None = None
         self.last_val: dict[str, float] = {}
+        self.shown: dict[str, float] = {}  # beside the progress bar; `log(prog_bar=True)` would wait at every step
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
 
     def configure_model(self) -> None:
@@ -122,7 +123,7 @@ class LitDecoder(L.LightningModule):
         for logger in self.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in self.last_val.items()}, step=self.trainer.global_step)
         self.log("val/loss", loss, logger=False)  # for the best checkpoint
-        self.log("val/ppl", self.last_val["ppl"], logger=False, prog_bar=True)
+        self.shown["val/ppl"] = self.last_val["ppl"]
 
     def check_finite(self) -> None:
         """Raises TrainingError if a weight of any process is not finite."""

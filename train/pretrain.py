@@ -25,10 +25,11 @@ from data.shards import DataError
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train import checkpoint
-from train.callbacks import Checkpoints, Metrics, Progress, Stop, Stopped
+from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
 from train.datamodule import Data
 from train.lit_module import LitDecoder
+from train.metrics import Metrics, Progress
 from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_json, write_start
 from train.schema import PretrainConfig, micro_batch, num_steps, problems

@@ -53,6 +53,7 @@ class TrainerConfig:
     checkpoint_every, keep_checkpoints   steps between checkpoints, and how many of the newest are kept beside the best
     max_rise     the run ends where the loss stays more than this many nats above its lowest
     max_hours    save and end after this many hours (leave room for one checkpoint); null: no limit
+    peak_tflops  dense TFLOP/s of one device, for MFU; null: of its data sheet (eval/hardware.py), no MFU if unknown
     """
 
     accelerator: str = "auto"
@@ -70,6 +71,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     max_rise: float = 3.0
     max_hours: float | None = None
+    peak_tflops: float | None = None
     progress: bool = True
 
 
@@ -165,9 +167,10 @@ def value_problems(config: PretrainConfig) -> list[str]:
             found.append(f"{name} is {value}; it must be at least 1")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
-    for name, value in (("trainer.max_rise", trainer.max_rise), ("trainer.max_hours", trainer.max_hours)):
-        if value is not None and not value > 0:
-            found.append(f"{name} is {value}; it must be positive")
+    for name in ("max_rise", "max_hours", "peak_tflops"):
+        value = getattr(trainer, name)
+        if value is not None and not 0 < value < math.inf:
+            found.append(f"trainer.{name} is {value}; it must be positive and finite")
     if config.train_only is not None:
         try:
             re.compile(config.train_only)

@@ -1,0 +1,206 @@
+"""Memory of a training step, counted from the layout: what one process holds, and what lives from forward to backward.
+
+Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
+Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
+pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
+gaps are not counted.
+"""
+
+from dataclasses import dataclass, fields
+
+from arch import KVPlan, ModelConfig, Store
+from arch.footprint import layer_params, num_params
+from arch.plan import head_dim
+
+from .loss import ROWS
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is run.
+
+    strategy  auto (one device), ddp or fsdp
+    world     processes
+    itemsize  of the type computed in: 2 for bf16, 4 for fp32
+    """
+
+    strategy: str = "auto"
+    world: int = 1
+    itemsize: int = 2
+    compiled: bool = True
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds at the peak of a step.
+
+    working      weights in the type computed in, and buffers of FSDP or DDP
+    activations  from forward to backward
+    temporary    the largest of: the loss, one block's backward pass, FSDP's last reduction
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_memory(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> Memory:
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
+    share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
+    return Memory(
+        weights=share,
+        gradients=share,
+        optimizer=2 * share,
+        working=working_bytes(config, plan, how),
+        activations=activation_bytes(config, plan, how, micro_batch),
+        temporary=temporary_bytes(config, plan, how, micro_batch),
+    )
+
+
+def working_bytes(config: ModelConfig, plan: KVPlan, how: Execution) -> int:
+    """Copies of weights, and buffers for communication, that live as long as the activations.
+
+    One device and DDP: the matrices of all blocks, cast (with checkpointing they go before the backward pass, and
+    `temporary_bytes` has them). DDP also copies gradients into buckets. FSDP2 gathers the embedding, output and last
+    norm for the whole step, and a block when it runs: its weights, those of the next in flight and their flat buffer;
+    its gradients; and, in fp32, what is reduced of it and of the one before.
+    """
+    if how.strategy == "fsdp":
+        blocks = [layer_params(config, plan, layer)[0] for layer in range(plan.num_layers)]
+        root = num_params(config, plan) - sum(blocks)
+        return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32)
+    casts = 0 if how.checkpointing else sum(cast_bytes(config, plan, how))
+    return casts + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
+
+
+def cast_bytes(config: ModelConfig, plan: KVPlan, how: Execution) -> list[int]:
+    """For each block, the copies of its matrices in the type computed in; FSDP gathers them in that type."""
+    if how.itemsize == FP32 or how.strategy == "fsdp":
+        return [0] * plan.num_layers
+    return [how.itemsize * layer_params(config, plan, layer)[1] for layer in range(plan.num_layers)]
+
+
+def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> int:
+    """What a micro-batch keeps from forward to backward, weights and their copies aside.
+
+    Of the whole model: token numbers (8 bytes each), rotary tables, the last norm, which is not compiled, and the
+    gradient that the loss has made of its output. Of the blocks: `layer_bytes` and `mask_bytes`, or with checkpointing
+    the input of each, the slots that other layers read, and the boolean masks.
+    """
+    size, width = config.size, how.itemsize
+    tokens, layers = micro_batch * size.seq_len, range(plan.num_layers)
+    tables = {(store.slot.rotary_dim, store.rope_theta) for store in plan.stores}
+    whole = FP32 * size.seq_len * sum(rotary for rotary, _ in tables)
+    whole += tokens * (8 + norm_bytes(size.d_model) + width * size.d_model)
+    if not how.checkpointing:
+        per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
+        return whole + tokens * per_token + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+    shared = sum(store.slot.elements for store in plan.stores if len(plan.readers(store)) > 1)
+    masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
+    return whole + tokens * width * (plan.num_layers * size.d_model + shared) + masks
+
+
+def norm_bytes(dim: int) -> int:
+    """RMSNorm over `dim`, uncompiled, per token: its input in fp32, that divided by the rms, and 1 / rms."""
+    return 2 * FP32 * dim + FP32
+
+
+def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
+    """What one block keeps of a token.
+
+    Every projection keeps its input: the norms' outputs (D, a `kv_norm`'s and a latent's too), attention's output, and
+    the product in the feed-forward layer (F). Further,
+
+    uncompiled  two fp32 copies in each norm (`norm_bytes`); gate, silu(gate) and up (F each)
+    compiled    the residual stream before and the output of attention (D each), from which the norms are made again
+                with 1 / rms; the latent and rotary key as projected; gate and up (F each)
+    """
+    size, store, width = config.size, plan.store(layer), how.itemsize
+    dim, latent, rope = size.d_model, store.slot.latent_dim, store.slot.rope_dim
+    owner = store.owner == layer
+    total = attention_bytes(config, store, owner, width)
+    if how.compiled:
+        total += width * (4 * dim + 3 * size.d_ff) + 2 * FP32
+        kv_norm, latent_norm = 0, width * (latent + rope) + FP32
+    else:
+        total += width * (2 * dim + 4 * size.d_ff) + 2 * norm_bytes(dim)
+        kv_norm = norm_bytes(dim) - (FP32 * dim if width == FP32 else 0)  # not cast: both norms have one input
+        latent_norm = norm_bytes(latent)
+    if owner and store.kv_norm:
+        total += width * dim + kv_norm
+    if owner and latent:
+        total += width * latent + latent_norm
+    return total
+
+
+def attention_bytes(config: ModelConfig, store: Store, owner: bool, width: int) -> int:
+    """What softmax attention keeps of a token: queries, keys, values, output, and log-sum-exp in fp32.
+
+    Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
+    appended. All are as wide as the kernel's keys; where heads are narrower, their output is kept once more.
+    """
+    heads, head = config.size.num_heads, head_dim(config.size)
+    wide = head + store.slot.rope_dim + (2 if store.sinks else 0)
+    elements = 2 * heads * wide
+    if store.slot.latent_dim:
+        elements += 2 * heads * wide
+    elif owner or store.sinks:
+        elements += 2 * store.slot.kv_heads * wide
+    if wide > head:
+        elements += heads * head
+    return width * elements + FP32 * heads
+
+
+def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
+    """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
+    store, length = plan.store(layer), config.size.seq_len
+    dense = store.sinks or (store.window is not None and store.window < length)
+    return how.itemsize * length * (length + store.sinks) if dense else 0
+
+
+def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> int:
+    """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
+
+    Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
+    and of the output matrix where it waits for the embedding's; the last norm is done by then. With checkpointing, also
+    all that the block keeps. FSDP's end: gradients of embedding and output, whole, and in fp32 for their reduction.
+    """
+    size, width = config.size, how.itemsize
+    tokens, casts = micro_batch * size.seq_len, cast_bytes(config, plan, how)
+    loss, matrix = loss_bytes(config, how, tokens), size.vocab_size * size.d_model
+    block = tokens * (width * 2 * (size.d_ff + size.d_model) - norm_bytes(size.d_model))
+    block += size.d_ff * size.d_model * (width + FP32)
+    block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
+    if how.checkpointing:
+        loss += tokens * width * plan.store(plan.num_layers - 1).slot.elements  # what the last layer read
+        loss += 0 if how.compiled else sum(casts)  # autocast's cache lives to the end of the forward pass
+        block += max(
+            layer_bytes(config, plan, layer, how) * tokens + mask_bytes(config, plan, layer, how) + casts[layer]
+            for layer in range(plan.num_layers)
+        )
+    end = (1 if size.tie_embeddings else 2) * matrix * (width + FP32) if how.strategy == "fsdp" else 0
+    return max(loss, block, end)
+
+
+def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
+    """What train/loss.py holds while it makes the gradients, and what is alive around it.
+
+    The residual stream and its norm [B T, D]; the gradient of the output matrix [V, D] in fp32, a chunk's share of it,
+    and the matrix cast; for a chunk the logits, two fp32 copies, and the gradient of the chunk before.
+    """
+    width, vocab = how.itemsize, config.size.vocab_size
+    matrix, rows = vocab * config.size.d_model, min(ROWS, tokens)
+    cast = width * matrix if width < FP32 and how.strategy != "fsdp" else 0
+    softmax = rows * vocab * (width * (2 if tokens > rows else 1) + FP32 * (2 if width < FP32 else 1))
+    product = rows * vocab * width + matrix * width
+    return 2 * tokens * width * config.size.d_model + FP32 * matrix + cast + max(softmax, product)
