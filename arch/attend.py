@@ -35,7 +35,7 @@ class Mask(NamedTuple):
 def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
     """softmax(q k * scale) v over the slots that `mask` shows, [B, T, N, V]; query head n reads key head n // (N / K).
 
-    A sink is one more score per query head, of a slot that is worth nothing (gpt-oss model card, section 2.2).
+    A sink is one more score per query head, of a slot that is worth nothing.
     """
     return mask.kernel(q_BTNH, k_BSKH, v_BSKV, mask.form, scale, sinks_N)
 
@@ -66,12 +66,12 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     """torch's fused attention. All but the plain causal mask is a dense one, which is slow on CUDA.
 
     What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
-    one width, and no grouped heads together with a mask (or, on CUDA, with fp32).
+    one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
     """
     value_width, length = v_BSKV.shape[-1], q_BTNH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    width = max(q_BTNH.shape[-1], v_BSKV.shape[-1])
+    width = -(-max(q_BTNH.shape[-1], value_width) // 8) * 8
     wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_BTNH, k_BSKH, v_BSKV))
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in wide)  # a pad by nothing would copy
     allowed, group = mask.allowed, q.shape[1] // k.shape[1]

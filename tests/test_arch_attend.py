@@ -107,6 +107,7 @@ def test_sdpa_gets_what_fused_kernels_take(value_width: int, sinks: bool, monkey
 
     def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
         seen.append({q.shape[-1], k.shape[-1], v.shape[-1]})
+        assert q.shape[-1] % 8 == 0
         assert q.shape[1] == k.shape[1] and not options["enable_gqa"]
         return fused(q, k, v, **options)
 

@@ -76,10 +76,13 @@ def test_backend_is_the_definition(
         assert (ours.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("new", "window"), [(64, None), (64, 10), (1, None), (3, 10)])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (8, 1, 288, 256)])
-def test_sdpa_is_fused(shape: tuple[int, ...], new: int, window: int | None, dtype: torch.dtype) -> None:
+def test_sdpa_is_fused(
+    shape: tuple[int, ...], new: int, window: int | None, dtype: torch.dtype, with_sinks: bool
+) -> None:
     """The math kernel, which holds all scores, is never what is left, with or without a cache."""
     heads, kv_heads, width, value_width = shape
     if new == 64 and width > 256:
@@ -87,14 +90,15 @@ def test_sdpa_is_fused(shape: tuple[int, ...], new: int, window: int | None, dty
     q = torch.randn(2, new, heads, width, device="cuda", dtype=dtype)
     k = torch.randn(2, 64, kv_heads, width, device="cuda", dtype=dtype)
     v = torch.randn(2, 64, kv_heads, value_width, device="cuda", dtype=dtype)
+    sinks = torch.randn(heads, device="cuda") if with_sinks else None
     index = torch.arange(64, device="cuda")
     if new == 64:
         mask = dense(Sequences(2, 64, None, q.device), window)
     else:
         mask = Dense(False, None if window is None else visible(index[-new:], index, window))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-        out = sdpa(q, k, v, mask, width**-0.5, None)
-    exact = reference(q.double(), k.double(), v.double(), mask, width**-0.5, None)
+        out = sdpa(q, k, v, mask, width**-0.5, sinks)
+    exact = reference(q.double(), k.double(), v.double(), mask, width**-0.5, None if sinks is None else sinks.double())
     assert (out.double() - exact).norm() < TOLERANCE[dtype] * exact.norm()
 
 
