@@ -28,8 +28,9 @@ from eval.footprint import plan_table
 from train.callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, Metrics, Progress
 from train.datamodule import Data
 from train.lit_module import LitDecoder, TrainingError
+from train.machine import write_json
 from train.record import loggers, record
-from train.run import constants, resumed, summarize, write_json, write_start
+from train.run import constants, resumed, summarize, write_start
 from train.schema import PretrainConfig, micro_batch, num_steps, problems
 
 

@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
-
-from omegaconf import II
+from typing import Any
 
 from arch import ArchConfig, SizeConfig
+
+
+def same_as(key: str) -> Any:
+    """The value of another key, resolved when the command line is composed: OmegaConf's `II`, needed without it."""
+    return "${" + key + "}"
 
 
 @dataclass
@@ -33,7 +37,7 @@ class OptimConfig:
     clip        largest gradient norm
     """
 
-    lr: float = II("size.lr")
+    lr: float = same_as("size.lr")
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -100,9 +104,9 @@ class PretrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     name: str | None = None
     folder: str | None = None
-    tokens: int = II("size.tokens")
-    batch_size: int = II("size.batch_size")
-    context: int = II("size.seq_len")
+    tokens: int = same_as("size.tokens")
+    batch_size: int = same_as("size.batch_size")
+    context: int = same_as("size.seq_len")
     kv_itemsize: int = 2
     seed: int = 0
     resume: str | None = None
