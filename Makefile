@@ -1,12 +1,14 @@
 # make demo   a fresh machine to a Pareto plot of trained models, without a network account
 # make test   a fresh machine to the whole test suite: format, lint, types, tests
+# make bench  a training step and the loader against their peers, on the CPU; a quiet machine and ten minutes
+# make gpu    measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention
 DEMO_SEEDS ?= 0
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test bench gpu lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +35,15 @@ lint: env
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Peers that are not installed are skipped. litgpt's own requirements contradict constraints.txt, so that it comes bare:
+#   .venv/bin/pip install --no-deps litgpt psutil
+bench: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python train/bench.py +arch=gqa4 +size=20m $(BENCH)
+
+gpu: env
+	$(BIN)/python train/gpu_suite.py $(GPU)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from .shards import DataError
+
+# OmegaConf is imported where it is used: the schema itself needs nothing.
 
 SPLITS = ("train", "val", "test")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
@@ -163,6 +162,9 @@ def names() -> list[str]:
 
 def load(name: str, overrides: list[str]) -> DataConfig:
     """`configs/data/<name>.yaml` changed by `key=value` of PrepareConfig. Raises DataError with the near miss."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if name not in names():
         raise DataError(f"no data set {name!r}{_near(name, names())} configs/data has {', '.join(names())}")
     for override in overrides:
@@ -200,11 +202,11 @@ def _near(word: str, known: list[str]) -> str:
 
 def command(config: DataConfig) -> str:
     """The command that prepares what `config` describes."""
-    written = (
-        OmegaConf.structured(load(config.name, [])) if config.name in names() else OmegaConf.structured(DataConfig)
-    )
-    changed = OmegaConf.structured(config)
-    options = [f"{key}={value}" for key, value in _changes("", changed, written) if not key.startswith(_TRAINING)]
+    written = asdict(load(config.name, []) if config.name in names() else DataConfig())
+    changed = asdict(config)
+    for key in _TRAINING:
+        del written[key], changed[key]
+    options = [f"{key}={'null' if value is None else value}" for key, value in _changes("", changed, written)]
     quoted = [f"'{option}'" if set(option) & set(" []*?") else option for option in options]
     return " ".join(["python data/prepare.py", config.name, *quoted])
 
@@ -212,12 +214,11 @@ def command(config: DataConfig) -> str:
 _TRAINING = ("mix", "document_mask", "val_tokens")
 
 
-def _changes(prefix: str, config: DictConfig, base: DictConfig) -> list[tuple[str, Any]]:
+def _changes(prefix: str, config: dict[str, Any], base: dict[str, Any]) -> list[tuple[str, Any]]:
     found = []
-    for key in config:
-        if isinstance(config[key], DictConfig) and key not in _TRAINING:
-            found += _changes(f"{prefix}{key}.", config[key], base[key])
-        elif config[key] != base[key]:
-            value = config[key]
-            found.append((prefix + str(key), "null" if value is None else value))
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += _changes(f"{prefix}{key}.", value, base[key])
+        elif value != base[key]:
+            found.append((prefix + key, value))
     return found

@@ -17,7 +17,7 @@ from data.shards import DataError
 
 from . import checkpoint
 from .lit_module import LitDecoder
-from .run import write_json
+from .machine import write_json
 
 
 class Checkpoints(L.Callback):

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from train import checkpoint
-from train.run import environment, write_json
+from train.machine import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED_EVERY = 24, 5

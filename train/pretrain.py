@@ -29,9 +29,10 @@ from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
 from train.datamodule import Data
 from train.lit_module import LitDecoder
+from train.machine import write_json
 from train.metrics import Metrics, Progress
 from train.record import loggers, record
-from train.run import constants, resumed, summarize, write_json, write_start
+from train.run import constants, resumed, summarize, write_start
 from train.schema import PretrainConfig, micro_batch, num_steps, problems
 
 

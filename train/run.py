@@ -9,29 +9,22 @@ summary.json   the result, written when training ends
 """
 
 import json
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from eval.cli import UsageError
 
+from .machine import environment, write_json
 from .schema import PretrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
 FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "train_only", "name", "folder")
 GROUPS = ("optim", "trainer", "logger")
-PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "wandb")
 
 
 def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[str, Any]) -> None:
@@ -50,44 +43,6 @@ def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[
     path = folder / "run.json"
     starts = json.loads(path.read_text()) if path.exists() else []
     write_json(path, [*starts, {**about, **environment()}])
-
-
-def environment() -> dict[str, Any]:
-    """What else than the configuration a result may depend on."""
-    return {
-        "command": sys.argv,
-        "git": git_revision(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES},
-        "hardware": hardware(),
-    }
-
-
-def hardware() -> str:
-    """`2 x NVIDIA H200` or `AMD EPYC, 2 threads`."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
-
-
-def git_revision() -> str | None:
-    """Commit of this checkout, `+` if it has been changed since; None outside of git."""
-    try:
-        revision = _git("rev-parse", "HEAD")
-        return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
@@ -122,13 +77,6 @@ def summarize(config: PretrainConfig, plan: KVPlan, data: str, steps: int, val: 
         "val": val,
         "environment": environment(),
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
 
 
 def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:

@@ -4,11 +4,15 @@
 import math
 import re
 from dataclasses import dataclass, field
-
-from omegaconf import II
+from typing import Any
 
 from arch import ArchConfig, SizeConfig
 from data.config import DataConfig
+
+
+def same_as(key: str) -> Any:
+    """The value of another key, resolved when the command line is composed: OmegaConf's `II`, needed without it."""
+    return "${" + key + "}"
 
 
 @dataclass
@@ -26,7 +30,7 @@ class OptimConfig:
     """
 
     name: str = "adamw"
-    lr: float = II("size.lr")
+    lr: float = same_as("size.lr")
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -107,9 +111,9 @@ class PretrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     name: str | None = None
     folder: str | None = None
-    tokens: int = II("size.tokens")
-    batch_size: int = II("size.batch_size")
-    context: int = II("size.seq_len")
+    tokens: int = same_as("size.tokens")
+    batch_size: int = same_as("size.batch_size")
+    context: int = same_as("size.seq_len")
     kv_itemsize: int = 2
     seed: int = 0
     init: str | None = None

@@ -1,0 +1,272 @@
+"""The benchmarks: models that are compared are equal, results say what was measured, a killed suite goes on."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+import types
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, small
+
+import eval.cli
+from train import bench, bench_loader, bench_measure, gpu_study, gpu_suite
+from train.bench_peers import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
+from train.gpu_case import Case, Options
+
+CPU = torch.device("cpu")
+
+
+def suite(out: Path, *arguments: str) -> int:
+    return gpu_suite.main(["toy=true", "child=true", f"out={out}", *arguments])
+
+
+def read(out: Path, part: str) -> dict:
+    return json.loads((out / f"{part}.json").read_text())
+
+
+def test_configs_are_read_as_the_command_line_reads_them() -> None:
+    for name in ARCHS:
+        assert bench_measure.load_arch(name) == eval.cli.load_arch(name)
+    for name in SIZES:
+        assert bench_measure.load_size(name) == eval.cli.load_size(name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("arch", ["mha", "gqa4"])
+@pytest.mark.parametrize("name", ["hugging_face", "litgpt"])
+def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, tied: bool) -> None:
+    """Equal size and, step after step, equal losses: so equal gradients, clipping and updates too."""
+    config = small(arch, tie_embeddings=tied, init_std=0.1)
+    mine = BUILDERS["ours"](config, CPU, False)
+    try:
+        theirs = BUILDERS[name](config, CPU, False)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    counts = [sum(p.numel() for p in peer.model.parameters()) for peer in (mine, theirs)]
+    assert counts[0] == counts[1]
+    copy_weights(config, mine.model.state_dict(), name, theirs)
+    steps = [Step(peer, contextlib.nullcontext) for peer in (mine, theirs)]
+    batch = random_batch(config.size.vocab_size, 3, config.size.seq_len, CPU, seed=0)
+    losses = torch.tensor([[step(*batch).item() for step in steps] for _ in range(4)])
+    torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=0, atol=1e-5)
+    assert (losses[1:] < losses[:-1]).all()
+
+
+@pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa"])
+def test_peers_refuse_layouts_they_do_not_have(arch: str) -> None:
+    with pytest.raises(UnavailableError, match="only mha, gqa and mqa"):
+        llama_slot(small(arch))
+
+
+def test_unequal_models_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = small("mha", d_ff=64)
+    monkeypatch.setattr(
+        bench, "BUILDERS", {"ours": BUILDERS["ours"], "other": lambda *_: BUILDERS["ours"](larger, CPU, False)}
+    )
+    with pytest.raises(RuntimeError, match="differ in size"):
+        bench.build_all(small("mha"))
+
+
+@pytest.mark.slow
+def test_bench_writes_what_it_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "litgpt.config", None)
+    arguments = ["+arch=gqa4", "+size=tiny", "size.num_layers=2", "size.seq_len=64", "size.vocab_size=640", "repeats=3"]
+    arguments += ["documents=40", "loader_repeats=2", f"data.path={corpus}", f"out={tmp_path}"]
+    launch_in_process(bench.main, "bench", bench.BenchConfig, arguments)
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert "litgpt cannot be imported" in result["skipped"]["litgpt"]
+    assert result["environment"]["versions"]["torch"] == version("torch")
+    for model in result["models"].values():
+        assert len(model["seconds"]["all"]) == 3
+        assert model["seconds"]["min"] <= model["seconds"]["median"] <= model["seconds"]["max"]
+        # Weights, gradients and two moments are there at one time.
+        assert 16 * model["params"] < model["peak_bytes"]["allocated"] < 100 * 2**20
+    assert result["models"]["ours"]["params"] == result["models"]["hugging_face"]["params"]
+    against, models = result["ours_against"]["hugging_face"], result["models"]
+    ratio = models["hugging_face"]["seconds"]["median"] / models["ours"]["seconds"]["median"]
+    assert against["speed"] == pytest.approx(ratio)
+    loader = result["loader"]
+    if "skipped" not in loader:
+        assert loader["ours_over_datasets"]["min"] > 1
+        assert loader["tokens"]["ours"] == bench_loader.OURS_PER_PEER * loader["tokens"]["datasets"]
+
+
+def test_bench_refuses_what_no_peer_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        launch_in_process(bench.main, "bench", bench.BenchConfig, ["+arch=cla2", "+size=tiny"])
+    assert ended.value.code == 2
+    assert "+arch=cla2: the peers have no such layout" in capsys.readouterr().err
+
+
+def test_suite_without_cuda_says_so(tmp_path: Path) -> None:
+    done = run_script("train/gpu_suite.py", f"out={tmp_path}", environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0
+    assert "no CUDA device" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["parts=nothing", "minutes=soon", "part_minutes=0", "toy=maybe", "size=1b", "parts"])
+def test_suite_refuses_mistakes(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main([wrong]) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_ceilings(tmp_path: Path) -> None:
+    assert suite(tmp_path, "parts=ceilings", "git=abc") == 0
+    result = read(tmp_path, "ceilings")
+    assert result["starts"][0]["git"] == "abc"
+    assert result["cases"]["matmul-bf16-64"]["tflops"]["median"] > 0
+    assert len(result["cases"]["copy"]["gb_per_second"]["all"]) == 7
+
+
+def test_throughput_of_every_family(tmp_path: Path) -> None:
+    assert suite(tmp_path, "parts=train_1b") == 0
+    result = read(tmp_path, "train_1b")
+    ours = {key: case for key, case in result["cases"].items() if key.startswith("ours-")}
+    assert len(ours) == 8
+    for case in result["cases"].values():
+        assert case["micro_batch"] * case["seq_len"] / case["seconds"]["median"] == pytest.approx(
+            case["tokens_per_second"]
+        )
+        assert len(case["losses"]) == 5
+    if "hugging_face-mha-1b-2048" in result["cases"]:
+        assert result["cases"]["hugging_face-mha-1b-2048"]["params"] == ours["ours-mha-1b-2048"]["params"]
+
+
+def test_micro_batch_halves_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(peer: str, config: object, batch: int, options: Options) -> dict:
+        if batch > 1:
+            raise torch.cuda.OutOfMemoryError("no")
+        return {"micro_batch": batch}
+
+    monkeypatch.setattr(gpu_suite.gpu_train, "run", run)
+    found = gpu_suite.gpu_train.measure("ours", small("mha"), Options(toy=True))
+    assert found == {"micro_batch": 1, "did_not_fit": [2]}
+
+
+def test_decode_holds_the_bytes_of_the_formula(tmp_path: Path) -> None:
+    assert suite(tmp_path, "parts=decode") == 0
+    result = read(tmp_path, "decode")
+    for key, case in result["cases"].items():
+        # The peer's cache grows as it goes: one token of the last step is not in it, nor has it room to spare.
+        assert case["cache_bytes"] == case["formula_bytes"], key
+        assert case["decode_tokens_per_second"] > 0
+    cache = {key.split("-")[1]: case["cache_bytes"] for key, case in result["cases"].items() if key.startswith("ours")}
+    assert cache["mha"] == 2 * cache["gqa4"] == 8 * cache["mqa"] == 16 * cache["cla2"]
+
+
+def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("eval.bench_attention")
+    module.__spec__ = types.SimpleNamespace()
+    module.cases = lambda: ["full", "window"]
+    module.run_case = lambda case: {"case": case, "error": 0.5}
+    monkeypatch.setitem(sys.modules, "eval.bench_attention", module)
+    assert suite(tmp_path, "parts=attention") == 0
+    assert [case["case"] for case in read(tmp_path, "attention")["cases"].values()] == ["full", "window"]
+
+
+@pytest.mark.slow
+def test_gpu_tests_outcome(tmp_path: Path) -> None:
+    """No test of that file needs a GPU: pytest says so with status 5."""
+    assert suite(tmp_path, "parts=tests") == 0
+    case = read(tmp_path, "tests")["cases"]["pytest"]
+    assert case["exit_code"] == 5
+    assert "deselected" in case["summary"]
+
+
+@pytest.mark.slow
+def test_study_is_the_same_with_and_without_lightning(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert suite(tmp_path / "a", "parts=study", f"data={corpus}") == 0
+    monkeypatch.setattr(gpu_study, "NEEDED", ("no_such_package",))
+    assert suite(tmp_path / "b", "parts=study", f"data={corpus}") == 0
+    full, bare = (read(tmp_path / name, "study")["cases"]["mha-20m-seed0"] for name in "ab")
+    assert (full["runner"], bare["runner"]) == ("train/pretrain.py", "bare loop, no_such_package not installed")
+    assert full["loss"] == pytest.approx(bare["loss"], abs=1e-4)
+
+
+def test_failures_are_kept_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = [True]
+
+    def fragile() -> dict:
+        if broken:
+            raise ZeroDivisionError("of the test")
+        return {"value": 1}
+
+    def absent() -> dict:
+        raise UnavailableError("not here")
+
+    cases = [
+        Case("fragile", 1, fragile, str),
+        Case("absent", 1, absent, str),
+        Case("good", 1, lambda: {"value": 2}, str),
+    ]
+    monkeypatch.setitem(gpu_suite.PARTS, "ceilings", lambda options: cases)
+    assert suite(tmp_path, "parts=ceilings") == 1
+    result = read(tmp_path, "ceilings")
+    assert list(result["cases"]) == ["good"]
+    assert "ZeroDivisionError: of the test" in result["failed"]["fragile"]
+    assert result["skipped"] == {"absent": "not here"}
+    broken.clear()
+    assert suite(tmp_path, "parts=ceilings") == 0
+    result = read(tmp_path, "ceilings")
+    assert result["failed"] == {}
+    assert {key: case["start"] for key, case in result["cases"].items()} == {"good": 0, "fragile": 1}
+
+
+def test_nothing_starts_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case("long", 100, lambda: {"value": 1}, str), Case("short", 1, lambda: {"value": 2}, str)]
+    monkeypatch.setitem(gpu_suite.PARTS, "ceilings", lambda options: cases)
+    assert suite(tmp_path, "parts=ceilings", "part_minutes=1") == 0
+    result = read(tmp_path, "ceilings")
+    assert (list(result["cases"]), result["left"]) == (["short"], ["long"])
+
+
+def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
+    """Through the real command: SIGKILL after the first result, start again, nothing done twice."""
+    command = [sys.executable, str(ROOT / "train" / "gpu_suite.py"), "toy=true", "parts=decode", f"out={tmp_path}"]
+    process = subprocess.Popen([*command, "child=true"], stdout=subprocess.DEVNULL)
+    path, deadline = tmp_path / "decode.json", time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = read(tmp_path, "decode")["cases"]
+    done = run_script("train/gpu_suite.py", "toy=true", "parts=decode", f"out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    after = read(tmp_path, "decode")
+    assert len(before) < len(after["cases"])
+    assert len(after["starts"]) == 2
+    for key, case in after["cases"].items():
+        assert case["start"] == (0 if key in before else 1)
+        assert before.get(key, case) == case
+
+
+def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Block:
+    names = {{"lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich",
+             "datasets", "litgpt", "pytest"}}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+sys.path.insert(0, {str(ROOT)!r})
+from train import gpu_suite
+sys.exit(gpu_suite.main(["toy=true", "child=true", "parts=ceilings,train_1b,decode", "out={tmp_path}"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(read(tmp_path, "train_1b")["skipped"]) == {
+        f"{peer}-{arch}-1b-2048" for peer in ("hugging_face", "litgpt") for arch in ("mha", "gqa4")
+    }
+    assert len(read(tmp_path, "decode")["cases"]) == 6

@@ -1,0 +1,46 @@
+"""What the parts of the GPU suite are made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arch import ModelConfig, SizeConfig
+
+from .bench_measure import load_arch, load_size
+
+FAMILIES = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`toy`: shapes of a test; `data`: prepared shards for the study."""
+
+    toy: bool
+    data: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: `run` returns plain data, `line` shows it, `seconds` is about what it takes on an H100."""
+
+    key: str
+    seconds: float
+    run: Callable[[], dict[str, Any]]
+    line: Callable[[dict[str, Any]], str]
+
+
+def model_config(arch: str, size: str, options: Options, seq_len: int | None = None) -> ModelConfig:
+    """The layout at the size, or at one for tests that has eight query heads as well."""
+    if options.toy:
+        small = SizeConfig(num_layers=6, d_model=32, num_heads=8, d_ff=48, vocab_size=67, seq_len=24, max_window=8)
+        return ModelConfig(load_arch(arch), small)
+    found = load_size(size)
+    found.seq_len = seq_len or found.seq_len
+    return ModelConfig(load_arch(arch), found)

@@ -1,0 +1,73 @@
+"""Parts of the GPU suite: what the machine can do, whether attention is right and fast, whether the tests pass."""
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from .bench_measure import repeated, spread
+from .bench_peers import UnavailableError
+from .gpu_case import Case, Options
+from .machine import ROOT
+
+
+def ceilings(options: Options) -> list[Case]:
+    """Rates that nothing on this device exceeds: matrix products of random numbers, and copies in its memory."""
+    sizes = [64] if options.toy else [4096, 8192, 16384]
+    products = [
+        Case(f"matmul-bf16-{n}", 5, lambda n=n: matmul(n, options), lambda r: f"{r['tflops']['median']:.0f} TFLOP/s")
+        for n in sizes
+    ]
+    return [*products, Case("copy", 5, lambda: copy(options), lambda r: f"{r['gb_per_second']['median']:.0f} GB/s")]
+
+
+def matmul(n: int, options: Options) -> dict[str, Any]:
+    a, b = (torch.randn(n, n, device=options.device, dtype=torch.bfloat16) for _ in range(2))
+    times = repeated(lambda: a @ b, options.device, repeats=7, inner=1 if options.toy else 10)
+    return {"tflops": spread([2 * n**3 / time / 1e12 for time in times])}
+
+
+def copy(options: Options) -> dict[str, Any]:
+    """Bytes read plus bytes written, 10^9 per second."""
+    numbers = 2**12 if options.toy else 2**30
+    source = torch.randn(numbers, device=options.device)
+    target = torch.empty_like(source)
+    times = repeated(lambda: target.copy_(source), options.device, repeats=7, inner=1 if options.toy else 5)
+    return {"gb_per_second": spread([2 * source.nbytes / time / 1e9 for time in times])}
+
+
+def attention(options: Options) -> list[Case]:
+    """Every backend against fp64 and the others, forward and backward, and how fast: eval/bench_attention.py."""
+    if importlib.util.find_spec("eval.bench_attention") is None:
+        return [Case("backends", 1, _no_attention_bench, str)]
+    from eval.bench_attention import cases, run_case
+
+    chosen = list(cases())[: 2 if options.toy else None]
+    return [Case(str(case), 8, functools.partial(run_case, case), _short) for case in chosen]
+
+
+def _no_attention_bench() -> dict[str, Any]:
+    raise UnavailableError("eval/bench_attention.py is not there")
+
+
+def _short(result: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
+
+
+def tests(options: Options) -> list[Case]:
+    """The repository's tests that need a GPU."""
+    return [Case("pytest", 240, lambda: gpu_tests(options), lambda r: r["summary"])]
+
+
+def gpu_tests(options: Options) -> dict[str, Any]:
+    """The outcome, whatever it is; raises UnavailableError where pytest is not installed."""
+    if importlib.util.find_spec("pytest") is None:
+        raise UnavailableError("pytest is not installed")
+    chosen = ["tests/test_house.py"] if options.toy else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420)
+    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    return {"exit_code": done.returncode, "summary": lines[-1], "output": (done.stdout + done.stderr)[-20000:]}

@@ -1,0 +1,115 @@
+"""Part of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
+
+Both sides run eagerly, one Python step per token, greedily, in bf16: at a small batch that measures launches more than
+memory, which is why several batches are measured.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arch import Decoder, ModelConfig, allocate, resolve
+from arch.footprint import allocated_bytes
+
+from .bench_measure import seconds, spread
+from .bench_peers import hugging_face, random_batch
+from .gpu_case import Case, Options, model_config
+
+ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla")
+PEER_ARCHS = ("mha", "gqa4")
+WARMUP, STEPS = 4, 32
+
+# Feeds tokens [B, T] and returns the logits [B, 1, V] of the last.
+Feed = Callable[[Tensor], Tensor]
+
+
+def decode(options: Options) -> list[Case]:
+    """Contexts and batches at size 1b: the large batch first, where layouts differ most."""
+    shapes = [(12, 2)] if options.toy else [(4096, 64), (32768, 8), (4096, 1), (32768, 1)]
+    cases = []
+    for context, batch in shapes:
+        for arch in ARCHS:
+            for side in ("ours", "hugging_face") if arch in PEER_ARCHS else ("ours",):
+                run = functools.partial(measure, side, model_config(arch, "1b", options), context, batch, options)
+                cases.append(Case(f"{side}-{arch}-1b-{context}x{batch}", 12, run, _line))
+    return cases
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"prefill {result['prefill_tokens_per_second']:,.0f} tok/s, decode {result['decode_tokens_per_second']:,.0f} "
+        f"tok/s, cache {result['cache_bytes'] / 2**20:,.1f} MiB"
+    )
+
+
+@torch.inference_mode()
+def measure(side: str, config: ModelConfig, context: int, batch: int, options: Options) -> dict[str, Any]:
+    """Prefill `context` tokens for each of `batch` sequences, then decode; warm, cache bytes at the end."""
+    device = options.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start, held = {"ours": our_decoder, "hugging_face": their_decoder}[side](config, context, batch, device)
+    prompt, _ = random_batch(config.size.vocab_size, batch, context, device, seed=0)
+    start()(prompt[:, : min(context, 256)])  # kernels are loaded and chosen
+    feed = start()
+    found: list[Tensor] = []
+    prefill = seconds(lambda: found.append(feed(prompt)), device)
+    token = found[0][:, -1].argmax(dim=-1, keepdim=True)
+
+    def step() -> None:
+        nonlocal token
+        token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
+
+    for _ in range(WARMUP):
+        step()
+    times = spread([seconds(step, device) for _ in range(STEPS)])
+    return {
+        "context": context,
+        "batch": batch,
+        "prefill_seconds": prefill,
+        "prefill_tokens_per_second": batch * context / prefill,
+        "step_seconds": times,
+        "decode_tokens_per_second": batch / times["median"],
+        "cache_bytes": held(),
+        "formula_bytes": allocated_bytes(resolve(config), batch, context + WARMUP + STEPS),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def our_decoder(
+    config: ModelConfig, context: int, batch: int, device: torch.device
+) -> tuple[Callable[[], Feed], Callable[[], int]]:
+    with torch.device("meta"):
+        model = Decoder(config, "auto", device.type)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
+    model.init_weights(0)
+    caches: list[Any] = []
+
+    def start() -> Feed:
+        caches[:] = []
+        caches.append(allocate(model.plan, batch, context + WARMUP + STEPS, dtype=torch.bfloat16, device=device))
+        return lambda tokens: model(tokens, caches[0], last_only=True)
+
+    return start, lambda: caches[0].nbytes
+
+
+def their_decoder(
+    config: ModelConfig, context: int, batch: int, device: torch.device
+) -> tuple[Callable[[], Feed], Callable[[], int]]:
+    """transformers' Llama over its DynamicCache, the steps that its `generate` takes."""
+    model = hugging_face(config, device, False).model.to(torch.bfloat16).eval()
+    from transformers import DynamicCache
+
+    caches: list[Any] = []
+
+    def start() -> Feed:
+        caches[:] = [DynamicCache(config=model.config)]
+        return lambda tokens: model(tokens, past_key_values=caches[0], use_cache=True, logits_to_keep=1).logits
+
+    def held() -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
+
+    return start, held

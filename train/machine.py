@@ -1,0 +1,90 @@
+"""Where a result was made, and writing it down. Needs torch and nothing else that is installed."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    "torch",
+    "triton",
+    "lightning",
+    "hydra-core",
+    "numpy",
+    "tokenizers",
+    "wandb",
+    "transformers",
+    "datasets",
+    "litgpt",
+)
+
+
+def environment() -> dict[str, Any]:
+    """What else than the configuration a result may depend on. Packages that are not installed are left out."""
+    return {
+        "command": sys.argv,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "versions": {package: found for package in PACKAGES if (found := installed(package)) is not None},
+        "hardware": hardware(),
+        "driver": driver(),
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def hardware() -> str:
+    """`2 x NVIDIA H200` or `AMD EPYC, 2 threads`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+
+
+def git_revision() -> str | None:
+    """Commit of this checkout, `+` if it has been changed since; None outside of git."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return revision + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
