@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -162,13 +163,30 @@ def test_decode_holds_the_bytes_of_the_formula(tmp_path: Path) -> None:
 
 
 def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it: on a CPU the real one has another subject."""
+
+    @dataclass(frozen=True)
+    class AttentionCase:
+        backend: str
+        dtype: torch.dtype = torch.float32
+
     module = types.ModuleType("eval.bench_attention")
-    module.__spec__ = types.SimpleNamespace()
-    module.cases = lambda: ["full", "window"]
-    module.run_case = lambda case: {"case": case, "error": 0.5}
+    module.cases = lambda device: [AttentionCase(f"{name}-{device}") for name in ("full", "window")]
+    module.run_case = lambda case: {"ms_forward": 1.5, "error": {"out": 0.25, "q": 0.5}}
     monkeypatch.setitem(sys.modules, "eval.bench_attention", module)
     assert suite(tmp_path, "parts=attention") == 0
-    assert [case["case"] for case in read(tmp_path, "attention")["cases"].values()] == ["full", "window"]
+    cases = read(tmp_path, "attention")["cases"]
+    device = Options(toy=True).device.type
+    assert list(cases) == [f"full-{device}-float32", f"window-{device}-float32"]
+    assert all(case["error"] == {"out": 0.25, "q": 0.5} for case in cases.values())
+
+
+def test_attention_without_its_bench_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "eval.bench_attention", None)
+    assert suite(tmp_path, "parts=attention") == 0
+    result = read(tmp_path, "attention")
+    assert "eval/bench_attention.py cannot be imported" in result["skipped"]["backends"]
+    assert result["cases"] == {}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -41,20 +42,28 @@ def copy(options: Options) -> dict[str, Any]:
 
 def attention(options: Options) -> list[Case]:
     """Every backend against fp64 and the others, forward and backward, and how fast: eval/bench_attention.py."""
-    if importlib.util.find_spec("eval.bench_attention") is None:
-        return [Case("backends", 1, _no_attention_bench, str)]
-    from eval.bench_attention import cases, run_case
+    try:
+        from eval.bench_attention import cases, run_case
+    except ImportError as error:
+        reason = f"eval/bench_attention.py cannot be imported: {error}"
+        return [Case("backends", 1, functools.partial(_unavailable, reason), str)]
+    chosen = cases(options.device.type)[: 3 if options.toy else None]
+    return [Case(_key(case), 4, functools.partial(run_case, case), _short) for case in chosen]
 
-    chosen = list(cases())[: 2 if options.toy else None]
-    return [Case(str(case), 8, functools.partial(run_case, case), _short) for case in chosen]
+
+def _key(case: Any) -> str:
+    """All that tells a case from the others: `flex-gqa4-...`, the fields of its dataclass."""
+    return "-".join(str(value).removeprefix("torch.") for value in asdict(case).values())
 
 
-def _no_attention_bench() -> dict[str, Any]:
-    raise UnavailableError("eval/bench_attention.py is not there")
+def _unavailable(reason: str) -> dict[str, Any]:
+    raise UnavailableError(reason)
 
 
 def _short(result: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float))
+    figures = [f"{key} {value:.4g}" for key, value in result.items() if isinstance(value, float)]
+    worst = max(result["error"], key=result["error"].get)
+    return ", ".join([*figures, f"worst error {worst} {result['error'][worst]:.1e}"])
 
 
 def tests(options: Options) -> list[Case]:
