@@ -8,7 +8,7 @@ DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention
 DEMO_SEEDS ?= 0
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help env demo test bench gpu lint clean
+.PHONY: help env demo test bench gpu faults lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,9 @@ test: lint
 bench: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python train/bench.py +arch=gqa4 +size=20m $(BENCH)
+
+faults: env
+	$(BIN)/python train/faults.py
 
 gpu: env
 	$(BIN)/python train/gpu_suite.py $(GPU)

@@ -13,8 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F
 
-from train.optim import build as build_optimizer
-from train.optim import lr_share, schedule
+from train.optim import build_optimizer, lr_share, schedule
 from train.pretrain import main
 from train.schema import OptimConfig, PretrainConfig, optim_problems
 

@@ -34,7 +34,7 @@ from train.memory import (
     temporary_bytes,
     working_bytes,
 )
-from train.optim import adamw
+from train.optim import build_optimizer
 from train.parallel import parallelize
 from train.plan import PlanConfig, make_plan
 from train.schema import OptimConfig
@@ -105,11 +105,11 @@ def test_activations_and_peak_of_one_device(name: str, checkpointing: bool, bf16
     added up lives at one moment, at most 20 % too much."""
     model_config = config(name)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
-    how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing)
+    how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing, dense=True)
     model = Decoder(model_config)
     model.init_weights()
     model.activation_checkpointing = checkpointing
-    optimizer = adamw(model, OptimConfig(lr=1e-3))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     loss(model, vocab, bf16).backward()
     optimizer.step()
     static = [*model.parameters(), *(p.grad for p in model.parameters())]
@@ -152,7 +152,7 @@ def test_activations_of_compiled_blocks(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss(model, model_config.size.vocab_size)
     measured = sum(size for storage, size in kept.items() if storage not in weights)
-    how = Execution(compiled=True)
+    how = Execution(compiled=True, dense=True)
     counted = activation_bytes(model_config, plan, how, BATCH) + working_bytes(model_config, plan, how)
     output_gradient = 4 * model_config.size.vocab_size * model_config.size.d_model
     assert measured == pytest.approx(counted + output_gradient, rel=0.03)
@@ -172,7 +172,7 @@ def test_fsdp(four_processes: None, name: str, checkpointing: bool) -> None:
     """Shares are exact; the peak is an upper estimate, since nothing is in flight here."""
     model_config = config(name)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
-    how = Execution("fsdp", 4, compiled=False, checkpointing=checkpointing)
+    how = Execution("fsdp", 4, compiled=False, checkpointing=checkpointing, dense=True)
     with Storages() as storages:
         model = Decoder(model_config)
         parallelize(
@@ -184,7 +184,7 @@ def test_fsdp(four_processes: None, name: str, checkpointing: bool) -> None:
         )
         model.to_empty(device="cpu")
         model.init_weights()
-        optimizer = adamw(model, OptimConfig(lr=1e-3))
+        optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
         loss(model, vocab).backward()
         optimizer.step()
         storages.peak = 0

@@ -11,7 +11,7 @@ import torch
 from conftest import launch_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import callbacks, pretrain
+from train import metrics, pretrain
 from train.schema import PretrainConfig, TrainerConfig
 
 SMALL = [
@@ -46,13 +46,13 @@ class Reads(TorchDispatchMode):
 def test_nothing_waits_between_reports(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, bar: bool
 ) -> None:
-    reads, begin = Reads(), callbacks.Metrics.on_train_batch_start
+    reads, begin = Reads(), metrics.Metrics.on_train_batch_start
 
-    def at_start(self: callbacks.Metrics, trainer: L.Trainer, *rest: Any) -> None:
+    def at_start(self: metrics.Metrics, trainer: L.Trainer, *rest: Any) -> None:
         reads.step = trainer.global_step + 1
         begin(self, trainer, *rest)
 
-    monkeypatch.setattr(callbacks.Metrics, "on_train_batch_start", at_start)
+    monkeypatch.setattr(metrics.Metrics, "on_train_batch_start", at_start)
     monkeypatch.setattr("sys.stdout.isatty", lambda: bar)
     with reads:
         run(tmp_path / "run", corpus)
@@ -78,7 +78,7 @@ def test_unknown_device_has_no_mfu(tmp_path: Path, corpus: Path) -> None:
 def test_first_step_and_validation_are_not_timed(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only the first step and validations advance, and each other step by one second."""
     clock = [0.0]
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
     step, validate = pretrain.LitDecoder.training_step, pretrain.LitDecoder.validation_step
 
     def slow_step(self: Any, batch: Any, index: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def test_first_step_and_validation_are_not_timed(tmp_path: Path, corpus: Path, m
 def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(name: str, dtype: torch.dtype, **options: float) -> float | None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        return callbacks.peak_flops(TrainerConfig(**options), torch.device("cuda"), dtype)
+        return metrics.peak_flops(TrainerConfig(**options), torch.device("cuda"), dtype)
 
     assert peak("NVIDIA H200", torch.bfloat16) == 989.5e12
     assert peak("NVIDIA H200", torch.float32) == 67e12
@@ -107,4 +107,4 @@ def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak("NVIDIA H300", torch.bfloat16, peak_tflops=7.0) == 7e12
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak("NVIDIA H200", torch.float32) == 494.5e12
-    assert callbacks.peak_flops(TrainerConfig(), torch.device("cpu"), torch.float32) is None
+    assert metrics.peak_flops(TrainerConfig(), torch.device("cpu"), torch.float32) is None

@@ -16,7 +16,7 @@ from arch import Decoder, ModelConfig, resolve
 from arch.plan import KVPlan, Slot, head_dim
 
 from .loss import cross_entropy_sum
-from .optim import adamw
+from .optim import build_optimizer
 from .parallel import parallelize
 from .schema import OptimConfig
 
@@ -207,7 +207,7 @@ class Step:
     def __init__(self, peer: Peer, precision: Callable[[], AbstractContextManager[Any]]):
         self.peer, self.precision = peer, precision
         self.parameters = list(peer.model.parameters())
-        self.optimizer = adamw(peer.model, OptimConfig(lr=1e-4))
+        self.optimizer = build_optimizer(peer.model, OptimConfig(lr=1e-4))
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with self.precision():

@@ -29,7 +29,7 @@ from .bench_peers import UnavailableError, ours
 from .gpu_case import Case, Options, model_config
 from .loss import cross_entropy_sum
 from .machine import ROOT
-from .optim import adamw, schedule
+from .optim import build_optimizer, schedule
 from .schema import DataConfig, OptimConfig
 
 ARCHS = ("mha", "gqa4", "cla2", "mixattention")
@@ -111,7 +111,7 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
     model = peer.model
     assert isinstance(model, Decoder)
     model.init_weights(seed)
-    optimizer = adamw(model, optim)
+    optimizer = build_optimizer(model, optim)
     scheduler = schedule(optimizer, optim, steps)
     for number, batch in enumerate(made, start=1):
         with autocast(device):

@@ -18,7 +18,7 @@ from data.batches import IGNORE, Batch
 from . import checkpoint
 from .checkpoint import TrainingError
 from .loss import cross_entropy_sum
-from .optim import build, schedule
+from .optim import build_optimizer, schedule
 from .parallel import parallelize
 from .schema import PretrainConfig, num_steps
 
@@ -151,7 +151,7 @@ class LitDecoder(L.LightningModule):
         loop.load_state_dict(state)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = build(self.model, self.config.optim)
+        optimizer = build_optimizer(self.model, self.config.optim)
         scheduler = schedule(optimizer, self.config.optim, num_steps(self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -21,9 +21,11 @@ FP32 = 4
 class Execution:
     """How a step is run.
 
-    strategy  auto (one device), ddp or fsdp
-    world     processes
-    itemsize  of the type computed in: 2 for bf16, 4 for fp32
+    strategy    auto (one device), ddp or fsdp
+    world       processes
+    itemsize    of the type computed in: 2 for bf16, 4 for fp32
+    accumulate  micro-batches of a step
+    dense       windows are boolean masks [T, T] and sinks are slots, as in torch's fused attention on a CPU
     """
 
     strategy: str = "auto"
@@ -31,6 +33,8 @@ class Execution:
     itemsize: int = 2
     compiled: bool = True
     checkpointing: bool = False
+    accumulate: int = 1
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,14 @@ def working_bytes(config: ModelConfig, plan: KVPlan, how: Execution) -> int:
     One device and DDP: the matrices of all blocks, cast (with checkpointing they go before the backward pass, and
     `temporary_bytes` has them). DDP also copies gradients into buckets. FSDP2 gathers the embedding, output and last
     norm for the whole step, and a block when it runs: its weights, those of the next in flight and their flat buffer;
-    its gradients; and, in fp32, what is reduced of it and of the one before.
+    its gradients; and, in fp32, what is reduced of it and of the one before. Gradients that are accumulated stay whole,
+    in fp32, until the last micro-batch.
     """
     if how.strategy == "fsdp":
         blocks = [layer_params(config, plan, layer)[0] for layer in range(plan.num_layers)]
         root = num_params(config, plan) - sum(blocks)
-        return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32)
+        whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
+        return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
     casts = 0 if how.checkpointing else sum(cast_bytes(config, plan, how))
     return casts + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
 
@@ -107,6 +113,7 @@ def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_ba
         return whole + tokens * per_token + sum(mask_bytes(config, plan, layer, how) for layer in layers)
     shared = sum(store.slot.elements for store in plan.stores if len(plan.readers(store)) > 1)
     masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
+    masks *= how.dense
     return whole + tokens * width * (plan.num_layers * size.d_model + shared) + masks
 
 
@@ -128,7 +135,7 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
     size, store, width = config.size, plan.store(layer), how.itemsize
     dim, latent, rope = size.d_model, store.slot.latent_dim, store.slot.rope_dim
     owner = store.owner == layer
-    total = attention_bytes(config, store, owner, width)
+    total = attention_bytes(config, store, owner, how)
     if how.compiled:
         total += width * (4 * dim + 3 * size.d_ff) + 2 * FP32
         kv_norm, latent_norm = 0, width * (latent + rope) + FP32
@@ -143,27 +150,31 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
     return total
 
 
-def attention_bytes(config: ModelConfig, store: Store, owner: bool, width: int) -> int:
+def attention_bytes(config: ModelConfig, store: Store, owner: bool, how: Execution) -> int:
     """What softmax attention keeps of a token: queries, keys, values, output, and log-sum-exp in fp32.
 
     Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
-    appended. All are as wide as the kernel's keys; where heads are narrower, their output is kept once more.
+    appended. All are as wide as the kernel's keys; where heads are narrower, or a sink takes its share afterwards, the
+    output is kept once more.
     """
     heads, head = config.size.num_heads, head_dim(config.size)
-    wide = head + store.slot.rope_dim + (2 if store.sinks else 0)
+    appended = store.sinks and how.dense
+    wide = -(-(head + store.slot.rope_dim + 2 * appended) // 8) * 8 if how.dense else head + store.slot.rope_dim
     elements = 2 * heads * wide
     if store.slot.latent_dim:
         elements += 2 * heads * wide
-    elif owner or store.sinks:
+    elif owner or appended:
         elements += 2 * store.slot.kv_heads * wide
-    if wide > head:
+    if wide > head or store.sinks:
         elements += heads * head
-    return width * elements + FP32 * heads
+    return how.itemsize * elements + FP32 * heads
 
 
 def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
     """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
     store, length = plan.store(layer), config.size.seq_len
+    if not how.dense:
+        return 0
     dense = store.sinks or (store.window is not None and store.window < length)
     return how.itemsize * length * (length + store.sinks) if dense else 0
 

@@ -37,7 +37,7 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def build(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """The optimizer of `config` for the parameters of `model` that are trained.
 
     Matrices and embeddings decay; norms, biases and sinks (one axis) do not. Muon takes the hidden matrices: not the
@@ -61,7 +61,7 @@ def build(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def group_options(config: OptimConfig) -> list[dict[str, Any]]:
-    """What `config` says of each parameter group, in the order of `build`.
+    """What `config` says of each parameter group, in the order of `build_optimizer`.
 
     One learning rate serves both optimizers: Muon's updates are scaled by 0.2 sqrt(max(rows, columns)) to the root mean
     square that AdamW's have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).

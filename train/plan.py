@@ -11,7 +11,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from omegaconf import II, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +21,16 @@ from eval.cli import Choices, UsageError, launch, load_arch, load_size, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.units import bytes_text, count_text, parse_bytes
 from train.memory import Execution, step_memory
-from train.schema import DataConfig, OptimConfig, PretrainConfig, TrainerConfig, micro_batch, num_steps, problems
+from train.schema import (
+    DataConfig,
+    OptimConfig,
+    PretrainConfig,
+    TrainerConfig,
+    micro_batch,
+    num_steps,
+    problems,
+    same_as,
+)
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
@@ -37,8 +46,8 @@ class PlanConfig:
     nodes: int = 1
     strategy: str = "auto"
     micro_batch: int | None = None
-    tokens: int = II("size.tokens")
-    batch_size: int = II("size.batch_size")
+    tokens: int = same_as("size.tokens")
+    batch_size: int = same_as("size.batch_size")
     activation_checkpointing: bool = False
     compile: bool = True
     precision: str = "bf16"
@@ -136,7 +145,7 @@ def execution(config: PretrainConfig) -> Execution:
 def largest_micro_batch(model: ModelConfig, plan: KVPlan, how: Execution, share: int, available: float) -> int | None:
     """The largest divisor of a process' `share` of a step that fits into `available` bytes; None if 1 does not."""
     for candidate in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
-        if step_memory(model, plan, how, candidate).total <= available:
+        if step_memory(model, plan, replace(how, accumulate=share // candidate), candidate).total <= available:
             return candidate
     return None
 
@@ -229,7 +238,7 @@ def make_plan(options: PlanConfig, choices: Choices, results: Path = RESULTS) ->
     plan, how = resolve(model), execution(config)
     share, available = config.batch_size // how.world, device.memory - reserve
     micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, share, available) or 1
-    memory = step_memory(model, plan, how, micro)
+    memory = step_memory(model, plan, replace(how, accumulate=share // micro), micro)
     flops = train_flops_per_token(model, plan)
     speed = measured(config, choices, device, results) or assumed(config, flops, device, options.mfu)
     steps, rate = num_steps(config), speed.tokens_per_second * how.world
