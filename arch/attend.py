@@ -75,8 +75,8 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_BTNH, k_BSKH, v_BSKV))
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in wide)  # a pad by nothing would copy
     allowed, group = mask.allowed, q.shape[1] // k.shape[1]
-    if group > 1 and not mask.causal:
-        # Heads that read the same keys are so many more queries to them: no key is copied.
+    if group > 1 and not mask.causal and (q.is_cuda or length == 1):
+        # Heads that read the same keys are so many more queries to them: no key is copied, but the mask is.
         q = rearrange(q, "b (k g) t h -> b k (g t) h", g=group)
         allowed = None if allowed is None else repeat(allowed, "... t s -> ... (g t) s", g=group)
     elif group > 1 and q.is_cuda and q.dtype == torch.float32:

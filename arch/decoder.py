@@ -92,13 +92,18 @@ class Decoder(nn.Module):
     def masks(
         self, tokens_BT: Tensor, cache: Cache | None, documents_BT: Tensor | None, dtype: torch.dtype
     ) -> list[Mask]:
-        """Of each store, made once for each distinct window and backend."""
+        """Of each store, made once for each distinct window and backend. Raises as `forward` where they cannot be."""
+        packed = documents_BT is not None
+        if packed and cache is not None:
+            raise ValueError("documents_BT cannot be given with a cache, whose rows are one document each; drop one")
+        if documents_BT is not None and documents_BT.shape != tokens_BT.shape:
+            shapes = f"{tuple(documents_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
+            raise ValueError(f"documents_BT has shape {shapes}; give a document number for each token")
         (batch, length), device, stores = tokens_BT.shape, tokens_BT.device, self.plan.stores
         if cache is not None:
             kernel = BACKENDS["reference" if self.backend == "reference" else "sdpa"].kernel
             over = {window: Mask(kernel, cache.mask(window, length, device)) for window in self.plan.windows}
             return [over[store.window] for store in stores]
-        packed = documents_BT is not None
         if packed not in self.chosen:
             self.chosen[packed] = choose_backends(self.backend, self.config.size, self.plan, self.device_type, packed)
         sequences = Sequences(batch, length, documents_BT, device)
@@ -124,11 +129,6 @@ class Decoder(nn.Module):
         """
         length, device = tokens_BT.shape[1], tokens_BT.device
         offset = 0
-        if documents_BT is not None and cache is not None:
-            raise ValueError("documents_BT cannot be given with a cache, whose rows are one document each; drop one")
-        if documents_BT is not None and documents_BT.shape != tokens_BT.shape:
-            shapes = f"{tuple(documents_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
-            raise ValueError(f"documents_BT has shape {shapes}; give a document number for each token")
         if cache is None:
             positions = torch.arange(length, device=device)
         else:
