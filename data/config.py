@@ -4,12 +4,14 @@ Plain mutable dataclasses with defaults, as Hydra's schema needs them.
 """
 
 import difflib
+import shlex
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from .shards import DataError
 
@@ -176,6 +178,8 @@ def load(name: str, overrides: list[str]) -> DataConfig:
         result: DataConfig = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise DataError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise DataError(f"cannot read {' '.join(overrides)}: a value is YAML, a list is written '[a,b]'") from error
     return result
 
 
@@ -205,8 +209,7 @@ def command(config: DataConfig) -> str:
     )
     changed = OmegaConf.structured(config)
     options = [f"{key}={value}" for key, value in _changes("", changed, written) if not key.startswith(_TRAINING)]
-    quoted = [f"'{option}'" if set(option) & set(" []*?") else option for option in options]
-    return " ".join(["python data/prepare.py", config.name, *quoted])
+    return shlex.join(["python", "data/prepare.py", config.name, *options])
 
 
 _TRAINING = ("mix", "document_mask", "val_tokens")
@@ -219,5 +222,6 @@ def _changes(prefix: str, config: DictConfig, base: DictConfig) -> list[tuple[st
             found += _changes(f"{prefix}{key}.", config[key], base[key])
         elif config[key] != base[key]:
             value = config[key]
-            found.append((prefix + str(key), "null" if value is None else value))
+            shown = f"[{','.join(value)}]" if isinstance(value, ListConfig) else "null" if value is None else value
+            found.append((prefix + str(key), shown))
     return found
