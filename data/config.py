@@ -4,6 +4,7 @@ Plain mutable dataclasses with defaults, as Hydra's schema needs them.
 """
 
 import difflib
+import shlex
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def load(name: str, overrides: list[str]) -> DataConfig:
     """`configs/data/<name>.yaml` changed by `key=value` of PrepareConfig. Raises DataError with the near miss."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if name not in names():
         raise DataError(f"no data set {name!r}{_near(name, names())} configs/data has {', '.join(names())}")
@@ -178,6 +180,8 @@ def load(name: str, overrides: list[str]) -> DataConfig:
         result: DataConfig = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise DataError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise DataError(f"cannot read {' '.join(overrides)}: a value is YAML, a list is written '[a,b]'") from error
     return result
 
 
@@ -206,19 +210,19 @@ def command(config: DataConfig) -> str:
     changed = asdict(config)
     for key in _TRAINING:
         del written[key], changed[key]
-    options = [f"{key}={'null' if value is None else value}" for key, value in _changes("", changed, written)]
-    quoted = [f"'{option}'" if set(option) & set(" []*?") else option for option in options]
-    return " ".join(["python data/prepare.py", config.name, *quoted])
+    return shlex.join(["python", "data/prepare.py", config.name, *_changes("", changed, written)])
 
 
 _TRAINING = ("mix", "document_mask", "val_tokens")
 
 
-def _changes(prefix: str, config: dict[str, Any], base: dict[str, Any]) -> list[tuple[str, Any]]:
+def _changes(prefix: str, config: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """`key=value` for each value that differs from the one in `base`."""
     found = []
     for key, value in config.items():
         if isinstance(value, dict):
             found += _changes(f"{prefix}{key}.", value, base[key])
         elif value != base[key]:
-            found.append((prefix + key, value))
+            shown = f"[{','.join(value)}]" if isinstance(value, list) else "null" if value is None else value
+            found.append(f"{prefix}{key}={shown}")
     return found

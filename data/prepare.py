@@ -25,7 +25,7 @@ from data import config as schema
 from data.config import DataConfig, PrepareConfig, folder_of, load, names, problems, recipe
 from data.pool import encoded
 from data.report import Report
-from data.shards import FORMAT, DataError, Manifest, sha256
+from data.shards import FORMAT, DataError, Manifest, Split, sha256
 from data.sources import Document, Position, Source
 from data.tokenizer import (
     byte_tokenizer,
@@ -99,7 +99,7 @@ class Preparation:
                     if full:
                         break
         for name, writer in self.writers.items():
-            if not splits[name].total("documents"):
+            if not splits[name].documents:
                 raise DataError(
                     f"{config.name} has no text for the split {name}: give it more text, a larger share or higher "
                     f"limits, and delete {self.folder}"
@@ -114,7 +114,10 @@ class Preparation:
             vocab_size=len(self.bytes_of),
             end_of_text=self.end,
             dtype=self.dtype.str,
-            splits={name: written.split() for name, written in splits.items()},
+            splits={
+                name: Split(written.tokens, written.bytes, written.documents, tuple(written.shards))
+                for name, written in splits.items()
+            },
         ).save(self.folder)
         (self.folder / PROGRESS).unlink()
         report.warn_of_lost_text()
@@ -135,8 +138,8 @@ class Preparation:
         most, documents = config.max_eval_tokens, None
         if document.split == "train":
             most, documents = config.max_tokens, config.max_documents
-        over = most is not None and written.total("tokens") + len(tokens) > most
-        written.full = written.full or over or written.total("documents") == documents
+        over = most is not None and written.tokens + len(tokens) > most
+        written.full = written.full or over or written.documents == documents
         if not written.full:
             covered = int(self.bytes_of[tokens].sum(dtype=np.int64))
             begins = self.writers[document.split].add(tokens, len(document.text.encode()), covered)

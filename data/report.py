@@ -24,7 +24,7 @@ class Report:
         self.first = self.tokens()
 
     def tokens(self) -> int:
-        return sum(written.total("tokens") for written in self.splits.values())
+        return sum(written.tokens for written in self.splits.values())
 
     def __enter__(self) -> "Report":
         self.bar.start()
@@ -43,12 +43,12 @@ class Report:
         if self.bar.disable:
             print(f"{self.name}: {state}", file=sys.stderr, flush=True)
         else:
-            self.bar.update(self.task, completed=self.splits["train"].total("tokens"), state=state)
+            self.bar.update(self.task, completed=self.splits["train"].tokens, state=state)
 
     def warn_of_lost_text(self) -> None:
         """Bits per byte count the bytes that tokens stand for: say so where these are not the text's."""
         for split, written in self.splits.items():
-            share = written.covered / written.total("bytes")
+            share = written.covered / written.bytes
             if abs(share - 1) > 0.01:
                 print(
                     f"warning: the tokens of {split} stand for {share:.1%} of the bytes of its text (the tokenizer "

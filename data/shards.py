@@ -201,8 +201,8 @@ class TokenWindows:
                 raise DataError(f"{file} is named by the manifest and is not there; prepare the folder again")
         if path.stat().st_size != size:
             raise DataError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}; prepare it again")
-        first_last_count = read_offsets(folder / shard.offsets)
-        if len(first_last_count) != shard.documents or first_last_count[0] != 0 or first_last_count[-1] >= shard.tokens:
+        offsets = read_offsets(folder / shard.offsets)
+        if len(offsets) != shard.documents or offsets[0] != 0 or offsets[-1] >= shard.tokens:
             raise DataError(f"{folder / shard.offsets} does not fit {path}; prepare it again")
         few = min(shard.tokens, 1024)
         tokens = np.concatenate([self._read(number, begin, few) for begin in (0, (shard.tokens - few) // 2)])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .shards import DataError, Shard, Split, sha256, write_json
+from .shards import DataError, Shard, sha256, write_json
 from .sources import Position
 
 LOCK = "prepare.lock"
@@ -22,9 +22,9 @@ BEFORE_PROGRESS = {LOCK, "tokenizer.json", "token_bytes.npy"}
 
 @dataclass
 class Written:
-    """What of a split is on disk: whole shards, and so much of the one that is being written.
+    """What of a split is on disk: whole shards, and counts that include the one that is being written.
 
-    covered  bytes that the tokens stand for, all shards: the text's bytes unless the tokenizer changes text
+    covered  bytes that the tokens stand for: the text's bytes unless the tokenizer changes text
     full     the split has reached its limit
     """
 
@@ -35,12 +35,9 @@ class Written:
     covered: int = 0
     full: bool = False
 
-    def total(self, name: str) -> int:
-        """`tokens`, `documents` or `bytes` of the split so far."""
-        return int(getattr(self, name) + sum(getattr(shard, name) for shard in self.shards))
-
-    def split(self) -> Split:
-        return Split(self.total("tokens"), self.total("bytes"), self.total("documents"), tuple(self.shards))
+    def unfinished(self, name: str) -> int:
+        """`tokens`, `documents` or `bytes` of the shard that is being written."""
+        return int(getattr(self, name) - sum(getattr(shard, name) for shard in self.shards))
 
 
 @dataclass
@@ -68,7 +65,7 @@ class Progress:
             return cls(asked, Position(), {split: Written() for split in splits})
         values = json.loads(path.read_text())
         if values["asked"] != json.loads(json.dumps(asked)):
-            if not any(split["shards"] or split["tokens"] for split in values["splits"].values()):
+            if not any(split["tokens"] for split in values["splits"].values()):
                 path.unlink()
                 return cls(asked, Position(), {split: Written() for split in splits})
             raise DataError(
@@ -94,8 +91,9 @@ class SplitWriter:
                 or (folder / shard.file).stat().st_size != shard.tokens * dtype.itemsize
             ):
                 raise DataError(f"{folder / shard.file} was finished and is altered; delete {folder} and begin anew")
-        self.file = self.path.open("r+b" if written.tokens else "wb")
-        size = written.tokens * dtype.itemsize
+        self.tokens = written.unfinished("tokens")
+        self.file = self.path.open("r+b" if self.tokens else "wb")
+        size = self.tokens * dtype.itemsize
         if self.path.stat().st_size < size:
             raise DataError(f"{self.path} is shorter than what was written; delete {folder} and begin anew")
         self.file.truncate(size)
@@ -107,11 +105,12 @@ class SplitWriter:
 
     def add(self, tokens: np.ndarray, text_bytes: int, covered: int) -> bool:
         """Append a document; True if it begins a new shard."""
-        begins = self.written.tokens > 0 and self.written.tokens + len(tokens) > self.shard_tokens
+        begins = self.tokens > 0 and self.tokens + len(tokens) > self.shard_tokens
         if begins:
             self.finish()
             self.file = self.path.open("wb")
         self.file.write(tokens.tobytes())
+        self.tokens += len(tokens)
         self.written.tokens += len(tokens)
         self.written.documents += 1
         self.written.bytes += text_bytes
@@ -128,7 +127,7 @@ class SplitWriter:
         self.sync()
         self.file.close()
         ends = np.flatnonzero(np.memmap(self.path, self.dtype, mode="r") == self.end)
-        assert len(ends) == written.documents and ends[-1] == written.tokens - 1
+        assert len(ends) == written.unfinished("documents") and ends[-1] == self.tokens - 1
         offsets = self.path.with_suffix(".offsets.npy")
         with offsets.open("wb") as file:
             np.save(file, np.concatenate([[0], ends[:-1] + 1]).astype(np.int64))
@@ -137,15 +136,15 @@ class SplitWriter:
         written.shards.append(
             Shard(
                 file=self.path.name,
-                tokens=written.tokens,
-                documents=written.documents,
-                bytes=written.bytes,
+                tokens=self.tokens,
+                documents=len(ends),
+                bytes=written.unfinished("bytes"),
                 sha256=sha256(self.path),
                 offsets=offsets.name,
                 offsets_sha256=sha256(offsets),
             )
         )
-        written.tokens = written.documents = written.bytes = 0
+        self.tokens = 0
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -284,7 +285,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add = writing.SplitWriter.add
 
     def full(self: writing.SplitWriter, *arguments: object) -> bool:
-        if len(self.written.shards) == 2 and self.written.tokens > 1000:
+        if len(self.written.shards) == 2 and self.tokens > 1000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return add(self, *arguments)
 
@@ -424,6 +425,7 @@ def test_mistakes(changes: dict, message: str, tmp_path: Path, monkeypatch: pyte
         (["stdlib", "tokenizer.vocab_sze=3"], "unknown key tokenizer.vocab_sze, did you mean vocab_size?"),
         (["stdlib", "val_tokens=3"], "unknown key val_tokens"),
         (["stdlib", "max_tokens=many"], "max_tokens: Value 'many' of type 'str' could not be converted to Integer"),
+        (["stdlib", "source.train=[a"], "cannot read source.train=[a: a value is YAML, a list is written '[a,b]'"),
         (["stdlib", "quick"], "cannot read 'quick'; write key=value"),
         (["stdlib", "name.x=3"], "unknown key name.x. name has no keys"),
         (["verify=/nowhere"], "/nowhere holds no prepared data"),
@@ -458,6 +460,8 @@ def test_every_config_says_its_own_name_and_command(name: str) -> None:
     shown = "python data/prepare.py " + name + " source.text=body tokenizer.vocab_size=512 max_tokens=5"
     assert command(changed) == shown
     assert load(name, shown.split()[3:]) == changed
+    listed = load(name, ["source.train=[a b/*,c]"])
+    assert load(name, shlex.split(command(listed))[3:]) == listed
 
 
 def gpt_neox_like(path: Path) -> None:

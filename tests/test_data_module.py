@@ -1,0 +1,80 @@
+"""What a run opens: one folder, a mixture, or a message with the command that prepares it."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from arch import SizeConfig
+from data.config import DataConfig, SourceConfig, TokenizerConfig, load
+from data.prepare import prepare
+from data.shards import DataError
+from train.datamodule import Data
+from train.schema import PretrainConfig
+
+
+def run(data: DataConfig) -> Data:
+    size = SizeConfig(vocab_size=600, seq_len=16)
+    return Data(PretrainConfig(size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
+
+
+@pytest.fixture
+def bytes_folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    source = SourceConfig(train=str(tmp_path / "a.txt"))
+    prepare(DataConfig(path=str(tmp_path / "b"), source=source, tokenizer=TokenizerConfig("bytes"), workers=1))
+    return tmp_path / "b"
+
+
+def test_a_mixture_is_other_data(corpus: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.symlink_to(corpus)
+    single = run(DataConfig(path=str(corpus)))
+    assert single.digest == next(iter(single.folders.values())).digest
+    mixed = run(DataConfig(mix={str(corpus): 1, str(second): 3}, val_tokens=160, document_mask=True))
+    assert mixed.train.weights == (1.0, 3.0)
+    others = [
+        run(DataConfig(path=str(corpus), document_mask=True)),
+        run(DataConfig(mix={str(corpus): 1, str(second): 2})),
+    ]
+    assert len({single.digest, mixed.digest, *(data.digest for data in others)}) == 4
+    assert run(DataConfig(mix={str(corpus): 2, str(second): 6}, document_mask=True)).digest == mixed.digest
+    mixed.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0)
+    assert len(mixed.val_dataloader().windows) == 10
+    batch = next(iter(mixed.train_dataloader()))
+    assert batch["inputs"].shape == batch["documents_BT"].shape == (8, 16)
+
+
+def test_data_that_a_run_refuses(corpus: Path, bytes_folder: Path) -> None:
+    for data, message in (
+        (DataConfig(mix={str(corpus): 1, str(bytes_folder): 1}), f"{bytes_folder} has another tokenizer than {corpus}"),
+        (DataConfig(mix={str(corpus): 0}), "it is a positive number"),
+        (DataConfig(mix={str(corpus): 1}, path=str(corpus)), "data.path and data.mix are both set"),
+        (DataConfig(path=str(bytes_folder)), "has no split val; it has train"),
+        (DataConfig(path="/nowhere"), "holds no prepared data"),
+    ):
+        with pytest.raises(DataError) as caught:
+            run(data)
+        assert message in str(caught.value)
+
+
+def test_a_run_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.config.PREPARED", tmp_path)
+    with pytest.raises(DataError) as caught:
+        run(load("fineweb_edu", ["max_tokens=1000"]))
+    folder = tmp_path / "fineweb_edu-gpt-neox-20b"
+    shown = f"{folder} is not prepared yet; run\n  python data/prepare.py fineweb_edu max_tokens=1000"
+    assert str(caught.value) == shown
+    assert not folder.exists()
+
+
+def test_a_data_set_prepared_otherwise(bytes_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit given when it was prepared is no difference; another source or tokenizer is."""
+    monkeypatch.setattr("data.config.PREPARED", bytes_folder.parent)
+    (bytes_folder.parent / "unnamed-bytes").symlink_to(bytes_folder)
+    same = DataConfig(source=SourceConfig(train=str(bytes_folder.parent / "a.txt")), tokenizer=TokenizerConfig("bytes"))
+    with pytest.raises(DataError, match="has no split val"):
+        run(replace(same, max_tokens=10**9))
+    with pytest.raises(DataError, match=r"was prepared with source.text=text instead of body; prepare another folder"):
+        run(replace(same, source=replace(same.source, text="body")))
