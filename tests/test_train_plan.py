@@ -37,7 +37,7 @@ from train.memory import (
 from train.optim import build_optimizer
 from train.parallel import parallelize
 from train.plan import PlanConfig, make_plan
-from train.schema import OptimConfig
+from train.schema import OptimConfig, PretrainConfig, micro_batch, problems
 
 LAYOUTS = ["mha", "gqa4", "cla2", "mixattention", "mla", "swa_sinks"]
 BATCH = 2
@@ -333,9 +333,8 @@ def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_command_is_one_that_pretrain_takes(capsys: pytest.CaptureFixture) -> None:
-    from train.schema import PretrainConfig, micro_batch, problems
-
-    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", "batch_size=128", "activation_checkpointing=true", "json=true")
+    changes = ["size.seq_len=512", "arch.pattern=[new kv, reuse kv x3]", "batch_size=128"]
+    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", *changes, "activation_checkpointing=true", "json=true")
     found = json.loads(capsys.readouterr().out)
     _, name, *arguments = shlex.split(found["command"])
     assert name == "train/pretrain.py"
@@ -349,6 +348,7 @@ def test_command_is_one_that_pretrain_takes(capsys: pytest.CaptureFixture) -> No
     assert not problems(config)
     assert micro_batch(config) == found["micro_batch"]
     assert (config.trainer.strategy, config.trainer.devices, config.batch_size) == ("fsdp", 4, 128)
+    assert (config.size.seq_len, config.arch.pattern) == (512, ["new kv", "reuse kv x3"])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Does a run fit, and how long does it take? `python train/plan.py +arch=cla2 +size=3b gpu=h100 gpus=8`. See --help."""
 
 import json
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -225,8 +228,13 @@ def assumed(config: PretrainConfig, flops: float, device: Device, mfu: float) ->
     return Speed(mfu * device.peak / flops, mfu, source)
 
 
-def make_plan(options: PlanConfig, choices: Choices, results: Path = RESULTS) -> dict[str, Any]:
-    """Everything that is shown, as plain data. Raises one of cli.MISTAKES."""
+def make_plan(
+    options: PlanConfig, choices: Choices, results: Path = RESULTS, changes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything that is shown, as plain data. `changes`: what was typed to change items of the size or the layout.
+
+    Raises one of cli.MISTAKES.
+    """
     config, device = pretrain_config(options), find_device(options)
     if not 0 < options.mfu <= 1:
         raise UsageError(f"mfu is {options.mfu}; it is a share of the peak, above 0 and at most 1")
@@ -269,14 +277,14 @@ def make_plan(options: PlanConfig, choices: Choices, results: Path = RESULTS) ->
         "source": speed.source,
         "hours": hours,
         "gpu_hours": hours * how.world,
-        "command": command(config, choices, micro),
+        "command": command(config, choices, changes, micro),
     }
 
 
-def command(config: PretrainConfig, choices: Choices, micro: int) -> str:
-    """What starts the run; changed items of the size or the layout are to be added."""
+def command(config: PretrainConfig, choices: Choices, changes: Sequence[str], micro: int) -> str:
+    """What starts the run."""
     trainer = config.trainer
-    words = ["python train/pretrain.py", f"+arch={choices.arch}", f"+size={choices.size}"]
+    words = ["python train/pretrain.py", f"+arch={choices.arch}", f"+size={choices.size}", *map(shlex.quote, changes)]
     if trainer.strategy != "auto":
         words += [f"trainer={trainer.strategy}", f"trainer.devices={trainer.devices}"]
     if trainer.num_nodes > 1:
@@ -338,7 +346,8 @@ def time_table(found: dict[str, Any]) -> Table:
 def main(config: DictConfig, choices: Choices) -> None:
     require(arch=choices.arch, size=choices.size)
     options: PlanConfig = OmegaConf.to_object(config)
-    found = make_plan(options, choices)
+    changes = [typed for typed in HydraConfig.get().overrides.task if re.match(r"[+~]*(arch|size)\.", typed)]
+    found = make_plan(options, choices, changes=changes)
     if options.json:
         print(json.dumps(found, indent=1))
         return
