@@ -252,17 +252,20 @@ def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train" / "gpu_suite.py"), "toy=true", "parts=decode", f"out={tmp_path}"]
     process = subprocess.Popen([*command, "child=true"], stdout=subprocess.DEVNULL)
     path, deadline = tmp_path / "decode.json", time.monotonic() + 120
-    while not path.exists():
+    while not path.exists() or not read(tmp_path, "decode")["cases"]:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = read(tmp_path, "decode")["cases"]
+    killed = read(tmp_path, "decode")
+    before = killed["cases"]
     done = run_script("train/gpu_suite.py", "toy=true", "parts=decode", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     after = read(tmp_path, "decode")
     assert len(before) < len(after["cases"])
     assert len(after["starts"]) == 2
+    assert list(after["cases"])[-1] == killed["running"]
+    assert after["running"] is None
     for key, case in after["cases"].items():
         assert case["start"] == (0 if key in before else 1)
         assert before.get(key, case) == case

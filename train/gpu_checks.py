@@ -16,7 +16,7 @@ from .machine import ROOT
 
 
 def ceilings(options: Options) -> list[Case]:
-    """Rates that nothing on this device exceeds: matrix products of random numbers, and copies in its memory."""
+    """What the device reaches where nothing stands in the way: products of random matrices, copies in its memory."""
     sizes = [64] if options.toy else [4096, 8192, 16384]
     products = [
         Case(f"matmul-bf16-{n}", 5, lambda n=n: matmul(n, options), lambda r: f"{r['tflops']['median']:.0f} TFLOP/s")
@@ -41,7 +41,7 @@ def copy(options: Options) -> dict[str, Any]:
 
 
 def attention(options: Options) -> list[Case]:
-    """Every backend against fp64 and the others, forward and backward, and how fast: eval/bench_attention.py."""
+    """Every backend against fp64, forward and backward, and how fast: eval/bench_attention.py."""
     try:
         from eval.bench_attention import cases, run_case
     except ImportError as error:

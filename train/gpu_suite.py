@@ -146,16 +146,17 @@ def run_part(part: str, request: Request) -> int:
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "cases": {}}
     started = environment() | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     result["starts"].append(started | ({"git": request.git} if request.git else {}))
-    result |= {"failed": {}, "skipped": {}, "left": []}
+    died_in = result.get("running")  # the process before this one; whatever did that now comes last
+    result |= {"failed": {}, "skipped": {}, "left": [], "running": None}
     deadline = time.monotonic() + 60 * request.part_minutes
-    for case in PARTS[part](request.options):
+    for case in sorted(PARTS[part](request.options), key=lambda case: case.key == died_in):
         if case.key in result["cases"]:
             continue
         if time.monotonic() + case.seconds > deadline:
             result["left"].append(case.key)
-        else:
-            run_case(part, case, result)
-        write_json(path, result)
+            continue
+        write_json(path, result | {"running": case.key})
+        run_case(part, case, result)
     write_json(path, result)
     if result["left"]:
         print(f"{part}: no time for {', '.join(result['left'])}; start the suite again to go on")
