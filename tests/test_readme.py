@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
+from data.config import load
+
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.strip().splitlines()]
@@ -27,20 +29,36 @@ def of(word: str) -> list[str]:
 
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
-    kinds = ("python train/pretrain.py", "python eval/footprint.py", "python eval/pareto.py", "make ", "uv ")
+    scripts = ("train/pretrain", "train/plan", "data/prepare", "eval/footprint", "eval/pareto")
+    kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
         assert command.startswith(kinds + by_hand), command
 
 
-def test_train_and_compare(tmp_path: Path) -> None:
-    """In the README's order and from a folder of the user's own: train, sweep, shard, resume, compare."""
+def test_prepare_train_and_compare(tmp_path: Path) -> None:
+    """In the README's order and from a folder of the user's own: prepare, train, sweep, shard, resume, compare."""
+    (tmp_path / "books").mkdir()
+    for number in range(40):
+        text = "\n".join(f"Chapter {line} of book {number}: {'many words ' * (line % 5)}" for line in range(60))
+        (tmp_path / "books" / f"{number}.txt").write_text(text)
+    prepare = of("python data/prepare.py")
+    assert len(prepare) == 3
+    for command in prepare:
+        _, script, name, *options = shlex.split(command)
+        if name == "slimpajama":  # which needs the network
+            assert load(name, options).max_tokens == 31_000_000_000
+            continue
+        done = run_script(script, name, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
     resumable = None
     for command in of("python train/pretrain.py"):
         _, script, *arguments = shlex.split(command)
         if "--help" not in arguments:
             arguments = [argument.replace("devices=8", "devices=2") for argument in arguments]
             arguments = [f"resume={resumable}" if a.startswith("resume=") else a for a in arguments]
+            arguments += ["data=stdlib"] if any("cla_1b" in argument for argument in arguments) else []
             arguments += ["tokens=512"] if f"resume={resumable}" in arguments else SHORT
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
@@ -53,6 +71,14 @@ def test_train_and_compare(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "pareto.png").exists()
 
 
+def test_plan(tmp_path: Path) -> None:
+    (command,) = of("python train/plan.py")
+    _, script, *arguments = shlex.split(command)
+    done = run_script(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "verdict: " in done.stdout
+
+
 def test_count(tmp_path: Path) -> None:
     for command in of("python eval/footprint.py"):
         _, script, *arguments = shlex.split(command)
@@ -62,11 +88,21 @@ def test_count(tmp_path: Path) -> None:
 
 
 def test_make_runs_what_it_says() -> None:
-    """`make test` is what CI runs; the demo's recipe is the two commands tested above."""
-    assert set(of("make ")) == {"make demo", "make test"}
-    recipe = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention +size=tiny" in recipe
-    assert "eval/pareto.py runs/demo-" in recipe
+    """`make test` is what CI runs; the demo is two commands tested above, bench and gpu have tests of their own."""
+    recipes = {
+        "make demo": (
+            "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention +size=tiny",
+            "eval/pareto.py runs/demo-",
+        ),
+        "make test": ("-m pytest",),
+        "make bench": ("train/bench.py +arch=gqa4 +size=20m",),
+        "make gpu": ("train/gpu_suite.py",),
+    }
+    assert set(of("make ")) == set(recipes)
+    for command, expected in recipes.items():
+        words = [*command.split(), "-n"]
+        recipe = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert all(part in recipe for part in expected), command
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
