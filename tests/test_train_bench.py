@@ -122,6 +122,7 @@ def test_ceilings(tmp_path: Path) -> None:
     assert suite(tmp_path, "parts=ceilings", "git=abc") == 0
     result = read(tmp_path, "ceilings")
     assert result["starts"][0]["git"] == "abc"
+    assert {"driver", "hardware", "versions", "date", "command"} <= set(result["starts"][0])
     assert result["cases"]["matmul-bf16-64"]["tflops"]["median"] > 0
     assert len(result["cases"]["copy"]["gb_per_second"]["all"]) == 7
 

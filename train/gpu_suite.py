@@ -34,7 +34,7 @@ import torch
 from train import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.bench_peers import UnavailableError
 from train.gpu_case import Case, Options
-from train.machine import ROOT, environment, write_json
+from train.machine import ROOT, driver, environment, write_json
 
 PARTS = {
     "ceilings": gpu_checks.ceilings,
@@ -144,7 +144,7 @@ def run_part(part: str, request: Request) -> int:
     """Every case of the part that has no result yet and fits into the time. Returns 1 if one failed."""
     path = request.out / f"{part}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "cases": {}}
-    started = environment() | {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+    started = environment() | {"driver": driver(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     result["starts"].append(started | ({"git": request.git} if request.git else {}))
     died_in = result.get("running")  # the process before this one; whatever did that now comes last
     result |= {"failed": {}, "skipped": {}, "left": [], "running": None}

@@ -35,7 +35,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: found for package in PACKAGES if (found := installed(package)) is not None},
         "hardware": hardware(),
-        "driver": driver(),
     }
 
 
