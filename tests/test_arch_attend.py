@@ -100,20 +100,24 @@ def test_half_precision_stays_close(name: str, sink: float | None) -> None:
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("value_width", [8, 12])
-def test_sdpa_gets_what_fused_kernels_take(value_width: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of one width, no grouped heads beside a mask: else torch quietly takes its slow path."""
+@pytest.mark.parametrize("length", [1, 5])
+def test_sdpa_gets_what_fused_kernels_take(
+    value_width: int, sinks: bool, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of one width, else torch quietly takes its slow path; a step folds heads into its one query."""
     seen = []
     fused = torch.nn.functional.scaled_dot_product_attention
 
     def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
         seen.append({q.shape[-1], k.shape[-1], v.shape[-1]})
         assert q.shape[-1] % 8 == 0
-        assert q.shape[1] == k.shape[1] and not options["enable_gqa"]
+        assert (q.shape[1] == k.shape[1]) == (length == 1)
+        assert options["enable_gqa"] == (length > 1)
         return fused(q, k, v, **options)
 
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
-    q, k, v = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, value_width)
-    mask = dense(Sequences(1, 5, None, CPU), 3)
+    q, k, v = torch.randn(1, length, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, value_width)
+    mask = Dense(False, visible(torch.arange(5 - length, 5), torch.arange(5), 3))
     out = sdpa(q, k, v, mask, 1.0, torch.zeros(4) if sinks else None)
     assert out.shape[-1] == value_width
     assert [len(widths) for widths in seen] == [1]

@@ -414,18 +414,6 @@ def test_wandb_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert wandb_key()
 
 
-@pytest.mark.slow
-def test_wandb_that_cannot_be_reached_costs_half_a_minute_and_nothing_else(tmp_path: Path, corpus: Path) -> None:
-    """A key is set and there is no server: in a process of its own, as wandb keeps its first settings."""
-    arguments = ["+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", f"folder={tmp_path / 'run'}"]
-    environment = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://localhost:9"}
-    done = run_script("train/pretrain.py", *arguments, environment=environment)
-    assert done.returncode == 0, done.stderr
-    assert "wandb cannot be reached" in done.stderr
-    assert "logging offline" in done.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
 def test_neighbours_that_are_no_runs_are_passed_over(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "summary.json").write_text('{"a": 1}')

@@ -173,10 +173,13 @@ def take_turns(peers: dict[str, Peer], size: SizeConfig, batch: int, repeats: in
 
 
 def loader_against_peer(options: BenchConfig) -> dict[str, Any]:
-    folder, manifest = open_data(options.data)
+    ((folder, manifest),) = open_data(options.data).items()
+    corpus = manifest.recipe["source"]["corpus"]
+    if corpus is None:
+        return {"skipped": f"{folder} was not made of a corpus that is on every machine, such as stdlib"}
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "train.jsonl"
-        bench_loader.write_text(manifest.corpus, text, options.documents)
+        bench_loader.write_text(corpus, text, options.documents)
         try:
             batch, seq_len = options.batch_size, options.size.seq_len
             return bench_loader.measure(
