@@ -1,5 +1,7 @@
 """Applied to a model from outside, in this order: activation checkpointing, compilation, sharding."""
 
+import warnings
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -30,6 +32,8 @@ def parallelize(
         for block in model.layers:
             block.compile()
     if mesh is not None:
+        # Values leave a block as views, which nothing changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
