@@ -8,6 +8,7 @@ Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernels import flash, flash_mask, flash_missing, flex, varlen
 from .layers import at_least_fp32
@@ -62,13 +64,17 @@ def reference(
     return torch.einsum("bnts,bnsv->btnv", weight, v).to(q_BTNH.dtype)
 
 
+# cuDNN, which torch prefers on Hopper, plans anew for each number of slots: tens of milliseconds per decoded token.
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
     """torch's fused attention. All but the plain causal mask is a dense one, which is slow on CUDA.
 
     What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
     one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
     """
-    value_width, length = v_BSKV.shape[-1], q_BTNH.shape[1]
+    value_width, length, slots = v_BSKV.shape[-1], q_BTNH.shape[1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     width = -(-max(q_BTNH.shape[-1], value_width) // 8) * 8
@@ -81,15 +87,16 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
         allowed = None if allowed is None else repeat(allowed, "... t s -> ... (g t) s", g=group)
     elif group > 1 and q.is_cuda and q.dtype == torch.float32:
         k, v = (repeat(x, "b k s h -> b (k g) s h", g=group) for x in (k, v))
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=allowed,
-        is_causal=mask.causal,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    with sdpa_kernel(NOT_CUDNN) if q.is_cuda and length != slots else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=mask.causal,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return rearrange(out, "b k (g t) v -> b t (k g) v", t=length)[..., :value_width]
 
 

@@ -15,8 +15,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from arch.attend import BACKENDS, Needs, attend, reference
@@ -182,6 +180,9 @@ def milliseconds(run: Callable[[], Any], device: str) -> float:
 
 
 def main() -> None:
+    from rich.console import Console  # a GPU machine may lack it, and `cases` and `run_case` need it not
+    from rich.table import Table
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     columns = ("backend", "shape", "length", "window", "documents", "sinks")
     figures = ("ms_mask", "ms_forward", "ms_both", "tflops_forward", "tflops_both")

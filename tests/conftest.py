@@ -17,12 +17,12 @@ import data.corpora
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, resolve
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
-from eval.cli import launch, load_arch, names
+from train.bench_measure import CONFIGS, load_arch  # not eval/cli.py: the tests of a GPU run without Hydra
 from train.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = names("arch")
-SIZES = names("size")
+ARCHS = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))
+SIZES = sorted(path.stem for path in (CONFIGS / "size").glob("*.yaml"))
 WINDOW = 6
 
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
@@ -106,6 +106,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:
     """A script's command line, without the seconds that a new process takes to import torch."""
+    from eval.cli import launch
+
     argv = sys.argv
     sys.argv = [f"{name}.py", *arguments]
     try:

@@ -102,6 +102,21 @@ def test_sdpa_is_fused(
     assert (out.double() - exact).norm() < TOLERANCE[dtype] * exact.norm()
 
 
+def test_decoding_is_not_planned_anew_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k = (torch.randn(1, length, 8, 64, device="cuda", dtype=torch.bfloat16) for length in (1, 40))
+    sdpa(q, k, k, Dense(False, None), 0.1, None)
+    sdpa(k, k, k, Dense(True, None), 0.1, None)
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     ("backend", "name"),

@@ -1,5 +1,7 @@
 """Packed documents: each is computed as if it were alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import build, small, tokens
@@ -124,3 +126,24 @@ def test_auto_for_documents() -> None:
     assert model.attention().startswith("global: sdpa (")
     assert "local: flex (" in model.attention()
     assert model.attention(documents=True).startswith("global, local: flex (")
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_masks_of_a_new_batch_compile_nothing(with_documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention's masks are functions made anew for each batch: a compiled block must not tell them apart."""
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], devices=frozenset()))
+    model = build(small("swa", num_layers=2, head_dim=16, window=150), torch.float32, "flex")
+    torch._dynamo.reset()
+    for block in model.layers:
+        block.compile(backend="eager")
+
+    def run(length: int, seed: int) -> None:
+        cut = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.02
+        with torch.no_grad():
+            model(tokens(2, length), documents_BT=cut.cumsum(1) if with_documents else None)
+
+    run(300, seed=0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(300, seed=1)
+        with pytest.raises(RuntimeError, match="recompile"):
+            run(310, seed=2)

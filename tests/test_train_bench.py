@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import torch
 from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, small
 
 import eval.cli
-from train import bench, bench_loader, bench_measure, gpu_study, gpu_suite
+from train import bench, bench_loader, bench_measure, bench_peers, gpu_study, gpu_suite
 from train.bench_peers import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.gpu_case import Case, Options
+from train.loss import cross_entropy_sum
 
 CPU = torch.device("cpu")
 
@@ -137,6 +139,8 @@ def test_throughput_of_every_family(tmp_path: Path) -> None:
             case["tokens_per_second"]
         )
         assert len(case["losses"]) == 5
+        assert {"part", "arch", "size", "gpu", "seq_len", "peak_memory_bytes"} <= case.keys()  # of train/plan.py
+    assert {case["part"] for case in ours.values()} == {"train"}
     if "hugging_face-mha-1b-2048" in result["cases"]:
         assert result["cases"]["hugging_face-mha-1b-2048"]["params"] == ours["ours-mha-1b-2048"]["params"]
 
@@ -272,23 +276,65 @@ def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
         assert before.get(key, case) == case
 
 
-def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
-    code = f"""
+def without(*packages: str) -> str:
+    """Python code, to put before other code: where these are not installed, and the repository is what is imported."""
+    return f"""
 import sys
 class Block:
-    names = {{"lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich",
-             "datasets", "litgpt", "pytest"}}
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
+        if name.partition(".")[0] in {packages}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, {str(ROOT)!r})
-from train import gpu_suite
-sys.exit(gpu_suite.main(["toy=true", "child=true", "parts=ceilings,train_1b,decode", "out={tmp_path}"]))
 """
+
+
+def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
+    absent = ("lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich")
+    arguments = ["toy=true", "child=true", "parts=ceilings,train_1b,attention,decode", f"out={tmp_path}"]
+    code = without(*absent, "datasets", "litgpt", "pytest")
+    code += f"from train import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(read(tmp_path, "train_1b")["skipped"]) == {
         f"{peer}-{arch}-1b-2048" for peer in ("hugging_face", "litgpt") for arch in ("mha", "gqa4")
     }
     assert len(read(tmp_path, "decode")["cases"]) == 6
+    assert len(read(tmp_path, "attention")["cases"]) == 3
+
+
+def test_gpu_tests_are_collected_without_hydra() -> None:
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_arch_attend_gpu.py"]
+    code = without("lightning", "hydra", "omegaconf", "wandb")
+    code += f"import pytest\nsys.exit(pytest.main({arguments}))"
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # Hydra brings one
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_gpu_tests_that_take_too_long_leave_their_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("pytest", 1, output=b"test_one PASSED")
+
+    monkeypatch.setattr(gpu_suite.gpu_checks.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="test_one PASSED"):
+        gpu_suite.gpu_checks.gpu_tests(Options(toy=False))
+
+
+def test_ours_is_measured_with_the_loss_it_is_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(bench_peers, "parallelize", lambda model, **_: None)
+    monkeypatch.setattr(
+        bench_peers, "cross_entropy_sum", lambda targets, compiled: asked.append(compiled) or cross_entropy_sum(targets)
+    )
+    inputs, targets = random_batch(61, 1, 8, torch.device("cpu"), seed=0)
+    for compiled in (False, True):
+        bench_peers.ours(small("mha"), torch.device("cpu"), compiled).loss(inputs, targets)
+    assert asked == [False, True]
+
+
+def test_study_prepares_its_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("data.prepare.prepare", made.append)
+    folder = gpu_study.default_data()
+    assert (folder.name, made[0].source.corpus, made[0].tokenizer.vocab_size) == ("stdlib-bpe8192", "stdlib", 8192)

@@ -300,6 +300,9 @@ def test_measured_speed_is_preferred(tmp_path: Path) -> None:
     assert found["mfu"] == pytest.approx(40_000 * found["flops_per_token"] / 989.5e12), "ours, not the file's"
     assert found["source"].startswith("measured on 1 x NVIDIA H200 (gpu/train.json), scaled linearly; 64 GiB")
     assert planned(gpu="h200", activation_checkpointing=True, results=tmp_path)["tokens_per_second"] == 90_000
+    case = record | {"tokens_per_second": 50_000.0, "peak_memory_bytes": None}
+    (tmp_path / "gpu" / "train_1b.json").write_text(json.dumps({"starts": [], "cases": {"ours-cla2": case}}))
+    assert planned(gpu="h200", gpus=8, results=tmp_path)["tokens_per_second"] == 8 * 50_000
     changed = load_size("1b")
     changed.d_ff = 4096
     for other in ({"size": changed}, {"arch": load_arch("mqa")}, {"gpu": "b200"}):

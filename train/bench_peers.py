@@ -60,7 +60,7 @@ def ours(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
     model.init_weights(0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        total: Tensor = model(inputs_BT, head=cross_entropy_sum(targets_BT))
+        total: Tensor = model(inputs_BT, head=cross_entropy_sum(targets_BT, compiled))
         return total / targets_BT.numel()
 
     return Peer("kvfrontier", "", model, loss)

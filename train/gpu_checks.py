@@ -14,6 +14,8 @@ from .bench_peers import UnavailableError
 from .gpu_case import Case, Options
 from .machine import ROOT
 
+TESTS = 420  # seconds that the tests may take
+
 
 def ceilings(options: Options) -> list[Case]:
     """What the device reaches where nothing stands in the way: products of random matrices, copies in its memory."""
@@ -72,11 +74,18 @@ def tests(options: Options) -> list[Case]:
 
 
 def gpu_tests(options: Options) -> dict[str, Any]:
-    """The outcome, whatever it is; raises UnavailableError where pytest is not installed."""
+    """The outcome, whatever it is. Only the files that need a GPU are collected: others import what may be missing.
+
+    Raises UnavailableError where pytest is not installed, RuntimeError with what was done where it takes too long.
+    """
     if importlib.util.find_spec("pytest") is None:
         raise UnavailableError("pytest is not installed")
-    chosen = ["tests/test_house.py"] if options.toy else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *chosen]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=420)
+    files = [ROOT / "tests/test_house.py"] if options.toy else sorted((ROOT / "tests").glob("*_gpu.py"))
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", *map(str, files)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS)
+    except subprocess.TimeoutExpired as error:
+        output = (error.stdout or b"").decode(errors="replace")
+        raise RuntimeError(f"stopped after {TESTS} s:\n{output[-20000:]}") from error
     lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
     return {"exit_code": done.returncode, "summary": lines[-1], "output": (done.stdout + done.stderr)[-20000:]}

@@ -23,6 +23,7 @@ from torch import nn
 from arch import Decoder, ModelConfig, resolve
 from arch.footprint import kv_bytes
 from data.batches import EvalBatches, TrainBatches
+from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
 from data.shards import Manifest, TokenWindows
 
 from .bench_peers import UnavailableError, ours
@@ -77,12 +78,14 @@ def train(arch: str, seed: int, options: Options) -> dict[str, Any]:
 def default_data() -> Path:
     """The standard library's source in 8192 tokens. Raises UnavailableError where it cannot be tokenised here."""
     try:
-        from data.prepare import default_folder, prepare
+        from data.prepare import prepare
     except ImportError as error:
         raise UnavailableError(f"text cannot be tokenised here ({error}); give prepared shards with data=") from error
-    folder = default_folder("stdlib", 8192)
-    prepare("stdlib", 8192, folder)
-    return folder
+    config = PrepareConfig(
+        name="stdlib", source=SourceConfig(corpus="stdlib"), tokenizer=TokenizerConfig(vocab_size=8192)
+    )
+    prepare(config)
+    return folder_of(config)
 
 
 def pretrain(arch: str, config: ModelConfig, folder: Path, seed: int) -> float:
@@ -115,7 +118,8 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
     scheduler = schedule(optimizer, optim, steps)
     for number, batch in enumerate(made, start=1):
         with autocast(device):
-            loss = model(batch["inputs"].to(device), head=cross_entropy_sum(batch["targets"].to(device)))
+            head = cross_entropy_sum(batch["targets"].to(device), compiled=device.type == "cuda")
+            loss = model(batch["inputs"].to(device), head=head)
         (loss / batch["step_targets"]).backward()
         if number % made.accumulate == 0:
             nn.utils.clip_grad_norm_(model.parameters(), optim.clip)

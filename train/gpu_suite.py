@@ -38,9 +38,9 @@ from train.machine import ROOT, driver, environment, write_json
 
 PARTS = {
     "ceilings": gpu_checks.ceilings,
-    "attention": gpu_checks.attention,
     "train_1b": gpu_train.train_1b,
     "tests": gpu_checks.tests,
+    "attention": gpu_checks.attention,
     "decode": gpu_decode.decode,
     "train_1b_8k": gpu_train.train_1b_8k,
     "train_3b": gpu_train.train_3b,

@@ -14,6 +14,7 @@ import torch
 
 from arch import ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
+from eval.hardware import find_gpu
 
 from .bench_measure import seconds, spread
 from .bench_peers import BUILDERS, Step, random_batch
@@ -51,7 +52,7 @@ def throughput(size: str, seq_len: int, estimate: float, options: Options) -> li
         Case(
             f"{peer}-{arch}-{size}-{seq_len}",
             estimate * (1 if peer == "ours" else 2),
-            functools.partial(measure, peer, model_config(arch, size, options, seq_len), options),
+            functools.partial(record, peer, arch, size, seq_len, options),
             _line,
         )
         for peer, arch in chosen
@@ -60,8 +61,19 @@ def throughput(size: str, seq_len: int, estimate: float, options: Options) -> li
 
 def _line(result: dict[str, Any]) -> str:
     mfu = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
-    peak = "" if result["peak_bytes"] is None else f", {result['peak_bytes'] / 2**30:.0f} GiB"
+    peak = "" if result["peak_memory_bytes"] is None else f", {result['peak_memory_bytes'] / 2**30:.0f} GiB"
     return f"{result['tokens_per_second']:,.0f} tok/s{mfu}{peak}, micro-batch {result['micro_batch']}"
+
+
+def record(peer: str, arch: str, size: str, seq_len: int, options: Options) -> dict[str, Any]:
+    """What was measured, and the keys by which train/plan.py finds that of ours."""
+    about = {
+        "part": "train" if peer == "ours" else "peer",
+        "arch": arch,
+        "size": "toy" if options.toy else size,
+        "gpu": torch.cuda.get_device_name() if options.device.type == "cuda" else None,
+    }
+    return about | measure(peer, model_config(arch, size, options, seq_len), options)
 
 
 def measure(peer: str, config: ModelConfig, options: Options) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def run(peer: str, config: ModelConfig, batch: int, options: Options) -> dict[st
         "tokens_per_second": speed,
         "flops_per_token": flops,
         "mfu": None if peak is None else speed * flops / peak,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         "losses": values,
     }
@@ -130,5 +142,5 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s that the maker states for the device; None where it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return 989e12 if "H100" in name or "H200" in name else None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.flops("bf16") if gpu else None

@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -183,8 +183,9 @@ def measurements(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             content = json.loads(path.read_text())
         except ValueError:
             continue
-        records = content.get("records", [content]) if isinstance(content, dict) else content
-        for record in records if isinstance(records, list) else []:
+        cases = content.get("cases") if isinstance(content, dict) else content
+        records = cases.values() if isinstance(cases, dict) else cases  # a part of train/gpu_suite.py, or a list
+        for record in records if isinstance(records, Iterable) else []:
             if isinstance(record, dict) and record.get("part") == "train":
                 yield path, record
 
