@@ -23,7 +23,8 @@ from .machine import write_json
 class Checkpoints(L.Callback):
     """Saves every `every` steps, where validation is best so far, and at the end; keeps the newest `keep` and the best.
 
-    Also restores: from `start`, a checkpoint of this run, when training begins.
+    Also restores: from `start`, a checkpoint of this run, when training begins. `run` and `start` of the first process
+    count for all: the others may have made up another folder, by their clock.
     """
 
     def __init__(self, run: Path, every: int, keep: int, start: Path | None):
@@ -35,6 +36,10 @@ class Checkpoints(L.Callback):
     def best_file(self) -> Path:
         return self.run / "checkpoints" / "best.json"
 
+    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+        self.run, self.start = trainer.strategy.broadcast((self.run, self.start))
+        module.config.folder = str(self.run)
+
     def on_fit_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
         if self.start is None:
             return
@@ -42,7 +47,9 @@ class Checkpoints(L.Callback):
         self.step = checkpoint.step_of(self.start)
         module.go_on_after(self.step)
         if self.best_file.is_file():
-            self.best = json.loads(self.best_file.read_text())["val_loss"]
+            best = json.loads(self.best_file.read_text())
+            if best["checkpoint"] <= self.start.name:  # or it was one of the broken ones
+                self.best = best["val_loss"]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
@@ -51,7 +58,7 @@ class Checkpoints(L.Callback):
             self.save(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
-        if module.last_val["loss"] < self.best and trainer.state.fn == "fit":
+        if module.last_val["loss"] < self.best:
             self.best = module.last_val["loss"]
             self.save(trainer, module)
             if trainer.is_global_zero:
@@ -75,12 +82,20 @@ class Checkpoints(L.Callback):
         checkpoint.save(folder, module.model, trainer.optimizers[0], step, module.describe())
         self.step = step
         if trainer.is_global_zero:
-            kept = {path.name for path in checkpoint.checkpoints(self.run)[: self.keep]}
-            if self.best_file.is_file():
-                kept.add(json.loads(self.best_file.read_text())["checkpoint"])
-            for path in checkpoint.checkpoints(self.run):
-                if path.name not in kept:
-                    shutil.rmtree(path)
+            self.prune()
+
+    def prune(self) -> None:
+        """Delete what is not kept: checkpoints after this step too, which were broken when the run was resumed.
+
+        What cannot be deleted, because another program reads it, is tried again with the next checkpoint.
+        """
+        saved = checkpoint.checkpoints(self.run)
+        kept = {path.name for path in [path for path in saved if checkpoint.step_of(path) <= self.step][: self.keep]}
+        if self.best_file.is_file():
+            kept.add(json.loads(self.best_file.read_text())["checkpoint"])
+        for path in [*saved, *(self.run / "checkpoints").glob("step-*.partial")]:
+            if path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def folder_name(step: int) -> str:
@@ -110,19 +125,17 @@ class Stop(L.Callback):
         self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
         self.received = 0
         self.group: dist.ProcessGroup | None = None
-
-    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
-        self._listen()
-
-    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
-        self._listen()
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        if trainer.world_size > 1:
-            self.group = dist.new_group(backend="gloo")
-
-    def _listen(self) -> None:
+        # From now on, because the first process starts the others before `setup`, and they would outlive it.
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
+
+    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -146,4 +159,6 @@ class Stop(L.Callback):
             return
         self.checkpoints.save(trainer, module)
         reason = "trainer.max_hours are over" if asked == self.TIME_IS_UP else signal.Signals(asked).name
-        raise Stopped(f"stopped after step {trainer.global_step} ({reason})", 130 if asked == signal.SIGINT else 0)
+        # The first process speaks for all; where another ended with an error, Lightning would kill it.
+        code = 130 if asked == signal.SIGINT and trainer.is_global_zero else 0
+        raise Stopped(f"stopped after step {trainer.global_step} ({reason})", code)

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
@@ -62,6 +64,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 
     Raises TrainingError, and leaves nothing of it, where it cannot be written.
     """
+    if isinstance(model, FSDPModule):
+        model.reshard()  # after a forward pass alone the root is still gathered, in tensors the optimizer does not know
     partial = folder.with_name(f"{folder.name}.partial")
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -85,10 +89,16 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
 
-    Raises TrainingError where the names or shapes are not those of `model`.
+    Raises TrainingError where it cannot be read, or its names or shapes are not those of `model`.
     """
-    reader = HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
+    try:
+        _load(folder, model, optimizer)
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
+
+
+def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     tensors = named_tensors(model, None)
     unknown = sorted(name for name in saved if name.startswith("model.") and name not in tensors)
     wrong = [
@@ -100,17 +110,28 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise TrainingError(f"{folder} is of another model: {'; '.join(wrong[:3])}{more}")
     if optimizer is not None:
-        by_name = dict(model.named_parameters())
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for entry in (name for name in saved if name.startswith("optimizer.")):
-            _, key, name = entry.split(".", 2)
-            parameter = by_name[name]
-            if id(parameter) in trained:
-                size, dtype = saved[entry].size, saved[entry].properties.dtype
-                like = parameter.detach() if size == parameter.shape else torch.empty(size, device=parameter.device)
-                optimizer.state[parameter][key] = torch.zeros_like(like, dtype=dtype)
+        _make_state(folder, saved, model, optimizer)
         tensors = named_tensors(model, optimizer)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
+
+
+def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Empty state for every trained parameter, of the names and types in `saved`."""
+    by_name = dict(model.named_parameters())
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for entry in (name for name in saved if name.startswith("optimizer.")):
+        _, key, name = entry.split(".", 2)
+        parameter = by_name.get(name)
+        size, dtype = saved[entry].size, saved[entry].properties.dtype
+        if parameter is None or size not in (parameter.shape, torch.Size()):
+            raise TrainingError(f"{folder} is of another model: it has {entry} {list(size)}")
+        if id(parameter) in trained:
+            like = parameter.detach() if size == parameter.shape else torch.empty((), device=parameter.device)
+            optimizer.state[parameter][key] = torch.zeros_like(like, dtype=dtype)
+    lacking = [n for n, p in by_name.items() if id(p) in trained and not optimizer.state.get(p)]
+    if lacking:
+        names = ", ".join(lacking[:3])
+        raise TrainingError(f"{folder} lacks the optimizer state of {names}; a new run can have its weights by init=")
 
 
 def load_info(folder: Path) -> dict[str, Any]:
@@ -132,7 +153,11 @@ def verify(folder: Path) -> None:
             raise TrainingError(f"{path} is missing")
         if path.stat().st_size != written["bytes"]:
             raise TrainingError(f"{path} has {path.stat().st_size} bytes, {written['bytes']} were written")
-        if _describe(path) != written:
+        try:
+            found = _describe(path)
+        except OSError as error:
+            raise TrainingError(f"{path} cannot be read ({error})") from error
+        if found != written:
             raise TrainingError(f"{path} has been altered: its checksum is not the one written")
 
 

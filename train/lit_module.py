@@ -59,7 +59,7 @@ class LitDecoder(L.LightningModule):
         )
         self.model.to_empty(device=device)
         self.model.init_weights(self.config.seed)
-        if self.config.init is not None and self.config.resume is None:
+        if self.config.init is not None and not checkpoint.checkpoints(Path(self.config.folder)):
             checkpoint.load(checkpoint.find(Path(self.config.init)), self.model)
         if self.config.train_only is not None:
             for name, parameter in self.model.named_parameters():
@@ -137,7 +137,10 @@ class LitDecoder(L.LightningModule):
         return {"config": asdict(config), "plan": self.model.plan.to_dict()}
 
     def go_on_after(self, step: int) -> None:
-        """Set the loop's counters as they are after `step` steps, in as many micro-batches as a step has now."""
+        """Set the loop's counters as they are after `step` steps, in as many micro-batches as a step has now.
+
+        Where a validation is due after this step, it comes first: the run may have been stopped before its end.
+        """
         loop = self.trainer.fit_loop
         state = loop.state_dict()
         progress = state["epoch_loop.batch_progress"]
@@ -147,6 +150,12 @@ class LitDecoder(L.LightningModule):
         for counts in (steps["current"], steps["total"]):
             counts |= dict.fromkeys(counts, step)
         state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+        state["epoch_loop.val_loop.batch_progress"]["total"] |= {
+            "ready": 1,
+            "started": 1,
+            "processed": 0,
+            "completed": 0,
+        }
         state["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         loop.load_state_dict(state)
 

@@ -88,8 +88,9 @@ def run(config: PretrainConfig) -> None:
     plan = resolve(ModelConfig(config.arch, config.size))
     device, attention = check(config)
     try:
-        start = None if config.resume is None else checkpoint.newest(Path(config.resume))
-        if config.init is not None and config.resume is None:
+        first = rank_zero_only.rank == 0  # which reads every byte of a checkpoint, and tells the others
+        start = checkpoint.newest(Path(config.resume)) if config.resume is not None and first else None
+        if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
             checkpoint.find(Path(config.init))
     except TrainingError as error:
         raise UsageError(str(error)) from error
@@ -105,7 +106,7 @@ def run(config: PretrainConfig) -> None:
     failed = True
     try:
         trainer = build_trainer(config, folder, plan, device, start)
-        fit(trainer, module, data, folder)
+        fit(trainer, module, data)
         if trainer.is_global_zero:
             finish(trainer, module, config, plan, data.digest)
         failed = False
@@ -133,26 +134,33 @@ def check(config: PretrainConfig) -> tuple[str, str]:
     return device, attention
 
 
-def fit(trainer: L.Trainer, module: LitDecoder, data: Data, folder: Path) -> None:
+def fit(trainer: L.Trainer, module: LitDecoder, data: Data) -> None:
     """Train to the last step. Where the run is asked to stop it saves its state and ends the process."""
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
     try:
         trainer.fit(module, data)
+        if not module.last_val:  # the run had ended before
+            trainer.validate(module, data, verbose=False)
     except Stopped as stopped:
         if trainer.is_global_zero:
-            print(f"{stopped.reason}; resume={folder} continues", file=sys.stderr)
+            print(f"{stopped.reason}; resume={module.config.folder} continues", file=sys.stderr)
         raise
-    except (TrainingError, DataError) as error:
-        saved = checkpoint.checkpoints(folder)
-        kept = "There was no checkpoint yet"
-        if saved:
-            kept = f"The last good checkpoint is {saved[0]}; resume={folder} continues from it"
-        raise TrainingError(f"{error}. {kept}.") from error
+    except (TrainingError, DataError, OSError) as error:
+        raise TrainingError(f"{error}. {kept(Path(module.config.folder))}.") from error
     if trainer.global_step != num_steps(module.config):
         raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
-    if not module.last_val:  # the run had ended before
-        trainer.validate(module, data, verbose=False)
+
+
+def kept(folder: Path) -> str:
+    """What is left of a run that failed."""
+    try:
+        saved = checkpoint.newest(folder)
+    except TrainingError as error:
+        return str(error)
+    if saved is None:
+        return "There was no checkpoint yet"
+    return f"The last good checkpoint is {saved}; resume={folder} continues from it"
 
 
 def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, data: str) -> None:

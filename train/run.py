@@ -30,19 +30,21 @@ GROUPS = ("optim", "trainer", "logger")
 def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[str, Any]) -> None:
     """All but the results. Each start of the run, `about` it included, is one more entry of run.json.
 
-    Raises UsageError where the folder cannot be made.
+    Raises UsageError where the folder cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.json"
+        starts = json.loads(path.read_text()) if path.exists() else []
+        write_json(path, [*starts, {**about, **environment()}])
+        write_json(folder / "plan.json", plan.to_dict())
+        partial = folder / "config.yaml.partial"
+        OmegaConf.save(OmegaConf.structured(config), partial)
+        partial.replace(folder / "config.yaml")  # last: from now on the folder holds a run
     except OSError as error:
         raise UsageError(
-            f"cannot make the run folder {folder} ({error.strerror}); give another with folder="
+            f"cannot write to the run folder {folder} ({error.strerror}); give another with folder="
         ) from error
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
-    write_json(folder / "plan.json", plan.to_dict())
-    path = folder / "run.json"
-    starts = json.loads(path.read_text()) if path.exists() else []
-    write_json(path, [*starts, {**about, **environment()}])
 
 
 def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:

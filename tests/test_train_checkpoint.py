@@ -1,0 +1,212 @@
+"""What a run keeps, and that it goes on from there with nothing lost: the cases that train/faults.py does not drive."""
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import run_script
+from lightning.pytorch.loggers import CSVLogger
+from test_train_command import SMALL, losses, pretrain, read_metrics
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import train.pretrain
+from train.checkpoint import TrainingError, checkpoints, find, load, save, verify
+from train.faults import flip_a_byte
+from train.lit_module import LitDecoder
+
+
+@pytest.fixture(scope="module")
+def options(corpus: Path) -> list[str]:
+    """Eight steps, validated after the fourth and the last; saved after the third, the sixth and the last."""
+    every = ["trainer.val_every=4", "trainer.checkpoint_every=3", "trainer.keep_checkpoints=9"]
+    return ["+arch=mha", "+size=tiny", *SMALL, *every, "logger=csv", f"data.path={corpus}"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Path:
+    """A run that is left alone."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    pretrain(*options, f"folder={folder}")
+    return folder
+
+
+def stop(*arguments: str, step: int, where: str = "training_step") -> None:
+    """The command, which gets SIGTERM in step `step`, or in the validation after it."""
+    method = getattr(LitDecoder, where)
+
+    def signalled(self: LitDecoder, *args: object) -> object:
+        if self.trainer.global_step == (step if "validation" in where else step - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return method(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(LitDecoder, where, signalled)
+        pretrain(*arguments)
+    assert stopped.value.code == 0
+
+
+def validations(folder: Path) -> dict[int, float]:
+    return {int(row["step"]): float(row["val/loss"]) for row in read_metrics(folder) if row.get("val/loss")}
+
+
+@pytest.mark.parametrize(
+    ("step", "where"), [(4, "training_step"), (8, "training_step"), (4, "validation_step"), (8, "validation_step")]
+)
+def test_a_validation_that_was_due_is_not_lost(
+    whole: Path, options: list[str], tmp_path: Path, step: int, where: str
+) -> None:
+    folder = tmp_path / "run"
+    stop(*options, f"folder={folder}", step=step, where=where)
+    pretrain(f"resume={folder}")
+    assert losses(folder) == losses(whole)
+    assert validations(folder) == validations(whole)
+    best = [(run / "checkpoints" / "best.json").read_text() for run in (whole, folder)]
+    assert best[0] == best[1]
+
+
+def test_stopped_before_the_first_step_it_still_starts_from_the_given_weights(
+    whole: Path, options: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    stop(*options, f"folder={folder}", f"init={whole}", "trainer.micro_batch=1", step=1)
+    assert not checkpoints(folder)
+    pretrain(f"resume={folder}")
+    assert float(losses(folder)[1]) < float(losses(whole)[1]) - 0.3
+
+
+def test_broken_checkpoints_do_not_crowd_out_good_ones(
+    whole: Path, options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Nor does a best one that is broken stay the best, nor is half of one left for ever."""
+    folder = tmp_path / "run"
+    pretrain(*options, f"folder={folder}")
+    broken = checkpoints(folder)[:2]
+    assert [path.name for path in broken] == ["step-00000008", "step-00000006"]
+    for path in broken:
+        flip_a_byte(next(path.glob("*.safetensors")))
+    (folder / "checkpoints" / "step-00000007.partial").mkdir()
+    stop(f"resume={folder}", "trainer.keep_checkpoints=1", "trainer.val_every=8", step=5)
+    assert "falling back to step-00000004" in capfd.readouterr().err
+    assert find(folder).name == "step-00000005"
+    assert not list(folder.glob("checkpoints/*.partial"))
+    pretrain(f"resume={folder}")
+    assert losses(folder) == losses(whole)
+    best = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert best == {"checkpoint": "step-00000008", "val_loss": validations(whole)[8]}
+    verify(folder / "checkpoints" / best["checkpoint"])
+
+
+def test_a_signal_before_training_has_begun_stops_it(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = train.pretrain.fit
+
+    def signalled(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        fit(*args)
+
+    monkeypatch.setattr(train.pretrain, "fit", signalled)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            pretrain(*options, f"folder={tmp_path / 'run'}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 0
+    assert list(losses(tmp_path / "run")) == [1]
+
+
+def test_disk_full_while_logging(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, write = tmp_path / "run", CSVLogger.save
+
+    def full(self: CSVLogger) -> None:
+        if checkpoints(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv")
+        write(self)
+
+    monkeypatch.setattr(CSVLogger, "save", full)
+    with pytest.raises(TrainingError, match=r"No space left on device.*The last good checkpoint is .*step-00000003"):
+        pretrain(*options, f"folder={folder}")
+
+
+def test_a_folder_that_cannot_be_written_to_loses_no_configuration(
+    options: list[str], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    stop(*options, f"folder={folder}", step=1)
+    before = (folder / "config.yaml").read_text()
+    (folder / "config.yaml.partial").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(f"resume={folder}", "tokens=2048")
+    assert stopped.value.code == 2
+    assert f"cannot write to the run folder {folder}" in capfd.readouterr().err
+    assert (folder / "config.yaml").read_text() == before
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """One process that is a group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stepped(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_model_saved_after_a_validation_keeps_all_optimizer_state(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = stepped(model)
+    with torch.no_grad():
+        model(torch.ones(2, 3))
+        save(tmp_path / "step-00000001", model, optimizer, 1, {})
+    other = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    fresh = torch.optim.AdamW(other.parameters())
+    load(tmp_path / "step-00000001", other, fresh)
+    for (name, theirs), ours in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(theirs.full_tensor(), ours), name
+        for key, value in optimizer.state[theirs].items():
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            assert torch.equal(full, fresh.state[ours][key]), f"{key} of {name}"
+
+
+def test_what_is_not_whole_is_not_loaded(tmp_path: Path) -> None:
+    folder, model = tmp_path / "step-00000001", nn.Linear(3, 2)
+    save(folder, model, torch.optim.AdamW(model.parameters()), 1, {})
+    with pytest.raises(TrainingError, match="lacks the optimizer state of weight, bias"):
+        load(folder, model, torch.optim.AdamW(model.parameters()))
+    save(folder, model, stepped(model), 1, {})
+    wider = nn.Linear(3, 4)
+    with pytest.raises(TrainingError, match=r"is of another model: model\.weight"):
+        load(folder, wider, torch.optim.AdamW(wider.parameters()))
+    (path,) = folder.glob("*.safetensors")
+    path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(TrainingError, match=r"cannot read .*step-00000001"):
+        load(folder, model)
+
+
+@pytest.mark.slow
+def test_processes_agree_on_a_folder_that_was_not_given(options: list[str], tmp_path: Path) -> None:
+    """Each would name it by its own clock. The checkpoint made in a validation has the optimizer state of all."""
+    arguments = [*options, "trainer=fsdp", "trainer.accelerator=cpu", "tokens=256", "trainer.val_every=1"]
+    done = run_script("train/pretrain.py", *arguments, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    newest = find(folder)
+    assert len(list(newest.glob("*.safetensors"))) == 2
