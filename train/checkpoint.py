@@ -82,13 +82,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
     barrier()
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
-
-    Raises TrainingError where the names or shapes are not those of `model`.
-    """
-    reader = HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
+def check(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """What `folder` says of each tensor. Raises TrainingError where names or shapes are not those of `model`."""
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     tensors = named_tensors(model, None)
     unknown = sorted(name for name in saved if name.startswith("model.") and name not in tensors)
     wrong = [
@@ -99,6 +95,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise TrainingError(f"{folder} is of another model: {'; '.join(wrong[:3])}{more}")
+    return saved
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
+
+    Raises TrainingError where the names or shapes are not those of `model`.
+    """
+    saved, tensors = check(folder, model), named_tensors(model, None)
     if optimizer is not None:
         by_name = dict(model.named_parameters())
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
