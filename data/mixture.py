@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,10 @@ def weights_of(mix: Any) -> dict[str, float]:
     for folder, weight in mix.items():
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise DataError(f"data.mix: the weight of {folder} is {weight}; it is a positive number")
-    return {str(folder): float(weight) for folder, weight in mix.items()}
+    weights = {str(Path(str(folder))): float(weight) for folder, weight in mix.items()}
+    if len(weights) < len(mix):
+        raise DataError(f"data.mix names a folder twice: {', '.join(map(str, mix))}; give each one weight")
+    return weights
 
 
 @cache

@@ -86,11 +86,11 @@ class Preparation:
 
     def run(self) -> None:
         splits, config = self.progress.splits, self.config
+        self._save(self.progress.position)  # before any shard: without it they would look like another's files
         self.writers = {
             name: SplitWriter(self.folder, name, splits[name], self.end, self.dtype, config.shard_tokens)
             for name in splits
         }
-        self._save(self.progress.position)
         with Report(self.folder.name, config.max_tokens, splits) as report:
             for documents in self._stretches():
                 for document, tokens in encoded(documents, self.folder, self.end, config.workers):
@@ -100,9 +100,11 @@ class Preparation:
                         break
         for name, writer in self.writers.items():
             if not splits[name].documents:
+                total = sum(written.documents for written in splits.values())
                 raise DataError(
-                    f"{config.name} has no text for the split {name}: give it more text, a larger share or higher "
-                    f"limits, and delete {self.folder}"
+                    f"{config.name} has no text for the split {name}: all {total} documents are in others. Give more "
+                    "documents (source.document_start cuts a file into several), a larger share, text of its own "
+                    f"with source.{name}, or higher limits, and delete {self.folder}"
                 )
             writer.finish()
         Manifest(

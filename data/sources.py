@@ -179,7 +179,7 @@ class Source:
             if row is None:
                 return
             count += 1
-            yield _string(row[config.text], config.text), state, count
+            yield _string(row[config.text], f"{config.dataset}: column {config.text}"), state, count
             if count == ANCHOR:
                 state, count = dataset.state_dict(), 0
 
@@ -192,17 +192,22 @@ def _rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
         if column not in file.schema_arrow.names:
             raise DataError(f"{path} has no column {column}; set source.text to one of {file.schema_arrow.names}")
         for batch in file.iter_batches(256, columns=[column]):
-            yield from (_string(text, column) for text in batch.column(0).to_pylist())
+            yield from (_string(text, f"{path}: column {column}") for text in batch.column(0).to_pylist())
     elif _kind(path) == ".jsonl":
         with _opened(path) as raw:
             for number, line in enumerate(raw, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or column not in row:
-                    names = ", ".join(row) if isinstance(row, dict) else "no keys"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:  # its own line number is that within `line`
+                    raise ValueError(f"line {number} is no JSON: {getattr(error, 'msg', error)}") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}: line {number} is no JSON object with the key {column}")
+                if column not in row:
+                    names = ", ".join(row)
                     raise DataError(f"{path} has no key {column} in line {number}; set source.text to one of: {names}")
-                yield _string(row[column], column)
+                yield _string(row[column], f"{path}, line {number}: column {column}")
     else:
         with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if by_lines:
@@ -237,14 +242,16 @@ def _named(name: str) -> Iterator[None]:
 def _files(key: str, value: Any) -> list[str]:
     """Files, folders (all below them) and globs, to files in sorted order."""
     found: list[str] = []
-    for item in [value] if isinstance(value, str) else list(value):
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str):
+            raise DataError(f"{key} is {value}; give files, folders or globs, one or a list")
         path = Path(item)
         if path.is_dir():
             paths = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and _kind(file)]
         elif path.is_file():
             paths = [str(path)]
         else:
-            paths = sorted(name for name in glob.glob(str(item), recursive=True) if Path(name).is_file())
+            paths = sorted(name for name in glob.glob(item, recursive=True) if Path(name).is_file())
         if not paths:
             raise DataError(f"{key}: no file at {item}; give files, folders or globs of text, .jsonl or .parquet")
         unknown = [name for name in paths if not _kind(Path(name))]
@@ -267,9 +274,9 @@ def _one(key: str, value: Any) -> list[str]:
     return [value]
 
 
-def _string(value: Any, column: str) -> str:
+def _string(value: Any, where: str) -> str:
     if value is not None and not isinstance(value, str):
-        raise DataError(f"column {column} holds {type(value).__name__}, not text; set source.text to another")
+        raise DataError(f"{where} holds {type(value).__name__}, not text; set source.text to another")
     return value or ""
 
 

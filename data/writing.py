@@ -59,9 +59,7 @@ class Progress:
         """That of `folder`, or a new one. Raises DataError where the folder holds something else."""
         path = folder / PROGRESS
         if not path.exists():
-            others = {file.name for file in folder.iterdir() if file.suffix != ".partial"} - BEFORE_PROGRESS
-            if others:
-                raise DataError(f"{folder} holds {min(others)}, which is not ours; give an empty folder with path=")
+            _refuse_others(folder)
             return cls(asked, Position(), {split: Written() for split in splits})
         values = json.loads(path.read_text())
         if values["asked"] != json.loads(json.dumps(asked)):
@@ -147,10 +145,22 @@ class SplitWriter:
         self.tokens = 0
 
 
+def _refuse_others(folder: Path) -> None:
+    """Raises DataError where `folder` holds what no preparation that has only begun leaves there."""
+    others = {file.name for file in folder.iterdir() if file.suffix != ".partial"} - BEFORE_PROGRESS
+    if others:
+        raise DataError(f"{folder} holds {min(others)}, which is not ours; give an empty folder with path=")
+
+
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Waits for another process that writes the folder. A process that dies leaves no lock."""
+    """Waits for another process that writes the folder. A process that dies leaves no lock.
+
+    Raises DataError, and leaves nothing, where the folder is another's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / LOCK).exists():
+        _refuse_others(folder)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -124,6 +124,12 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
     return result
 
 
+def differing(runs: Sequence[Run]) -> list[str]:
+    """What is not the same in all runs and should be, for their values to be compared."""
+    keys = {"data": "data or data.document_mask", "val_tokens": "data.val_tokens", "steps": "steps"}
+    return [name for key, name in keys.items() if len({run.summary["experiment"].get(key) for run in runs}) > 1]
+
+
 def experiment(run: Run) -> str:
     """A digest of all that decides a run but its seed."""
     text = json.dumps([run.summary["name"], run.summary["experiment"]], sort_keys=True)
@@ -207,6 +213,8 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(rows, context, options["metric"]))
+    if others := differing(runs):
+        print(f"warning: the runs differ in {', '.join(others)}: their values hardly compare", file=sys.stderr)
     try:
         paths = write(rows, context, options["metric"], out)
     except OSError as error:

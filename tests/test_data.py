@@ -157,7 +157,7 @@ def test_validation_of_a_mixture(folder: Path) -> None:
         assert torch.equal(ours["inputs"], plain["inputs"])
 
 
-@pytest.mark.parametrize("mix", [3, {"a": 0}, {"a": "b"}, {"a": float("inf")}])
+@pytest.mark.parametrize("mix", [3, {"a": 0}, {"a": "b"}, {"a": float("inf")}, {"a": 1, "a/": 2}])
 def test_weights_are_positive_numbers(mix: object) -> None:
     with pytest.raises(DataError, match=r"data\.mix"):
         weights_of(mix)

@@ -313,6 +313,7 @@ def test_a_folder_is_of_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "other" / "thesis.tex").write_text("mine")
     with pytest.raises(DataError, match=r"other holds thesis.tex, which is not ours; give an empty folder"):
         prepare(replace(asked, path=str(tmp_path / "other")))
+    assert contents(tmp_path / "other").keys() == {"thesis.tex"} and not (tmp_path / "other" / writing.LOCK).exists()
 
 
 def test_a_preparation_that_was_begun_keeps_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +336,24 @@ def test_a_preparation_that_was_begun_keeps_its_recipe(tmp_path: Path, monkeypat
 
 def test_a_preparation_that_wrote_nothing_is_forgotten(tmp_path: Path) -> None:
     asked = config(tmp_path / "out", train=str(jsonl(tmp_path, "a.jsonl", ["{"])))
-    with pytest.raises(DataError, match="JSONDecodeError"):
+    with pytest.raises(DataError, match="is no JSON"):
         prepare(asked)
     bpe = TokenizerConfig(vocab_size=300)
     manifest = prepare(config(tmp_path / "out", bpe, train=str(jsonl(tmp_path, "b.jsonl")), val_share=0.1))
     assert manifest.vocab_size == 300
+
+
+def test_a_preparation_stopped_before_its_first_token_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = config(tmp_path / "out", train=str(jsonl(tmp_path, "a.jsonl")))
+
+    def full(folder: Path, *_: object) -> None:
+        (folder / "train-00000.bin").touch()
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="full"):
+        patched.setattr("data.prepare.SplitWriter", full)
+        prepare(asked)
+    assert prepare(asked).splits["train"].documents == len(TEXTS)
 
 
 def test_half_a_character_is_replaced(tmp_path: Path) -> None:
@@ -363,14 +377,14 @@ def broken(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "rows", "message"),
     [
-        ("a.jsonl", ['{"text": "a"}', "{"], "cannot read .*a.jsonl: JSONDecodeError"),
+        ("a.jsonl", ['{"text": "a"}', "{"], "cannot read .*a.jsonl: ValueError: line 2 is no JSON: Expecting"),
         (
             "a.jsonl",
             ['{"text": "a"}', '{"body": "b", "id": 3}'],
             "no key text in line 2; set source.text to one of: body, id",
         ),
-        ("a.jsonl", ['{"text": 3}'], "column text holds int, not text"),
-        ("a.jsonl", ["[1]"], "no key text in line 1"),
+        ("a.jsonl", ['{"text": 3}'], "a.jsonl, line 1: column text holds int, not text"),
+        ("a.jsonl", ["[1]"], "a.jsonl: line 1 is no JSON object with the key text"),
     ],
 )
 def test_text_that_cannot_be_read(name: str, rows: list[str], message: str, tmp_path: Path) -> None:
@@ -394,6 +408,7 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({}, r"source.train is not set; give files"),
+        ({"train": 5}, r"source.train is 5; give files, folders or globs, one or a list"),
         ({"train": "/nowhere/*.txt"}, r"source.train: no file at /nowhere/\*.txt"),
         ({"train": __file__, "val": [__file__]}, "test_data_prepare.py is in both source.train and source.val"),
         ({"train": "pyproject.toml"}, "cannot read pyproject.toml; files are .txt, .md, .py, .jsonl"),
@@ -408,7 +423,7 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
         ({"train": __file__, "tokenizer": TokenizerConfig("wordy")}, "choose bpe, bytes, pretrained"),
         ({"train": __file__, "tokenizer": TokenizerConfig("pretrained")}, "tokenizer.name is not set"),
         ({"train": __file__, "shard_tokens": 0}, "shard_tokens is 0; it must be at least 1"),
-        ({"train": __file__, "val_share": 1e-9}, "has no text for the split val: give it more text, a larger share"),
+        ({"train": __file__, "val_share": 1e-9}, "split val: all 1 documents are in others. .*source.val"),
     ],
 )
 def test_mistakes(changes: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

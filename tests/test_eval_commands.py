@@ -245,6 +245,17 @@ def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path:
     assert message in str(caught.value)
 
 
+def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pareto.main([str(runs), f"out={tmp_path}"])
+    assert "warning" not in capsys.readouterr().err
+    path = next(runs.glob("mqa*")) / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["experiment"]["data"] = "other"
+    path.write_text(json.dumps(summary))
+    pareto.main([str(runs), f"out={tmp_path}"])
+    assert "warning: the runs differ in data or data.document_mask: " in capsys.readouterr().err
+
+
 def test_broken_runs_are_named(runs: Path) -> None:
     run = next(runs.glob("mqa*"))
     (run / "plan.json").unlink()

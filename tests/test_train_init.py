@@ -1,5 +1,6 @@
 """A run may start from the weights of another, train a part of them, and go on at another length."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import weights
 from test_train_command import SMALL, losses, pretrain
 
-from train.checkpoint import TrainingError, checkpoints
+from train.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,13 @@ def test_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_model_are_refused(first: Path, tmp_path: Path, corpus: Path) -> None:
+def test_weights_of_another_model_are_refused(
+    first: Path, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Before any work: the folder is still free for the same command, mended."""
     options = [f"init={checkpoints(first)[0]}", "logger=csv", f"data.path={corpus}", f"folder={tmp_path / 'run'}"]
-    with pytest.raises(TrainingError, match=r"is of another model: model.layers.\S+ .* here, .* there"):
+    with pytest.raises(SystemExit) as stopped:
         pretrain("+arch=mha", "+size=tiny", *SMALL, *options)
+    assert stopped.value.code == 2
+    assert re.search(r"is of another model: model.layers.\S+ .* here, .* there", capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -126,8 +126,8 @@ class Stop(L.Callback):
         self.received = 0
         self.group: dist.ProcessGroup | None = None
         # From now on, because the first process starts the others before `setup`, and they would outlive it.
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._receive) for number in signals}
 
     def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
         trainer._signal_connector.register_signal_handlers = lambda: None
@@ -136,6 +136,10 @@ class Stop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
+
+    def teardown(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -86,19 +86,15 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
     barrier()
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
+def check(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """What `folder` says of each tensor.
 
     Raises TrainingError where it cannot be read, or its names or shapes are not those of `model`.
     """
     try:
-        _load(folder, model, optimizer)
-    except (OSError, SafetensorError, CheckpointException) as error:
-        raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
-
-
-def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot read {folder}: {error}") from error
     tensors = named_tensors(model, None)
     unknown = sorted(name for name in saved if name.startswith("model.") and name not in tensors)
     wrong = [
@@ -109,10 +105,19 @@ def _load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | Non
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise TrainingError(f"{folder} is of another model: {'; '.join(wrong[:3])}{more}")
+    return saved
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it. Raises as `check`."""
+    saved, tensors = check(folder, model), named_tensors(model, None)
     if optimizer is not None:
         _make_state(folder, saved, model, optimizer)
         tensors = named_tensors(model, optimizer)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
 
 
 def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -86,12 +86,10 @@ def run(config: PretrainConfig) -> None:
     if found:
         raise LayoutError(found)
     plan = resolve(ModelConfig(config.arch, config.size))
-    device, attention = check(config)
     try:
+        device, attention = check(config)
         first = rank_zero_only.rank == 0  # which reads every byte of a checkpoint, and tells the others
         start = checkpoint.newest(Path(config.resume)) if config.resume is not None and first else None
-        if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
-            checkpoint.find(Path(config.init))
     except TrainingError as error:
         raise UsageError(str(error)) from error
     data = Data(config)
@@ -117,7 +115,7 @@ def run(config: PretrainConfig) -> None:
 def check(config: PretrainConfig) -> tuple[str, str]:
     """The type of device to run on, and the attention kernels in words.
 
-    Raises UsageError where the model cannot be trained there as asked.
+    Raises UsageError where the model cannot be trained there as asked, TrainingError where `init` is of another.
     """
     device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.trainer.accelerator == "cuda" and device == "cpu":
@@ -131,6 +129,8 @@ def check(config: PretrainConfig) -> tuple[str, str]:
     names = [name for name, _ in model.named_parameters()]
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
         raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
+    if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
+        checkpoint.check(checkpoint.find(Path(config.init)), model)
     return device, attention
 
 
