@@ -226,11 +226,17 @@ def test_parts_add_up() -> None:
 
 
 def planned(arch: str = "cla2", size: str = "1b", results: Path = Path("/nowhere"), **changes: Any) -> dict[str, Any]:
+    return make_plan(plan_config(arch, size, **changes), Choices(arch, size), results)
+
+
+def plan_config(arch: str, size: str, **changes: Any) -> PlanConfig:
+    """Keys of the trainer stand without `trainer.`."""
     options = PlanConfig(arch=load_arch(arch), size=load_size(size), gpu="h100")
+    options.optim.lr, options.context = options.size.lr, options.size.seq_len
     options.tokens, options.batch_size = options.size.tokens, options.size.batch_size
     for key, value in changes.items():
-        setattr(options, key, value)
-    return make_plan(options, Choices(arch, size), results)
+        setattr(options if hasattr(options, key) else options.trainer, key, value)
+    return options
 
 
 def run(*arguments: str) -> None:
@@ -271,7 +277,7 @@ def test_remedies_work() -> None:
         assert planned("mha", "3b", **changes)["fits"], remedy
     hopeless = planned("mha", "3b", gpu="l4", batch_size=1, tokens=10_000_000)
     assert hopeless["remedies"] == [
-        "activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"
+        "trainer.activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"
     ]
 
 
@@ -312,21 +318,25 @@ def test_measured_speed_is_preferred(tmp_path: Path) -> None:
 
 def make_plan_with(changes: dict[str, Any]) -> dict[str, Any]:
     """Under the names cla2 and 1b, whatever has been changed."""
-    options = PlanConfig(arch=load_arch("cla2"), size=load_size("1b"), tokens=30_000_000_000, batch_size=2048)
+    options = plan_config("cla2", "1b")
     for key, value in changes.items():
-        if key != "results":
-            setattr(options, key, value)
+        setattr(options, key, value)
     return make_plan(options, Choices("cla2", "1b"), changes["results"])
 
 
 def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:
     run("+arch=cla2", "+size=3b", "gpus=8", "gpu=h100")
     text = capsys.readouterr().out
+    run("+experiment=cla_1b_mqa_cla2", "gpus=8", "gpu=h100")
+    assert (
+        "python train/pretrain.py +experiment=cla_1b_mqa_cla2 trainer=fsdp trainer.devices=8 "
+        in capsys.readouterr().out
+    )
     for words in ("3.19B parameters, on 8 x h100", "AdamW moments", "verdict: fits", "GPU-hours", "speed: "):
         assert words in text
     run("+arch=mha", "+size=3b", "gpu=l4", "gpus=2")
     assert "verdict: does not fit" in (text := capsys.readouterr().out)
-    assert "GPUs with strategy=fsdp" in text
+    assert "GPUs with trainer.strategy=fsdp" in text
     run("+arch=cla2", "+size=1b", "gpu=NVIDIA H200", "size.seq_len=4096", "batch_size=512", "json=true")
     found = json.loads(capsys.readouterr().out)
     model = ModelConfig(load_arch("cla2"), load_size("1b"))
@@ -337,7 +347,7 @@ def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:
 
 def test_command_is_one_that_pretrain_takes(capsys: pytest.CaptureFixture) -> None:
     changes = ["size.seq_len=512", "arch.pattern=[new kv, reuse kv x3]", "batch_size=128"]
-    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", *changes, "activation_checkpointing=true", "json=true")
+    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", *changes, "trainer.activation_checkpointing=true", "json=true")
     found = json.loads(capsys.readouterr().out)
     _, name, *arguments = shlex.split(found["command"])
     assert name == "train/pretrain.py"
@@ -359,16 +369,19 @@ def test_command_is_one_that_pretrain_takes(capsys: pytest.CaptureFixture) -> No
     [
         (["+size=1b"], "choose +arch= one of"),
         (["+arch=mha", "+size=1b", "gpu=h300"], "gpu=h300: eval/hardware.py does not know"),
-        (["+arch=mha", "+size=1b", "gpu=v100-32"], "give peak_tflops="),
+        (["+arch=mha", "+size=1b", "gpu=v100-32"], "give trainer.peak_tflops="),
         (["+arch=mha", "+size=1b", "gpu=h100", "gpus=3"], "batch_size 2048 is not a multiple of the 3 processes"),
         (["+arch=mha", "+size=1b", "gpu=h100", "gpus=0"], "gpus is 0; it must be at least 1"),
-        (["+arch=mha", "+size=1b", "gpu=h100", "micro_batch=3"], "micro_batch 3 does not divide"),
-        (["+arch=mha", "+size=1b", "gpu=h100", "strategy=zero"], "choose auto, ddp, fsdp"),
+        (["+arch=mha", "+size=1b", "gpu=h100", "trainer.micro_batch=3"], "micro_batch 3 does not divide"),
+        (["+arch=mha", "+size=1b", "gpu=h100", "trainer.strategy=zero"], "choose auto, ddp, fsdp"),
         (["+arch=mha", "+size=1b", "gpu=h100", "mfu=40"], "mfu is 40.0; it is a share"),
         (["+arch=mha", "+size=1b", "gpu=h100", "memory=lots"], "write it like 80GB"),
         (["+arch=mha", "+size=1b", "gpu=h100", "reserve=some"], "write it like 80GB"),
-        (["+arch=mha", "+size=1b", "gpu=h100", "peak_tflops=0"], "peak_tflops is 0.0; it must be positive"),
-        (["+arch=mha", "+size=1b", "gpu=h100", "microbatch=3"], "unknown key microbatch, did you mean micro_batch?"),
+        (["+arch=mha", "+size=1b", "gpu=h100", "trainer.peak_tflops=0"], "peak_tflops is 0.0; it must be positive"),
+        (
+            ["+arch=mha", "+size=1b", "gpu=h100", "trainer.microbatch=3"],
+            "unknown key trainer.microbatch, did you mean micro_batch?",
+        ),
         (["+arch=mha", "+size=1b", "gpu=h100", "arch.stores.kv.kv_heads=3"], "does not divide the 16 query heads"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch_in_process
+from conftest import ROOT, launch_in_process, run_script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -232,6 +232,9 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
             assert printed[0].split("train/pretrain.py ")[1].startswith(words[1]), command
         elif words[1] == "data/prepare.py":
             assert words[2] in names("data")
+        elif words[1] == "train/plan.py":
+            done = run_script(*words[1:])
+            assert "verdict: fits" in done.stdout, done.stderr
         elif words[1] == "train/pretrain.py" and not words[2].startswith("resume="):
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 for recipe in recipes_in(words):
@@ -239,8 +242,9 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
                     config = compose("pretrain", overrides=[f"+experiment={recipe}", *overrides, "name=x"])
                     assert not problems(OmegaConf.to_object(config)), command
     assert kinds == {
-        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/pretrain.py", "eval/footprint.py",
-        "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh", "train/launch/slurm.sbatch",
+        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/plan.py", "train/pretrain.py",
+        "eval/footprint.py", "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh",
+        "train/launch/slurm.sbatch",
     }  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """Does a run fit, and how long does it take? `python train/plan.py +arch=cla2 +size=3b gpu=h100 gpus=8`. See --help."""
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,32 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, resolve
+from arch import KVPlan, LayoutError, ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.cli import Choices, UsageError, launch, load_arch, load_size, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.units import bytes_text, count_text, parse_bytes
 from train.memory import Execution, step_memory
 from train.schema import (
-    DataConfig,
-    OptimConfig,
     PretrainConfig,
-    TrainerConfig,
     micro_batch,
     num_steps,
     problems,
-    same_as,
 )
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 @dataclass
-class PlanConfig:
-    """The command line; `configs/plan.yaml` explains the keys."""
+class PlanConfig(PretrainConfig):
+    """The command line of train/pretrain.py, and the machine it would run on; `configs/plan.yaml` explains the keys."""
 
-    arch: ArchConfig = field(default_factory=ArchConfig)
-    size: SizeConfig = field(default_factory=SizeConfig)
     gpu: str | None = None
     gpus: int = 1
     nodes: int = 1
-    strategy: str = "auto"
-    micro_batch: int | None = None
-    tokens: int = same_as("size.tokens")
-    batch_size: int = same_as("size.batch_size")
-    activation_checkpointing: bool = False
-    compile: bool = True
-    precision: str = "bf16"
     mfu: float = 0.4
     reserve: str = "4GiB"
     memory: str | None = None
-    peak_tflops: float | None = None
     json: bool = False
 
 
@@ -82,31 +67,21 @@ class Speed:
 
 def pretrain_config(options: PlanConfig) -> PretrainConfig:
     """The run that is planned, as train/pretrain.py would get it. Raises LayoutError where that would refuse it."""
-    world = options.gpus * options.nodes
-    strategy = "fsdp" if options.strategy == "auto" and world > 1 else options.strategy
-    config = PretrainConfig(
-        arch=options.arch,
-        size=options.size,
-        data=DataConfig(val_tokens=max(DataConfig().val_tokens, options.size.seq_len)),
-        optim=OptimConfig(lr=options.size.lr),
-        trainer=TrainerConfig(
-            accelerator="cuda",
-            devices=options.gpus,
-            num_nodes=options.nodes,
-            strategy=strategy,
-            precision=options.precision,
-            micro_batch=options.micro_batch,
-            compile=options.compile,
-            activation_checkpointing=options.activation_checkpointing,
-            peak_tflops=options.peak_tflops,
-        ),
-        tokens=options.tokens,
-        batch_size=options.batch_size,
-        context=options.size.seq_len,
+    asked, world = options.trainer, options.gpus * options.nodes
+    trainer = replace(
+        asked,
+        accelerator="cuda",
+        devices=options.gpus,
+        num_nodes=options.nodes,
+        strategy="fsdp" if asked.strategy == "auto" and world > 1 else asked.strategy,
+        precision="bf16" if asked.precision == "auto" else asked.precision,
+        compile=True if asked.compile is None else asked.compile,
     )
+    config = PretrainConfig(**{key.name: getattr(options, key.name) for key in fields(PretrainConfig)})
+    config.trainer = trainer
     found = problems(config)
     if found:
-        ours = {"trainer.devices": "gpus", "trainer.num_nodes": "nodes", "trainer.": ""}
+        ours = {"trainer.devices": "gpus", "trainer.num_nodes": "nodes"}
         for theirs, name in ours.items():
             found = [problem.replace(theirs, name) for problem in found]
         raise LayoutError(found)
@@ -115,20 +90,21 @@ def pretrain_config(options: PlanConfig) -> PretrainConfig:
 
 def find_device(options: PlanConfig) -> Device:
     """The GPU that was named, or this machine's. Raises UsageError where its memory or peak is not known."""
+    precision, peak_tflops = options.trainer.precision, options.trainer.peak_tflops
     name = options.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     if name is None:
         raise UsageError(f"there is no GPU here; choose gpu= one of: {', '.join(gpu.short for gpu in GPUS)}")
     gpu = find_gpu(name)
-    known = gpu.flops("fp32" if options.precision == "fp32" else "bf16") if gpu else None
-    peak = options.peak_tflops * TERA if options.peak_tflops else known
+    known = gpu.flops("fp32" if precision == "fp32" else "bf16") if gpu else None
+    peak = peak_tflops * TERA if peak_tflops else known
     try:
         memory = parse_bytes(options.memory) if options.memory else gpu.memory_bytes if gpu else None
     except ValueError as error:
         raise UsageError(str(error)) from error
     if memory is None or peak is None:
-        lacking = " and ".join(["memory="] * (memory is None) + ["peak_tflops="] * (peak is None))
+        lacking = " and ".join(["memory="] * (memory is None) + ["trainer.peak_tflops="] * (peak is None))
         raise UsageError(
-            f"gpu={name}: eval/hardware.py does not know its {options.precision} peak or its memory; give {lacking}, "
+            f"gpu={name}: eval/hardware.py does not know its peak in {precision} or its memory; give {lacking}, "
             f"or choose {', '.join(gpu.short for gpu in GPUS)}"
         )
     return Device(name, memory, peak, gpu)
@@ -159,21 +135,21 @@ def remedies(config: PretrainConfig, plan: KVPlan, available: float) -> list[str
     share = config.batch_size // how.world
     found = []
     if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, share, available)):
-        found.append(f"micro_batch={fits}")
+        found.append(f"trainer.micro_batch={fits}")
     changes = {
-        "activation_checkpointing=true": replace(how, checkpointing=True),
-        "strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
+        "trainer.activation_checkpointing=true": replace(how, checkpointing=True),
+        "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
     }
     for name, other in changes.items():
         if other != how and (fits := largest_micro_batch(model, plan, other, share, available)):
-            found.append(f"{name} (micro_batch={fits})")
+            found.append(f"{name} (trainer.micro_batch={fits})")
     worlds = [n for n in range(how.world + 1, config.batch_size + 1) if config.batch_size % n == 0]
     for world in worlds:
         more = replace(how, strategy="fsdp", world=world)
         if fits := largest_micro_batch(model, plan, more, config.batch_size // world, available):
-            found.append(f"{world} GPUs with strategy=fsdp (micro_batch={fits})")
+            found.append(f"{world} GPUs with trainer.strategy=fsdp (trainer.micro_batch={fits})")
             break
-    return found or ["activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"]
+    return found or ["trainer.activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"]
 
 
 def measurements(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -230,12 +206,9 @@ def assumed(config: PretrainConfig, flops: float, device: Device, mfu: float) ->
 
 
 def make_plan(
-    options: PlanConfig, choices: Choices, results: Path = RESULTS, changes: Sequence[str] = ()
+    options: PlanConfig, choices: Choices, results: Path = RESULTS, typed: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Everything that is shown, as plain data. `changes`: what was typed to change items of the size or the layout.
-
-    Raises one of cli.MISTAKES.
-    """
+    """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of cli.MISTAKES."""
     config, device = pretrain_config(options), find_device(options)
     if not 0 < options.mfu <= 1:
         raise UsageError(f"mfu is {options.mfu}; it is a share of the peak, above 0 and at most 1")
@@ -278,34 +251,20 @@ def make_plan(
         "source": speed.source,
         "hours": hours,
         "gpu_hours": hours * how.world,
-        "command": command(config, choices, changes, micro),
+        "command": command(config, typed, micro),
     }
 
 
-def command(config: PretrainConfig, choices: Choices, changes: Sequence[str], micro: int) -> str:
-    """What starts the run."""
+def command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
+    """What starts the run: what was typed, and the execution that was planned."""
     trainer = config.trainer
-    words = ["python train/pretrain.py", f"+arch={choices.arch}", f"+size={choices.size}", *map(shlex.quote, changes)]
+    own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer.micro_batch=", "trainer=")
+    words = ["python", "train/pretrain.py", *(word for word in typed if not word.startswith(own))]
     if trainer.strategy != "auto":
         words += [f"trainer={trainer.strategy}", f"trainer.devices={trainer.devices}"]
     if trainer.num_nodes > 1:
         words.append(f"trainer.num_nodes={trainer.num_nodes}")
-    words.append(f"trainer.micro_batch={micro}")
-    if trainer.activation_checkpointing:
-        words.append("trainer.activation_checkpointing=true")
-    if not trainer.compile:
-        words.append("trainer.compile=false")
-    if trainer.precision == "fp32":
-        words.append("trainer.precision=fp32")
-    words += [
-        f"{name}={value}"
-        for name, value, default in (
-            ("tokens", config.tokens, config.size.tokens),
-            ("batch_size", config.batch_size, config.size.batch_size),
-        )
-        if value != default
-    ]
-    return " ".join(words)
+    return shlex.join([*words, f"trainer.micro_batch={micro}"])
 
 
 PARTS = {
@@ -347,8 +306,7 @@ def time_table(found: dict[str, Any]) -> Table:
 def main(config: DictConfig, choices: Choices) -> None:
     require(arch=choices.arch, size=choices.size)
     options: PlanConfig = OmegaConf.to_object(config)
-    changes = [typed for typed in HydraConfig.get().overrides.task if re.match(r"[+~]*(arch|size)\.", typed)]
-    found = make_plan(options, choices, changes=changes)
+    found = make_plan(options, choices, typed=list(HydraConfig.get().overrides.task))
     if options.json:
         print(json.dumps(found, indent=1))
         return
