@@ -54,18 +54,19 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def job(config: DictConfig) -> None:
-        unknown = list(unknown_keys(config))
-        if unknown:
-            raise UsageError("\n".join(unknown))
         picked = HydraConfig.get().runtime.choices
-        task(config, Choices(picked.get("arch"), picked.get("size")))
+        try:
+            unknown = list(unknown_keys(config))
+            if unknown:
+                raise UsageError("\n".join(unknown))
+            task(config, Choices(picked.get("arch"), picked.get("size")))
+        except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
+            fail(str(error))
 
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
-    except MISTAKES as error:
-        fail(str(error))
 
 
 def load_arch(name: str) -> ArchConfig:
@@ -83,8 +84,8 @@ def load_size(name: str) -> SizeConfig:
 
 
 def fail(message: str) -> None:
-    separator = "\n" if "\n" in message else " "
-    print(f"error:{separator}{message}", file=sys.stderr)
+    shown = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
+    print(shown, file=sys.stderr)
     sys.exit(2)
 
 
