@@ -1,9 +1,11 @@
 """A run survives what can happen to it: every fault of train/faults.py, on the command itself."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from train import faults
 from train.faults import FAULTS, Fault, Scene, reference, survive
 
 
@@ -13,7 +15,21 @@ def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_the_suite_writes_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its first fault alone."""
+    monkeypatch.setattr(faults, "FAULTS", FAULTS[:1])
+    with pytest.raises(SystemExit) as ended:
+        faults.main(tmp_path)
+    result = json.loads((tmp_path / "faults.json").read_text())
+    assert ended.value.code == 0, result
+    assert (result["tried"], result["survived"]) == (1, 1)
+    (outcome,) = result["faults"]
+    assert (outcome["fault"], outcome["steps_lost"], outcome["error"]) == ("SIGTERM", 0, 0)
+    assert "stopped after step" in outcome["said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS[1:], ids=lambda fault: fault.name.replace(" ", "-"))
 def test_fault(fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float]) -> None:
     scene = Scene(tmp_path / "run", [f"data.path={corpus}"])
     scene.expected = expected

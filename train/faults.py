@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from data.config import load
 from train import checkpoint
+from train.datamodule import open_data
 from train.machine import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -295,15 +298,10 @@ def survive(fault: Fault, scene: Scene) -> Outcome:
 
 
 def main(out: Path) -> None:
-    from data.prepare import default_folder, prepare  # torch and tokenizers are slow to import
-
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        data = default_folder("stdlib", 4096)
-        prepare("stdlib", 4096, data)
-        copy = Path(name) / "data"
-        subprocess.run(["cp", "-r", str(data), str(copy)], check=True)
-        options = [f"data.path={copy}"]
+        (data,) = open_data(load("stdlib", []))
+        options = [f"data.path={shutil.copytree(data, Path(name) / 'data')}"]  # a fault damages it
         expected = reference(Scene(Path(name) / "alone", options))
         for number, fault in enumerate(track(FAULTS, "faults")):
             scene = Scene(Path(name) / f"run{number}", options)
