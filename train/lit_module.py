@@ -122,7 +122,6 @@ class LitDecoder(L.LightningModule):
         self.last_val = {"loss": loss, "ppl": torch.tensor(loss).exp().item(), "bpb": nats / math.log(2) / text_bytes}
         for logger in self.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in self.last_val.items()}, step=self.trainer.global_step)
-        self.log("val/loss", loss, logger=False)  # for the best checkpoint
         self.shown["val/ppl"] = self.last_val["ppl"]
 
     def check_finite(self) -> None:
@@ -150,13 +149,9 @@ class LitDecoder(L.LightningModule):
         for counts in (steps["current"], steps["total"]):
             counts |= dict.fromkeys(counts, step)
         state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-        state["epoch_loop.val_loop.batch_progress"]["total"] |= {
-            "ready": 1,
-            "started": 1,
-            "processed": 0,
-            "completed": 0,
-        }
-        state["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        state["epoch_loop.val_loop.batch_progress"]["total"] |= begun
+        state["epoch_progress"]["current"] |= begun
         loop.load_state_dict(state)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -189,9 +189,7 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: st
     strategy = {
         "auto": "auto",
         "ddp": "ddp",
-        "fsdp": ModelParallelStrategy(
-            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
-        ),
+        "fsdp": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
     }[options.strategy]
     progress = options.progress and sys.stdout.isatty()
     checkpoints = Checkpoints(folder, options.checkpoint_every, options.keep_checkpoints, start)
