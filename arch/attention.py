@@ -1,4 +1,4 @@
-"""Writing slots and reading them, for key/value heads and for latents.
+"""Writing slots and reading them, for key/value heads and for latents; bounded.py has those of bounded stores.
 
 A writer exists only in the layer that owns a store. A reader projects queries of its own and attends over whatever
 slots it is handed: those its own layer has just written, an earlier layer's, or the live part of a cache.
@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, Needs, attend
+from .bounded import BoundedReader, BoundedWriter
 from .config import SizeConfig
 from .layers import RMSNorm, Rope, rotate
 from .plan import Store, head_dim
@@ -117,10 +118,14 @@ class LatentReader(nn.Module):
 
 
 def build_writer(size: SizeConfig, store: Store) -> nn.Module:
+    if store.slots:
+        return BoundedWriter(size, store)
     return LatentWriter(size, store) if store.slot.latent_dim else GroupedWriter(size, store)
 
 
 def build_reader(size: SizeConfig, store: Store) -> nn.Module:
+    if store.slots:
+        return BoundedReader(size, store)
     return (LatentReader if store.slot.latent_dim else GroupedReader)(size, store)
 
 

@@ -29,8 +29,10 @@ class StoreConfig:
 
     kv_heads    key/value heads: a number, a share of the query heads (`1/4`), or `all`
     latent      a latent instead of key/value heads
-    window      keep this many positions, counting the current one; null keeps all
-    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed stores)
+    window      keep this many positions, counting the current one; null keeps all, or with `slots` none
+    slots       a bounded store: this many slots into which positions are merged, whatever the context
+    rule        how a bounded store is written and read, from its first token to its last: see `plan.RULES`
+    sinks       a learned attention-sink logit per query head in every layer that reads the store (not all kept)
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
     rope_theta  rotary base of this store; null takes the size's
     """
@@ -38,6 +40,8 @@ class StoreConfig:
     kv_heads: Any = None
     latent: LatentConfig | None = None
     window: int | None = None
+    slots: int | None = None
+    rule: str | None = None
     sinks: bool = False
     kv_norm: bool = False
     rope_theta: float | None = None
@@ -64,7 +68,7 @@ class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
     head_dim     null: d_model / num_heads
-    max_window   windows of the layout are cut to this; small sizes, trained on short sequences, set it
+    max_window   windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
     seq_len      tokens per training sequence
     batch_size   sequences per optimizer step
     tokens, lr   training tokens and peak learning rate: defaults of the trainer, never read by the model

@@ -206,6 +206,9 @@ def _not_stock(plan: KVPlan) -> list[str]:
         reasons.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
     if any(store.sinks for store in plan.stores):
         reasons.append(f"sinks: {stores([s.name for s in plan.stores if s.sinks])} has attention sinks")
+    if any(store.slots for store in plan.stores):
+        names = stores([s.name for s in plan.stores if s.slots])
+        reasons.append(f"slots: {names} is bounded; stock caches merge nothing")
     if any(store.kv_norm for store in plan.stores):
         reasons.append(f"kv_norm: {stores([s.name for s in plan.stores if s.kv_norm])} has a norm of its own")
     if any(store.window and store.slot.latent_dim for store in plan.stores):

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import BACKENDS, Backend, Mask, choose
+from .attend import BACKENDS, Backend, Mask, check_name, choose
 from .attention import Slots, attention_needs, build_reader, build_writer
-from .cache import AppendStore, Cache, RingStore
+from .bounded import BoundedWriter, Steps, steps
+from .cache import AnyStore, Cache, StateStore
 from .config import ModelConfig, SizeConfig
 from .layers import RMSNorm, Rope, SwiGLU, rope_table
 from .masks import Sequences
@@ -38,8 +39,8 @@ class Block(nn.Module):
         x_BTD: Tensor,
         slots: Slots,
         rope: Rope,
-        mask: Mask,
-        store: AppendStore | RingStore | None = None,
+        mask: Mask | Steps,
+        store: AnyStore | None = None,
         offset: int = 0,
     ) -> tuple[Tensor, Slots]:
         """The next residual stream, and the slots this layer read.
@@ -49,9 +50,17 @@ class Block(nn.Module):
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
-            slots = self.writer(h_BTD if self.kv_norm is None else self.kv_norm(x_BTD), rope)
-            if store is not None:
-                slots = store.update(slots, offset)
+            source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
+            if isinstance(self.writer, BoundedWriter):
+                slots, after = self.writer(source_BTD, rope, mask, () if store is None else store.tensors)
+                if store is not None:
+                    assert isinstance(store, StateStore)
+                    store.keep(after)
+            else:
+                slots = self.writer(source_BTD, rope)
+                if store is not None:
+                    assert not isinstance(store, StateStore)
+                    slots = store.update(slots, offset)
         x_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
         x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return x_BTD, slots
@@ -86,13 +95,17 @@ class Decoder(nn.Module):
         chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
         used: dict[str, dict[str, None]] = {}
         for backend, store in zip(chosen, self.plan.stores, strict=True):
-            used.setdefault(f"{backend.name} ({backend.about})", {})[store.name] = None
+            how = "chunks (bounded, plain torch)" if backend is None else f"{backend.name} ({backend.about})"
+            used.setdefault(how, {})[store.name] = None
         return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
 
     def masks(
         self, tokens_BT: Tensor, cache: Cache | None, documents_BT: Tensor | None, dtype: torch.dtype
-    ) -> list[Mask]:
-        """Of each store, made once for each distinct window and backend. Raises as `forward` where they cannot be."""
+    ) -> list[Mask | Steps]:
+        """Of each store, made once for each distinct window and backend; of bounded ones, where tokens stand.
+
+        Raises as `forward` where they cannot be.
+        """
         packed = documents_BT is not None
         if packed and cache is not None:
             raise ValueError("documents_BT cannot be given with a cache, whose rows are one document each; drop one")
@@ -103,13 +116,16 @@ class Decoder(nn.Module):
         if cache is not None:
             kernel = BACKENDS["reference" if self.backend == "reference" else "sdpa"].kernel
             over = {window: Mask(kernel, cache.mask(window, length, device)) for window in self.plan.windows}
-            return [over[store.window] for store in stores]
+            return [cache.steps(s, length, device) if s.slots else over[s.window] for s in stores]
         if packed not in self.chosen:
             self.chosen[packed] = choose_backends(self.backend, self.config.size, self.plan, self.device_type, packed)
         sequences = Sequences(batch, length, documents_BT, device)
         kinds = [(backend, store.window) for backend, store in zip(self.chosen[packed], stores, strict=True)]
-        made = {(b.name, window): b.mask(sequences, window, dtype) for b, window in dict.fromkeys(kinds)}
-        return [made[backend.name, window] for backend, window in kinds]
+        made = {
+            (b, window): steps(sequences) if b is None else b.mask(sequences, window, dtype)
+            for b, window in dict.fromkeys(kinds)
+        }
+        return [made[kind] for kind in kinds]
 
     def forward(
         self,
@@ -171,7 +187,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Linear and embedding weights from N(0, init_std), norms 1, sinks 0.
+        """Linear and embedding weights from N(0, init_std), norms 1, sinks and gates 0.
 
         Each parameter draws from a generator of its own, seeded by its name, so that the result depends neither on how
         the parameters are sharded nor on which others exist: two layouts start from the same weights where they share
@@ -199,9 +215,14 @@ def rope_key(store: Store) -> tuple[int, float]:
 
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
-) -> tuple[Backend, ...]:
-    """Of each store, the attention backend of the layers that read it, with or without packed documents.
+) -> tuple[Backend | None, ...]:
+    """Of each store, the attention backend of the layers that read it, with or without packed documents. Bounded stores
+    have none: their rules are plain torch.
 
     Raises ValueError where the backend `name` cannot run them.
     """
-    return tuple(choose(name, attention_needs(size, store, documents), device_type) for store in plan.stores)
+    check_name(name)
+    return tuple(
+        None if store.slots else choose(name, attention_needs(size, store, documents), device_type)
+        for store in plan.stores
+    )

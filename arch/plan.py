@@ -1,7 +1,7 @@
 """From a written layout to the resolved one: which layer writes which store, and which store each layer reads.
 
 slot   what one cached position holds
-store  the slots that exactly one owner layer writes, with a retention: all of them, or a window
+store  the slots that exactly one owner layer writes, with a retention: all of them, a window, or a bounded state
 read   each layer reads exactly one store: its own or an earlier layer's
 plan   the tuple of stores and the tuple of reads, one per layer
 
@@ -15,6 +15,12 @@ from fractions import Fraction
 from typing import Any
 
 from .config import ModelConfig, SizeConfig, StoreConfig
+
+# Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
+# Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
+RULES = {"gated": False, "ring_slots": True, "ring_router": False}
+# Tokens that the parallel form of a bounded store takes at a time.
+CHUNK = 16
 
 
 class LayoutError(ValueError):
@@ -53,7 +59,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Store:
-    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position."""
+    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position.
+
+    A bounded store has a `rule` and `slots`, into which positions are merged; its window, if any, are the last
+    positions, which are kept beside them as they are.
+    """
 
     name: str
     owner: int
@@ -62,10 +72,24 @@ class Store:
     sinks: bool
     kv_norm: bool
     rope_theta: float
+    slots: int = 0
+    rule: str | None = None
+
+    @property
+    def bound(self) -> int | None:
+        """Positions and slots it never holds more of; None: it grows with the context."""
+        return self.slots + (self.window or 0) if self.slots else self.window
+
+    @property
+    def address_dim(self) -> int:
+        """Width of what a bounded store's router reads: a write query, or the kept keys of all heads."""
+        return self.slot.kv_heads * self.slot.k_dim if self.window else self.slot.k_dim
 
     def positions(self, context: int) -> int:
-        """Cached positions after `context` tokens."""
-        return context if self.window is None else min(context, self.window)
+        """Cached positions after `context` tokens. A bounded state is there whole from the first token on."""
+        if self.bound is None or self.slots:
+            return self.bound or context
+        return min(context, self.bound)
 
 
 @dataclass(frozen=True)
@@ -86,8 +110,8 @@ class KVPlan:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows, in order of first use."""
-        return tuple(dict.fromkeys(store.window for store in self.stores))
+        """The distinct windows of stores that are not bounded, in order of first use."""
+        return tuple(dict.fromkeys(store.window for store in self.stores if not store.slots))
 
     def store(self, layer: int) -> Store:
         """The store that `layer` reads."""
@@ -107,8 +131,12 @@ class KVPlan:
         return cls(stores=stores, reads=tuple(values["reads"]))
 
     def __str__(self) -> str:
-        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows."""
-        return " ".join(f"{self.store(i).owner}{'s' if self.store(i).window else ''}" for i in range(self.num_layers))
+        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
+        for bounded stores."""
+        marks = (
+            "b" if store.slots else "s" if store.window else "" for store in map(self.store, range(len(self.reads)))
+        )
+        return " ".join(f"{owner}{mark}" for owner, mark in zip(self.owners, marks, strict=True))
 
 
 def resolve(config: ModelConfig) -> KVPlan:
@@ -194,8 +222,9 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
     window = store.window
     if window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
-    if window is None and store.sinks:
+    if window is None and store.slots is None and store.sinks:
         problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
+    _check_bounded(where, store, problems)
     if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
         problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
     if window is not None and size.max_window is not None:
@@ -207,7 +236,33 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         "sinks": store.sinks,
         "kv_norm": store.kv_norm,
         "rope_theta": float(store.rope_theta or size.rope_theta),
+        "slots": min(store.slots or 0, size.max_window or store.slots or 0),
+        "rule": store.rule,
     }
+
+
+def _check_bounded(where: str, store: StoreConfig, problems: list[str]) -> None:
+    """Adds to `problems` what is wrong with the slots and the rule of a bounded store."""
+    rules = ", ".join(RULES)
+    if store.slots is None:
+        if store.rule is not None:
+            problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
+        return
+    if store.slots < 1:
+        problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
+    if store.latent is not None:
+        problems.append(f"{where}.slots cannot hold a latent; write kv_heads instead")
+    if store.rule not in RULES:
+        problems.append(f"{where}.rule is {store.rule!r}; stores with slots need one of {rules}")
+    elif RULES[store.rule] and store.window is None:
+        problems.append(f"{where}.rule {store.rule} needs a window: the last positions, kept whole beside the slots")
+    elif not RULES[store.rule]:
+        for key in ("window", "rope_theta"):
+            if getattr(store, key) is not None:
+                problems.append(
+                    f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
+                    "leave it out, or choose ring_slots"
+                )
 
 
 def _share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eval.pareto import Point
 
 COLORS = ("#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f")
+KINDS = (COLORS[2], COLORS[3], COLORS[1], COLORS[0])  # latents, slots, windows, all
 INK = "#222222"
 
 
@@ -39,7 +40,7 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = f"{store.window}" if store.window else "all"
+            text = "all" if store.bound is None else f"{store.bound}"
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
         else:
@@ -49,7 +50,7 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         -0.4, 2.05, f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers", fontsize=11, weight="bold"
     )
     figures = (
-        f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows; at {context:,} tokens "
+        f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows and slots; at {context:,} tokens "
         f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded token"
     )
     axes.text(-0.4, 1.8, figures, fontsize=9, color="#555555")
@@ -75,11 +76,13 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
 
 
 def _colors(types: Sequence[Store]) -> dict[str, str]:
-    """Blue for stores that keep everything, orange for windows, green for latents; further types take what is left."""
+    """Blue for stores that keep everything, orange for windows, green for latents, purple for bounded stores; further
+    types take what is left."""
     left = list(COLORS)
     result = {}
     for store in types:
-        wanted = COLORS[2] if store.slot.latent_dim else COLORS[1] if store.window else COLORS[0]
+        kinds = (store.slot.latent_dim, store.slots, store.window, True)
+        wanted = next(color for color, kind in zip(KINDS, kinds, strict=True) if kind)
         result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else "#7f7f7f"
     return result
 

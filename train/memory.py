@@ -3,12 +3,12 @@
 Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
 Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
 pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
-gaps are not counted.
+gaps are not counted. Bounded stores are refused.
 """
 
 from dataclasses import dataclass, fields
 
-from arch import KVPlan, ModelConfig, Store
+from arch import KVPlan, LayoutError, ModelConfig, Store
 from arch.footprint import layer_params, num_params
 from arch.plan import head_dim
 
@@ -59,7 +59,18 @@ class Memory:
 
 
 def step_memory(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> Memory:
-    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
+
+    Raises LayoutError for a bounded store, whose chunks keep much that is not counted here.
+    """
+    bounded = [f"arch.stores.{name}" for name in dict.fromkeys(store.name for store in plan.stores if store.slots)]
+    if bounded:
+        raise LayoutError(
+            [
+                f"{', '.join(bounded)} is bounded, and memory of a training step is not counted for such stores; try "
+                "train/pretrain.py with trainer.micro_batch=1 and upwards"
+            ]
+        )
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
     return Memory(
         weights=share,
