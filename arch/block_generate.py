@@ -4,12 +4,12 @@ Shapes: B batch, T tokens, L block length, D model, C vectors of an expanded con
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .block_transformer import BlockTransformer, allocate_blocks
+from .block_transformer import BlockCache, BlockTransformer, allocate_blocks
 from .cache import Cache
 from .generate import check_options, sample
 
@@ -51,20 +51,12 @@ def generate_blocks(
     Raises ValueError on an empty prompt, a prompt too short, or an impossible option.
     """
     check_options(prompts, max_new_tokens, temperature, top_p, None)
-    length, weight = model.plan.length, model.token_decoder.embed.weight
+    length, device = model.plan.length, model.token_decoder.embed.weight.device
     given = split(model, prompts, pad_token)
-    last = int(given.rest_B.max()) + max_new_tokens  # tokens to be said after the complete blocks of the prompts
-    fed_back = (last - 1) // length * length
-    cache = allocate_blocks(
-        model.plan,
-        len(prompts),
-        given.whole_BT.shape[1] + fed_back,
-        dtype=cache_dtype or weight.dtype,
-        device=weight.device,
-        start_B=given.start_B if bool(given.start_B.any()) else None,
-    )
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+    last = int(given.rest_B.max()) + max_new_tokens  # tokens after the complete blocks of the prompts
+    cache = room(model, given, last, cache_dtype)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     said: list[Tensor] = list(given.rest_BL[:, : int(given.rest_B.min())].unbind(dim=1))
     begun_BL = given.rest_BL[:, : len(said)]
     was_training = model.training
@@ -114,17 +106,28 @@ def split(model: BlockTransformer, prompts: Sequence[Sequence[int]], pad_token: 
         ids = [[pad_token or 0] * (length - len(row)) + row for row in ids]
     whole = [len(row) // length * length for row in ids]
     most = max(whole)
+
+    def tensor(rows: list[Any]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
     return Prompts(
-        torch.tensor(
-            [[0] * (most - end) + row[:end] for row, end in zip(ids, whole, strict=True)],
-            dtype=torch.int64,
-            device=device,
-        ),
-        torch.tensor([(most - end) // length for end in whole], device=device),
-        torch.tensor(
-            [row[end:] + [0] * (length - len(row) + end) for row, end in zip(ids, whole, strict=True)], device=device
-        ),
-        torch.tensor([len(row) - end for row, end in zip(ids, whole, strict=True)], device=device),
+        tensor([[0] * (most - end) + row[:end] for row, end in zip(ids, whole, strict=True)]),
+        tensor([(most - end) // length for end in whole]),
+        tensor([row[end:] + [0] * (length - len(row) + end) for row, end in zip(ids, whole, strict=True)]),
+        tensor([len(row) - end for row, end in zip(ids, whole, strict=True)]),
+    )
+
+
+def room(model: BlockTransformer, given: Prompts, after: int, dtype: torch.dtype | None) -> BlockCache:
+    """A cache for the prompts' complete blocks and `after` more tokens, the last of which is not fed back."""
+    weight = model.token_decoder.embed.weight
+    return allocate_blocks(
+        model.plan,
+        len(given.rest_B),
+        given.whole_BT.shape[1] + after - 1,
+        dtype=dtype or weight.dtype,
+        device=weight.device,
+        start_B=given.start_B if bool(given.start_B.any()) else None,
     )
 
 
