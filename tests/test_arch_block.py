@@ -3,11 +3,14 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
 from conftest import build, small, tokens
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +26,7 @@ from arch import (
     SizeConfig,
     StoreConfig,
     TokenDecoderConfig,
+    from_dict,
     generate_blocks,
     resolve,
     resolve_block,
@@ -673,6 +677,24 @@ def test_impossible_styles(change: dict, message: str) -> None:
 def test_lengths_that_no_block_fits(length: int) -> None:
     with pytest.raises(ValueError, match=f"{length} tokens per row; give a multiple of the block length 4"):
         build_block(block_config())(tokens(1, length))
+
+
+def test_configuration_is_read_from_yaml_as_from_json() -> None:
+    text = """
+    stores: {kv: {kv_heads: all}}
+    pattern: [new kv]
+    block:
+      embedder: projection
+      token: {kind: summation, layers: 2, stores: {kv: {kv_heads: 1}}, pattern: [new kv, reuse kv]}
+    """
+    schema = OmegaConf.structured(ArchConfig)
+    arch = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create(text)))
+    assert arch == from_dict(ArchConfig, asdict(arch))
+    assert arch.block.token.layers == 2
+    with pytest.raises(ConfigKeyError, match="lenght"):
+        OmegaConf.merge(schema, {"block": {"lenght": 3}})
+    with pytest.raises(ValueError, match="BlockConfig has no lenght; its keys are embed_dim, embedder, length"):
+        from_dict(ArchConfig, {"block": {"lenght": 3}})
 
 
 def test_plans_without_a_rotary_width_are_still_read() -> None:
