@@ -72,15 +72,26 @@ def stages(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
         ArchConfig(deepcopy(token.stores), list(token.pattern), token.short_group),
         replace(size, num_layers=layers, **widths),
     )
-    for stage, rename in ((coarse, None), (fine, "arch.block.token.")):
-        try:
-            resolve(stage)
-        except LayoutError as error:
-            for problem in error.problems:
-                problems.append(re.sub(r"\barch\.", rename, f"token decoder: {problem}") if rename else problem)
+    of_coarse, of_fine = _problems(coarse), _problems(fine)
+    problems += of_coarse
+    for problem in of_fine:
+        if "arch." not in problem and problem in of_coarse:
+            continue  # a width that both take from the size
+        where = re.sub(r"\barch\.", "arch.block.token.", problem)
+        for name in widths:
+            where = where.replace(f"size.{name}", f"arch.block.token.{name}")
+        problems.append(f"token decoder: {where}")
     if problems:
-        raise LayoutError(list(dict.fromkeys(problems)))
+        raise LayoutError(problems)
     return coarse, fine
+
+
+def _problems(config: ModelConfig) -> list[str]:
+    try:
+        resolve(config)
+    except LayoutError as error:
+        return error.problems
+    return []
 
 
 def _check(config: ModelConfig, block: BlockConfig) -> list[str]:

@@ -491,6 +491,16 @@ def test_generation_ends_when_all_rows_have_stopped(monkeypatch: pytest.MonkeyPa
     assert generate_blocks(model, prompts, 500, stop_token=stop) == [[], []]
 
 
+def test_a_stop_token_in_a_prompt_stops_nothing() -> None:
+    """Row 1 is given the token, in the block that both rows share, when row 0 says it."""
+    model = build_block(block_config())
+    stop = greedy(model, [1, 2, 3, 4], 1)[0]
+    expected = greedy(model, [9, 8, 7, 6, stop], 9)
+    assert stop not in expected[:3]
+    rows = generate_blocks(model, [[1, 2, 3, 4], [9, 8, 7, 6, stop]], 3, stop_token=stop)
+    assert rows == [[], expected[:3]]
+
+
 def test_short_prompts() -> None:
     model = build_block(block_config())
     with pytest.raises(ValueError, match=r"has 2 tokens, less than a block of 4: .* pad_token"):
@@ -657,6 +667,20 @@ def test_impossible_blocks(change: dict, message: str) -> None:
         setattr(config.arch.block, key, value)
     with pytest.raises(LayoutError, match=message):
         resolve_block(config)
+
+
+def test_widths_are_told_once_and_by_their_name() -> None:
+    config = block_config("prefix3_narrow", head_dim=None, d_model=26)
+    config.arch.block.token.num_heads = 5
+    with pytest.raises(LayoutError) as error:
+        resolve_block(config)
+    coarse, fine = str(error.value).splitlines()
+    assert coarse.startswith("- size.d_model 26 is not a multiple of size.num_heads 8")
+    assert "arch.block.token.d_model 16 is not a multiple of arch.block.token.num_heads 5" in fine
+    config = block_config(head_dim=7)
+    with pytest.raises(LayoutError) as error:
+        resolve_block(config)
+    assert str(error.value) == "- the head dimension is 7; rotary embeddings need an even one"
 
 
 @pytest.mark.parametrize("layers", [0, 6, "1/1", "half", "1/7"])
