@@ -31,6 +31,8 @@ ADAPTERS = {
     "embedder.projection_layer": "embedder.proj",
     "token_decoder.expansion_layer": "expansion",
 }
+# Buffers of old checkpoints, made again from the configuration: masks and rotary frequencies.
+BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 UNUSED = "block_decoder.gpt_neox.embed_in.weight"  # in the authors' state, never read
 
 
@@ -52,7 +54,7 @@ def from_neox(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor
         elif not prefix and part == "attention.query_key_value":
             fused = rearrange(tensor, "(n three h) ... -> three (n h) ...", n=num_heads, three=3)
             ours |= {f"layers.{number}.{o}.{kind}": t for o, t in zip(ATTENTION, fused.unbind(), strict=True)}
-        else:
+        elif not name.endswith(BUFFERS):
             unknown.append(f"{name} is unexpected")
     if unknown:
         raise ConversionError(unknown)
@@ -65,7 +67,7 @@ def from_official(tensors: Mapping[str, Tensor], block_heads: int, token_heads: 
     Raises as `from_neox`.
     """
     ours: dict[str, Tensor] = {}
-    stacks: dict[str, dict[str, Tensor]] = {"block_decoder.": {}, "token_decoder.": {}, "": {}}
+    stacks: dict[str, dict[str, Tensor]] = {"block_decoder.": {}, "token_decoder.": {}, "": {}}  # "": what is unknown
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if module in ADAPTERS and tensor.ndim == 3:  # a convolution whose kernel is the block, or 1

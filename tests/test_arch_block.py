@@ -300,7 +300,8 @@ def test_style_neox_is_the_stock_gpt_neox() -> None:
     for parameter in stock.parameters():  # biases, which the stock class starts at zero, too
         parameter.normal_(0.0, 0.2)
     model = Decoder(config).double()
-    model.load_state_dict(from_neox(stock.state_dict(), 4))
+    buffers = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    model.load_state_dict(from_neox(stock.state_dict() | buffers, 4))
     torch.testing.assert_close(model(tokens(2, 9)), stock(tokens(2, 9)).logits, rtol=0, atol=1e-5)
 
 
