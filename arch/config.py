@@ -48,7 +48,7 @@ class StoreConfig:
 
 
 @dataclass
-class ArchConfig:
+class LayoutConfig:
     """A KV layout: named store types, and who writes and who reads them, from the bottom layer up.
 
     pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
@@ -64,9 +64,57 @@ class ArchConfig:
 
 
 @dataclass
+class TokenDecoderConfig(LayoutConfig):
+    """The token decoder of a Block Transformer, with a layout of its own; its windows count positions within a block.
+
+    kind       how a block's context enters: `prefix`, as `prefix` positions before the tokens, or `summation`, added
+               to the start token and the tokens (Block Transformer, 2.4 and F.2)
+    bos_token  the start token of `summation`
+    layers     its share of size.num_layers, or a number; the block decoder has the rest
+    d_model, num_heads, head_dim, d_ff   null: as in the block decoder
+    """
+
+    kind: str = "prefix"
+    prefix: int = 2
+    bos_token: int = 0
+    layers: Any = "1/2"
+    d_model: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+
+
+@dataclass
+class BlockConfig:
+    """What makes a Block Transformer (Ho et al. 2024) of a layout, which then is that of its block decoder.
+
+    length     tokens of a block
+    embedder   `lookup`: embeddings of width d_model / length, end to end; `projection`: embeddings of width
+               `embed_dim`, end to end, then a linear map
+    embed_dim  of `projection`; null: d_model
+    start      predict the first block too, from a learned context
+    """
+
+    length: int = 4
+    embedder: str = "lookup"
+    embed_dim: int | None = None
+    start: bool = False
+    token: TokenDecoderConfig = field(default_factory=TokenDecoderConfig)
+
+
+@dataclass
+class ArchConfig(LayoutConfig):
+    """The layout of a decoder; with `block`, that of a Block Transformer's block decoder: windows count blocks."""
+
+    block: BlockConfig | None = None
+
+
+@dataclass
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
+    style        llama: RMSNorm, SwiGLU, no biases; neox: GPT-NeoX, with LayerNorm, attention and GELU MLP side by side,
+                 biases, and the first quarter of each head rotated
     head_dim     null: d_model / num_heads
     max_window   windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
     seq_len      tokens per training sequence
@@ -86,6 +134,7 @@ class SizeConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     max_window: int | None = None
+    style: str = "llama"
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ArchConfig, LatentConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
 from .decoder import Decoder
-from .plan import KVPlan, head_dim, resolve
+from .plan import KVPlan, head_dim, is_neox, resolve
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -134,6 +134,8 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     Unrepresentable with everything that no stock class holds.
     """
     reasons = _not_stock(plan)
+    if is_neox(config.size):
+        reasons.append("size.style: neox is not exported")
     hf = {} if reasons else _stock_config(config.size, plan)
     # What the reasons above do not know of would be lost in silence.
     if not reasons and _layout(resolve(model_config(hf))) != _layout(plan):

@@ -7,8 +7,8 @@ is `stored` at the full capacity for every sequence of the batch.
 
 from dataclasses import dataclass
 
-from .config import ModelConfig
-from .plan import CHUNK, KVPlan, Store, head_dim
+from .config import ModelConfig, SizeConfig
+from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,17 @@ def num_params(config: ModelConfig, plan: KVPlan) -> int:
     """Parameters of the model, embedding included; tied embeddings count once."""
     size = config.size
     embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
-    return embedding + size.d_model + sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+    return embedding + stack_params(config, plan)
+
+
+def stack_params(config: ModelConfig, plan: KVPlan) -> int:
+    """Parameters of the layers and the norm after them."""
+    layers = sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+    return layers + norm_params(config.size)
+
+
+def norm_params(size: SizeConfig) -> int:
+    return size.d_model * (2 if is_neox(size) else 1)
 
 
 def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
@@ -70,13 +80,17 @@ def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, in
     size, store = config.size, plan.store(layer)
     slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
     query_dim = width + slot.rope_dim
-    matrices = size.d_model * heads * query_dim + heads * width * size.d_model + 3 * size.d_model * size.d_ff
-    others = 2 * size.d_model + (heads if store.sinks else 0)
+    matrices = size.d_model * heads * query_dim + heads * width * size.d_model
+    matrices += (2 if is_neox(size) else 3) * size.d_model * size.d_ff
+    others = 2 * norm_params(size) + (heads if store.sinks else 0)
+    if is_neox(size):  # the biases
+        others += heads * query_dim + size.d_model + size.d_ff + size.d_model
+        others += slot.elements if store.owner == layer else 0
     if slot.latent_dim:
         matrices += slot.latent_dim * heads * 2 * width  # from the latent to keys and values, in every reader
     if store.owner == layer:
         matrices += size.d_model * slot.elements
-        others += (size.d_model if store.kv_norm else 0) + slot.latent_dim
+        others += (norm_params(size) if store.kv_norm else 0) + slot.latent_dim
         if store.slots:  # the router: a write query where it does not read the keys, addresses, and the gate
             matrices += store.address_dim * (store.slots + (0 if store.window else size.d_model))
             others += store.address_dim + store.slots
@@ -94,8 +108,12 @@ def forward_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
 
     Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is.
     """
-    size = config.size
-    total = 2 * seq_len * size.d_model * size.vocab_size
+    return 2 * seq_len * config.size.d_model * config.size.vocab_size + stack_flops(config, plan, seq_len)
+
+
+def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
+    """`forward_flops` of the layers alone."""
+    total = 0
     for layer in range(plan.num_layers):
         total += 2 * seq_len * layer_params(config, plan, layer)[1]
         store = plan.store(layer)

@@ -28,6 +28,7 @@ class LayoutError(ValueError):
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(f"- {problem}" for problem in problems))
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Store:
 
     A bounded store has a `rule` and `slots`, into which positions are merged; its window, if any, are the last
     positions, which are kept beside them as they are.
+    `rotary_dim`: leading elements of a key that are rotated; None: all that the slot allows.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Store:
     sinks: bool
     kv_norm: bool
     rope_theta: float
+    rotary_dim: int | None = None
     slots: int = 0
     rule: str | None = None
 
@@ -145,6 +148,11 @@ def resolve(config: ModelConfig) -> KVPlan:
     Raises LayoutError where the size is impossible, or else with every problem of the layout.
     """
     problems = _check_size(config.size)
+    if config.arch.block is not None:
+        problems.append(
+            "arch.block makes this a Block Transformer, which has two plans: build it as "
+            "arch.BlockTransformer, or remove arch.block for a decoder"
+        )
     if problems:
         raise LayoutError(problems)
     types = {name: _resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
@@ -176,6 +184,10 @@ def head_dim(size: SizeConfig) -> int:
     return size.d_model // size.num_heads if size.head_dim is None else size.head_dim
 
 
+def is_neox(size: SizeConfig) -> bool:
+    return size.style == "neox"
+
+
 def _check_size(size: SizeConfig) -> list[str]:
     problems = [
         f"size.{name} is {getattr(size, name)}; it must be at least 1"
@@ -191,6 +203,10 @@ def _check_size(size: SizeConfig) -> list[str]:
         )
     elif head_dim(size) < 2 or head_dim(size) % 2:
         problems.append(f"the head dimension is {head_dim(size)}; rotary embeddings need an even one")
+    elif is_neox(size) and head_dim(size) % 8:
+        problems.append(f"the head dimension is {head_dim(size)}; style neox rotates a quarter of it: a multiple of 8")
+    if size.style not in ("llama", "neox"):
+        problems.append(f"size.style is {size.style!r}; it is llama or neox")
     if size.max_window is not None and size.max_window < 1:
         problems.append(f"size.max_window is {size.max_window}; it must be at least 1, or null for no limit")
     for name in ("rope_theta", "norm_eps", "init_std", "lr"):
@@ -238,6 +254,7 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         "rope_theta": float(store.rope_theta or size.rope_theta),
         "slots": min(store.slots or 0, size.max_window or store.slots or 0),
         "rule": store.rule,
+        "rotary_dim": slot.k_dim // 4 if is_neox(size) and slot.k_dim else None,
     }
 
 
@@ -267,7 +284,7 @@ def _check_bounded(where: str, store: StoreConfig, problems: list[str]) -> None:
 
 def _share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:
     """`value` as a count: itself, or the share `a/b` of `whole`. Adds to `problems` and returns 0 if it is neither."""
-    amount = _amount(value, whole)
+    amount = share_of(value, whole)
     if amount is None:
         problems.append(f"{where} is {value!r}; write a number, or a share of {of} such as 1/4")
         return 0
@@ -279,7 +296,7 @@ def _share(where: str, value: int | str | None, whole: int, of: str, problems: l
     return int(amount)
 
 
-def _amount(value: Any, whole: int) -> Fraction | None:
+def share_of(value: Any, whole: int) -> Fraction | None:
     """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
     if match is None:
@@ -344,7 +361,7 @@ def _allot(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> l
         if unknown:
             problems.append(f"{where} has no {', '.join(unknown)}; a section's keys are layers, pattern, short_group")
         wanted = section.get("layers")
-        amount = _amount(wanted, depth)
+        amount = share_of(wanted, depth)
         if wanted is None and open_section is None:
             open_section = number
         elif wanted is None:
