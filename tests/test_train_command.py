@@ -288,7 +288,10 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
         (["+arch=cla2", "+size=tinny"], "Could not find 'size/tinny'"),
         (["arch=cla2", "+size=tiny"], "use +arch=cla2"),
         (["+arch=cla2", "+arch=mha", "+size=tiny"], "Multiple values for arch"),
-        (["+arch=cla2", "+size=tiny", "+arch.typo=1"], "unknown key arch.typo. arch has pattern, short_group, stores"),
+        (
+            ["+arch=cla2", "+size=tiny", "+arch.typo=1"],
+            "unknown key arch.typo. arch has block, pattern, short_group, stores",
+        ),
         (["+arch=cla2", "+size=tiny", "optim.lrr=1"], "unknown key optim.lrr, did you mean lr?"),
         (["+arch=cla2", "+size=tiny", "+optim.lrr=1"], "unknown key optim.lrr, did you mean lr?"),
         (["+arch=cla2", "+size=tiny", "optim=adam"], "Could not find 'optim/adam'"),
