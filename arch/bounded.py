@@ -21,7 +21,7 @@ K key/value heads, G query heads per key/value head, H head, M slots, W window, 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -159,13 +159,61 @@ def chunk_states(k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, place_BT: Tensor
     with exact(k_BTKH):
         chunks = Chunks(p_BTM, place_BT)
         kv_BZCKE = chunks.split(torch.cat((k_BTKH, v_BTKH), dim=-1).to(p_BTM.dtype))
-        held_BZCM, weight_BZCM = (x.squeeze(2) for x in chunks.influence(slice(-1, None)))
-        held_BZMKE = held_BZCM[..., None, None]
+        held_BZM, weight_BZCM = (x.squeeze(2) for x in chunks.influence(slice(-1, None)))
         written = torch.einsum("bzjm,bzjke->bzmke", weight_BZCM, kv_BZCKE)
-        states = [torch.zeros_like(written[:, 0]) if start is None else start.to(written.dtype)]
-        for z in range(written.shape[1]):
-            states.append(held_BZMKE[:, z] * states[-1] + written[:, z])
-        return torch.stack(states, dim=1)
+        start = torch.zeros_like(written[:, 0]) if start is None else start.to(written.dtype)
+        states: Tensor = scan(held_BZM, written, start)
+        return states
+
+
+@torch.library.custom_op("kvfrontier::scan", mutates_args=())
+def scan(held_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
+    """[B, Z + 1, M, K, E] s_0 = start, s_z+1 = held_z s_z + written_z.
+
+    One operator, so that no compiler unrolls the loop, and of all its steps the backward pass keeps the result alone.
+    """
+    batch, length, *tail = written_BZMKE.shape
+    states = written_BZMKE.new_empty(batch, length + 1, *tail)
+    states[:, 0] = start_BMKE
+    for z in range(length):
+        torch.addcmul(written_BZMKE[:, z], held_BZM[:, z, :, None, None], states[:, z], out=states[:, z + 1])
+    return states
+
+
+@torch.library.custom_op("kvfrontier::scan_backward", mutates_args=())
+def scan_backward(gradient: Tensor, held_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `held`, `written` and `start`, given that of the states."""
+    sums = gradient.clone(memory_format=torch.contiguous_format)  # of all that comes from a state
+    for z in reversed(range(held_BZM.shape[1])):
+        sums[:, z].addcmul_(held_BZM[:, z, :, None, None], sums[:, z + 1])
+    held = (sums[:, 1:] * states[:, :-1]).sum(dim=(-2, -1))
+    dense = torch.contiguous_format  # copies: outputs of an operator may not share a storage
+    return held, sums[:, 1:].clone(memory_format=dense), sums[:, 0].clone(memory_format=dense)
+
+
+@scan.register_fake
+def _(held_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
+    batch, length, *tail = written_BZMKE.shape
+    return written_BZMKE.new_empty(batch, length + 1, *tail)
+
+
+@scan_backward.register_fake
+def _(gradient: Tensor, held_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, *tail = gradient.shape
+    written = gradient.new_empty(batch, length - 1, *tail)
+    return held_BZM.new_empty(held_BZM.shape), written, gradient.new_empty(batch, *tail)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = scan_backward(gradient, *ctx.saved_tensors)
+    return result
+
+
+scan.register_autograd(_backward, setup_context=_keep)
 
 
 class Chunks:
@@ -181,11 +229,11 @@ class Chunks:
         self.p_BZCM = self.split(p_BTM)
         # The least that a write leaves keeps logarithms finite; an overwritten slot is not known more exactly.
         left = (1 - self.p_BZCM).clamp(min=torch.finfo(p_BTM.dtype).eps)
+        index = torch.arange(self.size, device=p_BTM.device)
+        distance = index[:, None] - index
+        self.seen_BZCC1 = ((distance >= 0) & (distance <= self.place_BZC.unsqueeze(-1))).unsqueeze(-1)
         # Summed from the chunk's or the document's start: a cumulative sum would carry another document's rounding.
-        sums, same = list(left.log().unbind(dim=2)), (self.place_BZC > 0).to(left.dtype).unsqueeze(-1)
-        for c in range(1, self.size):
-            sums[c] = sums[c] + same[:, :, c] * sums[c - 1]
-        self.log_BZCM = torch.stack(sums, dim=2)
+        self.log_BZCM = left.log().unsqueeze(2).where(self.seen_BZCC1, 0).sum(dim=3)
 
     def split(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.fill))
@@ -198,12 +246,10 @@ class Chunks:
         """For tokens `reads` of each chunk, what is left in each slot of the state before the chunk ([B, Z, i, M]) and
         of each of its tokens ([B, Z, i, j, M]): nothing of another document."""
         index = torch.arange(self.size, device=self.p_BZCM.device)
-        place, log = self.place_BZC[:, :, reads], self.log_BZCM[:, :, reads]
-        begun = (place > index[reads]).unsqueeze(-1)
+        log, seen = self.log_BZCM[:, :, reads], self.seen_BZCC1[:, :, reads]
+        begun = (self.place_BZC[:, :, reads] > index[reads]).unsqueeze(-1)
         state = log.masked_fill(~begun, -math.inf).exp()
-        distance = index[reads, None] - index
-        seen = (distance >= 0) & (distance <= place.unsqueeze(-1))
-        faded = (log.unsqueeze(3) - self.log_BZCM.unsqueeze(2)).masked_fill(~seen.unsqueeze(-1), -math.inf)
+        faded = (log.unsqueeze(3) - self.log_BZCM.unsqueeze(2)).masked_fill(~seen, -math.inf)
         return state, faded.exp() * self.p_BZCM.unsqueeze(2)
 
 

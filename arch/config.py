@@ -31,8 +31,8 @@ class StoreConfig:
     latent      a latent instead of key/value heads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     slots       a bounded store: this many slots into which positions are merged, whatever the context
-    rule        how a bounded store is written and read, from its first token to its last: see `plan.RULES`
-    sinks       a learned attention-sink logit per query head in every layer that reads the store (not all kept)
+    rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
+    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded)
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
     rope_theta  rotary base of this store; null takes the size's
     """

@@ -8,7 +8,7 @@ from conftest import build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, Steps, WindowRead, reached, steps
+from arch.bounded import RingRouter, Steps, WindowRead, reached, scan, steps
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
 from arch.plan import RULES
@@ -161,6 +161,14 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
         return block.reader(x, slots, rope, Steps(place, None))
 
     assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)
+
+
+def test_scan_is_a_proper_operator() -> None:
+    """Schema, gradients, and what compilers are told of its shapes."""
+    inputs = (numbers(2, 5, 3).sigmoid(), numbers(2, 5, 3, 2, 4), numbers(2, 3, 2, 4))
+    for some in (inputs, tuple(x[:, :1] for x in inputs[:2]) + inputs[2:]):
+        torch.library.opcheck(scan, tuple(x.clone().requires_grad_() for x in some))
+        assert torch.autograd.gradcheck(scan, tuple(x.clone().requires_grad_() for x in some))
 
 
 @pytest.mark.parametrize("name", BOUNDED)

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import Decoder, ModelConfig, SizeConfig, resolve
+from arch import Decoder, LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import train_flops_per_token
 from eval.cli import Choices, load_arch, load_size
 from eval.hardware import find_gpu
@@ -263,6 +263,12 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
     larger = min(n for n in range(found["micro_batch"] + 1, share + 1) if share % n == 0)
     assert not planned(gpus=8, micro_batch=larger)["fits"]
     assert planned(gpus=8, activation_checkpointing=True)["micro_batch"] > found["micro_batch"]
+
+
+def test_bounded_stores_are_not_counted_and_not_guessed() -> None:
+    for name in ("bct_gated", "bct_mixed"):
+        with pytest.raises(LayoutError, match=r"arch.stores.memory is bounded, and memory .* is not counted"):
+            planned(name)
 
 
 def test_time_follows_from_the_stated_rate() -> None:
