@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from .config import SizeConfig
 from .layers import Rope, at_least_fp32, rotate
 from .masks import Sequences, document_starts
-from .plan import CHUNK, Store, head_dim
+from .plan import CHUNK, Store, head_dim, is_neox
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
@@ -124,8 +124,8 @@ class BoundedWriter(nn.Module):
         super().__init__()
         slot = store.slot
         self.kv_heads, self.window = slot.kv_heads, store.window
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=False)
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=False)
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=is_neox(size))
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=is_neox(size))
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
     def forward(
@@ -328,8 +328,8 @@ class BoundedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.window, self.ring, self.scale = store.window, store.rule == "ring_router", width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=False)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=is_neox(size))
+        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=is_neox(size))
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: tuple[Tensor, ...], rope: Rope, steps: Steps) -> Tensor:
