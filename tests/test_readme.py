@@ -39,8 +39,8 @@ def test_nothing_in_the_readme_is_left_out() -> None:
 def test_prepare_train_and_compare(tmp_path: Path) -> None:
     """In the README's order and from a folder of the user's own: prepare, train, sweep, shard, resume, compare."""
     (tmp_path / "books").mkdir()
-    for number in range(40):
-        text = "\n".join(f"Chapter {line} of book {number}: {'many words ' * (line % 5)}" for line in range(60))
+    for number in range(600):
+        text = "\n".join(f"Chapter {line} of book {number}: {'many words ' * (line % 5)}" for line in range(8))
         (tmp_path / "books" / f"{number}.txt").write_text(text)
     prepare = of("python data/prepare.py")
     assert len(prepare) == 3
