@@ -117,6 +117,11 @@ class LatentReader(nn.Module):
         return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))
 
 
+def rope_key(store: Store) -> tuple[int, float]:
+    """What decides a rotary table: (width, base)."""
+    return store.rotary_dim or store.slot.rotary_dim, store.rope_theta
+
+
 def build_writer(size: SizeConfig, store: Store) -> nn.Module:
     if store.slots:
         return BoundedWriter(size, store)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Slots
+from .attention import Slots, rope_key
 from .bounded import Steps
 from .layers import at_least_fp32, rope_table
 from .masks import Dense, Sequences, dense, visible
@@ -140,7 +140,7 @@ class Cache:
         if store.window is None:
             return Steps(place, None)
         past = place[:, : store.window].clamp(min=0)
-        rope = rope_table(past[0] if self.start_B is None else past, store.slot.rotary_dim, store.rope_theta)
+        rope = rope_table(past[0] if self.start_B is None else past, *rope_key(store))
         return Steps(place[:, store.window :], rope)
 
 

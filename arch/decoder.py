@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attend import BACKENDS, Backend, Mask, check_name, choose
-from .attention import Slots, attention_needs, build_reader, build_writer
+from .attention import Slots, attention_needs, build_reader, build_writer, rope_key
 from .bounded import BoundedWriter, Steps, steps
 from .cache import AnyStore, Cache, StateStore
 from .config import ModelConfig, SizeConfig
@@ -250,11 +250,6 @@ def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float]
             parameter.copy_(distribute_tensor(full, mesh, placements, src_data_rank=None))
         else:
             parameter.copy_(full)
-
-
-def rope_key(store: Store) -> tuple[int, float]:
-    """What decides a rotary table: (width, base)."""
-    return store.rotary_dim or store.slot.rotary_dim, store.rope_theta
 
 
 def choose_backends(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch.attend import BACKENDS, Mask
-from arch.decoder import rope_key
+from arch.attention import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences

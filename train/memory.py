@@ -9,7 +9,7 @@ gaps are not counted. Bounded stores are refused.
 from dataclasses import dataclass, fields
 
 from arch import KVPlan, LayoutError, ModelConfig, Store
-from arch.decoder import rope_key
+from arch.attention import rope_key
 from arch.footprint import layer_params, num_params
 from arch.plan import head_dim, is_neox
 
