@@ -44,10 +44,16 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
+def launch(
+    task: Callable[[DictConfig, Choices], None],
+    name: str,
+    schema: type,
+    failures: tuple[type[Exception], ...] = (),
+) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
-    A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback; the process ends with code 2.
+    A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback, and the process ends with code
+    2; so are `failures` of the task, with code 1.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
@@ -62,6 +68,8 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
             task(config, Choices(picked.get("arch"), picked.get("size")))
         except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
             fail(str(error))
+        except failures as error:
+            fail(str(error), code=1)
 
     try:
         job()
@@ -83,10 +91,10 @@ def load_size(name: str) -> SizeConfig:
     return size
 
 
-def fail(message: str) -> None:
+def fail(message: str, code: int = 2) -> None:
     shown = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
     print(shown, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def require(**chosen: str | None) -> None:

@@ -291,10 +291,10 @@ def survive(fault: Fault, scene: Scene) -> Outcome:
     starts = json.loads((scene.folder / "run.json").read_text())
     lost = max(0, done - starts[-1]["from_step"]) if len(starts) > 1 else 0
     check(lost <= fault.most_lost, f"{lost} steps were lost")
-    line = next((line for line in said.splitlines() if scene.folder.name in line or "wandb" in line), "")
-    return Outcome(
-        fault.name, lost, error, round(time.perf_counter() - began, 1), line.replace(str(scene.folder), "RUN")
-    )
+    told = ("error: ", "stopped after", "broken checkpoint", "wandb cannot")
+    line = next((line for line in said.splitlines() if line.startswith(told)), "")
+    line = line.replace(str(scene.folder), "RUN").replace(f"{scene.folder.parent}/", "")
+    return Outcome(fault.name, lost, error, round(time.perf_counter() - began, 1), line)
 
 
 def main(out: Path) -> None:

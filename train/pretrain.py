@@ -229,8 +229,4 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: st
 
 
 if __name__ == "__main__":
-    try:
-        launch(main, "pretrain", PretrainConfig)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    launch(main, "pretrain", PretrainConfig, failures=(TrainingError,))
