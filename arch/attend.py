@@ -250,13 +250,18 @@ def candidates(name: str, needs: Needs, device: str) -> list[str]:
     return ["flex", "sdpa"] if device == "cuda" and masked else ["sdpa"]
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError where `name` is neither a backend nor stands for some."""
+    if name not in ("auto", "flash", *BACKENDS):
+        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash")
+
+
 def choose(name: str, needs: Needs, device: str) -> Backend:
     """The backend `name`, or for `auto` and `flash` the first of what they stand for that claims `needs` on `device`.
 
     Raises ValueError where there is none: nothing falls back at run time.
     """
-    if name not in ("auto", "flash", *BACKENDS):
-        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash")
+    check_name(name)
     tried = [BACKENDS[candidate] for candidate in candidates(name, needs, device)]
     for backend in tried:
         if not backend.missing(needs, device):

@@ -1,4 +1,4 @@
-"""Writing slots and reading them, for key/value heads and for latents.
+"""Writing slots and reading them, for key/value heads and for latents; bounded.py has those of bounded stores.
 
 A writer exists only in the layer that owns a store. A reader projects queries of its own and attends over whatever
 slots it is handed: those its own layer has just written, an earlier layer's, or the live part of a cache.
@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, Needs, attend
+from .bounded import BoundedReader, BoundedWriter
 from .config import SizeConfig
 from .layers import RMSNorm, Rope, rotate
-from .plan import Store, head_dim
+from .plan import Store, head_dim, is_neox
 
 # The tensors of a store, each [B, S, ...]; passed between layers as explicit arguments and results.
 Slots = tuple[Tensor, ...]
@@ -29,8 +30,8 @@ class GroupedWriter(nn.Module):
         super().__init__()
         slot = store.slot
         self.kv_heads = slot.kv_heads
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=False)
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=False)
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=is_neox(size))
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=is_neox(size))
 
     def forward(self, x_BTD: Tensor, rope: Rope) -> Slots:
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
@@ -45,8 +46,8 @@ class GroupedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.scale = width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=False)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=is_neox(size))
+        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=is_neox(size))
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
@@ -63,7 +64,7 @@ class LatentWriter(nn.Module):
     def __init__(self, size: SizeConfig, store: Store):
         super().__init__()
         self.widths = [store.slot.latent_dim, store.slot.rope_dim]
-        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=False)
+        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=is_neox(size))
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
     def forward(self, x_BTD: Tensor, rope: Rope) -> Slots:
@@ -76,16 +77,16 @@ class LatentReader(nn.Module):
 
     Over the tokens at hand it expands the latents to keys and values of every head. Over a cache it never does: the key
     expansion is absorbed into the query and the value expansion into the output, so that attention is multi-query
-    over latents of width R + P.
+    over latents of width R + P. For that the expansion has no bias in any style.
     """
 
     def __init__(self, size: SizeConfig, store: Store):
         super().__init__()
         self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
         self.scale = (self.width + self.rope_dim) ** -0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=False)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=is_neox(size))
         self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=is_neox(size))
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
@@ -116,11 +117,20 @@ class LatentReader(nn.Module):
         return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))
 
 
+def rope_key(store: Store) -> tuple[int, float]:
+    """What decides a rotary table: (width, base)."""
+    return store.rotary_dim or store.slot.rotary_dim, store.rope_theta
+
+
 def build_writer(size: SizeConfig, store: Store) -> nn.Module:
+    if store.slots:
+        return BoundedWriter(size, store)
     return LatentWriter(size, store) if store.slot.latent_dim else GroupedWriter(size, store)
 
 
 def build_reader(size: SizeConfig, store: Store) -> nn.Module:
+    if store.slots:
+        return BoundedReader(size, store)
     return (LatentReader if store.slot.latent_dim else GroupedReader)(size, store)
 
 

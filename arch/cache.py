@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import Slots
+from .attention import Slots, rope_key
+from .bounded import Steps
+from .layers import at_least_fp32, rope_table
 from .masks import Dense, Sequences, dense, visible
 from .plan import KVPlan, Store
 
@@ -63,12 +65,28 @@ class RingStore:
         return kept if length == 1 else torch.cat((kept, new))
 
 
+class StateStore:
+    """A bounded store: the state [B, M, K, 2H], in at least fp32; and its last W positions, in order, where it has a
+    window: keys without positions, and values, [B, W, K, H] each."""
+
+    def __init__(self, tensors: Slots):
+        self.tensors = tensors
+
+    def keep(self, after: Slots) -> None:
+        """Replace what is held by what the writer says is left after new tokens."""
+        for tensor, value in zip(self.tensors, after, strict=True):
+            tensor.copy_(value)
+
+
+AnyStore = AppendStore | RingStore | StateStore
+
+
 @dataclass
 class Cache:
     """What a decoder remembers of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`."""
 
     plan: KVPlan
-    stores: tuple[AppendStore | RingStore, ...]
+    stores: tuple[AnyStore, ...]
     capacity: int
     start_B: Tensor | None = None
     length: int = 0
@@ -109,10 +127,21 @@ class Cache:
             return dense(Sequences(rows, length, None, device), window)
         if self.start_B is None and window is None and length == 1:
             return Dense(causal=False, allowed=None)
-        store = next(s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
+        alike = (s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
+        store = next(s for s in alike if not isinstance(s, StateStore))
         query = torch.arange(self.length, self.length + length, device=device)
         slots = store.indices(self.length, length, device)
         return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
+
+    def steps(self, store: Store, length: int, device: torch.device) -> Steps:
+        """Where the next `length` tokens stand, for the bounded store `store`."""
+        before = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
+        place = before[None] if self.start_B is None else before - self.start_B[:, None]
+        if store.window is None:
+            return Steps(place, None)
+        past = place[:, : store.window].clamp(min=0)
+        rope = rope_table(past[0] if self.start_B is None else past, *rope_key(store))
+        return Steps(place[:, store.window :], rope)
 
 
 def allocate(
@@ -129,9 +158,13 @@ def allocate(
     `start_B`: the batch is padded on the left, row b up to token `start_B[b]`.
     """
 
-    def make(store: Store) -> AppendStore | RingStore:
-        shape = (batch, store.positions(capacity))
+    def make(store: Store) -> AnyStore:
+        shape = (batch, store.positions(capacity) - store.slots)
         tensors = tuple(torch.zeros(*shape, *tail, dtype=dtype, device=device) for tail in store.slot.shapes)
+        if store.slots:
+            heads, width = store.slot.kv_heads, store.slot.k_dim + store.slot.v_dim
+            state = torch.zeros(batch, store.slots, heads, width, dtype=at_least_fp32(dtype), device=device)
+            return StateStore((state, *tensors) if store.window else (state,))
         return AppendStore(tensors) if store.window is None else RingStore(tensors)
 
     return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B)

@@ -29,8 +29,10 @@ class StoreConfig:
 
     kv_heads    key/value heads: a number, a share of the query heads (`1/4`), or `all`
     latent      a latent instead of key/value heads
-    window      keep this many positions, counting the current one; null keeps all
-    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed stores)
+    window      keep this many positions, counting the current one; null keeps all, or with `slots` none
+    slots       a bounded store: this many slots into which positions are merged, whatever the context
+    rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
+    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded)
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
     rope_theta  rotary base of this store; null takes the size's
     """
@@ -38,13 +40,15 @@ class StoreConfig:
     kv_heads: Any = None
     latent: LatentConfig | None = None
     window: int | None = None
+    slots: int | None = None
+    rule: str | None = None
     sinks: bool = False
     kv_norm: bool = False
     rope_theta: float | None = None
 
 
 @dataclass
-class ArchConfig:
+class LayoutConfig:
     """A KV layout: named store types, and who writes and who reads them, from the bottom layer up.
 
     pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
@@ -60,11 +64,59 @@ class ArchConfig:
 
 
 @dataclass
+class TokenDecoderConfig(LayoutConfig):
+    """The token decoder of a Block Transformer, with a layout of its own; its windows count positions within a block.
+
+    kind       how a block's context enters: `prefix`, as `prefix` positions before the tokens, or `summation`, added
+               to the start token and the tokens (Block Transformer, 2.4 and F.2)
+    bos_token  the start token of `summation`
+    layers     its share of size.num_layers, or a number; the block decoder has the rest
+    d_model, num_heads, head_dim, d_ff   null: as in the block decoder
+    """
+
+    kind: str = "prefix"
+    prefix: int = 2
+    bos_token: int = 0
+    layers: Any = "1/2"
+    d_model: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int | None = None
+
+
+@dataclass
+class BlockConfig:
+    """What makes a Block Transformer (Ho et al. 2024) of a layout, which then is that of its block decoder.
+
+    length     tokens of a block
+    embedder   `lookup`: embeddings of width d_model / length, end to end; `projection`: embeddings of width
+               `embed_dim`, end to end, then a linear map
+    embed_dim  of `projection`; null: d_model
+    start      predict the first block too, from a learned context
+    """
+
+    length: int = 4
+    embedder: str = "lookup"
+    embed_dim: int | None = None
+    start: bool = False
+    token: TokenDecoderConfig = field(default_factory=TokenDecoderConfig)
+
+
+@dataclass
+class ArchConfig(LayoutConfig):
+    """The layout of a decoder; with `block`, that of a Block Transformer's block decoder: windows count blocks."""
+
+    block: BlockConfig | None = None
+
+
+@dataclass
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
+    style        llama: RMSNorm, SwiGLU, no biases; neox: GPT-NeoX, with LayerNorm, attention and GELU MLP side by side,
+                 biases, and the first quarter of each head rotated
     head_dim     null: d_model / num_heads
-    max_window   windows of the layout are cut to this; small sizes, trained on short sequences, set it
+    max_window   windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
     seq_len      tokens per training sequence
     batch_size   sequences per optimizer step
     tokens, lr   training tokens and peak learning rate: defaults of the trainer, never read by the model
@@ -82,6 +134,7 @@ class SizeConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     max_window: int | None = None
+    style: str = "llama"
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ArchConfig, LatentConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
 from .decoder import Decoder
-from .plan import KVPlan, head_dim, resolve
+from .plan import KVPlan, head_dim, is_neox, resolve
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -134,6 +134,8 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     Unrepresentable with everything that no stock class holds.
     """
     reasons = _not_stock(plan)
+    if is_neox(config.size):
+        reasons.append("size.style: neox is not exported")
     hf = {} if reasons else _stock_config(config.size, plan)
     # What the reasons above do not know of would be lost in silence.
     if not reasons and _layout(resolve(model_config(hf))) != _layout(plan):
@@ -206,6 +208,9 @@ def _not_stock(plan: KVPlan) -> list[str]:
         reasons.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
     if any(store.sinks for store in plan.stores):
         reasons.append(f"sinks: {stores([s.name for s in plan.stores if s.sinks])} has attention sinks")
+    if any(store.slots for store in plan.stores):
+        names = stores([s.name for s in plan.stores if s.slots])
+        reasons.append(f"slots: {names} is bounded; stock caches merge nothing")
     if any(store.kv_norm for store in plan.stores):
         reasons.append(f"kv_norm: {stores([s.name for s in plan.stores if s.kv_norm])} has a norm of its own")
     if any(store.window and store.slot.latent_dim for store in plan.stores):

@@ -7,8 +7,8 @@ is `stored` at the full capacity for every sequence of the batch.
 
 from dataclasses import dataclass
 
-from .config import ModelConfig
-from .plan import KVPlan, Store, head_dim
+from .config import ModelConfig, SizeConfig
+from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class KVBytes:
     """KV cache of one sequence, in bytes.
 
     per_token  what each further token adds, once all windows are full
-    constant   windowed stores when full
+    constant   windowed stores when full, and bounded ones
     stored     the whole cache after `context` tokens
     read       fetched from it to decode the token at `context` (that token included), over all layers
     """
@@ -30,17 +30,27 @@ class KVBytes:
 def kv_bytes(plan: KVPlan, context: int, itemsize: int = 2) -> KVBytes:
     """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes."""
     return KVBytes(
-        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.window is None),
-        constant=sum(slot_bytes(s, itemsize) * s.window for s in plan.stores if s.window is not None),
-        stored=sum(slot_bytes(s, itemsize) * s.positions(context) for s in plan.stores),
-        read=sum(
-            slot_bytes(plan.store(i), itemsize) * plan.store(i).positions(context) for i in range(plan.num_layers)
-        ),
+        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.bound is None),
+        constant=sum(store_bytes(s, s.bound, itemsize) for s in plan.stores if s.bound is not None),
+        stored=sum(store_bytes(s, context, itemsize) for s in plan.stores),
+        read=sum(store_bytes(plan.store(i), context, itemsize) for i in range(plan.num_layers)),
     )
 
 
+def store_bytes(store: Store, context: int, itemsize: int = 2) -> int:
+    """Bytes of one store after `context` tokens."""
+    whole = store.positions(context) - store.slots
+    return slot_bytes(store, itemsize) * whole + slot_bytes(store, state_itemsize(itemsize)) * store.slots
+
+
 def slot_bytes(store: Store, itemsize: int = 2) -> int:
+    """Bytes of one position; of a merged slot, given `state_itemsize`."""
     return store.slot.elements * itemsize
+
+
+def state_itemsize(itemsize: int) -> int:
+    """Bytes per element of merged slots: sums over all that was written, hence at least fp32."""
+    return max(4, itemsize)
 
 
 def allocated_bytes(plan: KVPlan, batch: int, capacity: int, itemsize: int = 2) -> int:
@@ -52,7 +62,17 @@ def num_params(config: ModelConfig, plan: KVPlan) -> int:
     """Parameters of the model, embedding included; tied embeddings count once."""
     size = config.size
     embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
-    return embedding + size.d_model + sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+    return embedding + stack_params(config, plan)
+
+
+def stack_params(config: ModelConfig, plan: KVPlan) -> int:
+    """Parameters of the layers and the norm after them."""
+    layers = sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
+    return layers + norm_params(config.size)
+
+
+def norm_params(size: SizeConfig) -> int:
+    return size.d_model * (2 if is_neox(size) else 1)
 
 
 def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
@@ -60,13 +80,20 @@ def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, in
     size, store = config.size, plan.store(layer)
     slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
     query_dim = width + slot.rope_dim
-    matrices = size.d_model * heads * query_dim + heads * width * size.d_model + 3 * size.d_model * size.d_ff
-    others = 2 * size.d_model + (heads if store.sinks else 0)
+    matrices = size.d_model * heads * query_dim + heads * width * size.d_model
+    matrices += (2 if is_neox(size) else 3) * size.d_model * size.d_ff
+    others = 2 * norm_params(size) + (heads if store.sinks else 0)
+    if is_neox(size):  # the biases
+        others += heads * query_dim + size.d_model + size.d_ff + size.d_model
+        others += slot.elements if store.owner == layer else 0
     if slot.latent_dim:
         matrices += slot.latent_dim * heads * 2 * width  # from the latent to keys and values, in every reader
     if store.owner == layer:
         matrices += size.d_model * slot.elements
-        others += (size.d_model if store.kv_norm else 0) + slot.latent_dim
+        others += (norm_params(size) if store.kv_norm else 0) + slot.latent_dim
+        if store.slots:  # the router: a write query where it does not read the keys, addresses, and the gate
+            matrices += store.address_dim * (store.slots + (0 if store.window else size.d_model))
+            others += store.address_dim + store.slots
     return matrices + others, matrices
 
 
@@ -81,12 +108,35 @@ def forward_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
 
     Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is.
     """
-    size = config.size
-    total = 2 * seq_len * size.d_model * size.vocab_size
+    return 2 * seq_len * config.size.d_model * config.size.vocab_size + stack_flops(config, plan, seq_len)
+
+
+def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
+    """`forward_flops` of the layers alone."""
+    total = 0
     for layer in range(plan.num_layers):
         total += 2 * seq_len * layer_params(config, plan, layer)[1]
-        total += attention_flops(config, plan, layer, visible_pairs(seq_len, plan.store(layer).window))
+        store = plan.store(layer)
+        if store.slots:
+            total += bounded_flops(config, plan, layer, seq_len)
+        if store.window or not store.slots:
+            total += attention_flops(config, plan, layer, visible_pairs(seq_len, store.window))
     return total
+
+
+def bounded_flops(config: ModelConfig, plan: KVPlan, layer: int, seq_len: int) -> int:
+    """FLOPs of one layer's slots over one sequence, in the form that trains: M slots, chunks of C tokens, heads of H.
+
+    Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what those
+    weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks. Whole chunks and
+    all pairs in them are computed and counted, unlike the pairs of softmax attention.
+    """
+    store, heads = plan.store(layer), config.size.num_heads
+    chunk, slots, width = min(CHUNK, seq_len), store.slots, store.slot.k_dim
+    total = heads * 4 * (slots * width + chunk * width + chunk * slots)
+    if store.owner == layer:
+        total += store.slot.kv_heads * 4 * slots * width
+    return total * chunk * -(-seq_len // chunk)
 
 
 def attention_flops(config: ModelConfig, plan: KVPlan, layer: int, pairs: int) -> int:

@@ -35,7 +35,7 @@ def generate(
 
     Raises ValueError on an empty prompt or an impossible option.
     """
-    _check(prompts, max_new_tokens, temperature, top_p, prefill_chunk)
+    check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk)
     weight = model.embed.weight
     device = weight.device
     longest = max(map(len, prompts))
@@ -74,7 +74,7 @@ def generate(
     return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
 
 
-def _check(
+def check_options(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None
 ) -> None:
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):

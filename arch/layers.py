@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embeddings, SwiGLU.
+"""Norms, rotary embeddings, and the MLPs of both styles.
 
 Shapes: B batch, T tokens, D model, P rotary width; `*` any number of axes.
 """
@@ -6,6 +6,9 @@ Shapes: B batch, T tokens, D model, P rotary width; `*` any number of axes.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .config import SizeConfig
+from .plan import is_neox
 
 Rope = tuple[Tensor, Tensor]
 
@@ -28,6 +31,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias over the last axis, computed in at least fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x.dtype)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.weight.shape, weight, bias, self.eps).to(x.dtype)
+
+
+def build_norm(size: SizeConfig) -> RMSNorm | LayerNorm:
+    return (LayerNorm if is_neox(size) else RMSNorm)(size.d_model, size.norm_eps)
+
+
 def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
     """Cosines and sines, fp32, of shape positions.shape + (dim / 2,)."""
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
@@ -38,9 +60,13 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
 def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     """Rotate the two halves of the last axis against each other (the half-split order of Hugging Face checkpoints).
 
-    `rope` holds tables of shape [T, P/2], or [B, T, P/2] where the rows of the batch have positions of their own.
+    `rope` holds tables of shape [T, P/2], or [B, T, P/2] where the rows of the batch have positions of their own. What
+    the last axis has beyond P stays as it is.
     """
     cos, sin = (table.unsqueeze(-2) for table in rope)
+    rotary = 2 * cos.shape[-1]
+    if rotary < x_BTNP.shape[-1]:
+        return torch.cat((rotate(x_BTNP[..., :rotary], rope), x_BTNP[..., rotary:]), dim=-1)
     first, second = x_BTNP.to(at_least_fp32(x_BTNP.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNP.dtype)
 
@@ -57,3 +83,20 @@ class SwiGLU(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) with the exact GELU and biases."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, d_ff)
+        self.down_proj = nn.Linear(d_ff, d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.gelu(self.up_proj(x_BTD)))
+        return out
+
+
+def build_mlp(size: SizeConfig) -> SwiGLU | GeluMLP:
+    return (GeluMLP if is_neox(size) else SwiGLU)(size.d_model, size.d_ff)

@@ -91,6 +91,14 @@ def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor
     return ((allowed & real[:, None, :]) | (distance == 0))[:, None]
 
 
+def padded(real_BT: Tensor, window: int | None) -> Dense:
+    """Causal, in the window, and only tokens that are real; a token that would see nothing sees itself."""
+    index = torch.arange(real_BT.shape[1], device=real_BT.device)
+    allowed_BTS = visible(index, index, window) & real_BT[:, None, :]
+    alone_BTS = ~allowed_BTS.any(dim=-1, keepdim=True) & (index == index[:, None])
+    return Dense(causal=False, allowed=(allowed_BTS | alone_BTS)[:, None])
+
+
 def packed(sequences: Sequences, window: int | None) -> Packed:
     """Waits for the device once, to count the documents."""
     batch, length, documents_BT, device = sequences

@@ -1,7 +1,7 @@
 """From a written layout to the resolved one: which layer writes which store, and which store each layer reads.
 
 slot   what one cached position holds
-store  the slots that exactly one owner layer writes, with a retention: all of them, or a window
+store  the slots that exactly one owner layer writes, with a retention: all of them, a window, or a bounded state
 read   each layer reads exactly one store: its own or an earlier layer's
 plan   the tuple of stores and the tuple of reads, one per layer
 
@@ -16,12 +16,19 @@ from typing import Any
 
 from .config import ModelConfig, SizeConfig, StoreConfig
 
+# Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
+# Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
+RULES = {"gated": False, "ring_slots": True, "ring_router": False}
+# Tokens that the parallel form of a bounded store takes at a time.
+CHUNK = 16
+
 
 class LayoutError(ValueError):
     """A layout or size that cannot be built. The message lists every problem found, each with its fix."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(f"- {problem}" for problem in problems))
+        self.problems = problems
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Store:
-    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position."""
+    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position.
+
+    A bounded store has a `rule` and `slots`, into which positions are merged; its window, if any, are the last
+    positions, which are kept beside them as they are.
+    `rotary_dim`: leading elements of a key that are rotated; None: all that the slot allows.
+    """
 
     name: str
     owner: int
@@ -62,10 +74,25 @@ class Store:
     sinks: bool
     kv_norm: bool
     rope_theta: float
+    rotary_dim: int | None = None
+    slots: int = 0
+    rule: str | None = None
+
+    @property
+    def bound(self) -> int | None:
+        """Positions and slots it never holds more of; None: it grows with the context."""
+        return self.slots + (self.window or 0) if self.slots else self.window
+
+    @property
+    def address_dim(self) -> int:
+        """Width of what a bounded store's router reads: a write query, or the kept keys of all heads."""
+        return self.slot.kv_heads * self.slot.k_dim if self.window else self.slot.k_dim
 
     def positions(self, context: int) -> int:
-        """Cached positions after `context` tokens."""
-        return context if self.window is None else min(context, self.window)
+        """Cached positions after `context` tokens. A bounded state is there whole from the first token on."""
+        if self.bound is None or self.slots:
+            return self.bound or context
+        return min(context, self.bound)
 
 
 @dataclass(frozen=True)
@@ -86,8 +113,8 @@ class KVPlan:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows, in order of first use."""
-        return tuple(dict.fromkeys(store.window for store in self.stores))
+        """The distinct windows of stores that are not bounded, in order of first use."""
+        return tuple(dict.fromkeys(store.window for store in self.stores if not store.slots))
 
     def store(self, layer: int) -> Store:
         """The store that `layer` reads."""
@@ -107,8 +134,12 @@ class KVPlan:
         return cls(stores=stores, reads=tuple(values["reads"]))
 
     def __str__(self) -> str:
-        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows."""
-        return " ".join(f"{self.store(i).owner}{'s' if self.store(i).window else ''}" for i in range(self.num_layers))
+        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
+        for bounded stores."""
+        marks = (
+            "b" if store.slots else "s" if store.window else "" for store in map(self.store, range(len(self.reads)))
+        )
+        return " ".join(f"{owner}{mark}" for owner, mark in zip(self.owners, marks, strict=True))
 
 
 def resolve(config: ModelConfig) -> KVPlan:
@@ -117,6 +148,11 @@ def resolve(config: ModelConfig) -> KVPlan:
     Raises LayoutError where the size is impossible, or else with every problem of the layout.
     """
     problems = _check_size(config.size)
+    if config.arch.block is not None:
+        problems.append(
+            "arch.block makes this a Block Transformer, which has two plans: build it as "
+            "arch.BlockTransformer, or remove arch.block for a decoder"
+        )
     if problems:
         raise LayoutError(problems)
     types = {name: _resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
@@ -148,6 +184,10 @@ def head_dim(size: SizeConfig) -> int:
     return size.d_model // size.num_heads if size.head_dim is None else size.head_dim
 
 
+def is_neox(size: SizeConfig) -> bool:
+    return size.style == "neox"
+
+
 def _check_size(size: SizeConfig) -> list[str]:
     problems = [
         f"size.{name} is {getattr(size, name)}; it must be at least 1"
@@ -163,6 +203,10 @@ def _check_size(size: SizeConfig) -> list[str]:
         )
     elif head_dim(size) < 2 or head_dim(size) % 2:
         problems.append(f"the head dimension is {head_dim(size)}; rotary embeddings need an even one")
+    elif is_neox(size) and head_dim(size) % 8:
+        problems.append(f"the head dimension is {head_dim(size)}; style neox rotates a quarter of it: a multiple of 8")
+    if size.style not in ("llama", "neox"):
+        problems.append(f"size.style is {size.style!r}; it is llama or neox")
     if size.max_window is not None and size.max_window < 1:
         problems.append(f"size.max_window is {size.max_window}; it must be at least 1, or null for no limit")
     for name in ("rope_theta", "norm_eps", "init_std", "lr"):
@@ -194,8 +238,9 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
     window = store.window
     if window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
-    if window is None and store.sinks:
+    if window is None and store.slots is None and store.sinks:
         problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
+    _check_bounded(where, store, problems)
     if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
         problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
     if window is not None and size.max_window is not None:
@@ -207,12 +252,39 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         "sinks": store.sinks,
         "kv_norm": store.kv_norm,
         "rope_theta": float(store.rope_theta or size.rope_theta),
+        "slots": min(store.slots or 0, size.max_window or store.slots or 0),
+        "rule": store.rule,
+        "rotary_dim": slot.k_dim // 4 if is_neox(size) and slot.k_dim else None,
     }
+
+
+def _check_bounded(where: str, store: StoreConfig, problems: list[str]) -> None:
+    """Adds to `problems` what is wrong with the slots and the rule of a bounded store."""
+    rules = ", ".join(RULES)
+    if store.slots is None:
+        if store.rule is not None:
+            problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
+        return
+    if store.slots < 1:
+        problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
+    if store.latent is not None:
+        problems.append(f"{where}.slots cannot hold a latent; write kv_heads instead")
+    if store.rule not in RULES:
+        problems.append(f"{where}.rule is {store.rule!r}; stores with slots need one of {rules}")
+    elif RULES[store.rule] and store.window is None:
+        problems.append(f"{where}.rule {store.rule} needs a window: the last positions, kept whole beside the slots")
+    elif not RULES[store.rule]:
+        for key in ("window", "rope_theta"):
+            if getattr(store, key) is not None:
+                problems.append(
+                    f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
+                    "leave it out, or choose ring_slots"
+                )
 
 
 def _share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:
     """`value` as a count: itself, or the share `a/b` of `whole`. Adds to `problems` and returns 0 if it is neither."""
-    amount = _amount(value, whole)
+    amount = share_of(value, whole)
     if amount is None:
         problems.append(f"{where} is {value!r}; write a number, or a share of {of} such as 1/4")
         return 0
@@ -224,7 +296,7 @@ def _share(where: str, value: int | str | None, whole: int, of: str, problems: l
     return int(amount)
 
 
-def _amount(value: Any, whole: int) -> Fraction | None:
+def share_of(value: Any, whole: int) -> Fraction | None:
     """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
     if match is None:
@@ -289,7 +361,7 @@ def _allot(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> l
         if unknown:
             problems.append(f"{where} has no {', '.join(unknown)}; a section's keys are layers, pattern, short_group")
         wanted = section.get("layers")
-        amount = _amount(wanted, depth)
+        amount = share_of(wanted, depth)
         if wanted is None and open_section is None:
             open_section = number
         elif wanted is None:

@@ -75,6 +75,14 @@ def launch(
         job()
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
+    except (AssertionError, AttributeError) as error:
+        if not any(text in str(error) for text in NULL_PARENT):
+            raise
+        fail("a key on the command line lies under one that is null, which OmegaConf cannot fill; write it in a file")
+
+
+# What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
+NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
 
 
 def load_arch(name: str) -> ArchConfig:

@@ -13,8 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, resolve
-from arch.footprint import kv_bytes, max_batch, num_params, slot_bytes, train_flops_per_token
+from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, Store, resolve
+from arch.footprint import (
+    kv_bytes,
+    max_batch,
+    num_params,
+    slot_bytes,
+    state_itemsize,
+    store_bytes,
+    train_flops_per_token,
+)
 from eval.cli import Choices, UsageError, launch, load_arch, names, require
 from eval.units import bytes_text, count_text, parse_bytes
 
@@ -71,7 +79,7 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
         "params",
         f"FLOPs/token\n(training, {seq_len:,})",
         "KV per token\n(slope)",
-        "KV constant\n(windows)",
+        "KV constant\n(windows, slots)",
         "KV stored\n(one sequence)",
         "KV read\n(one step)",
         f"largest batch\n({memory})",
@@ -102,19 +110,33 @@ def plan_table(name: str, plan: KVPlan, context: int, itemsize: int) -> Table:
     for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
         result.add_column(column, justify="right" if "bytes" in column else "left")
     for store in plan.stores:
-        slot, size = store.slot, slot_bytes(store, itemsize)
+        slot = store.slot
         result.add_row(
             store.name,
             str(store.owner),
             ranges(plan.readers(store)),
-            f"last {store.window:,}" if store.window else "all",
+            keeps(store),
             f"latent {slot.latent_dim} + rope {slot.rope_dim}"
             if slot.latent_dim
             else f"{slot.kv_heads} x ({slot.k_dim} + {slot.v_dim})",
-            f"{size:,}",
-            bytes_text(size * store.positions(context)),
+            slot_sizes(store, itemsize),
+            bytes_text(store_bytes(store, context, itemsize)),
         )
     return result
+
+
+def keeps(store: Store) -> str:
+    """What a store keeps: `all`, `last 1,024`, `64 slots`, `last 512 + 64 slots`."""
+    parts = [f"last {store.window:,}"] if store.window else []
+    parts += [f"{store.slots:,} slots"] if store.slots else []
+    return " + ".join(parts) or "all"
+
+
+def slot_sizes(store: Store, itemsize: int) -> str:
+    """Bytes of a position; of a merged slot, which has wider elements, too or instead."""
+    parts = [slot_bytes(store, itemsize)] if store.window or not store.slots else []
+    parts += [slot_bytes(store, state_itemsize(itemsize))] if store.slots else []
+    return " + ".join(f"{size:,}" for size in parts)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

@@ -15,13 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from arch import KVPlan, Store
-from arch.footprint import kv_bytes, slot_bytes
+from arch.footprint import kv_bytes, slot_bytes, store_bytes
 from eval.units import bytes_text
 
 if TYPE_CHECKING:
     from eval.pareto import Point
 
 COLORS = ("#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f")
+KINDS = (COLORS[2], COLORS[3], COLORS[1], COLORS[0])  # latents, slots, windows, all
 INK = "#222222"
 
 
@@ -39,7 +40,7 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = f"{store.window}" if store.window else "all"
+            text = "all" if store.bound is None else "+".join(str(n) for n in (store.window, store.slots) if n)
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
         else:
@@ -49,19 +50,18 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         -0.4, 2.05, f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers", fontsize=11, weight="bold"
     )
     figures = (
-        f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows; at {context:,} tokens "
+        f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows and slots; at {context:,} tokens "
         f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded token"
     )
     axes.text(-0.4, 1.8, figures, fontsize=9, color="#555555")
-    axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions kept)"], fontsize=9)
+    axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions, slots)"], fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_xlim(-0.8, plan.num_layers - 0.2)
     axes.set_ylim(-0.4, 2.2)
     axes.spines[:].set_visible(False)
     handles = [
-        Patch(color=color[store.name], label=f"{store.name}: {slot_bytes(store, itemsize):,} B per position")
-        for store in types
+        Patch(color=color[store.name], label=f"{store.name}: {_weight(store, context, itemsize)}") for store in types
     ]
     handles += [
         Patch(facecolor="#999999", edgecolor="#999999", label="writes and reads"),
@@ -74,12 +74,21 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
     plt.close(figure)
 
 
+def _weight(store: Store, context: int, itemsize: int) -> str:
+    """Bytes of a position; of a bounded store, whose slots weigh more than its positions, of all it holds."""
+    if store.slots:
+        return f"{bytes_text(store_bytes(store, context, itemsize))} at any context"
+    return f"{slot_bytes(store, itemsize):,} B per position"
+
+
 def _colors(types: Sequence[Store]) -> dict[str, str]:
-    """Blue for stores that keep everything, orange for windows, green for latents; further types take what is left."""
+    """Blue for stores that keep everything, orange for windows, green for latents, purple for bounded stores; further
+    types take what is left."""
     left = list(COLORS)
     result = {}
     for store in types:
-        wanted = COLORS[2] if store.slot.latent_dim else COLORS[1] if store.window else COLORS[0]
+        kinds = (store.slot.latent_dim, store.slots, store.window, True)
+        wanted = next(color for color, kind in zip(KINDS, kinds, strict=True) if kind)
         result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else "#7f7f7f"
     return result
 

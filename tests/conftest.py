@@ -29,8 +29,8 @@ torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 
 
 def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: object) -> ModelConfig:
-    """`arch` at a size for tests: the least depth at which all of it occurs, windows cut to `window`, weights large
-    enough that a wrong slot shows."""
+    """`arch` at a size for tests: the least depth at which all of it occurs, windows and slots cut to `window`, weights
+    large enough that a wrong slot shows."""
     layout = load_arch(arch) if isinstance(arch, str) else copy.deepcopy(arch)
     size = SizeConfig(
         num_layers=whole_depth(arch) if isinstance(arch, str) else 7,

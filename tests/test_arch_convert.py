@@ -135,6 +135,7 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     stores = config.arch.stores.values()
     expected = {"sharing"} if "reuse" in str(config.arch.pattern) else set()
     expected |= {"sinks"} if any(store.sinks for store in stores) else set()
+    expected |= {"slots"} if any(store.slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
     expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
     if arch in STOCK:

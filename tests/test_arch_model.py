@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch.attend import BACKENDS, Mask
-from arch.decoder import rope_key
+from arch.attention import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
@@ -36,8 +36,10 @@ def input_gradients(model: Decoder, batch: torch.Tensor, position: int) -> torch
 
 
 def reach(model: Decoder) -> int | None:
-    """How far back a token can look through all layers: windows minus one, summed; None if some layer sees all."""
-    windows = [model.plan.store(layer).window for layer in range(model.plan.num_layers)]
+    """How far back a token can look through all layers: windows minus one, summed; None if some layer sees all, as
+    merged slots do."""
+    stores = [model.plan.store(layer) for layer in range(model.plan.num_layers)]
+    windows = [None if store.slots else store.window for store in stores]
     return None if None in windows else sum(window - 1 for window in windows)
 
 
@@ -103,8 +105,13 @@ def test_flops(arch: str) -> None:
         model.eval()(tokens(1, length))
     expected = forward_flops(config, model.plan, length)
     for layer in range(model.plan.num_layers):
-        window = model.plan.store(layer).window
-        expected += attention_flops(config, model.plan, layer, length * length - visible_pairs(length, window))
+        store = model.plan.store(layer)
+        computed = length * length
+        if store.slots:  # no pairs at all, or those of blocks as long as the window with their own and the one before
+            computed = -(-length // store.window) * 2 * store.window**2 if store.window else 0
+        if computed:
+            pairs = computed - visible_pairs(length, store.window)
+            expected += attention_flops(config, model.plan, layer, pairs)
     assert counter.get_total_flops() == expected
     assert train_flops_per_token(config, model.plan, length) == 3 * forward_flops(config, model.plan, length) / length
 
@@ -166,7 +173,8 @@ def test_window_as_long_as_the_text_is_no_window(arch: str) -> None:
     narrow = small(arch, window=length)
     free = copy.deepcopy(narrow)
     for store in free.arch.stores.values():
-        store.window = 10**6 if store.sinks else None
+        store.window = 10**6 if store.window and (store.sinks or store.slots) else None
+        store.slots = store.slots and min(store.slots, length)  # weights go with them: only windows are compared here
     free.size.max_window = None
     windowed, full = build(narrow), build(free)
     copy_into(full, windowed)

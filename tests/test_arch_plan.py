@@ -37,6 +37,8 @@ MIX_24 = {
     "yoco": " ".join([*(f"{layer}s" for layer in range(12)), *["12"] * 12]),
 }
 OTHERS = {
+    ("bct", 3): "0b 1b 2b",
+    ("bct_mixed", 9): "0 1b 1b 3s 0 5b 5b 7 8b",
     ("characterai", 13): "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0",
     ("gemma3", 26): "0s 1s 2s 3s 4s 5 6s 7s 8s 9s 10s 11 12s 13s 14s 15s 16s 17 18s 19s 20s 21s 22s 23 24s 25s",
     ("tail_sharing", 35): (
@@ -155,6 +157,19 @@ KV = {"kv": {"kv_heads": 2}}
         ({"kv": {"kv_heads": 0}}, ["new kv"], {}, "at least 1"),
         ({"kv": {"kv_heads": 1, "window": 0}}, ["new kv"], {}, "it counts the current token"),
         ({"kv": {"kv_heads": 1, "sinks": True}}, ["new kv"], {}, "sinks needs a window"),
+        ({"kv": {"kv_heads": 1, "rule": "gated"}}, ["new kv"], {}, "rule gated needs slots"),
+        (
+            {"kv": {"kv_heads": 1, "slots": 4}},
+            ["new kv"],
+            {},
+            "rule is None; stores with slots need one of gated",
+        ),
+        ({"kv": {"kv_heads": 1, "slots": 4, "rule": "ntm"}}, ["new kv"], {}, "rule is 'ntm'; stores with slots need"),
+        ({"kv": {"kv_heads": 1, "slots": 0, "rule": "gated"}}, ["new kv"], {}, "slots is 0; a bounded store has at"),
+        ({"kv": {"latent": {}, "slots": 4, "rule": "gated"}}, ["new kv"], {}, "slots cannot hold a latent"),
+        ({"kv": {"kv_heads": 1, "slots": 4, "rule": "ring_slots"}}, ["new kv"], {}, "ring_slots needs a window"),
+        ({"kv": {"kv_heads": 1, "slots": 4, "rule": "gated", "window": 3}}, ["new kv"], {}, "has only slots, without"),
+        ({"kv": {"kv_heads": 1, "slots": 4, "rule": "gated", "rope_theta": 9.0}}, ["new kv"], {}, "without positions"),
         ({"kv": {"kv_heads": 1, "rope_theta": -1.0}}, ["new kv"], {}, "must be positive"),
         ({"kv": {"kv_heads": 1, "rope_theta": float("nan")}}, ["new kv"], {}, "must be positive and finite"),
         ({"kv": {"latent": {"dim": 16, "rope_dim": 3}}}, ["new kv"], {}, "rotary embeddings need an even number"),

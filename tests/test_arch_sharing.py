@@ -37,7 +37,7 @@ def test_checkpointing_recomputes() -> None:
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, "aot_eager") for name in ("cla3", "mixattention", "mla", "swa_sinks")),
+        *((name, "aot_eager") for name in ("cla3", "mixattention", "mla", "swa_sinks", "bct", "bct_ring")),
         pytest.param("mixattention", "inductor", marks=pytest.mark.slow),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_sweep_over_layouts_stays_compiled() -> None:
 
         return call
 
-    for name in ("mha", "cla2", "mixattention", "swa_sinks"):
+    for name in ("mha", "cla2", "mixattention", "swa_sinks", "bct_mixed"):
         model = build(small(name, num_layers=6), torch.float32)
         parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.float32)
         for block in model.layers:

@@ -67,6 +67,10 @@ def test_footprint_table_and_picture(capsys: pytest.CaptureFixture, tmp_path: Pa
     for words in ("mixattention: 9 stores for 20 layers", "last 1,024", "12, 18", "142 MiB", "ownership map"):
         assert words in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+    run_footprint("+size=1b", "+arch=bct_mixed", "context=32768", f"picture={picture}")
+    text = capsys.readouterr().out
+    for words in ("last 512 + 64 slots", "2,048 + 4,096", "1.25 MiB"):
+        assert words in text
     run_footprint("+size=tiny", "+arch=mha", "picture=null")
     assert "ownership map" not in capsys.readouterr().out
 

@@ -61,7 +61,7 @@ def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, t
     assert (losses[1:] < losses[:-1]).all()
 
 
-@pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa"])
+@pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa", "bct_gated"])
 def test_peers_refuse_layouts_they_do_not_have(arch: str) -> None:
     with pytest.raises(UnavailableError, match="only mha, gqa and mqa"):
         llama_slot(small(arch))

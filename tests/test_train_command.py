@@ -281,16 +281,21 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["+size=tiny"], "choose +arch= one of: characterai, cla2,"),
+        (["+size=tiny"], "choose +arch= one of: bct, bct_gated,"),
         (["+arch=cla2"], "choose +size= one of: 125m, 1b,"),
         ([], "choose +arch= one of"),
         (["+arch=cla7", "+size=tiny"], "Could not find 'arch/cla7'"),
         (["+arch=cla2", "+size=tinny"], "Could not find 'size/tinny'"),
         (["arch=cla2", "+size=tiny"], "use +arch=cla2"),
         (["+arch=cla2", "+arch=mha", "+size=tiny"], "Multiple values for arch"),
-        (["+arch=cla2", "+size=tiny", "+arch.typo=1"], "unknown key arch.typo. arch has pattern, short_group, stores"),
+        (
+            ["+arch=cla2", "+size=tiny", "+arch.typo=1"],
+            "unknown key arch.typo. arch has block, pattern, short_group, stores",
+        ),
         (["+arch=cla2", "+size=tiny", "optim.lrr=1"], "unknown key optim.lrr, did you mean lr?"),
         (["+arch=cla2", "+size=tiny", "+optim.lrr=1"], "unknown key optim.lrr, did you mean lr?"),
+        (["+arch=cla2", "+size=tiny", "+arch.stores.kv.latent.dim=2"], "lies under one that is null"),
+        (["+arch=cla2", "+size=tiny", "+arch.block={length: 4}"], "lies under one that is null"),
         (["+arch=cla2", "+size=tiny", "optim=adam"], "Could not find 'optim/adam'"),
         (["+arch=cla2", "+size=tiny", "tokens=lots"], "could not be converted to Integer"),
         (["+arch=cla2", "+size=tiny", "arch.stores.kv.kv_heads=3"], "does not divide the 8 query heads"),

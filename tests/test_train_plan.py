@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import Decoder, ModelConfig, SizeConfig, resolve
+from arch import Decoder, LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import train_flops_per_token
 from eval.cli import Choices, load_arch, load_size
 from eval.hardware import find_gpu
@@ -43,7 +43,7 @@ LAYOUTS = ["mha", "gqa4", "cla2", "mixattention", "mla", "swa_sinks"]
 BATCH = 2
 
 
-def config(name: str, num_layers: int = 7) -> ModelConfig:
+def config(name: str, num_layers: int = 7, style: str = "llama") -> ModelConfig:
     """Wide and long enough that activations outweigh what is not counted."""
     size = SizeConfig(
         num_layers=num_layers,
@@ -54,6 +54,7 @@ def config(name: str, num_layers: int = 7) -> ModelConfig:
         seq_len=256,
         max_window=32,
         tie_embeddings=name != "gqa4",
+        style=style,
     )
     return ModelConfig(load_arch(name), size)
 
@@ -99,11 +100,11 @@ def loss(model: torch.nn.Module, vocab_size: int, bf16: bool = True) -> torch.Te
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_activations_and_peak_of_one_device(name: str, checkpointing: bool, bf16: bool) -> None:
+@pytest.mark.parametrize(("name", "style"), [*((name, "llama") for name in LAYOUTS), ("cla2", "neox")])
+def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing: bool, bf16: bool) -> None:
     """Uncompiled: between forward and backward to 1 %, at the peak to 2 %; with checkpointing, where not all that is
     added up lives at one moment, at most 20 % too much."""
-    model_config = config(name)
+    model_config = config(name, style=style)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
     how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing, dense=True)
     model = Decoder(model_config)
@@ -130,10 +131,20 @@ def test_activations_and_peak_of_one_device(name: str, checkpointing: bool, bf16
     assert memory.optimizer == total(moments)
 
 
-@pytest.mark.parametrize("name", ["mha", "cla2", "mixattention", "mla"])
-def test_activations_of_compiled_blocks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "style"),
+    [
+        ("mha", "llama"),
+        ("cla2", "llama"),
+        ("mixattention", "llama"),
+        ("mla", "llama"),
+        ("mha", "neox"),
+        ("cla2", "neox"),
+    ],
+)
+def test_activations_of_compiled_blocks(name: str, style: str) -> None:
     """What the partitioner of forward and backward graphs keeps, which is the same for every compiler after it."""
-    model_config = config(name, num_layers=3)
+    model_config = config(name, num_layers=3, style=style)
     plan = resolve(model_config)
     model = Decoder(model_config)
     model.init_weights()
@@ -252,6 +263,12 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
     larger = min(n for n in range(found["micro_batch"] + 1, share + 1) if share % n == 0)
     assert not planned(gpus=8, micro_batch=larger)["fits"]
     assert planned(gpus=8, activation_checkpointing=True)["micro_batch"] > found["micro_batch"]
+
+
+def test_bounded_stores_are_not_counted_and_not_guessed() -> None:
+    for name in ("bct_gated", "bct_mixed"):
+        with pytest.raises(LayoutError, match=r"arch.stores.memory is bounded, and memory .* is not counted"):
+            planned(name)
 
 
 def test_time_follows_from_the_stated_rate() -> None:

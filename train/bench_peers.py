@@ -43,7 +43,7 @@ def llama_slot(config: ModelConfig) -> Slot:
     plan: KVPlan = resolve(config)
     slot = plan.stores[0].slot
     plain = all(
-        store.window is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
+        store.bound is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
         for store in plan.stores
     )
     if not plain or len(plan.stores) != plan.num_layers:

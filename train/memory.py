@@ -3,14 +3,15 @@
 Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
 Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
 pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
-gaps are not counted.
+gaps are not counted. Bounded stores are refused.
 """
 
 from dataclasses import dataclass, fields
 
-from arch import KVPlan, ModelConfig, Store
+from arch import KVPlan, LayoutError, ModelConfig, Store
+from arch.attention import rope_key
 from arch.footprint import layer_params, num_params
-from arch.plan import head_dim
+from arch.plan import head_dim, is_neox
 
 from .loss import ROWS
 
@@ -59,7 +60,18 @@ class Memory:
 
 
 def step_memory(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> Memory:
-    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
+
+    Raises LayoutError for a bounded store, whose chunks keep much that is not counted here.
+    """
+    bounded = [f"arch.stores.{name}" for name in dict.fromkeys(store.name for store in plan.stores if store.slots)]
+    if bounded:
+        raise LayoutError(
+            [
+                f"{', '.join(bounded)} is bounded, and memory of a training step is not counted for such stores; try "
+                "train/pretrain.py with trainer.micro_batch=1 and upwards"
+            ]
+        )
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
     return Memory(
         weights=share,
@@ -105,9 +117,9 @@ def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_ba
     """
     size, width = config.size, how.itemsize
     tokens, layers = micro_batch * size.seq_len, range(plan.num_layers)
-    tables = {(store.slot.rotary_dim, store.rope_theta) for store in plan.stores}
+    tables = {rope_key(store) for store in plan.stores}
     whole = FP32 * size.seq_len * sum(rotary for rotary, _ in tables)
-    whole += tokens * (8 + norm_bytes(size.d_model) + width * size.d_model)
+    whole += tokens * (8 + norm_bytes(size.d_model, is_neox(size)) + width * size.d_model)
     if not how.checkpointing:
         per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
         return whole + tokens * per_token + sum(mask_bytes(config, plan, layer, how) for layer in layers)
@@ -117,9 +129,12 @@ def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_ba
     return whole + tokens * width * (plan.num_layers * size.d_model + shared) + masks
 
 
-def norm_bytes(dim: int) -> int:
-    """RMSNorm over `dim`, uncompiled, per token: its input in fp32, that divided by the rms, and 1 / rms."""
-    return 2 * FP32 * dim + FP32
+def norm_bytes(dim: int, layer_norm: bool = False) -> int:
+    """RMSNorm over `dim`, uncompiled, per token: its input in fp32, that divided by the rms, and 1 / rms.
+
+    LayerNorm: its input in fp32, the mean and 1 / standard deviation.
+    """
+    return FP32 * dim + 2 * FP32 if layer_norm else 2 * FP32 * dim + FP32
 
 
 def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
@@ -131,17 +146,20 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
     uncompiled  two fp32 copies in each norm (`norm_bytes`); gate, silu(gate) and up (F each)
     compiled    the residual stream before and the output of attention (D each), from which the norms are made again
                 with 1 / rms; the latent and rotary key as projected; gate and up (F each)
+
+    In style neox the feed-forward layer has but one projection before its product (up), and both norms have one input.
     """
     size, store, width = config.size, plan.store(layer), how.itemsize
     dim, latent, rope = size.d_model, store.slot.latent_dim, store.slot.rope_dim
-    owner = store.owner == layer
+    owner, neox = store.owner == layer, is_neox(size)
     total = attention_bytes(config, store, owner, how)
     if how.compiled:
-        total += width * (4 * dim + 3 * size.d_ff) + 2 * FP32
+        total += width * (4 * dim + (2 if neox else 3) * size.d_ff) + (4 if neox else 2) * FP32
         kv_norm, latent_norm = 0, width * (latent + rope) + FP32
     else:
-        total += width * (2 * dim + 4 * size.d_ff) + 2 * norm_bytes(dim)
-        kv_norm = norm_bytes(dim) - (FP32 * dim if width == FP32 else 0)  # not cast: both norms have one input
+        shared_input = FP32 * dim if width == FP32 else 0  # not cast: norms of one input keep it once
+        total += width * (2 * dim + (2 if neox else 4) * size.d_ff) + 2 * norm_bytes(dim, neox) - neox * shared_input
+        kv_norm = norm_bytes(dim, neox) - shared_input
         latent_norm = norm_bytes(latent)
     if owner and store.kv_norm:
         total += width * dim + kv_norm

@@ -1,0 +1,239 @@
+"""Bounded stores: the parallel form is the recurrence, known special cases, and a capacity that is kept."""
+
+import copy
+
+import pytest
+import torch
+from conftest import build, small, tokens
+from torch.nn import functional as F
+
+from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
+from arch.bounded import RingRouter, Steps, WindowRead, reached, scan, steps
+from arch.footprint import kv_bytes
+from arch.masks import Sequences
+from arch.plan import RULES
+
+KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
+BOUNDED = ["bct", "bct_gated", "bct_ring", "bct_mixed"]
+
+
+def store(rule: str, slots: int = SLOTS, window: int = WINDOW, sinks: bool = False) -> StoreConfig:
+    return StoreConfig(KV_HEADS, window=window if RULES[rule] else None, slots=slots, rule=rule, sinks=sinks)
+
+
+def one_layer(kind: StoreConfig) -> Decoder:
+    return build(small(ArchConfig({"kv": kind}, ["new kv"]), num_layers=1, window=None))
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def places(length: int) -> torch.Tensor:
+    return torch.arange(length)[None]
+
+
+def recurrence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+    """[B, T, N, H] the definition, token by token: write, then read all slots but the `empty` ([B, T, M])."""
+    group = q.shape[2] // k.shape[2]
+    state_k, state_v = (torch.zeros(x.shape[0], p.shape[-1], *x.shape[2:], dtype=x.dtype) for x in (k, v))
+    out = []
+    for t in range(q.shape[1]):
+        write = p[:, t, :, None, None]
+        state_k = (1 - write) * state_k + write * k[:, t, None]
+        state_v = (1 - write) * state_v + write * v[:, t, None]
+        keys, values = (x.repeat_interleave(group, dim=2) for x in (state_k, state_v))
+        score = torch.einsum("bnh,bmnh->bnm", q[:, t], keys) * q.shape[-1] ** -0.5
+        share = score.masked_fill(empty[:, t, None], -torch.inf).softmax(-1)
+        out.append(torch.einsum("bnm,bmnh->bnh", share, values))
+    return torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("rule", ["gated", "ring_router"])
+@pytest.mark.parametrize("length", [1, 7, 16, 37, 64])
+def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
+    """In a layer, with the strengths its own router gives."""
+    block = one_layer(store(rule)).layers[0]
+    x, place = numbers(2, length, 32), places(length)
+    with torch.no_grad():
+        (k, v, p, states), _ = block.writer(x, (), Steps(place, None))
+        q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
+        empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
+        expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
+        ours = block.reader(x, (k, v, p, states), (), Steps(place, None))
+    assert (p >= 0).all() and (p.sum(-1) <= 1 + 1e-12).all() and p.max() > 2 * p.median()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [3, 30])
+def test_ring_and_slots_by_hand(length: int) -> None:
+    """One softmax over the window, what has left it, merged by the recurrence, and the sink."""
+    model = one_layer(store("ring_slots", sinks=True))
+    block, place = model.layers[0], places(length)
+    torch.nn.init.normal_(block.reader.sinks)
+    x, rope = numbers(2, length, 32), (torch.ones(length, 4), torch.zeros(length, 4))  # no rotation
+    with torch.no_grad():
+        slots, _ = block.writer(x, rope, Steps(place, None))
+        ours = block.reader(x, slots, rope, Steps(place, None))
+        k, v = (proj(x).view(2, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
+        p = block.writer.router(k.flatten(2), place)
+        q = block.reader.q_proj(x).view(2, length, KV_HEADS, HEADS // KV_HEADS, WIDTH) / WIDTH**0.5
+        state = torch.zeros(2, SLOTS, KV_HEADS, 2 * WIDTH, dtype=torch.float64)
+        rows = []
+        for t in range(length):
+            keys, values = k[:, max(0, t - WINDOW + 1) : t + 1], v[:, max(0, t - WINDOW + 1) : t + 1]
+            if t >= WINDOW:
+                left = t - WINDOW
+                write = p[:, left, :, None, None]
+                state = (1 - write) * state + write * torch.cat((k[:, left], v[:, left]), dim=-1)[:, None]
+                keys = torch.cat((keys, state[..., :WIDTH]), dim=1)
+                values = torch.cat((values, state[..., WIDTH:]), dim=1)
+            score = torch.einsum("bkgh,bskh->bkgs", q[:, t], keys)
+            sink = block.reader.sinks.view(1, KV_HEADS, -1, 1).expand(2, -1, -1, -1)
+            share = torch.cat((score, sink), dim=-1).softmax(-1)[..., :-1]
+            rows.append(torch.einsum("bkgs,bskh->bkgh", share, values).flatten(1))
+        expected = block.reader.o_proj(torch.stack(rows, dim=1))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [4, 21, 50])
+def test_a_ring_that_only_overwrites_is_a_sliding_window(length: int) -> None:
+    """Strength 1 in turn. An overwritten slot keeps a rounding error's share, the least that logarithms allow."""
+    block = one_layer(store("ring_router")).layers[0]
+    x, place = numbers(1, length, 32), places(length)
+    with torch.no_grad():
+        block.writer.router.gate_bias.fill_(100.0)
+        slots, _ = block.writer(x, (), Steps(place, None))
+        ours = block.reader(x, slots, (), Steps(place, None))
+        k, v = (proj(x).view(1, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
+        q = block.reader.q_proj(x).view(1, length, HEADS, WIDTH)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        allowed = (distance >= 0) & (distance < SLOTS)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
+        expected = block.reader.o_proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(slots[2], F.one_hot(place % SLOTS, SLOTS).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 11, 12, 13])
+def test_nothing_has_left_the_window_yet(length: int) -> None:
+    """Then ring and slots are full attention with the same sink; and not one token later."""
+    bounded = one_layer(store("ring_slots", window=12, sinks=True))
+    full = one_layer(StoreConfig(KV_HEADS, window=10**6, sinks=True))
+    torch.nn.init.normal_(bounded.layers[0].reader.sinks)
+    full.load_state_dict({key: bounded.state_dict()[key] for key in full.state_dict()})
+    with torch.no_grad():
+        difference = (bounded(tokens(2, length)) - full(tokens(2, length))).abs().amax(dim=(0, 2))
+    assert (difference[:12] < 1e-12).all()
+    assert (difference[12:] > 1e-6).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 40])
+def test_blocks_of_the_window_are_its_mask(window: int) -> None:
+    length, documents = 23, torch.tensor([[0] * 5 + [1] * 18, [3] * 23])
+    place = steps(Sequences(2, length, documents, documents.device)).place_BT
+    k, v, q = (numbers(2, length, n, 4, seed=n) for n in (2, 2, 6))
+    read = WindowRead(k, v, place, window, torch.float64)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    allowed = (distance >= 0) & (distance < window) & (documents[:, :, None] == documents[:, None])
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
+    )
+    ours = read.values(read.scores(q).softmax(-1))
+    torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [-30.0, 0.0, 12.0])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> None:
+    """Against finite differences, through three chunks. A single slot takes its strength to the gate's limits."""
+    block = one_layer(store(rule, slots=1 if rule != "ring_router" else 3, window=2)).layers[0]
+    torch.nn.init.constant_(block.writer.router.gate_bias, bias)
+    place, rope = places(35), (torch.ones(35, 4), torch.zeros(35, 4))
+    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[0][2]
+    assert bias <= 0 or p.max() > 1 - 1e-5
+    if rule != "ring_router":  # where the bias moves what is overwritten to the ring, and back to content
+        assert bias >= 0 or 0 < p.max() < 1e-10
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        slots, _ = block.writer(x, rope, Steps(place, None))
+        return block.reader(x, slots, rope, Steps(place, None))
+
+    assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)
+
+
+def test_scan_is_a_proper_operator() -> None:
+    """Schema, gradients, and what compilers are told of its shapes."""
+    inputs = (numbers(2, 5, 3).sigmoid(), numbers(2, 5, 3, 2, 4), numbers(2, 3, 2, 4))
+    for some in (inputs, tuple(x[:, :1] for x in inputs[:2]) + inputs[2:]):
+        torch.library.opcheck(scan, tuple(x.clone().requires_grad_() for x in some))
+        assert torch.autograd.gradcheck(scan, tuple(x.clone().requires_grad_() for x in some))
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("bias", [-200.0, 200.0])
+def test_saturated_gates_train_in_fp32(name: str, bias: float) -> None:
+    """Strengths of exactly 0 and 1: losses and gradients stay finite."""
+    model = build(small(name), torch.float32)
+    for block in model.layers:
+        if block.writer is not None and hasattr(block.writer, "router"):
+            torch.nn.init.constant_(block.writer.router.gate_bias, bias)
+    model(tokens(2, 40)).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_long_after_the_prefill(name: str) -> None:
+    """The state is handed on exactly across many chunks, from a prefill that ends inside one."""
+    model, batch = build(small(name)), tokens(2, 120)
+    with torch.no_grad():
+        cache = allocate(model.plan, 2, 120, dtype=torch.float64)
+        parts = [batch[:, :53], *batch[:, 53:60].split(1, dim=1), batch[:, 60:]]
+        logits = torch.cat([model(part, cache) for part in parts], dim=1)
+        torch.testing.assert_close(logits, model(batch), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bct", "bct_gated", "bct_ring"])
+def test_capacity_does_not_depend_on_the_context(name: str) -> None:
+    """Not in what is allocated, and not in the formula: state in fp32, positions of the window as asked for."""
+    plan = resolve(small(name))
+    sizes = {allocate(plan, 2, context, dtype=torch.bfloat16).nbytes for context in (1, 32, 4 * 32, 64 * 32)}
+    spec = plan.stores[0]
+    elements = 2 * spec.slot.kv_heads * spec.slot.k_dim
+    expected = 2 * len(plan.stores) * elements * (4 * spec.slots + 2 * (spec.window or 0))
+    assert sizes == {expected}
+    assert {kv_bytes(plan, context).stored for context in (1, 32, 4 * 32, 64 * 32)} == {expected // 2}
+    assert kv_bytes(plan, 32).per_token == 0
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_far_tokens_change_what_is_read(name: str) -> None:
+    """Beyond every window, through the slots alone."""
+    model, batch = build(small(name, num_layers=2)), tokens(1, 60)
+    other = copy.deepcopy(batch)
+    other[0, 3] = (other[0, 3] + 1) % 61
+    with torch.no_grad():
+        assert (model(batch)[0, -1] - model(other)[0, -1]).abs().max() > 0
+
+
+def test_a_fresh_router_tells_slots_apart() -> None:
+    """Scores are normalised, so that small initial weights do not make every slot the same average."""
+    model = build(small("bct_gated", num_layers=1, init_std=0.02))
+    with torch.no_grad():
+        p = model.layers[0].writer.router(numbers(4, 50, 32), places(50))
+    assert (p.amax(-1) > 1.5 * p.mean(-1)).all()
+
+
+def test_ring_slots_that_were_not_reached_are_neither_written_nor_read() -> None:
+    router = one_layer(store("ring_router")).layers[0].writer.router
+    assert isinstance(router, RingRouter)
+    with torch.no_grad():
+        p = router(numbers(1, 9, 32), places(9))
+    assert torch.equal(p[0] > 0, reached(places(9), SLOTS)[0])
+
+
+def test_unknown_backends_are_refused_without_softmax_attention_too() -> None:
+    with pytest.raises(ValueError, match="no attention backend 'fast'"):
+        Decoder(small("bct"), "fast")
+    assert Decoder(small("bct_mixed")).attention().startswith("global, local: sdpa")
