@@ -34,7 +34,7 @@ lint: env
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Peers that are not installed are skipped. litgpt's own requirements contradict constraints.txt, so that it comes bare:
 #   .venv/bin/pip install --no-deps litgpt psutil
