@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 import train.pretrain
 from train.checkpoint import TrainingError, checkpoints, find, load, save, verify
-from train.faults import flip_a_byte
+from train.faults import cut_in_half, flip_a_byte
 from train.lit_module import LitDecoder
 
 
@@ -210,3 +210,22 @@ def test_processes_agree_on_a_folder_that_was_not_given(options: list[str], tmp_
     (folder,) = (tmp_path / "runs").glob("*/*")
     newest = find(folder)
     assert len(list(newest.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_in_half, r"safetensors has \d+ bytes, \d+ were written"),
+        (flip_a_byte, "has been altered: its checksum is not the one written"),
+        (Path.unlink, "safetensors is missing"),
+    ],
+)
+def test_what_was_written_is_what_is_there(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    save(folder, model, optimizer, 1, {})
+    verify(folder)
+    damage(next(folder.glob("*.safetensors")))
+    with pytest.raises(TrainingError, match=message):
+        verify(folder)
