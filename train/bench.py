@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
+from data.shards import write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.units import bytes_text
 from train import bench_loader
@@ -32,7 +33,7 @@ from train.bench_measure import spread
 from train.bench_memory import peak_memory
 from train.bench_peers import BUILDERS, Peer, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.datamodule import open_data
-from train.machine import environment, write_json
+from train.machine import environment
 from train.schema import DataConfig
 
 WARMUP = 2

@@ -13,11 +13,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from data.shards import DataError
+from data.shards import DataError, write_json
 
 from . import checkpoint
 from .lit_module import LitDecoder
-from .machine import write_json
 
 
 class Checkpoints(L.Callback):

@@ -8,7 +8,6 @@ checkpoints/best.json        which of them had the lowest validation loss
 The position in the data and in every schedule is a function of the step, so that nothing else is needed to go on.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
+
+from data.shards import sha256, write_json
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
@@ -77,7 +78,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
         files = _gather({path.name: _describe(path) for path in partial.glob(f"shard-{rank() + 1:05d}-*")})
         if rank() == 0:
             info = {"format": FORMAT, "step": step, **about, "files": files}
-            _write_flushed(partial / INFO, json.dumps(info, indent=1))
+            write_json(partial / INFO, info)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(partial, folder)
     except (OSError, CheckpointException) as error:
@@ -216,15 +217,7 @@ def _gather(mine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _cause(error: Exception) -> str:

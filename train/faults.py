@@ -28,9 +28,10 @@ from rich.progress import track
 from rich.table import Table
 
 from data.config import load
+from data.shards import write_json
 from train import checkpoint
 from train.datamodule import open_data
-from train.machine import environment, write_json
+from train.machine import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED_EVERY = 24, 5

@@ -31,10 +31,11 @@ if not __package__:  # run as a script
 
 import torch
 
+from data.shards import write_json
 from train import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.bench_peers import UnavailableError
 from train.gpu_case import Case, Options
-from train.machine import ROOT, driver, environment, write_json
+from train.machine import ROOT, driver, environment
 
 PARTS = {
     "ceilings": gpu_checks.ceilings,

@@ -111,7 +111,7 @@ class LitDecoder(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         targets_BT = batch["targets"]
         real = targets_BT != IGNORE
-        text_bytes = self.token_bytes[targets_BT.clamp(min=0)][real].sum()
+        text_bytes = (self.token_bytes[targets_BT.clamp(min=0)] * real).sum()
         self.val_sums += torch.stack([self(batch).double(), real.sum().double(), text_bytes.double()])
 
     def on_validation_epoch_end(self) -> None:

@@ -1,6 +1,5 @@
-"""Where a result was made, and writing it down. Needs torch and nothing else that is installed."""
+"""Where a result was made. Needs torch and nothing else that is installed."""
 
-import json
 import os
 import platform
 import shutil
@@ -80,10 +79,3 @@ def git_revision() -> str | None:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)

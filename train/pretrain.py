@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import Decoder, KVPlan, LayoutError, ModelConfig, resolve
-from data.shards import DataError
+from data.shards import DataError, write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_table
 from train import checkpoint
@@ -29,7 +29,6 @@ from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
 from train.datamodule import Data
 from train.lit_module import LitDecoder
-from train.machine import write_json
 from train.metrics import Metrics, Progress
 from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_start

@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import KVPlan, ModelConfig
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.shards import write_json
 from eval.cli import UsageError
 
-from .machine import environment, write_json
+from .machine import environment
 from .schema import PretrainConfig
 
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
