@@ -32,6 +32,7 @@ from .config import SizeConfig
 from .layers import Rope, at_least_fp32, rotate
 from .masks import Sequences, document_starts
 from .plan import CHUNK, Store, head_dim, is_neox
+from .stores import Slots, StateStore
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
@@ -129,9 +130,17 @@ class BoundedWriter(nn.Module):
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, steps: Steps, kept: tuple[Tensor, ...] = ()
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What readers get, and what a cache keeps after these tokens. `kept` is what it had before them."""
+        self, x_BTD: Tensor, rope: Rope, steps: Steps, store: StateStore | None = None, offset: int = 0
+    ) -> Slots:
+        """What readers get. A cache has then what is left after these tokens."""
+        kept = () if store is None else store.tensors
+        slots, after = self.write(x_BTD, rope, steps, kept)
+        if store is not None:
+            store.keep(after)
+        return slots
+
+    def write(self, x_BTD: Tensor, rope: Rope, steps: Steps, kept: Slots) -> tuple[Slots, Slots]:
+        """What readers get, and what a cache that had `kept` keeps."""
         k, v = (rearrange(proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads) for proj in (self.k_proj, self.v_proj))
         place_BT, state = steps.place_BT, kept[0] if kept else None
         if self.window is None:
@@ -259,7 +268,7 @@ class Chunks:
 class SlotRead:
     """The slots as each token finds them, never made: scores against them, and sums over them."""
 
-    def __init__(self, slots: tuple[Tensor, ...], place_BT: Tensor):
+    def __init__(self, slots: Slots, place_BT: Tensor):
         k_BTKH, v_BTKH, p_BTM, states = slots[:4]
         self.chunks = Chunks(p_BTM, place_BT)
         self.k_BZCKH, self.v_BZCKH = (self.chunks.split(x.to(p_BTM.dtype)) for x in (k_BTKH, v_BTKH))
@@ -332,14 +341,14 @@ class BoundedReader(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=is_neox(size))
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
-    def forward(self, x_BTD: Tensor, slots: tuple[Tensor, ...], rope: Rope, steps: Steps) -> Tensor:
+    def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, steps: Steps) -> Tensor:
         q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         with exact(x_BTD):
             out_BTNH = self.read(q_BTNH, slots, rope, steps.place_BT)
         out: Tensor = self.o_proj(rearrange(out_BTNH.to(q_BTNH.dtype), "b t n h -> b t (n h)"))
         return out
 
-    def read(self, q_BTNH: Tensor, slots: tuple[Tensor, ...], rope: Rope, place_BT: Tensor) -> Tensor:
+    def read(self, q_BTNH: Tensor, slots: Slots, rope: Rope, place_BT: Tensor) -> Tensor:
         dtype, slot_count = slots[2].dtype, slots[2].shape[-1]
         memory, window = SlotRead(slots, place_BT), None
         q_BTNH = q_BTNH.to(dtype) * self.scale

@@ -56,7 +56,7 @@ def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
     block = one_layer(store(rule)).layers[0]
     x, place = numbers(2, length, 32), places(length)
     with torch.no_grad():
-        (k, v, p, states), _ = block.writer(x, (), Steps(place, None))
+        k, v, p, states = block.writer(x, (), Steps(place, None))
         q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
         empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
         expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
@@ -73,7 +73,7 @@ def test_ring_and_slots_by_hand(length: int) -> None:
     torch.nn.init.normal_(block.reader.sinks)
     x, rope = numbers(2, length, 32), (torch.ones(length, 4), torch.zeros(length, 4))  # no rotation
     with torch.no_grad():
-        slots, _ = block.writer(x, rope, Steps(place, None))
+        slots = block.writer(x, rope, Steps(place, None))
         ours = block.reader(x, slots, rope, Steps(place, None))
         k, v = (proj(x).view(2, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         p = block.writer.router(k.flatten(2), place)
@@ -103,7 +103,7 @@ def test_a_ring_that_only_overwrites_is_a_sliding_window(length: int) -> None:
     x, place = numbers(1, length, 32), places(length)
     with torch.no_grad():
         block.writer.router.gate_bias.fill_(100.0)
-        slots, _ = block.writer(x, (), Steps(place, None))
+        slots = block.writer(x, (), Steps(place, None))
         ours = block.reader(x, slots, (), Steps(place, None))
         k, v = (proj(x).view(1, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         q = block.reader.q_proj(x).view(1, length, HEADS, WIDTH)
@@ -151,13 +151,13 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
     block = one_layer(store(rule, slots=1 if rule != "ring_router" else 3, window=2)).layers[0]
     torch.nn.init.constant_(block.writer.router.gate_bias, bias)
     place, rope = places(35), (torch.ones(35, 4), torch.zeros(35, 4))
-    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[0][2]
+    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[2]
     assert bias <= 0 or p.max() > 1 - 1e-5
     if rule != "ring_router":  # where the bias moves what is overwritten to the ring, and back to content
         assert bias >= 0 or 0 < p.max() < 1e-10
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        slots, _ = block.writer(x, rope, Steps(place, None))
+        slots = block.writer(x, rope, Steps(place, None))
         return block.reader(x, slots, rope, Steps(place, None))
 
     assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)
