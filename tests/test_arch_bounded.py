@@ -8,7 +8,8 @@ from conftest import build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, Steps, WindowRead, reached, scan, steps
+from arch.bounded import RingRouter, Steps, reached, steps
+from arch.chunks import WindowRead, scan, softmax_read
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
 from arch.plan import RULES
@@ -56,11 +57,11 @@ def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
     block = one_layer(store(rule)).layers[0]
     x, place = numbers(2, length, 32), places(length)
     with torch.no_grad():
-        k, v, p, states = block.writer(x, (), Steps(place, None))
+        k, v, p, *rest = block.writer(x, (), Steps(place, None))
         q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
         empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
         expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
-        ours = block.reader(x, (k, v, p, states), (), Steps(place, None))
+        ours = block.reader(x, (k, v, p, *rest), (), Steps(place, None))
     assert (p >= 0).all() and (p.sum(-1) <= 1 + 1e-12).all() and p.max() > 2 * p.median()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
@@ -140,7 +141,7 @@ def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     expected = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
     )
-    ours = read.values(read.scores(q).softmax(-1))
+    ours = softmax_read([(read, q)], None)
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
 
 
