@@ -13,6 +13,7 @@ from arch.attention import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
+from arch.plan import CHUNK
 from eval.cli import load_arch, load_size
 
 
@@ -107,8 +108,11 @@ def test_flops(arch: str) -> None:
     for layer in range(model.plan.num_layers):
         store = model.plan.store(layer)
         computed = length * length
-        if store.slots:  # no pairs at all, or those of blocks as long as the window with their own and the one before
-            computed = -(-length // store.window) * 2 * store.window**2 if store.window else 0
+        if store.slots:  # no pairs at all, or those of blocks of half a window with their own and the window before
+            block = -(-store.window // 2) if store.window else 1
+            computed = -(-length // block) * block * (store.window + block) if store.window else 0
+        if store.slots and store.owner == layer:  # the sums of log(1 - p) over chunks, as products
+            expected += 2 * -(-length // CHUNK) * CHUNK * CHUNK * store.slots
         if computed:
             pairs = computed - visible_pairs(length, store.window)
             expected += attention_flops(config, model.plan, layer, pairs)
