@@ -21,6 +21,7 @@ K key/value heads, G query heads per key/value head, H head, M slots, W window, 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,12 @@ class Steps(NamedTuple):
 
     place_BT   [1 or B, T] tokens before each in its document; negative: padding, which writes nothing
     kept_rope  rotary tables of the W positions that a cache keeps before the new tokens; None without a cache
+    kernel     (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
     """
 
     place_BT: Tensor
-    kept_rope: Rope | None
+    kept_rope: Rope | None = None
+    kernel: Callable[..., Tensor] | None = None
 
 
 def steps(sequences: Sequences) -> Steps:
@@ -57,7 +60,7 @@ def steps(sequences: Sequences) -> Steps:
     place_BT = torch.arange(sequences.length, device=sequences.device)[None]
     if sequences.documents_BT is not None:
         place_BT = place_BT - document_starts(sequences.documents_BT)
-    return Steps(place_BT, None)
+    return Steps(place_BT)
 
 
 # --- writing
@@ -116,10 +119,11 @@ def reached(place_BT: Tensor, slots: int) -> Tensor:
 class BoundedWriter(nn.Module):
     """Keys and values, where they are written, and the states between chunks.
 
-    The slots it hands to readers: what is written at each token (k [B, T, K, H], v, p [B, T, M]), how slots fade within
-    chunks (G [B, Z, C, M]), and the states before each chunk and after the last, keys beside values
-    ([B, Z + 1, M, K, 2H]). In rule `ring_slots`, reading C, what is written at a token is the one that leaves the
-    window with it; then also the window's rotated keys and its values ([B, T, K, H], or [B, W + T, K, H] over a cache).
+    The slots it hands to readers: what is written at each token (k [B, T, K, H], v, p [B, T, M]), and, where no other
+    kernel takes the place of the chunk form, how slots fade within chunks (G [B, Z, C, M]), and the states before each
+    chunk and after the last, keys beside values ([B, Z + 1, M, K, 2H]). In rule `ring_slots`, reading C, what is
+    written at a token is the one that leaves the window with it; then also the window's rotated keys and its values
+    ([B, T, K, H], or [B, W + T, K, H] over a cache).
     """
 
     def __init__(self, size: SizeConfig, store: Store):
@@ -146,6 +150,8 @@ class BoundedWriter(nn.Module):
         place_BT, state = steps.place_BT, kept[0] if kept else None
         if self.window is None:
             p_BTM = self.router(x_BTD, place_BT)
+            if steps.kernel is not None:
+                return (k, v, p_BTM), ()
             decay, states = bring_up(k, v, p_BTM, place_BT, state)
             return (k, v, p_BTM, decay, states), (states[:, -1],)
         length = x_BTD.shape[1]
@@ -192,7 +198,10 @@ class BoundedReader(nn.Module):
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, steps: Steps) -> Tensor:
         q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         with exact(x_BTD):
-            out_BTNH = self.read(q_BTNH, slots, rope, steps.place_BT)
+            if steps.kernel is None:
+                out_BTNH = self.read(q_BTNH, slots, rope, steps.place_BT)
+            else:
+                out_BTNH = steps.kernel(q_BTNH, *slots, scale=self.scale)
         out: Tensor = self.o_proj(rearrange(out_BTNH.to(q_BTNH.dtype), "b t n h -> b t (n h)"))
         return out
 

@@ -18,6 +18,7 @@ from .attention import attention_needs, build_reader, build_writer, rope_key
 from .bounded import Steps, steps
 from .cache import Cache
 from .config import ModelConfig, SizeConfig
+from .gsa import BoundedBackend, choose_bounded
 from .layers import LayerNorm, RMSNorm, Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
 from .plan import KVPlan, Store, is_neox, resolve
@@ -246,14 +247,18 @@ def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float]
 
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
-) -> tuple[Backend | None, ...]:
-    """Of each store, the attention backend of the layers that read it, with or without packed documents. Bounded stores
-    have none: their rules are plain torch.
+) -> tuple[Backend | BoundedBackend | None, ...]:
+    """Of each store, the attention backend of the layers that read it, with or without packed documents. For bounded
+    stores that is `fla` or none: their rules are plain torch.
 
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)
+    if name == "fla" and not any(store.slots for store in plan.stores):
+        raise ValueError("backend fla is for bounded stores, and the layout has none; choose another backend or auto")
     return tuple(
-        None if store.slots else choose(name, attention_needs(size, store, documents), device_type)
+        choose_bounded(name, store, device_type, documents)
+        if store.slots
+        else choose(name, attention_needs(size, store, documents), device_type)
         for store in plan.stores
     )
