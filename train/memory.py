@@ -14,7 +14,7 @@ from arch.footprint import layer_params, num_params
 from arch.plan import head_dim, is_neox
 
 from .loss import ROWS
-from .memory_bounded import owner_bytes, reader_bytes, slot_bytes
+from .memory_bounded import gradient_bytes, owner_bytes, reader_bytes, slot_bytes
 
 FP32 = 4
 
@@ -202,13 +202,18 @@ def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_bat
     """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
 
     Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
-    and of the output matrix where it waits for the embedding's; the last norm is done by then. With checkpointing, also
-    all that the block keeps. FSDP's end: gradients of embedding and output, whole, and in fp32 for their reduction.
+    and of the output matrix where it waits for the embedding's; the last norm is done by then. Where the last layer
+    reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
+    of embedding and output, whole, and in fp32 for their reduction.
     """
     size, width = config.size, how.itemsize
     tokens, casts = micro_batch * size.seq_len, cast_bytes(config, plan, how)
     loss, matrix = loss_bytes(config, how, tokens), size.vocab_size * size.d_model
     block = tokens * (width * 2 * (size.d_ff + size.d_model) - norm_bytes(size.d_model))
+    last = plan.store(plan.num_layers - 1)
+    if last.slots:  # by then what the feed-forward layer kept is gone
+        freed = width * (size.d_model + 3 * size.d_ff)
+        block = max(block, round(tokens * (gradient_bytes(config, last) - freed)))
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
