@@ -84,7 +84,7 @@ def reader_bytes(config: ModelConfig, store: Store, compiled: bool, itemsize: in
 
 
 def gradient_bytes(config: ModelConfig, store: Store) -> float:
-    """An upper estimate of the gradients that exist at a time in the reader's backward pass: of weights, by way of their
+    """An upper estimate of the gradients alive at a time in the reader's backward pass: of weights, by way of their
     sum and of what they weigh. The window's go before those of the slots and of what is left of each token."""
     s, heads = sizes(config, store), config.size.num_heads
     return FP32 * max(2 * heads * s.looked, (s.chunk + 2 * heads) * s.slots - heads * s.looked)
