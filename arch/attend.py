@@ -240,20 +240,22 @@ def candidates(name: str, needs: Needs, device: str) -> list[str]:
 
     auto   on CUDA, FlexAttention for whatever is not plainly causal: a dense mask costs 14 to 51 times as much there
            (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
+    fla    as auto: it is for bounded stores
     flash  the newest flash-attn installed that has what is needed
     """
     if name == "flash":
         return ["flash4", "flash3", "flash2"]
-    if name != "auto":
+    if name not in ("auto", "fla"):
         return [name]
     masked = needs.features & {"windows", "documents", "sinks"}
     return ["flex", "sdpa"] if device == "cuda" and masked else ["sdpa"]
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError where `name` is neither a backend nor stands for some."""
-    if name not in ("auto", "flash", *BACKENDS):
-        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash")
+    """Raises ValueError where `name` is neither a backend, of attention or of bounded stores (gsa.py), nor stands for
+    some."""
+    if name not in ("auto", "flash", "fla", *BACKENDS):
+        raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash, fla")
 
 
 def choose(name: str, needs: Needs, device: str) -> Backend:

@@ -1,6 +1,8 @@
 """Writing slots and reading them, for key/value heads and for latents; bounded.py has those of bounded stores.
 
-A writer exists only in the layer that owns a store. A reader projects queries of its own and attends over whatever
+A writer exists only in the layer that owns a store. Every writer is called alike, with what tokens see or where they
+stand, and with the cache of its store, if there is one: then the new slots, of tokens `offset` on, go through it and
+come back with the ones before. A reader projects queries of its own and attends over whatever
 slots it is handed: those its own layer has just written, an earlier layer's, or the live part of a cache.
 
 Shapes: B batch, T new tokens, S slots read, D model, N query heads, K key/value heads, H head, R latent, P rotary part.
@@ -11,13 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, Needs, attend
-from .bounded import BoundedReader, BoundedWriter
+from .bounded import BoundedReader, BoundedWriter, Steps
 from .config import SizeConfig
 from .layers import RMSNorm, Rope, rotate
 from .plan import Store, head_dim, is_neox
-
-# The tensors of a store, each [B, S, ...]; passed between layers as explicit arguments and results.
-Slots = tuple[Tensor, ...]
+from .stores import AppendStore, RingStore, Slots
 
 # Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -33,10 +33,18 @@ class GroupedWriter(nn.Module):
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=is_neox(size))
         self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=is_neox(size))
 
-    def forward(self, x_BTD: Tensor, rope: Rope) -> Slots:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        mask: Mask | Steps | None = None,
+        store: AppendStore | RingStore | None = None,
+        offset: int = 0,
+    ) -> Slots:
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         v_BTKH = rearrange(self.v_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
-        return rotate(k_BTKH, rope), v_BTKH
+        slots = rotate(k_BTKH, rope), v_BTKH
+        return slots if store is None else store.update(slots, offset)
 
 
 class GroupedReader(nn.Module):
@@ -67,9 +75,17 @@ class LatentWriter(nn.Module):
         self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=is_neox(size))
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
-    def forward(self, x_BTD: Tensor, rope: Rope) -> Slots:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        mask: Mask | Steps | None = None,
+        store: AppendStore | RingStore | None = None,
+        offset: int = 0,
+    ) -> Slots:
         latent_BTR, k_rope_BTP = self.kv_down_proj(x_BTD).split(self.widths, dim=-1)
-        return self.latent_norm(latent_BTR), rotate(k_rope_BTP.unsqueeze(2), rope).squeeze(2)
+        slots = self.latent_norm(latent_BTR), rotate(k_rope_BTP.unsqueeze(2), rope).squeeze(2)
+        return slots if store is None else store.update(slots, offset)
 
 
 class LatentReader(nn.Module):

@@ -14,13 +14,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attend import BACKENDS, Backend, Mask, check_name, choose
-from .attention import Slots, attention_needs, build_reader, build_writer, rope_key
-from .bounded import BoundedWriter, Steps, steps
-from .cache import AnyStore, Cache, StateStore
+from .attention import attention_needs, build_reader, build_writer, rope_key
+from .bounded import Steps, steps
+from .cache import Cache
 from .config import ModelConfig, SizeConfig
+from .gsa import BoundedBackend, choose_bounded
 from .layers import LayerNorm, RMSNorm, Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
 from .plan import KVPlan, Store, is_neox, resolve_stack
+from .stores import AnyStore, Slots
 
 
 class Block(nn.Module):
@@ -53,16 +55,7 @@ class Block(nn.Module):
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
-            if isinstance(self.writer, BoundedWriter):
-                slots, after = self.writer(source_BTD, rope, mask, () if store is None else store.tensors)
-                if store is not None:
-                    assert isinstance(store, StateStore)
-                    store.keep(after)
-            else:
-                slots = self.writer(source_BTD, rope)
-                if store is not None:
-                    assert not isinstance(store, StateStore)
-                    slots = store.update(slots, offset)
+            slots = self.writer(source_BTD, rope, mask, store, offset)
         attended_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
         x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel else attended_BTD))
         return x_BTD, slots
@@ -263,14 +256,18 @@ def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float]
 
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
-) -> tuple[Backend | None, ...]:
-    """Of each store, the attention backend of the layers that read it, with or without packed documents. Bounded stores
-    have none: their rules are plain torch.
+) -> tuple[Backend | BoundedBackend | None, ...]:
+    """Of each store, the attention backend of the layers that read it, with or without packed documents. For bounded
+    stores that is `fla` or none: their rules are plain torch.
 
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)
+    if name == "fla" and not any(store.slots for store in plan.stores):
+        raise ValueError("backend fla is for bounded stores, and the layout has none; choose another backend or auto")
     return tuple(
-        None if store.slots else choose(name, attention_needs(size, store, documents), device_type)
+        choose_bounded(name, store, device_type, documents)
+        if store.slots
+        else choose(name, attention_needs(size, store, documents), device_type)
         for store in plan.stores
     )

@@ -8,7 +8,8 @@ from conftest import build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, Steps, WindowRead, reached, scan, steps
+from arch.bounded import RingRouter, Steps, reached, steps
+from arch.chunks import WindowRead, scan, softmax_read
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
 from arch.plan import RULES
@@ -56,11 +57,11 @@ def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
     block = one_layer(store(rule)).layers[0]
     x, place = numbers(2, length, 32), places(length)
     with torch.no_grad():
-        (k, v, p, states), _ = block.writer(x, (), Steps(place, None))
+        k, v, p, *rest = block.writer(x, (), Steps(place, None))
         q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
         empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
         expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
-        ours = block.reader(x, (k, v, p, states), (), Steps(place, None))
+        ours = block.reader(x, (k, v, p, *rest), (), Steps(place, None))
     assert (p >= 0).all() and (p.sum(-1) <= 1 + 1e-12).all() and p.max() > 2 * p.median()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
@@ -73,7 +74,7 @@ def test_ring_and_slots_by_hand(length: int) -> None:
     torch.nn.init.normal_(block.reader.sinks)
     x, rope = numbers(2, length, 32), (torch.ones(length, 4), torch.zeros(length, 4))  # no rotation
     with torch.no_grad():
-        slots, _ = block.writer(x, rope, Steps(place, None))
+        slots = block.writer(x, rope, Steps(place, None))
         ours = block.reader(x, slots, rope, Steps(place, None))
         k, v = (proj(x).view(2, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         p = block.writer.router(k.flatten(2), place)
@@ -103,7 +104,7 @@ def test_a_ring_that_only_overwrites_is_a_sliding_window(length: int) -> None:
     x, place = numbers(1, length, 32), places(length)
     with torch.no_grad():
         block.writer.router.gate_bias.fill_(100.0)
-        slots, _ = block.writer(x, (), Steps(place, None))
+        slots = block.writer(x, (), Steps(place, None))
         ours = block.reader(x, slots, (), Steps(place, None))
         k, v = (proj(x).view(1, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         q = block.reader.q_proj(x).view(1, length, HEADS, WIDTH)
@@ -140,7 +141,7 @@ def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     expected = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
     )
-    ours = read.values(read.scores(q).softmax(-1))
+    ours = softmax_read([(read, q)], None)
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
 
 
@@ -151,13 +152,13 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
     block = one_layer(store(rule, slots=1 if rule != "ring_router" else 3, window=2)).layers[0]
     torch.nn.init.constant_(block.writer.router.gate_bias, bias)
     place, rope = places(35), (torch.ones(35, 4), torch.zeros(35, 4))
-    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[0][2]
+    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[2]
     assert bias <= 0 or p.max() > 1 - 1e-5
     if rule != "ring_router":  # where the bias moves what is overwritten to the ring, and back to content
         assert bias >= 0 or 0 < p.max() < 1e-10
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        slots, _ = block.writer(x, rope, Steps(place, None))
+        slots = block.writer(x, rope, Steps(place, None))
         return block.reader(x, slots, rope, Steps(place, None))
 
     assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)

@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import Decoder, LayoutError, ModelConfig, SizeConfig, resolve
+from arch import Decoder, ModelConfig, SizeConfig, resolve
 from arch.footprint import train_flops_per_token
 from eval.cli import Choices
 from eval.hardware import find_gpu
@@ -40,7 +40,7 @@ from train.parallel import parallelize
 from train.plan import PlanConfig, make_plan
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems
 
-LAYOUTS = ["mha", "gqa4", "cla2", "mixattention", "mla", "swa_sinks"]
+LAYOUTS = ["mha", "gqa4", "cla2", "mixattention", "mla", "swa_sinks", "bct", "bct_gated", "bct_ring", "bct_mixed"]
 BATCH = 2
 
 
@@ -139,6 +139,9 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
         ("cla2", "llama"),
         ("mixattention", "llama"),
         ("mla", "llama"),
+        ("bct", "llama"),
+        ("bct_gated", "llama"),
+        ("bct_ring", "llama"),
         ("mha", "neox"),
         ("cla2", "neox"),
     ],
@@ -264,12 +267,6 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
     larger = min(n for n in range(found["micro_batch"] + 1, share + 1) if share % n == 0)
     assert not planned(gpus=8, micro_batch=larger)["fits"]
     assert planned(gpus=8, activation_checkpointing=True)["micro_batch"] > found["micro_batch"]
-
-
-def test_bounded_stores_are_not_counted_and_not_guessed() -> None:
-    for name in ("bct_gated", "bct_mixed"):
-        with pytest.raises(LayoutError, match=r"arch.stores.memory is bounded, and memory .* is not counted"):
-            planned(name)
 
 
 def test_time_follows_from_the_stated_rate() -> None:

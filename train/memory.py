@@ -3,17 +3,18 @@
 Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
 Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
 pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
-gaps are not counted. Bounded stores are refused.
+gaps are not counted.
 """
 
 from dataclasses import dataclass, fields
 
-from arch import KVPlan, LayoutError, ModelConfig, Store
+from arch import KVPlan, ModelConfig, Store
 from arch.attention import rope_key
 from arch.footprint import layer_params, num_params
 from arch.plan import head_dim, is_neox
 
 from .loss import ROWS
+from .memory_bounded import gradient_bytes, owner_bytes, reader_bytes, slot_bytes
 
 FP32 = 4
 
@@ -60,18 +61,7 @@ class Memory:
 
 
 def step_memory(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> Memory:
-    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
-
-    Raises LayoutError for a bounded store, whose chunks keep much that is not counted here.
-    """
-    bounded = [f"arch.stores.{name}" for name in dict.fromkeys(store.name for store in plan.stores if store.slots)]
-    if bounded:
-        raise LayoutError(
-            [
-                f"{', '.join(bounded)} is bounded, and memory of a training step is not counted for such stores; try "
-                "train/pretrain.py with trainer.micro_batch=1 and upwards"
-            ]
-        )
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
     return Memory(
         weights=share,
@@ -122,11 +112,16 @@ def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_ba
     whole += tokens * (8 + norm_bytes(size.d_model, is_neox(size)) + width * size.d_model)
     if not how.checkpointing:
         per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
-        return whole + tokens * per_token + sum(mask_bytes(config, plan, layer, how) for layer in layers)
-    shared = sum(store.slot.elements for store in plan.stores if len(plan.readers(store)) > 1)
+        return whole + round(tokens * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+    shared = sum(slots_bytes(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1)
     masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
     masks *= how.dense
-    return whole + tokens * width * (plan.num_layers * size.d_model + shared) + masks
+    return whole + round(tokens * (width * plan.num_layers * size.d_model + shared)) + masks
+
+
+def slots_bytes(config: ModelConfig, store: Store, how: Execution) -> float:
+    """What the owner of a store hands to later layers, per token."""
+    return slot_bytes(config, store, how.itemsize) if store.slots else how.itemsize * store.slot.elements
 
 
 def norm_bytes(dim: int, layer_norm: bool = False) -> int:
@@ -137,7 +132,7 @@ def norm_bytes(dim: int, layer_norm: bool = False) -> int:
     return FP32 * dim + 2 * FP32 if layer_norm else 2 * FP32 * dim + FP32
 
 
-def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
+def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> float:
     """What one block keeps of a token.
 
     Every projection keeps its input: the norms' outputs (D, a `kv_norm`'s and a latent's too), attention's output, and
@@ -168,14 +163,18 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
     return total
 
 
-def attention_bytes(config: ModelConfig, store: Store, owner: bool, how: Execution) -> int:
+def attention_bytes(config: ModelConfig, store: Store, owner: bool, how: Execution) -> float:
     """What softmax attention keeps of a token: queries, keys, values, output, and log-sum-exp in fp32.
 
     Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
     appended. All are as wide as the kernel's keys; where heads are narrower, or a sink takes its share afterwards, the
-    output is kept once more.
+    output is kept once more. Of bounded stores: memory_bounded.py, and the output.
     """
     heads, head = config.size.num_heads, head_dim(config.size)
+    if store.slots:
+        kept = reader_bytes(config, store, how.compiled, how.itemsize)
+        kept += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
+        return kept + how.itemsize * heads * head
     appended = store.sinks and how.dense
     wide = -(-(head + store.slot.rope_dim + 2 * appended) // 8) * 8 if how.dense else head + store.slot.rope_dim
     elements = 2 * heads * wide
@@ -191,7 +190,9 @@ def attention_bytes(config: ModelConfig, store: Store, owner: bool, how: Executi
 def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
     """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
     store, length = plan.store(layer), config.size.seq_len
-    if not how.dense:
+    if store.rule == "ring_router" and store.owner == layer and not how.compiled:
+        return length * store.slots * (FP32 + 1)  # its pattern, the same for each sequence
+    if not how.dense or store.slots:
         return 0
     dense = store.sinks or (store.window is not None and store.window < length)
     return how.itemsize * length * (length + store.sinks) if dense else 0
@@ -201,20 +202,25 @@ def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_bat
     """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
 
     Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
-    and of the output matrix where it waits for the embedding's; the last norm is done by then. With checkpointing, also
-    all that the block keeps. FSDP's end: gradients of embedding and output, whole, and in fp32 for their reduction.
+    and of the output matrix where it waits for the embedding's; the last norm is done by then. Where the last layer
+    reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
+    of embedding and output, whole, and in fp32 for their reduction.
     """
     size, width = config.size, how.itemsize
     tokens, casts = micro_batch * size.seq_len, cast_bytes(config, plan, how)
     loss, matrix = loss_bytes(config, how, tokens), size.vocab_size * size.d_model
     block = tokens * (width * 2 * (size.d_ff + size.d_model) - norm_bytes(size.d_model))
+    last = plan.store(plan.num_layers - 1)
+    if last.slots:  # by then what the feed-forward layer kept is gone
+        freed = width * (size.d_model + 3 * size.d_ff)
+        block = max(block, round(tokens * (gradient_bytes(config, last) - freed)))
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
-        loss += tokens * width * plan.store(plan.num_layers - 1).slot.elements  # what the last layer read
+        loss += round(tokens * slots_bytes(config, plan.store(plan.num_layers - 1), how))  # what the last layer read
         loss += 0 if how.compiled else sum(casts)  # autocast's cache lives to the end of the forward pass
         block += max(
-            layer_bytes(config, plan, layer, how) * tokens + mask_bytes(config, plan, layer, how) + casts[layer]
+            round(layer_bytes(config, plan, layer, how) * tokens) + mask_bytes(config, plan, layer, how) + casts[layer]
             for layer in range(plan.num_layers)
         )
     end = (1 if size.tie_embeddings else 2) * matrix * (width + FP32) if how.strategy == "fsdp" else 0
