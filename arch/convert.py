@@ -322,12 +322,13 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
     heads, depth, window = values["num_attention_heads"], values["num_hidden_layers"], values["sliding_window"]
     names = {"full_attention": "global", "sliding_attention": "local"}
     uniform = "full_attention" if window is None else "sliding_attention"
-    types = list(map(str, values["layer_types"] or [uniform] * depth))
+    given = [uniform] * depth if values["layer_types"] is None else values["layer_types"]
+    types = list(map(str, given)) if isinstance(given, list) else []
     if values["model_type"] == "llama" and window is not None:
         problems.append(f"sliding_window is {window}; Llama has no windows, so it must be None")
     allowed = list(names) if values["model_type"] == "ministral" else [uniform]
     if len(types) != depth or not set(types) <= set(allowed):
-        problems.append(f"layer_types is {types!r}; it must be {depth} times {' or '.join(allowed)}")
+        problems.append(f"layer_types is {given!r}; it must be {depth} times {' or '.join(allowed)}")
     elif window is None and "sliding_attention" in types:
         problems.append("sliding_window is None; it must be a number, since layer_types has sliding layers")
     if values["head_dim"] is None and values["hidden_size"] % heads:
