@@ -13,7 +13,17 @@ if not __package__:  # run as a script
 
 from omegaconf import DictConfig
 
-from arch import BlockConfig, Decoder, ModelConfig, TokenDecoderConfig, from_dict, resolve
+from arch import (
+    BlockConfig,
+    BlockPlan,
+    Decoder,
+    KVPlan,
+    LayoutError,
+    ModelConfig,
+    TokenDecoderConfig,
+    from_dict,
+    resolve,
+)
 from arch.block_convert import from_vanilla
 from arch.convert import ConversionError
 from arch.footprint import num_params
@@ -58,6 +68,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     target = blocks(vanilla, config.length, config.prefix, config.start)
     plan = resolve(target)
     model = Decoder(vanilla)
+    check_halves(model.plan, plan)
     checkpoint.load(folder, model)
     try:
         state = from_vanilla(target, model.state_dict())
@@ -70,11 +81,31 @@ def main(config: DictConfig, choices: Choices) -> None:
 
 
 def blocks(vanilla: ModelConfig, length: int, prefix: int, start: bool) -> ModelConfig:
-    """The Block Transformer whose two decoders are the halves of `vanilla`, each with its layout."""
+    """The Block Transformer whose two decoders are the halves of `vanilla`, each with its layout.
+
+    Windows are kept as they are written: from now on they count blocks, and positions within one.
+    """
     layout = {key: value for key, value in asdict(vanilla.arch).items() if key != "block"}
     token = from_dict(TokenDecoderConfig, layout | {"prefix": prefix})
     block = BlockConfig(length=length, embedder="projection", start=start, token=token)
     return ModelConfig(replace(deepcopy(vanilla.arch), block=block), deepcopy(vanilla.size))
+
+
+def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
+    """Raises LayoutError with every layer that would not read the store that it reads in the decoder."""
+    lower = plan.block.num_layers
+    problems = []
+    for layer in range(vanilla.num_layers):
+        half, first = (plan.block, 0) if layer < lower else (plan.token, lower)
+        before, after = vanilla.store(layer), half.store(layer - first)
+        if (before.name, before.owner) != (after.name, after.owner + first):
+            problems.append(
+                f"layer {layer} reads `{before.name}` of layer {before.owner}; as layer {layer - first} of "
+                f"{lower if first == 0 else vanilla.num_layers - lower} it would read `{after.name}` of layer "
+                f"{after.owner + first}: the pattern has to be the same in both halves"
+            )
+    if problems:
+        raise LayoutError(problems)
 
 
 if __name__ == "__main__":
