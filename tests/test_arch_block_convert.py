@@ -158,15 +158,31 @@ def test_the_command(vanilla_run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     block = config.arch.block
     assert (block.length, block.embedder, block.token.prefix, block.start) == (4, "projection", 3, False)
     assert [stage.size.num_layers for stage in stages(config)] == [2, 2]
-    model = build_model(config)
-    checkpoint.load(tmp_path / "blocks", model)
-    expected = from_vanilla(config, weights(vanilla_run))
-    state = model.state_dict()
+    expected, state = from_vanilla(config, weights(vanilla_run)), weights_of(tmp_path / "blocks")
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
     printed = capsys.readouterr().out
     out = tmp_path / "blocks"
     assert f"pretrain.py --config-dir={out} +arch=uptrained +size=uptrained init={out}" in printed
+
+
+def test_training_goes_on_from_it(
+    vanilla_run: Path, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """By the command that it prints: with next to no learning rate the weights stay as they came."""
+    do_uptrain(f"from={vanilla_run}", f"out={tmp_path / 'blocks'}")
+    (command,) = [line.split() for line in capsys.readouterr().out.splitlines() if "train/pretrain.py" in line]
+    short = ["batch_size=2", "tokens=128", "data.val_tokens=64", "logger=csv", "optim.lr=1e-30"]
+    pretrain(*command[2:], *short, f"data.path={corpus}", f"folder={tmp_path / 'run'}", "trainer.accelerator=cpu")
+    trained, started = weights(tmp_path / "run"), weights_of(tmp_path / "blocks")
+    assert trained.keys() == started.keys()
+    assert all((trained[name] - started[name]).abs().max() < 1e-20 for name in started)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    model = build_model(from_dict(ModelConfig, checkpoint.load_info(folder)["config"]))
+    checkpoint.load(folder, model)
+    return model.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,8 @@ def test_block_recipe_is_the_papers(recipe: str) -> None:
         built = build(model)
     assert sum(p.numel() for p in built.parameters()) == num_params(model, built.plan) == params
     assert f"{params:,} parameters" in text_of(recipe)
+    (loss,) = re.findall(r"training loss ([\d.]+)\.\n", text_of(recipe))
+    assert f"| `{recipe}` | {params:,} | {loss} |" in DOCS.read_text()
     assert forward_flops(model, built.plan, 2048) / 2048 / 1e6 == pytest.approx(mflops, rel=4e-3)
     depths = [stack.plan.num_layers for stack in built.stacks]
     assert depths == ([layers] if "vanilla" in recipe else [layers, layers])
