@@ -95,6 +95,17 @@ def test_generation_over_the_cache_of_style_neox(tmp_path: Path) -> None:
     assert generate(ours(tmp_path / "ours"), [p.tolist() for p in prompts], 6) == alone
 
 
+def test_a_file_of_old_pythia(tmp_path: Path) -> None:
+    """Masks, of a type that no weight may have, and rotary tables are in its files, too; they are not read."""
+    model = theirs("pythia")
+    model.save_pretrained(tmp_path / "hf")
+    prefix = "gpt_neox.layers.2.attention"
+    mask = {f"{prefix}.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool), f"{prefix}.masked_bias": torch.tensor(-1e9)}
+    edit_tensors(tmp_path / "hf", lambda t: t.update(mask | {f"{prefix}.rotary_emb.inv_freq": torch.ones(2)}))
+    do_import(f"from={tmp_path / 'hf'}", f"out={tmp_path / 'ours'}")
+    assert_same(ours(tmp_path / "ours"), model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_kept_as_the_same_numbers_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
     model = theirs("llama").to(dtype)
@@ -315,7 +326,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "type": (
         "single",
         lambda f: edit_tensors(f, lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
-        f"{NORM} has the type I8; it must be one of F32, BF16, F16",
+        f"{NORM} has the type torch.int8; it must be one of torch.float32, torch.bfloat16, torch.float16",
     ),
     "nan": ("single", set_to(HEAD, 5, float("nan")), f"{HEAD} has values that are not finite"),
     "infinity": ("single", set_to(Q, -1, float("inf")), f"{Q} has values that are not finite"),

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from eval.cli import UsageError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # fp32 holds the values of each exactly
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
@@ -52,11 +53,14 @@ class HFFolder:
         self._files.close()
 
     def get(self, name: str) -> Tensor:
-        """The tensor `name`, in the type it has there."""
+        """The tensor `name`, in the type it has there, one of DTYPES."""
         try:
             tensor: Tensor = self._where[name].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{self.path}: {name} cannot be read ({error})") from error
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(map(str, DTYPES))
+            raise UsageError(f"{self.path}: {name} has the type {tensor.dtype}; it must be one of {known}")
         if not tensor.isfinite().all():
             raise UsageError(f"{self.path}: {name} has values that are not finite")
         return tensor
@@ -91,18 +95,14 @@ class HFFolder:
         path = self.path / file
         try:
             handle = self._files.enter_context(safe_open(path, framework="pt"))
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118  not a mapping
-            shapes = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118  no mapping
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from error
         for name in sorted(set(shapes) ^ (set(shapes) if expected is None else expected)):
             there, listed = ("is", "and not") if name in shapes else ("is not", "but")
             raise UsageError(f"{path}: {name} {there} in it, {listed} in {INDEX}")
-        for name, (shape, dtype) in shapes.items():
-            if dtype not in DTYPES:
-                raise UsageError(f"{path}: {name} has the type {dtype}; it must be one of {', '.join(DTYPES)}")
-            self.shapes[name] = shape
-            self._where[name] = handle
+        self.shapes |= shapes
+        self._where |= dict.fromkeys(shapes, handle)
 
 
 def _json(path: Path) -> dict[str, Any]:
