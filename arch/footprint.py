@@ -24,10 +24,10 @@ class KVBytes:
                Transformer on average over the tokens of the block that comes then
     """
 
-    per_token: int | Fraction
+    per_token: int | float
     constant: int
     stored: int
-    read: int | Fraction
+    read: int | float
 
 
 def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
@@ -53,15 +53,15 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     first = plan.slots - plan.length + 1
     steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
     return KVBytes(
-        per_token=_whole(Fraction(block.per_token, plan.length)),
+        per_token=_whole(Fraction(block.per_token) / plan.length),
         constant=block.constant + token.stored,
         stored=block.stored + token.stored,
-        read=_whole(Fraction(block.read + steps, plan.length)),
+        read=_whole(Fraction(block.read + steps) / plan.length),
     )
 
 
-def _whole(value: Fraction) -> int | Fraction:
-    return int(value) if value.denominator == 1 else value
+def _whole(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def store_bytes(store: Store, context: int, itemsize: int = 2) -> int:

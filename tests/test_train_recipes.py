@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from arch import BlockPlan, Decoder, ModelConfig, Plan, build, resolve
 from arch.footprint import forward_flops, kv_bytes, num_params
 from arch.hf_import import source
-from eval.cli import CONFIGS, names
+from eval.layouts import CONFIGS, names
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems

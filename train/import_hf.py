@@ -17,12 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from omegaconf import DictConfig
 from rich.console import Console
 
-from arch import resolve
+from arch import Plan, resolve
 from arch.convert import ConversionError
 from arch.footprint import num_params
 from arch.hf_import import convert, source
 from eval.cli import Choices, UsageError, launch
-from eval.footprint import plan_table
+from eval.footprint import plan_tables
 from train.checkpoint import TrainingError
 from train.hf_folder import PATTERNS, TOKENIZER, HFFolder
 from train.weights import command, free, write
@@ -67,7 +67,7 @@ def run(folder: Path, out: Path, name: str) -> None:
     tokenizer = [file for file in TOKENIZER if (folder / file).is_file()]
     for file in tokenizer:
         shutil.copyfile(folder / file, out / file)
-    Console(width=None if sys.stdout.isatty() else 140).print(plan_table(name, plan, model.size.seq_len, 2))
+    show(name, plan, model.size.seq_len)
     print(f"{num_params(model, plan):,} parameters, kept as fp32: {out}")
     print(f"layout and size: {out}/arch/{NAME}.yaml, {out}/size/{NAME}.yaml")
     if "tokenizer.json" in tokenizer:
@@ -76,6 +76,13 @@ def run(folder: Path, out: Path, name: str) -> None:
             f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained tokenizer.name={out} path=DATA"
         )
     print(f"to train it further:\n  {command(out, NAME)} data.path=DATA name={out.name}")
+
+
+def show(name: str, plan: Plan, context: int) -> None:
+    """The stores of a model, for 16 bits per element."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for table in plan_tables(name, plan, context, 2):
+        console.print(table)
 
 
 def local(name: str, revision: str | None) -> Path:

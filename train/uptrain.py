@@ -30,7 +30,7 @@ from arch.footprint import num_params
 from eval.cli import Choices, UsageError, launch
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.import_hf import typed
+from train.import_hf import show, typed
 from train.weights import command, free, write
 
 NAME = "uptrained"
@@ -75,7 +75,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     except ConversionError as error:
         raise UsageError(f"{config.source} cannot become a Block Transformer:\n{error}") from error
     write(out, NAME, target, state.items(), {"uptrained": {"from": str(folder)}})
-    print(f"layers that own what each reads, in {plan}")
+    show(config.source, plan, target.size.seq_len)
     print(f"{num_params(target, plan):,} parameters, of {num_params(vanilla, resolve(vanilla)):,}: {out}")
     print(f"to train it further, on a tenth of the tokens as in the paper:\n  {command(out, NAME)} name={out.name}")
 
