@@ -173,7 +173,8 @@ def test_training_goes_on_from_it(
     do_uptrain(f"from={vanilla_run}", f"out={tmp_path / 'blocks'}")
     (command,) = [line.split() for line in capsys.readouterr().out.splitlines() if "train/pretrain.py" in line]
     short = ["batch_size=2", "tokens=128", "data.val_tokens=64", "logger=csv", "optim.lr=1e-30"]
-    pretrain(*command[2:], *short, f"data.path={corpus}", f"folder={tmp_path / 'run'}", "trainer.accelerator=cpu")
+    command = [word.replace("data.path=DATA", f"data.path={corpus}") for word in command]
+    pretrain(*command[2:], *short, f"folder={tmp_path / 'run'}", "trainer.accelerator=cpu")
     trained, started = weights(tmp_path / "run"), weights_of(tmp_path / "blocks")
     assert trained.keys() == started.keys()
     assert all((trained[name] - started[name]).abs().max() < 1e-20 for name in started)

@@ -22,7 +22,7 @@ from eval.cli import UsageError
 
 from .checkpoint import FORMAT, INFO, check
 
-SHARD_BYTES = 2**31  # of one file, and so of the weights that are held at a time
+SHARD_BYTES = 2**30  # of one file, and so of the weights that are held at a time
 
 
 def free(out: str) -> Path:
