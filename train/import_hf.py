@@ -75,7 +75,7 @@ def run(folder: Path, out: Path, name: str) -> None:
             f"its tokenizer is beside them; text for it (vocabulary of {model.size.vocab_size:,}):\n"
             f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained tokenizer.name={out} path=DATA"
         )
-    print(f"to train it further:\n  {command(out, NAME)} data.path=DATA name={out.name}")
+    print(f"to train it further:\n  {command(out, NAME)}")
 
 
 def show(name: str, plan: Plan, context: int) -> None:

@@ -77,9 +77,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     write(out, NAME, target, state.items(), {"uptrained": {"from": str(folder)}})
     show(config.source, plan, target.size.seq_len)
     print(f"{num_params(target, plan):,} parameters, of {num_params(vanilla, resolve(vanilla)):,}: {out}")
-    print(
-        f"to train it further, on a tenth of the tokens as in the paper:\n  {command(out, NAME)} data.path=DATA name={out.name}"
-    )
+    print(f"to train it further, on a tenth of the tokens as in the paper:\n  {command(out, NAME)}")
 
 
 def blocks(vanilla: ModelConfig, length: int, prefix: int, start: bool) -> ModelConfig:

@@ -94,5 +94,6 @@ def _shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, An
 
 
 def command(out: Path, name: str) -> str:
-    """What trains the model of the checkpoint `out` further."""
-    return f"python train/pretrain.py --config-dir={out} +arch={name} +size={name} init={out}"
+    """What trains the model of the checkpoint `out` further; DATA stands for prepared text in its vocabulary."""
+    chosen = f"--config-dir={out} +arch={name} +size={name} init={out}"
+    return f"python train/pretrain.py {chosen} data.path=DATA name={out.name}"
