@@ -1,64 +1,24 @@
-"""Weights of GPT-NeoX, as a decoder or as the two stacks of the authors' Block Transformer, under our names.
-
-GPT-NeoX keeps queries, keys and values in one matrix, head by head. Ours are apart, so that layers can share keys and
-values.
-"""
+"""Weights for a Block Transformer: of the authors' code, and of a decoder that is to become one."""
 
 from collections.abc import Mapping
 
-from einops import rearrange
+import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
+from .block_plan import block_config, embed_dim, stages
+from .block_transformer import BlockTransformer
+from .config import ModelConfig
 from .convert import ConversionError
+from .convert_neox import from_neox
 
-OUTER_MODULES = {
-    "gpt_neox.embed_in": "embed",
-    "gpt_neox.final_layer_norm": "norm",
-    "embed_out": "lm_head",
-    "lm_head": "lm_head",  # of transformers 5
-}
-LAYER_MODULES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "attention.dense": "reader.o_proj",
-    "mlp.dense_h_to_4h": "mlp.up_proj",
-    "mlp.dense_4h_to_h": "mlp.down_proj",
-}
-ATTENTION = ("reader.q_proj", "writer.k_proj", "writer.v_proj")
 # Of the authors' state: their module, ours.
 ADAPTERS = {
     "embedder.embeddings": "embedder.embed",
     "embedder.projection_layer": "embedder.proj",
     "token_decoder.expansion_layer": "expansion",
 }
-# Buffers of old checkpoints, made again from the configuration: masks and rotary frequencies.
-BUFFERS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 UNUSED = "block_decoder.gpt_neox.embed_in.weight"  # in the authors' state, never read
-
-
-def from_neox(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """The state of a Decoder in style neox, from that of a GPTNeoXForCausalLM with `num_heads` heads.
-
-    Raises ConversionError with every name that it does not know; what is missing shows when the state is loaded.
-    """
-    ours: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        prefix, _, rest = module.partition("gpt_neox.layers.")
-        number, _, part = rest.partition(".")
-        if module in OUTER_MODULES:
-            ours[f"{OUTER_MODULES[module]}.{kind}"] = tensor
-        elif not prefix and part in LAYER_MODULES:
-            ours[f"layers.{number}.{LAYER_MODULES[part]}.{kind}"] = tensor
-        elif not prefix and part == "attention.query_key_value":
-            fused = rearrange(tensor, "(n three h) ... -> three (n h) ...", n=num_heads, three=3)
-            ours |= {f"layers.{number}.{o}.{kind}": t for o, t in zip(ATTENTION, fused.unbind(), strict=True)}
-        elif not name.endswith(BUFFERS):
-            unknown.append(f"{name} is unexpected")
-    if unknown:
-        raise ConversionError(unknown)
-    return ours
 
 
 def from_official(tensors: Mapping[str, Tensor], block_heads: int, token_heads: int) -> dict[str, Tensor]:
@@ -80,3 +40,59 @@ def from_official(tensors: Mapping[str, Tensor], block_heads: int, token_heads: 
     for (prefix, stack), heads in zip(stacks.items(), (block_heads, token_heads, 1), strict=True):
         ours |= {f"{prefix}{name}": tensor for name, tensor in from_neox(stack, heads).items()}
     return ours
+
+
+def from_vanilla(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the Block Transformer of `config`, from that of a Decoder of the same size: where uptraining starts.
+
+    The lower layers become the block decoder, the upper ones the token decoder, which has the norm and the output
+    matrix too. Every table of embeddings is the decoder's. A block is the mean of its tokens' embeddings, each vector
+    of its expanded context is that context. What the decoder has no counterpart of is as in a new model: the block
+    decoder's norm, and a start context, which is zero (Block Transformer, appendix P).
+
+    Raises ConversionError with every part of `config` that these weights cannot fill.
+    """
+    block, (coarse, fine) = block_config(config), stages(config)
+    width, lower = config.size.d_model, coarse.size.num_layers
+    problems = [
+        f"arch.block.{name} is {value!r}; it must be {wanted!r} to start from a decoder"
+        for name, value, wanted in (
+            ("embedder", block.embedder, "projection"),
+            ("embed_dim", embed_dim(config), width),
+            ("token.kind", block.token.kind, "prefix"),
+            ("token.d_model", fine.size.d_model, width),
+        )
+        if value != wanted
+    ]
+    if problems:
+        raise ConversionError(problems)
+    ours = {_half(name, lower): tensor for name, tensor in state.items()}
+    identity = torch.eye(width, dtype=state["embed.weight"].dtype)
+    ours["embedder.embed.weight"] = state["embed.weight"].clone()
+    ours["embedder.proj.weight"] = repeat(identity / block.length, "o i -> o (l i)", l=block.length)
+    ours["expansion.weight"] = repeat(identity, "o i -> (c o) i", c=block.token.prefix)
+    ours["block_decoder.norm.weight"] = torch.ones_like(state["norm.weight"])
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in BlockTransformer(config).named_parameters()}
+    zero = ["embedder.proj.bias", "expansion.bias", "block_decoder.norm.bias", "start"]
+    ours |= {name: torch.zeros(wanted[name], dtype=identity.dtype) for name in zero if name in wanted}
+    problems = [f"{name} is missing" for name in wanted if name not in ours]
+    problems += [f"{name} is unexpected" for name in ours if name not in wanted]
+    problems += [
+        f"{name} has the shape {list(ours[name].shape)}; it must be {list(shape)}"
+        for name, shape in wanted.items()
+        if name in ours and ours[name].shape != shape
+    ]
+    if problems:
+        raise ConversionError(problems)
+    return ours
+
+
+def _half(name: str, lower: int) -> str:
+    """The name of a decoder's weight in a Block Transformer whose block decoder has the `lower` layers."""
+    parts = name.split(".")
+    if parts[0] != "layers":
+        return f"token_decoder.{name}"
+    layer = int(parts[1])
+    stack, number = ("block_decoder", layer) if layer < lower else ("token_decoder", layer - lower)
+    return ".".join((stack, "layers", str(number), *parts[2:]))

@@ -4,10 +4,12 @@ grouped heads, no window       LlamaForCausalLM (MistralForCausalLM where Llama'
 grouped heads, one window size MinistralForCausalLM, each layer sliding or full
 latent                         DeepseekV3ForCausalLM, dense layers and uncompressed queries
 
-Import reads MistralForCausalLM too. What a class on the other side cannot hold exactly is refused, never approximated.
+Import (hf_import.py) reads MistralForCausalLM too. What a class on the other side cannot hold exactly is refused, never
+approximated.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +70,9 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
+WIDEST = 2**20  # of anything that a weight is wide; what says more is no model, and its weights could not be counted
 LATENT_WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+OPTIONAL_WIDTHS = ("num_key_value_heads", "head_dim", "sliding_window")
 # Our module, theirs: of the model, and of one layer.
 MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 LAYER_MODULES = {
@@ -234,7 +238,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     Raises Unrepresentable with every key that says what a Decoder cannot do, and LayoutError where the widths are
     impossible.
     """
-    model_type = hf.get("model_type")
+    model_type = str(hf.get("model_type"))
     if model_type not in ARCHITECTURES:
         raise Unrepresentable([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
     values = DEFAULTS | OWN_DEFAULTS[model_type] | dict(hf)
@@ -245,10 +249,9 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
         if values.get(key) not in (None, value)
     ]
     theta = _rope_theta(values, problems)
-    needed = (*SIZES.values(), *(LATENT_WIDTHS if latent else ()))
-    missing = [f"{key} is missing" for key in needed if values.get(key) is None]
-    if missing:
-        raise Unrepresentable(problems + missing)
+    bad = bad_sizes(values, (*SIZES.values(), *(LATENT_WIDTHS if latent else ())), OPTIONAL_WIDTHS)
+    if bad:
+        raise Unrepresentable(problems + bad)
     arch, width = (_latent_layout if latent else _grouped_layout)(values, problems)
     if problems:
         raise Unrepresentable(problems)
@@ -258,17 +261,39 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def bad_sizes(values: Mapping[str, Any], needed: Sequence[str], optional: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the sizes of a config.json; those that are `optional` may be null."""
+    found = []
+    for key in (*needed, *optional):
+        value, most = values.get(key), 2**40 if key == "max_position_embeddings" else WIDEST
+        if value is None:
+            found += [] if key in optional else [f"{key} is missing"]
+        elif key == "tie_word_embeddings":
+            found += [] if type(value) is bool else [f"{key} is {value!r}; it must be true or false"]
+        elif key.endswith(("_eps", "_range")):
+            fits = type(value) in (int, float) and 0 < value < math.inf
+            found += [] if fits else [f"{key} is {value!r}; it must be a positive number"]
+        elif type(value) is not int or not 1 <= value <= most:
+            found.append(f"{key} is {value!r}; it must be a whole number from 1 to {most}")
+    return found
+
+
 def _rope_theta(values: dict[str, Any], problems: list[str]) -> float:
     """The rotary base, from where the stock classes look for it. Adds to `problems` what scales or splits rotation."""
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     rope = values.get(key) or {}
+    if not isinstance(rope, dict):
+        problems.append(f"{key} is {rope!r}; it must be a mapping")
+        return 1.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
         problems.append(f"{key} is {rope!r}; it must be unscaled, and the same in all layers")
     elif rope.get("partial_rotary_factor") not in (None, 1.0):
         problems.append(f"{key}.partial_rotary_factor is {rope['partial_rotary_factor']}; it must be 1.0")
-    theta: float = rope.get("rope_theta", values["rope_theta"])
-    return theta
+    theta = rope.get("rope_theta", values["rope_theta"])
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        problems.append(f"rope_theta is {theta!r}; it must be a positive number")
+    return theta  # type: ignore[no-any-return]
 
 
 def _latent_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchConfig, int]:
@@ -283,7 +308,7 @@ def _latent_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCon
         if values[key] not in (None, value):
             problems.append(f"{key} is {values[key]}; it must be {value} like {reason}")
     dense = values["first_k_dense_replace"]
-    if dense is None or dense < depth:
+    if type(dense) is not int or dense < depth:
         problems.append(f"first_k_dense_replace is {dense}; it must be {depth}, all layers dense")
     for key in ("sliding_window", "layer_types"):
         if values[key] is not None:
@@ -297,12 +322,13 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
     heads, depth, window = values["num_attention_heads"], values["num_hidden_layers"], values["sliding_window"]
     names = {"full_attention": "global", "sliding_attention": "local"}
     uniform = "full_attention" if window is None else "sliding_attention"
-    types = values["layer_types"] or [uniform] * depth
+    given = [uniform] * depth if values["layer_types"] is None else values["layer_types"]
+    types = list(map(str, given)) if isinstance(given, list) else []
     if values["model_type"] == "llama" and window is not None:
         problems.append(f"sliding_window is {window}; Llama has no windows, so it must be None")
     allowed = list(names) if values["model_type"] == "ministral" else [uniform]
     if len(types) != depth or not set(types) <= set(allowed):
-        problems.append(f"layer_types is {types!r}; it must be {depth} times {' or '.join(allowed)}")
+        problems.append(f"layer_types is {given!r}; it must be {depth} times {' or '.join(allowed)}")
     elif window is None and "sliding_attention" in types:
         problems.append("sliding_window is None; it must be a number, since layer_types has sliding layers")
     if values["head_dim"] is None and values["hidden_size"] % heads:
@@ -347,24 +373,6 @@ def to_hf(config: ModelConfig, plan: KVPlan, state_dict: Mapping[str, Tensor]) -
     """
     table = {weight.ours: weight for weight in weight_map(config, hf_config(config, plan))}
     return _convert(state_dict, table, lambda weight, tensor: (weight.theirs, weight.to_hf(tensor)))
-
-
-def from_hf(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model that the config.json `hf` describes, and the weights `tensors` for its Decoder.
-
-    Rotary tables that old checkpoints hold are passed over, as is the second copy of tied embeddings. Raises as
-    `model_config` does, and ConversionError with every tensor that is missing, unexpected or of another shape.
-    """
-    config = model_config(hf)
-    table = {weight.theirs: weight for weight in weight_map(config, hf)}
-    ignored = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.size.tie_embeddings and embed in tensors and head in tensors:
-        if not torch.equal(tensors[embed], tensors[head]):
-            raise ConversionError([f"{head} differs from {embed}, and tie_word_embeddings says that it must not"])
-        ignored.add(head)
-    kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    return config, _convert(kept, table, lambda weight, tensor: (weight.ours, weight.from_hf(tensor)))
 
 
 def _convert(

@@ -33,8 +33,9 @@ from arch import (
     plan_from_dict,
     resolve,
 )
-from arch.block_convert import from_neox, from_official
+from arch.block_convert import from_official
 from arch.convert import ConversionError, Unrepresentable, hf_config
+from arch.convert_neox import from_neox
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.generate import generate
 from arch.plan import KVPlan, resolve_stack

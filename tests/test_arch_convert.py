@@ -11,7 +11,8 @@ import torch
 from conftest import build, small, tokens
 
 from arch import ArchConfig, Decoder, LatentConfig, LayoutError, ModelConfig, StoreConfig, convert, generate, resolve
-from arch.convert import ConversionError, Unrepresentable, from_hf, hf_config, model_config, to_hf
+from arch.convert import ConversionError, Unrepresentable, hf_config, model_config, to_hf
+from arch.hf_import import from_hf
 
 LENGTH = 20  # more than three windows
 STOCK = {

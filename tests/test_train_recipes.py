@@ -18,12 +18,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from arch import Decoder, KVPlan, ModelConfig, resolve
-from arch.footprint import kv_bytes, num_params
+from arch import BlockPlan, Decoder, ModelConfig, Plan, build, resolve
+from arch.footprint import forward_flops, kv_bytes, num_params
+from arch.hf_import import source
 from eval.layouts import CONFIGS, names
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems
+from train.uptrain import blocks
 
 RECIPES = names("experiment")
 LAUNCH = ROOT / "train" / "launch"
@@ -56,15 +58,21 @@ def composed(recipe: str, *overrides: str) -> PretrainConfig:
         return OmegaConf.to_object(config)
 
 
-def plan(config: PretrainConfig) -> KVPlan:
-    return resolve(ModelConfig(config.arch, config.size))
+def model_of(config: PretrainConfig) -> ModelConfig:
+    return ModelConfig(config.arch, config.size)
+
+
+def plan(config: PretrainConfig) -> Plan:
+    return resolve(model_of(config))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_can_be_trained_and_counts_its_steps_right(recipe: str) -> None:
     config = composed(recipe)
     assert not problems(config)
-    assert plan(config).num_layers == config.size.num_layers
+    resolved = plan(config)
+    parts = (resolved.block, resolved.token) if isinstance(resolved, BlockPlan) else (resolved,)
+    assert sum(part.num_layers for part in parts) == config.size.num_layers
     found = re.findall(
         r"^# ([\d,]+) tokens, ([\d,]+) a step \((\d+) sequences of (\d+)\): ([\d,]+) steps", text_of(recipe), re.M
     )
@@ -132,6 +140,88 @@ def test_stage_two_trains_the_attention_weights_and_nothing_else() -> None:
     trained = {name for name, _ in model.named_parameters() if re.search(config.train_only, name)}
     assert {name.split(".")[-2] for name in trained} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(trained) == 2 * 24 + 2 * len(plan(config).stores)
+
+
+# Of table 3, and of the FLOPs that follow from it: parameters, layers (of each decoder), width, heads, learning rate,
+# batch, MFLOP per token of a forward pass over 2048; and whether it was trained with random padding.
+BLOCK = {
+    "block_33m": (33_846_272, 3, 256, 8, 1e-3, 256, 33.1, True),
+    "block_77m": (77_391_872, 3, 512, 8, 1e-3, 256, 80.5, True),
+    "block_170m": (173_164_032, 6, 768, 12, 6e-4, 256, 206.5, True),
+    "block_420m": (420_313_088, 12, 1024, 16, 3e-4, 256, 560.4, False),
+    "block_1b": (1_045_934_080, 8, 2048, 16, 3e-4, 512, 1422.6, False),
+    "block_1.4b": (1_448_800_256, 12, 2048, 16, 2e-4, 512, 2028.8, False),
+    "block_vanilla_31m": (30_494_720, 6, 256, 8, 1e-3, 256, 41.5, False),
+    "block_vanilla_70m": (70_426_624, 6, 512, 8, 1e-3, 256, 101.8, False),
+    "block_vanilla_160m": (162_322_944, 12, 768, 12, 6e-4, 256, 284.9, False),
+    "block_vanilla_410m": (405_334_016, 24, 1024, 16, 3e-4, 256, 807.7, False),
+}
+
+
+def test_every_size_of_the_block_transformer_is_checked() -> None:
+    assert sorted([*BLOCK, "block_uptrain_1b"]) == [recipe for recipe in RECIPES if recipe.startswith("block_")]
+
+
+@pytest.mark.parametrize("recipe", BLOCK)
+def test_block_recipe_is_the_papers(recipe: str) -> None:
+    """Table 3, appendix G and the authors' code; parameters to the unit, counted in the model and said in the file."""
+    params, layers, width, heads, lr, batch, mflops, padding = BLOCK[recipe]
+    config = composed(recipe)
+    model, size, optim = model_of(config), config.size, config.optim
+    with torch.device("meta"):
+        built = build(model)
+    assert sum(p.numel() for p in built.parameters()) == num_params(model, built.plan) == params
+    assert f"{params:,} parameters" in text_of(recipe)
+    (loss,) = re.findall(r"training loss ([\d.]+)\.\n", text_of(recipe))
+    assert f"| `{recipe}` | {params:,} | {loss} |" in DOCS.read_text()
+    assert forward_flops(model, built.plan, 2048) / 2048 / 1e6 == pytest.approx(mflops, rel=4e-3)
+    depths = [stack.plan.num_layers for stack in built.stacks]
+    assert depths == ([layers] if "vanilla" in recipe else [layers, layers])
+    assert (size.style, size.d_model, size.num_heads, size.d_ff) == ("neox", width, heads, 4 * width)
+    assert (size.vocab_size, size.seq_len, size.tie_embeddings) == (50304, 2048, False)
+    assert (size.init_std, size.norm_eps, size.rope_theta) == (0.02, 1e-5, 1e4)
+    if isinstance(built.plan, BlockPlan):
+        assert (built.plan.length, built.plan.context, built.plan.slots, built.plan.start) == (4, 2, 5, False)
+    assert config.data.block_padding == padding
+    assert (config.batch_size, optim.lr, optim.schedule, optim.min_lr) == (batch, lr, "cosine", 0.1)
+    assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip, optim.eps) == (0.9, 0.95, 0.1, 1.0, 1e-8)
+    steps = num_steps(config)
+    assert (steps, warmup(recipe)) == ((572_000, 3_000) if batch == 256 else (286_000, 1_500))
+    assert config.tokens == 299_892_736_000
+
+
+def warmup(recipe: str) -> int:
+    """Steps until the learning rate is at its peak; they are in the file's comment."""
+    config = composed(recipe)
+    steps = num_steps(config)
+    until = next(step for step in range(steps) if lr_share(step, steps, config.optim) == 1) + 1
+    assert f"Warm-up: {until:,} of them" in text_of(recipe)
+    return until
+
+
+PYTHIA_1B = {  # its config.json
+    "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 8192, "layer_norm_eps": 1e-5, "max_position_embeddings": 2048,
+    "num_attention_heads": 8, "num_hidden_layers": 16, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+    "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50304,
+}  # fmt: skip
+
+
+def test_uptraining_is_the_papers() -> None:
+    """A tenth of the steps, and the model that the two commands in its comment make of Pythia 1B."""
+    config = composed("block_uptrain_1b")
+    target = blocks(source(PYTHIA_1B).config, 4, 2, False)
+    assert plan(config) == resolve(target)
+    with torch.device("meta"):
+        shapes = [
+            {name: parameter.shape for name, parameter in build(model).named_parameters()}
+            for model in (model_of(config), target)
+        ]
+    assert shapes[0] == shapes[1]
+    for key in ("seq_len", "rope_theta", "norm_eps", "style"):
+        assert getattr(config.size, key) == getattr(target.size, key)
+    assert (num_steps(config), warmup("block_uptrain_1b")) == (28_600, 1_500)
+    assert (config.tokens, config.optim.lr, config.init) == (29_989_273_600, 3e-4, "uptrained/pythia-1b")
 
 
 def test_variants_differ_in_the_optimizer_alone() -> None:
@@ -235,13 +325,14 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
         elif words[1] == "train/plan.py":
             done = run_script(*words[1:])
             assert "verdict: fits" in done.stdout, done.stderr
-        elif words[1] == "train/pretrain.py" and not words[2].startswith("resume="):
+        elif words[1] == "train/pretrain.py" and not words[2].startswith(("resume=", "--config-dir=")):
             with initialize_config_dir(str(CONFIGS), version_base="1.3"):
                 for recipe in recipes_in(words):
                     overrides = [w for w in words[2:] if "=" in w and not w.startswith("+experiment=")]
                     config = compose("pretrain", overrides=[f"+experiment={recipe}", *overrides, "name=x"])
                     assert not problems(OmegaConf.to_object(config)), command
     assert kinds == {
+        "train/import_hf.py", "train/uptrain.py",
         "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/plan.py", "train/pretrain.py",
         "eval/footprint.py", "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh",
         "train/launch/slurm.sbatch",

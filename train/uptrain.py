@@ -1,0 +1,113 @@
+"""Make a trained decoder a Block Transformer to train further: `python train/uptrain.py from=RUN out=FOLDER`.
+
+A conversion of weights from one layout to another, without training; others would stand beside it.
+"""
+
+import sys
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from omegaconf import DictConfig
+
+from arch import (
+    BlockConfig,
+    BlockPlan,
+    Decoder,
+    KVPlan,
+    LayoutError,
+    ModelConfig,
+    TokenDecoderConfig,
+    from_dict,
+    resolve,
+)
+from arch.block_convert import from_vanilla
+from arch.convert import ConversionError
+from arch.footprint import num_params
+from eval.cli import Choices, UsageError, launch
+from train import checkpoint
+from train.checkpoint import TrainingError
+from train.import_hf import show, typed
+from train.weights import command, free, write
+
+NAME = "uptrained"
+
+
+@dataclass
+class UptrainConfig:
+    """A decoder, and the Block Transformer to make of it.
+
+    source  a run, a checkpoint of one, or what import_hf.py wrote; on the command line `from=`
+    out     the folder to write
+    length  tokens of a block
+    prefix  vectors that a block's context is expanded to
+    start   predict the first block too, from a context that begins as zero
+    """
+
+    source: str = ""
+    out: str = ""
+    length: int = 4
+    prefix: int = 2
+    start: bool = True
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    if not config.source:
+        raise UsageError("from= is not set; give a run, or a checkpoint")
+    out = free(config.out)
+    try:
+        folder = checkpoint.find(Path(config.source))
+        vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
+    except (TrainingError, ValueError) as error:
+        raise UsageError(f"from={config.source}: {error}") from error
+    if vanilla.arch.block is not None:
+        raise UsageError(f"from={config.source} is a Block Transformer already: pretrain.py init= goes on from it")
+    target = blocks(vanilla, config.length, config.prefix, config.start)
+    plan = resolve(target)
+    model = Decoder(vanilla)
+    check_halves(model.plan, plan)
+    checkpoint.load(folder, model)
+    try:
+        state = from_vanilla(target, model.state_dict())
+    except ConversionError as error:
+        raise UsageError(f"{config.source} cannot become a Block Transformer:\n{error}") from error
+    write(out, NAME, target, state.items(), {"uptrained": {"from": str(folder)}})
+    show(config.source, plan, target.size.seq_len)
+    print(f"{num_params(target, plan):,} parameters, of {num_params(vanilla, resolve(vanilla)):,}: {out}")
+    print(f"to train it further, on a tenth of the tokens as in the paper:\n  {command(out, NAME)}")
+
+
+def blocks(vanilla: ModelConfig, length: int, prefix: int, start: bool) -> ModelConfig:
+    """The Block Transformer whose two decoders are the halves of `vanilla`, each with its layout.
+
+    Windows are kept as they are written: from now on they count blocks, and positions within one.
+    """
+    layout = {key: value for key, value in asdict(vanilla.arch).items() if key != "block"}
+    token = from_dict(TokenDecoderConfig, layout | {"prefix": prefix})
+    block = BlockConfig(length=length, embedder="projection", start=start, token=token)
+    return ModelConfig(replace(deepcopy(vanilla.arch), block=block), deepcopy(vanilla.size))
+
+
+def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
+    """Raises LayoutError with every layer that would not read the store that it reads in the decoder."""
+    lower = plan.block.num_layers
+    problems = []
+    for layer in range(vanilla.num_layers):
+        half, first = (plan.block, 0) if layer < lower else (plan.token, lower)
+        before, after = vanilla.store(layer), half.store(layer - first)
+        if (before.name, before.owner) != (after.name, after.owner + first):
+            problems.append(
+                f"layer {layer} reads `{before.name}` of layer {before.owner}; as layer {layer - first} of "
+                f"{lower if first == 0 else vanilla.num_layers - lower} it would read `{after.name}` of layer "
+                f"{after.owner + first}: the pattern has to be the same in both halves"
+            )
+    if problems:
+        raise LayoutError(problems)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = typed(sys.argv[1:])
+    launch(main, "uptrain", UptrainConfig, failures=(TrainingError,))
