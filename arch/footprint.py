@@ -188,8 +188,8 @@ def bounded_flops(config: ModelConfig, plan: KVPlan, layer: int, seq_len: int) -
     """FLOPs of one layer's slots over one sequence, in the form that trains: M slots, chunks of C tokens, heads of H.
 
     Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what those
-    weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks, and 2 C M. Whole chunks and
-    all pairs in them are computed and counted, unlike the pairs of softmax attention.
+    weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks, and 2 C M. Whole
+    chunks and all pairs in them are computed and counted, unlike the pairs of softmax attention.
     """
     store, heads = plan.store(layer), config.size.num_heads
     chunk, slots, width = min(CHUNK, seq_len), store.slots, store.slot.k_dim

@@ -1,13 +1,16 @@
 """Shared keys and values train alike however the model is run: the failure that other frameworks shipped."""
 
 from collections.abc import Callable
+from functools import partialmethod
 
 import pytest
 import torch
 from conftest import build, small, tokens
+from torch import nn
 from torch.nn import functional as F
 
 from arch import Decoder
+from train.parallel import parallelize
 
 
 def gradients(model: Decoder) -> dict[str, torch.Tensor]:
@@ -50,6 +53,22 @@ def test_compiled_blocks_change_no_gradient(name: str, backend: str) -> None:
     compiled = gradients(model)
     for key, gradient in compiled.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["bct", "bct_gated", "mha"])
+def test_compiled_bf16_is_no_less_exact_than_uncompiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bounded stores compute in fp32 under autocast has gradients in fp32, in the compiled backward pass too."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        model = build(small(name), torch.float32).train()
+        parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(tokens(2, 24)).float().logsumexp(-1).sum()
+        loss.backward()
+        found.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    for key, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][key]), key
 
 
 def test_owner_gradients_come_from_all_readers(arch: str) -> None:

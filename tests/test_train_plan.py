@@ -5,6 +5,7 @@ import re
 import shlex
 import weakref
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import launch_in_process
 from omegaconf import OmegaConf
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,15 +148,14 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
         ("cla2", "neox"),
     ],
 )
-def test_activations_of_compiled_blocks(name: str, style: str) -> None:
+def test_activations_of_compiled_blocks(name: str, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the partitioner of forward and backward graphs keeps, which is the same for every compiler after it."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     model_config = config(name, num_layers=3, style=style)
     plan = resolve(model_config)
     model = Decoder(model_config)
     model.init_weights()
-    torch._dynamo.reset()
-    for block in model.layers:
-        block.compile(backend="aot_eager")
+    parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []

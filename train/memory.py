@@ -172,7 +172,7 @@ def attention_bytes(config: ModelConfig, store: Store, owner: bool, how: Executi
     """
     heads, head = config.size.num_heads, head_dim(config.size)
     if store.slots:
-        kept = reader_bytes(config, store, how.compiled, how.itemsize)
+        kept = reader_bytes(config, store, how.compiled)
         kept += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
         return kept + how.itemsize * heads * head
     appended = store.sinks and how.dense

@@ -54,33 +54,32 @@ def owner_bytes(config: ModelConfig, store: Store, compiled: bool, itemsize: int
     uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
                 strengths, what they leave and its logarithm's input, the sums' pattern (C); the share of the chunk's
                 last token, keys and values, and the states
-    compiled    strengths are made again from the address; products keep their operands in the type computed in
+    compiled    strengths are made again from the address, which is kept in the type computed in
     """
     s, address = sizes(config, store), store.address_dim
     if compiled:
-        exact = address + 1 + (4 + 1 / s.chunk) * s.slots + s.states
-        return FP32 * exact + itemsize * (address + s.slots + 2 * s.keys)
+        exact = address + 1 + (4 + 1 / s.chunk) * s.slots + 2 * s.keys + s.states
+        return FP32 * exact + itemsize * (address + s.slots)
     router = 2 * address + 2 + (3 if store.rule == "ring_router" else 2) * s.slots
     return FP32 * (router + (5 + 1 / 4 + 1 / s.chunk) * s.slots + s.chunk + 2 * s.keys + s.states)
 
 
-def reader_bytes(config: ModelConfig, store: Store, compiled: bool, itemsize: int) -> float:
+def reader_bytes(config: ModelConfig, store: Store, compiled: bool) -> float:
     """What the reader keeps, beside the input of its projections.
 
     uncompiled  all in fp32: what is left of each token of a chunk in each slot (C M); queries, as products take them,
                 and the sum before its division; products within chunks (N C) twice; products with the state as they
                 are, and weights, as they are and faded (N M each); keys, values and states as products take them. Of
                 the window weights (N L), rotated queries, and a copy of keys and values per block that looks at them
-    compiled    products keep their operands in the type computed in
+    compiled    what is left in the slots and the sum before its division are made again
     """
     s, heads = sizes(config, store), config.size.num_heads
     near = store.window is not None
     exact = (s.chunk + 1) * s.slots + 2 * heads * s.slots + s.queries + heads * (1 + store.sinks) + heads * s.looked
     operands = heads * s.slots + 2 * heads * s.chunk + 2 * s.keys * (1 + s.slots / s.chunk + s.copies)
     operands += (2 if near else 1) * s.queries
-    if compiled:
-        return FP32 * exact + itemsize * operands
-    return FP32 * (exact + operands + (1 + 1 / 4) * s.slots + s.queries)
+    made_again = 0 if compiled else (1 + 1 / 4) * s.slots + s.queries
+    return FP32 * (exact + operands + made_again)
 
 
 def gradient_bytes(config: ModelConfig, store: Store) -> float:

@@ -31,6 +31,8 @@ def parallelize(
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 128
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Or matrix products that the forward pass keeps in fp32 would have gradients of bf16 operands.
+        torch._functorch.config.backward_pass_autocast = "off"
         for block in blocks:
             block.compile()
     if mesh is not None:
