@@ -646,7 +646,7 @@ def test_all_problems_are_told_at_once() -> None:
         BlockTransformer(config)
     for part in (
         "arch.block.token.prefix is 0; it must be at least 1",
-        "arch.block.token.kind is 'postfix'; it is prefix or summation",
+        "arch.block.token.kind is 'postfix'; it is one of prefix, summation, cross",
         "arch.block.token.bos_token is 61; it is no token of 61",
         "arch.block.embed_dim is of the embedder `projection`",
         "- arch.pattern: `new k` names no store type",
@@ -660,7 +660,7 @@ def test_all_problems_are_told_at_once() -> None:
     [
         ({"length": 5}, "size.d_model 24 is not a multiple of arch.block.length 5"),
         ({"length": 0}, "arch.block.length is 0"),
-        ({"embedder": "cls"}, "arch.block.embedder is 'cls'; it is lookup or projection"),
+        ({"embedder": "sum"}, "arch.block.embedder is 'sum'; it is one of lookup, projection, encoder, cls"),
         ({"embedder": "projection", "embed_dim": 0}, "arch.block.embed_dim is 0"),
     ],
 )
@@ -720,7 +720,9 @@ def test_configuration_is_read_from_yaml_as_from_json() -> None:
     assert arch.block.token.layers == 2
     with pytest.raises(ConfigKeyError, match="lenght"):
         OmegaConf.merge(schema, {"block": {"lenght": 3}})
-    with pytest.raises(ValueError, match="BlockConfig has no lenght; its keys are embed_dim, embedder, length"):
+    with pytest.raises(
+        ValueError, match="BlockConfig has no lenght; its keys are embed_dim, embedder, encoder, length"
+    ):
         from_dict(ArchConfig, {"block": {"lenght": 3}})
 
 
