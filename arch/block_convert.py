@@ -82,8 +82,8 @@ def from_neox(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor
 def from_roberta(tensors: Mapping[str, Tensor], length: int, cls_tokens: int = 0) -> dict[str, Tensor]:
     """The state of the embedder of blocks of `length`, but for its linear map, from that of a RobertaModel.
 
-    Its CLS tokens are token 0. Exact for blocks without token 1, which RoBERTa, whatever the mask, takes for padding and
-    gives no position. Raises as `from_neox`.
+    Its CLS tokens are token 0. Exact for blocks without token 1: RoBERTa's padding, which has no position whatever
+    the mask. Raises as `from_neox`.
     """
     ours: dict[str, Tensor] = {}
     unknown = []

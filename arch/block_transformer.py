@@ -26,8 +26,8 @@ class Embedder(nn.Module):
     """One vector per block: its tokens' embeddings end to end, and a linear map of them where they are projected.
 
     The `lookup` embedder of the paper's 2.2, and its widened form for uptraining; with an encoder before the linear
-    map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but the tokens of an encoder do not
-    look at it.
+    map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but no token of an encoder looks
+    at it.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto"):
