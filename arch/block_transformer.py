@@ -85,9 +85,10 @@ class BlockTransformer(nn.Module):
         self.token_decoder = Decoder(fine, backend, device_type, cross=self.plan.cross)
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
+    def stacks(self) -> tuple[Stack | Encoder, ...]:
         """The stacks that the model is made of."""
-        return self.block_decoder, self.token_decoder
+        decoders = self.block_decoder, self.token_decoder
+        return decoders if self.embedder.encoder is None else (self.embedder.encoder, *decoders)
 
     def attention(self, documents: bool = False) -> str:
         """As Decoder.attention. ValueError with `documents`: a block may belong to two."""

@@ -24,10 +24,10 @@ class KVBytes:
                Transformer on average over the tokens of the block that comes then
     """
 
-    per_token: int | Fraction
+    per_token: int | float
     constant: int
     stored: int
-    read: int | Fraction
+    read: int | float
 
 
 def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
@@ -56,15 +56,15 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     layers = map(plan.token.store, range(plan.token.num_layers))
     across = sum(slot_bytes(store, itemsize) * plan.context for store in layers) if plan.cross else 0
     return KVBytes(
-        per_token=_whole(Fraction(block.per_token, plan.length)),
+        per_token=_whole(Fraction(block.per_token) / plan.length),
         constant=block.constant + token.stored + across,
         stored=block.stored + token.stored + across,
-        read=_whole(Fraction(block.read + steps, plan.length) + across),
+        read=_whole(Fraction(block.read + steps) / plan.length + across),
     )
 
 
-def _whole(value: Fraction) -> int | Fraction:
-    return int(value) if value.denominator == 1 else value
+def _whole(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def store_bytes(store: Store, context: int, itemsize: int = 2) -> int:
