@@ -53,14 +53,20 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     token = kv_bytes(plan.token, plan.slots, itemsize)
     first = plan.slots - plan.length + 1
     steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
-    layers = map(plan.token.store, range(plan.token.num_layers))
-    across = sum(slot_bytes(store, itemsize) * plan.context for store in layers) if plan.cross else 0
+    across = context_bytes(plan, itemsize)
     return KVBytes(
         per_token=_whole(Fraction(block.per_token) / plan.length),
         constant=block.constant + token.stored + across,
         stored=block.stored + token.stored + across,
         read=_whole(Fraction(block.read + steps) / plan.length + across),
     )
+
+
+def context_bytes(plan: BlockPlan, itemsize: int = 2) -> int:
+    """Keys and values of one block's context in all layers of the token decoder, where they attend across to it."""
+    if not plan.cross:
+        return 0
+    return plan.context * sum(slot_bytes(plan.token.store(layer), itemsize) for layer in range(plan.token.num_layers))
 
 
 def _whole(value: Fraction) -> int | float:

@@ -34,6 +34,7 @@ from arch.cross import Context
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.layers import rope_table
 from arch.masks import Dense
+from eval.footprint import plan_tables
 
 COMBINATIONS = [(kind, embedder) for kind in KINDS for embedder in EMBEDDERS]
 ENCODER = {"layers": 2, "d_model": 12, "num_heads": 3, "d_ff": 20, "cls_tokens": 2}
@@ -184,6 +185,10 @@ def test_bytes_stored_are_those_of_the_storages(kind: str, fine: object) -> None
     own = kv_bytes(plan.token, plan.slots).stored
     across = 2 * plan.length * sum(store.slot.elements for store in layers) if kind == "cross" else 0
     assert kv_bytes(plan, 80).constant == own + across
+    title = str(plan_tables("name", plan, 80, 2)[1].title)
+    assert title.startswith(
+        f"keys and values of a block's context, all layers: {across:,} B\n" if across else "token decoder"
+    )
 
 
 @torch.no_grad()
