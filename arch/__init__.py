@@ -7,6 +7,7 @@ from .cache import Cache, allocate
 from .config import (
     ArchConfig,
     BlockConfig,
+    EncoderConfig,
     LatentConfig,
     ModelConfig,
     SizeConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockTransformer",
     "Cache",
     "Decoder",
+    "EncoderConfig",
     "KVPlan",
     "LanguageModel",
     "LatentConfig",

@@ -124,6 +124,11 @@ def _sink_as_slot(
     return q, k, v, Dense(causal=False, allowed=allowed)
 
 
+def dense_kernel(name: str) -> Kernel:
+    """What takes any mask, in a model of the backend `name`."""
+    return reference if name == "reference" else sdpa
+
+
 class Needs(NamedTuple):
     """What a layer asks of its backend.
 

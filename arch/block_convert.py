@@ -1,4 +1,4 @@
-"""Weights for a Block Transformer: of the authors' code, and of a decoder that is to become one."""
+"""Weights for a Block Transformer: of the authors' code, of RoBERTa, and of a decoder that is to become one."""
 
 from collections.abc import Mapping
 
@@ -18,27 +18,77 @@ ADAPTERS = {
     "embedder.projection_layer": "embedder.proj",
     "token_decoder.expansion_layer": "expansion",
 }
+# Of RoBERTa: its module, ours.
+ENCODER_MODULES = {"embeddings.word_embeddings": "embed", "embeddings.LayerNorm": "encoder.norm"}
+ENCODER_LAYER_MODULES = {
+    "attention.self.query": "q_proj",
+    "attention.self.key": "k_proj",
+    "attention.self.value": "v_proj",
+    "attention.output.dense": "o_proj",
+    "attention.output.LayerNorm": "attn_norm",
+    "intermediate.dense": "mlp.up_proj",
+    "output.dense": "mlp.down_proj",
+    "output.LayerNorm": "mlp_norm",
+}
+# Tables that we add up to one; RoBERTa's positions count from the one after its padding token, 1.
+ENCODER_TABLES = ("embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight")
+FIRST_POSITION = 2
+ENCODER_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")  # of old checkpoints
 UNUSED = "block_decoder.gpt_neox.embed_in.weight"  # in the authors' state, never read
 
 
-def from_official(tensors: Mapping[str, Tensor], block_heads: int, token_heads: int) -> dict[str, Tensor]:
+def from_roberta(tensors: Mapping[str, Tensor], length: int, cls_tokens: int = 0) -> dict[str, Tensor]:
+    """The state of the embedder of blocks of `length`, but for its linear map, from that of a RobertaModel.
+
+    Its CLS tokens are token 0. Exact for blocks without token 1: RoBERTa's padding, which has no position whatever
+    the mask. Raises as `from_neox`.
+    """
+    ours: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        number, _, part = module.removeprefix("encoder.layer.").partition(".")
+        if module in ENCODER_MODULES:
+            ours[f"{ENCODER_MODULES[module]}.{kind}"] = tensor
+        elif module.startswith("encoder.layer.") and part in ENCODER_LAYER_MODULES:
+            ours[f"encoder.layers.{number}.{ENCODER_LAYER_MODULES[part]}.{kind}"] = tensor
+        elif name not in ENCODER_TABLES + ENCODER_BUFFERS:
+            unknown.append(f"{name} is unexpected")
+    unknown += [f"{name} is missing" for name in ENCODER_TABLES if name not in tensors]
+    if unknown:
+        raise ConversionError(unknown)
+    position, kind_of_token = (tensors[name] for name in ENCODER_TABLES)
+    position = position[FIRST_POSITION : FIRST_POSITION + cls_tokens + length] + kind_of_token[0]
+    cls = tensors["embeddings.word_embeddings.weight"][0]
+    ours["encoder.position.weight"] = torch.cat((position[:cls_tokens] + cls, position[cls_tokens:]))
+    return ours
+
+
+def from_official(
+    tensors: Mapping[str, Tensor], block_heads: int, token_heads: int, length: int = 4, cls_tokens: int = 0
+) -> dict[str, Tensor]:
     """The state of a BlockTransformer in style neox, from that of the authors' (itsnamgyu/block-transformer).
 
-    Raises as `from_neox`.
+    `length` and `cls_tokens`: of an embedder that is an encoder. Raises as `from_neox`.
     """
     ours: dict[str, Tensor] = {}
     stacks: dict[str, dict[str, Tensor]] = {"block_decoder.": {}, "token_decoder.": {}, "": {}}  # "": what is unknown
+    encoder = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if module in ADAPTERS and tensor.ndim == 3:  # a convolution whose kernel is the block, or 1
             ours[f"{ADAPTERS[module]}.{kind}"] = rearrange(tensor, "o i l -> o (l i)")
         elif module in ADAPTERS:
             ours[f"{ADAPTERS[module]}.{kind}"] = tensor
+        elif name.startswith("embedder."):
+            encoder[name.removeprefix("embedder.")] = tensor
         elif name != UNUSED:
             prefix = next(prefix for prefix in stacks if name.startswith(prefix))
             stacks[prefix][name.removeprefix(prefix)] = tensor
     for (prefix, stack), heads in zip(stacks.items(), (block_heads, token_heads, 1), strict=True):
         ours |= {f"{prefix}{name}": tensor for name, tensor in from_neox(stack, heads).items()}
+    if encoder:
+        ours |= {f"embedder.{name}": tensor for name, tensor in from_roberta(encoder, length, cls_tokens).items()}
     return ours
 
 

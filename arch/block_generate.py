@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .block_plan import BlockPlan
 from .block_transformer import BlockCache, BlockTransformer, allocate_blocks
 from .cache import Cache
 from .generate import check_options, sample
@@ -18,12 +19,14 @@ class Prompts(NamedTuple):
     """Prompts cut into their complete blocks and what is left of each.
 
     whole_BT  complete blocks, padded on the left to the most that one prompt has
+    real_BT   False where a prompt was filled up to a block; None: there is no such
     start_B   the block at which a row begins
     rest_BL   the tokens after them, padded on the right to a block
     rest_B    how many those are
     """
 
     whole_BT: Tensor
+    real_BT: Tensor | None
     start_B: Tensor
     rest_BL: Tensor
     rest_B: Tensor
@@ -39,6 +42,7 @@ def generate_blocks(
     top_p: float = 1.0,
     stop_token: int | None = None,
     pad_token: int | None = None,
+    positions: str = "training",
     cache_dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
@@ -48,6 +52,10 @@ def generate_blocks(
     completes it. A prompt shorter than a block has no context but a learned start; a model without one needs
     `pad_token`, which fills the block from the left, as in training with random padding (paper, appendix H).
 
+    positions  of the token decoder: `training`, or `shipped`, for the text that the authors' own generate() gives. It
+               counts positions without the context: vectors of a prefix all stand at 0, the block's t-th token at t.
+               Those of a prefix of 2 or more are then not where they were in training (commit 17842dd of their code)
+
     Raises ValueError on an empty prompt, a prompt too short, or an impossible option.
     """
     check_options(prompts, max_new_tokens, temperature, top_p, None)
@@ -55,6 +63,7 @@ def generate_blocks(
     given = split(model, prompts, pad_token)
     last = int(given.rest_B.max()) + max_new_tokens  # tokens after the complete blocks of the prompts
     cache = room(model, given, last, cache_dtype)
+    cache.tokens.origin = origin(model.plan, positions)
     generator = torch.Generator(device=device).manual_seed(seed)
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     said: list[Tensor] = list(given.rest_BL[:, : int(given.rest_B.min())].unbind(dim=1))
@@ -86,6 +95,17 @@ def generate_blocks(
     return trim(torch.stack(said, dim=1), given.rest_B, max_new_tokens, stop_token)
 
 
+def origin(plan: BlockPlan, positions: str) -> int:
+    """The `origin` of the token decoder's cache. Raises ValueError where `positions` is not what it can be."""
+    if positions not in ("training", "shipped"):
+        raise ValueError(f"positions is {positions!r}; it is training or shipped")
+    if positions == "training":
+        return 0
+    if any(store.slots for store in plan.token.stores):
+        raise ValueError("positions='shipped' is of softmax attention; the token decoder has a bounded store: drop it")
+    return plan.slots - plan.length
+
+
 def trim(said_BT: Tensor, rest_B: Tensor, max_new_tokens: int, stop_token: int | None) -> list[list[int]]:
     """What is new in each row, up to `stop_token`."""
     rows = [row[rest : rest + max_new_tokens] for row, rest in zip(said_BT.tolist(), rest_B.tolist(), strict=True)]
@@ -104,14 +124,18 @@ def split(model: BlockTransformer, prompts: Sequence[Sequence[int]], pad_token: 
                 "block; give a longer prompt or a pad_token (or train with arch.block.start)"
             )
         ids = [[pad_token or 0] * (length - len(row)) + row for row in ids]
+    filled = [len(row) - len(prompt) for row, prompt in zip(ids, prompts, strict=True)]
     whole = [len(row) // length * length for row in ids]
     most = max(whole)
+    first = [fill - end for fill, end in zip(filled, whole, strict=True)]  # token of the prompt, counted from the end
 
     def tensor(rows: list[Any]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
+    first_B = tensor(first)
     return Prompts(
         tensor([[0] * (most - end) + row[:end] for row, end in zip(ids, whole, strict=True)]),
+        torch.arange(-most, 0, device=device) >= first_B[:, None] if any(filled) else None,
         tensor([(most - end) // length for end in whole]),
         tensor([row[end:] + [0] * (length - len(row) + end) for row, end in zip(ids, whole, strict=True)]),
         tensor([len(row) - end for row, end in zip(ids, whole, strict=True)]),
@@ -134,7 +158,7 @@ def room(model: BlockTransformer, given: Prompts, after: int, dtype: torch.dtype
 def first_context(model: BlockTransformer, given: Prompts, cache: Cache) -> Tensor:
     """[B, D] after the complete blocks of the prompts; the start context of a row that has none."""
     if given.whole_BT.shape[1]:
-        context_BD = model.encode(given.whole_BT, cache)[:, -1]
+        context_BD = model.encode(given.whole_BT, cache, given.real_BT)[:, -1]
         if model.start is None:
             return context_BD
         none_B1 = given.start_B[:, None] * model.plan.length == given.whole_BT.shape[1]

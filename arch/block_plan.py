@@ -9,8 +9,11 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .config import ArchConfig, BlockConfig, ModelConfig
+from .config import ArchConfig, BlockConfig, EncoderConfig, ModelConfig
 from .plan import KVPlan, LayoutError, resolve_stack, share_of
+
+EMBEDDERS = ("lookup", "projection", "encoder", "cls")
+KINDS = ("prefix", "summation", "cross")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class BlockPlan:
     slots    positions of the token decoder: it says the tokens of a block from its last `length` ones
     start    whether the first block is predicted too, from a learned context
     block, token   plans of the block decoder and of the token decoder
+    cross    whether the context is no part of the sequence: each layer of the token decoder has keys and values of it,
+             `context` slots of its own store's shape
     """
 
     length: int
@@ -30,6 +35,7 @@ class BlockPlan:
     start: bool
     block: KVPlan
     token: KVPlan
+    cross: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `plan_from_dict` reads it back."""
@@ -64,7 +70,8 @@ def resolve_block(config: ModelConfig) -> BlockPlan:
     block = block_config(config)
     context = block.token.prefix if block.token.kind == "prefix" else block.length
     slots = block.length + (context - 1 if block.token.kind == "prefix" else 0)
-    return BlockPlan(block.length, context, slots, block.start, resolve_stack(coarse), resolve_stack(fine))
+    plans = resolve_stack(coarse), resolve_stack(fine)
+    return BlockPlan(block.length, context, slots, block.start, *plans, cross=block.token.kind == "cross")
 
 
 def block_config(config: ModelConfig) -> BlockConfig:
@@ -127,16 +134,25 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
     for name, value in (("length", block.length), ("token.prefix", block.token.prefix)):
         if value < 1:
             problems.append(f"arch.block.{name} is {value}; it must be at least 1")
-    if block.token.kind not in ("prefix", "summation"):
-        problems.append(f"arch.block.token.kind is {block.token.kind!r}; it is prefix or summation")
+    if block.token.kind not in KINDS:
+        problems.append(f"arch.block.token.kind is {block.token.kind!r}; it is one of {', '.join(KINDS)}")
+    latent = [name for name, store in block.token.stores.items() if store.latent is not None]
+    if block.token.kind == "cross" and latent:
+        problems.append(
+            f"arch.block.token.stores.{latent[0]} is latent, and arch.block.token.kind is 'cross', whose layers have "
+            "keys and values of the context, of as many heads as their store; give it kv_heads, or take another kind"
+        )
     if not 0 <= block.token.bos_token < config.size.vocab_size:
         problems.append(
             f"arch.block.token.bos_token is {block.token.bos_token}; it is no token of {config.size.vocab_size}"
         )
-    if block.embedder not in ("lookup", "projection"):
-        problems.append(f"arch.block.embedder is {block.embedder!r}; it is lookup or projection")
-    elif block.embedder == "lookup" and block.embed_dim is not None:
-        problems.append("arch.block.embed_dim is of the embedder `projection`; for lookup it is d_model / length")
+    if block.embedder not in EMBEDDERS:
+        problems.append(f"arch.block.embedder is {block.embedder!r}; it is one of {', '.join(EMBEDDERS)}")
+    elif block.embed_dim is not None and block.embedder != "projection":
+        width = "d_model / length" if block.embedder == "lookup" else "arch.block.encoder.d_model"
+        problems.append(
+            f"arch.block.embed_dim is of the embedder `projection`; for {block.embedder} it is {width}: drop it"
+        )
     elif block.embedder == "lookup" and block.length > 0 and config.size.d_model % block.length:
         problems.append(
             f"size.d_model {config.size.d_model} is not a multiple of arch.block.length {block.length}; change one of "
@@ -144,10 +160,39 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
         )
     if block.embed_dim is not None and block.embed_dim < 1:
         problems.append(f"arch.block.embed_dim is {block.embed_dim}; it must be at least 1, or null for d_model")
+    return problems + _check_encoder(block)
+
+
+def _check_encoder(block: BlockConfig) -> list[str]:
+    encoder = block.encoder
+    if not has_encoder(block):
+        unused = f"arch.block.encoder is of the embedders encoder and cls, not of {block.embedder!r}; drop it"
+        return [] if encoder == EncoderConfig() else [unused]
+    problems = [
+        f"arch.block.encoder.{name} is {value}; it must be at least 1"
+        for name, value in asdict(encoder).items()
+        if value < 1
+    ]
+    if not problems and encoder.d_model % encoder.num_heads:
+        problems.append(
+            f"arch.block.encoder.d_model {encoder.d_model} is not a multiple of arch.block.encoder.num_heads "
+            f"{encoder.num_heads}; change one of them"
+        )
     return problems
+
+
+def has_encoder(block: BlockConfig) -> bool:
+    return block.embedder in ("encoder", "cls")
 
 
 def embed_dim(config: ModelConfig) -> int:
     """Width of one token's embedding in the embedder."""
     block = block_config(config)
+    if has_encoder(block):
+        return block.encoder.d_model
     return config.size.d_model // block.length if block.embedder == "lookup" else block.embed_dim or config.size.d_model
+
+
+def embedded(block: BlockConfig) -> int:
+    """Vectors of the embedder that stand for a block: of its tokens, or of the CLS tokens."""
+    return block.encoder.cls_tokens if block.embedder == "cls" else block.length

@@ -4,7 +4,7 @@ A block's tokens become one vector, the block decoder turns the vectors so far i
 token decoder says that block's tokens from the context and from the block's tokens so far, nothing else.
 
 Shapes: B batch, T tokens, N blocks, L block length, C vectors of an expanded context, D model, E token embedding of the
-embedder, V vocabulary; M: blocks of all rows, B N.
+embedder, O vectors of it that stand for a block, V vocabulary; M: blocks of all rows, B N.
 """
 
 from collections.abc import Callable
@@ -15,27 +15,38 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .block_plan import BlockPlan, block_config, embed_dim, resolve_block, stages
+from .block_plan import BlockPlan, block_config, embed_dim, embedded, has_encoder, resolve_block, stages
 from .cache import Cache, allocate
 from .config import ModelConfig
 from .decoder import Decoder, Stack, initialise
+from .encoder import Encoder
 
 
 class Embedder(nn.Module):
     """One vector per block: its tokens' embeddings end to end, and a linear map of them where they are projected.
 
-    The `lookup` embedder of the paper's 2.2, and its widened form for uptraining. Padding counts like any token.
+    The `lookup` embedder of the paper's 2.2, and its widened form for uptraining; with an encoder before the linear
+    map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but no token of an encoder looks
+    at it.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, backend: str = "auto"):
         super().__init__()
-        block, width, d_model = block_config(config), embed_dim(config), config.size.d_model
+        block, size, width = block_config(config), config.size, embed_dim(config)
+        cls_tokens = embedded(block) if block.embedder == "cls" else 0
         self.length = block.length
-        self.embed = nn.Embedding(config.size.vocab_size, width)
-        self.proj = nn.Linear(block.length * width, d_model) if block.embedder == "projection" else None
+        self.embed = nn.Embedding(size.vocab_size, width)
+        self.encoder = None
+        if has_encoder(block):
+            self.encoder = Encoder(block.encoder, block.length, cls_tokens, size.norm_eps, backend)
+        self.proj = None if block.embedder == "lookup" else nn.Linear(embedded(block) * width, size.d_model)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        x_BND: Tensor = rearrange(self.embed(tokens_BT), "b (n l) e -> b n (l e)", l=self.length)
+    def forward(self, tokens_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        """[B, N, D]. `real_BT` is False at padding."""
+        x_MOE: Tensor = self.embed(tokens_BT.reshape(-1, self.length))
+        if self.encoder is not None:
+            x_MOE = self.encoder(x_MOE, None if real_BT is None else real_BT.reshape(-1, self.length))
+        x_BND = rearrange(x_MOE, "(b n) o e -> b n (o e)", b=len(tokens_BT))
         if self.proj is not None:
             x_BND = self.proj(x_BND)
         return x_BND
@@ -65,18 +76,19 @@ class BlockTransformer(nn.Module):
         coarse, fine = stages(config)
         self.config = config
         self.plan: BlockPlan = resolve_block(config)
-        self.summation = block_config(config).token.kind == "summation"
+        self.kind = block_config(config).token.kind
         self.bos_token = block_config(config).token.bos_token
-        self.embedder = Embedder(config)
+        self.embedder = Embedder(config, backend)
         self.start = nn.Parameter(torch.empty(coarse.size.d_model)) if block_config(config).start else None
         self.block_decoder = Stack(coarse, backend, device_type)
         self.expansion = nn.Linear(coarse.size.d_model, self.plan.context * fine.size.d_model)
-        self.token_decoder = Decoder(fine, backend, device_type)
+        self.token_decoder = Decoder(fine, backend, device_type, cross=self.plan.cross)
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
+    def stacks(self) -> tuple[Stack | Encoder, ...]:
         """The stacks that the model is made of."""
-        return self.block_decoder, self.token_decoder
+        decoders = self.block_decoder, self.token_decoder
+        return decoders if self.embedder.encoder is None else (self.embedder.encoder, *decoders)
 
     def attention(self, documents: bool = False) -> str:
         """As Decoder.attention. ValueError with `documents`: a block may belong to two."""
@@ -91,7 +103,7 @@ class BlockTransformer(nn.Module):
 
         They are logits of the tokens themselves, not of the next ones: `predicted(tokens_BT)` are their targets.
         T is a multiple of L. `head` as in Decoder.forward. `real_BT` is False at padding, which is then no key of the
-        token decoder, nor, where a block is nothing else, of the block decoder.
+        token decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
         """
         length = self.plan.length
         if tokens_BT.shape[1] % length or tokens_BT.shape[1] < length * (1 if self.start is not None else 2):
@@ -111,7 +123,8 @@ class BlockTransformer(nn.Module):
         if real_BT is not None:
             real_MS = self.predicted(real_BT).reshape(-1, length)[:, :-1]
             real_MS = F.pad(real_MS, (x_MSD.shape[1] - length + 1, 0), value=True)
-        x_MLD = self.token_decoder.norm(self.token_decoder.run(x_MSD, real_BT=real_MS)[:, -length:])
+        out_MSD = self.token_decoder.run(x_MSD, real_BT=real_MS, context_BCD=self.outside(context_MCD))
+        x_MLD = self.token_decoder.norm(out_MSD[:, -length:])
         x_BTD = rearrange(x_MLD, "(b n) l d -> b (n l) d", b=len(tokens_BT))
         return head(x_BTD, self.token_decoder.output_weight)
 
@@ -120,11 +133,16 @@ class BlockTransformer(nn.Module):
         return of_tokens_BT[:, 0 if self.start is not None else self.plan.length :]
 
     def encode(self, tokens_BT: Tensor, cache: Cache | None = None, real_BT: Tensor | None = None) -> Tensor:
-        """After each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks."""
-        x_BND: Tensor = self.embedder(tokens_BT)
+        """After each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks.
+
+        `real_BT` as in `forward`; with a cache, blocks that are nothing but padding are those before its `start_B`.
+        """
+        x_BND: Tensor = self.embedder(tokens_BT, real_BT)
         if not x_BND.shape[1]:
             return x_BND
-        real_BN = None if real_BT is None else rearrange(real_BT, "b (n l) -> b n l", l=self.plan.length).any(dim=-1)
+        real_BN = None
+        if real_BT is not None and cache is None:
+            real_BN = rearrange(real_BT, "b (n l) -> b n l", l=self.plan.length).any(dim=-1)
         out: Tensor = self.block_decoder.norm(self.block_decoder.run(x_BND, cache, real_BT=real_BN))
         return out
 
@@ -134,13 +152,15 @@ class BlockTransformer(nn.Module):
         return context_MCD
 
     def token_inputs(self, context_MCD: Tensor, tokens_ML: Tensor) -> Tensor:
-        """Inputs of the token decoder from the beginning of a block: the context, and the block's first tokens."""
-        if self.summation:
-            tokens_ML = F.pad(tokens_ML, (1, 0), value=self.bos_token)
-        x_MLD: Tensor = self.token_decoder.embed(tokens_ML)
-        if self.summation:
-            return context_MCD[:, : x_MLD.shape[1]] + x_MLD
-        return torch.cat((context_MCD, x_MLD.to(context_MCD.dtype)), dim=1)
+        """Inputs of the token decoder from the beginning of a block: context or start token, and its first tokens."""
+        if self.kind == "prefix":
+            return torch.cat((context_MCD, self.token_decoder.embed(tokens_ML).to(context_MCD.dtype)), dim=1)
+        x_MLD: Tensor = self.token_decoder.embed(F.pad(tokens_ML, (1, 0), value=self.bos_token))
+        return context_MCD[:, : x_MLD.shape[1]] + x_MLD if self.kind == "summation" else x_MLD
+
+    def outside(self, context_MCD: Tensor) -> Tensor | None:
+        """What the layers of the token decoder attend to outside of its inputs."""
+        return context_MCD if self.plan.cross else None
 
     def begin(self, context_MCD: Tensor, tokens_ML: Tensor, cache: Cache) -> Tensor:
         """Logits [M, V] of the token after `tokens_ML`, the first ones of a block, of which there may be none.
@@ -148,17 +168,17 @@ class BlockTransformer(nn.Module):
         What the cache held of another block is overwritten.
         """
         cache.length = 0
-        return self._say(self.token_inputs(context_MCD, tokens_ML), cache)
+        return self._say(self.token_inputs(context_MCD, tokens_ML), cache, self.outside(context_MCD))
 
     def step(self, context_MCD: Tensor, tokens_ML: Tensor, before: int, cache: Cache) -> Tensor:
         """Logits [M, V] of the token after `tokens_ML`, which follow `before` tokens of their block."""
         x_MLD = self.token_decoder.embed(tokens_ML)
-        if self.summation:
+        if self.kind == "summation":
             x_MLD = x_MLD + context_MCD[:, before + 1 : before + 1 + tokens_ML.shape[1]]
         return self._say(x_MLD, cache)
 
-    def _say(self, x_MLD: Tensor, cache: Cache) -> Tensor:
-        x_MD = self.token_decoder.norm(self.token_decoder.run(x_MLD, cache)[:, -1])
+    def _say(self, x_MLD: Tensor, cache: Cache, context_MCD: Tensor | None = None) -> Tensor:
+        x_MD = self.token_decoder.norm(self.token_decoder.run(x_MLD, cache, context_BCD=context_MCD)[:, -1])
         return F.linear(x_MD, self.token_decoder.output_weight)
 
     def init_weights(self, seed: int = 0) -> None:
@@ -183,4 +203,5 @@ def allocate_blocks(
     Only complete blocks take room that grows. `start_B`: row b is padding before block `start_B[b]`.
     """
     blocks = allocate(plan.block, batch, capacity // plan.length, dtype=dtype, device=device, start_B=start_B)
-    return BlockCache(blocks, allocate(plan.token, batch, plan.slots, dtype=dtype, device=device))
+    context = plan.context if plan.cross else 0
+    return BlockCache(blocks, allocate(plan.token, batch, plan.slots, dtype=dtype, device=device, context=context))

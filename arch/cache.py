@@ -13,23 +13,30 @@ from .bounded import Steps
 from .layers import at_least_fp32, rope_table
 from .masks import Dense, Sequences, dense, visible
 from .plan import KVPlan, Store
-from .stores import AnyStore, AppendStore, RingStore, StateStore
+from .stores import AnyStore, AppendStore, RingStore, Slots, StateStore
 
 
 @dataclass
 class Cache:
-    """What a decoder remembers of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`."""
+    """What a decoder remembers of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`.
+
+    context  of each layer, keys and values of the vectors outside of the sequence that it attends to
+    origin   the token from which positions count; those before it have position 0 like it
+    """
 
     plan: KVPlan
     stores: tuple[AnyStore, ...]
     capacity: int
     start_B: Tensor | None = None
     length: int = 0
+    context: tuple[AppendStore, ...] = ()
+    origin: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the cache; a view counts with all of the storage it keeps alive."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in self.stores for t in s.tensors}
+        tensors = [tensor for store in (*self.stores, *self.context) for tensor in store.tensors]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
     def check(self, plan: KVPlan, batch: int, length: int) -> None:
@@ -50,7 +57,9 @@ class Cache:
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
         index = torch.arange(self.length, self.length + length, device=device)
-        return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
+        if self.start_B is None:
+            return (index - self.origin).clamp(min=0) if self.origin else index
+        return (index - self.start_B[:, None] - self.origin).clamp(min=0)
 
     def mask(self, window: int | None, length: int, device: torch.device) -> Dense:
         """What the next `length` tokens see of the slots that stores of this window hand out.
@@ -87,19 +96,25 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     start_B: Tensor | None = None,
+    context: int = 0,
 ) -> Cache:
     """An empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
 
     `start_B`: the batch is padded on the left, row b up to token `start_B[b]`.
+    `context`: vectors outside of the sequence that every layer attends to, whose slots are in no plan.
     """
 
+    def zeros(store: Store, positions: int) -> Slots:
+        shapes = ((batch, positions, *tail) for tail in store.slot.shapes)
+        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+
     def make(store: Store) -> AnyStore:
-        shape = (batch, store.positions(capacity) - store.slots)
-        tensors = tuple(torch.zeros(*shape, *tail, dtype=dtype, device=device) for tail in store.slot.shapes)
+        tensors = zeros(store, store.positions(capacity) - store.slots)
         if store.slots:
             heads, width = store.slot.kv_heads, store.slot.k_dim + store.slot.v_dim
             state = torch.zeros(batch, store.slots, heads, width, dtype=at_least_fp32(dtype), device=device)
             return StateStore((state, *tensors) if store.window else (state,))
         return AppendStore(tensors) if store.window is None else RingStore(tensors)
 
-    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B)
+    kept = [AppendStore(zeros(plan.store(layer), context)) for layer in range(plan.num_layers if context else 0)]
+    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B, context=tuple(kept))

@@ -67,9 +67,10 @@ class LayoutConfig:
 class TokenDecoderConfig(LayoutConfig):
     """The token decoder of a Block Transformer, with a layout of its own; its windows count positions within a block.
 
-    kind       how a block's context enters: `prefix`, as `prefix` positions before the tokens, or `summation`, added
-               to the start token and the tokens (Block Transformer, 2.4 and F.2)
-    bos_token  the start token of `summation`
+    kind       how a block's context enters: `prefix`, as `prefix` positions before the tokens; `summation`, added to
+               the start token and the tokens; or `cross`, as vectors that every layer attends to after its own
+               attention (Block Transformer, 2.4 and F.2)
+    bos_token  the start token of `summation` and `cross`
     layers     its share of size.num_layers, or a number; the block decoder has the rest
     d_model, num_heads, head_dim, d_ff   null: as in the block decoder
     """
@@ -85,19 +86,36 @@ class TokenDecoderConfig(LayoutConfig):
 
 
 @dataclass
+class EncoderConfig:
+    """The RoBERTa-type encoder of the embedders `encoder` and `cls`; defaults are the paper's (F.1).
+
+    cls_tokens  of `cls`: outputs that stand for the block
+    """
+
+    layers: int = 3
+    d_model: int = 256
+    num_heads: int = 8
+    d_ff: int = 1024
+    cls_tokens: int = 3
+
+
+@dataclass
 class BlockConfig:
     """What makes a Block Transformer (Ho et al. 2024) of a layout, which then is that of its block decoder.
 
     length     tokens of a block
     embedder   `lookup`: embeddings of width d_model / length, end to end; `projection`: embeddings of width
-               `embed_dim`, end to end, then a linear map
+               `embed_dim`, end to end, then a linear map; `encoder`: outputs of an encoder over the block's tokens, end
+               to end, then a linear map; `cls`: the same with its outputs at CLS tokens before them
     embed_dim  of `projection`; null: d_model
+    encoder    of `encoder` and `cls`
     start      predict the first block too, from a learned context
     """
 
     length: int = 4
     embedder: str = "lookup"
     embed_dim: int | None = None
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     start: bool = False
     token: TokenDecoderConfig = field(default_factory=TokenDecoderConfig)
 

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import BACKENDS, Backend, Mask, check_name, choose
+from .attend import Backend, Mask, check_name, choose, dense_kernel
 from .attention import attention_needs, build_reader, build_writer, rope_key
 from .bounded import Steps, steps
 from .cache import Cache
 from .config import ModelConfig, SizeConfig
+from .cross import Context, CrossAttention
 from .gsa import BoundedBackend, choose_bounded
 from .layers import LayerNorm, RMSNorm, Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
@@ -26,15 +27,19 @@ from .stores import AnyStore, Slots
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then SwiGLU; or in style neox both of the same input. The owner of a store also writes it."""
+    """Pre-norm attention, then SwiGLU; or in style neox both of the same input. The owner of a store also writes it.
 
-    def __init__(self, size: SizeConfig, store: Store, owner: bool):
+    With `cross`, attention to what is outside of the sequence comes after that to the sequence.
+    """
+
+    def __init__(self, size: SizeConfig, store: Store, owner: bool, cross: bool = False):
         super().__init__()
         self.parallel = is_neox(size)
         self.attn_norm = build_norm(size)
         self.kv_norm = build_norm(size) if owner and store.kv_norm else None
         self.writer = build_writer(size, store) if owner else None
         self.reader = build_reader(size, store)
+        self.cross = CrossAttention(size, store) if cross else None
         self.mlp_norm = build_norm(size)
         self.mlp = build_mlp(size)
 
@@ -46,6 +51,7 @@ class Block(nn.Module):
         mask: Mask | Steps,
         store: AnyStore | None = None,
         offset: int = 0,
+        context: Context | None = None,
     ) -> tuple[Tensor, Slots]:
         """The next residual stream, and the slots this layer read.
 
@@ -57,6 +63,9 @@ class Block(nn.Module):
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
             slots = self.writer(source_BTD, rope, mask, store, offset)
         attended_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
+        if self.cross is not None:
+            assert context is not None
+            attended_BTD = attended_BTD + self.cross(attended_BTD, context)
         x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel else attended_BTD))
         return x_BTD, slots
 
@@ -67,11 +76,13 @@ class Stack(nn.Module):
     `backend` names an attention backend (`attend.BACKENDS`), or is `auto` or `flash`, decided here for each store and
     the device the model is built on; raises ValueError where it cannot run the layout. Parameters are uninitialised
     until `init_weights` of the whole model. `activation_checkpointing` recomputes each block in the backward pass.
+    With `cross` every layer also attends to vectors that `run` is given.
     """
 
-    def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
+    def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
         super().__init__()
         size = config.size
+        self.cross = cross
         self.config = config
         self.plan: KVPlan = resolve_stack(config)
         self.backend = backend
@@ -79,7 +90,7 @@ class Stack(nn.Module):
         self.chosen = {False: choose_backends(backend, size, self.plan, device_type)}  # with documents: at first use
         self.activation_checkpointing = False
         self.layers = nn.ModuleList(
-            Block(size, self.plan.store(layer), owner == layer) for layer, owner in enumerate(self.plan.owners)
+            Block(size, self.plan.store(layer), owner == layer, cross) for layer, owner in enumerate(self.plan.owners)
         )
         self.norm = build_norm(size)
 
@@ -124,8 +135,21 @@ class Stack(nn.Module):
 
     def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
         """For each window of the plan, for a kernel that takes any mask."""
-        kernel = BACKENDS["reference" if self.backend == "reference" else "sdpa"].kernel
-        return {window: Mask(kernel, mask_of(window)) for window in self.plan.windows}
+        return {window: Mask(dense_kernel(self.backend), mask_of(window)) for window in self.plan.windows}
+
+    def padded_masks(self, real_BT: Tensor) -> list[Mask]:
+        """Of each store, where some tokens are padding. Raises ValueError where a store is bounded."""
+        if any(store.slots for store in self.plan.stores):
+            raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
+        over = self.dense_masks(partial(padded, real_BT))
+        return [over[store.window] for store in self.plan.stores]
+
+    def outside(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> Context | None:
+        """What `layer` attends to outside of the sequence, if it does."""
+        if not self.cross:
+            return None
+        store = None if cache is None else cache.context[layer]
+        return Context(context_BCD, store, Mask(dense_kernel(self.backend), Dense(causal=False, allowed=None)))
 
     def run(
         self,
@@ -133,10 +157,12 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         documents_BT: Tensor | None = None,
         real_BT: Tensor | None = None,
+        context_BCD: Tensor | None = None,
     ) -> Tensor:
         """The last residual stream, not normalised, of the first one. Raises as `Decoder.forward`.
 
         `real_BT`, without a cache or documents: False where nobody looks; a token that would see nothing sees itself.
+        `context_BCD`: the vectors of a stack with `cross`; None: those that the cache got last.
         """
         length, device = x_BTD.shape[1], x_BTD.device
         offset = 0
@@ -150,15 +176,8 @@ class Stack(nn.Module):
 
         if torch.is_autocast_enabled(device.type):  # the residual stream is of the type that is computed in
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device.type))
-        masks: list[Mask | Steps]
-        if real_BT is None:
-            masks = self.masks(x_BTD, cache, documents_BT)
-        else:
-            assert cache is None and documents_BT is None
-            if any(store.slots for store in self.plan.stores):
-                raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
-            over = self.dense_masks(partial(padded, real_BT))
-            masks = [over[store.window] for store in self.plan.stores]
+        assert real_BT is None or (cache is None and documents_BT is None)
+        masks = self.masks(x_BTD, cache, documents_BT) if real_BT is None else self.padded_masks(real_BT)
         written: list[Slots] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -171,6 +190,7 @@ class Stack(nn.Module):
                 masks[read],
                 cache.stores[read] if owner and cache is not None else None,
                 offset,
+                self.outside(context_BCD, cache, layer),
             )
             if self.activation_checkpointing and self.training:
                 x_BTD, slots = checkpoint(block, *arguments, use_reentrant=False)
@@ -188,8 +208,8 @@ class Stack(nn.Module):
 class Decoder(Stack):
     """A language model: a stack over embedded tokens, and an output matrix."""
 
-    def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
-        super().__init__(config, backend, device_type)
+    def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
+        super().__init__(config, backend, device_type, cross)
         size = config.size
         self.embed = nn.Embedding(size.vocab_size, size.d_model)
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)

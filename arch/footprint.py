@@ -8,8 +8,8 @@ is `stored` at the full capacity for every sequence of the batch.
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .block_plan import BlockPlan, Plan, block_config, embed_dim, stages
-from .config import ModelConfig, SizeConfig
+from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, stages
+from .config import BlockConfig, ModelConfig, SizeConfig
 from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
 
 
@@ -46,18 +46,27 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     """The two plans of a Block Transformer together (paper, 2.3, 2.4, E.2).
 
     The block decoder runs once per block; the token decoder reads, for the first token, the context's positions alone.
-    What is not yet a complete block is in the constant part.
+    What is not yet a complete block is in the constant part. Where layers attend across, each has the keys and values
+    of a block's context, all of which every token reads.
     """
     block = kv_bytes(plan.block, context // plan.length, itemsize)
     token = kv_bytes(plan.token, plan.slots, itemsize)
     first = plan.slots - plan.length + 1
     steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
+    across = context_bytes(plan, itemsize)
     return KVBytes(
         per_token=_whole(Fraction(block.per_token) / plan.length),
-        constant=block.constant + token.stored,
-        stored=block.stored + token.stored,
-        read=_whole(Fraction(block.read + steps) / plan.length),
+        constant=block.constant + token.stored + across,
+        stored=block.stored + token.stored + across,
+        read=_whole(Fraction(block.read + steps) / plan.length + across),
     )
+
+
+def context_bytes(plan: BlockPlan, itemsize: int = 2) -> int:
+    """Keys and values of one block's context in all layers of the token decoder, where they attend across to it."""
+    if not plan.cross:
+        return 0
+    return plan.context * sum(slot_bytes(plan.token.store(layer), itemsize) for layer in range(plan.token.num_layers))
 
 
 def _whole(value: Fraction) -> int | float:
@@ -99,11 +108,39 @@ def block_params(config: ModelConfig, plan: BlockPlan) -> int:
     (coarse, fine), block = stages(config), block_config(config)
     width, d_model = embed_dim(config), coarse.size.d_model
     embedder = config.size.vocab_size * width
-    if block.embedder == "projection":
-        embedder += block.length * width * d_model + d_model
+    if block.embedder != "lookup":
+        embedder += embedded(block) * width * d_model + d_model
+    if has_encoder(block):
+        embedder += encoder_params(block)
     expansion = plan.context * fine.size.d_model * (d_model + 1)
     start = d_model if plan.start else 0
-    return embedder + start + stack_params(coarse, plan.block) + expansion + num_params(fine, plan.token)
+    across = sum(cross_params(fine, plan.token, layer) for layer in range(plan.token.num_layers)) if plan.cross else 0
+    return embedder + start + stack_params(coarse, plan.block) + expansion + num_params(fine, plan.token) + across
+
+
+def encoder_positions(block: BlockConfig) -> int:
+    """Tokens of one sequence of the encoder in the embedder: a block's, and CLS tokens."""
+    return block.length + (block.encoder.cls_tokens if block.embedder == "cls" else 0)
+
+
+def encoder_params(block: BlockConfig) -> int:
+    """Parameters of the encoder in the embedder, without the token embeddings: positions, the first norm, layers."""
+    width, d_ff = block.encoder.d_model, block.encoder.d_ff
+    layer = 4 * (width + 1) * width + (width + 1) * d_ff + (d_ff + 1) * width + 2 * 2 * width
+    return encoder_positions(block) * width + 2 * width + block.encoder.layers * layer
+
+
+def cross_matrices(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
+    """Elements of the matrices of one layer's cross-attention: of queries and output; of keys and values."""
+    size = config.size
+    return 2 * size.d_model * size.num_heads * head_dim(size), size.d_model * plan.store(layer).slot.elements
+
+
+def cross_params(config: ModelConfig, plan: KVPlan, layer: int) -> int:
+    """Parameters of one layer's cross-attention, with its norm."""
+    size = config.size
+    biases = size.num_heads * head_dim(size) + plan.store(layer).slot.elements + size.d_model if is_neox(size) else 0
+    return sum(cross_matrices(config, plan, layer)) + biases + norm_params(size)
 
 
 def stack_params(config: ModelConfig, plan: KVPlan) -> int:
@@ -164,11 +201,29 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
     contexts = seq_len // plan.length - 1
     predicted = contexts + (1 if plan.start else 0)
     total = stack_flops(coarse, plan.block, contexts)
-    if block.embedder == "projection":
-        total += 2 * contexts * block.length * embed_dim(config) * coarse.size.d_model
+    if block.embedder != "lookup":
+        total += 2 * contexts * embedded(block) * embed_dim(config) * coarse.size.d_model
+    if has_encoder(block):
+        total += contexts * encoder_flops(block)
+    if plan.cross:
+        total += predicted * sum(cross_flops(fine, plan, layer) for layer in range(plan.token.num_layers))
     total += predicted * 2 * coarse.size.d_model * plan.context * fine.size.d_model
     total += predicted * stack_flops(fine, plan.token, plan.slots)
     return total + predicted * plan.length * 2 * fine.size.d_model * fine.size.vocab_size
+
+
+def encoder_flops(block: BlockConfig) -> int:
+    """`forward_flops` of the encoder in the embedder over one block."""
+    width, positions = block.encoder.d_model, encoder_positions(block)
+    matrices = 4 * width * width + 2 * width * block.encoder.d_ff
+    return block.encoder.layers * (2 * positions * matrices + 4 * positions * positions * width)
+
+
+def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int) -> int:
+    """`forward_flops` of the cross-attention of one layer of the token decoder `config` over one block."""
+    of_tokens, of_context = cross_matrices(config, plan.token, layer)
+    products = 2 * plan.slots * of_tokens + 2 * plan.context * of_context
+    return products + attention_flops(config, plan.token, layer, plan.slots * plan.context)
 
 
 def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:

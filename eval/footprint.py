@@ -15,6 +15,7 @@ from rich.table import Table
 
 from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, Store, resolve
 from arch.footprint import (
+    context_bytes,
     kv_bytes,
     max_batch,
     num_params,
@@ -109,9 +110,12 @@ def plan_tables(name: str, plan: Plan, context: int, itemsize: int) -> list[Tabl
         f"{name}: blocks of {plan.length} tokens, {number_text(kv.per_token)} B per token, {bytes_text(kv.stored)} at "
         f"{context:,} tokens\nblock decoder"
     )
+    fine = "token decoder"
+    if plan.cross:
+        fine = f"keys and values of a block's context, all layers: {bytes_text(context_bytes(plan, itemsize))}\n{fine}"
     return [
         stack_table(title, plan.block, context // plan.length, itemsize, "block"),
-        stack_table("token decoder", plan.token, plan.slots, itemsize, "position"),
+        stack_table(fine, plan.token, plan.slots, itemsize, "position"),
     ]
 
 

@@ -459,13 +459,17 @@ def test_decoding_gives_the_logits_of_the_parallel_forward(kind: str, coarse: st
 PROMPTS = [[7], [1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2], [3] * 11, [4, 4, 60, 1]]
 
 
-def greedy(model: BlockTransformer, prompt: list[int], new: int) -> list[int]:
-    """By the parallel forward alone, a token at a time; what follows the last token does not matter."""
+def greedy(model: BlockTransformer, prompt: list[int], new: int, padding: int = 0) -> list[int]:
+    """By the parallel forward alone, a token at a time; what follows the last token does not matter.
+
+    The first `padding` tokens are no part of the prompt.
+    """
     row = list(prompt)
     while len(row) < len(prompt) + new:
         filled = row + [0] * (-(len(row) + 1) % model.plan.length + 1)
+        real = (torch.arange(len(filled)) >= padding)[None] if padding else None
         with torch.no_grad():
-            logits = model(torch.tensor([filled]))[0]
+            logits = model(torch.tensor([filled]), real_BT=real)[0]
         row.append(int(logits[len(row) - len(filled)].argmax()))
     return row[len(prompt) :]
 
@@ -563,30 +567,36 @@ def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: 
     assert sum(read) == expected + extra
 
 
+def gradient_by_token(model: BlockTransformer, ids: Tensor, position: int, real: Tensor | None = None) -> Tensor:
+    """How much the logits of token `position` of the one row depend on the embeddings of each token."""
+    gradient = torch.zeros(ids.shape[1], dtype=torch.float64)
+    leaves: list[Tensor] = []
+
+    def keep(_: object, __: object, out: Tensor) -> Tensor:
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1]
+
+    length = model.plan.length
+    handles = [m.register_forward_hook(keep) for m in (model.embedder.embed, model.token_decoder.embed)]
+    model(ids, real_BT=real)[0, position - (0 if model.start is not None else length)].square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    by_block, by_token = (leaf.grad.abs().sum(-1).flatten() for leaf in leaves)
+    gradient[: len(by_block)] += by_block
+    rows = by_token.view(-1, len(by_token) // len(model.predicted(ids)[0].view(-1, length)))[:, -(length - 1) :]
+    first = 0 if model.start is not None else 1
+    for number, row in enumerate(rows, start=first):
+        gradient[number * length : number * length + length - 1] += row
+    return gradient
+
+
 @pytest.mark.parametrize("kind", ["prefix2", "summation", "start"])
 def test_causal_by_gradient(kind: str) -> None:
     """A prediction depends on the blocks before and on its own block's tokens before it, and on nothing else."""
     model = build_block(block_config(kind))
-    ids, length = tokens(1, 16), model.plan.length
+    ids = tokens(1, 16)
     for position in (4, 6, 11, 13):
-        gradient = torch.zeros(16, dtype=torch.float64)
-        leaves: list[Tensor] = []
-
-        def keep(_: object, __: object, out: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
-            leaves.append(out.detach().requires_grad_())
-            return leaves[-1]
-
-        handles = [m.register_forward_hook(keep) for m in (model.embedder.embed, model.token_decoder.embed)]
-        index = position - (0 if model.start is not None else length)
-        model(ids)[0, index].square().sum().backward()
-        for handle in handles:
-            handle.remove()
-        by_block, by_token = (leaf.grad.abs().sum(-1).flatten() for leaf in leaves)
-        gradient[: len(by_block)] += by_block
-        rows = by_token.view(-1, len(by_token) // len(model.predicted(ids)[0].view(-1, length)))[:, -(length - 1) :]
-        first = 0 if model.start is not None else 1
-        for number, row in enumerate(rows, start=first):
-            gradient[number * length : number * length + length - 1] += row
+        gradient = gradient_by_token(model, ids, position)
         assert (gradient != 0).tolist() == [token < position for token in range(16)]
 
 
@@ -647,7 +657,7 @@ def test_all_problems_are_told_at_once() -> None:
         BlockTransformer(config)
     for part in (
         "arch.block.token.prefix is 0; it must be at least 1",
-        "arch.block.token.kind is 'postfix'; it is prefix or summation",
+        "arch.block.token.kind is 'postfix'; it is one of prefix, summation, cross",
         "arch.block.token.bos_token is 61; it is no token of 61",
         "arch.block.embed_dim is of the embedder `projection`",
         "- arch.pattern: `new k` names no store type",
@@ -661,7 +671,7 @@ def test_all_problems_are_told_at_once() -> None:
     [
         ({"length": 5}, "size.d_model 24 is not a multiple of arch.block.length 5"),
         ({"length": 0}, "arch.block.length is 0"),
-        ({"embedder": "cls"}, "arch.block.embedder is 'cls'; it is lookup or projection"),
+        ({"embedder": "sum"}, "arch.block.embedder is 'sum'; it is one of lookup, projection, encoder, cls"),
         ({"embedder": "projection", "embed_dim": 0}, "arch.block.embed_dim is 0"),
     ],
 )
@@ -721,7 +731,9 @@ def test_configuration_is_read_from_yaml_as_from_json() -> None:
     assert arch.block.token.layers == 2
     with pytest.raises(ConfigKeyError, match="lenght"):
         OmegaConf.merge(schema, {"block": {"lenght": 3}})
-    with pytest.raises(ValueError, match="BlockConfig has no lenght; its keys are embed_dim, embedder, length"):
+    with pytest.raises(
+        ValueError, match="BlockConfig has no lenght; its keys are embed_dim, embedder, encoder, length"
+    ):
         from_dict(ArchConfig, {"block": {"lenght": 3}})
 
 
