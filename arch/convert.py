@@ -73,6 +73,8 @@ LATENT_WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head
 MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 LAYER_MODULES = {
     "attn_norm": "input_layernorm",
+    "kv_norm": "kv_layernorm",
+    "reader": "self_attn",
     "reader.q_proj": "self_attn.q_proj",
     "writer.k_proj": "self_attn.k_proj",
     "writer.v_proj": "self_attn.v_proj",
@@ -316,7 +318,7 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
 
 
 def weight_map(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
-    """Every weight of a Decoder of `config` and of the stock class that the config.json `hf` describes.
+    """Every weight of a Decoder of `config` and of the class on the other side that the config.json `hf` describes.
 
     One weight is one tensor on either side, so that a checkpoint can be converted tensor by tensor.
     """
@@ -329,13 +331,13 @@ def weight_map(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
         parameters = Decoder(config).named_parameters()
     table = []
     for name, parameter in parameters:
-        module = name.removesuffix(".weight")
+        module, _, kind = name.rpartition(".")
         if module in MODULES:
             theirs = MODULES[module]
         else:
             _, layer, module = module.split(".", 2)
             theirs = f"model.layers.{layer}.{LAYER_MODULES[module]}"
-        table.append(Weight(name, f"{theirs}.weight", parameter.shape, rotary.get(module)))
+        table.append(Weight(name, f"{theirs}.{kind}", parameter.shape, rotary.get(module)))
     return table
 
 
@@ -345,17 +347,27 @@ def to_hf(config: ModelConfig, plan: KVPlan, state_dict: Mapping[str, Tensor]) -
     Tensors whose rows keep their order are those of `state_dict`, not copies. Raises as `hf_config` does, and
     ConversionError with every tensor that is missing, unexpected or of another shape.
     """
-    table = {weight.ours: weight for weight in weight_map(config, hf_config(config, plan))}
+    return weights_to_hf(config, hf_config(config, plan), state_dict)
+
+
+def weights_to_hf(config: ModelConfig, hf: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `to_hf`, for the class that the config.json `hf` describes."""
+    table = {weight.ours: weight for weight in weight_map(config, hf)}
     return _convert(state_dict, table, lambda weight, tensor: (weight.theirs, weight.to_hf(tensor)))
 
 
 def from_hf(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model that the config.json `hf` describes, and the weights `tensors` for its Decoder.
-
-    Rotary tables that old checkpoints hold are passed over, as is the second copy of tied embeddings. Raises as
-    `model_config` does, and ConversionError with every tensor that is missing, unexpected or of another shape.
-    """
+    """The model that the config.json `hf` describes, and the weights `tensors` for its Decoder. Raises as both do."""
     config = model_config(hf)
+    return config, weights_from_hf(config, hf, tensors)
+
+
+def weights_from_hf(config: ModelConfig, hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights `tensors` of the class that the config.json `hf` describes, for a Decoder of `config`.
+
+    Rotary tables that old checkpoints hold are passed over, as is the second copy of tied embeddings. Raises
+    ConversionError with every tensor that is missing, unexpected or of another shape.
+    """
     table = {weight.theirs: weight for weight in weight_map(config, hf)}
     ignored = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -364,7 +376,7 @@ def from_hf(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Model
             raise ConversionError([f"{head} differs from {embed}, and tie_word_embeddings says that it must not"])
         ignored.add(head)
     kept = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    return config, _convert(kept, table, lambda weight, tensor: (weight.ours, weight.from_hf(tensor)))
+    return _convert(kept, table, lambda weight, tensor: (weight.ours, weight.from_hf(tensor)))
 
 
 def _convert(
