@@ -227,6 +227,21 @@ def test_sinks_are_never_left_out() -> None:
     assert pair("cla2")[1].config._attn_implementation == "sdpa"
 
 
+def test_sinks_that_a_checkpoint_lacks_are_zero(tmp_path: Path) -> None:
+    """Not whatever the memory held."""
+    _, theirs = pair("swa_sinks")
+    weights = theirs.state_dict().items()
+    kept = {name: tensor for name, tensor in weights if "sinks" not in name and "lm_head" not in name}
+    theirs.config.save_pretrained(tmp_path)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    junk = [torch.ones(8, dtype=torch.float64) for _ in range(1000)]
+    del junk
+    again, report = KVFrontierForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float64)
+    sinks = [parameter for name, parameter in again.named_parameters() if "sinks" in name]
+    assert len(report["missing_keys"]) == len(sinks) == 7
+    assert not torch.cat(sinks).any()
+
+
 def test_readers_have_no_cache_and_kv_sharing_modes_say_so() -> None:
     _, theirs = pair("mixed")
     assert theirs.config.kv_sharing_modes == ["store", "store", "store", "reuse", None, "reuse", "reuse", "reuse"]

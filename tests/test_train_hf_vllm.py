@@ -172,12 +172,14 @@ def model_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
 
 
 def engine(ours: Decoder, **changes: Any) -> Any:
-    """What of vLLM's configuration the model reads, the draft model of another with a layer registered before."""
+    """What of vLLM's configuration the model reads. Another model has registered a layer before."""
     config = KVFrontierConfig(**remote_config(ours.config))
+    context: dict[str, Any] = {}
+    Attention(8, 8, 1.0, num_kv_heads=8, prefix="40.attn", context=context)
     return SimpleNamespace(
         hf_config=config,
         stage=changes.pop("stage", range(config.num_hidden_layers)),
-        compilation_config=SimpleNamespace(static_forward_context={"draft.0.attn": SimpleNamespace()}),
+        compilation_config=SimpleNamespace(static_forward_context=context),
         cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
     )
 
