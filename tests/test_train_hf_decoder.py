@@ -242,6 +242,20 @@ def test_sinks_that_a_checkpoint_lacks_are_zero(tmp_path: Path) -> None:
     assert not torch.cat(sinks).any()
 
 
+def test_masks_that_leave_windows_out_are_refused() -> None:
+    """Of a caller that knows one window size, as `generate_batch` of transformers does; that of one size works."""
+    _, theirs = pair("mixed")
+    whole = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="dict of masks by name: sliding_attention_4, sliding_attention, full"):
+        theirs(tokens(1, 3), attention_mask=whole)
+    with pytest.raises(ValueError, match="no attention mask for sliding_attention_4"):
+        theirs(tokens(1, 3), attention_mask={"sliding_attention": whole, "full_attention": whole})
+    ours, theirs = pair("mixattention")
+    masks = {"sliding_attention": whole, "full_attention": whole}  # three tokens are in every window
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens(1, 3), attention_mask=masks).logits, ours(tokens(1, 3)))
+
+
 def test_readers_have_no_cache_and_kv_sharing_modes_say_so() -> None:
     _, theirs = pair("mixed")
     assert theirs.config.kv_sharing_modes == ["store", "store", "store", "reuse", None, "reuse", "reuse", "reuse"]

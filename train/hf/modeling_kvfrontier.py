@@ -245,6 +245,11 @@ class KVFrontierPreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The masks of `config.mask_names`, each for the keys that the first layer of that name reads."""
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and len(set(config.mask_names)) > 1:
+            raise ValueError(
+                "one 4D attention mask for layers that see different positions; give a dict of masks by "
+                f"name: {', '.join(dict.fromkeys(config.mask_names))}"
+            )
         masks = {}
         for layer, name in enumerate(config.mask_names):
             if name in masks:
@@ -302,10 +307,9 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
-        if any(config.sinks) and config._attn_implementation not in WITH_SINKS:
+        if any(config.sinks) and (chosen := config._attn_implementation) not in WITH_SINKS:
             raise ValueError(
-                f"attention implementation {config._attn_implementation} takes no attention sinks; this model has "
-                f"some: load it with attn_implementation='eager' (or one of {', '.join(WITH_SINKS[1:])})"
+                f"{chosen} takes no attention sinks, which this model has; load it with attn_implementation='eager'"
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -318,6 +322,8 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         masks = attention_mask
         if not isinstance(masks, dict):
             masks = self.create_masks_for_generate(config, inputs_embeds, masks, past_key_values, position_ids)
+        if missing := sorted(set(config.mask_names) - masks.keys()):
+            raise ValueError(f"no attention mask for {', '.join(missing)}; generate_batch knows one window size alone")
         ropes = {theta: rope_table(position_ids, config.head_dim, theta) for theta in set(config.rope_thetas)}
 
         hidden_states = inputs_embeds
@@ -385,11 +391,9 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         built = model_kwargs.get("past_key_values")
         if built is not None and given is None:
             fit_windows(built, self.config)
