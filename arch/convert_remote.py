@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
 from .convert import SIZES, Unrepresentable, weights_from_hf, weights_to_hf
-from .plan import KVPlan, Store, is_neox, resolve
+from .plan import KVPlan, Store, is_neox, resolve_stack
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def remote_config(config: ModelConfig) -> dict[str, Any]:
     """
     if config.arch.block is not None:
         raise Unrepresentable(["block: a Block Transformer is no stack of decoder layers over one cache"])
-    plan = resolve(config)
+    plan = resolve_stack(config)
     reasons = _not_remote(config.size, plan)
     if reasons:
         raise Unrepresentable(reasons)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHS, ROOT, WINDOW, build, small, tokens
+from conftest import DECODERS, ROOT, WINDOW, build, small, tokens
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ MIXED = ArchConfig(
     ["new short", "new long", "new global", "reuse short", "new same", "reuse global", "reuse long", "reuse short"],
 )
 WHOLE = {"window": None, "num_layers": 8}
-LAYOUTS = [name for name in ARCHS if name not in REFUSED] + ["mixed"]
+LAYOUTS = [name for name in DECODERS if name not in REFUSED] + ["mixed"]
 LENGTH = 10  # of the prompt; more than any window
 STEPS = 2 * WINDOW + 3
 
