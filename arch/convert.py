@@ -77,6 +77,8 @@ OPTIONAL_WIDTHS = ("num_key_value_heads", "head_dim", "sliding_window")
 MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 LAYER_MODULES = {
     "attn_norm": "input_layernorm",
+    "kv_norm": "kv_layernorm",
+    "reader": "self_attn",
     "reader.q_proj": "self_attn.q_proj",
     "writer.k_proj": "self_attn.k_proj",
     "writer.v_proj": "self_attn.v_proj",
@@ -342,7 +344,7 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
 
 
 def weight_map(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
-    """Every weight of a Decoder of `config` and of the stock class that the config.json `hf` describes.
+    """Every weight of a Decoder of `config` and of the class on the other side that the config.json `hf` describes.
 
     One weight is one tensor on either side, so that a checkpoint can be converted tensor by tensor.
     """
@@ -355,13 +357,13 @@ def weight_map(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
         parameters = Decoder(config).named_parameters()
     table = []
     for name, parameter in parameters:
-        module = name.removesuffix(".weight")
+        module, _, kind = name.rpartition(".")
         if module in MODULES:
             theirs = MODULES[module]
         else:
             _, layer, module = module.split(".", 2)
             theirs = f"model.layers.{layer}.{LAYER_MODULES[module]}"
-        table.append(Weight(name, f"{theirs}.weight", parameter.shape, rotary.get(module)))
+        table.append(Weight(name, f"{theirs}.{kind}", parameter.shape, rotary.get(module)))
     return table
 
 
@@ -371,7 +373,12 @@ def to_hf(config: ModelConfig, plan: KVPlan, state_dict: Mapping[str, Tensor]) -
     Tensors whose rows keep their order are those of `state_dict`, not copies. Raises as `hf_config` does, and
     ConversionError with every tensor that is missing, unexpected or of another shape.
     """
-    table = {weight.ours: weight for weight in weight_map(config, hf_config(config, plan))}
+    return weights_to_hf(config, hf_config(config, plan), state_dict)
+
+
+def weights_to_hf(config: ModelConfig, hf: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `to_hf`, for the class that the config.json `hf` describes."""
+    table = {weight.ours: weight for weight in weight_map(config, hf)}
     return _convert(state_dict, table, lambda weight, tensor: (weight.theirs, weight.to_hf(tensor)))
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints as ours, one tensor at a time: the stock classes of convert.py, and GPT-NeoX (Pythia)."""
+"""Hugging Face checkpoints as ours, one tensor at a time: the stock classes of convert.py, GPT-NeoX (Pythia), and the
+remote-code decoder of our own exports."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .convert import ARCHITECTURES, ConversionError, Unrepresentable, Weight, model_config, weight_map
 from .convert_neox import BUFFERS, from_neox, neox_config, neox_shapes
+from .convert_remote import MODEL_TYPE, remote_model_config
 
 NEOX = "gpt_neox"
 
@@ -50,12 +52,12 @@ def source(hf: Mapping[str, Any]) -> Source:
             for name, shape in neox_shapes(config).items()
         }
         embed, head = "gpt_neox.embed_in.weight", "embed_out.weight"
-    elif model_type in ARCHITECTURES:
-        config = model_config(hf)
+    elif model_type in (*ARCHITECTURES, MODEL_TYPE):
+        config = remote_model_config(hf) if model_type == MODEL_TYPE else model_config(hf)
         tensors = {w.theirs: Incoming(w.shape, partial(_from_stock, w)) for w in weight_map(config, hf)}
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
     else:
-        known = ", ".join((*ARCHITECTURES, NEOX))
+        known = ", ".join((*ARCHITECTURES, NEOX, MODEL_TYPE))
         raise Unrepresentable([f"model_type is {model_type!r}; it must be one of {known}"])
     return Source(config, tensors, {head: embed} if config.size.tie_embeddings else {})
 

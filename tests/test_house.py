@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from arch import convert_remote
+
 PACKAGES = ("arch", "data", "eval", "train")
 # Arrows of the house; every package may import itself.
 MAY_IMPORT = {"arch": set(), "data": set(), "eval": {"arch", "data"}, "train": {"arch", "data", "eval"}}
-FILES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -24,9 +27,9 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield node.level, node.module or ""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_arrows(path: Path) -> None:
-    package = path.parent.name
+    package = path.relative_to(ROOT).parts[0]
     for level, module in imports(path):
         root = module.partition(".")[0]
         assert level <= 1, f"{path}: relative imports have a single dot"
@@ -42,6 +45,17 @@ def test_arch_is_flat_and_relative() -> None:
         assert not [module for level, module in imports(path) if level == 0 and module.partition(".")[0] == "arch"], (
             path
         )
+
+
+def test_what_goes_with_an_export_needs_nothing_of_ours() -> None:
+    """transformers copies the files flat, follows `from .sibling import`, and asks the user to install the rest."""
+    for name in convert_remote.FILES:
+        for level, module in imports(ROOT / "train" / "hf" / name):
+            if level:
+                assert f"{module}.py" in convert_remote.FILES, f"{name} imports .{module}"
+            else:
+                root = module.partition(".")[0]
+                assert root in {"torch", "transformers"} | sys.stdlib_module_names, f"{name} imports {module}"
 
 
 @pytest.mark.parametrize("module", ["config", "plan", "footprint"])
@@ -92,7 +106,7 @@ def test_packages_are_those_of_this_repository() -> None:
         assert Path(module.__file__).parent == ROOT / package
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_files_and_functions_stay_readable(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400

@@ -1,0 +1,15 @@
+"""Exported models in Hugging Face form. Importing this registers the remote decoder with the Auto classes.
+
+configuration_kvfrontier.py and modeling_kvfrontier.py are copied into exported folders and import nothing of ours.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_kvfrontier import KVFrontierConfig, expected_cache_bytes
+from .modeling_kvfrontier import KVFrontierForCausalLM, KVFrontierModel
+
+AutoConfig.register(KVFrontierConfig.model_type, KVFrontierConfig, exist_ok=True)
+AutoModel.register(KVFrontierConfig, KVFrontierModel, exist_ok=True)
+AutoModelForCausalLM.register(KVFrontierConfig, KVFrontierForCausalLM, exist_ok=True)
+
+__all__ = ["KVFrontierConfig", "KVFrontierForCausalLM", "KVFrontierModel", "expected_cache_bytes"]
