@@ -1,0 +1,92 @@
+"""Where a model can go: what each target holds exactly, and which one is taken.
+
+stock   a class that transformers ships, where one computes just what ours does (arch/convert.py)
+
+A target is refused, never approximated. A further one is a function from (config, plan) to Target in TARGETS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arch import KVPlan, ModelConfig, Store
+from arch.convert import Unrepresentable, Weight, hf_config, weight_map
+from eval.cli import UsageError
+
+
+def sliding_bytes(plan: KVPlan, context: int, itemsize: int) -> int:
+    """Bytes of a DynamicCache of transformers (>= 5) after `context` tokens of one sequence.
+
+    Between two tokens its sliding layers keep window - 1 positions: the next token brings the one that is missing.
+    """
+
+    def positions(store: Store) -> int:
+        return context if store.window is None else min(context, store.window - 1)
+
+    return sum(store.slot.elements * positions(store) for store in plan.stores) * itemsize
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a folder of this kind holds beside tokenizer, card and generation settings.
+
+    name         as in target=
+    config       the content of config.json, without the type of the tensors and special tokens
+    weights      every tensor under both names
+    code         Python files that go into the folder; with any, readers must trust remote code
+    cache_bytes  (plan, context, itemsize) -> bytes of one sequence in the reader's growing cache
+    notes        what engines do with it: lines of the model card
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: list[Weight]
+    code: tuple[Path, ...] = ()
+    cache_bytes: Callable[[KVPlan, int, int], int] = sliding_bytes
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_class(self) -> str:
+        return str(self.config["architectures"][0])
+
+
+STOCK_NOTES = {
+    "llama": (),
+    "mistral": (),
+    "ministral": (
+        "Sliding layers cost their window and no more in `transformers`. An engine without a cache manager for mixed "
+        "layers may hold them at full length: look at the number of blocks it reports.",
+    ),
+    "deepseek_v3": (
+        "Before 5.15 `transformers` caches expanded keys and values: the same tokens, without the saving.",
+        "Queries are not compressed (`q_lora_rank` is null), and all layers are dense.",
+    ),
+}
+
+
+def stock(config: ModelConfig, plan: KVPlan) -> Target:
+    """Raises Unrepresentable where no class of transformers is this model."""
+    hf = hf_config(config, plan)
+    return Target("stock", hf, weight_map(config, hf), notes=STOCK_NOTES[hf["model_type"]])
+
+
+# In the order in which they are tried.
+TARGETS: dict[str, Callable[[ModelConfig, KVPlan], Target]] = {"stock": stock}
+
+
+def choose(config: ModelConfig, plan: KVPlan, asked: str = "auto") -> tuple[Target, dict[str, str]]:
+    """The first target that holds the model, or the one `asked` for; and why the ones before it were passed over.
+
+    Raises UsageError where there is none.
+    """
+    if asked != "auto" and asked not in TARGETS:
+        raise UsageError(f"target is {asked}; choose auto, {', '.join(TARGETS)}")
+    passed: dict[str, str] = {}
+    for name in TARGETS if asked == "auto" else [asked]:
+        try:
+            return TARGETS[name](config, plan), passed
+        except Unrepresentable as error:
+            passed[name] = str(error)
+    reasons = "\n".join(f"target {name} does not hold it:\n{reason}" for name, reason in passed.items())
+    raise UsageError(f"this model cannot be exported exactly, and is not approximated\n{reasons}")
