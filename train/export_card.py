@@ -91,13 +91,13 @@ def kv_table(config: ModelConfig, plan: KVPlan) -> str:
     rows = []
     for context in (config.size.seq_len, 8192, 32768, 131072):
         ours, theirs = kv_bytes(plan, context, ITEMSIZE).stored, kv_bytes(full, context, ITEMSIZE).stored
-        rows.append((f"at {context:,} tokens", bytes_text(ours), bytes_text(theirs), f"{ours / theirs:.1%}"))
+        rows.append((f"at {context:,} tokens", bytes_text(ours), bytes_text(theirs), share(ours, theirs)))
     ours, theirs = kv_bytes(plan, config.size.seq_len, ITEMSIZE), kv_bytes(full, config.size.seq_len, ITEMSIZE)
     slope = (
         "per token",
         f"{ours.per_token:,} B",
         f"{theirs.per_token:,} B",
-        f"{ours.per_token / theirs.per_token:.1%}",
+        share(ours.per_token, theirs.per_token),
     )
     constant = ("constant (windows, when full)", bytes_text(ours.constant), "0 B", "")
     lines = markdown(
@@ -105,6 +105,10 @@ def kv_table(config: ModelConfig, plan: KVPlan) -> str:
     )
     longer = f"The model was trained on {config.size.seq_len:,} tokens; longer contexts show what they would cost."
     return f"{lines}\n\nOf one sequence. {longer}"
+
+
+def share(ours: int, theirs: int) -> str:
+    return f"{100 * ours / theirs:.3g} %"
 
 
 def training_list(config: ModelConfig, training: Training) -> str:

@@ -1,0 +1,302 @@
+"""Export: folders that others load, what is refused, and checkpoints that somebody has tampered with."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build, run_script, small
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_arch_convert import INTERLEAVED, STOCK, randomised
+from test_train_command import SMALL
+
+import train.export
+import train.export_hub
+import train.export_source
+import train.export_verify
+from arch import ArchConfig, Decoder
+from arch.convert import ConversionError
+from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.prepare import prepare
+from data.shards import sha256
+from eval.cli import MISTAKES
+from train import checkpoint
+from train.checkpoint import TrainingError, save
+from train.export import ExportConfig, export
+from train.export_source import Source
+
+QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
+REFUSALS = (*MISTAKES, TrainingError, ConversionError)
+
+
+def write_checkpoint(folder: Path, layout: ArchConfig | str, **changes: object) -> Path:
+    """A checkpoint of random weights as a run would write it, optimizer state included."""
+    config = small(layout, **({"vocab_size": 600, "num_layers": 3} | changes))
+    model = randomised(build(config, torch.float32))
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    save(folder, model, optimizer, 3, {"config": asdict(config), "plan": model.plan.to_dict()})
+    return folder
+
+
+def in_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the fresh process does, without the seconds that it takes to import transformers."""
+    pytest.importorskip("transformers")
+    from train.export_reload import examine
+
+    found, held = examine(str(folder), json.loads(json.dumps(asked)))
+    return found | {"ours": []}, held
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+
+
+@pytest.fixture
+def gqa(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "step-00000003", "gqa2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A real run of eight steps, sharded over two processes; the one that these tests train."""
+    folder = tmp_path_factory.mktemp("runs") / "swa-tiny"
+    options = [*SMALL, "size.init_std=0.2", "logger=csv", "trainer.accelerator=cpu", f"data.path={corpus}"]
+    options += ["trainer=fsdp", f"folder={folder}"]
+    done = run_script("train/pretrain.py", "+arch=swa", "+size=tiny", *options, environment={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("layout", [*STOCK, INTERLEAVED], ids=[*STOCK, "interleaved"])
+def test_every_stock_layout_comes_back_the_same(layout: ArchConfig | str, tmp_path: Path, corpus: Path) -> None:
+    source = write_checkpoint(tmp_path / "step-00000003", layout, tie_embeddings=layout != "gqa4")
+    checks = export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+    assert {check.name: check.passed for check in checks if check.passed is not True}.keys() == {
+        "bf16: KL divergence from fp32, nats",
+        "bf16: the same most likely token",
+        "perplexity on validation text",
+    }
+    assert len(checks) > 15
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
+    """As typed, verified in a process of its own; then loaded by the code in its card, which is run as it stands."""
+    pytest.importorskip("transformers")
+    done = run_script("train/export.py", f"checkpoint={run}", "out=mine", "max_shard_size=40KB", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "mine"
+    assert "target: stock, MinistralForCausalLM" in done.stdout
+    assert re.search(r"our packages imported +│ +none", done.stdout)
+    assert re.search(r"perplexity on 128 validation tokens.* ok ", done.stdout)
+    assert len(list(checkpoint.find(run).glob("*.safetensors"))) == 2
+
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert sum((out / name).stat().st_size > 45_000 for name in files) == 1 < len(files) - 1  # the embedding
+    held = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
+    assert {name: file for file in files for name in load_file(out / file)} == index["weight_map"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in held.values())
+    with safe_open(out / files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+    card = (out / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"validation perplexity: {summary['val']['ppl']:.3f}" in card
+    assert "- tokens: 1,024, in sequences of 32" in card
+    assert "| constant (windows, when full) | 768 B | 0 B |" in card  # 3 layers x 8 positions x 2 x 2 heads x 4 x 2 B
+    assert (out / "architecture.png").read_bytes().startswith(b"\x89PNG")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert 'from_pretrained("mine"' in code
+    shown = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("Once upon a time")
+
+
+def shard(folder: Path, cuts: int = 2) -> None:
+    """Split the one file of a checkpoint by rows, as FSDP2 does: a process may get no row of a small tensor."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    path.unlink()
+    for rank in range(cuts):
+        parts, offsets = {}, {}
+        for name, tensor in tensors.items():
+            rows = -(-len(tensor) // cuts) if tensor.ndim else 0
+            begin = min(rank * rows, len(tensor)) if tensor.ndim else 0
+            if tensor.ndim or rank == 0:
+                parts[name] = tensor[begin : begin + rows].contiguous() if tensor.ndim else tensor
+                offsets[name] = {"saved_offsets": [begin] + [0] * (tensor.ndim - 1) if tensor.ndim else []}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+        save_file(parts, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata)
+    sign(folder)
+
+
+def sign(folder: Path, **changes: object) -> None:
+    """Make checkpoint.json fit the files that are there, as who tampers with them would."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in folder.glob("*.safetensors")}
+    info = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps(info | {"files": files} | changes))
+
+
+def exported(source: Path, corpus: Path, name: str = "out", **options: object) -> dict[str, torch.Tensor]:
+    """The tensors of an export that is not verified."""
+    out = source.parent / name
+    export(ExportConfig(str(source), str(out), data=str(corpus), verify=False, **options), QUIET)
+    return {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def test_shards_of_several_processes_become_the_same_files(gqa: Path, corpus: Path) -> None:
+    """Also where there are more processes than rows; what was refused before is accepted when all rows are there."""
+    whole = exported(gqa, corpus)
+    for cuts in (3, 40):
+        other = shutil.copytree(gqa, gqa.parent / f"cut-{cuts}")
+        shard(other, cuts)
+        parts = exported(other, corpus, f"out-{cuts}", max_shard_size="1KB")
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert len(list((gqa.parent / "out-40").glob("*.safetensors"))) > 10
+
+
+def test_one_weight_in_memory_at_a_time(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that is read, nothing is alive any more when the next weight is; shards hold many."""
+    alive, largest = [0], [0]
+    read = Source.read
+
+    def counted(self: Source, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        alive[0] += tensor.nbytes
+        largest[0] = max(largest[0], alive[0])
+        weakref.finalize(tensor.untyped_storage(), lambda size=tensor.nbytes: alive.__setitem__(0, alive[0] - size))
+        return tensor
+
+    monkeypatch.setattr(Source, "read", counted)
+    shard(gqa)
+    tensors = exported(gqa, corpus)
+    assert largest[0] == max(tensor.nbytes for tensor in tensors.values())
+    assert alive[0] == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_bf16_is_the_rounded_model(gqa: Path, corpus: Path) -> None:
+    checks = export(ExportConfig(str(gqa), str(gqa.parent / "out"), data=str(corpus), dtype="bf16"), QUIET)
+    assert all(check.passed is not False for check in checks)
+    (path,) = (gqa.parent / "out").glob("*.safetensors")
+    model = Decoder(Source(gqa).model()[0])
+    checkpoint.load(gqa, model)
+    assert torch.equal(load_file(path)["lm_head.weight" if model.lm_head else "model.embed_tokens.weight"],
+                       model.output_weight.bfloat16())  # fmt: skip
+    assert json.loads((gqa.parent / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.usefixtures("here")
+def test_bytes_as_tokens(tmp_path: Path, corpus: Path) -> None:
+    data = tmp_path / "bytes"
+    config = DataConfig(
+        str(data), source=SourceConfig(corpus="unit"), tokenizer=TokenizerConfig(kind="bytes"), workers=1
+    )
+    prepare(config)
+    source = write_checkpoint(tmp_path / "step-00000003", "mqa", vocab_size=257)
+    checks = export(ExportConfig(str(source), str(tmp_path / "out"), data=str(data)), QUIET)
+    assert {check.name: check.found for check in checks}["texts tokenized and back"] == "4 of 4"
+    assert {check.name: check.found for check in checks}["end of text"] == "256 and 256"
+
+
+def test_a_tokenizer_adds_nothing_that_training_did_not(gqa: Path, corpus: Path) -> None:
+    """Of a pretrained one, what puts a start token before a text stays behind."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(gqa / "tokenizer.json"))  # beside the weights, as an import leaves it
+    assert tokenizer.encode("abc").ids[0] == 0
+    export(ExportConfig(str(gqa), str(gqa.parent / "out"), verify=False), QUIET)
+    theirs = transformers.AutoTokenizer.from_pretrained(gqa.parent / "out")
+    assert theirs("abc")["input_ids"] == tokenizer.encode("abc", add_special_tokens=False).ids
+    config = json.loads((gqa.parent / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # which readers older than 5 have
+
+
+@pytest.mark.usefixtures("here")
+def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that is one too short, a weight that is another: nothing is deleted, and nothing has the asked name."""
+    source = write_checkpoint(tmp_path / "step-00000003", "swa")
+    write = train.export.write
+
+    def broken(change: Callable[[Path], None]) -> list[str]:
+        def wrong(request: Any, *rest: Any) -> None:
+            write(request, *rest)
+            change(request.partial)
+
+        monkeypatch.setattr(train.export, "write", wrong)
+        with pytest.raises(
+            TrainingError, match="is not the model that was trained; it is kept as .*out.partial"
+        ) as error:
+            export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "out.partial" / "config.json").exists()
+        return [line.partition(":")[0] for line in str(error.value).splitlines()[1:]]
+
+    def shorter_window(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"sliding_window": config["sliding_window"] - 1}))
+
+    def other_weight(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] *= 1 + 1e-4
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    found = broken(shorter_window)
+    assert found[0] == "logits in fp32, largest difference"
+    assert found[-3:] == [
+        "bytes of the cache, to 31 tokens",
+        "bytes it keeps alive, 31 tokens",
+        "bytes of the static cache",
+    ]
+    assert broken(other_weight) == ["logits in fp32, largest difference"]
+    monkeypatch.setattr(train.export, "write", write)
+    export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_that_does_not_load_says_why(gqa: Path, corpus: Path) -> None:
+    """By the fresh process itself, without a traceback of ours."""
+    pytest.importorskip("transformers")
+    (gqa.parent / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(TrainingError, match=r"cannot be loaded or run by transformers:[^$]*model.safetensors"):
+        train.export_verify.fresh_process(gqa.parent, {"trust_remote_code": False})
+
+
+def refused(source: Path, *arguments: str, data: Path | None = None) -> str:
+    """The message of the command, which ends with code 1 or 2 and leaves nothing."""
+    out = source.parent / "out"
+    with pytest.raises(REFUSALS) as error:
+        export(ExportConfig(**({"checkpoint": str(source), "out": str(out), "verify": False, "data": data and str(data)}
+                            | dict(argument.split("=", 1) for argument in arguments))), QUIET)  # fmt: skip
+    assert not out.with_name("out.partial").exists()
+    return str(error.value)
