@@ -1,5 +1,6 @@
 """Export: folders that others load, what is refused, and checkpoints that somebody has tampered with."""
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, run_script, small
+from conftest import build, launch_in_process, run_script, small
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from arch.convert import ConversionError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from data.shards import sha256
-from eval.cli import MISTAKES
+from eval.cli import MISTAKES, UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export
@@ -254,9 +255,7 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
             change(request.partial)
 
         monkeypatch.setattr(train.export, "write", wrong)
-        with pytest.raises(
-            TrainingError, match="is not the model that was trained; it is kept as .*out.partial"
-        ) as error:
+        with pytest.raises(TrainingError, match="is not the model that was trained; it is kept") as error:
             export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
         assert not (tmp_path / "out").exists()
         assert (tmp_path / "out.partial" / "config.json").exists()
@@ -268,7 +267,7 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
 
     def other_weight(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
-        tensors["model.norm.weight"] *= 1 + 1e-4
+        tensors["model.norm.weight"] *= 1 + 1e-4  # far from rounding, and no token is another
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     found = broken(shorter_window)
@@ -300,3 +299,92 @@ def refused(source: Path, *arguments: str, data: Path | None = None) -> str:
                             | dict(argument.split("=", 1) for argument in arguments))), QUIET)  # fmt: skip
     assert not out.with_name("out.partial").exists()
     return str(error.value)
+
+
+def test_what_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "step-00000003", "gqa2")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    for arguments, message in (
+        (["out=" + str(taken)], r"taken is there already; give another folder with out="),
+        (["dtype=fp8"], "dtype is fp8; choose fp32, bf16"),
+        (["target=gguf"], "target is gguf; choose auto, stock"),
+        (["max_shard_size=big"], "max_shard_size: cannot read 'big'"),
+        (["max_shard_size=0"], "it must be more than nothing"),
+        (["checkpoint=" + str(tmp_path / "gone")], "gone is not there"),
+        (["checkpoint=" + str(taken)], "taken is neither a checkpoint nor a run that has saved one"),
+        (["data=" + str(taken)], "holds no prepared data"),
+        ([], "there is no tokenizer: .*lies in no run; give the prepared folder that it was trained on with data="),
+    ):
+        assert re.search(message, refused(source, *arguments)), arguments
+    assert taken.is_dir()
+    small_vocabulary = write_checkpoint(tmp_path / "step-00000004", "gqa2", vocab_size=61)
+    assert "the tokenizer has 600 tokens, the model 61" in refused(small_vocabulary, data=corpus)
+    monkeypatch.setattr(train.export_verify.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="verification needs transformers: pip install"):
+        export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+
+
+def test_what_no_target_holds_is_refused_with_the_reason(arch: str, tmp_path: Path, corpus: Path) -> None:
+    if arch in STOCK:
+        pytest.skip("exported above")
+    source = write_checkpoint(tmp_path / "step-00000003", arch, num_layers=8)
+    message = refused(source, data=corpus)
+    assert "cannot be exported exactly, and is not approximated\ntarget stock does not hold it:\n- " in message
+
+
+def test_the_command_line_ends_with_a_message(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        launch_in_process(train.export.main, "export", ExportConfig, [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: give checkpoint=, the folder of a run or of a checkpoint\n"
+
+
+def test_disk_full_and_folders_that_cannot_be_written(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = gqa.parent / "file"
+    blocked.touch()
+    assert "cannot write" in refused(gqa, f"out={blocked / 'out'}", data=corpus)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    for function in ("write_weights", "write_card"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train.export, function, full)
+            message = refused(gqa, data=corpus)
+        assert re.search("cannot write .*out: No space left on device; give another folder with out=", message)
+    assert {path.name for path in gqa.parent.iterdir()} == {"file", gqa.name}
+
+
+class Hub:
+    """A stand-in for HfApi."""
+
+    def __init__(self, error: Exception | None = None):
+        self.error, self.sent = error, []
+
+    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
+        if self.error:
+            raise self.error
+        self.sent.append((repo, private, exist_ok))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self.sent.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+
+def test_push_to_the_hub(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.export_hub, "get_token", lambda: None)
+    assert "needs a token: run `hf auth login`, or set HF_TOKEN" in refused(gqa, "push_to_hub=me/x", data=corpus)
+    assert "push_to_hub=a/b/c" in refused(gqa, "push_to_hub=a/b/c", data=corpus)
+    monkeypatch.setattr(train.export_hub, "get_token", lambda: "a token")
+    hub = Hub()
+    monkeypatch.setattr(train.export_hub, "HfApi", lambda: hub)
+    exported(gqa, corpus, push_to_hub="me/x")
+    files = {"README.md", "architecture.png", "config.json", "generation_config.json", "model.safetensors"}
+    assert hub.sent == [("me/x", True, True), ("me/x", files | {"tokenizer.json", "tokenizer_config.json"})]
+    monkeypatch.setattr(train.export_hub, "HfApi", lambda: Hub(ConnectionError("no network")))
+    message = refused(gqa, "push_to_hub=me/x", f"out={gqa.parent / 'second'}", data=corpus)
+    assert re.search(r"second is complete, and could not be sent to me/x \(no network\); `hf upload me/x", message)
+    assert (gqa.parent / "second" / "README.md").exists()
