@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -35,6 +36,7 @@ from eval.cli import MISTAKES, UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export
+from train.export_run import corpus_of
 from train.export_source import Source
 
 QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
@@ -388,3 +390,52 @@ def test_push_to_the_hub(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatc
     message = refused(gqa, "push_to_hub=me/x", f"out={gqa.parent / 'second'}", data=corpus)
     assert re.search(r"second is complete, and could not be sent to me/x \(no network\); `hf upload me/x", message)
     assert (gqa.parent / "second" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_lm_eval_scores_the_folder(tmp_path: Path, corpus: Path) -> None:
+    """By its stock `hf` model, on a local task file, without a network; the score is what our own model says."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -c constraints.txt -e '.[eval]'")
+    export(ExportConfig(str(run), str(tmp_path / "mine"), verify=False), QUIET)
+    (tmp_path / "questions.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"def function_{n}(x):\n    return x", "answer": f" * {n}"}) + "\n"
+            for n in range(4)
+        )
+    )
+    task = f"""
+task: local_code
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "questions.jsonl"}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: perplexity}}, {{metric: acc}}]
+"""
+    (tmp_path / "local_code.yaml").write_text(task)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", "pretrained=mine,dtype=float32",
+               "--tasks", "local_code", "--include_path", ".", "--device", "cpu", "--output_path", "scores.json",
+               "--batch_size", "2"]  # fmt: skip
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (scores,) = tmp_path.glob("scores*.json")
+    result = json.loads(scores.read_text())["results"]["local_code"]
+    assert result["perplexity,none"] == pytest.approx(answer_perplexity(source, corpus), rel=1e-4)
+
+
+def answer_perplexity(folder: Path, corpus: Path) -> float:
+    """exp of minus the mean log-probability of the answers above, by our own model."""
+    model = Decoder(Source(folder).model()[0])
+    checkpoint.load(folder, model)
+    tokenizer = corpus_of(folder, None, str(corpus), 0).tokenizer
+    total = 0.0
+    for n in range(4):
+        text = f"def function_{n}(x):\n    return x"
+        context = len(tokenizer.encode(text).ids)
+        ids = tokenizer.encode(f"{text} * {n}").ids
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
+        total += sum(logprobs[i - 1, ids[i]].item() for i in range(context, len(ids)))
+    return math.exp(-total / 4)
