@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build, launch_in_process, run_script, small
+from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -38,6 +39,7 @@ from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export
 from train.export_run import corpus_of
 from train.export_source import Source
+from train.schema import PretrainConfig
 
 QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
 REFUSALS = (*MISTAKES, TrainingError, ConversionError)
@@ -395,14 +397,12 @@ def test_push_to_the_hub(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_lm_eval_scores_the_folder(tmp_path: Path, corpus: Path) -> None:
     """By its stock `hf` model, on a local task file, without a network; the score is what our own model says."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -c constraints.txt -e '.[eval]'")
-    export(ExportConfig(str(run), str(tmp_path / "mine"), verify=False), QUIET)
-    (tmp_path / "questions.jsonl").write_text(
-        "".join(
-            json.dumps({"question": f"def function_{n}(x):\n    return x", "answer": f" * {n}"}) + "\n"
-            for n in range(4)
-        )
-    )
+    for module in ("lm_eval", "accelerate"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install -c constraints.txt -e '.[eval]'")
+    source = write_checkpoint(tmp_path / "step-00000003", "mqa")
+    export(ExportConfig(str(source), str(tmp_path / "mine"), data=str(corpus), verify=False), QUIET)
+    lines = [{"question": f"def function_{n}(x):\n    return x", "answer": f" * {n}"} for n in range(4)]
+    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     task = f"""
 task: local_code
 dataset_path: json
@@ -439,3 +439,66 @@ def answer_perplexity(folder: Path, corpus: Path) -> float:
             logprobs = model(torch.tensor([ids]))[0].log_softmax(-1)
         total += sum(logprobs[i - 1, ids[i]].item() for i in range(context, len(ids)))
     return math.exp(-total / 4)
+
+
+@pytest.fixture
+def made_up(tmp_path: Path, corpus: Path) -> Path:
+    """The folder of a run that was never trained: configuration, two checkpoints, which of them is best, a summary."""
+    folder = tmp_path / "run"
+    model = small("gqa2", vocab_size=600, num_layers=1)
+    config = PretrainConfig(arch=model.arch, size=model.size, name="mine", batch_size=4, seed=7)
+    config.data = DataConfig(path=str(corpus), name="unit")
+    for step in (3, 6):
+        write_checkpoint(folder / "checkpoints" / f"step-{step:08d}", "gqa2", num_layers=1)
+    for number, path in ((3, folder / "checkpoints" / "step-00000003"), (6, folder / "checkpoints" / "step-00000006")):
+        info = json.loads((path / "checkpoint.json").read_text())
+        (path / "checkpoint.json").write_text(json.dumps(info | {"step": number}))
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    (folder / "checkpoints" / "best.json").write_text('{"checkpoint": "step-00000003", "val_loss": 2.5}')
+    val = {"loss": 3.0, "ppl": 20.0855, "bpb": 1.25}
+    (folder / "summary.json").write_text(json.dumps({"tokens": 6 * 4 * 32, "val": val}))
+    return folder
+
+
+def test_the_card_says_of_the_run_what_is_true_of_this_checkpoint(made_up: Path) -> None:
+    def training(checkpoint: Path, name: str) -> str:
+        export(ExportConfig(str(checkpoint), str(made_up.parent / name), verify=False), QUIET)
+        card = (made_up.parent / name / "README.md").read_text()
+        assert "Not verified: it was exported with `verify=false`." in card
+        return card.partition("## Training")[2].partition("## Load")[0]
+
+    last = training(made_up, "last")
+    lines = ["run: mine", "step: 6", "tokens: 768, in sequences of 32", "data: unit", "seed: 7"]
+    lines += ["validation loss: 3.0000 nats per token", "validation perplexity: 20.085", "bits per byte: 1.2500"]
+    assert all(f"- {line}\n" in last for line in lines), last
+    best = training(made_up / "checkpoints" / "step-00000003", "best")
+    assert "- validation loss: 2.5000 nats per token\n" in best
+    assert "perplexity" not in best
+    (made_up / "checkpoints" / "best.json").unlink()
+    assert "validation" not in training(made_up / "checkpoints" / "step-00000003", "early")
+
+
+def test_a_run_whose_files_are_broken_or_gone(made_up: Path, corpus: Path) -> None:
+    for name, text, message in (
+        ("summary.json", "[1]", "summary.json is no JSON object"),
+        ("summary.json", "{", "summary.json cannot be read"),
+        ("summary.json", '{"tokens": 768, "val": {"loss": NaN}}', "its validation figures are {'loss': nan}"),
+        ("config.yaml", "arch: [", "config.yaml is not the configuration of a run"),
+        ("config.yaml", "nonsense: 1", "config.yaml is not the configuration of a run"),
+        ("config.yaml", "data: {path: /gone}", "the run's data folder /gone is not here; give the prepared folder"),
+    ):
+        before = (made_up / name).read_text()
+        (made_up / name).write_text(text)
+        assert message in refused(made_up)
+        if "gone" in text:
+            exported(made_up, corpus, "found again")
+        (made_up / name).write_text(before)
+
+
+@pytest.mark.usefixtures("here")
+def test_perplexity_is_compared_on_the_text_of_the_run(made_up: Path) -> None:
+    checks = export(ExportConfig(str(made_up), str(made_up.parent / "out")), QUIET)
+    (check,) = [check for check in checks if check.name == "perplexity on 128 validation tokens"]
+    assert check.passed
+    assert float(check.found) == pytest.approx(float(check.wanted), rel=1e-5)
+    assert float(check.found) > 2

@@ -154,7 +154,7 @@ def outcome(folder: Path, corpus: Path) -> str:
 
 
 @pytest.mark.usefixtures("limited")
-@pytest.mark.parametrize("seed", range(240))
+@pytest.mark.parametrize("seed", range(120))
 def test_tampering(seed: int, pristine: Path, tmp_path: Path, corpus: Path) -> None:
     draw = random.Random(seed)
     folder = tmp_path / "step-00000003"

@@ -99,33 +99,26 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
     target, passed = choose(config, plan, options.target)
     source.check(target.weights)
     run = run_of(folder)
-    corpus = corpus_of(folder, saved_config(run), options.data, WINDOWS)
+    asked = saved_config(run)
+    training = training_of(folder, run, asked, source.info)
+    corpus = corpus_of(folder, asked, options.data, WINDOWS)
     console.print(plan_table(request.out.name, plan, config.size.seq_len, 2))
     for name, reason in passed.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)
     console.print(f"target: {target.name}, {target.model_class}; {len(target.weights)} tensors in {options.dtype}")
+    dtype, partial = DTYPES[options.dtype], request.partial
     try:
         write(request, source, target, corpus)
-        subject = Subject(
-            folder,
-            request.partial,
-            config,
-            target,
-            DTYPES[options.dtype],
-            corpus.tokenizer,
-            corpus.end,
-            corpus.windows,
-        )
+        subject = Subject(folder, partial, config, target, dtype, corpus.tokenizer, corpus.end, corpus.windows)
         checks = judged(subject, console) if options.verify else []
-        training = training_of(folder, run, saved_config(run), source.info)
         version = f"transformers {installed('transformers')} and torch {installed('torch')}"
-        write_card(request.partial, request.out.name, config, plan, target, training, checks, version)
-        request.partial.rename(request.out)
+        name = options.push_to_hub or request.out.name
+        write_card(partial, name, config, plan, target, training, checks, version)
+        partial.rename(request.out)
     except OSError as error:
-        shutil.rmtree(request.partial, ignore_errors=True)
-        raise TrainingError(
-            f"cannot write {request.out}: {error.strerror or error}; give another folder with out="
-        ) from error
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or error
+        raise TrainingError(f"cannot write {request.out}: {reason}; give another folder with out=") from error
     console.print(f"exported: {request.out}", soft_wrap=True)
     if options.push_to_hub is not None:
         console.print(f"pushed: {push(request.out, options.push_to_hub)}", soft_wrap=True)
@@ -134,8 +127,7 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
 
 def write(request: Request, source: Source, target: Target, corpus: Corpus) -> None:
     """All of the folder but its card. Leaves nothing where that fails."""
-    folder, size = request.partial, target.config
-    dtype = DTYPES[request.options.dtype]
+    folder, size, dtype = request.partial, target.config, DTYPES[request.options.dtype]
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -149,6 +141,7 @@ def write(request: Request, source: Source, target: Target, corpus: Corpus) -> N
 
 def judged(subject: Subject, console: Console) -> list[Check]:
     """The checks, shown. Raises TrainingError where one failed; the folder stays for a look at it."""
+    console.print("verifying in a fresh process")
     checks = verify(subject)
     console.print(table(checks, f"transformers {installed('transformers')}, in a fresh process"))
     failed = [check for check in checks if check.passed is False]

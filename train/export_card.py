@@ -1,5 +1,6 @@
 """The model card of an exported folder: what its cache costs, how it was trained, how to load it."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_card(
     checks: Sequence[Check],
     version: str,
 ) -> None:
-    """README.md, and the picture in it. `name` is what the folder will be called."""
+    """README.md, and the picture in it. `name` is where it will be found: the folder, or its repository."""
     draw_plan(plan, name, config.size.seq_len, ITEMSIZE, folder / PICTURE)
     sections = [
         front_matter(target),
@@ -142,8 +143,8 @@ def usage(name: str, target: Target) -> str:
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype=torch.bfloat16{trust})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```

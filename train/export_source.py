@@ -7,7 +7,7 @@ before anything of that size is allocated.
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Source:
         self.folder = folder
         self.info = load_info(folder)
         self.saved = join([piece for name in sorted(self.info["files"]) for piece in scan(folder / name)])
-        self._open = cache(open_file)
+        self._open = lru_cache(maxsize=256)(open_file)
 
     def model(self) -> tuple[ModelConfig, KVPlan]:
         """What the weights belong to. Raises TrainingError where there is no such model."""
