@@ -28,7 +28,7 @@ import train.export
 import train.export_hub
 import train.export_source
 import train.export_verify
-from arch import ArchConfig, Decoder
+from arch import ArchConfig, Decoder, generate
 from arch.convert import ConversionError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
@@ -502,3 +502,13 @@ def test_perplexity_is_compared_on_the_text_of_the_run(made_up: Path) -> None:
     assert check.passed
     assert float(check.found) == pytest.approx(float(check.wanted), rel=1e-5)
     assert float(check.found) > 2
+
+
+def test_tokens_that_differ_count_unless_it_is_a_tie() -> None:
+    model, prompt = build(small("gqa2"), torch.float32), [1, 2, 3]
+    with torch.inference_mode():
+        (ours,) = generate(model, [prompt], 8)
+        theirs = [*ours[:3], (ours[3] + 1) % 61, *ours[4:]]
+        assert train.export_verify.agreement(model, prompt, ours, ours, 1e-5) == 8
+        assert train.export_verify.agreement(model, prompt, theirs, ours, 1e-5) == 3
+        assert train.export_verify.agreement(model, prompt, theirs, ours, 1e3) == 8

@@ -177,8 +177,7 @@ def join(found: list[tuple[str, str, Piece]]) -> dict[str, Saved]:
 
 
 def _join(name: str, parts: list[Piece], dtypes: set[str]) -> Saved:
-    parts = [part for part in parts if elements(part.shape)] or parts[:1]  # a process may have had no row
-    parts.sort(key=lambda part: part.begin)
+    parts.sort(key=lambda part: (part.begin, part.shape[:1]))  # a process may have had no row
     if len(dtypes) > 1 or len({part.shape[1:] for part in parts}) > 1:
         raise TrainingError(f"{PREFIX}{name}: its pieces are of different types or widths, in {_files(parts)}")
     row = 0
