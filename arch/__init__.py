@@ -1,8 +1,8 @@
-"""Decoder-only language models whose KV layout is written once and read by everything."""
+"""Language models whose KV layout is written once and read by everything."""
 
 from .block_generate import generate_blocks
-from .block_plan import BlockPlan, resolve_block
-from .block_transformer import BlockTransformer
+from .block_plan import BlockPlan, Plan, plan_from_dict, resolve
+from .block_transformer import BlockTransformer, allocate_blocks
 from .cache import Cache, allocate
 from .config import (
     ArchConfig,
@@ -16,7 +16,8 @@ from .config import (
 )
 from .decoder import Decoder
 from .generate import generate
-from .plan import KVPlan, LayoutError, Slot, Store, resolve
+from .model import LanguageModel, build
+from .plan import KVPlan, LayoutError, Slot, Store
 
 __all__ = [
     "ArchConfig",
@@ -26,18 +27,22 @@ __all__ = [
     "Cache",
     "Decoder",
     "KVPlan",
+    "LanguageModel",
     "LatentConfig",
     "LayoutError",
     "ModelConfig",
+    "Plan",
     "SizeConfig",
     "Slot",
     "Store",
     "StoreConfig",
     "TokenDecoderConfig",
     "allocate",
+    "allocate_blocks",
+    "build",
     "from_dict",
     "generate",
     "generate_blocks",
+    "plan_from_dict",
     "resolve",
-    "resolve_block",
 ]

@@ -1,17 +1,16 @@
-"""The two plans of a Block Transformer (Ho et al. 2024), and what it costs: parameters, FLOPs, bytes of KV cache.
+"""The two plans of a Block Transformer (Ho et al. 2024), and `resolve`, which tells them from the one of a decoder.
 
 A coarse plan over blocks of `length` tokens, and a fine one over the positions of a single block: its context, then its
-tokens. The last token of a block is no input. Pure functions of the configuration.
+tokens. The last token of a block is no input.
 """
 
 import re
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from .config import ArchConfig, BlockConfig, ModelConfig
-from .footprint import kv_bytes, stack_flops, stack_params
-from .plan import KVPlan, LayoutError, resolve, share_of
+from .plan import KVPlan, LayoutError, resolve_stack, share_of
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,42 @@ class BlockPlan:
     length   tokens of a block
     context  vectors that a block's context is expanded to
     slots    positions of the token decoder: it says the tokens of a block from its last `length` ones
+    start    whether the first block is predicted too, from a learned context
     block, token   plans of the block decoder and of the token decoder
     """
 
     length: int
     context: int
     slots: int
+    start: bool
     block: KVPlan
     token: KVPlan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `plan_from_dict` reads it back."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"blocks of {self.length}: {self.block}; within one: {self.token}"
+
+
+Plan = KVPlan | BlockPlan
+
+
+def resolve(config: ModelConfig) -> Plan:
+    """The plan of a model: of a decoder, or with `arch.block` the two of a Block Transformer.
+
+    Raises LayoutError with every problem.
+    """
+    return resolve_stack(config) if config.arch.block is None else resolve_block(config)
+
+
+def plan_from_dict(values: dict[str, Any]) -> Plan:
+    """The plan that `to_dict` wrote."""
+    if "block" not in values:
+        return KVPlan.from_dict(values)
+    parts = {name: KVPlan.from_dict(values[name]) for name in ("block", "token")}
+    return BlockPlan(**{**values, **parts})
 
 
 def resolve_block(config: ModelConfig) -> BlockPlan:
@@ -37,7 +64,7 @@ def resolve_block(config: ModelConfig) -> BlockPlan:
     block = block_config(config)
     context = block.token.prefix if block.token.kind == "prefix" else block.length
     slots = block.length + (context - 1 if block.token.kind == "prefix" else 0)
-    return BlockPlan(block.length, context, slots, resolve(coarse), resolve(fine))
+    return BlockPlan(block.length, context, slots, block.start, resolve_stack(coarse), resolve_stack(fine))
 
 
 def block_config(config: ModelConfig) -> BlockConfig:
@@ -88,7 +115,7 @@ def stages(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
 
 def _problems(config: ModelConfig) -> list[str]:
     try:
-        resolve(config)
+        resolve_stack(config)
     except LayoutError as error:
         return error.problems
     return []
@@ -124,70 +151,3 @@ def embed_dim(config: ModelConfig) -> int:
     """Width of one token's embedding in the embedder."""
     block = block_config(config)
     return config.size.d_model // block.length if block.embedder == "lookup" else block.embed_dim or config.size.d_model
-
-
-@dataclass(frozen=True)
-class BlockKVBytes:
-    """KV cache of one sequence, in bytes.
-
-    per_token  what each further token adds on average, once all windows are full
-    constant   the token decoder's cache, and windowed stores of the block decoder when full
-    stored     the whole cache after `context` tokens; a block that is not complete is in the constant part
-    read       fetched to decode one token of the block that comes then, on average over its tokens
-    """
-
-    per_token: Fraction
-    constant: int
-    stored: int
-    read: Fraction
-
-
-def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int = 2) -> BlockKVBytes:
-    """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes (paper, 2.3, 2.4, E.2).
-
-    The block decoder runs once per block; the token decoder reads, for the first token, the context's positions alone.
-    """
-    block = kv_bytes(plan.block, context // plan.length, itemsize)
-    token = kv_bytes(plan.token, plan.slots, itemsize)
-    first = plan.slots - plan.length + 1
-    steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
-    return BlockKVBytes(
-        per_token=Fraction(block.per_token, plan.length),
-        constant=block.constant + token.stored,
-        stored=block.stored + token.stored,
-        read=Fraction(block.read + steps, plan.length),
-    )
-
-
-def block_allocated_bytes(plan: BlockPlan, batch: int, capacity: int, itemsize: int = 2) -> int:
-    """Bytes of what `block_transformer.allocate_blocks` makes for sequences of up to `capacity` tokens."""
-    return batch * block_kv_bytes(plan, capacity, itemsize).stored
-
-
-def num_block_params(config: ModelConfig) -> int:
-    """Parameters of the Block Transformer, embeddings included; tied embeddings count once."""
-    (coarse, fine), plan, block = stages(config), resolve_block(config), block_config(config)
-    width, vocab_size = embed_dim(config), config.size.vocab_size
-    embedder = vocab_size * width
-    if block.embedder == "projection":
-        embedder += block.length * width * coarse.size.d_model + coarse.size.d_model
-    expansion = plan.context * fine.size.d_model * (coarse.size.d_model + 1)
-    start = coarse.size.d_model if block.start else 0
-    tables = vocab_size * fine.size.d_model * (1 if config.size.tie_embeddings else 2)
-    return embedder + start + stack_params(coarse, plan.block) + expansion + stack_params(fine, plan.token) + tables
-
-
-def block_forward_flops(config: ModelConfig, seq_len: int) -> int:
-    """FLOPs of the forward pass over one sequence of `seq_len` tokens, a multiple of the block length.
-
-    Counted as in `footprint.forward_flops`. The last block is no context; the first is not predicted without `start`.
-    """
-    (coarse, fine), plan, block = stages(config), resolve_block(config), block_config(config)
-    contexts = seq_len // plan.length - 1
-    predicted = contexts + (1 if block.start else 0)
-    total = stack_flops(coarse, plan.block, contexts)
-    if block.embedder == "projection":
-        total += 2 * contexts * block.length * embed_dim(config) * coarse.size.d_model
-    total += predicted * 2 * coarse.size.d_model * plan.context * fine.size.d_model
-    total += predicted * stack_flops(fine, plan.token, plan.slots)
-    return total + predicted * plan.length * 2 * fine.size.d_model * fine.size.vocab_size

@@ -73,6 +73,17 @@ class BlockTransformer(nn.Module):
         self.expansion = nn.Linear(coarse.size.d_model, self.plan.context * fine.size.d_model)
         self.token_decoder = Decoder(fine, backend, device_type)
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks that the model is made of."""
+        return self.block_decoder, self.token_decoder
+
+    def attention(self, documents: bool = False) -> str:
+        """As Decoder.attention. ValueError with `documents`: a block may belong to two."""
+        if documents:
+            raise ValueError("a Block Transformer cannot keep packed documents apart, blocks cross their borders")
+        return f"blocks: {self.block_decoder.attention()}; within a block: {self.token_decoder.attention()}"
+
     def forward(
         self, tokens_BT: Tensor, head: Callable[[Tensor, Tensor], Tensor] = F.linear, real_BT: Tensor | None = None
     ) -> Tensor:
@@ -167,7 +178,7 @@ def allocate_blocks(
     device: torch.device | str = "cpu",
     start_B: Tensor | None = None,
 ) -> BlockCache:
-    """An empty cache for `batch` sequences of up to `capacity` tokens, `block_plan.block_allocated_bytes` in all.
+    """An empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
 
     Only complete blocks take room that grows. `start_B`: row b is padding before block `start_B[b]`.
     """

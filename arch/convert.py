@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ArchConfig, LatentConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
 from .decoder import Decoder
-from .plan import KVPlan, head_dim, is_neox, resolve
+from .plan import KVPlan, head_dim, is_neox, resolve_stack
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -138,7 +138,7 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
         reasons.append("size.style: neox is not exported")
     hf = {} if reasons else _stock_config(config.size, plan)
     # What the reasons above do not know of would be lost in silence.
-    if not reasons and _layout(resolve(model_config(hf))) != _layout(plan):
+    if not reasons and _layout(resolve_stack(model_config(hf))) != _layout(plan):
         reasons = [f"layout: {ARCHITECTURES[hf['model_type']]} comes closest and does something else"]
     if reasons:
         raise Unrepresentable(reasons)
@@ -254,7 +254,7 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise Unrepresentable(problems)
     sizes = {ours: values[theirs] for ours, theirs in SIZES.items()}
     config = ModelConfig(arch, from_dict(SizeConfig, sizes | {"head_dim": width, "rope_theta": theta}))
-    resolve(config)
+    resolve_stack(config)
     return config
 
 
@@ -320,7 +320,7 @@ def weight_map(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
 
     One weight is one tensor on either side, so that a checkpoint can be converted tensor by tensor.
     """
-    slot = resolve(config).stores[0].slot
+    slot = resolve_stack(config).stores[0].slot
     rotary: dict[str, tuple[int, int]] = {}
     if slot.latent_dim and hf.get("rope_interleave", True):
         rotary["reader.q_proj"] = (head_dim(config.size), slot.rope_dim)

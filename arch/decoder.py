@@ -20,7 +20,7 @@ from .cache import AnyStore, Cache, StateStore
 from .config import ModelConfig, SizeConfig
 from .layers import LayerNorm, RMSNorm, Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
-from .plan import KVPlan, Store, is_neox, resolve
+from .plan import KVPlan, Store, is_neox, resolve_stack
 
 
 class Block(nn.Module):
@@ -80,7 +80,7 @@ class Stack(nn.Module):
         super().__init__()
         size = config.size
         self.config = config
-        self.plan: KVPlan = resolve(config)
+        self.plan: KVPlan = resolve_stack(config)
         self.backend = backend
         self.device_type = device_type
         self.chosen = {False: choose_backends(backend, size, self.plan, device_type)}  # with documents: at first use
@@ -89,6 +89,11 @@ class Stack(nn.Module):
             Block(size, self.plan.store(layer), owner == layer) for layer, owner in enumerate(self.plan.owners)
         )
         self.norm = build_norm(size)
+
+    @property
+    def stacks(self) -> tuple["Stack", ...]:
+        """The stacks that the model is made of."""
+        return (self,)
 
     def attention(self, documents: bool = False) -> str:
         """The backends in use and for which stores, for a log; ValueError where they cannot run packed documents."""
@@ -221,6 +226,10 @@ class Decoder(Stack):
         if last_only:
             x_BTD = x_BTD[:, -1:]
         return head(self.norm(x_BTD), self.output_weight)
+
+    def predicted(self, of_targets_BT: Tensor) -> Tensor:
+        """The part of the targets, or of anything else there is of each, that `forward` predicts: here all."""
+        return of_targets_BT
 
     def init_weights(self, seed: int = 0) -> None:
         """As `initialise`, with the size's `init_std`."""

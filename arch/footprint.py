@@ -6,7 +6,9 @@ is `stored` at the full capacity for every sequence of the batch.
 """
 
 from dataclasses import dataclass
+from fractions import Fraction
 
+from .block_plan import BlockPlan, Plan, block_config, embed_dim, stages
 from .config import ModelConfig, SizeConfig
 from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
 
@@ -15,26 +17,51 @@ from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
 class KVBytes:
     """KV cache of one sequence, in bytes.
 
-    per_token  what each further token adds, once all windows are full
-    constant   windowed stores when full, and bounded ones
+    per_token  what each further token adds, once all windows are full; of a Block Transformer on average
+    constant   windowed stores when full, and bounded ones; a Block Transformer's token decoder
     stored     the whole cache after `context` tokens
-    read       fetched from it to decode the token at `context` (that token included), over all layers
+    read       fetched from it to decode the token at `context` (that token included), over all layers; of a Block
+               Transformer on average over the tokens of the block that comes then
     """
 
-    per_token: int
+    per_token: int | float
     constant: int
     stored: int
-    read: int
+    read: int | float
 
 
-def kv_bytes(plan: KVPlan, context: int, itemsize: int = 2) -> KVBytes:
+def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
     """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes."""
+    if isinstance(plan, BlockPlan):
+        return block_kv_bytes(plan, context, itemsize)
     return KVBytes(
         per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.bound is None),
         constant=sum(store_bytes(s, s.bound, itemsize) for s in plan.stores if s.bound is not None),
         stored=sum(store_bytes(s, context, itemsize) for s in plan.stores),
         read=sum(store_bytes(plan.store(i), context, itemsize) for i in range(plan.num_layers)),
     )
+
+
+def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
+    """The two plans of a Block Transformer together (paper, 2.3, 2.4, E.2).
+
+    The block decoder runs once per block; the token decoder reads, for the first token, the context's positions alone.
+    What is not yet a complete block is in the constant part.
+    """
+    block = kv_bytes(plan.block, context // plan.length, itemsize)
+    token = kv_bytes(plan.token, plan.slots, itemsize)
+    first = plan.slots - plan.length + 1
+    steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
+    return KVBytes(
+        per_token=_whole(Fraction(block.per_token) / plan.length),
+        constant=block.constant + token.stored,
+        stored=block.stored + token.stored,
+        read=_whole(Fraction(block.read + steps) / plan.length),
+    )
+
+
+def _whole(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)
 
 
 def store_bytes(store: Store, context: int, itemsize: int = 2) -> int:
@@ -53,16 +80,30 @@ def state_itemsize(itemsize: int) -> int:
     return max(4, itemsize)
 
 
-def allocated_bytes(plan: KVPlan, batch: int, capacity: int, itemsize: int = 2) -> int:
-    """Bytes of the tensors that `cache.allocate` makes for `batch` sequences of up to `capacity` tokens."""
+def allocated_bytes(plan: Plan, batch: int, capacity: int, itemsize: int = 2) -> int:
+    """Bytes of the tensors that `allocate` makes for `batch` sequences of up to `capacity` tokens."""
     return batch * kv_bytes(plan, capacity, itemsize).stored
 
 
-def num_params(config: ModelConfig, plan: KVPlan) -> int:
-    """Parameters of the model, embedding included; tied embeddings count once."""
+def num_params(config: ModelConfig, plan: Plan) -> int:
+    """Parameters of the model, embeddings included; tied embeddings count once."""
+    if isinstance(plan, BlockPlan):
+        return block_params(config, plan)
     size = config.size
     embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
     return embedding + stack_params(config, plan)
+
+
+def block_params(config: ModelConfig, plan: BlockPlan) -> int:
+    """Parameters of a Block Transformer: embedder, start context, both decoders, and the map between them."""
+    (coarse, fine), block = stages(config), block_config(config)
+    width, d_model = embed_dim(config), coarse.size.d_model
+    embedder = config.size.vocab_size * width
+    if block.embedder == "projection":
+        embedder += block.length * width * d_model + d_model
+    expansion = plan.context * fine.size.d_model * (d_model + 1)
+    start = d_model if plan.start else 0
+    return embedder + start + stack_params(coarse, plan.block) + expansion + num_params(fine, plan.token)
 
 
 def stack_params(config: ModelConfig, plan: KVPlan) -> int:
@@ -103,12 +144,31 @@ def visible_pairs(seq_len: int, window: int | None) -> int:
     return full * (full + 1) // 2 + (seq_len - full) * full
 
 
-def forward_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
+def forward_flops(config: ModelConfig, plan: Plan, seq_len: int) -> int:
     """FLOPs of the forward pass over one sequence: 2 per multiply-add of a matrix product, visible pairs only.
 
-    Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is.
+    Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is. A Block
+    Transformer takes whole blocks.
     """
+    if isinstance(plan, BlockPlan):
+        return block_flops(config, plan, seq_len)
     return 2 * seq_len * config.size.d_model * config.size.vocab_size + stack_flops(config, plan, seq_len)
+
+
+def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
+    """`forward_flops` of a Block Transformer.
+
+    The last block is no context; the first is not predicted without a start context.
+    """
+    (coarse, fine), block = stages(config), block_config(config)
+    contexts = seq_len // plan.length - 1
+    predicted = contexts + (1 if plan.start else 0)
+    total = stack_flops(coarse, plan.block, contexts)
+    if block.embedder == "projection":
+        total += 2 * contexts * block.length * embed_dim(config) * coarse.size.d_model
+    total += predicted * 2 * coarse.size.d_model * plan.context * fine.size.d_model
+    total += predicted * stack_flops(fine, plan.token, plan.slots)
+    return total + predicted * plan.length * 2 * fine.size.d_model * fine.size.vocab_size
 
 
 def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
@@ -145,12 +205,12 @@ def attention_flops(config: ModelConfig, plan: KVPlan, layer: int, pairs: int) -
     return 2 * config.size.num_heads * (2 * width + plan.store(layer).slot.rope_dim) * pairs
 
 
-def train_flops_per_token(config: ModelConfig, plan: KVPlan, seq_len: int | None = None) -> float:
+def train_flops_per_token(config: ModelConfig, plan: Plan, seq_len: int | None = None) -> float:
     """Forward and backward FLOPs per training token (backward = twice forward), without recomputation."""
     seq_len = seq_len or config.size.seq_len
     return 3 * forward_flops(config, plan, seq_len) / seq_len
 
 
-def max_batch(plan: KVPlan, context: int, memory: float, weight_bytes: int, itemsize: int = 2) -> int:
+def max_batch(plan: Plan, context: int, memory: float, weight_bytes: int, itemsize: int = 2) -> int:
     """Sequences of `context` tokens whose cache fits in `memory` bytes beside the weights."""
     return max(0, int((memory - weight_bytes) // kv_bytes(plan, context, itemsize).stored))

@@ -142,17 +142,14 @@ class KVPlan:
         return " ".join(f"{owner}{mark}" for owner, mark in zip(self.owners, marks, strict=True))
 
 
-def resolve(config: ModelConfig) -> KVPlan:
-    """The plan of `config`.
+def resolve_stack(config: ModelConfig) -> KVPlan:
+    """The plan of one stack of layers: a decoder, or one of the two of a Block Transformer.
 
     Raises LayoutError where the size is impossible, or else with every problem of the layout.
     """
     problems = _check_size(config.size)
     if config.arch.block is not None:
-        problems.append(
-            "arch.block makes this a Block Transformer, which has two plans: build it as "
-            "arch.BlockTransformer, or remove arch.block for a decoder"
-        )
+        problems.append("arch.block makes this a Block Transformer, no decoder: build it with arch.build")
     if problems:
         raise LayoutError(problems)
     types = {name: _resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}

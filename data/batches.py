@@ -3,7 +3,7 @@
 Shapes: B sequences of a micro-batch, T tokens of a sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -14,21 +14,42 @@ from torch import Tensor
 from .mixture import EvalWindows, Mixture
 from .shards import TokenWindows
 
-# Target of a position that is not real text: no loss, not counted.
+# Target of a position that is no real text, or that the model does not predict: no loss, not counted.
 IGNORE = -100
+Row = dict[str, np.ndarray]
 
 
 class Batch(TypedDict):
-    """Inputs [B, T], the token after each [B, T], and the number of real targets in the whole optimizer step.
+    """Inputs [B, T], their targets [B, T], and the number of real targets in the whole optimizer step.
 
     documents_BT  [B, T] number of each input's document within its row, from 0 on, never falling; None without a
                   document mask. An end of text belongs to the document that it ends.
+    real_BT       [B, T] False at pads; None without padding
     """
 
     inputs: Tensor
     targets: Tensor
     step_targets: int
     documents_BT: Tensor | None
+    real_BT: Tensor | None
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a row of T + 1 tokens becomes the inputs and targets of a model.
+
+    shift          1: inputs are the tokens before their targets; 0: they are the targets themselves, for a model that
+                   predicts whole blocks from those before
+    unpredicted    targets at the start of a row that the model does not predict
+    document_mask  give the document of each input
+    block_padding  a document begins with 0 to block_padding - 1 pads, at random, and is filled up to a multiple of it
+                   (Block Transformer, appendix H); what then exceeds the row is cut off. 0: no pads
+    """
+
+    shift: int = 1
+    unpredicted: int = 0
+    document_mask: bool = False
+    block_padding: int = 0
 
 
 def order(num_windows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
@@ -56,7 +77,7 @@ class TrainBatches:
     rank: int = 0
     world: int = 1
     start_step: int = 0
-    document_mask: bool = False
+    framing: Framing = Framing()
 
     @property
     def accumulate(self) -> int:
@@ -67,63 +88,102 @@ class TrainBatches:
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
+        rows, step_targets = self._rows(), 0
+        for micro_step in range(self.start_step * self.accumulate, len(self)):
+            if micro_step % self.accumulate == 0:
+                step_targets = self._step_targets(micro_step // self.accumulate, rows)
+            first = (micro_step * self.world + self.rank) * self.micro_batch
+            yield _batch([rows(g) for g in range(first, first + self.micro_batch)], step_targets)
+
+    def _rows(self) -> Callable[[int], Row]:
+        """Sequence g of the run, as `_frame` makes it."""
         mixture = self.windows if isinstance(self.windows, Mixture) else Mixture((self.windows,), (1.0,))
         orders: dict[int, tuple[int, np.ndarray]] = {}  # corpus -> its epoch and the order of that
-        for micro_step in range(self.start_step * self.accumulate, len(self)):
-            first = (micro_step * self.world + self.rank) * self.micro_batch
-            rows = []
-            for sequence in range(first, first + self.micro_batch):
-                corpus, number = mixture.locate(sequence, self.seed)
-                windows = mixture.corpora[corpus]
-                epoch, place = divmod(number, len(windows))
-                if orders.get(corpus, (-1,))[0] != epoch:
-                    orders.pop(corpus, None)  # or two would be held
-                    orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
-                rows.append(windows[int(orders[corpus][1][place])])
-            end = windows.end_of_text if self.document_mask else None
-            yield _batch(np.stack(rows), self.batch_size * windows.seq_len, end)
+
+        def row(sequence: int) -> Row:
+            corpus, number = mixture.locate(sequence, self.seed)
+            windows = mixture.corpora[corpus]
+            epoch, place = divmod(number, len(windows))
+            if orders.get(corpus, (-1,))[0] != epoch:
+                orders.pop(corpus, None)  # or two would be held
+                orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
+            tokens = windows[int(orders[corpus][1][place])]
+            return _frame(tokens, self.framing, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence)))
+
+        return row
+
+    def _step_targets(self, step: int, rows: Callable[[int], Row]) -> int:
+        """Real targets of the step; with pads every process reads all its sequences to count them."""
+        if not self.framing.block_padding:
+            return self.batch_size * (self.windows.seq_len - self.framing.unpredicted)
+        sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return sum(int((rows(sequence)["targets"] != IGNORE).sum()) for sequence in sequences)
 
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """`num_windows` windows, spread over the split, shared out so that every process makes equally many batches of
-    equal size; what is missing at the end is padded with ignored targets."""
+    """Windows shared out so that every process makes equally many batches of equal size; what is missing at the end is
+    padded with ignored targets."""
 
-    windows: TokenWindows | EvalWindows
-    num_windows: int
+    windows: EvalWindows
     micro_batch: int
     rank: int = 0
     world: int = 1
-    document_mask: bool = False
+    framing: Framing = Framing()
 
     def __len__(self) -> int:
-        return -(-self.num_windows // (self.micro_batch * self.world))
+        return -(-len(self.windows) // (self.micro_batch * self.world))
 
     def __iter__(self) -> Iterator[Batch]:
-        chosen = np.linspace(0, len(self.windows) - 1, self.num_windows).round().astype(int)
-        end = self.windows.end_of_text if self.document_mask else None
         for step in range(len(self)):
             first = (step * self.world + self.rank) * self.micro_batch
-            real = chosen[first : first + self.micro_batch]
-            rows = [self.windows[int(index)] for index in real]
-            rows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(rows))
-            batch = _batch(np.stack(rows), len(real) * self.windows.seq_len, end)
+            real = range(min(first, len(self.windows)), min(first + self.micro_batch, len(self.windows)))
+            windows = [self.windows[index] for index in real]
+            windows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(real))
+            framed = [_frame(tokens, self.framing, self.windows.end_of_text) for tokens in windows]
+            batch = _batch(framed, len(real) * (self.windows.seq_len - self.framing.unpredicted))
             batch["targets"][len(real) :] = IGNORE
             yield batch
 
 
-def documents_of(tokens_BT: Tensor, end_of_text: int) -> Tensor:
-    """[B, T] how many documents have ended before each token. The end of text is nowhere but at documents' ends."""
-    ended_BT = (tokens_BT == end_of_text).long()
-    return ended_BT.cumsum(1) - ended_BT
+def documents_of(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
+    """How many documents of a row have ended before each token. The end of text is nowhere but at documents' ends."""
+    ended = (tokens == end_of_text).astype(np.int64)
+    return ended.cumsum(-1) - ended
 
 
-def _batch(tokens_BT: np.ndarray, step_targets: int, end_of_text: int | None) -> Batch:
-    tokens = torch.from_numpy(tokens_BT.astype(np.int64))
-    inputs = tokens[:, :-1]
-    return {
-        "inputs": inputs,
-        "targets": tokens[:, 1:].clone(),
-        "step_targets": step_targets,
-        "documents_BT": None if end_of_text is None else documents_of(inputs, end_of_text),
-    }
+def padded(
+    tokens: np.ndarray, end_of_text: int, block: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """As many tokens, and which of them are real, each document in whole blocks of its own; pads are `end_of_text`.
+
+    The first document, which may have begun in another row, has pads at its end alone.
+    """
+    documents = [part for part in np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1) if len(part)]
+    left = [0, *generator.integers(block, size=len(documents) - 1).tolist()]
+    parts = [
+        np.pad(np.stack([part, np.ones_like(part)]), ((0, 0), (pads, -(pads + len(part)) % block)))
+        for pads, part in zip(left, documents, strict=True)
+    ]
+    result, real = np.concatenate(parts, axis=1)[:, : len(tokens)]
+    return np.where(real, result, end_of_text), real.astype(bool)
+
+
+def _frame(tokens: np.ndarray, framing: Framing, end_of_text: int, generator: np.random.Generator | None = None) -> Row:
+    """A row of T + 1 tokens as T inputs, T targets, and the rest of what a Batch has of each input."""
+    tokens = tokens.astype(np.int64)
+    inputs, targets = tokens[1 - framing.shift : len(tokens) - framing.shift], tokens[1:]
+    row = {}
+    if framing.block_padding:
+        assert framing.shift == 0 and generator is not None
+        inputs, row["real_BT"] = padded(inputs, end_of_text, framing.block_padding, generator)
+        targets = np.where(row["real_BT"], inputs, IGNORE)
+    if framing.document_mask:
+        row["documents_BT"] = documents_of(inputs, end_of_text)
+    targets = np.concatenate((np.full(framing.unpredicted, IGNORE), targets[framing.unpredicted :]))
+    return {"inputs": inputs, "targets": targets, **row}
+
+
+def _batch(rows: Sequence[Row], step_targets: int) -> Batch:
+    tensors = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+    return {"documents_BT": None, "real_BT": None, **tensors, "step_targets": step_targets}

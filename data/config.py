@@ -99,11 +99,13 @@ class DataConfig(PrepareConfig):
     mix            prepared folder -> weight: share of the training sequences that it gives, after division by the sum.
                    Each is shuffled and repeated on its own; validation takes from each in the same proportion
     document_mask  attention stays within a document
+    block_padding  of a Block Transformer: documents begin anywhere in a block, at random, and fill whole blocks
     val_tokens     tokens of the validation split to evaluate on
     """
 
     mix: Any = None  # dict[str, float]; a typed one takes no new keys from Hydra's command line
     document_mask: bool = False
+    block_padding: bool = False
     val_tokens: int = 32768
 
 
@@ -213,7 +215,7 @@ def command(config: DataConfig) -> str:
     return shlex.join(["python", "data/prepare.py", config.name, *_changes("", changed, written)])
 
 
-_TRAINING = ("mix", "document_mask", "val_tokens")
+_TRAINING = {item.name for item in fields(DataConfig)} - {item.name for item in fields(PrepareConfig)}
 
 
 def _changes(prefix: str, config: dict[str, Any], base: dict[str, Any]) -> list[str]:

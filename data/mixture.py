@@ -27,6 +27,10 @@ class Mixture:
     corpora: tuple[TokenWindows, ...]
     weights: tuple[float, ...]
 
+    @property
+    def seq_len(self) -> int:
+        return self.corpora[0].seq_len
+
     @cached_property
     def bounds(self) -> list[int]:
         """Where the corpora's intervals begin and end."""

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -18,10 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from arch import ArchConfig, LayoutError, SizeConfig
+from arch import LayoutError
 from data.shards import DataError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from .layouts import CONFIGS, names
 
 
 class UsageError(ValueError):
@@ -37,11 +36,6 @@ class Choices:
 
     arch: str | None
     size: str | None
-
-
-def names(group: str) -> list[str]:
-    """The files of a config group."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
 def launch(
@@ -83,20 +77,6 @@ def launch(
 
 # What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
 NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
-
-
-def load_arch(name: str) -> ArchConfig:
-    """The layout in `configs/arch/<name>.yaml`."""
-    path = CONFIGS / "arch" / f"{name}.yaml"
-    arch: ArchConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ArchConfig), OmegaConf.load(path)))
-    return arch
-
-
-def load_size(name: str) -> SizeConfig:
-    """The size in `configs/size/<name>.yaml`."""
-    path = CONFIGS / "size" / f"{name}.yaml"
-    size: SizeConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SizeConfig), OmegaConf.load(path)))
-    return size
 
 
 def fail(message: str, code: int = 2) -> None:

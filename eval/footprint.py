@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, Store, resolve
+from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, Store, resolve
 from arch.footprint import (
     kv_bytes,
     max_batch,
@@ -23,8 +23,9 @@ from arch.footprint import (
     store_bytes,
     train_flops_per_token,
 )
-from eval.cli import Choices, UsageError, launch, load_arch, names, require
-from eval.units import bytes_text, count_text, parse_bytes
+from eval.cli import Choices, UsageError, launch, require
+from eval.layouts import load_arch, names
+from eval.units import bytes_text, count_text, number_text, parse_bytes
 
 
 @dataclass
@@ -47,10 +48,10 @@ class Footprint:
     arch: str
     num_params: int
     flops_per_token: float
-    kv_bytes_per_token: int
+    kv_bytes_per_token: float
     kv_bytes_constant: int
     kv_bytes_stored: int
-    kv_bytes_read: int
+    kv_bytes_read: float
     context: int
     max_batch: int
 
@@ -79,7 +80,7 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
         "params",
         f"FLOPs/token\n(training, {seq_len:,})",
         "KV per token\n(slope)",
-        "KV constant\n(windows, slots)",
+        "KV constant\n(windows, slots,\ntoken decoder)",
         "KV stored\n(one sequence)",
         "KV read\n(one step)",
         f"largest batch\n({memory})",
@@ -90,7 +91,7 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
             row.arch,
             count_text(row.num_params),
             count_text(row.flops_per_token),
-            f"{row.kv_bytes_per_token:,} B",
+            f"{number_text(row.kv_bytes_per_token)} B",
             bytes_text(row.kv_bytes_constant) if row.kv_bytes_constant else "-",
             bytes_text(row.kv_bytes_stored),
             bytes_text(row.kv_bytes_read),
@@ -99,12 +100,27 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
     return result
 
 
-def plan_table(name: str, plan: KVPlan, context: int, itemsize: int) -> Table:
-    """The stores of a plan: who writes, who reads, what is kept."""
+def plan_tables(name: str, plan: Plan, context: int, itemsize: int) -> list[Table]:
+    """The stores of a model: one table, or one for each decoder of a Block Transformer."""
+    if isinstance(plan, KVPlan):
+        return [stack_table(name, plan, context, itemsize)]
     kv = kv_bytes(plan, context, itemsize)
     title = (
-        f"{name}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per token, "
-        f"{bytes_text(kv.stored)} at {context:,} tokens"
+        f"{name}: blocks of {plan.length} tokens, {number_text(kv.per_token)} B per token, {bytes_text(kv.stored)} at "
+        f"{context:,} tokens\nblock decoder"
+    )
+    return [
+        stack_table(title, plan.block, context // plan.length, itemsize, "block"),
+        stack_table("token decoder", plan.token, plan.slots, itemsize, "position"),
+    ]
+
+
+def stack_table(name: str, plan: KVPlan, context: int, itemsize: int, unit: str = "token") -> Table:
+    """The stores of a plan: who writes, who reads, what is kept, of a context of so many tokens (or another unit)."""
+    kv = kv_bytes(plan, context, itemsize)
+    title = (
+        f"{name}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per {unit}, "
+        f"{bytes_text(kv.stored)} at {context:,} {unit}s"
     )
     result = Table(title=title, title_justify="left")
     for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
@@ -184,7 +200,8 @@ def main(config: DictConfig, choices: Choices) -> None:
     console.print(table(rows, str(choices.size), options.memory, options.size.seq_len))
     if choices.arch is not None:
         plan = resolve(ModelConfig(options.arch, options.size))
-        console.print(plan_table(choices.arch, plan, context, options.itemsize))
+        for each in plan_tables(choices.arch, plan, context, options.itemsize):
+            console.print(each)
         if options.picture:
             from eval.pictures import draw_plan  # matplotlib takes a second to import
 

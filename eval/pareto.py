@@ -25,10 +25,10 @@ if not __package__:  # run as a script
 from rich.console import Console
 from rich.table import Table
 
-from arch import KVPlan
+from arch import Plan, plan_from_dict
 from arch.footprint import kv_bytes
 from eval.cli import MISTAKES, UsageError, fail
-from eval.units import bytes_text, count_text
+from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
 
@@ -43,7 +43,7 @@ class Run:
 
     folder: Path
     summary: dict[str, Any]
-    plan: KVPlan
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Point:
     frontier: bool
     params: int
     tokens: int
-    kv_per_token: int
+    kv_per_token: float
     kv_constant: int
-    kv_read: int
+    kv_read: float
 
 
 def load_run(folder: Path) -> Run:
     """Raises RunError where the run is unfinished or its files do not belong to a run."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        plan = KVPlan.from_dict(json.loads((folder / "plan.json").read_text()))
+        plan = plan_from_dict(json.loads((folder / "plan.json").read_text()))
         missing = {"name", "seed", "seq_len", "experiment", "val", "params", "tokens"} - set(summary)
     except FileNotFoundError as error:
         raise RunError(f"{folder} holds no finished run: {error.filename} is missing") from error
@@ -126,7 +126,12 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
 
 def differing(runs: Sequence[Run]) -> list[str]:
     """What is not the same in all runs and should be, for their values to be compared."""
-    keys = {"data": "data or data.document_mask", "val_tokens": "data.val_tokens", "steps": "steps"}
+    keys = {
+        "data": "data, data.document_mask or data.block_padding",
+        "val_tokens": "data.val_tokens",
+        "steps": "steps",
+        "unpredicted": "the positions that are predicted (arch.block.start=true predicts all)",
+    }
     return [name for key, name in keys.items() if len({run.summary["experiment"].get(key) for run in runs}) > 1]
 
 
@@ -148,7 +153,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
         result.add_row(
             row.name,
             bytes_text(row.bytes),
-            f"{row.kv_per_token:,} B",
+            f"{number_text(row.kv_per_token)} B",
             bytes_text(row.kv_constant) if row.kv_constant else "-",
             bytes_text(row.kv_read),
             f"{row.value:.3f}",

@@ -14,9 +14,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from arch import KVPlan, Store
+from arch import BlockPlan, KVPlan, Plan, Store
 from arch.footprint import kv_bytes, slot_bytes, store_bytes
-from eval.units import bytes_text
+from eval.units import bytes_text, number_text
 
 if TYPE_CHECKING:
     from eval.pareto import Point
@@ -26,11 +26,30 @@ KINDS = (COLORS[2], COLORS[3], COLORS[1], COLORS[0])  # latents, slots, windows,
 INK = "#222222"
 
 
-def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path) -> None:
-    """Layers from left (lowest) to right; above each owner the store it writes, with lines to its readers."""
+def draw_plan(plan: Plan, title: str, context: int, itemsize: int, path: Path) -> None:
+    """Layers from left (lowest) to right; above each owner the store it writes, with lines to its readers. One map, or
+    one for each decoder of a Block Transformer."""
+    parts = [(plan, title, context, "token")]
+    if isinstance(plan, BlockPlan):
+        parts = [
+            (plan.block, f"{title}, block decoder", context // plan.length, "block"),
+            (plan.token, "token decoder", plan.slots, "position"),
+        ]
+    layers = max(part.num_layers for part, *_ in parts)
+    figure, rows = plt.subplots(len(parts), figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(parts)), squeeze=False)
+    for axes, (part, name, length, unit) in zip(rows[:, 0], parts, strict=True):
+        _draw_stack(axes, part, name, length, unit, itemsize, layers)
+    figure.subplots_adjust(hspace=0.3)
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def _draw_stack(
+    axes: plt.Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int
+) -> None:
+    """`context` counts in units: tokens, blocks, or positions within a block."""
     types = list({store.name: store for store in plan.stores}.values())
     color = _colors(types)
-    figure, axes = plt.subplots(figsize=(max(7.0, 0.42 * plan.num_layers + 1.5), 3.6))
     store_y, layer_y, half = 1.35, 0.0, 0.36
     for layer in range(plan.num_layers):
         store = plan.store(layer)
@@ -46,18 +65,17 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
         else:
             _line(axes, (store.owner + 0.12, store_y - 0.2), (layer, layer_y + 0.2), tint, width=0.9, style="-|>")
     kv = kv_bytes(plan, context, itemsize)
-    axes.text(
-        -0.4, 2.05, f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers", fontsize=11, weight="bold"
-    )
+    stores = f"{len(plan.stores)} stores for {plan.num_layers} layers"
+    axes.text(-0.4, 2.05, f"{title}: {stores}", fontsize=11, weight="bold")
     figures = (
-        f"{kv.per_token:,} B per token + {bytes_text(kv.constant)} of windows and slots; at {context:,} tokens "
-        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded token"
+        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows and slots; at {context:,} {unit}s "
+        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
     )
     axes.text(-0.4, 1.8, figures, fontsize=9, color="#555555")
     axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions, slots)"], fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
-    axes.set_xlim(-0.8, plan.num_layers - 0.2)
+    axes.set_xlim(-0.8, num_layers - 0.2)
     axes.set_ylim(-0.4, 2.2)
     axes.spines[:].set_visible(False)
     handles = [
@@ -70,8 +88,6 @@ def draw_plan(plan: KVPlan, title: str, context: int, itemsize: int, path: Path)
     axes.legend(
         handles=handles, ncols=len(handles), loc="upper left", bbox_to_anchor=(0, -0.02), frameon=False, fontsize=8
     )
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 def _weight(store: Store, context: int, itemsize: int) -> str:
@@ -223,7 +239,8 @@ def plot_pareto_html(rows: Sequence["Point"], context: int, quality: str, path: 
             name=name,
             hovertext=[
                 f"<b>{row.name}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
-                f"stored {bytes_text(row.bytes)}: {row.kv_per_token:,} B per token + {bytes_text(row.kv_constant)}<br>"
+                f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
+                f"{bytes_text(row.kv_constant)}<br>"
                 f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
                 for row in chosen
             ],

@@ -21,6 +21,11 @@ def count_text(value: float) -> str:
     return f"{value:.3g}T"
 
 
+def number_text(value: float) -> str:
+    """`163840` as `163,840`, and what is not whole with one digit more."""
+    return f"{value:,.1f}".removesuffix(".0")
+
+
 def parse_bytes(text: str) -> float:
     """`80GB` (decimal) or `80GiB` (binary) in bytes. Raises ValueError on anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)

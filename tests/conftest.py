@@ -1,4 +1,4 @@
-"""Every layout of configs/arch at a small size: the parameter of most tests."""
+"""Every layout of configs/arch at a small size, the parameter of most tests; Block Transformers: test_arch_block.py."""
 
 import copy
 import os
@@ -14,15 +14,18 @@ import torch
 from safetensors.torch import load_file
 
 import data.corpora
-from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, resolve
+from arch import ArchConfig, LanguageModel, ModelConfig, SizeConfig, resolve
+from arch import build as build_model
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
-from train.bench_measure import CONFIGS, load_arch  # not eval/cli.py: the tests of a GPU run without Hydra
+from eval.layouts import load_arch, names
 from train.checkpoint import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = sorted(path.stem for path in (CONFIGS / "arch").glob("*.yaml"))
-SIZES = sorted(path.stem for path in (CONFIGS / "size").glob("*.yaml"))
+ARCHS = names("arch")
+BLOCKS = [name for name in ARCHS if load_arch(name).block is not None]
+DECODERS = [name for name in ARCHS if name not in BLOCKS]
+SIZES = names("size")
 WINDOW = 6
 
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
@@ -52,6 +55,8 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
 def whole_depth(name: str) -> int:
     """At least 7 layers, which few tiles divide, and as many as it takes until every item of the pattern occurs."""
     arch = load_arch(name)
+    if name in BLOCKS:
+        return 6
     wanted = {(match[1], match[2]) for match in re.finditer(r"(new|reuse) (\w+)", str(arch.pattern))}
     for depth in range(7, 40):
         plan = resolve(ModelConfig(arch, SizeConfig(num_layers=depth)))
@@ -63,9 +68,9 @@ def whole_depth(name: str) -> int:
     raise AssertionError(f"{name} never shows all of its pattern")
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> Decoder:
+def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> LanguageModel:
     """In fp64, so that two ways of computing the same thing agree to rounding and nothing else passes."""
-    model = Decoder(config, backend)
+    model = build_model(config, backend)
     model.init_weights(seed=1)
     return model.to(dtype).eval()
 
@@ -74,7 +79,7 @@ def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
 
 
-@pytest.fixture(params=ARCHS)
+@pytest.fixture(params=DECODERS)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 

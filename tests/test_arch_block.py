@@ -1,6 +1,7 @@
 """The Block Transformer: the published numbers of its weights and outputs, decoding, and what it costs."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,18 +27,17 @@ from arch import (
     SizeConfig,
     StoreConfig,
     TokenDecoderConfig,
+    allocate_blocks,
     from_dict,
     generate_blocks,
+    plan_from_dict,
     resolve,
-    resolve_block,
 )
 from arch.block_convert import from_neox, from_official
-from arch.block_plan import block_allocated_bytes, block_forward_flops, block_kv_bytes, num_block_params
-from arch.block_transformer import allocate_blocks
 from arch.convert import ConversionError, Unrepresentable, hf_config
-from arch.footprint import attention_flops, num_params, visible_pairs
+from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.generate import generate
-from arch.plan import KVPlan
+from arch.plan import KVPlan, resolve_stack
 from train.loss import cross_entropy_sum
 
 MHA = {"kv": StoreConfig(kv_heads="all")}
@@ -372,7 +372,7 @@ def test_parameters_of_the_paper(name: str) -> None:
     assert count(coarse, fine.layers, fine.norm, model.expansion) == with_adapters
     assert count(model.embedder) == embedder
     assert count(fine.embed) == count(fine.lm_head) == table
-    assert count(model) == num_block_params(config) == total
+    assert count(model) == num_params(config, model.plan) == total
 
 
 @pytest.mark.parametrize("name", VANILLA)
@@ -388,8 +388,8 @@ def test_bytes_of_the_paper() -> None:
     """Facts of the paper's sizes, bf16: MB of the block cache at 2048 tokens, kB of the token cache."""
     published = {"33M": (1.573, 15.4), "170M": (9.437, 92.2), "420M": (25.17, 245.8), "1.4B": (50.33, 491.5)}
     for name, (block, token) in published.items():
-        plan = resolve_block(paper_config(name))
-        cost = block_kv_bytes(plan, 2048)
+        plan = resolve(paper_config(name))
+        cost = kv_bytes(plan, 2048)
         assert f"{(cost.stored - cost.constant) / 1e6:.4g}" == f"{block:.4g}"
         assert f"{cost.constant / 1e3:.1f}" == str(token)
         assert cost.per_token * 2048 == cost.stored - cost.constant
@@ -399,7 +399,8 @@ def test_bytes_of_the_paper() -> None:
 def test_flops_of_the_paper() -> None:
     """MFLOP per token at 2048 tokens, within the block in 512 that is not predicted, and the diagonal."""
     for name, published in {"33M": 33.1, "170M": 206.5, "420M": 560.4, "1.4B": 2028.8}.items():
-        assert block_forward_flops(paper_config(name), 2048) / 2048 / 1e6 == pytest.approx(published, rel=4e-3)
+        config = paper_config(name)
+        assert forward_flops(config, resolve(config), 2048) / 2048 / 1e6 == pytest.approx(published, rel=4e-3)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"length1"}))  # the counter misses products over one slot
@@ -408,7 +409,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
     """The counter sees every pair; the formula, like that of Decoder, those that are visible."""
     config = block_config(kind, coarse, "cla2")
     model = build_block(config, backend="reference")
-    assert count(model) == num_block_params(config)
+    assert count(model) == num_params(config, model.plan)
     length = 4 * model.plan.length
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(1, length))
@@ -418,7 +419,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
         for layer in range(stack.plan.num_layers):
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
             hidden += rows * attention_flops(stack.config, stack.plan, layer, pairs)
-    assert counter.get_total_flops() == block_forward_flops(config, length) + hidden
+    assert counter.get_total_flops() == forward_flops(config, model.plan, length) + hidden
 
 
 CASES = [(kind, "mha", "mha") for kind in KINDS] + [
@@ -518,12 +519,12 @@ def test_sampling_takes_a_seed() -> None:
 @pytest.mark.parametrize(("kind", "coarse", "fine"), CASES)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_stored_are_those_of_the_storages(kind: str, coarse: str, fine: str, batch: int) -> None:
-    plan = resolve_block(block_config(kind, coarse, fine))
+    plan = resolve(block_config(kind, coarse, fine))
     for context in (1, plan.length, 3 * plan.length - 1, 3 * plan.length, 20 * plan.length):
         cache = allocate_blocks(plan, batch, context, dtype=torch.bfloat16)
-        assert cache.nbytes == block_allocated_bytes(plan, batch, context)
+        assert cache.nbytes == allocated_bytes(plan, batch, context)
     cache = allocate_blocks(plan, 1, 8 * plan.length, dtype=torch.float32)
-    assert cache.nbytes == block_kv_bytes(plan, 8 * plan.length, 4).stored
+    assert cache.nbytes == kv_bytes(plan, 8 * plan.length, 4).stored
 
 
 @pytest.mark.parametrize(("kind", "coarse", "fine"), CASES)
@@ -544,7 +545,7 @@ def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: 
     model.begin(vectors, ids[:, :0], cache.tokens)
     for j in range(length - 1):
         model.step(vectors, ids[:, j : j + 1], j, cache.tokens)
-    expected = block_kv_bytes(model.plan, blocks * length, 8).read * length
+    expected = kv_bytes(model.plan, blocks * length, 8).read * length
     first = model.plan.slots - length + 1
     # The first pass of the token decoder has not filled a window yet: a chunk that begins reads its own slots.
     extra = sum(
@@ -624,14 +625,15 @@ def test_initial_weights() -> None:
 def test_plans_of_the_two_decoders() -> None:
     config = block_config("prefix2", "mixed", "cla2", num_layers=7)
     config.arch.block.token.layers = 3
-    plan = resolve_block(config)
+    plan = resolve(config)
     assert (str(plan.block), str(plan.token)) == ("0s 1 0s 3s", "0 0 2")
     assert (plan.length, plan.context, plan.slots) == (4, 2, 5)
-    assert hash(plan) == hash(resolve_block(config))
+    assert hash(plan) == hash(resolve(config))
+    assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(LayoutError, match=r"arch.block makes this a Block Transformer"):
-        resolve(config)
+        resolve_stack(config)
     with pytest.raises(LayoutError, match=r"arch.block is missing"):
-        resolve_block(small("mha"))
+        BlockTransformer(small("mha"))
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -667,20 +669,20 @@ def test_impossible_blocks(change: dict, message: str) -> None:
     for key, value in change.items():
         setattr(config.arch.block, key, value)
     with pytest.raises(LayoutError, match=message):
-        resolve_block(config)
+        resolve(config)
 
 
 def test_widths_are_told_once_and_by_their_name() -> None:
     config = block_config("prefix3_narrow", head_dim=None, d_model=26)
     config.arch.block.token.num_heads = 5
     with pytest.raises(LayoutError) as error:
-        resolve_block(config)
+        resolve(config)
     coarse, fine = str(error.value).splitlines()
     assert coarse.startswith("- size.d_model 26 is not a multiple of size.num_heads 8")
     assert "arch.block.token.d_model 16 is not a multiple of arch.block.token.num_heads 5" in fine
     config = block_config(head_dim=7)
     with pytest.raises(LayoutError) as error:
-        resolve_block(config)
+        resolve(config)
     assert str(error.value) == "- the head dimension is 7; rotary embeddings need an even one"
 
 
@@ -689,7 +691,7 @@ def test_impossible_shares_of_layers(layers: object) -> None:
     config = block_config()
     config.arch.block.token.layers = layers
     with pytest.raises(LayoutError, match=r"arch.block.token.layers is .*; write a number of the 6 layers"):
-        resolve_block(config)
+        resolve(config)
 
 
 @pytest.mark.parametrize(("change", "message"), [({"style": "gpt"}, "size.style is 'gpt'"), ({"head_dim": 4}, "of 8")])

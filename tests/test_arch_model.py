@@ -8,12 +8,13 @@ from conftest import ARCHS, SIZES, build, small, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
+from arch import build as build_model
 from arch.attend import BACKENDS, Mask
 from arch.attention import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
-from eval.cli import load_arch, load_size
+from eval.layouts import load_arch, load_size
 
 
 def causal_mask(length: int, window: int | None = None) -> Mask:
@@ -73,9 +74,10 @@ def test_readers_have_no_key_value_weights(arch: str) -> None:
         assert bool(written) == owner
 
 
-def test_parameters(arch: str) -> None:
+@pytest.mark.parametrize("name", ARCHS)
+def test_parameters(name: str) -> None:
     for tied in (True, False):
-        config = small(arch, tie_embeddings=tied)
+        config = small(name, tie_embeddings=tied)
         model = build(config)
         assert num_params(config, model.plan) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -85,7 +87,7 @@ def test_every_arch_and_size_builds_as_counted(size: str) -> None:
     for name in ARCHS:
         config = ModelConfig(load_arch(name), load_size(size))
         with torch.device("meta"):
-            model = Decoder(config)
+            model = build_model(config)
         assert num_params(config, model.plan) == sum(parameter.numel() for parameter in model.parameters()), name
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import IGNORE, EvalBatches, TrainBatches, documents_of, order
+from data.batches import IGNORE, EvalBatches, Framing, TrainBatches, documents_of, order
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.shards import DataError, Manifest, TokenWindows, read_offsets
 from data.verify import verify
@@ -80,36 +80,82 @@ def test_length_counts_the_whole_run(folder: Path) -> None:
 def test_eval_batches_cover_each_window_once_over_processes(folder: Path) -> None:
     read, seen = windows(folder, split="val"), []
     assert len(read) > 7
+    chosen = EvalWindows.of(Mixture((read,), (1.0,)), 7)
     for rank in range(2):
-        batches = list(EvalBatches(read, 7, micro_batch=2, rank=rank, world=2))
+        batches = list(EvalBatches(chosen, micro_batch=2, rank=rank, world=2))
         assert len(batches) == 2
         for batch in batches:
             assert batch["inputs"].shape == (2, 16)
             real = (batch["targets"] != IGNORE).all(dim=1)
             seen += batch["targets"][real].tolist()
             assert batch["step_targets"] == 16 * int(real.sum())
-    chosen = np.linspace(0, len(read) - 1, 7).round().astype(int)
-    assert sorted(seen) == sorted(read[int(index)][1:].tolist() for index in chosen)
+    spread = np.linspace(0, len(read) - 1, 7).round().astype(int)
+    assert sorted(seen) == sorted(read[int(index)][1:].tolist() for index in spread)
 
 
 def test_documents_of_a_row_follow_from_the_offsets(folder: Path) -> None:
     read = windows(folder)
     starts = read_offsets(folder / "train-00000.offsets.npy")
     for index in range(len(read)):
-        row = torch.from_numpy(read[index].astype(np.int64))[None]
         place = np.arange(index * 16, index * 16 + 17)
         number = np.searchsorted(starts, place, side="right")
-        assert documents_of(row, 0).tolist()[0] == (number - number[0]).tolist()
+        assert documents_of(read[index], 0).tolist() == (number - number[0]).tolist()
 
 
 def test_document_numbers_are_in_the_batches(folder: Path) -> None:
-    with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, document_mask=True)
+    with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, framing=Framing(document_mask=True))
     for batch in with_mask:
-        assert torch.equal(batch["documents_BT"], documents_of(batch["inputs"], 0))
+        assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
         assert batch["documents_BT"].shape == batch["inputs"].shape and batch["documents_BT"].max() > 0
-    assert next(iter(replace(with_mask, document_mask=False)))["documents_BT"] is None
-    batch = next(iter(EvalBatches(windows(folder, 64, "val"), 3, 4, document_mask=True)))
-    assert torch.equal(batch["documents_BT"], documents_of(batch["inputs"], 0))
+    assert next(iter(replace(with_mask, framing=Framing())))["documents_BT"] is None
+    chosen = EvalWindows.of(Mixture((windows(folder, 64, "val"),), (1.0,)), 3)
+    batch = next(iter(EvalBatches(chosen, 4, framing=Framing(document_mask=True))))
+    assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
+
+
+def test_batches_for_whole_blocks(folder: Path) -> None:
+    """Inputs are the targets themselves; what is not predicted is no target and not counted."""
+    read = windows(folder)
+    plain = list(TrainBatches(read, 0, 2, 4, 2))
+    for unpredicted in (0, 4):
+        blocks = list(TrainBatches(read, 0, 2, 4, 2, framing=Framing(shift=0, unpredicted=unpredicted)))
+        for ours, theirs in zip(blocks, plain, strict=True):
+            assert torch.equal(ours["inputs"], theirs["targets"])
+            assert torch.equal(ours["targets"][:, unpredicted:], theirs["targets"][:, unpredicted:])
+            assert (ours["targets"][:, :unpredicted] == IGNORE).all()
+            assert ours["step_targets"] == 4 * (16 - unpredicted)
+
+
+def test_documents_in_whole_blocks(folder: Path) -> None:
+    """Without its pads a row is what it was, cut off. A document begins at each place of a block about as often."""
+    read, framing = windows(folder, 64), Framing(shift=0, unpredicted=4, block_padding=4)
+    made = TrainBatches(read, 3, 40, 4, 2, framing=framing)
+    plain = TrainBatches(read, 3, 40, 4, 2, framing=Framing(shift=0))
+    begun, targets = [0] * 4, 0
+    for number, (batch, whole) in enumerate(zip(made, plain, strict=True)):
+        assert batch["inputs"].shape == batch["real_BT"].shape == (2, 64)
+        assert torch.equal(batch["targets"][:, 4:] != IGNORE, batch["real_BT"][:, 4:])
+        targets += int((batch["targets"] != IGNORE).sum())
+        if number % made.accumulate == made.accumulate - 1:
+            assert batch["step_targets"] == targets
+            targets = 0
+        for row, real, tokens in zip(batch["inputs"], batch["real_BT"], whole["inputs"], strict=True):
+            text = row[real].tolist()
+            assert text == tokens.tolist()[: len(text)] and len(text) > 32
+            assert (row[~real] == 0).all()
+            blocks = real.view(-1, 4)
+            assert blocks.any(dim=1).all()
+            previous = 0
+            for end in [place + 1 for place in range(64) if real[place] and row[place] == 0]:
+                assert not real[end : -(-end // 4) * 4].any()
+                start = -(-end // 4) * 4
+                if start < 64:
+                    begun[int(real[start : start + 4].int().argmax())] += 1
+                assert start > previous
+                previous = start
+    assert min(begun) > 0.15 * sum(begun) > 10
+    again = [batch["inputs"] for batch in replace(made, start_step=39)]
+    assert torch.equal(torch.cat(again), torch.cat([batch["inputs"] for batch in made][-2:]))
 
 
 def test_a_mixture_keeps_its_proportions(folder: Path) -> None:
@@ -150,11 +196,8 @@ def test_validation_of_a_mixture(folder: Path) -> None:
     chosen = EvalWindows.of(Mixture((val, test), (3.0, 1.0)), 12)
     assert [corpus for corpus, _ in chosen.chosen] == [0] * 9 + [1] * 3
     assert np.array_equal(chosen[8], val[len(val) - 1]) and np.array_equal(chosen[11], test[len(test) - 1])
-    inputs = torch.cat([batch["inputs"] for batch in EvalBatches(chosen, len(chosen), 4)])
+    inputs = torch.cat([batch["inputs"] for batch in EvalBatches(chosen, 4)])
     assert inputs.tolist() == [chosen[index][:-1].tolist() for index in range(12)]
-    single = EvalWindows.of(Mixture((val,), (1.0,)), 7)
-    for ours, plain in zip(EvalBatches(single, 7, 7), EvalBatches(val, 7, 7), strict=True):
-        assert torch.equal(ours["inputs"], plain["inputs"])
 
 
 @pytest.mark.parametrize("mix", [3, {"a": 0}, {"a": "b"}, {"a": float("inf")}, {"a": 1, "a/": 2}])

@@ -257,7 +257,7 @@ def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.Cap
     summary["experiment"]["data"] = "other"
     path.write_text(json.dumps(summary))
     pareto.main([str(runs), f"out={tmp_path}"])
-    assert "warning: the runs differ in data or data.document_mask: " in capsys.readouterr().err
+    assert "warning: the runs differ in data, data.document_mask or data.block_padding: " in capsys.readouterr().err
 
 
 def test_broken_runs_are_named(runs: Path) -> None:

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ARCHS, ROOT, run_script
 
 from data.config import load
+from eval.readme import renewed
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -139,3 +140,8 @@ def test_layouts_shown_are_the_files() -> None:
     text = (ROOT / "configs" / "arch" / "cla2.yaml").read_text()
     written = [line.partition("  #")[0].rstrip() for line in text.splitlines() if not line.startswith("#")]
     assert shown[: len(written)] == written
+
+
+def test_table_of_layouts_is_that_of_the_configs() -> None:
+    assert renewed(TEXT) == TEXT, "run: python eval/readme.py"
+    assert all(f"| `{name}` |" in TEXT for name in ARCHS)

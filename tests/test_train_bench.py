@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, small
+from conftest import ROOT, launch_in_process, run_script, small
+from omegaconf import OmegaConf
 
-import eval.cli
-from train import bench, bench_loader, bench_measure, bench_peers, gpu_study, gpu_suite
+from arch import ArchConfig, SizeConfig
+from eval.layouts import CONFIGS, load_arch, load_size, names
+from train import bench, bench_loader, bench_peers, gpu_study, gpu_suite
 from train.bench_peers import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.gpu_case import Case, Options
 from train.loss import cross_entropy_sum
@@ -34,10 +36,11 @@ def read(out: Path, part: str) -> dict:
 
 
 def test_configs_are_read_as_the_command_line_reads_them() -> None:
-    for name in ARCHS:
-        assert bench_measure.load_arch(name) == eval.cli.load_arch(name)
-    for name in SIZES:
-        assert bench_measure.load_size(name) == eval.cli.load_size(name)
+    """By OmegaConf, which knows that `1e-3` is a number."""
+    for group, load, schema in (("arch", load_arch, ArchConfig), ("size", load_size, SizeConfig)):
+        for name in names(group):
+            written = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
+            assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written)) == load(name)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 import train.pretrain
 from train.checkpoint import TrainingError, checkpoints, find, load, save, verify
 from train.faults import cut_in_half, flip_a_byte
-from train.lit_module import LitDecoder
+from train.lit_module import LitModel
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> Path:
 
 def stop(*arguments: str, step: int, where: str = "training_step") -> None:
     """The command, which gets SIGTERM in step `step`, or in the validation after it."""
-    method = getattr(LitDecoder, where)
+    method = getattr(LitModel, where)
 
-    def signalled(self: LitDecoder, *args: object) -> object:
+    def signalled(self: LitModel, *args: object) -> object:
         if self.trainer.global_step == (step if "validation" in where else step - 1):
             os.kill(os.getpid(), signal.SIGTERM)
         return method(self, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(LitDecoder, where, signalled)
+        patch.setattr(LitModel, where, signalled)
         pretrain(*arguments)
     assert stopped.value.code == 0
 

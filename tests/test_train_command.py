@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
-from eval.cli import CONFIGS, load_arch, load_size
+from eval.layouts import CONFIGS, load_arch, load_size
 from train.checkpoint import TrainingError, checkpoints, load_info
 from train.optim import lr_share
 from train.pretrain import main
@@ -151,14 +151,14 @@ def start(folder: Path, corpus: Path, *arguments: str) -> subprocess.Popen:
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from eval.cli import launch
-from train.lit_module import LitDecoder
+from train.lit_module import LitModel
 from train.pretrain import main
 from train.schema import PretrainConfig
-step = LitDecoder.training_step
+step = LitModel.training_step
 def slow(self, batch, batch_idx):
     time.sleep(0.1)
     return step(self, batch, batch_idx)
-LitDecoder.training_step = slow
+LitModel.training_step = slow
 launch(main, "pretrain", PretrainConfig)
 """
     options = [*SMALL, *OPTIONS, f"data.path={corpus}", f"folder={folder}", *arguments]

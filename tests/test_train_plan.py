@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from arch import Decoder, LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import train_flops_per_token
-from eval.cli import Choices, load_arch, load_size
+from eval.cli import Choices
 from eval.hardware import find_gpu
+from eval.layouts import load_arch, load_size
 from train import plan as script
 from train.lit_module import local
 from train.loss import cross_entropy_sum

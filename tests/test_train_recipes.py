@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, resolve
 from arch.footprint import kv_bytes, num_params
-from eval.cli import CONFIGS, names
+from eval.layouts import CONFIGS, names
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems

@@ -79,7 +79,7 @@ def test_first_step_and_validation_are_not_timed(tmp_path: Path, corpus: Path, m
     """A clock that only the first step and validations advance, and each other step by one second."""
     clock = [0.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    step, validate = pretrain.LitDecoder.training_step, pretrain.LitDecoder.validation_step
+    step, validate = pretrain.LitModel.training_step, pretrain.LitModel.validation_step
 
     def slow_step(self: Any, batch: Any, index: int) -> torch.Tensor:
         clock[0] += 1000.0 if self.trainer.global_step == 0 else 0.5  # two micro-batches
@@ -89,8 +89,8 @@ def test_first_step_and_validation_are_not_timed(tmp_path: Path, corpus: Path, m
         clock[0] += 1000.0
         validate(self, batch, index)
 
-    monkeypatch.setattr(pretrain.LitDecoder, "training_step", slow_step)
-    monkeypatch.setattr(pretrain.LitDecoder, "validation_step", slow_validation)
+    monkeypatch.setattr(pretrain.LitModel, "training_step", slow_step)
+    monkeypatch.setattr(pretrain.LitModel, "validation_step", slow_validation)
     rows = run(tmp_path / "run", corpus)
     assert [float(row["train/tokens_per_second"]) for row in rows] == pytest.approx([4 * 32.0] * 3)
 

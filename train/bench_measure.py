@@ -7,24 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-
-from arch import ArchConfig, SizeConfig, from_dict
-
-from .machine import ROOT
-
-CONFIGS = ROOT / "configs"
-
-
-def load_arch(name: str) -> ArchConfig:
-    """`configs/arch/<name>.yaml`, read without OmegaConf, which a GPU machine may lack."""
-    return from_dict(ArchConfig, yaml.safe_load((CONFIGS / "arch" / f"{name}.yaml").read_text()))
-
-
-def load_size(name: str) -> SizeConfig:
-    """`configs/size/<name>.yaml`, likewise. `1e-3`, without a point, is a string to YAML 1.1 and a number to us."""
-    values = yaml.safe_load((CONFIGS / "size" / f"{name}.yaml").read_text())
-    return from_dict(SizeConfig, {key: float(v) if isinstance(v, str) else v for key, v in values.items()})
 
 
 def synchronize(device: torch.device) -> None:

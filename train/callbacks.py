@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data.shards import DataError, write_json
 
 from . import checkpoint
-from .lit_module import LitDecoder
+from .lit_module import LitModel
 
 
 class Checkpoints(L.Callback):
@@ -35,11 +35,11 @@ class Checkpoints(L.Callback):
     def best_file(self) -> Path:
         return self.run / "checkpoints" / "best.json"
 
-    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
         self.run, self.start = trainer.strategy.broadcast((self.run, self.start))
         module.config.folder = str(self.run)
 
-    def on_fit_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_fit_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if self.start is None:
             return
         checkpoint.load(self.start, module.model, trainer.optimizers[0])
@@ -51,27 +51,27 @@ class Checkpoints(L.Callback):
                 self.best = best["val_loss"]
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every == 0:
             self.save(trainer, module)
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         if module.last_val["loss"] < self.best:
             self.best = module.last_val["loss"]
             self.save(trainer, module)
             if trainer.is_global_zero:
                 write_json(self.best_file, {"checkpoint": folder_name(self.step), "val_loss": self.best})
 
-    def on_train_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: LitModel) -> None:
         self.save(trainer, module)
 
-    def on_exception(self, trainer: L.Trainer, module: LitDecoder, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
         """What stops one process cannot be saved by several; alone, nothing need be lost."""
         if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step:
             self.save(trainer, module)
 
-    def save(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def save(self, trainer: L.Trainer, module: LitModel) -> None:
         """The state after the last whole step, unless it is saved already."""
         step = trainer.global_step
         if step == self.step:
@@ -128,15 +128,15 @@ class Stop(L.Callback):
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.before = {number: signal.signal(number, self._receive) for number in signals}
 
-    def setup(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
         trainer._signal_connector.register_signal_handlers = lambda: None
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
-    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
-    def teardown(self, trainer: L.Trainer, module: LitDecoder, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -145,14 +145,14 @@ class Stop(L.Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: LitDecoder, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
         self._stop_if_asked(trainer, module)
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: LitDecoder, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
         if self.group is not None or trainer.world_size == 1:
             self._stop_if_asked(trainer, module)
 
-    def _stop_if_asked(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def _stop_if_asked(self, trainer: L.Trainer, module: LitModel) -> None:
         asked = self.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
         if trainer.world_size > 1:
             flag = torch.tensor([asked])

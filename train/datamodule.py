@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import EvalBatches, TrainBatches
+from data.batches import EvalBatches, Framing, TrainBatches
 from data.config import DataConfig, command, default_folder, recipe
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
@@ -47,12 +47,14 @@ class Data(L.LightningDataModule):
 
     @property
     def digest(self) -> str:
-        """One checksum of what the model sees: that of the folder, or of the mixture; another with a document mask."""
+        """One checksum of what the model sees: that of the folder, or of the mixture; another with a document mask or
+        pads."""
         parts = [manifest.digest for manifest in self.folders.values()]
-        if len(parts) == 1 and not self.config.data.document_mask:
+        options = [name for name in ("document_mask", "block_padding") if getattr(self.config.data, name)]
+        if len(parts) == 1 and not options:
             return parts[0]
         parts += [repr(weight / sum(self.train.weights)) for weight in self.train.weights]
-        parts += ["document_mask"] * self.config.data.document_mask
+        parts += options
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def token_bytes(self) -> Tensor:
@@ -70,21 +72,23 @@ class Data(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start_step=trainer.global_step,
-            document_mask=config.data.document_mask,
+            framing=framing(config),
         )
 
     def val_dataloader(self) -> EvalBatches:
         trainer, config = self.trainer, self.config
-        asked = config.data.val_tokens // config.size.seq_len
-        windows = EvalWindows.of(self.val, asked)
-        return EvalBatches(
-            windows,
-            len(windows),
-            micro_batch(config),
-            trainer.global_rank,
-            trainer.world_size,
-            config.data.document_mask,
-        )
+        windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
+        unpadded = replace(framing(config), block_padding=0)
+        return EvalBatches(windows, micro_batch(config), trainer.global_rank, trainer.world_size, unpadded)
+
+
+def framing(config: PretrainConfig) -> Framing:
+    """What the model of `config` wants of a row of tokens."""
+    block, data = config.arch.block, config.data
+    if block is None:
+        return Framing(document_mask=data.document_mask)
+    padding = block.length if data.block_padding else 0
+    return Framing(shift=0, unpredicted=0 if block.start else block.length, block_padding=padding)
 
 
 def open_data(config: DataConfig) -> dict[Path, Manifest]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from arch.convert import ConversionError
 from eval.cli import Choices, UsageError, launch
-from eval.footprint import plan_table
+from eval.footprint import plan_tables
 from eval.units import parse_bytes
 from train import checkpoint
 from train.checkpoint import TrainingError
@@ -102,7 +102,7 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
     asked = saved_config(run)
     training = training_of(folder, run, asked, source.info)
     corpus = corpus_of(folder, asked, options.data, WINDOWS)
-    console.print(plan_table(request.out.name, plan, config.size.seq_len, 2))
+    console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))
     for name, reason in passed.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)
     console.print(f"target: {target.name}, {target.model_class}; {len(target.weights)} tensors in {options.dtype}")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from arch import KVPlan, ModelConfig, from_dict, resolve
+from arch import ModelConfig, Plan, from_dict, resolve
 from arch.convert import ConversionError, Weight
 from arch.footprint import num_params
 
@@ -58,7 +58,7 @@ class Source:
         self.saved = join([piece for name in sorted(self.info["files"]) for piece in scan(folder / name)])
         self._open = lru_cache(maxsize=256)(open_file)
 
-    def model(self) -> tuple[ModelConfig, KVPlan]:
+    def model(self) -> tuple[ModelConfig, Plan]:
         """What the weights belong to. Raises TrainingError where there is no such model."""
         where, values = self.folder / INFO, self.info.get("config")
         largest = max((max(saved.shape, default=0) for saved in self.saved.values()), default=0)
@@ -66,10 +66,16 @@ class Source:
             config = from_dict(ModelConfig, values)
             size = config.size
             limits = dict.fromkeys(("d_model", "num_heads", "head_dim", "d_ff", "vocab_size"), largest)
-            for key, limit in (limits | {"num_layers": len(self.saved)}).items():
-                if (getattr(size, key) or 0) > limit:
-                    raise ValueError(f"size.{key} is {getattr(size, key)}, too large for the weights in the files")
-            repeats = re.findall(r"\sx(\d+)", json.dumps(asdict(config.arch)["pattern"]))
+            counts = {f"size.{key}": (getattr(size, key), limit) for key, limit in limits.items()}
+            counts["size.num_layers"] = (size.num_layers, len(self.saved))
+            if config.arch.block is not None:
+                token, shared = config.arch.block.token, limits.keys() - {"vocab_size"}
+                counts |= {f"arch.block.token.{key}": (getattr(token, key), largest) for key in shared}
+                counts["arch.block.length"] = (config.arch.block.length, largest)
+            for key, (count, limit) in counts.items():
+                if (count or 0) > limit:
+                    raise ValueError(f"{key} is {count}, too large for the weights in the files")
+            repeats = re.findall(r"\sx(\d+)", json.dumps(asdict(config.arch)))
             if any(int(number) > MOST_REPEATS for number in repeats):
                 raise ValueError(f"arch.pattern repeats an item more than {MOST_REPEATS:,} times")
             plan = resolve(config)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arch import KVPlan, ModelConfig, Store
+from arch import KVPlan, ModelConfig, Plan, Store
 from arch.convert import Unrepresentable, Weight, hf_config, weight_map
 from eval.cli import UsageError
 
@@ -65,17 +65,19 @@ STOCK_NOTES = {
 }
 
 
-def stock(config: ModelConfig, plan: KVPlan) -> Target:
+def stock(config: ModelConfig, plan: Plan) -> Target:
     """Raises Unrepresentable where no class of transformers is this model."""
+    if not isinstance(plan, KVPlan):
+        raise Unrepresentable(["block: a Block Transformer is two decoders; a stock class is one"])
     hf = hf_config(config, plan)
     return Target("stock", hf, weight_map(config, hf), notes=STOCK_NOTES[hf["model_type"]])
 
 
 # In the order in which they are tried.
-TARGETS: dict[str, Callable[[ModelConfig, KVPlan], Target]] = {"stock": stock}
+TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock}
 
 
-def choose(config: ModelConfig, plan: KVPlan, asked: str = "auto") -> tuple[Target, dict[str, str]]:
+def choose(config: ModelConfig, plan: Plan, asked: str = "auto") -> tuple[Target, dict[str, str]]:
     """The first target that holds the model, or the one `asked` for; and why the ones before it were passed over.
 
     Raises UsageError where there is none.

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from arch import ModelConfig, SizeConfig
-
-from .bench_measure import load_arch, load_size
+from eval.layouts import load_arch, load_size
 
 FAMILIES = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3")
 

@@ -24,6 +24,7 @@ from arch import Decoder, ModelConfig, resolve
 from arch.footprint import kv_bytes
 from data.batches import EvalBatches, TrainBatches
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
+from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
 
 from .bench_peers import UnavailableError, ours
@@ -132,9 +133,9 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
 @torch.no_grad()
 def evaluate(model: Decoder, windows: TokenWindows, micro: int, device: torch.device) -> float:
     """Nats per token over the windows that train/pretrain.py validates on unless told otherwise."""
-    count = max(1, min(len(windows), DataConfig.val_tokens // windows.seq_len))
+    chosen = EvalWindows.of(Mixture((windows,), (1.0,)), DataConfig.val_tokens // windows.seq_len)
     total, targets = 0.0, 0
-    for batch in EvalBatches(windows, count, micro):
+    for batch in EvalBatches(chosen, micro):
         with autocast(device):
             loss = model(batch["inputs"].to(device), head=cross_entropy_sum(batch["targets"].to(device)))
         total, targets = total + loss.item(), targets + batch["step_targets"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from arch import Decoder, ModelConfig
+from arch import LanguageModel, ModelConfig, build
 from data.batches import IGNORE, Batch
 
 from . import checkpoint
@@ -26,8 +26,8 @@ from .schema import PretrainConfig, num_steps
 LESS = "lower optim.lr, or warm up longer"
 
 
-class LitDecoder(L.LightningModule):
-    """Trains a Decoder on next-token prediction.
+class LitModel(L.LightningModule):
+    """Trains a model on next-token prediction.
 
     token_bytes  [V] UTF-8 bytes of each token, for bits per byte
     """
@@ -36,7 +36,7 @@ class LitDecoder(L.LightningModule):
         super().__init__()
         self.config = config
         self.register_buffer("token_bytes", token_bytes, persistent=False)
-        self.model: Decoder | None = None
+        self.model: LanguageModel | None = None
         self.last_val: dict[str, float] = {}
         self.shown: dict[str, float] = {}  # beside the progress bar; `log(prog_bar=True)` would wait at every step
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
@@ -49,7 +49,7 @@ class LitDecoder(L.LightningModule):
         device = self.trainer.strategy.root_device
         mesh = self.device_mesh["data_parallel"] if trainer.strategy == "fsdp" else None
         with torch.device("meta"):
-            self.model = Decoder(ModelConfig(self.config.arch, self.config.size), trainer.backend, device.type)
+            self.model = build(ModelConfig(self.config.arch, self.config.size), trainer.backend, device.type)
         parallelize(
             self.model,
             activation_checkpointing=trainer.activation_checkpointing,
@@ -80,8 +80,9 @@ class LitDecoder(L.LightningModule):
         """Summed loss in nats over the real targets of a micro-batch."""
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            head = cross_entropy_sum(batch["targets"], self.compiled)
-            return self.model(batch["inputs"], head=head, documents_BT=batch["documents_BT"])
+            head = cross_entropy_sum(self.model.predicted(batch["targets"]), self.compiled)
+            also = {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
+            return self.model(batch["inputs"], head=head, **also)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the real targets of the whole optimizer step.

@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.hardware import TERA, find_gpu
 
 from .checkpoint import TrainingError
-from .lit_module import LESS, LitDecoder
+from .lit_module import LESS, LitModel
 from .schema import TrainerConfig
 
 
@@ -44,25 +44,23 @@ class Metrics(L.Callback):
         self.clock = self.paused = 0.0
         self.peak: float | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         self.step = trainer.global_step
         self.warm = self.reported = self.step + 1
         self.peak = peak_flops(module.config.trainer, module.device, module.compute_dtype)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: LitDecoder, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: LitModel, optimizer: torch.optim.Optimizer) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
 
-    def on_validation_start(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         wait(module.device)  # for the training steps that are queued
         self.paused = time.perf_counter()
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitDecoder) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         self.clock += time.perf_counter() - self.paused
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitDecoder, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.loss = self.loss + outputs["loss"]
         if trainer.global_step == self.step:  # within a step that accumulates
@@ -78,7 +76,7 @@ class Metrics(L.Callback):
             wait(module.device)
             self.clock = time.perf_counter()
 
-    def _report(self, trainer: L.Trainer, module: LitDecoder, loss: float) -> None:
+    def _report(self, trainer: L.Trainer, module: LitModel, loss: float) -> None:
         self._check(loss)
         metrics = {"train/loss": loss, "train/lr": self.lr, "train/tokens": float(self.step * self.step_tokens)}
         module.shown["loss"], line = loss, f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}"

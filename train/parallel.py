@@ -6,11 +6,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from arch import Decoder
+from arch import LanguageModel
 
 
 def parallelize(
-    model: Decoder,
+    model: LanguageModel,
     *,
     activation_checkpointing: bool,
     compile_blocks: bool,
@@ -22,19 +22,21 @@ def parallelize(
     Keys and values cross blocks as arguments and results, so that a unit is one layer and sharing costs nothing extra.
     Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.
     """
-    model.activation_checkpointing = activation_checkpointing
+    blocks = [block for stack in model.stacks for block in stack.layers]
+    for stack in model.stacks:
+        stack.activation_checkpointing = activation_checkpointing
     if compile_blocks:
         # All blocks share one code object: each kind of block, with and without gradients, is one more variant of it.
         # Past the limit torch would go on uncompiled and say nothing, hence the error.
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 128
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        for block in model.layers:
+        for block in blocks:
             block.compile()
     if mesh is not None:
         # Values leave a block as views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in model.layers:
+        for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from arch import KVPlan, LayoutError, ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
-from eval.cli import Choices, UsageError, launch, load_arch, load_size, require
+from eval.cli import Choices, UsageError, launch, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
+from eval.layouts import load_arch, load_size
 from eval.units import bytes_text, count_text, parse_bytes
 from train.memory import Execution, step_memory
 from train.schema import (

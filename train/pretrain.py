@@ -20,15 +20,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from arch import Decoder, KVPlan, LayoutError, ModelConfig, resolve
+from arch import LayoutError, ModelConfig, Plan, build, resolve
 from data.shards import DataError, write_json
 from eval.cli import Choices, UsageError, launch, require
-from eval.footprint import plan_table
+from eval.footprint import plan_tables
 from train import checkpoint
 from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
-from train.datamodule import Data
-from train.lit_module import LitDecoder
+from train.datamodule import Data, framing
+from train.lit_module import LitModel
 from train.metrics import Metrics, Progress
 from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_start
@@ -92,13 +92,14 @@ def run(config: PretrainConfig) -> None:
     except TrainingError as error:
         raise UsageError(str(error)) from error
     data = Data(config)
-    module = LitDecoder(config, data.token_bytes())
+    module = LitModel(config, data.token_bytes())
     folder = Path(config.folder)
     if rank_zero_only.rank == 0:
         step = 0 if start is None else checkpoint.step_of(start)
         write_start(folder, config, plan, {"from_step": step, "attention": attention})
         console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(plan_table(config.name, plan, config.context, config.kv_itemsize))
+        for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
+            console.print(table)
         print(f"attention: {attention}")
     failed = True
     try:
@@ -121,7 +122,7 @@ def check(config: PretrainConfig) -> tuple[str, str]:
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
         with torch.device("meta"):
-            model = Decoder(ModelConfig(config.arch, config.size), config.trainer.backend, device)
+            model = build(ModelConfig(config.arch, config.size), config.trainer.backend, device)
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
@@ -133,7 +134,7 @@ def check(config: PretrainConfig) -> tuple[str, str]:
     return device, attention
 
 
-def fit(trainer: L.Trainer, module: LitDecoder, data: Data) -> None:
+def fit(trainer: L.Trainer, module: LitModel, data: Data) -> None:
     """Train to the last step. Where the run is asked to stop it saves its state and ends the process."""
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
@@ -162,22 +163,24 @@ def kept(folder: Path) -> str:
     return f"The last good checkpoint is {saved}; resume={folder} continues from it"
 
 
-def finish(trainer: L.Trainer, module: LitDecoder, config: PretrainConfig, plan: KVPlan, data: str) -> None:
+def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: Plan, data: str) -> None:
     """Write and show the result."""
-    folder, val = Path(config.folder), module.last_val
+    folder, val, length = Path(config.folder), module.last_val, config.size.seq_len
+    first = framing(config).unpredicted + 1
+    counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
     write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
     print(
         f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
-        f"{val['bpb']:.4f} bits per byte\nrun folder: {folder}"
+        f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {folder}"
     )
     scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
-def build_trainer(config: PretrainConfig, folder: Path, plan: KVPlan, device: str, start: Path | None) -> L.Trainer:
+def build_trainer(config: PretrainConfig, folder: Path, plan: Plan, device: str, start: Path | None) -> L.Trainer:
     """A Trainer for the run, which goes on from the checkpoint `start`.
 
-    Weights and optimizer are fp32 in every case; LitDecoder computes in what was asked.
+    Weights and optimizer are fp32 in every case; LitModel computes in what was asked.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of

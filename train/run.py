@@ -15,11 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from arch import KVPlan, ModelConfig
+from arch import ModelConfig, Plan
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.shards import write_json
 from eval.cli import UsageError
 
+from .datamodule import framing
 from .machine import environment
 from .schema import PretrainConfig
 
@@ -28,7 +29,7 @@ FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "tr
 GROUPS = ("optim", "trainer", "logger")
 
 
-def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[str, Any]) -> None:
+def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[str, Any]) -> None:
     """All but the results. Each start of the run, `about` it included, is one more entry of run.json.
 
     Raises UsageError where the folder cannot be made or written to.
@@ -48,7 +49,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: KVPlan, about: dict[
         ) from error
 
 
-def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
+def constants(config: PretrainConfig, plan: Plan) -> dict[str, float]:
     """The figures of a run that do not change while it trains, under the names they have in logs and in wandb."""
     model = ModelConfig(config.arch, config.size)
     kv = kv_bytes(plan, config.context, config.kv_itemsize)
@@ -62,14 +63,16 @@ def constants(config: PretrainConfig, plan: KVPlan) -> dict[str, float]:
     }
 
 
-def summarize(config: PretrainConfig, plan: KVPlan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
+def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
     """What a Pareto plot needs of a run of `steps` steps on the data of checksum `data`.
 
-    `experiment` is all that decides it except the seed.
+    `experiment` is all that decides it except the seed; `unpredicted` are the targets at the start of each sequence
+    that the model does not predict: they are neither trained on nor in any loss.
     """
     asked = asdict(config)
     experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size", "init", "train_only")}
     experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
+    experiment["unpredicted"] = framing(config).unpredicted
     return {
         "name": config.name,
         "seed": config.seed,

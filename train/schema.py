@@ -142,7 +142,20 @@ def problems(config: PretrainConfig) -> list[str]:
             f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
             f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
         )
-    return found + optim_problems(config.optim)
+    return found + block_problems(config) + optim_problems(config.optim)
+
+
+def block_problems(config: PretrainConfig) -> list[str]:
+    """What a Block Transformer cannot be trained on, or nothing else can."""
+    block, data = config.arch.block, config.data
+    if block is None:
+        return ["data.block_padding is for a Block Transformer; choose one, or leave it out"] * data.block_padding
+    found = []
+    if block.length > 0 and config.size.seq_len % block.length:
+        found.append(f"size.seq_len {config.size.seq_len} is not a multiple of arch.block.length {block.length}")
+    if data.document_mask:
+        found.append("data.document_mask is not for a Block Transformer, whose blocks cross the borders of documents")
+    return found
 
 
 def value_problems(config: PretrainConfig) -> list[str]:

@@ -1,0 +1,45 @@
+"""Write the README's table of layouts, made from configs/arch: `python eval/readme.py`."""
+
+import re
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from arch import ModelConfig, resolve
+from arch.footprint import kv_bytes
+from eval.layouts import CONFIGS, load_arch, load_size, names
+from eval.units import bytes_text, number_text
+
+README = CONFIGS.parent / "README.md"
+BEGIN, END = "<!-- layouts: python eval/readme.py -->\n", "<!-- end of layouts -->\n"
+SIZE, CONTEXT = "1b", 32768
+
+
+def layouts() -> str:
+    """A Markdown table of every layout at `SIZE`: the heaviest cache first."""
+    rows = []
+    for name in names("arch"):
+        kv = kv_bytes(resolve(ModelConfig(load_arch(name), load_size(SIZE))), CONTEXT)
+        cells = (f"`{name}`", about(name), number_text(kv.per_token), bytes_text(kv.stored), bytes_text(kv.read))
+        rows.append((-kv.stored, "| " + " | ".join(cells) + " |\n"))
+    header = f"| `+arch=` | what it is | bytes per token | stored at {CONTEXT:,} tokens | read per decoded token |\n"
+    return header + "|---|---|---:|---:|---:|\n" + "".join(row for _, row in sorted(rows))
+
+
+def about(name: str) -> str:
+    """What the first comment of the layout's file says, up to its first stop or colon."""
+    text = (CONFIGS / "arch" / f"{name}.yaml").read_text()
+    comment = " ".join(line.removeprefix("#").strip() for line in re.match(r"(#.*\n)+", text)[0].splitlines())
+    return re.split(r"(?<!\bal)[.:](?= |$)", comment)[0]
+
+
+def renewed(text: str) -> str:
+    """`text` with the table between its two marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + layouts() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text()))
