@@ -9,7 +9,7 @@ approximated.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -379,25 +379,15 @@ def to_hf(config: ModelConfig, plan: KVPlan, state_dict: Mapping[str, Tensor]) -
 def weights_to_hf(config: ModelConfig, hf: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As `to_hf`, for the class that the config.json `hf` describes."""
     table = {weight.ours: weight for weight in weight_map(config, hf)}
-    return _convert(state_dict, table, lambda weight, tensor: (weight.theirs, weight.to_hf(tensor)))
-
-
-def _convert(
-    tensors: Mapping[str, Tensor],
-    table: Mapping[str, Weight],
-    convert: Callable[[Weight, Tensor], tuple[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Each of `tensors` as `convert` has it. Raises ConversionError where they are not just those of `table`."""
-    problems = [f"{name} is missing" for name in table if name not in tensors]
+    problems = [f"{name} is missing" for name in table if name not in state_dict]
     converted: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in state_dict.items():
         if name not in table:
             problems.append(f"{name} is unexpected")
         elif tensor.shape != table[name].shape:
             problems.append(f"{name} has the shape {list(tensor.shape)}; it must be {list(table[name].shape)}")
         else:
-            key, value = convert(table[name], tensor)
-            converted[key] = value
+            converted[table[name].theirs] = table[name].to_hf(tensor)
     if problems:
         raise ConversionError(problems)
     return converted

@@ -51,9 +51,12 @@ def build_norm(size: SizeConfig) -> RMSNorm | LayerNorm:
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
-    """Cosines and sines, fp32, of shape positions.shape + (dim / 2,)."""
+    """Cosines and sines, fp32, of shape positions.shape + (dim / 2,).
+
+    To the bit those of Hugging Face: a frequency one rounding apart turns by another 1e-4 at position 1000.
+    """
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angle = positions.float().unsqueeze(-1) * theta**-exponent
+    angle = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
     return angle.cos(), angle.sin()
 
 

@@ -13,6 +13,7 @@ from conftest import build, small, tokens
 from arch import ArchConfig, Decoder, LatentConfig, LayoutError, ModelConfig, StoreConfig, convert, generate, resolve
 from arch.convert import ConversionError, Unrepresentable, hf_config, model_config, to_hf
 from arch.hf_import import from_hf
+from arch.layers import rope_table
 
 LENGTH = 20  # more than three windows
 STOCK = {
@@ -107,6 +108,18 @@ def test_export_is_the_stock_model(layout: ArchConfig | str, changes: dict[str, 
     config, back = from_hf(hf, weights)
     assert_equal(back, model.state_dict())
     assert hf_config(config, resolve(config)) == hf
+
+
+def test_rotary_tables_are_theirs_to_the_bit() -> None:
+    """Logits far into a long context would part: an angle is position times frequency, rounding included."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(head_dim=96, rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    positions = torch.tensor([0, 1, 1000, 8191, 100_000])
+    for table, their_table in zip(
+        rope_table(positions, 96, 700.0), theirs(torch.zeros(1), positions[None]), strict=True
+    ):
+        assert torch.equal(torch.cat((table, table), dim=-1), their_table[0])
 
 
 @pytest.mark.parametrize("delta", [-1, 1])

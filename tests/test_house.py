@@ -138,5 +138,6 @@ def test_top_level() -> None:
 
 def test_importing_a_script_leaves_the_path_alone() -> None:
     code = f"import sys; sys.path.insert(1, {str(ROOT)!r}); before = list(sys.path)\n"
-    code += "import data.prepare, eval.footprint, eval.pareto, train.plan, train.pretrain\nassert sys.path == before"
+    code += "import data.prepare, eval.footprint, eval.pareto, train.export, train.plan, train.pretrain\n"
+    code += "assert sys.path == before"
     subprocess.run([sys.executable, "-c", code], check=True)

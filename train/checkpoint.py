@@ -141,22 +141,31 @@ def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimi
 
 
 def load_info(folder: Path) -> dict[str, Any]:
-    """checkpoint.json. Raises TrainingError where it is missing or is not one."""
+    """checkpoint.json. Raises TrainingError where it is missing, is not one, or names files outside of `folder`."""
     try:
         info: dict[str, Any] = json.loads((folder / INFO).read_text())
         if info["format"] != FORMAT:
             raise TrainingError(f"{folder} has format {info['format']}, this version reads {FORMAT}")
+        for name in dict(info["files"]):
+            if Path(name).name != name or Path(name).suffix != ".safetensors":
+                raise ValueError(f"files has {name!r}, which is no .safetensors file in this folder")
         return info
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{folder} is no checkpoint: {INFO} cannot be read ({error})") from error
 
 
 def verify(folder: Path) -> None:
-    """Raises TrainingError, naming the file, unless every file is there as it was written."""
-    for name, written in load_info(folder)["files"].items():
-        path = folder / Path(name).name
+    """Raises TrainingError, naming the file, unless every file is there as it was written, and no other."""
+    files = load_info(folder)["files"]
+    for path in folder.glob("*.safetensors"):
+        if path.name not in files:
+            raise TrainingError(f"{path} is not of this checkpoint: {INFO} does not name it")
+    for name, written in files.items():
+        path = folder / name
         if not path.is_file():
             raise TrainingError(f"{path} is missing")
+        if not isinstance(written, dict) or not {"bytes", "sha256"} <= written.keys():
+            raise TrainingError(f"{folder} is no checkpoint: {INFO} has no size and checksum of {name}")
         if path.stat().st_size != written["bytes"]:
             raise TrainingError(f"{path} has {path.stat().st_size} bytes, {written['bytes']} were written")
         try:

@@ -1,0 +1,112 @@
+"""Where a model can go: what each target holds exactly, and which one is taken.
+
+stock   a class that transformers ships, where one computes just what ours does (arch/convert.py)
+remote  the decoder of train/hf, whose two files go into the folder: layouts that share, mix windows or have sinks
+
+A target is refused, never approximated. A further one is a function from (config, plan) to Target in TARGETS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arch import KVPlan, ModelConfig, Plan, Store
+from arch.convert import Unrepresentable, Weight, hf_config, weight_map
+from arch.convert_remote import FILES, remote_config
+from eval.cli import UsageError
+
+
+def sliding_bytes(plan: KVPlan, context: int, itemsize: int) -> int:
+    """Bytes of a DynamicCache of transformers (>= 5) after `context` tokens of one sequence.
+
+    Between two tokens its sliding layers keep window - 1 positions: the next token brings the one that is missing.
+    """
+
+    def positions(store: Store) -> int:
+        return context if store.window is None else min(context, store.window - 1)
+
+    return sum(store.slot.elements * positions(store) for store in plan.stores) * itemsize
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a folder of this kind holds beside tokenizer, card and generation settings.
+
+    name         as in target=
+    config       the content of config.json, without the type of the tensors and special tokens
+    weights      every tensor under both names
+    code         Python files that go into the folder; with any, readers must trust remote code
+    cache_bytes  (plan, context, itemsize) -> bytes of one sequence in the reader's growing cache
+    notes        what engines do with it: lines of the model card
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: list[Weight]
+    code: tuple[Path, ...] = ()
+    cache_bytes: Callable[[KVPlan, int, int], int] = sliding_bytes
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_class(self) -> str:
+        return str(self.config["architectures"][0])
+
+
+STOCK_NOTES = {
+    "llama": (),
+    "mistral": (),
+    "ministral": (
+        "Sliding layers cost their window and no more in `transformers`. An engine without a cache manager for mixed "
+        "layers may hold them at full length: look at the number of blocks it reports.",
+    ),
+    "deepseek_v3": (
+        "Before 5.15 `transformers` caches expanded keys and values: the same tokens, without the saving.",
+        "Queries are not compressed (`q_lora_rank` is null), and all layers are dense.",
+    ),
+}
+
+
+HF_FILES = Path(__file__).resolve().parent / "hf"
+REMOTE_NOTES = (
+    "The two Python files in this folder are the model: `transformers` >= 5.16.1 runs them with "
+    "`trust_remote_code=True`.",
+    "Layers that share keys and values keep them once in the caches of `transformers`. vLLM keeps a copy per layer, "
+    "unless the plugin of kvfrontier is installed; continuous batching in `transformers` does too.",
+)
+
+
+def stock(config: ModelConfig, plan: Plan) -> Target:
+    """Raises Unrepresentable where no class of transformers is this model."""
+    if not isinstance(plan, KVPlan):
+        raise Unrepresentable(["block: a Block Transformer is two decoders; a stock class is one"])
+    hf = hf_config(config, plan)
+    return Target("stock", hf, weight_map(config, hf), notes=STOCK_NOTES[hf["model_type"]])
+
+
+def remote(config: ModelConfig, plan: Plan) -> Target:
+    """Raises Unrepresentable where the remote-code decoder is not this model."""
+    hf = remote_config(config)
+    code = tuple(HF_FILES / name for name in FILES)
+    return Target("remote", hf, weight_map(config, hf), code, notes=REMOTE_NOTES)
+
+
+# In the order in which they are tried.
+TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock, "remote": remote}
+
+
+def choose(config: ModelConfig, plan: Plan, asked: str = "auto") -> tuple[Target, dict[str, str]]:
+    """The first target that holds the model, or the one `asked` for; and why the ones before it were passed over.
+
+    Raises UsageError where there is none.
+    """
+    if asked != "auto" and asked not in TARGETS:
+        raise UsageError(f"target is {asked}; choose auto, {', '.join(TARGETS)}")
+    passed: dict[str, str] = {}
+    for name in TARGETS if asked == "auto" else [asked]:
+        try:
+            return TARGETS[name](config, plan), passed
+        except Unrepresentable as error:
+            passed[name] = str(error)
+    reasons = "\n".join(f"target {name} does not hold it:\n{reason}" for name, reason in passed.items())
+    raise UsageError(f"this model cannot be exported exactly, and is not approximated\n{reasons}")
