@@ -1,0 +1,218 @@
+"""The tables and pictures of train/bounded_study.py, made of its result.json alone."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from eval.units import bytes_text
+
+Result = dict[str, Any]
+# Of Okabe and Ito's palette, which colour-blind people tell apart; each with a marker and dashes of its own.
+LOOK = {
+    "full": ("#000000", "s", (0, (1, 1))),
+    "window": ("#E69F00", "o", "-"),
+    "gated": ("#CC79A7", "v", (0, (3, 1, 1, 1))),
+    "ring_slots": ("#0072B2", "D", "-"),
+    "ring_router": ("#009E73", "^", (0, (5, 2))),
+}
+
+
+def report(result: Result, out: Path) -> str:
+    """Writes README.md and the pictures; returns the tables."""
+    tables = {}
+    for task, (draw, table, picture) in PARTS.items():
+        if task in result:
+            runs = chosen(result[task]["runs"].values(), task)
+            draw(result[task], runs, out / picture)
+            tables[task] = table(result[task], runs)
+    (out / "README.md").write_text(readme(result, tables))
+    return "\n\n".join(tables.values())
+
+
+def chosen(cells: Iterable[Result], task: str) -> dict[str, list[Result]]:
+    """Of each rule, the runs at the learning rate whose mean over the seeds is best."""
+    runs: dict[str, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        runs[cell["rule"]][cell["lr"]].append(cell)
+    best = {"lm": lambda group: -mean(group, "loss"), "recall": lambda group: mean(group, "accuracy")}[task]
+    return {rule: max(rates.values(), key=best) for rule, rates in runs.items()}
+
+
+def mean(runs: list[Result], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def band(values: list[float], form: str) -> str:
+    """`mean (lowest to highest)`."""
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def nats(run: Result, length: str, first: int) -> float:
+    """Mean loss of the positions from `first` on."""
+    late = [bucket for bucket in run["positions"][length] if bucket["first"] >= first]
+    return sum(b["nats"] * b["targets"] for b in late) / sum(b["targets"] for b in late)
+
+
+def accuracy(run: Result, pairs: int) -> float:
+    counts = run["counts"][str(pairs)].values()
+    return sum(right for right, _ in counts) / sum(total for _, total in counts)
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(columns: list[str]) -> list[str]:
+    return [row(columns), f"|---|{'---:|' * (len(columns) - 1)}"]
+
+
+def held(about: Result) -> str:
+    if about["off_percent"] is None:
+        return "every position"
+    parts = {"positions": about["window"], "slots": about["slots"]}
+    return " + ".join(f"{count} {what}" for what, count in parts.items() if count)
+
+
+def costs(about: Result) -> list[str]:
+    bounded = about["off_percent"] is not None
+    state = f"{bytes_text(about['state_bytes'])} ({about['off_percent']:+.1f} %)" if bounded else "grows"
+    return [held(about), state, f"{about['params']:,}"]
+
+
+def lm_table(result: Result, runs: dict[str, list[Result]]) -> str:
+    window = result["settings"]["window"]
+    lengths = list(next(iter(runs.values()))[0]["positions"])
+    columns = ["rule", "keeps, each layer", "state", "parameters", "loss", f"from position {late(window)} on"]
+    lines = head([*columns, *(f"at {length} tokens" for length in lengths[1:]), "lr"])
+    for rule, group in runs.items():
+        losses = [
+            band([run["loss"] for run in group], ".3f"),
+            band([nats(r, lengths[0], late(window)) for r in group], ".3f"),
+        ]
+        losses += [band([nats(run, length, 0) for run in group], ".3f") for length in lengths[1:]]
+        lines.append(row([f"`{rule}`", *costs(result["rules"][rule]), *losses, f"{group[0]['lr']:g}"]))
+    return "\n".join(lines)
+
+
+def late(window: int) -> int:
+    """The first bucket of positions that lie behind a window."""
+    return 1 << (window - 1).bit_length()
+
+
+def recall_table(result: Result, runs: dict[str, list[Result]]) -> str:
+    pairs = result["settings"]["recall_pairs"]
+    lines = head(["rule", "keeps, each layer", "state", "parameters", *(f"{count} pairs" for count in pairs), "lr"])
+    for rule, group in runs.items():
+        shares = [band([accuracy(run, count) for run in group], ".2f") for count in pairs]
+        lines.append(row([f"`{rule}`", *costs(result["rules"][rule]), *shares, f"{group[0]['lr']:g}"]))
+    return "\n".join(lines)
+
+
+def plain(axes: plt.Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def curve(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+    """The mean over the seeds, and a band from the lowest to the highest."""
+    color, marker, dashes = LOOK[rule]
+    columns = list(zip(*seeds, strict=True))
+    axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0)
+    middle = [statistics.mean(c) for c in columns]
+    axes.plot(x, middle, color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.6, label=label)
+
+
+def draw_positions(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
+    """Left: loss at the longest sequences, by position. Right: how much of it the window's is above or below."""
+    window, trained = result["settings"]["window"], result["settings"]["lm_length"]
+    longest = max(next(iter(runs.values()))[0]["positions"], key=int)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
+    ticks = [bucket["first"] for bucket in next(iter(runs.values()))[0]["positions"][longest] if bucket["first"]]
+    for rule, group in runs.items():
+        seeds = [[b["nats"] for b in run["positions"][longest] if b["first"]] for run in group]
+        curve(left, rule, ticks, seeds, rule)
+        if "window" in runs and rule != "window":
+            base = {run["seed"]: [b["nats"] for b in run["positions"][longest] if b["first"]] for run in runs["window"]}
+            gaps = [
+                [mine - theirs for mine, theirs in zip(values, base[run["seed"]], strict=True)]
+                for run, values in zip(group, seeds, strict=True)
+                if run["seed"] in base
+            ]
+            curve(right, rule, ticks, gaps)
+    right.axhline(0, color=LOOK["window"][0], linewidth=1.6)
+    for axes in (left, right):
+        plain(axes)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick in (1, 4, 16, 64, 256, 1024, 4096)]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("position in the sequence (first of a bucket twice as wide as the one before)")
+        for place, words in (
+            (late(window), f"window\n{window}"),
+            (1 << (trained - 1).bit_length(), f"trained\non {trained}"),
+        ):
+            axes.axvline(place, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+            axes.annotate(
+                words, (place, 1.0), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                va="top", fontsize=8, color="#666666",
+            )  # fmt: skip
+    left.set_ylabel("validation loss, nats per token")
+    right.set_ylabel("difference to the window with the same seed, nats")
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=160, facecolor="white")
+    plt.close(figure)
+
+
+def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
+    """Left: accuracy by number of pairs. Right: with the most pairs, by distance."""
+    pairs, values = result["settings"]["recall_pairs"], result["settings"]["recall_keys"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained", width_ratios=(3, 2))
+    ticks = list(range(len(pairs)))
+    known = [1 / count for count in pairs]
+    left.plot(ticks, known, color="#999999", linestyle=(0, (4, 3)), linewidth=1.1, zorder=0)
+    left.annotate(
+        "knows the values, not whose",
+        (ticks[0], known[0]),
+        (8, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color="#666666",
+    )
+    for axes in (left, right):
+        axes.axhline(1 / values, color="#999999", linestyle=(0, (1, 2)), linewidth=1.1, zorder=0)
+        plain(axes)
+        axes.set_ylim(-0.02, 1.05)
+    left.annotate("chance", (ticks[0], 1 / values), (8, -10), textcoords="offset points", fontsize=8, color="#666666")
+    for rule, group in runs.items():
+        curve(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
+        counts = [run["counts"][str(pairs[-1])] for run in group]
+        distances = sorted(set.intersection(*(set(map(int, found)) for found in counts)))
+        by_distance = [[found[str(d)][0] / found[str(d)][1] for d in distances] for found in counts]
+        curve(right, rule, distances, by_distance)
+    left.set_xticks(ticks, [str(count) for count in pairs])
+    left.set_xlabel("pairs in the sequence")
+    left.set_ylabel("share of questions answered right")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set_xlabel(f"tokens from the value to the question, {pairs[-1]} pairs (rounded down)")
+    figure.legend(loc="outside upper center", ncols=len(runs), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=160, facecolor="white")
+    plt.close(figure)
+
+
+PARTS = {"lm": (draw_positions, lm_table, "positions.png"), "recall": (draw_recall, recall_table, "recall.png")}
+
+
+def readme(result: Result, tables: dict[str, str]) -> str:
+    return "\n\n".join(tables.values())
