@@ -24,13 +24,13 @@ class Bucket:
     """Positions `first` to `end` - 1 of the sequences, position 0 being the prediction made from one token.
 
     nats   mean loss per real target
-    error  standard error of the mean, of sequences as wholes: tokens of one sequence are not independent; NaN of one
+    error  standard error of the mean, of sequences as wholes: tokens of one sequence are not independent; None of one
     """
 
     first: int
     end: int
     nats: float
-    error: float
+    error: float | None
     targets: int
 
 
@@ -67,6 +67,6 @@ def loss_by_position(model: Decoder, batches: Iterable[Batch]) -> list[Bucket]:
         real = count_B > 0
         if real.any():
             means = sum_B[real] / count_B[real]
-            error = (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else math.nan
+            error = (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else None
             buckets.append(Bucket(first, end, (sum_B.sum() / count_B.sum()).item(), error, int(count_B.sum().item())))
     return buckets

@@ -29,6 +29,8 @@ class RecallTask:
 
     length, gap  tokens of a sequence, and those between its last value and its first question
     noise        different tokens that mean nothing
+    joined       a pair is one token instead of two: one layer then suffices, where else a lower one must have told each
+                 value its key
     """
 
     length: int = 128
@@ -36,15 +38,25 @@ class RecallTask:
     noise: int = 8
     keys: int = 32
     values: int = 32
+    joined: bool = False
 
     @property
     def vocab_size(self) -> int:
+        return self.first_pair + (self.keys * self.values if self.joined else 0)
+
+    @property
+    def first_pair(self) -> int:
+        """The first token after noise, keys and values."""
         return self.noise + self.keys + self.values
+
+    @property
+    def pair_length(self) -> int:
+        return 1 if self.joined else 2
 
     @property
     def most_pairs(self) -> int:
         """The pairs that leave room for a question each, or run out of different keys."""
-        return max(0, min((self.length - self.gap) // 3, self.keys))
+        return max(0, min((self.length - self.gap) // (self.pair_length + 1), self.keys))
 
     def problems(self, pairs: int) -> list[str]:
         """What is wrong with asking for `pairs` pairs, and the fix."""
@@ -88,16 +100,21 @@ def questions(task: RecallTask, pairs: int, batch: int, seed: int, number: int) 
     if found := task.problems(pairs):
         raise ValueError("; ".join(found))
     random = np.random.default_rng((seed, number, pairs))
-    first = 2 * pairs + task.gap
+    context, step = task.pair_length * pairs, task.pair_length
+    first = context + task.gap
     tokens_BT = random.integers(task.noise, size=(batch, task.length))
     targets_BT, source_BT = np.full((2, batch, task.length), IGNORE)
     keys_BP = task.noise + random.permuted(np.tile(np.arange(task.keys), (batch, 1)), axis=1)[:, :pairs]
-    values_BP = task.noise + task.keys + random.integers(task.values, size=(batch, pairs))
-    tokens_BT[:, 0 : 2 * pairs : 2], tokens_BT[:, 1 : 2 * pairs : 2] = keys_BP, values_BP
+    keys_end = task.noise + task.keys
+    values_BP = keys_end + random.integers(task.values, size=(batch, pairs))
+    if task.joined:
+        tokens_BT[:, :context] = task.first_pair + (keys_BP - task.noise) * task.values + values_BP - keys_end
+    else:
+        tokens_BT[:, 0:context:2], tokens_BT[:, 1:context:2] = keys_BP, values_BP
     pair_BQ = random.integers(pairs, size=(batch, task.length - first))
     tokens_BT[:, first:] = np.take_along_axis(keys_BP, pair_BQ, axis=1)
     targets_BT[:, first:] = np.take_along_axis(values_BP, pair_BQ, axis=1)
-    source_BT[:, first:] = 2 * pair_BQ + 1
+    source_BT[:, first:] = step * pair_BQ + step - 1
     return Questions(*(torch.from_numpy(x) for x in (tokens_BT, targets_BT, source_BT)))
 
 

@@ -214,5 +214,75 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
 PARTS = {"lm": (draw_positions, lm_table, "positions.png"), "recall": (draw_recall, recall_table, "recall.png")}
 
 
+WORDS = {
+    "lm": """## Real text
+
+{layers} layers of width {width}, {tokens:,} tokens of the Python standard library's source in sequences of {length}
+(vocabulary {vocab}), AdamW, learning rate {lr}, {seeds} seed(s). Loss in nats per token on text not trained on: mean,
+lowest and highest seed. The picture shows the longest sequences, most of which lie beyond what was trained on.""",
+    "recall": """## Associative recall
+
+{layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens: pairs of key and value, a
+token each; {gap} tokens of noise, which is as far as windows in all layers reach; then questions. {keys} keys and values,
+learning rate {lr}, {seeds} seed(s). Share of questions answered right. Who remembers the values and not whose they are
+gets about 1 / pairs right; who remembers nothing, 1 / {keys}.""",
+}
+NOTE = """
+State is what one sequence keeps, however long, in a bf16 cache (`itemsize` in result.json): slots are fp32 there and
+weigh two positions each. Percent: difference to the window's bytes. `full` keeps every position and is no competitor,
+it shows what there is to gain. Rules differ in nothing but the layout, and by the parameters of the router. Bands and
+brackets are the range of the seeds, no confidence interval.
+"""
+
+
 def readme(result: Result, tables: dict[str, str]) -> str:
-    return "\n\n".join(tables.values())
+    parts = [
+        "# Bounded caches at equal state bytes",
+        "Written by `python train/bounded_study.py` from `result.json`, which has all settings and runs. "
+        f"{result['environment']['hardware']}, Python {result['environment']['python']}, torch "
+        f"{result['environment']['versions']['torch']}; commit of each run: {', '.join(commits(result))}.",
+        NOTE.strip(),
+    ]
+    for task, table in tables.items():
+        parts += [words(result[task], task), table, f"![{task}]({PARTS[task][2]})", verdict(result[task], task)]
+    return "\n\n".join(parts) + "\n"
+
+
+def words(part: Result, task: str) -> str:
+    known = {key.removeprefix(f"{task}_"): value for key, value in part["settings"].items()}
+    runs = part["runs"].values()
+    rates, seeds = sorted({run["lr"] for run in runs}), {run["seed"] for run in runs}
+    best = " (each rule at the best for it)" if len(rates) > 1 else ""
+    known |= {"lr": ", ".join(f"{rate:g}" for rate in rates) + best, "seeds": len(seeds)}
+    if task == "recall":
+        known["gap"] = known["layers"] * (known["window"] - 1)
+    return WORDS[task].format(**known)
+
+
+def verdict(part: Result, task: str) -> str:
+    """The bounded rules in order, and whether the first is apart from the second in every seed."""
+    runs = chosen(part["runs"].values(), task)
+    window, pairs = part["settings"]["window"], part["settings"].get("recall_pairs")
+    trained = str(part["settings"].get("lm_length"))
+
+    def score(run: Result) -> float:
+        """Higher is better."""
+        return (
+            -nats(run, trained, late(window)) if task == "lm" else mean([{"x": accuracy(run, n)} for n in pairs], "x")
+        )
+
+    scores = {rule: [score(run) for run in group] for rule, group in runs.items() if rule != "full"}
+    order = sorted(scores, key=lambda rule: -statistics.mean(scores[rule]))
+    what = f"loss from position {late(window)} on" if task == "lm" else "mean accuracy"
+    listed = ", ".join(f"`{rule}` {abs(statistics.mean(scores[rule])):.3f}" for rule in order)
+    text = f"Bounded rules by {what}, best first: {listed}."
+    if len(order) > 1:
+        apart = min(scores[order[0]]) > max(scores[order[1]])
+        text += (
+            f" The first is {'better in every seed than' if apart else 'not apart, seeds overlap, from'} the second."
+        )
+    return text
+
+
+def commits(result: Result) -> list[str]:
+    return sorted({str(run["git"]) for task in PARTS if task in result for run in result[task]["runs"].values()})

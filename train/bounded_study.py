@@ -63,7 +63,8 @@ class Settings:
     tasks, rules, seeds  what is trained, and how many runs of each
     lm_*                 on text: the standard library's source in a vocabulary of lm_vocab, or the prepared folder data
     lm_lr, recall_lr     peak learning rates; where there are several, the rule is shown at its best
-    recall_*             on recall: sequences with each number of pairs in turn; keys and values: different ones
+    recall_*             on recall: sequences with each number of pairs in turn, a pair being one token; keys: of keys
+                         and of values, different ones
     """
 
     window: int = 32
@@ -81,13 +82,13 @@ class Settings:
     lm_tokens: int = 400_000
     lm_lr: tuple[float, ...] = (3e-3,)
     lm_val_tokens: int = 32_768
-    recall_layers: int = 2
+    recall_layers: int = 1
     recall_width: int = 64
-    recall_length: int = 96
+    recall_length: int = 64
     recall_pairs: tuple[int, ...] = (2, 4, 8)
-    recall_keys: int = 16
+    recall_keys: int = 8
     recall_batch: int = 32
-    recall_steps: int = 1000
+    recall_steps: int = 600
     recall_lr: tuple[float, ...] = (3e-3,)
     recall_val: int = 256
 
@@ -95,7 +96,8 @@ class Settings:
     def task(self) -> RecallTask:
         """With a gap that windows in all layers do not reach over."""
         gap = self.recall_layers * (self.window - 1)
-        return RecallTask(self.recall_length, gap, noise=4, keys=self.recall_keys, values=self.recall_keys)
+        keys = self.recall_keys
+        return RecallTask(self.recall_length, gap, noise=4, keys=keys, values=keys, joined=True)
 
 
 Tick = Callable[[float], None]
@@ -341,7 +343,7 @@ def main(settings: Settings, out: Path) -> None:
             write_json(path, result)
             shown = f"loss {done['loss']:.4f}" if cell.task == "lm" else f"accuracy {done['accuracy']:.3f}"
             progress.console.print(f"{cell.task} {cell.key}: {shown}, {done['seconds']:.0f} s")
-    console.print(report(result, out))
+    console.print(report(json.loads(path.read_text()), out))
 
 
 if __name__ == "__main__":
