@@ -222,8 +222,8 @@ WORDS = {
 lowest and highest seed. The picture shows the longest sequences, most of which lie beyond what was trained on.""",
     "recall": """## Associative recall
 
-{layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens: pairs of key and value, a
-token each; {gap} tokens of noise, which is as far as windows in all layers reach; then questions. {keys} keys and values,
+{layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens: pairs of key and value,
+one token each; {gap} tokens of noise, as far as windows in all layers reach; then questions. {keys} keys and values,
 learning rate {lr}, {seeds} seed(s). Share of questions answered right. Who remembers the values and not whose they are
 gets about 1 / pairs right; who remembers nothing, 1 / {keys}.""",
 }
