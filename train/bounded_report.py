@@ -123,6 +123,21 @@ def plain(axes: plt.Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def mark(axes: plt.Axes, place: float, words: str) -> None:
+    """A vertical line with its meaning beside its upper end."""
+    axes.axvline(place, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.annotate(
+        words,
+        (place, 1.0),
+        (3, -2),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+        color="#666666",
+    )
+
+
 def curve(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
     """The mean over the seeds, and a band from the lowest to the highest."""
     color, marker, dashes = LOOK[rule]
@@ -156,25 +171,18 @@ def draw_positions(result: Result, runs: dict[str, list[Result]], path: Path) ->
         axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick in (1, 4, 16, 64, 256, 1024, 4096)]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("position in the sequence (first of a bucket twice as wide as the one before)")
-        for place, words in (
-            (late(window), f"window\n{window}"),
-            (1 << (trained - 1).bit_length(), f"trained\non {trained}"),
-        ):
-            axes.axvline(place, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
-            axes.annotate(
-                words, (place, 1.0), (3, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                va="top", fontsize=8, color="#666666",
-            )  # fmt: skip
+        axes.set_xlabel("position in the sequence")
+        mark(axes, late(window), f"window\n{window}")
+        mark(axes, 1 << (trained - 1).bit_length(), f"trained\non {trained}")
     left.set_ylabel("validation loss, nats per token")
-    right.set_ylabel("difference to the window with the same seed, nats")
+    right.set_ylabel("nats above the window of the same seed")
     figure.legend(loc="outside upper center", ncols=len(runs), frameon=False, fontsize=9)
     figure.savefig(path, dpi=160, facecolor="white")
     plt.close(figure)
 
 
 def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
-    """Left: accuracy by number of pairs. Right: with the most pairs, by distance."""
+    """Left: accuracy by number of pairs. Right: by distance, with the most pairs, in longer sequences without a gap."""
     pairs, values = result["settings"]["recall_pairs"], result["settings"]["recall_keys"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained", width_ratios=(3, 2))
     ticks = list(range(len(pairs)))
@@ -195,17 +203,23 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
     left.annotate("chance", (ticks[0], 1 / values), (8, -10), textcoords="offset points", fontsize=8, color="#666666")
     for rule, group in runs.items():
         curve(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
-        counts = [run["counts"][str(pairs[-1])] for run in group]
+        counts = [run["by_distance"] for run in group]
         distances = sorted(set.intersection(*(set(map(int, found)) for found in counts)))
         by_distance = [[found[str(d)][0] / found[str(d)][1] for d in distances] for found in counts]
         curve(right, rule, distances, by_distance)
+    settings = result["settings"]
+    for place, words in (
+        (settings["window"], f"window\n{settings['window']}"),
+        (settings["recall_length"], f"trained\non {settings['recall_length']}"),
+    ):
+        mark(right, place, words)
     left.set_xticks(ticks, [str(count) for count in pairs])
     left.set_xlabel("pairs in the sequence")
     left.set_ylabel("share of questions answered right")
     right.set_xscale("log", base=2)
     right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     right.xaxis.set_minor_locator(NullLocator())
-    right.set_xlabel(f"tokens from the value to the question, {pairs[-1]} pairs (rounded down)")
+    right.set_xlabel(f"tokens from value to question, {pairs[-1]} pairs")
     figure.legend(loc="outside upper center", ncols=len(runs), frameon=False, fontsize=9)
     figure.savefig(path, dpi=160, facecolor="white")
     plt.close(figure)

@@ -39,7 +39,7 @@ from data.config import load
 from data.shards import Manifest, TokenWindows, write_json
 from eval.cli import MISTAKES, UsageError, fail
 from eval.positions import loss_by_position
-from eval.recall import RecallTask, questions, recall
+from eval.recall import RecallTask, questions, recall, share
 from train.bench_measure import load_arch
 from train.bounded_report import report
 from train.datamodule import open_data
@@ -63,8 +63,8 @@ class Settings:
     tasks, rules, seeds  what is trained, and how many runs of each
     lm_*                 on text: the standard library's source in a vocabulary of lm_vocab, or the prepared folder data
     lm_lr, recall_lr     peak learning rates; where there are several, the rule is shown at its best
-    recall_*             on recall: sequences with each number of pairs in turn, a pair being one token; keys: of keys
-                         and of values, different ones
+    recall_*             on recall: sequences with each number of pairs in turn, a pair being one token; half of them
+                         ask at once, half behind all windows, as in validation; keys: of keys and of values
     """
 
     window: int = 32
@@ -88,7 +88,7 @@ class Settings:
     recall_pairs: tuple[int, ...] = (2, 4, 8)
     recall_keys: int = 8
     recall_batch: int = 32
-    recall_steps: int = 600
+    recall_steps: int = 500
     recall_lr: tuple[float, ...] = (3e-3,)
     recall_val: int = 256
 
@@ -202,18 +202,22 @@ def train_lm(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict
 
 
 def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
-    task, pairs = settings.task, settings.recall_pairs
+    far, pairs = settings.task, settings.recall_pairs
+    near = replace(far, gap=0)
 
     def losses() -> Iterator[Tensor]:
         for step in range(settings.recall_steps):
-            asked = questions(task, pairs[step % len(pairs)], settings.recall_batch, cell.seed, step)
+            task = near if step % 2 else far
+            asked = questions(task, pairs[step // 2 % len(pairs)], settings.recall_batch, cell.seed, step)
             where = asked.asked
             yield F.cross_entropy(model(asked.inputs_BT)[where], asked.targets_BT[where])
 
     fit(model, losses(), cell.lr, settings.recall_steps, tick)
-    counts = recall(model, task, pairs, settings.recall_val, VAL_SEED)
-    total = [sum(c[i] for found in counts.values() for c in found.values()) for i in (0, 1)]
-    return {"accuracy": total[0] / total[1], "counts": counts}
+    counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)
+    long = replace(near, length=LONGER[-1] * near.length)
+    by_distance = recall(model, long, pairs[-1:], settings.recall_val, VAL_SEED)[pairs[-1]]
+    accuracy = sum(share(found) for found in counts.values()) / len(counts)
+    return {"accuracy": accuracy, "counts": counts, "by_distance": by_distance}
 
 
 TASKS = {"lm": train_lm, "recall": train_recall}
