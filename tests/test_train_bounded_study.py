@@ -79,8 +79,9 @@ def test_from_nothing_to_the_pictures_and_on(
         run = first["lm"]["runs"][f"{rule} lr 0.003 seed 0"]
         assert set(run["positions"]) == {"16", "32", "64"}
         assert [bucket["first"] for bucket in run["positions"]["32"]] == [0, 1, 2, 4, 8, 16]
-        counts = first["recall"]["runs"][f"{rule} lr 0.003 seed 0"]["counts"]
-        assert set(counts) == {"2", "4"}
+        asked = first["recall"]["runs"][f"{rule} lr 0.003 seed 0"]
+        assert set(asked["counts"]) == {"2", "4"}
+        assert set(asked["by_distance"]) == {"1", "2", "4", "8", "16", "32", "64"}, "to four times 24 tokens"
 
     trained = []
     run_cell = bounded_study.run

@@ -236,10 +236,11 @@ WORDS = {
 lowest and highest seed. The picture shows the longest sequences, most of which lie beyond what was trained on.""",
     "recall": """## Associative recall
 
-{layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens: pairs of key and value,
-one token each; {gap} tokens of noise, as far as windows in all layers reach; then questions. {keys} keys and values,
-learning rate {lr}, {seeds} seed(s). Share of questions answered right. Who remembers the values and not whose they are
-gets about 1 / pairs right; who remembers nothing, 1 / {keys}.""",
+{layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens, learning rate {lr},
+{seeds} seed(s). A sequence has pairs of key and value, one token each, then questions, in half of the training and in
+the table behind {gap} tokens of noise: as far as windows in all layers reach. {keys} keys and values. Share of questions
+answered right; who remembers the values and not whose they are gets about 1 / pairs right, who remembers nothing
+1 / {keys}. Right in the picture: sequences four times as long, without noise, by distance.""",
 }
 NOTE = """
 State is what one sequence keeps, however long, in a bf16 cache (`itemsize` in result.json): slots are fp32 there and
@@ -295,6 +296,15 @@ def verdict(part: Result, task: str) -> str:
         text += (
             f" The first is {'better in every seed than' if apart else 'not apart, seeds overlap, from'} the second."
         )
+    if task == "lm" and {"full", "window"} <= set(runs):
+        more = statistics.mean(scores["window"]) - statistics.mean(score(run) for run in runs["full"])
+        if more > 0:
+            text += (
+                f" `full` is {more:.3f} nats above the window there: trained this little, models make nothing yet of "
+                "what lies behind a window, and the order tells how fast rules learn what is near, not what they keep."
+            )
+        else:
+            text += f" `full` is {-more:.3f} nats below the window there: so much a longer memory could gain."
     return text
 
 
