@@ -237,10 +237,10 @@ lowest and highest seed. The picture shows the longest sequences, most of which 
     "recall": """## Associative recall
 
 {layers} layer(s) of width {width}, {steps:,} steps of {batch} sequences of {length} tokens, learning rate {lr},
-{seeds} seed(s). A sequence has pairs of key and value, one token each, then questions, in half of the training and in
-the table behind {gap} tokens of noise: as far as windows in all layers reach. {keys} keys and values. Share of questions
-answered right; who remembers the values and not whose they are gets about 1 / pairs right, who remembers nothing
-1 / {keys}. Right in the picture: sequences four times as long, without noise, by distance.""",
+{seeds} seed(s). A sequence has pairs of key and value, one token each, then questions; in half of the training and
+in the table these come behind {gap} tokens of noise: as far as windows in all layers reach. {keys} keys and values.
+Share of questions answered right; who remembers the values and not whose they are gets about 1 / pairs right, who
+remembers nothing 1 / {keys}. Right in the picture: sequences four times as long, without noise, by distance.""",
 }
 NOTE = """
 State is what one sequence keeps, however long, in a bf16 cache (`itemsize` in result.json): slots are fp32 there and
