@@ -123,12 +123,12 @@ def plain(axes: plt.Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def mark(axes: plt.Axes, place: float, words: str) -> None:
-    """A vertical line with its meaning beside its upper end."""
+def mark(axes: plt.Axes, place: float, words: str, height: float = 1.0) -> None:
+    """A vertical line with its meaning beside it, at a share of its height."""
     axes.axvline(place, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(
         words,
-        (place, 1.0),
+        (place, height),
         (3, -2),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
@@ -212,7 +212,7 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
         (settings["window"], f"window\n{settings['window']}"),
         (settings["recall_length"], f"trained\non {settings['recall_length']}"),
     ):
-        mark(right, place, words)
+        mark(right, place, words, height=0.34)
     left.set_xticks(ticks, [str(count) for count in pairs])
     left.set_xlabel("pairs in the sequence")
     left.set_ylabel("share of questions answered right")
