@@ -140,11 +140,23 @@ def mark(axes: plt.Axes, place: float, words: str, height: float = 1.0) -> None:
 
 def curve(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
     """The mean over the seeds, and a band from the lowest to the highest."""
-    color, marker, dashes = LOOK[rule]
     columns = list(zip(*seeds, strict=True))
-    axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, linewidth=0)
-    middle = [statistics.mean(c) for c in columns]
-    axes.plot(x, middle, color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.6, label=label)
+    low, high = [min(c) for c in columns], [max(c) for c in columns]
+    axes.fill_between(x, low, high, color=LOOK[rule][0], alpha=0.15, linewidth=0)
+    middle(axes, rule, x, seeds, label)
+
+
+def curves(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+    """The mean over the seeds, and each seed as a thin line: some learn a task and others do not, nothing between."""
+    for values in seeds:
+        axes.plot(x, values, color=LOOK[rule][0], linewidth=0.8, alpha=0.45, zorder=1)
+    middle(axes, rule, x, seeds, label)
+
+
+def middle(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str) -> None:
+    color, marker, dashes = LOOK[rule]
+    means = [statistics.mean(column) for column in zip(*seeds, strict=True)]
+    axes.plot(x, means, color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.6, label=label)
 
 
 def draw_positions(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
@@ -202,17 +214,17 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
         axes.set_ylim(-0.02, 1.05)
     left.annotate("chance", (ticks[0], 1 / values), (8, -10), textcoords="offset points", fontsize=8, color="#666666")
     for rule, group in runs.items():
-        curve(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
+        curves(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
         counts = [run["by_distance"] for run in group]
         distances = sorted(set.intersection(*(set(map(int, found)) for found in counts)))
         by_distance = [[found[str(d)][0] / found[str(d)][1] for d in distances] for found in counts]
-        curve(right, rule, distances, by_distance)
+        curves(right, rule, distances, by_distance)
     settings = result["settings"]
     for place, words in (
         (settings["window"], f"window\n{settings['window']}"),
         (settings["recall_length"], f"trained\non {settings['recall_length']}"),
     ):
-        mark(right, place, words, height=0.34)
+        mark(right, place, words, height=0.115)
     left.set_xticks(ticks, [str(count) for count in pairs])
     left.set_xlabel("pairs in the sequence")
     left.set_ylabel("share of questions answered right")
@@ -246,7 +258,7 @@ NOTE = """
 State is what one sequence keeps, however long, in a bf16 cache (`itemsize` in result.json): slots are fp32 there and
 weigh two positions each. Percent: difference to the window's bytes. `full` keeps every position and is no competitor,
 it shows what there is to gain. Rules differ in nothing but the layout, and by the parameters of the router. Bands and
-brackets are the range of the seeds, no confidence interval.
+brackets are the range of the seeds, no confidence interval; thin lines are single seeds.
 """
 
 
