@@ -1,0 +1,72 @@
+"""Loss by position in the sequence: what a model makes of a longer context, and of one longer than it was trained on.
+
+Shapes: B sequences, T tokens, D model, V vocabulary, E buckets.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from arch import Decoder
+from data.batches import IGNORE, Batch
+
+# Positions whose logits exist at one time.
+ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Positions `first` to `end` - 1 of the sequences, position 0 being the prediction made from one token.
+
+    nats   mean loss per real target
+    error  standard error of the mean, of sequences as wholes: tokens of one sequence are not independent; None of one
+    """
+
+    first: int
+    end: int
+    nats: float
+    error: float | None
+    targets: int
+
+
+def edges(length: int) -> list[int]:
+    """Where buckets begin, and the end: 0, 1, 2, 4, 8, ..., `length`. Each is as wide as all before it."""
+    return [0, *(2**power for power in range((length - 1).bit_length())), length]
+
+
+def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A head for `Decoder.forward`: loss [B, T] in fp32, 0 where the target is IGNORE."""
+
+    def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        chunks = zip(x_BTD.flatten(0, 1).split(ROWS), targets_BT.flatten().split(ROWS), strict=True)
+        nats = [F.cross_entropy((x @ weight_VD.T).float(), t, reduction="none", ignore_index=IGNORE) for x, t in chunks]
+        return torch.cat(nats).view_as(targets_BT)
+
+    return head
+
+
+@torch.no_grad()
+def loss_by_position(model: Decoder, batches: Iterable[Batch]) -> list[Bucket]:
+    """Over sequences of one length. Buckets without a real target are left out."""
+    sums, counts = [], []
+    for batch in batches:
+        targets_BT = batch["targets"]
+        nats_BT = model(batch["inputs"], head=token_nats(targets_BT), documents_BT=batch["documents_BT"])
+        bounds = edges(targets_BT.shape[1])
+        widths = [end - first for first, end in pairwise(bounds)]
+        for values, kept in ((nats_BT.double(), sums), ((targets_BT != IGNORE).double(), counts)):
+            kept.append(torch.stack([part.sum(1) for part in values.split(widths, dim=1)], dim=1))
+    sums_BE, counts_BE = torch.cat(sums), torch.cat(counts)
+    buckets = []
+    for (first, end), sum_B, count_B in zip(pairwise(bounds), sums_BE.T, counts_BE.T, strict=True):
+        real = count_B > 0
+        if real.any():
+            means = sum_B[real] / count_B[real]
+            error = (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else None
+            buckets.append(Bucket(first, end, (sum_B.sum() / count_B.sum()).item(), error, int(count_B.sum().item())))
+    return buckets

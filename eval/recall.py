@@ -1,0 +1,145 @@
+"""Multi-query associative recall (Arora et al. 2023, "Zoology", section 3): pairs of key and value, then noise, then
+keys again; at each of those the model is to predict the value that came with it.
+
+    k3 v7 k1 v2 | n n n n ... n | k1 k1 k3 k1 ...        answers: 2 at k1, 7 at k3, nothing anywhere else
+
+Answers are never among the inputs. `gap` tokens stand between the pairs and the first question, so that what cannot see
+further has to guess. Unlike the paper's, all tokens after the gap are questions: small models learn from fewer
+sequences. Every batch is a function of (seed, number).
+
+Shapes: B sequences, T tokens, P pairs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import IGNORE
+
+# Logits [B, T, V] of tokens [B, T].
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """What the sequences look like. Tokens are numbered noise first, then keys, then values.
+
+    length, gap  tokens of a sequence, and those between its last value and its first question
+    noise        different tokens that mean nothing
+    joined       a pair is one token instead of two: one layer then suffices, where else a lower one must have told each
+                 value its key
+    """
+
+    length: int = 128
+    gap: int = 62
+    noise: int = 8
+    keys: int = 32
+    values: int = 32
+    joined: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first_pair + (self.keys * self.values if self.joined else 0)
+
+    @property
+    def first_pair(self) -> int:
+        """The first token after noise, keys and values."""
+        return self.noise + self.keys + self.values
+
+    @property
+    def pair_length(self) -> int:
+        return 1 if self.joined else 2
+
+    @property
+    def most_pairs(self) -> int:
+        """The pairs that leave room for a question each, or run out of different keys."""
+        return max(0, min((self.length - self.gap) // (self.pair_length + 1), self.keys))
+
+    def problems(self, pairs: int) -> list[str]:
+        """What is wrong with asking for `pairs` pairs, and the fix."""
+        found = [
+            f"{name} is {getattr(self, name)}; it must be at least {least}"
+            for name, least in (("length", 1), ("gap", 0), ("noise", 1), ("keys", 1), ("values", 1))
+            if getattr(self, name) < least
+        ]
+        if not found and not 1 <= pairs <= self.most_pairs:
+            found.append(
+                f"{pairs} pairs: at least 1, and at most {self.most_pairs} find room in {self.length} tokens with a "
+                f"gap of {self.gap} and {self.keys} keys; make the sequence longer, the gap shorter, or add keys"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Inputs [B, T]; targets [B, T], IGNORE where nothing is asked; and where the value asked for stands, [B, T]."""
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    source_BT: Tensor
+
+    @property
+    def asked(self) -> Tensor:
+        """[B, T]."""
+        return self.targets_BT != IGNORE
+
+    @property
+    def distance(self) -> Tensor:
+        """[B, T] tokens from the value to the question; meaningless where nothing is asked."""
+        return torch.arange(self.inputs_BT.shape[1]) - self.source_BT
+
+
+def questions(task: RecallTask, pairs: int, batch: int, seed: int, number: int) -> Questions:
+    """Batch `number` of `batch` sequences with `pairs` pairs, each as likely as any other to be asked for.
+
+    Keys of a sequence differ, values need not. Raises ValueError where the pairs have no room.
+    """
+    if found := task.problems(pairs):
+        raise ValueError("; ".join(found))
+    random = np.random.default_rng((seed, number, pairs))
+    context, step = task.pair_length * pairs, task.pair_length
+    first = context + task.gap
+    tokens_BT = random.integers(task.noise, size=(batch, task.length))
+    targets_BT, source_BT = np.full((2, batch, task.length), IGNORE)
+    keys_BP = task.noise + random.permuted(np.tile(np.arange(task.keys), (batch, 1)), axis=1)[:, :pairs]
+    keys_end = task.noise + task.keys
+    values_BP = keys_end + random.integers(task.values, size=(batch, pairs))
+    if task.joined:
+        tokens_BT[:, :context] = task.first_pair + (keys_BP - task.noise) * task.values + values_BP - keys_end
+    else:
+        tokens_BT[:, 0:context:2], tokens_BT[:, 1:context:2] = keys_BP, values_BP
+    pair_BQ = random.integers(pairs, size=(batch, task.length - first))
+    tokens_BT[:, first:] = np.take_along_axis(keys_BP, pair_BQ, axis=1)
+    targets_BT[:, first:] = np.take_along_axis(values_BP, pair_BQ, axis=1)
+    source_BT[:, first:] = step * pair_BQ + step - 1
+    return Questions(*(torch.from_numpy(x) for x in (tokens_BT, targets_BT, source_BT)))
+
+
+@torch.no_grad()
+def recall(
+    model: Model, task: RecallTask, pairs: tuple[int, ...], sequences: int, seed: int, batch: int = 64
+) -> dict[int, dict[int, tuple[int, int]]]:
+    """For each number of pairs and distance: (questions answered right, questions asked).
+
+    The distance is that from the value to the question, rounded down to a power of 2.
+    """
+    counts: dict[int, dict[int, tuple[int, int]]] = {}
+    for count in pairs:
+        found = counts.setdefault(count, {})
+        for number in range(-(-sequences // batch)):
+            asked = questions(task, count, min(batch, sequences - number * batch), seed, number)
+            right = model(asked.inputs_BT).argmax(dim=-1) == asked.targets_BT
+            bucket = 2 ** asked.distance[asked.asked].float().log2().floor().int()
+            for distance in bucket.unique().tolist():
+                here = right[asked.asked][bucket == distance]
+                good, total = found.get(distance, (0, 0))
+                found[distance] = good + int(here.sum()), total + len(here)
+    return counts
+
+
+def share(counts: dict[int, tuple[int, int]]) -> float:
+    """Accuracy over all distances."""
+    return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())

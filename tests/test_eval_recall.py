@@ -1,0 +1,150 @@
+"""The recall task and loss by position, against what they say of themselves."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build, small, tokens
+from torch.nn import functional as F
+
+from arch import Decoder
+from data.batches import IGNORE, Batch
+from eval.positions import edges, loss_by_position
+from eval.recall import RecallTask, questions, recall, share
+
+TASK = RecallTask(length=40, gap=10, noise=3, keys=7, values=5)
+
+
+JOINED = replace(TASK, joined=True)
+
+
+@pytest.mark.parametrize("task", [TASK, JOINED])
+@pytest.mark.parametrize("pairs", [1, 3, 7])
+def test_the_context_decides_every_answer(task: RecallTask, pairs: int) -> None:
+    asked = questions(task, pairs, batch=20, seed=0, number=4)
+    context_BC = asked.inputs_BT[:, : task.pair_length * pairs]
+    if task.joined:  # as two tokens
+        assert (context_BC >= task.first_pair).all()
+        pair_BP = context_BC - task.first_pair
+        key_BP, value_BP = task.noise + pair_BP // task.values, task.noise + task.keys + pair_BP % task.values
+        context_BC = torch.stack((key_BP, value_BP), dim=-1).flatten(1)
+    for row, tokens_T in enumerate(asked.inputs_BT):
+        targets_T, source_T, context = asked.targets_BT[row], asked.source_BT[row], context_BC[row].tolist()
+        known = dict(zip(context[::2], context[1::2], strict=True))
+        assert len(known) == pairs, "a key stands for one value"
+        assert all(
+            TASK.noise <= key < TASK.noise + TASK.keys <= value < TASK.vocab_size for key, value in known.items()
+        )
+        begin = task.pair_length * pairs
+        first = begin + task.gap
+        assert (tokens_T[begin:first] < task.noise).all()
+        assert (targets_T[:first] == IGNORE).all()
+        assert targets_T[first:].tolist() == [known[key] for key in tokens_T[first:].tolist()]
+        of_pair = context_BC[row, 1::2][source_T[first:] // task.pair_length]
+        assert of_pair.equal(targets_T[first:])
+    assert (asked.distance[asked.asked] > task.gap).all()
+    assert int(asked.inputs_BT.max()) < task.vocab_size
+
+
+def test_batches_are_a_function_of_seed_and_number() -> None:
+    first = questions(TASK, 3, 8, seed=0, number=0)
+    again = questions(TASK, 3, 8, seed=0, number=0)
+    assert first.inputs_BT.equal(again.inputs_BT)
+    assert first.targets_BT.equal(again.targets_BT)
+    for seed, number in ((1, 0), (0, 1)):
+        assert not first.inputs_BT.equal(questions(TASK, 3, 8, seed, number).inputs_BT)
+
+
+@pytest.mark.parametrize(("window", "reached"), [(6, False), (8, True)])
+def test_a_gap_beyond_the_windows_of_all_layers_hides_the_pairs(window: int, reached: bool) -> None:
+    """By gradient: two layers see 2 (window - 1) tokens back, the gap is 10."""
+    model = build(small("swa", window=window, num_layers=2, vocab_size=TASK.vocab_size))
+    asked = questions(TASK, 3, 4, seed=0, number=0)
+    seen: list[torch.Tensor] = []
+    model.embed.register_forward_hook(lambda module, inputs, output: seen.append(output.retain_grad() or output))
+    first = 6 + TASK.gap
+    model(asked.inputs_BT)[:, first].square().sum().backward()
+    gradient_T = seen[0].grad.abs().sum(dim=(0, 2))
+    assert bool((gradient_T[:6] != 0).any()) == reached
+    assert gradient_T[first] > 0
+
+
+def test_accuracy_of_known_models() -> None:
+    """One that knows all answers, and one that says the same to all."""
+    pairs, sequences = (1, 3), 10
+    answers = {}
+    for count in pairs:
+        for number, batch in enumerate((4, 4, 2)):
+            asked = questions(TASK, count, batch, 9, number)
+            answers[asked.inputs_BT.numpy().tobytes()] = asked.targets_BT
+
+    def knows(inputs_BT: torch.Tensor) -> torch.Tensor:
+        targets_BT = answers[inputs_BT.numpy().tobytes()]
+        return F.one_hot(targets_BT.clamp(min=0), TASK.vocab_size)
+
+    found = recall(knows, TASK, pairs, sequences, seed=9, batch=4)
+    assert {count: share(counts) for count, counts in found.items()} == {1: 1.0, 3: 1.0}
+    for count, counts in found.items():
+        assert sum(total for _, total in counts.values()) == sequences * (TASK.length - 2 * count - TASK.gap)
+        assert set(counts) <= {8, 16, 32}, "distances lie between the gap and the length, in powers of 2"
+    always = recall(lambda inputs: torch.eye(TASK.vocab_size)[10].expand(*inputs.shape, -1), TASK, (3,), 200, seed=1)
+    assert 0.1 < share(always[3]) < 0.3, "one of five values"
+
+
+@pytest.mark.parametrize(
+    ("task", "pairs", "message"),
+    [
+        (TASK, 0, "0 pairs: at least 1, and at most 7"),
+        (TASK, 8, "add keys"),
+        (RecallTask(length=20, gap=10, keys=9), 4, "at most 3 find room in 20 tokens with a gap of 10"),
+        (RecallTask(noise=0), 2, "noise is 0; it must be at least 1"),
+    ],
+)
+def test_impossible_tasks(task: RecallTask, pairs: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        questions(task, pairs, 1, 0, 0)
+
+
+def batch_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> Batch:
+    return {"inputs": inputs_BT, "targets": targets_BT, "step_targets": targets_BT.numel(), "documents_BT": None}
+
+
+@pytest.mark.parametrize(
+    ("length", "bounds"), [(1, [0, 1]), (2, [0, 1, 2]), (8, [0, 1, 2, 4, 8]), (11, [0, 1, 2, 4, 8, 11])]
+)
+def test_edges(length: int, bounds: list[int]) -> None:
+    assert edges(length) == bounds
+
+
+@pytest.mark.parametrize("arch", ["mha", "swa_sinks", "bct"])
+def test_loss_by_position_is_that_of_the_logits(arch: str) -> None:
+    model = build(small(arch, num_layers=2))
+    inputs_BT, targets_BT = tokens(5, 11), tokens(5, 12)[:, 1:].clone()
+    targets_BT[1] = IGNORE  # a row of padding
+    targets_BT[:, 1] = IGNORE  # a bucket without a target
+    targets_BT[2, 5:7] = IGNORE
+    found = loss_by_position(model, [batch_of(inputs_BT[:3], targets_BT[:3]), batch_of(inputs_BT[3:], targets_BT[3:])])
+    assert [(bucket.first, bucket.end) for bucket in found] == [(0, 1), (2, 4), (4, 8), (8, 11)]
+    log_BTV = direct(model, inputs_BT)
+    for bucket in found:
+        rows = []
+        for b in range(5):
+            real = [t for t in range(bucket.first, bucket.end) if targets_BT[b, t] != IGNORE]
+            rows.append([-log_BTV[b, t, targets_BT[b, t]].item() for t in real])
+        flat = [nats for row in rows for nats in row]
+        means = torch.tensor([sum(row) / len(row) for row in rows if row], dtype=torch.float64)
+        assert bucket.targets == len(flat)
+        assert bucket.nats == pytest.approx(sum(flat) / len(flat), rel=1e-5)
+        assert bucket.error == pytest.approx(means.std().item() / 2, rel=1e-4), "of four rows"
+
+
+@torch.no_grad()
+def direct(model: Decoder, inputs_BT: torch.Tensor) -> torch.Tensor:
+    log_BTV: torch.Tensor = model(inputs_BT).log_softmax(dim=-1)
+    return log_BTV
+
+
+def test_one_sequence_has_no_error() -> None:
+    model = build(small("mha", num_layers=1))
+    found = loss_by_position(model, [batch_of(tokens(1, 4), tokens(1, 4))])
+    assert [bucket.error for bucket in found] == [None] * 3
