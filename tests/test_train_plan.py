@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import Decoder, ModelConfig, SizeConfig, resolve
+from arch import ModelConfig, SizeConfig, build, resolve
 from arch.footprint import train_flops_per_token
 from eval.cli import Choices
 from eval.hardware import find_gpu
@@ -33,6 +33,7 @@ from train.memory import (
     activation_bytes,
     cast_bytes,
     loss_bytes,
+    parts_of,
     step_memory,
     temporary_bytes,
     working_bytes,
@@ -42,7 +43,19 @@ from train.parallel import parallelize
 from train.plan import PlanConfig, make_plan
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems
 
-LAYOUTS = ["mha", "gqa4", "cla2", "mixattention", "mla", "swa_sinks", "bct", "bct_gated", "bct_ring", "bct_mixed"]
+LAYOUTS = [
+    "mha",
+    "gqa4",
+    "cla2",
+    "mixattention",
+    "mla",
+    "swa_sinks",
+    "bct",
+    "bct_gated",
+    "bct_ring",
+    "bct_mixed",
+    "block",
+]
 BATCH = 2
 
 
@@ -59,7 +72,10 @@ def config(name: str, num_layers: int = 7, style: str = "llama") -> ModelConfig:
         tie_embeddings=name != "gqa4",
         style=style,
     )
-    return ModelConfig(load_arch(name), size)
+    arch = load_arch(name.removesuffix("_projection"))
+    if name.endswith("_projection"):
+        arch.block.embedder, arch.block.start, arch.block.token.kind = "projection", False, "summation"
+    return ModelConfig(arch, size)
 
 
 class Storages(TorchDispatchMode):
@@ -98,7 +114,7 @@ def total(tensors: Iterator[torch.Tensor]) -> int:
 def loss(model: torch.nn.Module, vocab_size: int, bf16: bool = True) -> torch.Tensor:
     tokens = torch.randint(vocab_size, (BATCH, 256), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        return model(tokens, head=cross_entropy_sum(tokens))
+        return model(tokens, head=cross_entropy_sum(model.predicted(tokens)))
 
 
 @pytest.mark.parametrize("bf16", [True, False])
@@ -110,9 +126,10 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
     model_config = config(name, style=style)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
     how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing, dense=True)
-    model = Decoder(model_config)
+    model = build(model_config)
     model.init_weights()
-    model.activation_checkpointing = checkpointing
+    for stack in model.stacks:
+        stack.activation_checkpointing = checkpointing
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     loss(model, vocab, bf16).backward()
     optimizer.step()
@@ -144,6 +161,7 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
         ("bct", "llama"),
         ("bct_gated", "llama"),
         ("bct_ring", "llama"),
+        ("block", "llama"),
         ("mha", "neox"),
         ("cla2", "neox"),
     ],
@@ -153,7 +171,7 @@ def test_activations_of_compiled_blocks(name: str, style: str, monkeypatch: pyte
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     model_config = config(name, num_layers=3, style=style)
     plan = resolve(model_config)
-    model = Decoder(model_config)
+    model = build(model_config)
     model.init_weights()
     parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.bfloat16)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -183,14 +201,14 @@ def four_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["cla2", "gqa4"])
+@pytest.mark.parametrize("name", ["cla2", "gqa4", "block"])
 def test_fsdp(four_processes: None, name: str, checkpointing: bool) -> None:
     """Shares are exact; the peak is an upper estimate, since nothing is in flight here."""
     model_config = config(name)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
     how = Execution("fsdp", 4, compiled=False, checkpointing=checkpointing, dense=True)
     with Storages() as storages:
-        model = Decoder(model_config)
+        model = build(model_config)
         parallelize(
             model,
             activation_checkpointing=checkpointing,
@@ -216,7 +234,7 @@ def test_fsdp(four_processes: None, name: str, checkpointing: bool) -> None:
 def test_ddp_copies_gradients_into_buckets() -> None:
     model_config = config("cla2", num_layers=2)
     plan = resolve(model_config)
-    model = Decoder(model_config)
+    model = build(model_config)
     model.init_weights()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -234,11 +252,11 @@ def test_ddp_copies_gradients_into_buckets() -> None:
 
 def test_parts_add_up() -> None:
     model_config = config("mla")
-    plan = resolve(model_config)
-    assert sum(cast_bytes(model_config, plan, Execution(itemsize=4))) == 0
+    (part,) = parts_of(model_config, resolve(model_config), BATCH)
+    assert sum(cast_bytes(part, Execution(itemsize=4))) == 0
     few, many = (loss_bytes(model_config, Execution(), tokens) for tokens in (4096, 8192))
     assert many - few == 2 * 4096 * 2 * 64, "beyond a chunk, only the residual stream and its norm grow"
-    assert temporary_bytes(model_config, plan, Execution(), BATCH) >= loss_bytes(model_config, Execution(), BATCH * 256)
+    assert temporary_bytes([part], Execution()) >= loss_bytes(model_config, Execution(), BATCH * 256)
 
 
 def planned(arch: str = "cla2", size: str = "1b", results: Path = Path("/nowhere"), **changes: Any) -> dict[str, Any]:
@@ -257,6 +275,13 @@ def plan_config(arch: str, size: str, **changes: Any) -> PlanConfig:
 
 def run(*arguments: str) -> None:
     launch_in_process(script.main, "plan", PlanConfig, [*arguments])
+
+
+@pytest.mark.parametrize(("key", "value"), [("embedder", "cls"), ("token.kind", "cross")])
+def test_what_is_not_counted_is_refused(key: str, value: str, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run("+arch=block", "+size=1b", "gpu=h100", f"arch.block.{key}={value}")
+    assert f"arch.block.{key} is {value}, and memory of a training step is not counted" in capfd.readouterr().err
 
 
 def test_micro_batch_is_the_largest_that_fits() -> None:

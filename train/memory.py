@@ -6,10 +6,12 @@ pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels
 gaps are not counted.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
-from arch import KVPlan, ModelConfig, Store
+from arch import BlockPlan, KVPlan, LayoutError, ModelConfig, Plan, Store
 from arch.attention import rope_key
+from arch.block_plan import block_config, embed_dim, stages
 from arch.footprint import layer_params, num_params
 from arch.plan import head_dim, is_neox
 
@@ -60,63 +62,134 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def step_memory(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> Memory:
-    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
+@dataclass(frozen=True)
+class Part:
+    """A stack of layers that a micro-batch goes through, as `rows` sequences of `config.size.seq_len` positions.
+
+    outputs  positions whose last residual stream is normalised and used
+    """
+
+    config: ModelConfig
+    plan: KVPlan
+    rows: int
+    outputs: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.config.size.seq_len
+
+
+def parts_of(config: ModelConfig, plan: Plan, micro_batch: int) -> list[Part]:
+    """The stacks of a model, the one with the loss last.
+
+    Raises LayoutError for an encoder or cross-attention in a Block Transformer, which are not counted here.
+    """
+    if isinstance(plan, KVPlan):
+        return [Part(config, plan, micro_batch, micro_batch * config.size.seq_len)]
+    (coarse, fine), block = stages(config), block_config(config)
+    uncounted = [
+        f"{key} is {value}, and memory of a training step is not counted for it; try train/pretrain.py with "
+        "trainer.micro_batch=1 and upwards"
+        for key, value, wrong in (
+            ("arch.block.embedder", block.embedder, block.embedder not in ("lookup", "projection")),
+            ("arch.block.token.kind", block.token.kind, plan.cross),
+        )
+        if wrong
+    ]
+    if uncounted:
+        raise LayoutError(uncounted)
+    contexts = config.size.seq_len // plan.length - 1
+    rows = micro_batch * (contexts + plan.start)
+    return [
+        Part(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
+        Part(replace(fine, size=replace(fine.size, seq_len=plan.slots)), plan.token, rows, rows * plan.length),
+    ]
+
+
+def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
+
+    Raises LayoutError as `parts_of`.
+    """
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
+    parts = parts_of(config, plan, micro_batch)
     return Memory(
         weights=share,
         gradients=share,
         optimizer=2 * share,
         working=working_bytes(config, plan, how),
         activations=activation_bytes(config, plan, how, micro_batch),
-        temporary=temporary_bytes(config, plan, how, micro_batch),
+        temporary=temporary_bytes(parts, how),
     )
 
 
-def working_bytes(config: ModelConfig, plan: KVPlan, how: Execution) -> int:
+def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
     """Copies of weights, and buffers for communication, that live as long as the activations.
 
     One device and DDP: the matrices of all blocks, cast (with checkpointing they go before the backward pass, and
-    `temporary_bytes` has them). DDP also copies gradients into buckets. FSDP2 gathers the embedding, output and last
-    norm for the whole step, and a block when it runs: its weights, those of the next in flight and their flat buffer;
-    its gradients; and, in fp32, what is reduced of it and of the one before. Gradients that are accumulated stay whole,
-    in fp32, until the last micro-batch.
+    `temporary_bytes` has them), and those between the decoders of a Block Transformer. DDP also copies gradients into
+    buckets. FSDP2 gathers the embedding, output and last norm for the whole step, and a block when it runs: its
+    weights, those of the next in flight and their flat buffer; its gradients; and, in fp32, what is reduced of it and
+    of the one before. Gradients that are accumulated stay whole, in fp32, until the last micro-batch.
     """
+    parts = parts_of(config, plan, 1)
     if how.strategy == "fsdp":
-        blocks = [layer_params(config, plan, layer)[0] for layer in range(plan.num_layers)]
+        blocks = [layer_params(p.config, p.plan, layer)[0] for p in parts for layer in range(p.plan.num_layers)]
         root = num_params(config, plan) - sum(blocks)
         whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
         return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
-    casts = 0 if how.checkpointing else sum(cast_bytes(config, plan, how))
-    return casts + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
+    casts = 0 if how.checkpointing else sum(sum(cast_bytes(part, how)) for part in parts)
+    between = how.itemsize * between_params(config, plan) if how.itemsize < FP32 else 0
+    return casts + between + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
 
 
-def cast_bytes(config: ModelConfig, plan: KVPlan, how: Execution) -> list[int]:
+def between_params(config: ModelConfig, plan: Plan) -> int:
+    """Elements of the matrices that a Block Transformer has outside of its stacks, the tables of tokens aside."""
+    if isinstance(plan, KVPlan):
+        return 0
+    (coarse, fine), block = stages(config), block_config(config)
+    projection = plan.length * embed_dim(config) if block.embedder == "projection" else 0
+    return coarse.size.d_model * (projection + plan.context * fine.size.d_model)
+
+
+def cast_bytes(part: Part, how: Execution) -> list[int]:
     """For each block, the copies of its matrices in the type computed in; FSDP gathers them in that type."""
     if how.itemsize == FP32 or how.strategy == "fsdp":
-        return [0] * plan.num_layers
-    return [how.itemsize * layer_params(config, plan, layer)[1] for layer in range(plan.num_layers)]
+        return [0] * part.plan.num_layers
+    return [how.itemsize * layer_params(part.config, part.plan, layer)[1] for layer in range(part.plan.num_layers)]
 
 
-def activation_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> int:
+def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> int:
     """What a micro-batch keeps from forward to backward, weights and their copies aside.
 
-    Of the whole model: token numbers (8 bytes each), rotary tables, the last norm, which is not compiled, and the
-    gradient that the loss has made of its output. Of the blocks: `layer_bytes` and `mask_bytes`, or with checkpointing
-    the input of each, the slots that other layers read, and the boolean masks.
+    Token numbers (8 bytes each), the gradient that the loss has made of the last residual stream, and of each stack
+    `stack_bytes`. Between the decoders of a Block Transformer, the context and what a projection is made of.
     """
-    size, width = config.size, how.itemsize
-    tokens, layers = micro_batch * size.seq_len, range(plan.num_layers)
-    tables = {rope_key(store) for store in plan.stores}
-    whole = FP32 * size.seq_len * sum(rotary for rotary, _ in tables)
-    whole += tokens * (8 + norm_bytes(size.d_model, is_neox(size)) + width * size.d_model)
+    width, parts = how.itemsize, parts_of(config, plan, micro_batch)
+    total = 8 * micro_batch * config.size.seq_len + width * parts[-1].outputs * parts[-1].config.size.d_model
+    if isinstance(plan, BlockPlan):
+        block, (coarse, _) = block_config(config), parts
+        total += 8 * coarse.positions * plan.length + width * coarse.outputs * coarse.config.size.d_model
+        if block.embedder == "projection":
+            total += width * coarse.positions * plan.length * embed_dim(config)
+    return total + sum(stack_bytes(part, how) for part in parts)
+
+
+def stack_bytes(part: Part, how: Execution) -> int:
+    """What a stack keeps: rotary tables, the last norm, which is not compiled, and of its blocks `layer_bytes` and
+    `mask_bytes`; or with checkpointing the input of each, the slots that other layers read, and the boolean masks."""
+    config, plan, size, width = part.config, part.plan, part.config.size, how.itemsize
+    whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {rope_key(store) for store in plan.stores})
+    whole += part.outputs * norm_bytes(size.d_model, is_neox(size))
+    if width == FP32:  # the norm's input is no copy, and a part of it keeps the whole
+        whole += FP32 * size.d_model * max(0, part.positions - part.outputs)
     if not how.checkpointing:
+        layers = range(plan.num_layers)
         per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
-        return whole + round(tokens * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+        return whole + round(part.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
     shared = sum(slots_bytes(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1)
     masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
-    masks *= how.dense
-    return whole + round(tokens * (width * plan.num_layers * size.d_model + shared)) + masks
+    return whole + round(part.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
 
 
 def slots_bytes(config: ModelConfig, store: Store, how: Execution) -> float:
@@ -198,7 +271,7 @@ def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) ->
     return how.itemsize * length * (length + store.sinks) if dense else 0
 
 
-def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_batch: int) -> int:
+def temporary_bytes(parts: Sequence[Part], how: Execution) -> int:
     """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
 
     Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
@@ -206,9 +279,10 @@ def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_bat
     reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
     of embedding and output, whole, and in fp32 for their reduction.
     """
-    size, width = config.size, how.itemsize
-    tokens, casts = micro_batch * size.seq_len, cast_bytes(config, plan, how)
-    loss, matrix = loss_bytes(config, how, tokens), size.vocab_size * size.d_model
+    part, width = parts[-1], how.itemsize  # that with the loss; what comes before it needs less, and later
+    config, plan, size = part.config, part.plan, part.config.size
+    tokens, casts = part.positions, cast_bytes(part, how)
+    loss, matrix = loss_bytes(config, how, part.outputs), size.vocab_size * size.d_model
     block = tokens * (width * 2 * (size.d_ff + size.d_model) - norm_bytes(size.d_model))
     last = plan.store(plan.num_layers - 1)
     if last.slots:  # by then what the feed-forward layer kept is gone
@@ -218,7 +292,9 @@ def temporary_bytes(config: ModelConfig, plan: KVPlan, how: Execution, micro_bat
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
         loss += round(tokens * slots_bytes(config, plan.store(plan.num_layers - 1), how))  # what the last layer read
-        loss += 0 if how.compiled else sum(casts)  # autocast's cache lives to the end of the forward pass
+        loss += (
+            0 if how.compiled else sum(sum(cast_bytes(each, how)) for each in parts)
+        )  # autocast's cache lives to the end of the forward pass
         block += max(
             round(layer_bytes(config, plan, layer, how) * tokens) + mask_bytes(config, plan, layer, how) + casts[layer]
             for layer in range(plan.num_layers)

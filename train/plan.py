@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import KVPlan, LayoutError, ModelConfig, resolve
+from arch import LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.cli import Choices, UsageError, launch, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
@@ -122,7 +122,7 @@ def execution(config: PretrainConfig) -> Execution:
     )
 
 
-def largest_micro_batch(model: ModelConfig, plan: KVPlan, how: Execution, share: int, available: float) -> int | None:
+def largest_micro_batch(model: ModelConfig, plan: Plan, how: Execution, share: int, available: float) -> int | None:
     """The largest divisor of a process' `share` of a step that fits into `available` bytes; None if 1 does not."""
     for candidate in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         if step_memory(model, plan, replace(how, accumulate=share // candidate), candidate).total <= available:
@@ -130,7 +130,7 @@ def largest_micro_batch(model: ModelConfig, plan: KVPlan, how: Execution, share:
     return None
 
 
-def remedies(config: PretrainConfig, plan: KVPlan, available: float) -> list[str]:
+def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
     """Changes, each of which alone makes the run fit; the last resort where none does."""
     model, how = ModelConfig(config.arch, config.size), execution(config)
     share = config.batch_size // how.world
