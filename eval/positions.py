@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arch import Decoder
+from arch import LanguageModel
 from data.batches import IGNORE, Batch
 
 # Positions whose logits exist at one time.
@@ -21,7 +21,7 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Bucket:
-    """Positions `first` to `end` - 1 of the sequences, position 0 being the prediction made from one token.
+    """Positions `first` to `end` - 1 of the sequences, position 0 being the first target.
 
     nats   mean loss per real target
     error  standard error of the mean, of sequences as wholes: tokens of one sequence are not independent; None of one
@@ -40,7 +40,7 @@ def edges(length: int) -> list[int]:
 
 
 def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A head for `Decoder.forward`: loss [B, T] in fp32, 0 where the target is IGNORE."""
+    """A head for a model's forward pass: loss [B, T] in fp32, 0 where the target is IGNORE."""
 
     def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         chunks = zip(x_BTD.flatten(0, 1).split(ROWS), targets_BT.flatten().split(ROWS), strict=True)
@@ -51,12 +51,14 @@ def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def loss_by_position(model: Decoder, batches: Iterable[Batch]) -> list[Bucket]:
-    """Over sequences of one length. Buckets without a real target are left out."""
+def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Bucket]:
+    """Over sequences of one length, framed for the model. Buckets without a real target are left out."""
     sums, counts = [], []
     for batch in batches:
         targets_BT = batch["targets"]
-        nats_BT = model(batch["inputs"], head=token_nats(targets_BT), documents_BT=batch["documents_BT"])
+        also = {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
+        nats_BT = model(batch["inputs"], head=token_nats(model.predicted(targets_BT)), **also)
+        nats_BT = F.pad(nats_BT, (targets_BT.shape[1] - nats_BT.shape[1], 0))  # nothing where nothing is predicted
         bounds = edges(targets_BT.shape[1])
         widths = [end - first for first, end in pairwise(bounds)]
         for values, kept in ((nats_BT.double(), sums), ((targets_BT != IGNORE).double(), counts)):

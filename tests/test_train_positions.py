@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import small
 from omegaconf import OmegaConf
+from torch.nn import functional as F
 
-from arch import Decoder
+from arch import Decoder, build
 from data.batches import EvalBatches
 from data.config import DataConfig
+from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
 from eval.cli import UsageError
 from train import checkpoint
@@ -43,7 +45,8 @@ def test_a_run_by_position(run: Path, corpus: Path, capsys: pytest.CaptureFixtur
     assert [bucket["first"] for bucket in lengths["32"]] == [0, 1, 2, 4, 8, 16]
     model = Decoder(small("bct", num_layers=2, vocab_size=600, seq_len=16))
     model.init_weights(3)
-    batches = EvalBatches(TokenWindows(corpus, Manifest.load(corpus), "val", 32), 4, 2)
+    windows = Mixture((TokenWindows(corpus, Manifest.load(corpus), "val", 32),), (1.0,))
+    batches = EvalBatches(EvalWindows.of(windows, 4), 2)
     total = sum(model(b["inputs"], head=cross_entropy_sum(b["targets"])).item() for b in batches)
     mean = sum(bucket["nats"] * bucket["targets"] for bucket in lengths["32"]) / 128
     assert mean == pytest.approx(total / 128, rel=1e-5), "the same windows as in validation"
@@ -67,3 +70,28 @@ def test_mistakes(arguments: list[str], message: str, run: Path) -> None:
     with pytest.raises(UsageError) as caught:
         main([argument.format(run=run) for argument in arguments])
     assert message in str(caught.value)
+
+
+@torch.no_grad()
+def test_a_block_transformer_by_position(tmp_path: Path, corpus: Path) -> None:
+    """Without a start context the first block has no loss; with one, every position has."""
+    for start in (False, True):
+        model_config = small("block", num_layers=2, vocab_size=600, seq_len=16)
+        model_config.arch.block.start = start
+        config = PretrainConfig(model_config.arch, model_config.size, DataConfig(path=str(corpus)))
+        folder = tmp_path / str(start)
+        folder.mkdir()
+        OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+        model = build(model_config)
+        model.init_weights(3)
+        checkpoint.save(folder / "checkpoints/step-00000001", model, build_optimizer(model, OptimConfig(lr=0.1)), 1, {})
+        main([str(folder), "lengths=16", "tokens=64"])
+        buckets = json.loads((folder / "positions.json").read_text())["lengths"]["16"]
+        assert [bucket["first"] for bucket in buckets] == ([0, 1, 2, 4, 8] if start else [4, 8])
+        windows = Mixture((TokenWindows(corpus, Manifest.load(corpus), "val", 16),), (1.0,))
+        rows = [torch.from_numpy(row[1:].astype("int64")) for row in EvalWindows.of(windows, 4)]
+        tokens = torch.stack(rows)
+        wanted = model.predicted(tokens)
+        expected = F.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten()).item()
+        mean = sum(bucket["nats"] * bucket["targets"] for bucket in buckets) / wanted.numel()
+        assert mean == pytest.approx(expected, rel=1e-5)

@@ -36,11 +36,12 @@ from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, state_itemsize
 from data.batches import EvalBatches, TrainBatches
 from data.config import load
+from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows, write_json
 from eval.cli import MISTAKES, UsageError, fail
+from eval.layouts import load_arch
 from eval.positions import loss_by_position
 from eval.recall import RecallTask, questions, recall, share
-from train.bench_measure import load_arch
 from train.bounded_report import report
 from train.datamodule import open_data
 from train.loss import cross_entropy_sum
@@ -193,9 +194,9 @@ def train_lm(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict
     positions = {}
     for times in LONGER:
         length = times * settings.lm_length
-        windows = TokenWindows(folder, manifest, "val", length)
-        count = max(1, min(len(windows), settings.lm_val_tokens // length))
-        positions[str(length)] = [asdict(b) for b in loss_by_position(model, EvalBatches(windows, count, 1))]
+        windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+        chosen = EvalWindows.of(windows, settings.lm_val_tokens // length)
+        positions[str(length)] = [asdict(b) for b in loss_by_position(model, EvalBatches(chosen, 1))]
     trained = positions[str(settings.lm_length)]
     loss = sum(b["nats"] * b["targets"] for b in trained) / sum(b["targets"] for b in trained)
     return {"loss": loss, "positions": positions, "data": manifest.digest}

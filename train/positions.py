@@ -7,7 +7,7 @@ Reads the newest checkpoint and the validation text of each run, prints a table,
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -17,14 +17,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import Decoder, ModelConfig
+from arch import ModelConfig, build
 from data.batches import EvalBatches
+from data.mixture import EvalWindows, Mixture
 from data.shards import TokenWindows, write_json
 from eval.cli import MISTAKES, UsageError, fail
 from eval.positions import Bucket, loss_by_position
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.datamodule import open_data
+from train.datamodule import framing, open_data
 from train.machine import environment
 from train.schema import PretrainConfig
 
@@ -35,19 +36,15 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
         raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
     config = OmegaConf.to_object(saved)
-    if config.arch.block is not None:
-        raise UsageError(
-            f"{run} is a Block Transformer, whose losses have no positions of single tokens; give a decoder"
-        )
-    model = Decoder(ModelConfig(config.arch, config.size))
+    model = build(ModelConfig(config.arch, config.size))
     checkpoint.load(checkpoint.find(run), model)
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
         batches = []
         for folder, manifest in open_data(config.data).items():
-            windows = TokenWindows(folder, manifest, "val", length)
-            count = max(1, min(len(windows), tokens // length))
-            batches += EvalBatches(windows, count, 1, document_mask=config.data.document_mask)
+            windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+            chosen = EvalWindows.of(windows, tokens // length)
+            batches += EvalBatches(chosen, 1, framing=replace(framing(config), block_padding=0))
         found[length] = loss_by_position(model, batches)
     return found
 
