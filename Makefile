@@ -4,7 +4,7 @@
 # make gpu    measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention
+DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention,block,bct
 DEMO_SEEDS ?= 0
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 

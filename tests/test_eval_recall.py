@@ -106,7 +106,13 @@ def test_impossible_tasks(task: RecallTask, pairs: int, message: str) -> None:
 
 
 def batch_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> Batch:
-    return {"inputs": inputs_BT, "targets": targets_BT, "step_targets": targets_BT.numel(), "documents_BT": None, "real_BT": None}
+    return {
+        "inputs": inputs_BT,
+        "targets": targets_BT,
+        "step_targets": targets_BT.numel(),
+        "documents_BT": None,
+        "real_BT": None,
+    }
 
 
 @pytest.mark.parametrize(

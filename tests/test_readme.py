@@ -92,7 +92,7 @@ def test_make_runs_what_it_says() -> None:
     """`make test` is what CI runs; the demo is two commands tested above, bench and gpu have tests of their own."""
     recipes = {
         "make demo": (
-            "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention +size=tiny",
+            "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention,block,bct +size=tiny",
             "eval/pareto.py runs/demo-",
         ),
         "make test": ("-m pytest",),
