@@ -68,12 +68,31 @@ def reference(
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+# Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder has one for each block.
+MOST_ROWS = 65535
+
+
+def in_parts(
+    rows: int, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """As `sdpa`, `rows` of the batch at a time."""
+    starts = range(0, q_BTNH.shape[0], rows)
+    allowed, parts = mask.allowed, []
+    for q, k, v, start in zip(*(torch.split(x, rows) for x in (q_BTNH, k_BSKH, v_BSKV)), starts, strict=True):
+        if allowed is not None and allowed.ndim == 4 and allowed.shape[0] > 1:
+            mask = mask._replace(allowed=allowed[start : start + rows])
+        parts.append(sdpa(q, k, v, mask, scale, sinks_N))
+    return torch.cat(parts)
+
+
 def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
     """torch's fused attention. All but the plain causal mask is a dense one, which is slow on CUDA.
 
     What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
     one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
     """
+    if q_BTNH.is_cuda and q_BTNH.shape[0] > MOST_ROWS:
+        return in_parts(MOST_ROWS, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     value_width, length, slots = v_BSKV.shape[-1], q_BTNH.shape[1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)

@@ -11,7 +11,7 @@ import torch
 from conftest import build, small, tokens
 
 from arch import Decoder
-from arch.attend import BACKENDS, Backend, Needs, attend, choose, reference, sdpa
+from arch.attend import BACKENDS, Backend, Needs, attend, choose, in_parts, reference, sdpa
 from arch.attention import attention_needs
 from arch.kernels import flash_functions
 from arch.masks import Dense, Sequences, dense, visible
@@ -388,3 +388,15 @@ def test_sinks_take_weight_away() -> None:
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.endswith("sinks")})
         torch.testing.assert_close(none, plain(batch), rtol=0, atol=1e-10)
     assert not torch.allclose(before, none)
+
+
+@pytest.mark.parametrize("shape", [None, (6, 6), (1, 1, 6, 6), (7, 1, 6, 6)])
+def test_a_batch_in_parts(shape: tuple[int, ...] | None) -> None:
+    """What more rows than a CUDA grid has come to: a batch cut up, and a mask with it where it has the batch's rows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(7, 6, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    allowed = None if shape is None else torch.rand(shape, generator=generator).ge(0.5) | torch.eye(6, dtype=torch.bool)
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator)
+    for mask, sink in ((Dense(allowed is None, allowed), None), (Dense(allowed is None, allowed), sinks)):
+        whole = sdpa(q, k, v, mask, 0.3, sink)
+        torch.testing.assert_close(in_parts(3, q, k, v, mask, 0.3, sink), whole, rtol=1e-12, atol=1e-12)

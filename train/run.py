@@ -71,6 +71,8 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
     """
     asked = asdict(config)
     experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size", "init", "train_only")}
+    for key in ("tokens", "batch_size", "lr"):  # defaults, which `optim` and what follows have as they were used
+        del experiment["size"][key]
     experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
     experiment["unpredicted"] = framing(config).unpredicted
     return {
