@@ -38,8 +38,9 @@ from .stores import Slots, StateStore
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
-# The logit of lambda before training: most of a write goes to the ring.
-RING_LOGIT = 2.0
+# The logit of lambda before training: half of a write goes to the ring. With more, what was merged fades before a
+# router learns to keep it.
+RING_LOGIT = 0.0
 
 
 class Steps(NamedTuple):

@@ -30,7 +30,8 @@ def of(word: str) -> list[str]:
 
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
-    scripts = ("train/pretrain", "train/plan", "data/prepare", "eval/footprint", "eval/pareto")
+    scripts = ("train/pretrain", "train/plan", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
+    scripts += ("eval/footprint", "eval/pareto")
     kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
@@ -70,6 +71,26 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "context=4096" in command
     assert (tmp_path / "runs" / "pareto.png").exists()
+    (command,) = of("python train/export.py")
+    _, script, checkpoint, *arguments = shlex.split(command)
+    assert checkpoint.endswith("/cla2-tiny-seed0")
+    done = run_script(script, f"checkpoint={resumable}", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "exported" / "cla2" / "modeling_kvfrontier.py").exists()
+
+
+def test_import_and_uptrain(tmp_path: Path) -> None:
+    """With a small model in place of the one that would be downloaded."""
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = transformers.GPTNeoXConfig(vocab_size=64, max_position_embeddings=32, rotary_pct=0.25, **small)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "EleutherAI" / "pythia-70m")
+    for command in (*of("python train/import_hf.py"), *of("python train/uptrain.py")):
+        _, script, *arguments = shlex.split(command)
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "python train/pretrain.py" in done.stdout
+    assert (tmp_path / "uptrained" / "pythia-70m" / "checkpoint.json").exists()
 
 
 def test_plan(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,8 @@ def test_gradients_of_every_layout() -> None:
     assert f"{len(ARCHS)} layouts agree" in done.stdout
 
 
-def column(folder: Path, name: str) -> list[float]:
-    with (folder / "metrics" / "0" / "metrics.csv").open() as file:
+def column(folder: Path, name: str, start: int = 0) -> list[float]:
+    with (folder / "metrics" / str(start) / "metrics.csv").open() as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
@@ -74,3 +75,29 @@ def test_bf16_is_the_same_sharded_or_not(tmp_path: Path, corpus: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (column(tmp_path / name, "train/loss") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=2e-3)
+
+
+def test_frozen_weights_and_muon_on_two_processes(single: Path, tmp_path: Path, corpus: Path) -> None:
+    """Muon on a part of the weights, from another run's: what one process does, two do; and one goes on after two."""
+    options = [
+        "optim=muon",
+        "optim.lr=1e-2",
+        "train_only=reader|writer",
+        f"init={single}",
+        "trainer.checkpoint_every=4",
+    ]
+    for name, trainer in {"one": [], "ddp": ["trainer=ddp"], "fsdp": ["trainer=fsdp"]}.items():
+        arguments = [*SMALL, *options, *trainer, f"data.path={corpus}", f"folder={tmp_path / name}"]
+        done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected = column(tmp_path / "one", "train/loss")
+    for name in ("ddp", "fsdp"):
+        assert column(tmp_path / name, "train/loss") == pytest.approx(expected, rel=1e-5), name
+    before, after = whole_weights(single), whole_weights(tmp_path / "fsdp")
+    changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    assert changed == {key for key in before if "reader" in key or "writer" in key}
+    shutil.rmtree(checkpoints(tmp_path / "fsdp")[0])
+    arguments = [f"resume={tmp_path / 'fsdp'}", "trainer.strategy=auto", "trainer.devices=1"]
+    done = run_script("train/pretrain.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert column(tmp_path / "fsdp", "train/loss", start=1) == pytest.approx(expected[4:], rel=1e-5)
