@@ -69,7 +69,7 @@ def rope_table(position_ids: Tensor, dim: int, theta: float) -> Rope:
     Made anew in each forward: a buffer made in a constructor is left uninitialised by `from_pretrained`.
     """
     exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
-    angle = position_ids[:, None, :, None].float() * theta**-exponent
+    angle = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
     return angle.cos(), angle.sin()
 
 
