@@ -21,9 +21,10 @@ class Metrics(L.Callback):
     Between reports nothing waits for the device. `train/seconds` is the time the run has trained, `train/cpu_seconds`,
     reported on a CPU, that of the first process' threads: over all starts, without validation, the writing of
     checkpoints, and the first step after a start, which compiles. tokens/s counts the tokens of all processes since the
-    last report, by the same clock. Where the peak of the device is known, `train/mfu` is the share of it that tokens/s x `model/train_flops_per_token` makes up on each
-    device: forward and backward, what is recomputed not counted. Raises TrainingError, before a checkpoint is saved,
-    when the loss is not finite, or for the second report running is more than `max_rise` nats above the lowest one.
+    last report, by the same clock. Where the peak of the device is known, `train/mfu` is the share of it that tokens/s
+    x `model/train_flops_per_token` makes up on each device: forward and backward, what is recomputed not counted.
+    Raises TrainingError, before a checkpoint is saved, when the loss is not finite, or for the second report running is
+    more than `max_rise` nats above the lowest one.
     """
 
     def __init__(
