@@ -126,7 +126,7 @@ def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def feeding(model: LanguageModel, batch: int, capacity: int) -> tuple[Feed, Cache | BlockCache]:
-    """An empty cache, in the type of the weights, and what fills it; a Block Transformer's prompt is a block or more."""
+    """An empty cache, of the weights' type, and what fills it; a Block Transformer's prompt is at least a block."""
     weight = next(model.parameters())
     if isinstance(model, BlockTransformer):
         blocks = allocate_blocks(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
