@@ -38,7 +38,7 @@ from eval.pareto import RunError
 from eval.units import count_text
 
 CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
-LOSSES = {"val": "validation loss", "train": "training loss, smoothed"}
+LOSSES = {"val": "validation loss", "train": "smoothed training loss"}
 ENOUGH = 4  # validations, to interpolate between them
 SMOOTHING = 1 / 12  # share of a whole run that the smoothed loss is about the mean of
 Array = np.ndarray

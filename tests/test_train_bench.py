@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +18,10 @@ import torch
 from conftest import ROOT, launch_in_process, run_script, small
 from omegaconf import OmegaConf
 
-from arch import ArchConfig, SizeConfig, generate, generate_blocks, resolve
+from arch import ArchConfig, ModelConfig, SizeConfig, generate, generate_blocks, resolve
+from arch.footprint import num_params
 from eval.layouts import CONFIGS, load_arch, load_size, names
-from train import bench, bench_loader, bench_peers, gpu_decode, gpu_study, gpu_suite
+from train import bench, bench_layouts, bench_loader, bench_peers, gpu_decode, gpu_study, gpu_suite
 from train.bench_peers import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.gpu_case import Case, Options
 from train.loss import cross_entropy_sum
@@ -108,6 +110,59 @@ def test_bench_refuses_what_no_peer_has(capsys: pytest.CaptureFixture[str]) -> N
         launch_in_process(bench.main, "bench", bench.BenchConfig, ["+arch=cla2", "+size=tiny"])
     assert ended.value.code == 2
     assert "+arch=cla2: the peers have no such layout" in capsys.readouterr().err
+
+
+def bench_layouts_at_toy_size(*arguments: str) -> None:
+    changes = ["size.num_layers=4", "size.d_model=32", "size.vocab_size=61", "size.seq_len=24", "repeats=3"]
+    changes += ["decode_batches=[1,3]", "decode_context=8", "decode_tokens=4", *arguments]
+    launch_in_process(bench_layouts.main, "bench_layouts", bench_layouts.LayoutsConfig, ["+size=tiny", *changes])
+
+
+def test_layouts_are_compared_at_equal_parameters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_layouts_at_toy_size(f"out={tmp_path}")
+    result = json.loads((tmp_path / "layouts.json").read_text())
+    models = result["models"]
+    assert list(models) == ["mha", "block", "bct"]
+    for arch, model in models.items():
+        changes = {"num_layers": 4, "d_model": 32, "vocab_size": 61, "seq_len": 24, "d_ff": model["d_ff"]}
+        size = replace(load_size("tiny"), **changes)
+        config = ModelConfig(load_arch(arch), size)
+        assert model["params"] == num_params(config, resolve(config))
+        assert model["params"] == pytest.approx(models["mha"]["params"], rel=0.02)
+    assert models["bct"]["d_ff"] > models["mha"]["d_ff"] == 344, "for the key/value heads it lacks"
+    for found in (result["training"], *result["decoding"].values()):
+        for values in found.values():
+            assert len(values["seconds"]["all"]) == 3
+            ratio = found["mha"]["cpu_seconds"]["median"] / values["cpu_seconds"]["median"]
+            assert values["cpu"] == pytest.approx(ratio)
+    for arch, values in result["training"].items():
+        flops = models[arch]["train_flops_per_token"] / models["mha"]["train_flops_per_token"]
+        assert values["flops_per_second"] == pytest.approx(flops * values["cpu"])
+        assert values["losses"] == pytest.approx([math.log(61)] * 5, rel=0.2)
+    for batch, tokens in (("1", 4), ("3", 12)):
+        for values in result["decoding"][batch].values():
+            assert values["cache_bytes"] == values["kv_bytes_stored"]
+            assert values["tokens_per_second"] == pytest.approx(tokens / values["seconds"]["median"])
+    assert "tiny, decoding, batch 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("archs=[mha,blok]", "archs has blok; choose of bct, "),
+        ("archs=[mha]", "name two layouts or more"),
+        ("archs=[mha,mha]", "name two layouts or more"),
+        ("repeats=0", "repeats is 0; it must be at least 1"),
+        ("decode_batches=[0]", "decode_batches is [0]"),
+        ("decode_context=9", "decode_context is 9; block needs a multiple of its block length 4"),
+        ("size.d_ff=8", "no d_ff makes them equal within 2%"),
+    ],
+)
+def test_layouts_that_cannot_be_compared(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_layouts_at_toy_size(argument)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_suite_without_cuda_says_so(tmp_path: Path) -> None:
@@ -364,6 +419,16 @@ def test_ours_is_measured_with_the_loss_it_is_trained_with(monkeypatch: pytest.M
     for compiled in (False, True):
         bench_peers.ours(small("mha"), torch.device("cpu"), compiled).loss(inputs, targets)
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("arch", ["mha", "block"])
+def test_ours_predicts_the_next_token_or_its_own_block(arch: str) -> None:
+    peer = bench_peers.ours(small(arch), CPU, False)
+    inputs, targets = random_batch(61, 2, 16, CPU, seed=0)
+    expected = torch.nn.functional.cross_entropy(
+        peer.model(inputs).flatten(0, 1), (inputs if arch == "block" else targets).flatten()
+    )
+    torch.testing.assert_close(peer.loss(inputs, targets), expected)
 
 
 def test_study_prepares_its_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
