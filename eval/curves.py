@@ -95,6 +95,10 @@ class Curve:
         seconds = np.mean([run.seconds_at(steps) for run in self.runs], axis=0)
         return {"tokens": tokens, "seconds": seconds, "flops": tokens * self.runs[0].flops_per_token}
 
+    def each(self) -> "list[Curve]":
+        """Every run as a curve of its own."""
+        return [Curve(self.name, (run,)) for run in self.runs]
+
 
 def load_history(folder: Path, clock: str) -> History:
     """Raises RunError where the folder holds no run, or one that cannot be compared."""

@@ -53,8 +53,9 @@ def _draw(axes: plt.Axes, curve: "Curve", which: str, key: str, look: tuple[str,
     steps, losses, lowest, highest = curve.mean(which)
     x = curve.axes(steps)[key]
     if which == "train":
-        for run in curve.runs:
-            axes.plot(curve.axes(run.steps)[key], run.raw, ".", color=color, markersize=2, alpha=0.25, zorder=1)
+        for one in curve.each():
+            reported, raw, _, _ = one.mean("raw")
+            axes.plot(one.axes(reported)[key], raw, ".", color=color, markersize=2, alpha=0.25, zorder=1)
     if len(curve.runs) > 1:
         axes.fill_between(x, lowest, highest, color=color, alpha=0.18, linewidth=0, zorder=2)
     marker = {"marker": "o", "markersize": 3.2} if which == "val" else {}

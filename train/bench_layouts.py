@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         "environment": environment(),
         "size": choices.size,
         "reference": options.archs[0],
-        "batch_size": options.batch_size,
-        "seq_len": options.size.seq_len,
+        "options": asdict(options),
         "threads": torch.get_num_threads(),
         "precision": "fp32",
         "load": {"before": os.getloadavg()},
@@ -186,7 +185,12 @@ def decoding(models: dict[str, ModelConfig], batch: int, options: LayoutsConfig)
     found = compared(times, work, batch * tokens)
     for arch, config in models.items():
         kv = kv_bytes(resolve(config), whole, ITEMSIZE)
-        found[arch] |= {"kv_bytes_stored": kv.stored, "kv_bytes_read": kv.read, "cache_bytes": held[arch] // batch}
+        found[arch] |= {
+            "context": whole,
+            "kv_bytes_stored": kv.stored,
+            "kv_bytes_read": kv.read,
+            "cache_bytes": held[arch] // batch,
+        }
     return found
 
 
@@ -222,8 +226,8 @@ def compared(times: Series, work: Series, tokens: int) -> dict[str, dict[str, An
 
 def show(result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
-    first, models = result["reference"], result["models"]
-    parts = {f"training, {result['batch_size']} x {result['seq_len']} tokens": result["training"]}
+    first, models, options = result["reference"], result["models"], result["options"]
+    parts = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
     parts |= {f"decoding, batch {batch}": found for batch, found in result["decoding"].items()}
     for title, found in parts.items():
         table = Table("", title=f"{result['size']}, {title}, fp32, {result['environment']['hardware']}")
