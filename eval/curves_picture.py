@@ -119,4 +119,4 @@ def _name(
         for name, (color, style) in zip(names, looks, strict=True)
     ]
     figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.tight_layout()
