@@ -64,7 +64,7 @@ def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, t
     assert (losses[1:] < losses[:-1]).all()
 
 
-@pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa", "bct_gated"])
+@pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa", "bct_gated", "block"])
 def test_peers_refuse_layouts_they_do_not_have(arch: str) -> None:
     with pytest.raises(UnavailableError, match="only mha, gqa and mqa"):
         llama_slot(small(arch))
@@ -136,7 +136,8 @@ def test_throughput_of_every_family(tmp_path: Path) -> None:
     assert suite(tmp_path, "parts=train_1b") == 0
     result = read(tmp_path, "train_1b")
     ours = {key: case for key, case in result["cases"].items() if key.startswith("ours-")}
-    assert len(ours) == 8
+    assert len(ours) == 10
+    assert {"ours-block-1b-2048", "ours-bct-1b-2048"} < ours.keys()
     for case in result["cases"].values():
         assert case["micro_batch"] * case["seq_len"] / case["seconds"]["median"] == pytest.approx(
             case["tokens_per_second"]
@@ -168,6 +169,8 @@ def test_decode_holds_the_bytes_of_the_formula(tmp_path: Path) -> None:
         assert case["decode_tokens_per_second"] > 0
     cache = {key.split("-")[1]: case["cache_bytes"] for key, case in result["cases"].items() if key.startswith("ours")}
     assert cache["mha"] == 2 * cache["gqa4"] == 8 * cache["mqa"] == 16 * cache["cla2"]
+    assert cache["block"] < cache["mha"] / 4
+    assert "bct" in cache
 
 
 def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,13 +210,15 @@ def test_gpu_tests_outcome(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ["mha", "block"])
 def test_study_is_the_same_with_and_without_lightning(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gpu_study, "ARCHS", (arch,))
     assert suite(tmp_path / "a", "parts=study", f"data={corpus}") == 0
     monkeypatch.setattr(gpu_study, "NEEDED", ("no_such_package",))
     assert suite(tmp_path / "b", "parts=study", f"data={corpus}") == 0
-    full, bare = (read(tmp_path / name, "study")["cases"]["mha-20m-seed0"] for name in "ab")
+    full, bare = (read(tmp_path / name, "study")["cases"][f"{arch}-20m-seed0"] for name in "ab")
     assert (full["runner"], bare["runner"]) == ("train/pretrain.py", "bare loop, no_such_package not installed")
     assert full["loss"] == pytest.approx(bare["loss"], abs=1e-4)
 
@@ -302,7 +307,7 @@ def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
     assert set(read(tmp_path, "train_1b")["skipped"]) == {
         f"{peer}-{arch}-1b-2048" for peer in ("hugging_face", "litgpt") for arch in ("mha", "gqa4")
     }
-    assert len(read(tmp_path, "decode")["cases"]) == 6
+    assert len(read(tmp_path, "decode")["cases"]) == 8
     assert len(read(tmp_path, "attention")["cases"]) == 3
 
 

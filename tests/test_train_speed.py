@@ -1,6 +1,7 @@
 """What a run reports of its speed, and that it waits for the device only where it reports."""
 
 import csv
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from conftest import launch_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import metrics, pretrain
+from train import callbacks, clock, metrics, pretrain
+from train.clock import Clock
 from train.schema import PretrainConfig, TrainerConfig
 
 SMALL = [
@@ -75,24 +77,82 @@ def test_unknown_device_has_no_mfu(tmp_path: Path, corpus: Path) -> None:
     assert all("train/mfu" not in row and float(row["train/tokens_per_second"]) > 0 for row in rows)
 
 
-def test_first_step_and_validation_are_not_timed(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only the first step and validations advance, and each other step by one second."""
-    clock = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    step, validate = pretrain.LitModel.training_step, pretrain.LitModel.validation_step
+class Times:
+    """A clock that is advanced by hand, in place of the machine's two: every CPU second is two."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(clock.time, "process_time", lambda: 2 * self.now)
+
+
+@pytest.fixture
+def steps_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take a second each; the first after a start, validations and checkpoints take a thousand."""
+    times, first = Times(monkeypatch), [-1]
+    step, validate, save = pretrain.LitModel.training_step, pretrain.LitModel.validation_step, callbacks.checkpoint.save
+
+    def slow_start(self: metrics.Metrics, trainer: L.Trainer, module: Any) -> None:
+        first[0] = trainer.global_step
+        start(self, trainer, module)
 
     def slow_step(self: Any, batch: Any, index: int) -> torch.Tensor:
-        clock[0] += 1000.0 if self.trainer.global_step == 0 else 0.5  # two micro-batches
+        times.now += 1000.0 if self.trainer.global_step == first[0] else 0.5  # two micro-batches
         return step(self, batch, index)
 
     def slow_validation(self: Any, batch: Any, index: int) -> None:
-        clock[0] += 1000.0
+        times.now += 1000.0
         validate(self, batch, index)
 
+    def slow_save(*arguments: Any) -> None:
+        times.now += 1000.0
+        save(*arguments)
+
+    start = metrics.Metrics.on_train_start
+    monkeypatch.setattr(metrics.Metrics, "on_train_start", slow_start)
     monkeypatch.setattr(pretrain.LitModel, "training_step", slow_step)
     monkeypatch.setattr(pretrain.LitModel, "validation_step", slow_validation)
-    rows = run(tmp_path / "run", corpus)
-    assert [float(row["train/tokens_per_second"]) for row in rows] == pytest.approx([4 * 32.0] * 3)
+    monkeypatch.setattr(callbacks.checkpoint, "save", slow_save)
+
+
+@pytest.mark.usefixtures("steps_of_a_second")
+def test_only_steps_are_timed(tmp_path: Path, corpus: Path) -> None:
+    rows = run(tmp_path / "run", corpus, "trainer.checkpoint_every=6")
+    assert [int(row["step"]) for row in rows] == [5, 6, 10, 12]
+    assert [float(row["train/tokens_per_second"]) for row in rows] == pytest.approx([4 * 32.0] * 4)
+    assert [float(row["train/seconds"]) for row in rows] == pytest.approx([4.0, 5.0, 9.0, 11.0])
+    assert [float(row["train/cpu_seconds"]) for row in rows] == pytest.approx([8.0, 10.0, 18.0, 22.0])
+
+
+@pytest.mark.usefixtures("steps_of_a_second")
+def test_time_goes_on_over_a_resume(tmp_path: Path, corpus: Path) -> None:
+    """Stopped after step 8, before the validation that is due there, which then comes first."""
+    folder = tmp_path / "run"
+
+    class HeldError(Exception):
+        pass
+
+    def fail(self: Any) -> None:
+        raise HeldError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain.LitModel, "on_validation_epoch_start", fail)
+        with pytest.raises(HeldError):
+            run(folder, corpus, "trainer.checkpoint_every=8", "trainer.log_every=3")
+    launch_in_process(pretrain.main, "pretrain", PretrainConfig, [f"resume={folder}"])
+    found = {}
+    for start in ("0", "1"):
+        for row in csv.DictReader((folder / "metrics" / start / "metrics.csv").open()):
+            if row["train/loss"]:
+                found[int(row["step"])] = float(row["train/seconds"])
+    assert found == pytest.approx({3: 2.0, 6: 5.0, 8: 7.0, 9: 7.0, 12: 10.0}), "without the first steps, 1 and 9"
+
+
+def test_the_time_of_a_run_from_before_the_clock_is_not_known() -> None:
+    new = Clock()
+    new.load(None)
+    assert math.isnan(new.seconds)
+    assert math.isnan(new.cpu_seconds)
 
 
 def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,10 +90,16 @@ def main(config: DictConfig, choices: Choices) -> None:
 
 
 def step_against_peers(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
-    """Memory, then time, of every model that can be built here; `skipped` names the others with the reason."""
+    """Memory, then time, of every model that can be built here; `skipped` names the others with the reason.
+
+    Raises RuntimeError where the first losses, of equal weights on an equal batch, differ.
+    """
     peers, skipped = build_all(config)
     memory = {name: peak_memory(name, config, batch) for name in peers}
     times, work, losses = take_turns(peers, config.size, batch, repeats)
+    first = {name: values[0] for name, values in losses.items()}
+    if max(first.values()) - min(first.values()) > LOSS_TOLERANCE:
+        raise RuntimeError(f"equal weights and an equal batch give other losses: {first}")
     models = {
         name: {
             "version": peer.version,
@@ -149,8 +155,6 @@ def take_turns(peers: dict[str, Peer], size: SizeConfig, batch: int, repeats: in
     """Seconds, CPU seconds of all threads, and loss of every step.
 
     A round is one step of each on the same batch; who begins changes each round.
-
-    Raises RuntimeError where the first losses, of equal weights on an equal batch, differ.
     """
     device = torch.device("cpu")
     steps = {name: Step(peer, contextlib.nullcontext) for name, peer in peers.items()}
@@ -167,9 +171,6 @@ def take_turns(peers: dict[str, Peer], size: SizeConfig, batch: int, repeats: in
             if number >= WARMUP:
                 times[name].append(time.perf_counter() - started)
                 work[name].append(time.process_time() - worked)
-        first = {name: losses[name][0] for name in names}
-        if max(first.values()) - min(first.values()) > LOSS_TOLERANCE:
-            raise RuntimeError(f"equal weights and an equal batch give other losses: {first}")
     return times, work, losses
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arch import Decoder, ModelConfig, resolve
-from arch.plan import KVPlan, Slot, head_dim
+from arch import BlockPlan, ModelConfig, build, resolve
+from arch.plan import Slot, head_dim
 
 from .loss import cross_entropy_sum
 from .optim import build_optimizer
 from .parallel import parallelize
-from .schema import OptimConfig
+from .schema import DataConfig, OptimConfig, framing
 
 CLIP = 1.0
 Weights = dict[str, Tensor]
@@ -40,7 +40,9 @@ class Peer:
 
 def llama_slot(config: ModelConfig) -> Slot:
     """The slot of every layer. Raises UnavailableError where the layout is not the peers': plain MHA, GQA or MQA."""
-    plan: KVPlan = resolve(config)
+    plan = resolve(config)
+    if isinstance(plan, BlockPlan):
+        raise UnavailableError("the peers have no Block Transformer, only mha, gqa and mqa")
     slot = plan.stores[0].slot
     plain = all(
         store.bound is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
@@ -52,17 +54,19 @@ def llama_slot(config: ModelConfig) -> Slot:
 
 
 def ours(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
-    """As `train/pretrain.py` builds it on one device."""
+    """As `train/pretrain.py` builds it on one device. A Block Transformer predicts its inputs, not the targets."""
     with torch.device("meta"):
-        model = Decoder(config, "auto", device.type)
+        model = build(config, "auto", device.type)
     parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.float32)
     model.to_empty(device=device)
     model.init_weights(0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        total: Tensor = model(inputs_BT, head=cross_entropy_sum(targets_BT, compiled))
-        return total / targets_BT.numel()
+        predicted_BT = model.predicted(targets_BT if shift else inputs_BT)
+        total: Tensor = model(inputs_BT, head=cross_entropy_sum(predicted_BT, compiled))
+        return total / predicted_BT.numel()
 
+    shift = framing(config.arch, DataConfig()).shift
     return Peer("kvfrontier", "", model, loss)
 
 

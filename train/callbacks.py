@@ -45,6 +45,7 @@ class Checkpoints(L.Callback):
         checkpoint.load(self.start, module.model, trainer.optimizers[0])
         self.step = checkpoint.step_of(self.start)
         module.go_on_after(self.step)
+        module.clock.load(checkpoint.load_info(self.start).get("clock"))
         if self.best_file.is_file():
             best = json.loads(self.best_file.read_text())
             if best["checkpoint"] <= self.start.name:  # or it was one of the broken ones
@@ -76,12 +77,14 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if step == self.step:
             return
-        module.check_finite()
+        module.check_finite()  # waits for the device
         folder = self.run / "checkpoints" / folder_name(step)
-        checkpoint.save(folder, module.model, trainer.optimizers[0], step, module.describe())
-        self.step = step
-        if trainer.is_global_zero:
-            self.prune()
+        with module.clock.paused():
+            about = module.describe() | {"clock": module.clock.to_dict()}
+            checkpoint.save(folder, module.model, trainer.optimizers[0], step, about)
+            self.step = step
+            if trainer.is_global_zero:
+                self.prune()
 
     def prune(self) -> None:
         """Delete what is not kept: checkpoints after this step too, which were broken when the run was resumed.

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import EvalBatches, Framing, TrainBatches
+from data.batches import EvalBatches, TrainBatches
 from data.config import DataConfig, command, default_folder, recipe
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
 from data.shards import DataError, Manifest, TokenWindows
 from data.writing import differences
 
-from .schema import PretrainConfig, micro_batch, num_steps
+from .schema import PretrainConfig, framing, micro_batch, num_steps
 
 
 class Data(L.LightningDataModule):
@@ -72,23 +72,14 @@ class Data(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start_step=trainer.global_step,
-            framing=framing(config),
+            framing=framing(config.arch, config.data),
         )
 
     def val_dataloader(self) -> EvalBatches:
         trainer, config = self.trainer, self.config
         windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
-        unpadded = replace(framing(config), block_padding=0)
+        unpadded = replace(framing(config.arch, config.data), block_padding=0)
         return EvalBatches(windows, micro_batch(config), trainer.global_rank, trainer.world_size, unpadded)
-
-
-def framing(config: PretrainConfig) -> Framing:
-    """What the model of `config` wants of a row of tokens."""
-    block, data = config.arch.block, config.data
-    if block is None:
-        return Framing(document_mask=data.document_mask)
-    padding = block.length if data.block_padding else 0
-    return Framing(shift=0, unpredicted=0 if block.start else block.length, block_padding=padding)
 
 
 def open_data(config: DataConfig) -> dict[Path, Manifest]:

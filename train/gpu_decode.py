@@ -1,5 +1,7 @@
 """Part of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
 
+Shapes: B batch, T tokens, C vectors of an expanded context, D model, V vocabulary.
+
 Both sides run eagerly, one Python step per token, greedily, in bf16: at a small batch that measures launches more than
 memory, which is why several batches are measured. No side decodes with cuDNN's attention, as ours never does.
 """
@@ -12,15 +14,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from arch import Decoder, ModelConfig, allocate, resolve
+from arch import (
+    BlockPlan,
+    BlockTransformer,
+    LanguageModel,
+    ModelConfig,
+    Plan,
+    allocate,
+    allocate_blocks,
+    build,
+    resolve,
+)
 from arch.attend import NOT_CUDNN
+from arch.block_transformer import BlockCache
+from arch.cache import Cache
 from arch.footprint import allocated_bytes
 
 from .bench_measure import seconds, spread
 from .bench_peers import hugging_face, random_batch
 from .gpu_case import Case, Options, model_config
 
-ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla")
+ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
 PEER_ARCHS = ("mha", "gqa4")
 WARMUP, STEPS = 4, 32
 
@@ -68,7 +82,7 @@ def measure(side: str, config: ModelConfig, context: int, batch: int, options: O
     with sdpa_kernel(NOT_CUDNN):
         for _ in range(WARMUP):
             step()
-        times = spread([seconds(step, device) for _ in range(STEPS)])
+        times = spread(step_seconds(step, resolve(config), device))
     return {
         "context": context,
         "batch": batch,
@@ -82,21 +96,65 @@ def measure(side: str, config: ModelConfig, context: int, batch: int, options: O
     }
 
 
+def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> list[float]:
+    """Seconds per step, over as many steps at a time as a block has tokens: one of them runs the block decoder."""
+    length = plan.length if isinstance(plan, BlockPlan) else 1
+    return [seconds(lambda: [step() for _ in range(length)], device) / length for _ in range(STEPS // length)]
+
+
 def our_decoder(
     config: ModelConfig, context: int, batch: int, device: torch.device
 ) -> tuple[Callable[[], Feed], Callable[[], int]]:
-    with torch.device("meta"):
-        model = Decoder(config, "auto", device.type)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval()
-    model.init_weights(0)
+    model = our_model(config, torch.bfloat16, device)
     caches: list[Any] = []
 
     def start() -> Feed:
         caches[:] = []
-        caches.append(allocate(model.plan, batch, context + WARMUP + STEPS, dtype=torch.bfloat16, device=device))
-        return lambda tokens: model(tokens, caches[0], last_only=True)
+        feed, cache = feeding(model, batch, context + WARMUP + STEPS)
+        caches.append(cache)
+        return feed
 
     return start, lambda: caches[0].nbytes
+
+
+def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    with torch.device("meta"):
+        model = build(config, "auto", device.type)
+    model = model.to(dtype).to_empty(device=device).eval()
+    model.init_weights(0)
+    return model
+
+
+def feeding(model: LanguageModel, batch: int, capacity: int) -> tuple[Feed, Cache | BlockCache]:
+    """An empty cache, of the weights' type, and what fills it; a Block Transformer's prompt is at least a block."""
+    weight = next(model.parameters())
+    if isinstance(model, BlockTransformer):
+        blocks = allocate_blocks(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
+        return BlockFeed(model, blocks), blocks
+    cache = allocate(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
+    return lambda tokens: model(tokens, cache, last_only=True), cache
+
+
+class BlockFeed:
+    """Feeds a Block Transformer as one feeds a decoder: what completes a block is encoded, and the next one begun."""
+
+    def __init__(self, model: BlockTransformer, cache: BlockCache):
+        self.model, self.cache = model, cache
+        self.begun_BT: Tensor | None = None  # the block being said
+        self.context_BCD: Tensor | None = None  # of that block
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        model, length = self.model, self.model.plan.length
+        seen_BT = tokens_BT if self.begun_BT is None else torch.cat((self.begun_BT, tokens_BT), dim=1)
+        whole = seen_BT.shape[1] // length * length
+        if whole:
+            self.context_BCD = model.expand(model.encode(seen_BT[:, :whole], self.cache.blocks)[:, -1])
+            logits_BV = model.begin(self.context_BCD, seen_BT[:, whole:], self.cache.tokens)
+        else:
+            assert self.context_BCD is not None and self.begun_BT is not None
+            logits_BV = model.step(self.context_BCD, tokens_BT, self.begun_BT.shape[1], self.cache.tokens)
+        self.begun_BT = seen_BT[:, whole:]
+        return logits_BV[:, None]
 
 
 def their_decoder(

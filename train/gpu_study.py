@@ -2,6 +2,8 @@
 
 Each run is `train/pretrain.py` where all it imports is installed, and otherwise the same recipe in a bare loop: same
 batches, initial weights, optimizer, schedule and evaluation. The result says which.
+
+Shapes: B batch, T tokens.
 """
 
 import functools
@@ -20,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from arch import Decoder, ModelConfig, resolve
+from arch import LanguageModel, ModelConfig, resolve
 from arch.footprint import kv_bytes
-from data.batches import EvalBatches, TrainBatches
+from data.batches import EvalBatches, Framing, TrainBatches
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
@@ -32,9 +34,9 @@ from .gpu_case import Case, Options, model_config
 from .loss import cross_entropy_sum
 from .machine import ROOT
 from .optim import build_optimizer, schedule
-from .schema import DataConfig, OptimConfig
+from .schema import DataConfig, OptimConfig, framing
 
-ARCHS = ("mha", "gqa4", "cla2", "mixattention")
+ARCHS = ("mha", "gqa4", "cla2", "mixattention", "block", "bct")
 SEEDS = (0, 1)
 TOKENS = 20_000_000
 NEEDED = ("lightning", "hydra", "wandb", "rich", "matplotlib", "plotly", "tokenizers")
@@ -110,16 +112,18 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
     manifest = Manifest.load(folder)
     steps = size.tokens // (size.batch_size * size.seq_len)
     micro = math.gcd(size.batch_size, max(1, 32768 // size.seq_len))
-    made = TrainBatches(TokenWindows(folder, manifest, "train", size.seq_len), seed, steps, size.batch_size, micro)
+    windows, frame = TokenWindows(folder, manifest, "train", size.seq_len), framing(config.arch, DataConfig())
+    made = TrainBatches(windows, seed, steps, size.batch_size, micro, framing=frame)
     peer = ours(config, device, compiled=device.type == "cuda")
     model = peer.model
-    assert isinstance(model, Decoder)
+    assert isinstance(model, LanguageModel)
     model.init_weights(seed)
     optimizer = build_optimizer(model, optim)
     scheduler = schedule(optimizer, optim, steps)
     for number, batch in enumerate(made, start=1):
         with autocast(device):
-            head = cross_entropy_sum(batch["targets"].to(device), compiled=device.type == "cuda")
+            targets_BT = model.predicted(batch["targets"].to(device))
+            head = cross_entropy_sum(targets_BT, compiled=device.type == "cuda")
             loss = model(batch["inputs"].to(device), head=head)
         (loss / batch["step_targets"]).backward()
         if number % made.accumulate == 0:
@@ -127,17 +131,18 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    return evaluate(model, TokenWindows(folder, manifest, "val", size.seq_len), micro, device)
+    return evaluate(model, TokenWindows(folder, manifest, "val", size.seq_len), micro, device, frame)
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, windows: TokenWindows, micro: int, device: torch.device) -> float:
+def evaluate(model: LanguageModel, windows: TokenWindows, micro: int, device: torch.device, frame: Framing) -> float:
     """Nats per token over the windows that train/pretrain.py validates on unless told otherwise."""
     chosen = EvalWindows.of(Mixture((windows,), (1.0,)), DataConfig.val_tokens // windows.seq_len)
     total, targets = 0.0, 0
-    for batch in EvalBatches(chosen, micro):
+    for batch in EvalBatches(chosen, micro, framing=frame):
         with autocast(device):
-            loss = model(batch["inputs"].to(device), head=cross_entropy_sum(batch["targets"].to(device)))
+            targets_BT = model.predicted(batch["targets"].to(device))
+            loss = model(batch["inputs"].to(device), head=cross_entropy_sum(targets_BT))
         total, targets = total + loss.item(), targets + batch["step_targets"]
     return total / targets
 

@@ -17,6 +17,7 @@ from data.batches import IGNORE, Batch
 
 from . import checkpoint
 from .checkpoint import TrainingError
+from .clock import Clock
 from .loss import cross_entropy_sum
 from .optim import build_optimizer, schedule
 from .parallel import parallelize
@@ -38,6 +39,7 @@ class LitModel(L.LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.model: LanguageModel | None = None
         self.last_val: dict[str, float] = {}
+        self.clock = Clock()
         self.shown: dict[str, float] = {}  # beside the progress bar; `log(prog_bar=True)` would wait at every step
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
 

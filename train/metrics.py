@@ -1,7 +1,6 @@
 """What a run reports while it trains."""
 
 import math
-import time
 from typing import Any
 
 import lightning as L
@@ -19,11 +18,13 @@ from .schema import TrainerConfig
 class Metrics(L.Callback):
     """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps and at those of a checkpoint.
 
-    Between reports nothing waits for the device. tokens/s counts the tokens of all processes since the last report;
-    time spent in validation is left out, and so is the first step after a start, which compiles. Where the peak of the
-    device is known, `train/mfu` is the share of it that tokens/s x `model/train_flops_per_token` makes up on each
-    device: forward and backward, what is recomputed not counted. Raises TrainingError, before a checkpoint is saved,
-    when the loss is not finite, or for the second report running is more than `max_rise` nats above the lowest one.
+    Between reports nothing waits for the device. `train/seconds` is the time the run has trained, `train/cpu_seconds`,
+    reported on a CPU, that of the first process' threads: over all starts, without validation, the writing of
+    checkpoints, and the first step after a start, which compiles. tokens/s counts the tokens of all processes since the
+    last report, by the same clock. Where the peak of the device is known, `train/mfu` is the share of it that tokens/s
+    x `model/train_flops_per_token` makes up on each device: forward and backward, what is recomputed not counted.
+    Raises TrainingError, before a checkpoint is saved, when the loss is not finite, or for the second report running is
+    more than `max_rise` nats above the lowest one.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Metrics(L.Callback):
         self.loss: Tensor | float = 0.0
         self.lr = 0.0
         self.step = self.warm = self.reported = 0
-        self.clock = self.paused = 0.0
+        self.seconds = 0.0  # at the last report
         self.peak: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
         self.step = trainer.global_step
         self.warm = self.reported = self.step + 1
+        self.seconds = module.clock.seconds
         self.peak = peak_flops(module.config.trainer, module.device, module.compute_dtype)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: LitModel, optimizer: torch.optim.Optimizer) -> None:
@@ -54,10 +56,11 @@ class Metrics(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
         wait(module.device)  # for the training steps that are queued
-        self.paused = time.perf_counter()
+        module.clock.pause()
 
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
-        self.clock += time.perf_counter() - self.paused
+        if self.step >= self.warm:
+            module.clock.go_on()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
@@ -74,16 +77,19 @@ class Metrics(L.Callback):
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
         if self.step == self.warm:
             wait(module.device)
-            self.clock = time.perf_counter()
+            module.clock.go_on()
 
     def _report(self, trainer: L.Trainer, module: LitModel, loss: float) -> None:
         self._check(loss)
         metrics = {"train/loss": loss, "train/lr": self.lr, "train/tokens": float(self.step * self.step_tokens)}
+        seconds = module.clock.read()
+        metrics["train/seconds"] = seconds
+        if module.device.type == "cpu":
+            metrics["train/cpu_seconds"] = module.clock.cpu_seconds
         module.shown["loss"], line = loss, f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}"
         if self.step > self.warm:
-            now = time.perf_counter()
-            speed = (self.step - self.reported) * self.step_tokens / (now - self.clock)
-            self.clock, self.reported = now, self.step
+            speed = (self.step - self.reported) * self.step_tokens / (seconds - self.seconds)
+            self.seconds, self.reported = seconds, self.step
             metrics["train/tokens_per_second"] = speed
             module.shown["tok/s"] = float(round(speed))
             line += f"  {speed:,.0f} tok/s"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arch import ArchConfig, SizeConfig
+from data.batches import Framing
 from data.config import DataConfig
 
 
@@ -216,6 +217,14 @@ def optim_problems(optim: OptimConfig) -> list[str]:
     if optim.schedule == "wsd" and optim.warmup + optim.decay > 1:
         found.append(f"optim.warmup {optim.warmup} and optim.decay {optim.decay} are more than the run; lower one")
     return found
+
+
+def framing(arch: ArchConfig, data: DataConfig) -> Framing:
+    """What a model of the layout wants of a row of tokens."""
+    if arch.block is None:
+        return Framing(document_mask=data.document_mask)
+    padding = arch.block.length if data.block_padding else 0
+    return Framing(shift=0, unpredicted=0 if arch.block.start else arch.block.length, block_padding=padding)
 
 
 def num_steps(config: PretrainConfig) -> int:
