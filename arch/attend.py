@@ -70,6 +70,15 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 # Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder has one for each block.
 MOST_ROWS = 65535
+# Elements of a gradient of queries in fp32, as FlashAttention's backward pass accumulates it: in whole tiles of 128
+# queries and of 32 coordinates, with indices of 32 bits (Dao-AILab/flash-attention#1500).
+MOST_ELEMENTS = 1 << 31
+
+
+def most_rows(heads: int, length: int, width: int) -> int:
+    """Rows of a batch that one call of any fused kernel takes, forward and backward."""
+    of_row = heads * (-(-length // 128) * 128) * (-(-width // 32) * 32)
+    return max(1, min(MOST_ROWS, MOST_ELEMENTS // of_row))
 
 
 def in_parts(
@@ -91,9 +100,10 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
     one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
     """
-    if q_BTNH.is_cuda and q_BTNH.shape[0] > MOST_ROWS:
-        return in_parts(MOST_ROWS, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    value_width, length, slots = v_BSKV.shape[-1], q_BTNH.shape[1], k_BSKH.shape[1]
+    batch, length, heads, width = q_BTNH.shape
+    if q_BTNH.is_cuda and batch > (rows := most_rows(heads, length, max(width, v_BSKV.shape[-1]))):
+        return in_parts(rows, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
+    value_width, slots = v_BSKV.shape[-1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     width = -(-max(q_BTNH.shape[-1], value_width) // 8) * 8

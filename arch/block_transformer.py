@@ -82,7 +82,9 @@ class BlockTransformer(nn.Module):
         self.start = nn.Parameter(torch.empty(coarse.size.d_model)) if block_config(config).start else None
         self.block_decoder = Stack(coarse, backend, device_type)
         self.expansion = nn.Linear(coarse.size.d_model, self.plan.context * fine.size.d_model)
-        self.token_decoder = Decoder(fine, backend, device_type, cross=self.plan.cross)
+        # Of so few positions a mask costs nothing, and FlexAttention fills a tile of 128 with each block.
+        within = "sdpa" if backend == "auto" else backend
+        self.token_decoder = Decoder(fine, within, device_type, cross=self.plan.cross)
 
     @property
     def stacks(self) -> tuple[Stack | Encoder, ...]:

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N query heads, K key/value heads, H head, M slots.
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +27,24 @@ SLOTS = (16, 32, 64, 128, 256)
 
 @functools.cache
 def chunk_gsa() -> Any:
-    """The entry point of an installed flash-linear-attention, or why there is none. A compiled block breaks around it,
-    since the compiler does not know it."""
+    """The entry point of an installed flash-linear-attention, or why there is none."""
     try:
-        function: Any = importlib.import_module("fla.ops.gsa").chunk_gsa
+        return importlib.import_module("fla.ops.gsa").chunk_gsa
     except (ImportError, AttributeError) as error:
         return f"flash-linear-attention cannot be loaded ({error}): {INSTALL}"
+
+
+@functools.cache
+def kernel() -> Callable[..., Tensor]:
+    """`gsa` with that entry point, around which a compiled block breaks, since the compiler does not know it. To make
+    outside of compiled code, which would look for it again."""
     disable: Any = torch.compiler.disable
-    return disable(function)
+    return functools.partial(gsa, disable(chunk_gsa()))
 
 
-def gsa(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, scale: float) -> Tensor:
+def gsa(
+    function: Callable[..., Any], q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, scale: float
+) -> Tensor:
     """[B, T, N, H] in the type of the strengths, at least fp32: the kernel keeps states in the type of its inputs.
 
     Heads are repeated here: versions before 0.6 give wrong shapes of gradients for grouped ones. `g` is always given,
@@ -47,7 +55,7 @@ def gsa(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, scale: fl
     k, v = (repeat(x, "b t k h -> b t (k g) h", g=group) for x in (k, v))
     left_BTM = (1 - p_BTM).clamp(min=torch.finfo(p_BTM.dtype).eps)
     s, g = (repeat(x, "b t m -> b t n m", n=heads) for x in (p_BTM, left_BTM.log()))
-    out_BTNH: Tensor = chunk_gsa()(q, k, v, s, g, scale=scale)[0]
+    out_BTNH: Tensor = function(q, k, v, s, g, scale=scale)[0]
     return out_BTNH
 
 
@@ -76,7 +84,7 @@ class BoundedBackend:
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> Steps:
         """Where tokens stand, and the kernel, as `attend.Backend.mask`."""
-        return steps(sequences)._replace(kernel=gsa)
+        return steps(sequences)._replace(kernel=kernel())
 
 
 def choose_bounded(name: str, store: Store, device: str, documents: bool) -> BoundedBackend | None:

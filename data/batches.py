@@ -159,14 +159,15 @@ def padded(
 
     The first document, which may have begun in another row, has pads at its end alone.
     """
-    documents = [part for part in np.split(tokens, np.flatnonzero(tokens == end_of_text) + 1) if len(part)]
-    left = [0, *generator.integers(block, size=len(documents) - 1).tolist()]
-    parts = [
-        np.pad(np.stack([part, np.ones_like(part)]), ((0, 0), (pads, -(pads + len(part)) % block)))
-        for pads, part in zip(left, documents, strict=True)
-    ]
-    result, real = np.concatenate(parts, axis=1)[:, : len(tokens)]
-    return np.where(real, result, end_of_text), real.astype(bool)
+    begins = np.flatnonzero(np.concatenate(([True], tokens[:-1] == end_of_text)))
+    lengths = np.diff(begins, append=len(tokens))
+    left = np.concatenate(([0], generator.integers(block, size=len(lengths) - 1)))
+    rooms = -(-(left + lengths) // block) * block
+    place = np.arange(len(tokens)) + np.repeat(rooms.cumsum() - rooms + left - begins, lengths)
+    kept = place < len(tokens)
+    result, real = np.full_like(tokens, end_of_text), np.zeros(len(tokens), dtype=bool)
+    result[place[kept]], real[place[kept]] = tokens[kept], True
+    return result, real
 
 
 def _frame(tokens: np.ndarray, framing: Framing, end_of_text: int, generator: np.random.Generator | None = None) -> Row:

@@ -400,3 +400,24 @@ def test_a_batch_in_parts(shape: tuple[int, ...] | None) -> None:
     for mask, sink in ((Dense(allowed is None, allowed), None), (Dense(allowed is None, allowed), sinks)):
         whole = sdpa(q, k, v, mask, 0.3, sink)
         torch.testing.assert_close(in_parts(3, q, k, v, mask, 0.3, sink), whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "parts"),
+    [(8192, 5, 16, [8192]), (16384, 5, 16, [8192, 8192]), (65536, 5, 1, [65535, 1]), (2, 2048, 16, [2])],
+)
+def test_no_call_on_cuda_has_more_rows_than_its_kernels_take(
+    batch: int, length: int, heads: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 128: 2^31 elements in whole tiles of 128 queries are 8192 rows of 16 heads."""
+    seen = []
+
+    def spy(q: torch.Tensor, *others: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(q.shape[0])
+        return q
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    q = torch.empty(batch, length, heads, 128, device="meta", dtype=torch.bfloat16)
+    assert sdpa(q, q, q, Dense(True, None), 1.0, None).shape == q.shape
+    assert seen == parts

@@ -311,3 +311,16 @@ def test_impossible_parts() -> None:
     config.arch.block.token.kind = "attention"
     with pytest.raises(LayoutError, match=r"token.kind is 'attention'; it is one of prefix, summation, cross"):
         resolve(config)
+
+
+def test_within_a_block_masks_are_dense_on_cuda() -> None:
+    """FlexAttention is for long rows; it has one grid row per sequence, of which a token decoder has too many."""
+    config = small("block")
+    for layout in (config.arch, config.arch.block.token):
+        layout.stores["kv"].window = 3
+    with torch.device("meta"):
+        model = BlockTransformer(config, "auto", "cuda")
+        asked = BlockTransformer(config, "flex", "cuda")
+    assert [backend.name for backend in model.block_decoder.chosen[False]] == ["flex"]
+    assert [backend.name for backend in model.token_decoder.chosen[False]] == ["sdpa"]
+    assert [backend.name for backend in asked.token_decoder.chosen[False]] == ["flex"]

@@ -10,7 +10,7 @@ from conftest import build, small, tokens
 from torch import Tensor
 
 from arch import ArchConfig, Decoder, ModelConfig, StoreConfig, allocate
-from arch.gsa import chunk_gsa
+from arch.gsa import chunk_gsa, kernel
 
 
 def layout(slots: int = 16, rule: str = "gated", sinks: bool = False) -> ModelConfig:
@@ -58,9 +58,11 @@ def calls(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fla.ops.gsa", SimpleNamespace(chunk_gsa=naive(seen)))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace())
-    chunk_gsa.cache_clear()
+    for cached in (chunk_gsa, kernel):
+        cached.cache_clear()
     yield seen
-    chunk_gsa.cache_clear()
+    for cached in (chunk_gsa, kernel):
+        cached.cache_clear()
 
 
 def with_fla(config: ModelConfig, own: Decoder) -> Decoder:
@@ -97,6 +99,28 @@ def test_half_precision_keeps_states_in_fp32(calls: list[SimpleNamespace]) -> No
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(tokens(1, 20))
     assert {x.dtype for x in (calls[0].q, calls[0].k, calls[0].v, calls[0].s, calls[0].g)} == {torch.float32}
+
+
+def test_a_compiled_block_breaks_but_around_the_kernel(calls: list[SimpleNamespace]) -> None:
+    config, batch, graphs = layout(), tokens(2, 24), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = Decoder(config, "fla", "cuda")
+    model.init_weights()
+    expected = model(batch)
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    reasons.clear()
+    for block in model.layers:
+        block.compile(backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(batch).float(), expected, rtol=0.1, atol=0.1)
+    assert graphs
+    assert {call.q.dtype for call in calls} == {torch.float32}
+    assert all("disable()" in reason for reason in reasons), reasons
 
 
 def test_decoding_is_ours(calls: list[SimpleNamespace]) -> None:

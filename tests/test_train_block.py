@@ -140,6 +140,11 @@ def test_figures_of_a_run_are_those_of_its_plan(name: str) -> None:
     ("options", "message"),
     [
         (["size.seq_len=30"], "size.seq_len 30 is not a multiple of arch.block.length 4"),
+        (["size.seq_len=4"], "size.seq_len 4 is one block"),
+        (
+            ["data.block_padding=true", "arch.stores.kv.slots=4", "arch.stores.kv.rule=gated"],
+            "data.block_padding is not for bounded stores",
+        ),
         (["data.document_mask=true"], "data.document_mask is not for a Block Transformer"),
         (["arch.block.length=16", "size.d_model=24"], "size.d_model 24 is not a multiple of arch.block.length 16"),
         (["arch.block.token.kind=postfix"], "arch.block.token.kind is 'postfix'"),

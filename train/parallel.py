@@ -33,8 +33,13 @@ def parallelize(
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Or matrix products that the forward pass keeps in fp32 would have gradients of bf16 operands.
         torch._functorch.config.backward_pass_autocast = "off"
+        # Or DDP would have each block cut into graphs of one bucket each, and none with FlexAttention in it.
+        torch._dynamo.config.optimize_ddp = False
+        # The shapes of one stack never change. Those of a second one torch would take for a change, and make the code
+        # of both for shapes that vary.
+        dynamic = False if len(model.stacks) > 1 else None
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=dynamic)
     if mesh is not None:
         # Values leave a block as views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -25,9 +25,9 @@ from eval.cli import MISTAKES, UsageError, fail
 from eval.positions import Bucket, loss_by_position
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.datamodule import framing, open_data
+from train.datamodule import open_data
 from train.machine import environment
-from train.schema import PretrainConfig
+from train.schema import PretrainConfig, framing
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
@@ -44,7 +44,7 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
         for folder, manifest in open_data(config.data).items():
             windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
             chosen = EvalWindows.of(windows, tokens // length)
-            batches += EvalBatches(chosen, 1, framing=replace(framing(config), block_padding=0))
+            batches += EvalBatches(chosen, 1, framing=replace(framing(config.arch, config.data), block_padding=0))
         found[length] = loss_by_position(model, batches)
     return found
 

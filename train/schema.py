@@ -154,6 +154,11 @@ def block_problems(config: PretrainConfig) -> list[str]:
     found = []
     if block.length > 0 and config.size.seq_len % block.length:
         found.append(f"size.seq_len {config.size.seq_len} is not a multiple of arch.block.length {block.length}")
+    elif config.size.seq_len < 2 * block.length:
+        found.append(f"size.seq_len {config.size.seq_len} is one block, and the block decoder needs one before it")
+    bounded = any(store.slots for layout in (config.arch, block.token) for store in layout.stores.values())
+    if data.block_padding and bounded:
+        found.append("data.block_padding is not for bounded stores, which cannot leave out pads; choose one of them")
     if data.document_mask:
         found.append("data.document_mask is not for a Block Transformer, whose blocks cross the borders of documents")
     return found
