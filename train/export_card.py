@@ -159,7 +159,7 @@ def usage(name: str, target: Target) -> str:
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})
 model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
