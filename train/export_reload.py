@@ -129,8 +129,8 @@ def cache_sizes(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 def own_cache(model: Any, prompt: list[int]) -> Any:
     """What generate() allocates for `prompt` and one token after it, which is not fed back."""
-    package, made = type(model).__module__.rpartition(".")[0], []
-    names = {f"{package}.generate": "allocate", f"{package}.block_generate": "allocate_blocks"}
+    home, made = sys.modules[type(model).__module__], []
+    names = {home.generate.__module__: "allocate", home.generate_blocks.__module__: "allocate_blocks"}
     real = {module: getattr(sys.modules[module], name) for module, name in names.items()}
 
     def recorded(module: str, *arguments: Any, **options: Any) -> Any:

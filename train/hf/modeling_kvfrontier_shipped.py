@@ -32,15 +32,9 @@ HONOURED = {
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id", "pad_token_id",
     "return_dict_in_generate",
 }  # fmt: skip
-# Other settings, where they ask for nothing. bos_token_id is of empty prompts, which there are none of.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_cache": (True,),
-    "num_beams": (1,),
-    "num_return_sequences": (1,),
-    "repetition_penalty": (1, 1.0),
-    "top_k": (0,),
-    "synced_gpus": (False,),
-}
+# Other settings, where they ask for nothing; so does False, but for use_cache. bos_token_id is of empty prompts, which
+# are refused.
+NEUTRAL = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
 UNREAD = {"bos_token_id", "transformers_version"}
 
 
@@ -218,7 +212,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         refused = {
             key: value
             for key, value in asked.items()
-            if key not in HONOURED and not any(value is n or value == n for n in NEUTRAL.get(key, ()))
+            if key not in HONOURED and (value is not False or key == "use_cache") and value != NEUTRAL.get(key)
         }
         if refused:
             wrong = ", ".join(f"{key}={value!r}"[:80] for key, value in refused.items())
