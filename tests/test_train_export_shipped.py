@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ARCHS, BLOCKS, build, launch_in_process, small, tokens
 from safetensors.torch import load_file
-from test_train_export import QUIET, write_checkpoint
+from test_train_export import QUIET, in_process, write_checkpoint
 from torch.nn import functional as F
 
+import train.export
 import train.export_verify
 from arch import (
     ArchConfig,
@@ -34,6 +35,7 @@ from arch.footprint import allocated_bytes
 from arch.hf_import import source
 from eval.layouts import load_arch
 from train import import_hf
+from train.checkpoint import TrainingError
 from train.export import ExportConfig, export
 from train.export_source import Source
 from train.export_targets import choose
@@ -268,11 +270,12 @@ def test_it_trains_as_ours_does(name: str) -> None:
         assert other.mean().item() == pytest.approx(parameter.mean().item(), abs=0.1), key
 
 
-def exported(name: str, folder: Path, corpus: Path, **options: Any) -> Path:
+def exported(name: str, folder: Path, corpus: Path, out: str = "out", **options: Any) -> Path:
+    """A process takes the code of folders of one name to be one: who changes it gives another `out`."""
     layout, changes = LAYOUTS[name]
     checkpoint = write_checkpoint(folder / "step-00000003", layout, **({"num_layers": 3} | changes))
-    export(ExportConfig(str(checkpoint), str(folder / "out"), data=str(corpus), **options), QUIET)
-    return folder / "out"
+    export(ExportConfig(str(checkpoint), str(folder / out), data=str(corpus), **options), QUIET)
+    return folder / out
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ARCHS])
@@ -280,16 +283,38 @@ def test_layouts_that_no_file_has_are_verified(
     name: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of configs/arch: test_train_export.py."""
-    from test_train_export import in_process
-
     monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
     folder = exported(name, tmp_path, corpus)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "kvfrontier_shipped"
 
 
+def test_it_is_the_code_in_the_folder_that_is_verified(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that allocates a position too many, one that looks a position too far: each is found, by what it did."""
+    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    write = train.export.write
+
+    def differing(file: str, old: str, new: str) -> str:
+        def wrong(request: Any, *rest: Any) -> None:
+            write(request, *rest)
+            code = (request.partial / file).read_text()
+            assert old in code
+            (request.partial / file).write_text(code.replace(old, new))
+
+        monkeypatch.setattr(train.export, "write", wrong)
+        with pytest.raises(TrainingError, match="is not the model that was trained") as error:
+            exported("latents", tmp_path / file, corpus, f"wrong_{file}")
+        return str(error.value)
+
+    message = differing("generate.py", "longest + max_new_tokens - 1,", "longest + max_new_tokens,")
+    assert re.findall(r"^(bytes|greedy|logits)", message, re.MULTILINE) == ["bytes", "bytes"]
+    assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", "input_ids)\n", "input_ids.flip(1))\n")
+
+
 @pytest.mark.slow
 def test_in_a_fresh_process(tmp_path: Path, corpus: Path) -> None:
-    """With nothing of ours on its path, and the folder's code that of arch, byte for byte."""
+    """With nothing of ours on its path; the card says so."""
     folder = exported("block", tmp_path, corpus)
     assert "| our packages imported | none | none |" in (folder / "README.md").read_text()
     assert "Needs `transformers` 5.16 or later and `einops`." in (folder / "README.md").read_text()
