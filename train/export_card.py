@@ -143,9 +143,12 @@ def training_list(config: ModelConfig, training: Training) -> str:
     }
     lines = [f"- {key}: {value}" for key, value in known.items() if value is not None]
     if val:
+        block = config.arch.block
+        first = "those at the beginning of a window included"
+        if block is not None and not block.start:
+            first = f"but for the first {block.length} of a window, which are not predicted"
         lines.append(
-            f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, those at the "
-            "beginning of a window included."
+            f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, {first}."
         )
     return "\n".join(lines)
 
