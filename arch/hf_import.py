@@ -1,5 +1,5 @@
-"""Hugging Face checkpoints as ours, one tensor at a time: the stock classes of convert.py, GPT-NeoX (Pythia), and the
-remote-code decoder of our own exports."""
+"""Hugging Face checkpoints as ours, one tensor at a time: the stock classes of convert.py, GPT-NeoX (Pythia), and
+the two kinds of our own exports that have code with them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from .config import ModelConfig
 from .convert import ARCHITECTURES, ConversionError, Unrepresentable, Weight, model_config, weight_map
 from .convert_neox import BUFFERS, from_neox, neox_config, neox_shapes
 from .convert_remote import MODEL_TYPE, remote_model_config
+from .convert_shipped import MODEL_TYPE as SHIPPED
+from .convert_shipped import shipped_model_config, shipped_weights
 
 NEOX = "gpt_neox"
 
@@ -41,7 +43,7 @@ class Source:
 def source(hf: Mapping[str, Any]) -> Source:
     """What the config.json `hf` describes.
 
-    Raises Unrepresentable with every key that says what a Decoder cannot do, and LayoutError where the widths are
+    Raises Unrepresentable with every key that says what our models cannot do, and LayoutError where the widths are
     impossible.
     """
     model_type = str(hf.get("model_type"))
@@ -56,8 +58,12 @@ def source(hf: Mapping[str, Any]) -> Source:
         config = remote_model_config(hf) if model_type == MODEL_TYPE else model_config(hf)
         tensors = {w.theirs: Incoming(w.shape, partial(_from_stock, w)) for w in weight_map(config, hf)}
         embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    elif model_type == SHIPPED:
+        config = shipped_model_config(hf)
+        tensors = {w.theirs: Incoming(w.shape, partial(_from_stock, w)) for w in shipped_weights(config)}
+        return Source(config, tensors, {})
     else:
-        known = ", ".join((*ARCHITECTURES, NEOX, MODEL_TYPE))
+        known = ", ".join((*ARCHITECTURES, NEOX, MODEL_TYPE, SHIPPED))
         raise Unrepresentable([f"model_type is {model_type!r}; it must be one of {known}"])
     return Source(config, tensors, {head: embed} if config.size.tie_embeddings else {})
 
@@ -95,7 +101,7 @@ def convert(
 
 
 def from_hf(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The model that the config.json `hf` describes, and the weights `tensors` for its Decoder.
+    """The model that the config.json `hf` describes, and the weights `tensors` for it.
 
     Raises as `source` and `convert`.
     """

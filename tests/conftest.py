@@ -1,10 +1,13 @@
 """Every layout of configs/arch at a small size, the parameter of most tests; Block Transformers: test_arch_block.py."""
 
+import atexit
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,6 +31,9 @@ DECODERS = [name for name in ARCHS if name not in BLOCKS]
 SIZES = names("size")
 WINDOW = 6
 
+# Where transformers, once imported, copies the code of exported models to.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 
 

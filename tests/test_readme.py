@@ -31,7 +31,7 @@ def of(word: str) -> list[str]:
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
     scripts = ("train/pretrain", "train/plan", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
-    scripts += ("eval/footprint", "eval/pareto")
+    scripts += ("eval/footprint", "eval/pareto", "eval/curves")
     kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
@@ -71,6 +71,10 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "context=4096" in command
     assert (tmp_path / "runs" / "pareto.png").exists()
+    (command,) = of("python eval/curves.py")
+    _, script, *arguments = shlex.split(command)
+    done = run_script(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     (command,) = of("python train/export.py")
     _, script, checkpoint, *arguments = shlex.split(command)
     assert checkpoint.endswith("/cla2-tiny-seed0")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, launch_in_process, run_script, small
+from conftest import ARCHS, build, launch_in_process, run_script, small, whole_depth
 from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import safe_open
@@ -28,7 +28,7 @@ import train.export
 import train.export_hub
 import train.export_source
 import train.export_verify
-from arch import ArchConfig, Decoder, generate
+from arch import ArchConfig, Decoder, generate, resolve
 from arch.convert import ConversionError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
@@ -39,6 +39,7 @@ from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export
 from train.export_run import corpus_of
 from train.export_source import Source
+from train.export_targets import choose
 from train.schema import PretrainConfig
 
 QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
@@ -88,10 +89,29 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
+SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block"}
+
+
+def target_of(name: str) -> str:
+    """Of a file of configs/arch; a new one is of the remote decoder, unless somebody says so here."""
+    return STOCK.get(name) or ("KVFrontierShippedForCausalLM" if name in SHIPPED else "KVFrontierForCausalLM")
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_which_target_a_layout_gets(name: str) -> None:
+    config = small(name)
+    target, passed = choose(config, resolve(config))
+    assert target.model_class == target_of(name)
+    before = {"Shipped": ["stock", "remote"], "KVFrontier": ["stock"]}
+    assert list(passed) == next((names for part, names in before.items() if part in target.model_class), [])
+
+
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("layout", [*STOCK, INTERLEAVED], ids=[*STOCK, "interleaved"])
-def test_every_stock_layout_comes_back_the_same(layout: ArchConfig | str, tmp_path: Path, corpus: Path) -> None:
-    source = write_checkpoint(tmp_path / "step-00000003", layout, tie_embeddings=layout != "gqa4")
+@pytest.mark.parametrize("layout", [*ARCHS, INTERLEAVED], ids=[*ARCHS, "interleaved"])
+def test_every_layout_comes_back_the_same(layout: ArchConfig | str, tmp_path: Path, corpus: Path) -> None:
+    """By the target that `auto` takes, at a depth that shows all of its pattern; of stock layouts three layers do."""
+    depth = whole_depth(layout) if isinstance(layout, str) and layout not in STOCK else 3
+    source = write_checkpoint(tmp_path / "step-00000003", layout, tie_embeddings=layout != "gqa4", num_layers=depth)
     checks = export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
     assert {check.name: check.passed for check in checks if check.passed is not True}.keys() == {
         "bf16: KL divergence from fp32, nats",
@@ -99,6 +119,8 @@ def test_every_stock_layout_comes_back_the_same(layout: ArchConfig | str, tmp_pa
         "perplexity on validation text",
     }
     assert len(checks) > 15
+    assert checks[0].name == "class"
+    assert checks[0].found == (target_of(layout) if isinstance(layout, str) else STOCK["swa"])
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -331,12 +353,18 @@ def test_what_cannot_be_is_refused_before_any_work(
         export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
 
 
-def test_what_no_target_holds_is_refused_with_the_reason(arch: str, tmp_path: Path, corpus: Path) -> None:
-    if arch in STOCK:
-        pytest.skip("exported above")
-    source = write_checkpoint(tmp_path / "step-00000003", arch, num_layers=8)
-    message = refused(source, data=corpus)
-    assert "cannot be exported exactly, and is not approximated\ntarget stock does not hold it:\n- " in message
+def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, corpus: Path) -> None:
+    """Where it is the one asked for."""
+    for name, target, reason in (
+        ("cla2", "stock", "sharing: layers 2 read"),
+        ("block", "stock", "block: a Block Transformer is two decoders"),
+        ("block", "remote", "block: a Block Transformer is no stack"),
+        ("bct", "remote", "slots: `memory` is bounded"),
+    ):
+        source = write_checkpoint(tmp_path / name / target / "step-00000003", name)
+        message = refused(source, f"target={target}", data=corpus)
+        assert f"cannot be exported exactly, and is not approximated\ntarget {target} does not hold it:\n- " in message
+        assert reason in message
 
 
 def test_the_command_line_ends_with_a_message(capsys: pytest.CaptureFixture) -> None:

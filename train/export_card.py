@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arch import ArchConfig, KVPlan, ModelConfig, StoreConfig, resolve
+from arch import ArchConfig, BlockPlan, KVPlan, ModelConfig, Plan, StoreConfig, resolve
 from arch.footprint import kv_bytes, num_params
 from eval.pictures import draw_plan
-from eval.units import bytes_text, count_text
+from eval.units import bytes_text, count_text, number_text
 
 from .export_targets import Target
 from .export_verify import Check
@@ -42,7 +42,7 @@ def write_card(
     folder: Path,
     name: str,
     config: ModelConfig,
-    plan: KVPlan,
+    plan: Plan,
     target: Target,
     training: Training,
     checks: Sequence[Check],
@@ -76,17 +76,25 @@ def front_matter(target: Target) -> str:
     )
 
 
-def summary(config: ModelConfig, plan: KVPlan, target: Target) -> str:
-    own = len(plan.stores)
-    shared = f"{own} of {plan.num_layers} layers write keys and values, the others read theirs"
-    writers = shared if own < plan.num_layers else "every layer writes its own keys and values"
+def summary(config: ModelConfig, plan: Plan, target: Target) -> str:
+    kind, layers = "A base language model", "" if isinstance(plan, BlockPlan) else writers(plan)
+    if isinstance(plan, BlockPlan):
+        kind = f"A Block Transformer, a base language model over blocks of {plan.length} tokens,"
+        layers = f"in its block decoder {writers(plan.block)}; its token decoder keeps one block"
     return (
-        f"A base language model of {count_text(num_params(config, plan))} parameters, trained with kvfrontier; "
-        f"`{target.model_class}` in `transformers`. {writers[0].upper()}{writers[1:]}."
+        f"{kind} of {count_text(num_params(config, plan))} parameters, trained with kvfrontier; "
+        f"`{target.model_class}` in `transformers`. {layers[0].upper()}{layers[1:]}."
     )
 
 
-def kv_table(config: ModelConfig, plan: KVPlan) -> str:
+def writers(plan: KVPlan) -> str:
+    own = len(plan.stores)
+    if own == plan.num_layers:
+        return "every layer writes its own keys and values"
+    return f"{own} of {plan.num_layers} layers write keys and values, the others read theirs"
+
+
+def kv_table(config: ModelConfig, plan: Plan) -> str:
     """Of one sequence, beside a model of this size whose layers each cache the keys and values of all heads."""
     full = resolve(ModelConfig(ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"]), config.size))
     rows = []
@@ -96,11 +104,11 @@ def kv_table(config: ModelConfig, plan: KVPlan) -> str:
     ours, theirs = kv_bytes(plan, config.size.seq_len, ITEMSIZE), kv_bytes(full, config.size.seq_len, ITEMSIZE)
     slope = (
         "per token",
-        f"{ours.per_token:,} B",
-        f"{theirs.per_token:,} B",
+        f"{number_text(ours.per_token)} B",
+        f"{number_text(theirs.per_token)} B",
         share(ours.per_token, theirs.per_token),
     )
-    constant = ("constant (windows, when full)", bytes_text(ours.constant), "0 B", "")
+    constant = (f"constant ({constants(plan)})", bytes_text(ours.constant), "0 B", "")
     lines = markdown(
         ("bytes in bf16", "this model", "MHA of this size", "share"), [slope, constant, *dict.fromkeys(rows)]
     )
@@ -108,7 +116,14 @@ def kv_table(config: ModelConfig, plan: KVPlan) -> str:
     return f"{lines}\n\nOf one sequence. {longer}"
 
 
-def share(ours: int, theirs: int) -> str:
+def constants(plan: Plan) -> str:
+    """What does not grow with the context."""
+    if isinstance(plan, BlockPlan):
+        return "windows when full, the token decoder"
+    return "windows and slots, when full" if any(store.slots for store in plan.stores) else "windows, when full"
+
+
+def share(ours: float, theirs: float) -> str:
     return f"{100 * ours / theirs:.3g} %"
 
 
@@ -128,22 +143,26 @@ def training_list(config: ModelConfig, training: Training) -> str:
     }
     lines = [f"- {key}: {value}" for key, value in known.items() if value is not None]
     if val:
+        block = config.arch.block
+        first = "those at the beginning of a window included"
+        if block is not None and not block.start:
+            first = f"but for the first {block.length} of a window, which are not predicted"
         lines.append(
-            f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, those at the "
-            "beginning of a window included."
+            f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, {first}."
         )
     return "\n".join(lines)
 
 
 def usage(name: str, target: Target) -> str:
     trust = ", trust_remote_code=True" if target.code else ""
-    return f"""Needs `transformers` {FLOOR} or later.
+    needs = " and ".join((f"`transformers` {FLOOR} or later", *(f"`{name}`" for name in target.packages)))
+    return f"""Needs {needs}.
 
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})
 model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16{trust})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +15,7 @@ from eval.cli import UsageError
 
 from .checkpoint import TrainingError
 from .export_source import Source
-from .export_targets import Target
+from .export_targets import Target, flattened
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The same type in the header of a safetensors file.
@@ -93,7 +92,7 @@ def write_settings(folder: Path, target: Target, dtype: torch.dtype, end: int) -
     write_json(folder / "config.json", target.config | special | {"dtype": name, "torch_dtype": name})
     write_json(folder / "generation_config.json", {"eos_token_id": end, "pad_token_id": end, "do_sample": False})
     for path in target.code:
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_text(flattened(path.read_text()))
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, end: int, vocab_size: int, seq_len: int) -> None:

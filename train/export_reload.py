@@ -2,19 +2,20 @@
 
 `python -I export_reload.py FOLDER WORK` reads WORK/asked.json and writes WORK/found.json and WORK/found.safetensors.
 
-Shapes: P positions that are compared, V vocabulary.
+Shapes: P positions that are compared, T inputs, V vocabulary.
 """
 
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, __version__
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, StaticCache, __version__
 
 
 def load(folder: str, asked: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
@@ -35,7 +36,11 @@ def logits(model: Any, prompt: list[int], positions: list[int]) -> torch.Tensor:
 
 
 def tensors(cache: Any) -> list[torch.Tensor]:
-    """Everything that a cache's layers hold of the text, not their counters."""
+    """Everything that a cache holds of the text, not its counters."""
+    if not isinstance(cache, Cache):
+        parts = [getattr(cache, name, None) for name in ("blocks", "tokens")]
+        stacks = [cache] if None in parts else parts
+        return [tensor for stack in stacks for store in (*stack.stores, *stack.context) for tensor in store.tensors]
     held = (value for layer in cache.layers for value in vars(layer).values())
     return [
         value for value in held if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
@@ -64,21 +69,35 @@ def greedy(model: Any, prompts: list[list[int]], asked: dict[str, Any], **option
 
 
 def greedy_all_ways(model: Any, asked: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """For the short and the long prompt: by growing cache, without cache, by static cache, and both in one batch."""
-    prompts = asked["prompts"]
+    """For the short and the long prompt: by growing cache, without cache, by static cache, and both in one batch.
+
+    Where the cache is the model's own there is one kind of it, and without is a pass for each token.
+    """
+    prompts, first = asked["prompts"], "own cache" if asked["own_cache"] else "growing cache"
     found = {
-        "growing cache": [greedy(model, [prompt], asked)[0] for prompt in prompts],
-        "no cache": [greedy(model, [prompts[0]], asked, use_cache=False)[0]],
-        "static cache": [
-            greedy(model, [prompt], asked, past_key_values=static_cache(model, prompt, asked), disable_compile=True)[0]
-            for prompt in prompts
-        ],
+        first: [greedy(model, [prompt], asked)[0] for prompt in prompts],
         "padded on the left": greedy(model, prompts, asked),
     }
-    whole = prompts[1] + found["growing cache"][1]
+    if asked["own_cache"]:
+        found["no cache"] = [recomputed(model, prompts[0], asked["new_tokens"])]
+    else:
+        found["no cache"] = [greedy(model, [prompts[0]], asked, use_cache=False)[0]]
+        found["static cache"] = [
+            greedy(model, [prompt], asked, past_key_values=static_cache(model, prompt, asked), disable_compile=True)[0]
+            for prompt in prompts
+        ]
+    whole = prompts[1] + found[first][1]
     argmax = model(torch.tensor([whole])).logits[0, len(prompts[1]) - 1 : -1].argmax(-1)
     found["no cache"].append(argmax.tolist())  # one pass over what the cache led to, or it would take a pass per token
     return found
+
+
+def recomputed(model: Any, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens, each by a pass over all before it."""
+    row = list(prompt)
+    for _ in range(count):
+        row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+    return row[len(prompt) :]
 
 
 def static_cache(model: Any, prompt: list[int], asked: dict[str, Any]) -> Any:
@@ -86,7 +105,16 @@ def static_cache(model: Any, prompt: list[int], asked: dict[str, Any]) -> Any:
 
 
 def cache_sizes(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of the growing cache after each of `contexts` tokens, and of a static one; [bytes, with storages] each."""
+    """Bytes of the growing cache after each of `contexts` tokens, and of a static one; [bytes, with storages] each.
+
+    Of the model's own cache, those of what generate() made for so many tokens.
+    """
+    if asked["own_cache"]:
+        made = {str(context): own_cache(model, asked["cache_text"][:context]) for context in asked["contexts"]}
+        return {
+            "growing": {key: [cached_bytes(cache), storage_bytes(cache)] for key, cache in made.items()},
+            "static": None,
+        }
     text, growing, sizes, done = asked["cache_text"], DynamicCache(config=model.config), {}, 0
     for context in asked["contexts"]:
         for begin, end in ((done, context - 1), (context - 1, context)):  # the last token alone, as in decoding
@@ -99,18 +127,42 @@ def cache_sizes(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
     return {"growing": sizes, "static": [cached_bytes(fixed), storage_bytes(fixed)]}
 
 
-def nats(model: Any, windows: list[list[int]]) -> float:
-    """Summed over all targets of `windows`, each of one token more than it has inputs."""
+def own_cache(model: Any, prompt: list[int]) -> Any:
+    """What generate() allocates for `prompt` and one token after it, which is not fed back."""
+    home, made = sys.modules[type(model).__module__], []
+    names = {home.generate.__module__: "allocate", home.generate_blocks.__module__: "allocate_blocks"}
+    real = {module: getattr(sys.modules[module], name) for module, name in names.items()}
+
+    def recorded(module: str, *arguments: Any, **options: Any) -> Any:
+        made.append(real[module](*arguments, **options))
+        return made[-1]
+
+    for module, name in names.items():
+        setattr(sys.modules[module], name, partial(recorded, module))
+    try:
+        model.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)
+    finally:
+        for module, name in names.items():
+            setattr(sys.modules[module], name, real[module])
+    (cache,) = made
+    return cache
+
+
+def nats(model: Any, windows: list[list[int]], first: int) -> float:
+    """Summed over the targets of `windows`, each of one token more than it has inputs, from input `first` on."""
     total = 0.0
     for window in windows:
         row = torch.tensor([window])
-        total += F.cross_entropy(model(row[:, :-1]).logits[0].float(), row[0, 1:], reduction="sum").item()
+        logits_TV = model(row[:, :-1]).logits[0, first:].float()
+        total += F.cross_entropy(logits_TV, row[0, first + 1 :], reduction="sum").item()
     return total
 
 
-def tokenized(folder: str, texts: list[str]) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = [tokenizer(text)["input_ids"] for text in texts]
+def tokenized(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """Without trust in a configuration that is code, transformers asks whoever sits there, and waits."""
+    trust = asked["trust_remote_code"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    ids = [tokenizer(text)["input_ids"] for text in asked["texts"]]
     return {
         "ids": ids,
         "texts": [tokenizer.decode(row) for row in ids],
@@ -135,8 +187,8 @@ def examine(folder: str, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[st
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "generation": {key: generation.get(key) for key in ("eos_token_id", "pad_token_id")},
         "cache": cache_sizes(model, asked),
-        "nats": nats(model, asked["windows"]),
-        "tokenizer": tokenized(folder, asked["texts"]),
+        "nats": nats(model, asked["windows"], asked["first"]),
+        "tokenizer": tokenized(folder, asked),
     }
     model.generation_config.eos_token_id = None  # tokens are compared past the end of a text, too
     found["greedy"] = greedy_all_ways(model, asked)

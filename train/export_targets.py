@@ -2,10 +2,12 @@
 
 stock   a class that transformers ships, where one computes just what ours does (arch/convert.py)
 remote  the decoder of train/hf, whose two files go into the folder: layouts that share, mix windows or have sinks
+shipped the files of arch/ themselves, behind two thin ones of train/hf: every layout
 
 A target is refused, never approximated. A further one is a function from (config, plan) to Target in TARGETS.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import Any
 from arch import KVPlan, ModelConfig, Plan, Store
 from arch.convert import Unrepresentable, Weight, hf_config, weight_map
 from arch.convert_remote import FILES, remote_config
+from arch.convert_shipped import FILES as SHIPPED_FILES
+from arch.convert_shipped import shipped_config, shipped_weights
+from arch.footprint import kv_bytes
 from eval.cli import UsageError
 
 
-def sliding_bytes(plan: KVPlan, context: int, itemsize: int) -> int:
-    """Bytes of a DynamicCache of transformers (>= 5) after `context` tokens of one sequence.
+def sliding_bytes(plan: Plan, context: int, itemsize: int) -> int:
+    """Bytes of a DynamicCache of transformers (>= 5) after `context` tokens of one sequence of a decoder.
 
     Between two tokens its sliding layers keep window - 1 positions: the next token brings the one that is missing.
     """
@@ -26,7 +31,16 @@ def sliding_bytes(plan: KVPlan, context: int, itemsize: int) -> int:
     def positions(store: Store) -> int:
         return context if store.window is None else min(context, store.window - 1)
 
+    assert isinstance(plan, KVPlan)
     return sum(store.slot.elements * positions(store) for store in plan.stores) * itemsize
+
+
+def own_bytes(plan: Plan, context: int, itemsize: int) -> int:
+    """Bytes of our own cache of one sequence, made for `context` tokens: what the footprint says."""
+    return kv_bytes(plan, context, itemsize).stored
+
+
+FROM_ARCH = r"^from arch\.(\w+) import"
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,9 @@ class Target:
     config       the content of config.json, without the type of the tensors and special tokens
     weights      every tensor under both names
     code         Python files that go into the folder; with any, readers must trust remote code
-    cache_bytes  (plan, context, itemsize) -> bytes of one sequence in the reader's growing cache
+    packages     what those need beside torch and transformers
+    cache_bytes  (plan, context, itemsize) -> bytes of one sequence in the reader's cache
+    own_cache    whether that is ours, which is made at its full length, and not one of transformers
     notes        what engines do with it: lines of the model card
     """
 
@@ -45,7 +61,9 @@ class Target:
     config: dict[str, Any]
     weights: list[Weight]
     code: tuple[Path, ...] = ()
-    cache_bytes: Callable[[KVPlan, int, int], int] = sliding_bytes
+    packages: tuple[str, ...] = ()
+    cache_bytes: Callable[[Plan, int, int], int] = sliding_bytes
+    own_cache: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,11 +86,26 @@ STOCK_NOTES = {
 
 
 HF_FILES = Path(__file__).resolve().parent / "hf"
+ARCH_FILES = Path(__file__).resolve().parents[1] / "arch"
 REMOTE_NOTES = (
     "The two Python files in this folder are the model: `transformers` >= 5.16.1 runs them with "
     "`trust_remote_code=True`.",
     "Layers that share keys and values keep them once in the caches of `transformers`. vLLM keeps a copy per layer, "
     "unless the plugin of kvfrontier is installed; continuous batching in `transformers` does too.",
+)
+
+SHIPPED_NOTES = (
+    "The Python files in this folder are the code that trained the model, behind an interface to `transformers` >= "
+    "5.16.1, which runs them with `trust_remote_code=True`; they need `einops`.",
+    "It generates with `generate()`, greedily or by sampling (`temperature`, `top_p`), over a cache of its own, which "
+    "has the bytes above. `forward` keeps no cache. vLLM, SGLang and llama.cpp do not run it.",
+)
+BLOCK_NOTES = ("A prompt need not end with a block. Rows of a batch are padded on the left, and may have any lengths.",)
+UNPREDICTED = (
+    "The first block of a text, {length} tokens, is not predicted: `forward` has logits of 0 there, the uniform "
+    "distribution, which is what an evaluation counts that asks for them; prompts have {length} tokens or more. Where "
+    "it was trained with random padding (`data.block_padding`), load it with `block_pad_token=` the end of text: then "
+    "the first block is filled up from the left, and all tokens but the first are predicted.",
 )
 
 
@@ -91,8 +124,44 @@ def remote(config: ModelConfig, plan: Plan) -> Target:
     return Target("remote", hf, weight_map(config, hf), code, notes=REMOTE_NOTES)
 
 
+def shipped(config: ModelConfig, plan: Plan) -> Target:
+    """Every model there is."""
+    notes = SHIPPED_NOTES
+    if not isinstance(plan, KVPlan):
+        unpredicted = () if plan.start else tuple(note.format(length=plan.length) for note in UNPREDICTED)
+        notes = (*notes, *BLOCK_NOTES, *unpredicted)
+    thin = [HF_FILES / name for name in SHIPPED_FILES]
+    return Target(
+        "shipped",
+        shipped_config(config),
+        shipped_weights(config),
+        (*thin, *needed(thin)),
+        ("einops",),
+        own_bytes,
+        own_cache=True,
+        notes=notes,
+    )
+
+
+def needed(files: list[Path]) -> list[Path]:
+    """The files of arch/ that `files` import, and those that these import, in order of their names."""
+    found: set[Path] = set()
+    todo = [name for path in files for name in re.findall(FROM_ARCH, path.read_text(), re.MULTILINE)]
+    while todo:
+        path = ARCH_FILES / f"{todo.pop()}.py"
+        if path not in found:
+            found.add(path)
+            todo += re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+    return sorted(found)
+
+
+def flattened(code: str) -> str:
+    """A Python file as it stands in an exported folder, where what it imports of arch/ lies beside it."""
+    return re.sub(FROM_ARCH, r"from .\1 import", code, flags=re.MULTILINE)
+
+
 # In the order in which they are tried.
-TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock, "remote": remote}
+TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock, "remote": remote, "shipped": shipped}
 
 
 def choose(config: ModelConfig, plan: Plan, asked: str = "auto") -> tuple[Target, dict[str, str]]:

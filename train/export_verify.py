@@ -1,6 +1,6 @@
 """Is an exported folder the model that was trained? It is loaded in a fresh process and compared, figure by figure.
 
-Shapes: P positions that are compared, V vocabulary.
+Shapes: P positions that are compared, T inputs, V vocabulary.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from arch import Decoder, ModelConfig, generate
+from arch import BlockTransformer, KVPlan, LanguageModel, ModelConfig, Plan, build, generate, generate_blocks
 from arch.footprint import allocated_bytes, kv_bytes, num_params
 from data.tokenizer import Encoder
 from eval.cli import UsageError
@@ -92,7 +92,7 @@ def fresh_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], 
 
 def verify(subject: Subject) -> list[Check]:
     """Every comparison. Raises TrainingError where the folder cannot be loaded at all."""
-    model = Decoder(subject.config)
+    model = build(subject.config)
     checkpoint.load(subject.source, model)
     model.eval()
     asked = questions(subject, model)
@@ -103,7 +103,7 @@ def verify(subject: Subject) -> list[Check]:
                 parameter.copy_(parameter.to(subject.dtype))
         expected = [some_logits(model, asked, number) for number in (0, 1)]
         loss = nats(model, subject.windows)
-        tokens = [generate(model, [prompt], NEW_TOKENS)[0] for prompt in asked["prompts"]]
+        tokens = [continued(model, prompt) for prompt in asked["prompts"]]
         found, held = fresh_process(subject.folder, asked)
         difference = largest_difference(held, expected)
         allowed = allowance(model, asked, expected, difference)
@@ -114,15 +114,15 @@ def verify(subject: Subject) -> list[Check]:
             *check_greedy(model, found["greedy"], asked["prompts"], tokens, allowed),
             *check_cache(subject, found["cache"], model),
             *check_text(subject, found),
-            *check_loss(subject, found["nats"], loss, allowed),
+            *check_loss(subject, found["nats"], loss, allowed, asked["first"]),
         ]
 
 
-def questions(subject: Subject, model: Decoder) -> dict[str, Any]:
+def questions(subject: Subject, model: LanguageModel) -> dict[str, Any]:
     """What the other process is to do, as plain data."""
-    size = subject.config.size
-    windows = [min(window, size.seq_len) for window in model.plan.windows if window]
-    long, short = max(windows, default=32) + 9, max(1, min([8, *windows]) - 1)
+    size, first = subject.config.size, unpredicted(model)
+    windows = [min(window, size.seq_len) for window in spans(model.plan)]
+    long, short = max(windows, default=32) + 9, first + max(1, min([8, *windows]) - 1)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(size.vocab_size, (long + NEW_TOKENS,), generator=generator).tolist()
     if subject.windows:  # what it was trained for, as far as it goes
@@ -132,31 +132,69 @@ def questions(subject: Subject, model: Decoder) -> dict[str, Any]:
     edges = {edge for window in windows for edge in (window - 1, window, window + 1)}
     return {
         "trust_remote_code": bool(subject.target.code),
+        "own_cache": subject.target.own_cache,
+        "first": first,
         "prompts": prompts,
-        "positions": [torch.linspace(0, len(p) - 1, min(len(p), COMPARED)).long().tolist() for p in prompts],
+        "positions": [
+            torch.linspace(first, len(p) - 1, min(len(p) - first, COMPARED)).long().tolist() for p in prompts
+        ],
         "new_tokens": NEW_TOKENS,
         "pad": subject.end,
         "cache_text": text,
-        "contexts": sorted(context for context in {1, short, *edges, len(text)} if context > 0),
+        "contexts": sorted(context for context in {1, short, *edges, len(text)} if context > first),
         "windows": subject.windows,
         "texts": TEXTS,
     }
 
 
-def some_logits(model: Decoder, asked: dict[str, Any], number: int) -> Tensor:
+def spread(first: int, end: int) -> list[int]:
+    """At most COMPARED positions from `first` to the last one before `end`."""
+    return torch.linspace(first, end - 1, min(end - first, COMPARED)).long().tolist()
+
+
+def spans(plan: Plan) -> list[int]:
+    """Numbers of tokens after which the cache, or what is seen, is another: windows, slots, blocks."""
+    if isinstance(plan, KVPlan):
+        return [store.bound for store in plan.stores if store.bound is not None]
+    return [plan.length, *(plan.length * bound for bound in spans(plan.block))]
+
+
+def unpredicted(model: LanguageModel) -> int:
+    """The first input after which a token is predicted: 0, but where a first block has no context."""
+    return model.plan.length - 1 if isinstance(model, BlockTransformer) and model.start is None else 0
+
+
+def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
+    """[T, V] of the token after each of `tokens`, from `unpredicted` on."""
+    if not isinstance(model, BlockTransformer):
+        logits_TV: Tensor = model(torch.tensor([tokens]))[0]
+        return logits_TV
+    whole = [*tokens, *[0] * (model.plan.length - len(tokens) % model.plan.length)]  # nothing looks at what is added
+    said_TV: Tensor = model(torch.tensor([whole]))[0]
+    return said_TV[1 if model.start is not None else 0 :][: len(tokens) - unpredicted(model)]
+
+
+def continued(model: LanguageModel, prompt: list[int]) -> list[int]:
+    if isinstance(model, BlockTransformer):
+        return generate_blocks(model, [prompt], NEW_TOKENS)[0]
+    return generate(model, [prompt], NEW_TOKENS)[0]
+
+
+def some_logits(model: LanguageModel, asked: dict[str, Any], number: int) -> Tensor:
     """[P, V]"""
-    return model(torch.tensor([asked["prompts"][number]]))[0, asked["positions"][number]]
+    places = [place - asked["first"] for place in asked["positions"][number]]
+    return next_logits(model, asked["prompts"][number])[places]
 
 
-def nats(model: Decoder, windows: list[list[int]]) -> float:
+def nats(model: LanguageModel, windows: list[list[int]]) -> float:
     total = 0.0
     for window in windows:
-        row = torch.tensor([window])
-        total += F.cross_entropy(model(row[:, :-1])[0], row[0, 1:], reduction="sum").item()
+        targets_T = torch.tensor(window[unpredicted(model) + 1 :])
+        total += F.cross_entropy(next_logits(model, window[:-1]), targets_T, reduction="sum").item()
     return total
 
 
-def check_loading(subject: Subject, found: dict[str, Any], model: Decoder) -> list[Check]:
+def check_loading(subject: Subject, found: dict[str, Any], model: LanguageModel) -> list[Check]:
     report = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in found["report"].items())
     wanted, params = subject.target.model_class, num_params(subject.config, model.plan)
     checks = [
@@ -172,7 +210,7 @@ def largest_difference(held: dict[str, Tensor], expected: list[Tensor]) -> float
     return max((held[f"fp32.{number}"] - ours).abs().max().item() for number, ours in enumerate(expected))
 
 
-def allowance(model: Decoder, asked: dict[str, Any], expected: list[Tensor], difference: float) -> float:
+def allowance(model: LanguageModel, asked: dict[str, Any], expected: list[Tensor], difference: float) -> float:
     """How far fp32 logits may lie apart: TOLERANCE; where they do not, as far as rounding alone takes two of them.
 
     That is twice the distance of our own from fp64, which takes some time and twice the memory. Changes `model` to fp64
@@ -204,7 +242,11 @@ def check_bf16(held: dict[str, Tensor], trained: list[Tensor]) -> list[Check]:
 
 
 def check_greedy(
-    model: Decoder, found: dict[str, list[list[int]]], prompts: list[list[int]], ours: list[list[int]], allowed: float
+    model: LanguageModel,
+    found: dict[str, list[list[int]]],
+    prompts: list[list[int]],
+    ours: list[list[int]],
+    allowed: float,
 ) -> list[Check]:
     """Tokens after the prompt shorter and the one longer than the window, which are two rows of each way."""
     checks = []
@@ -216,17 +258,17 @@ def check_greedy(
     return checks
 
 
-def agreement(model: Decoder, prompt: list[int], theirs: list[int], ours: list[int], allowed: float) -> int:
+def agreement(model: LanguageModel, prompt: list[int], theirs: list[int], ours: list[int], allowed: float) -> int:
     """Tokens that agree from the first on. Past a tie, which logits `allowed` apart cannot decide, all do."""
     same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), len(ours))
     if same == len(ours):
         return same
-    logits_V = model(torch.tensor([prompt + ours[:same]]), last_only=True)[0, -1]
+    logits_V = next_logits(model, prompt + ours[:same])[-1]
     tie = (logits_V[ours[same]] - logits_V[theirs[same]]).item() <= 2 * allowed
     return len(ours) if tie else same
 
 
-def check_cache(subject: Subject, found: dict[str, Any], model: Decoder) -> list[Check]:
+def check_cache(subject: Subject, found: dict[str, Any], model: LanguageModel) -> list[Check]:
     """Bytes of one sequence in fp32, exactly."""
     plan, last = model.plan, max(map(int, found["growing"]))
     wrong = [
@@ -236,13 +278,17 @@ def check_cache(subject: Subject, found: dict[str, Any], model: Decoder) -> list
     ]
     size, storage = found["growing"][str(last)]
     wanted, ours = subject.target.cache_bytes(plan, last, 4), kv_bytes(plan, last, 4).stored
-    fixed, allocated = found["static"][1], allocated_bytes(plan, 1, last, 4)
     shown = "; ".join(wrong) if wrong else f"{size:,}"
-    return [
+    checks = [
         Check(f"bytes of the cache, to {last} tokens", shown, f"{wanted:,}", not wrong),
         Check(f"bytes it keeps alive, {last} tokens", f"{storage:,}", f"{ours:,} (footprint)", storage == ours),
-        Check("bytes of the static cache", f"{fixed:,}", f"{allocated:,} (footprint)", fixed == allocated),
     ]
+    if found["static"] is not None:
+        fixed, allocated = found["static"][1], allocated_bytes(plan, 1, last, 4)
+        checks.append(
+            Check("bytes of the static cache", f"{fixed:,}", f"{allocated:,} (footprint)", fixed == allocated)
+        )
+    return checks
 
 
 def check_text(subject: Subject, found: dict[str, Any]) -> list[Check]:
@@ -258,8 +304,8 @@ def check_text(subject: Subject, found: dict[str, Any]) -> list[Check]:
     ]
 
 
-def check_loss(subject: Subject, theirs: float, ours: float, allowed: float) -> list[Check]:
-    count = sum(len(window) - 1 for window in subject.windows)
+def check_loss(subject: Subject, theirs: float, ours: float, allowed: float, first: int) -> list[Check]:
+    count = sum(len(window) - 1 - first for window in subject.windows)
     if not count:
         return [Check("perplexity on validation text", "not compared: the data is not here", "-", None)]
     found, wanted = math.exp(theirs / count), math.exp(ours / count)

@@ -1,0 +1,437 @@
+"""The target that ships the files of arch/: the same model in the interface of transformers, any layout."""
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHS, BLOCKS, build, launch_in_process, small, tokens
+from safetensors.torch import load_file
+from test_train_export import QUIET, in_process, write_checkpoint
+from torch.nn import functional as F
+
+import train.export
+import train.export_verify
+from arch import (
+    ArchConfig,
+    BlockTransformer,
+    LanguageModel,
+    LatentConfig,
+    LayoutError,
+    StoreConfig,
+    generate,
+    generate_blocks,
+    resolve,
+)
+from arch.convert import Unrepresentable
+from arch.convert_shipped import FILES, STANDARD, shipped_config, shipped_model_config
+from arch.footprint import allocated_bytes
+from arch.hf_import import source
+from eval.layouts import load_arch
+from train import import_hf
+from train.checkpoint import TrainingError
+from train.export import ExportConfig, export
+from train.export_source import Source
+from train.export_targets import choose
+from train.import_hf import ImportConfig
+
+transformers = pytest.importorskip("transformers", minversion="5.16.1")
+
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files  # noqa: E402
+
+from train.export_reload import own_cache, storage_bytes  # noqa: E402
+from train.hf.configuration_kvfrontier_shipped import STANDARD as STANDARD_THERE  # noqa: E402
+from train.hf.configuration_kvfrontier_shipped import KVFrontierShippedConfig  # noqa: E402
+from train.hf.modeling_kvfrontier_shipped import KVFrontierShippedForCausalLM  # noqa: E402
+
+
+def block(**changes: Any) -> ArchConfig:
+    """The Block Transformer of configs/arch, with some of its section `block` changed."""
+    layout = load_arch("block")
+    assert layout.block is not None
+    for key, value in changes.items():
+        setattr(layout.block, key, value)
+    return layout
+
+
+LATENTS = ArchConfig({"latent": StoreConfig(latent=LatentConfig())}, ["new latent", "reuse latent"])
+LAYOUTS: dict[str, tuple[ArchConfig | str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in (*BLOCKS, *(name for name in ARCHS if name.startswith("bct")))},
+    "block_unpredicted": (block(start=False), {"num_layers": 2}),
+    "block_encoder": (block(embedder="encoder", length=3), {"num_layers": 2}),
+    "latents": (LATENTS, {"num_layers": 3}),
+    "neox": ("cla2", {"num_layers": 3, "style": "neox", "head_dim": 8, "tie_embeddings": False}),
+    "window_1": (ArchConfig({"kv": StoreConfig(2, window=1)}, ["new kv"]), {"num_layers": 2}),
+}
+NEW = 9
+
+
+@cache
+def pair(name: str, **more: Any) -> tuple[LanguageModel, Any]:
+    """Ours and theirs with the same weights, in fp64."""
+    layout, changes = LAYOUTS[name]
+    ours = build(small(layout, **changes))
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(parameter)))
+    config = KVFrontierShippedConfig(**(shipped_config(ours.config) | more))
+    theirs = KVFrontierShippedForCausalLM(config).double().eval()
+    theirs.model.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def least(model: LanguageModel) -> int:
+    """Tokens that a prompt needs."""
+    return model.plan.length if isinstance(model, BlockTransformer) and model.start is None else 1
+
+
+def continued(model: LanguageModel, prompts: list[list[int]], count: int, **how: Any) -> list[list[int]]:
+    run: Callable[..., list[list[int]]] = generate_blocks if isinstance(model, BlockTransformer) else generate
+    return run(model, prompts, count, **how)
+
+
+def ragged(lengths: list[int]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+    """Prompts, and the same padded on the left with something that counts if anybody looks: rows, and their mask."""
+    prompts = [tokens(1, length)[0].tolist() for length in lengths]
+    longest = max(lengths)
+    rows = [[7] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return prompts, torch.tensor(rows), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_logits_are_those_of_the_next_token(name: str) -> None:
+    """Of texts of any length, each as our own model generates it and as it scores whole blocks."""
+    ours, theirs = pair(name)
+    length, first = (ours.plan.length, least(ours)) if isinstance(ours, BlockTransformer) else (1, 1)
+    text = tokens(2, 4 * length + 8)[:, : 4 * length + (8 if length == 1 else 0)]
+    with torch.no_grad():
+        logits = theirs(text[:, :-1]).logits
+        expected = ours(text)[:, 1 if first == 1 and length > 1 else 0 :]
+        expected = expected if length > 1 else ours(text[:, :-1])
+        torch.testing.assert_close(logits[:, first - 1 :], expected, rtol=0, atol=1e-12)
+        assert not logits[:, : first - 1].any()
+        for count in range(1, text.shape[1]):
+            torch.testing.assert_close(theirs(text[:, :count]).logits, logits[:, :count], rtol=0, atol=1e-12)
+        torch.testing.assert_close(theirs(text, logits_to_keep=2).logits, theirs(text).logits[:, -2:])
+    for count in (first, first + 1, first + 2, first + 3):
+        said = continued(ours, text[:1, :count].tolist(), 1)
+        assert said == [[int(logits[0, count - 1].argmax())]]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_padding_changes_nothing(name: str) -> None:
+    theirs = pair(name)[1]
+    prompts, rows, mask = ragged([5, 9, 8])
+    with torch.no_grad():
+        alone = [theirs(torch.tensor([prompt])).logits[0] for prompt in prompts]
+        left = theirs(rows, attention_mask=mask).logits
+        turned = torch.stack([row.roll(int(keep.sum())) for row, keep in zip(rows, mask, strict=True)])
+        turned_mask = torch.stack([keep.roll(int(keep.sum())) for keep in mask])
+        right = theirs(turned, attention_mask=turned_mask).logits
+    for row, expected in enumerate(alone):
+        torch.testing.assert_close(left[row, -len(expected) :], expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(right[row, : len(expected)], expected, rtol=0, atol=1e-12)
+    mask[1, 4] = 0
+    with pytest.raises(ValueError, match="padding between tokens"):
+        theirs(rows, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_generation(name: str) -> None:
+    """Ragged batches, single prompts, the end of a text; over a cache of the bytes that the footprint promises."""
+    ours, theirs = pair(name)
+    prompts, rows, mask = ragged([least(ours), 4, 10])
+    expected = continued(ours, prompts, NEW)
+    out = theirs.generate(rows, attention_mask=mask, max_new_tokens=NEW)
+    assert torch.equal(out[:, :10], rows)
+    assert out[:, 10:].tolist() == expected
+    single = theirs.generate(input_ids=torch.tensor(prompts[2:]), max_length=10 + NEW, return_dict_in_generate=True)
+    assert single.sequences[0, 10:].tolist() == expected[2]
+
+    end = expected[0][3]
+    cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
+    longest = max(map(len, cut))
+    padded = [row + [60] * (longest - len(row)) for row in cut]
+    how = {"attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 60}
+    assert theirs.generate(rows, eos_token_id=[end], **how)[:, 10:].tolist() == padded
+    stop = transformers.EosTokenCriteria(end)  # asked afterwards, the same
+    assert theirs.generate(rows, stopping_criteria=[stop], **how)[:, 10:].tolist() == padded
+
+    for context in (10, 13):
+        cache = own_cache(theirs, tokens(1, context)[0].tolist())
+        assert storage_bytes(cache) == cache.nbytes == allocated_bytes(ours.plan, 1, context, 8)
+
+
+@pytest.mark.parametrize("name", ["block", "bct"])
+def test_sampling_follows_the_seed_of_torch(name: str) -> None:
+    ours, theirs = pair(name)
+    prompt = tokens(2, 6)
+
+    def drawn(seed: int, **how: Any) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return theirs.generate(prompt, do_sample=True, max_new_tokens=12, **how)[:, 6:].tolist()
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**31, ()))
+    assert drawn(1, temperature=0.7, top_p=0.9) == continued(ours, prompt.tolist(), 12, temperature=0.7, top_p=0.9,
+                                                             seed=seed)  # fmt: skip
+    greedy = continued(ours, prompt.tolist(), 12)
+    assert drawn(3, top_p=1e-9) == greedy != drawn(3)
+    config = transformers.GenerationConfig(max_new_tokens=12, do_sample=False)
+    assert theirs.generate(prompt, config)[:, 6:].tolist() == greedy
+
+
+def test_what_generate_cannot_do_is_refused_by_name() -> None:
+    _, theirs = pair("bct")
+    prompt = tokens(1, 4)
+    for how, message in (
+        ({"num_beams": 3}, "does not do num_beams=3"),
+        ({"top_k": 50, "repetition_penalty": 1.2}, "does not do top_k=50, repetition_penalty=1.2"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"past_key_values": 1}, "past_key_values=1"),
+        ({"streamer": print}, "streamer="),
+        ({"no_such_thing": 1}, "no_such_thing=1"),
+        ({"eos_token_id": [3, 4]}, r"eos_token_id is \[3, 4\]; generate\(\) stops at one token"),
+        ({"generation_config": transformers.GenerationConfig(num_beams=2)}, "num_beams=2"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "pad prompts on the left"),
+        ({"attention_mask": torch.ones(1, 3)}, r"has the shape \(1, 3\), the tokens \(1, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            theirs.generate(prompt, **({"max_new_tokens": 2} | how))
+    neutral = {"num_beams": 1, "use_cache": True, "top_k": 0, "repetition_penalty": 1.0, "output_scores": False}
+    assert torch.equal(theirs.generate(prompt, max_new_tokens=2, **neutral), theirs.generate(prompt, max_new_tokens=2))
+    with pytest.raises(ValueError, match="-4 tokens to generate; give max_new_tokens"):
+        theirs.generate(prompt)
+    with pytest.raises(ValueError, match="give input_ids"):
+        theirs.generate(max_new_tokens=2)
+    with pytest.raises(ValueError, match="forward keeps no cache"):
+        theirs(prompt, use_cache=True)
+    with pytest.raises(TypeError, match="past_key_values"):
+        theirs(prompt, past_key_values=None)
+
+
+def test_a_first_block_that_is_not_predicted() -> None:
+    """Uniform logits and no loss there; all but the first token where a trained pad fills it."""
+    ours, theirs = pair("block_unpredicted")
+    length, text = ours.plan.length, tokens(2, 12)
+    with torch.no_grad():
+        out = theirs(text, labels=text)
+        assert not out.logits[:, : length - 1].any()
+        assert out.logits[:, length - 1 :].any(dim=-1).all()
+        said = F.cross_entropy(ours(text).flatten(0, 1), text[:, length:].flatten())
+        torch.testing.assert_close(out.loss.double(), said, rtol=0, atol=1e-5)
+        assert not theirs(text[:, : length - 1]).logits.any()
+        short = text[:, : length - 2]
+        with pytest.raises(ValueError, match=f"a prompt has {length - 2} tokens, less than a block of {length}"):
+            theirs.generate(short, max_new_tokens=3)
+
+        filled = pair("block_unpredicted", block_pad_token=5)[1]
+        rows = F.pad(text, (length - 1, 1), value=5)
+        real = torch.arange(rows.shape[1]).expand_as(rows) >= length - 1
+        torch.testing.assert_close(filled(text).logits, ours(rows, real_BT=real), rtol=0, atol=1e-12)
+        expected = generate_blocks(ours, short.tolist(), 3, pad_token=5)
+        assert filled.generate(short, max_new_tokens=3)[:, short.shape[1] :].tolist() == expected
+        out = filled(text, labels=text)
+        said = F.cross_entropy(ours(rows, real_BT=real)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+        torch.testing.assert_close(out.loss.double(), said, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="block_pad_token is 61; it is no token of 61"):
+        KVFrontierShippedConfig(**(shipped_config(ours.config) | {"block_pad_token": 61}))
+
+
+@pytest.mark.parametrize("name", ["block", "bct_mixed", "neox"])
+def test_it_trains_as_ours_does(name: str) -> None:
+    """Gradients of the loss, left padding included; and weights that are not loaded are drawn as ours are."""
+    ours, theirs = (copy.deepcopy(model).train() for model in pair(name))
+    prompts, rows, mask = ragged([8, 12])
+    theirs(rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100)).loss.backward()
+    parts = []
+    for prompt in prompts:
+        text = torch.tensor([prompt])
+        logits = ours(text)[:, 1:] if isinstance(ours, BlockTransformer) else ours(text[:, :-1])
+        parts.append(F.cross_entropy(logits[0].float(), text[0, 1:], reduction="sum"))
+    (sum(parts) / sum(len(prompt) - 1 for prompt in prompts)).backward()
+    for (key, parameter), other in zip(ours.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(
+            other.grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    ours.init_weights()
+    fresh = KVFrontierShippedForCausalLM(theirs.config)
+    for (key, parameter), other in zip(ours.named_parameters(), fresh.model.parameters(), strict=True):
+        assert other.std().item() == pytest.approx(parameter.std().item(), rel=0.25), key
+        assert other.mean().item() == pytest.approx(parameter.mean().item(), abs=0.1), key
+
+
+def exported(name: str, folder: Path, corpus: Path, out: str = "out", **options: Any) -> Path:
+    """A process takes the code of folders of one name to be one: who changes it gives another `out`."""
+    layout, changes = LAYOUTS[name]
+    checkpoint = write_checkpoint(folder / "step-00000003", layout, **({"num_layers": 3} | changes))
+    export(ExportConfig(str(checkpoint), str(folder / out), data=str(corpus), **options), QUIET)
+    return folder / out
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ARCHS])
+def test_layouts_that_no_file_has_are_verified(
+    name: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of configs/arch: test_train_export.py."""
+    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    folder = exported(name, tmp_path, corpus)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "kvfrontier_shipped"
+
+
+def test_it_is_the_code_in_the_folder_that_is_verified(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that allocates a position too many, one that looks a position too far: each is found, by what it did."""
+    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    write = train.export.write
+
+    def differing(file: str, old: str, new: str) -> str:
+        def wrong(request: Any, *rest: Any) -> None:
+            write(request, *rest)
+            code = (request.partial / file).read_text()
+            assert old in code
+            (request.partial / file).write_text(code.replace(old, new))
+
+        monkeypatch.setattr(train.export, "write", wrong)
+        with pytest.raises(TrainingError, match="is not the model that was trained") as error:
+            exported("latents", tmp_path / file, corpus, f"wrong_{file}")
+        return str(error.value)
+
+    message = differing("generate.py", "longest + max_new_tokens - 1,", "longest + max_new_tokens,")
+    assert re.findall(r"^(bytes|greedy|logits)", message, re.MULTILINE) == ["bytes", "bytes"]
+    assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", "input_ids)\n", "input_ids.flip(1))\n")
+
+
+@pytest.mark.slow
+def test_in_a_fresh_process(tmp_path: Path, corpus: Path) -> None:
+    """With nothing of ours on its path; the card says so."""
+    folder = exported("block", tmp_path, corpus)
+    assert "| our packages imported | none | none |" in (folder / "README.md").read_text()
+    assert "Needs `transformers` 5.16 or later and `einops`." in (folder / "README.md").read_text()
+
+
+def test_the_folder(tmp_path: Path, corpus: Path) -> None:
+    """Its files are all that its code needs; saved again and imported back it is the same model."""
+    folder = exported("bct_mixed", tmp_path, corpus, verify=False)
+    code = {path.name for path in folder.glob("*.py")}
+    needed = set(FILES)
+    for name in FILES:
+        needed |= {Path(path).name for path in get_relative_import_files(folder / name)}
+    assert code == needed
+    assert not code & {"convert.py", "hf_import.py", "footprint.py"}
+    for name in code:
+        assert set(get_imports(folder / name)) <= {"torch", "transformers", "einops"} | sys.stdlib_module_names
+        if name not in FILES:
+            arch = Path(import_hf.__file__).parents[1] / "arch"
+            assert (folder / name).read_bytes() == (arch / name).read_bytes()
+    assert "einops" in get_imports(folder / FILES[1])  # of this file alone transformers says what is not installed
+
+    how = {"trust_remote_code": True, "local_files_only": True}
+    text = tokens(2, 11)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    assert type(model).__module__.startswith("transformers_modules.")
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", **how).eval()
+    base = transformers.AutoModel.from_pretrained(tmp_path / "again", **how).eval()
+    with torch.no_grad():
+        logits = model(text).logits
+        assert torch.equal(again(text).logits, logits)
+        assert torch.equal(base(text).last_hidden_state @ model.model.output_weight.T, logits)
+
+    for number, path in enumerate((folder, tmp_path / "again")):
+        out = tmp_path / f"ours{number}"
+        launch_in_process(import_hf.main, "import_hf", ImportConfig, import_hf.typed([f"from={path}", f"out={out}"]))
+        (shard,) = out.glob("*.safetensors")
+        trained = Source(tmp_path / "step-00000003")
+        for key, tensor in load_file(shard).items():
+            assert torch.equal(tensor, trained.read(key.removeprefix("model.")))
+        assert Source(out).model() == trained.model()
+
+
+def test_a_config_is_what_it_says() -> None:
+    """Nonsense is refused in words, by the importer and by transformers' class."""
+    assert STANDARD == STANDARD_THERE
+    hf = shipped_config(small("block"))
+    assert shipped_model_config(json.loads(json.dumps(hf))) == small("block")
+    pattern, odd = hf["arch"] | {"pattern": ["new kv x999999999"]}, hf["arch"] | {"pattern": ["new other"]}
+    for changes, message in (
+        ({"size": None}, "size is missing"),
+        ({"vocab_size": 60}, "vocab_size is 60"),
+        ({"arch": odd}, "arch.stores.kv is in no item|no store"),
+        ({"size": hf["size"] | {"more": 1}}, "SizeConfig has no more"),
+        ({"size": hf["size"] | {"d_model": "x"}}, "SizeConfig.d_model is 'x'"),
+    ):
+        with pytest.raises((Unrepresentable, LayoutError), match=message):
+            source(hf | changes)
+        if changes != {"size": None}:
+            with pytest.raises(ValueError, match=r"size|arch|SizeConfig"):
+                KVFrontierShippedConfig(**(hf | changes))
+    with pytest.raises(Unrepresentable, match="repeats an item more than"):
+        source(hf | {"arch": pattern})
+    wide = {"size": hf["size"] | {"d_ff": 10**30}, "intermediate_size": 10**30}
+    with pytest.raises(Unrepresentable, match=r"a model of .* parameters"):
+        source(hf | wide)
+    for key in ("arch", "size"):
+        for inner in hf[key]:
+            for value in (None, "x", -1, 0, 1.5, [], ["x"], {}, 10**30, float("nan")):
+                if inner == "num_layers" and value == 10**30:
+                    continue
+                try:
+                    resolve(source(hf | {key: hf[key] | {inner: value}}).config)
+                except (Unrepresentable, LayoutError) as error:
+                    assert str(error)
+
+
+@pytest.mark.parametrize("name", ["block_unpredicted", "bct"])
+def test_lm_eval_scores_the_object(name: str, tmp_path: Path, corpus: Path) -> None:
+    """Its stock HFLM: log-likelihoods and greedy text are those of our own model, batches ragged."""
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -c constraints.txt -e '.[eval]'")
+    pytest.importorskip("accelerate", reason="lm_eval's hf model needs accelerate")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    folder = exported(name, tmp_path, corpus, verify=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=32)
+    pairs = [(f"def function_{n}(x):\n    return x", f" * {n}") for n in (1, 23, 456)]
+
+    def asked(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+        return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+    scores = lm.loglikelihood(asked("loglikelihood", pairs), disable_tqdm=True)
+    ours = build(Source(tmp_path / "step-00000003").model()[0], torch.float32)
+    ours.load_state_dict(model.model.state_dict())
+    with torch.no_grad():
+        for (context, answer), (score, _) in zip(pairs, scores, strict=True):
+            start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + answer)["input_ids"]
+            said = train.export_verify.next_logits(ours, ids[:-1]).log_softmax(-1)
+            first = train.export_verify.unpredicted(ours)
+            expected = sum(said[place - 1 - first, ids[place]].item() for place in range(start, len(ids)))
+            assert score == pytest.approx(expected, abs=1e-4)
+        options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+        texts = lm.generate_until(
+            asked("generate_until", [(context, options) for context, _ in pairs]), disable_tqdm=True
+        )
+    for (context, _), text in zip(pairs, texts, strict=True):
+        said = continued(ours, [tokenizer(context)["input_ids"]], 6, stop_token=tokenizer.eos_token_id)[0]
+        assert text == re.split("\n", tokenizer.decode(said))[0]
+
+
+def test_it_is_the_last_resort() -> None:
+    for name, (layout, changes) in LAYOUTS.items():
+        config = small(layout, **changes)
+        target, passed = choose(config, resolve(config))
+        assert (target.name, list(passed)) == ("shipped", ["stock", "remote"]), name
+    config = small("gqa2")
+    assert choose(config, resolve(config), "shipped")[0].name == "shipped"

@@ -1,0 +1,263 @@
+"""A trained model in the interface of transformers, computed by the very code that trained it.
+
+Whatever the layout, `generate` decodes over the cache that the layout promises; `forward` has no cache.
+
+Shapes: B batch, T tokens, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import einops  # noqa: F401  transformers names what this file imports and is not installed; the files beside it need it
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import initialization as init
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers.utils import can_return_tuple, logging
+
+from arch.block_generate import generate_blocks
+from arch.block_transformer import BlockTransformer
+from arch.config import ModelConfig, from_dict
+from arch.generate import generate
+from arch.layers import LayerNorm, RMSNorm
+from arch.model import build
+
+from .configuration_kvfrontier_shipped import KVFrontierShippedConfig
+
+logger = logging.get_logger(__name__)
+
+HONOURED = {
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id", "pad_token_id",
+    "return_dict_in_generate",
+}  # fmt: skip
+# Other settings, where they ask for nothing; so does False, but for use_cache. bos_token_id is of empty prompts, which
+# are refused.
+NEUTRAL = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
+UNREAD = {"bos_token_id", "transformers_version"}
+
+
+class KVFrontierShippedPreTrainedModel(PreTrainedModel):
+    config: KVFrontierShippedConfig
+    config_class = KVFrontierShippedConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Decoder", "BlockTransformer"]  # noqa: RUF012  layers hand each other keys and values
+
+    def __init__(self, config: KVFrontierShippedConfig):
+        super().__init__(config)
+        # From plain data: transformers may have loaded the configuration's file, and all it imports, a second time.
+        self.model = build(from_dict(ModelConfig, {"arch": config.arch, "size": config.size}))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As `initialise` in decoder.py, one module at a time and only what is not loaded."""
+        std = self.model.config.size.init_std
+        if isinstance(self.model, BlockTransformer) and module in (self.model.expansion, self.model.embedder.proj):
+            std = float(module.in_features) ** -0.5
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+                init.normal_(parameter, 0.0, std)
+            elif name == "weight" and isinstance(module, RMSNorm | LayerNorm):
+                init.ones_(parameter)
+            else:
+                init.zeros_(parameter)
+
+    @property
+    def unpredicted(self) -> int:
+        """First tokens of a text that are not predicted; every model needs one before it predicts any."""
+        model = self.model
+        if isinstance(model, BlockTransformer) and model.start is None and self.config.block_pad_token is None:
+            return model.plan.length
+        return 1
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T, D] whose product with the output matrix are the logits of the token after each of `input_ids`; zeros
+        where that token is not predicted.
+
+        Rows are turned until their padding is on the right, where no earlier token sees it.
+        """
+        begin_B = first_real(input_ids, attention_mask)
+        if not begin_B.any():
+            return self._states(input_ids)
+        index_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        there_BT, back_BT = (index_BT + by for by in (begin_B[:, None], -begin_B[:, None]))
+        x_BTD = self._states(input_ids.gather(1, there_BT % input_ids.shape[1]))
+        return x_BTD.take_along_dim((back_BT % input_ids.shape[1]).unsqueeze(-1), dim=1)
+
+    def _states(self, tokens_BT: Tensor) -> Tensor:
+        model = self.model
+        if not isinstance(model, BlockTransformer):
+            return model(tokens_BT, head=states_alone)
+        length, pad_token = model.plan.length, self.config.block_pad_token
+        batch, tokens = tokens_BT.shape
+        fill = length - 1 if model.start is None and pad_token is not None else 0
+        whole = -(-(fill + tokens + 1) // length) * length  # the token after the last one belongs to the last block
+        skip = fill + 1 - (0 if model.start is not None else length)
+        if skip < 0:
+            logger.warning_once(
+                f"the first block of a text, {length} tokens, is not predicted: logits there are all 0, which is the "
+                "uniform distribution; the loss leaves them out"
+            )
+        if whole == length and model.start is None:
+            embed = model.token_decoder.embed.weight
+            return embed.new_zeros(batch, tokens, embed.shape[1])
+        padded_BT = F.pad(tokens_BT, (fill, whole - fill - tokens), value=pad_token or 0)
+        real_BT = (torch.arange(whole, device=tokens_BT.device) >= fill).expand(batch, whole) if fill else None
+        x_BTD: Tensor = model(padded_BT, head=states_alone, real_BT=real_BT)
+        return F.pad(x_BTD[:, max(skip, 0) : skip + tokens], (0, 0, max(-skip, 0), 0))
+
+
+class KVFrontierShippedModel(KVFrontierShippedPreTrainedModel):
+    @can_return_tuple
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
+        """The last hidden states, normalised: `states`."""
+        return BaseModelOutput(last_hidden_state=self.states(input_ids, attention_mask))
+
+
+class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationMixin):
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput:
+        """Logits [B, T, V] of the token after each of `input_ids`, of any length; with `labels` the loss.
+
+        A Block Transformer predicts the tokens of a block from the blocks before it, hence without a start context
+        nothing of the first block: there all logits are 0, the uniform distribution, and labels do not count.
+        `logits_to_keep`: of the last so many positions (0: all; a tensor: those positions). Padding may be on the left
+        or the right, never between tokens. Raises ValueError with `use_cache`: the cache is that of `generate`.
+        """
+        if use_cache:
+            raise ValueError("forward keeps no cache; generate() does, or leave out use_cache")
+        states_BTD = self.states(input_ids, attention_mask)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        decoder = self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
+        logits_BTV = F.linear(states_BTD[:, kept], decoder.output_weight)
+        loss = None
+        if labels is not None:
+            place_BT = torch.arange(input_ids.shape[1], device=input_ids.device)
+            place_BT = place_BT - first_real(input_ids, attention_mask)[:, None]
+            labels = labels.masked_fill((place_BT >= 0) & (place_BT < self.unpredicted), -100)
+            loss = self.loss_function(
+                logits=logits_BTV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutput(loss=loss, logits=logits_BTV)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """The prompts and what follows, [B, T + new], as generate() of transformers returns it.
+
+        Of its settings those in HONOURED are read, from `generation_config`, generation_config.json and `kwargs`, by
+        their meaning there; what is not set at all is as if it were off (top_k, too). Sampling draws its seed from
+        torch. Prompts of unequal length are padded on the left. `stopping_criteria` are asked afterwards, of every
+        prefix of what was generated, without scores: the text is the one they would have stopped at.
+
+        Raises ValueError with every other setting that asks for something.
+        """
+        prompt_BT = inputs if input_ids is None else input_ids
+        if prompt_BT is None:
+            raise ValueError("give input_ids; there is no token that begins a text")
+        asked = self.settings(generation_config, kwargs)
+        new = asked.get("max_new_tokens") or asked.get("max_length", 0) - prompt_BT.shape[1]
+        if new < 1:
+            raise ValueError(f"{new} tokens to generate; give max_new_tokens, or a max_length beyond the prompt's")
+        begin_B = first_real(prompt_BT, attention_mask)
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("attention_mask ends with padding; pad prompts on the left")
+        prompts = [row[begin:].tolist() for row, begin in zip(prompt_BT, begin_B.tolist(), strict=True)]
+        sampled, end = asked.get("do_sample", False), one_token(asked.get("eos_token_id"))
+        how: dict[str, Any] = {
+            "temperature": asked.get("temperature", 1.0) if sampled else 0.0,
+            "top_p": asked.get("top_p", 1.0) if sampled else 1.0,
+            "stop_token": end,
+            "seed": int(torch.randint(2**31, ())),
+        }
+        if isinstance(self.model, BlockTransformer):
+            rows = generate_blocks(self.model, prompts, new, pad_token=self.config.block_pad_token, **how)
+        else:
+            rows = generate(self.model, prompts, new, **how)
+        if end is not None:
+            rows = [row if len(row) == new else [*row, end] for row in rows]
+        pad = asked.get("pad_token_id", end or 0)
+        sequences = joined(prompt_BT, rows, pad, StoppingCriteriaList(stopping_criteria or []))
+        return GenerateDecoderOnlyOutput(sequences=sequences) if asked.get("return_dict_in_generate") else sequences
+
+    def settings(self, given: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What is asked of `generate`. Raises ValueError with everything that it does not do."""
+        blank, asked = GenerationConfig().to_dict(), {}
+        for source in (self.generation_config, given):
+            values = {} if source is None else source.to_dict()
+            asked |= {key: value for key, value in values.items() if value != blank.get(key)}
+        asked |= {key: value for key, value in kwargs.items() if value is not None}
+        asked = {key: value for key, value in asked.items() if key not in UNREAD and not key.startswith("_")}
+        refused = {
+            key: value
+            for key, value in asked.items()
+            if key not in HONOURED and (value is not False or key == "use_cache") and value != NEUTRAL.get(key)
+        }
+        if refused:
+            wrong = ", ".join(f"{key}={value!r}"[:80] for key, value in refused.items())
+            raise ValueError(f"generate() of this model does not do {wrong}; it reads {', '.join(sorted(HONOURED))}")
+        return asked
+
+
+def states_alone(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+    """In place of the product with the output matrix."""
+    return x_BTD
+
+
+def one_token(eos: Any) -> int | None:
+    """The one token of eos_token_id, which may be a list. Raises ValueError where there are several."""
+    tokens = [] if eos is None else [int(token) for token in torch.as_tensor(eos).reshape(-1)]
+    if len(tokens) > 1:
+        raise ValueError(f"eos_token_id is {tokens}; generate() stops at one token: give one, or stopping_criteria")
+    return tokens[0] if tokens else None
+
+
+def first_real(tokens_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B] where each row begins. Raises ValueError where padding is not at its ends."""
+    if attention_mask is None:
+        return torch.zeros(len(tokens_BT), dtype=torch.int64, device=tokens_BT.device)
+    if attention_mask.shape != tokens_BT.shape:
+        shapes = f"{tuple(attention_mask.shape)}, the tokens {tuple(tokens_BT.shape)}"
+        raise ValueError(f"attention_mask has the shape {shapes}; give 1 for each token and 0 for padding")
+    real_BT = attention_mask.bool()
+    begin_B = real_BT.int().argmax(dim=1)
+    place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - begin_B[:, None]
+    whole_BT = (place_BT >= 0) & (place_BT < real_BT.sum(dim=1, keepdim=True))
+    if not torch.equal(real_BT, whole_BT):
+        raise ValueError("attention_mask has padding between tokens; a row is one run of tokens")
+    return begin_B
+
+
+def joined(prompt_BT: Tensor, rows: list[list[int]], pad: int, criteria: StoppingCriteriaList) -> Tensor:
+    """The prompts with their rows after them, each up to where it stops, filled up with `pad`."""
+    longest = max(map(len, rows))
+    new_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=prompt_BT.device)
+    sequences_BT = torch.cat((prompt_BT, new_BT.to(prompt_BT.dtype)), dim=1)
+    end_B = torch.tensor([prompt_BT.shape[1] + len(row) for row in rows], device=prompt_BT.device)
+    if criteria:
+        for end in range(prompt_BT.shape[1] + 1, sequences_BT.shape[1] + 1):
+            stopped_B = criteria(sequences_BT[:, :end], ()).to(end_B.device)
+            end_B = torch.where(stopped_B & (end_B > end), end, end_B)
+    index_T = torch.arange(sequences_BT.shape[1], device=prompt_BT.device)
+    return sequences_BT.masked_fill(index_T >= end_B[:, None], pad)[:, : int(end_B.max())]
