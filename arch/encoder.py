@@ -3,6 +3,7 @@
 Shapes: M sequences, L tokens of one, S positions, CLS tokens and L, E width, O outputs, N heads, H head.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +58,8 @@ class Encoder(nn.Module):
     def forward(self, x_MLE: Tensor, real_ML: Tensor | None = None) -> Tensor:
         """[M, O, E]. Nobody sees a token where `real_ML` is False, unless the sequence has no other."""
         x_MSE = self.norm(F.pad(x_MLE, (0, 0, self.cls_tokens, 0)) + self.position.weight)
+        if torch.is_autocast_enabled(x_MSE.device.type):  # as in Stack.run, and as it is where FSDP casts the embedding
+            x_MSE = x_MSE.to(torch.get_autocast_dtype(x_MSE.device.type))
         mask = Mask(self.kernel, Dense(causal=False, allowed=None if real_ML is None else self.visible(real_ML)))
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
