@@ -71,8 +71,8 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 # Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder has one for each block.
 MOST_ROWS = 65535
 # Elements of a gradient of queries in fp32, as FlashAttention's backward pass accumulates it: in whole tiles of 128
-# queries and of 32 coordinates, with indices of 32 bits (Dao-AILab/flash-attention#1500).
-MOST_ELEMENTS = 1 << 31
+# queries and of 32 coordinates. Its indices end at 1 << 31 (Dao-AILab/flash-attention#1500); a quarter is 2 GiB.
+MOST_ELEMENTS = 1 << 29
 
 
 def most_rows(heads: int, length: int, width: int) -> int:
