@@ -80,10 +80,12 @@ class BlockTransformer(nn.Module):
         self.bos_token = block_config(config).token.bos_token
         self.embedder = Embedder(config, backend)
         self.start = nn.Parameter(torch.empty(coarse.size.d_model)) if block_config(config).start else None
-        self.block_decoder = Stack(coarse, backend, device_type)
+        bounded = [any(store.slots for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
+        of_blocks = "auto" if backend == "fla" and bounded == [False, True] else backend
+        self.block_decoder = Stack(coarse, of_blocks, device_type)
         self.expansion = nn.Linear(coarse.size.d_model, self.plan.context * fine.size.d_model)
-        # Of so few positions a mask costs nothing, and FlexAttention fills a tile of 128 with each block.
-        within = "sdpa" if backend == "auto" else backend
+        # Other kernels fill a tile of 128 with each block, and not all take so many rows: in_parts is for sdpa alone.
+        within = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
         self.token_decoder = Decoder(fine, within, device_type, cross=self.plan.cross)
 
     @property

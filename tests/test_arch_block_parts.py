@@ -323,7 +323,8 @@ def test_within_a_block_masks_are_dense_on_cuda() -> None:
         asked = BlockTransformer(config, "flex", "cuda")
     assert {backend.name for backend in model.block_decoder.chosen[False]} == {"flex"}
     assert {backend.name for backend in model.token_decoder.chosen[False]} == {"sdpa"}
-    assert {backend.name for backend in asked.token_decoder.chosen[False]} == {"flex"}
+    assert {backend.name for backend in asked.block_decoder.chosen[False]} == {"flex"}
+    assert {backend.name for backend in asked.token_decoder.chosen[False]} == {"sdpa"}
 
 
 def test_residual_streams_are_of_the_type_computed_in() -> None:

@@ -201,6 +201,8 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
 def assumed(config: PretrainConfig, flops: float, device: Device, mfu: float) -> Speed:
     """From the peak. What checkpointing recomputes, one forward pass in four units of work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
+    if any(store.slots is not None for store in config.arch.stores.values()):
+        source += ", which bounded stores, in plain torch, will not reach"
     if config.trainer.activation_checkpointing:
         mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"
     return Speed(mfu * device.peak / flops, mfu, source)
