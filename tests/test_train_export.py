@@ -10,7 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from data.shards import sha256
 from eval.cli import MISTAKES, UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError, save
-from train.export import ExportConfig, export
+from train.export import ExportConfig, export, main
 from train.export_run import corpus_of
 from train.export_source import Source
 from train.export_targets import choose
@@ -112,7 +112,7 @@ def test_every_layout_comes_back_the_same(layout: ArchConfig | str, tmp_path: Pa
     """By the target that `auto` takes, at a depth that shows all of its pattern; of stock layouts three layers do."""
     depth = whole_depth(layout) if isinstance(layout, str) and layout not in STOCK else 3
     source = write_checkpoint(tmp_path / "step-00000003", layout, tie_embeddings=layout != "gqa4", num_layers=depth)
-    checks = export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+    checks = export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
     assert {check.name: check.passed for check in checks if check.passed is not True}.keys() == {
         "bf16: KL divergence from fp32, nats",
         "bf16: the same most likely token",
@@ -193,7 +193,7 @@ def sign(folder: Path, **changes: object) -> None:
 def exported(source: Path, corpus: Path, name: str = "out", **options: object) -> dict[str, torch.Tensor]:
     """The tensors of an export that is not verified."""
     out = source.parent / name
-    export(ExportConfig(str(source), str(out), data=str(corpus), verify=False, **options), QUIET)
+    export(ExportConfig(str(source), str(out), prepared=str(corpus), verify=False, **options), QUIET)
     return {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
@@ -230,7 +230,7 @@ def test_one_weight_in_memory_at_a_time(gqa: Path, corpus: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("here")
 def test_bf16_is_the_rounded_model(gqa: Path, corpus: Path) -> None:
-    checks = export(ExportConfig(str(gqa), str(gqa.parent / "out"), data=str(corpus), dtype="bf16"), QUIET)
+    checks = export(ExportConfig(str(gqa), str(gqa.parent / "out"), prepared=str(corpus), dtype="bf16"), QUIET)
     assert all(check.passed is not False for check in checks)
     (path,) = (gqa.parent / "out").glob("*.safetensors")
     model = Decoder(Source(gqa).model()[0])
@@ -248,7 +248,7 @@ def test_bytes_as_tokens(tmp_path: Path, corpus: Path) -> None:
     )
     prepare(config)
     source = write_checkpoint(tmp_path / "step-00000003", "mqa", vocab_size=257)
-    checks = export(ExportConfig(str(source), str(tmp_path / "out"), data=str(data)), QUIET)
+    checks = export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(data)), QUIET)
     assert {check.name: check.found for check in checks}["texts tokenized and back"] == "4 of 4"
     assert {check.name: check.found for check in checks}["end of text"] == "256 and 256"
 
@@ -282,7 +282,7 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
 
         monkeypatch.setattr(train.export, "write", wrong)
         with pytest.raises(TrainingError, match="is not the model that was trained; it is kept") as error:
-            export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+            export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
         assert not (tmp_path / "out").exists()
         assert (tmp_path / "out.partial" / "config.json").exists()
         return [line.partition(":")[0] for line in str(error.value).splitlines()[1:]]
@@ -305,7 +305,7 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
     ]
     assert broken(other_weight) == ["logits in fp32, largest difference"]
     monkeypatch.setattr(train.export, "write", write)
-    export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+    export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -321,8 +321,8 @@ def refused(source: Path, *arguments: str, data: Path | None = None) -> str:
     """The message of the command, which ends with code 1 or 2 and leaves nothing."""
     out = source.parent / "out"
     with pytest.raises(REFUSALS) as error:
-        export(ExportConfig(**({"checkpoint": str(source), "out": str(out), "verify": False, "data": data and str(data)}
-                            | dict(argument.split("=", 1) for argument in arguments))), QUIET)  # fmt: skip
+        options = {"checkpoint": str(source), "out": str(out), "verify": False, "prepared": data and str(data)}
+        export(ExportConfig(**(options | dict(argument.split("=", 1) for argument in arguments))), QUIET)
     assert not out.with_name("out.partial").exists()
     return str(error.value)
 
@@ -342,7 +342,7 @@ def test_what_cannot_be_is_refused_before_any_work(
         (["checkpoint=" + str(tmp_path / "gone")], "gone is not there"),
         (["checkpoint=" + str(taken)], "taken is neither a checkpoint nor a run that has saved one"),
         (["data=" + str(taken)], "holds no prepared data"),
-        ([], "there is no tokenizer: .*lies in no run; give the prepared folder that it was trained on with data="),
+        ([], "there is no tokenizer: .*lies in no run; give the prepared folder that it was trained on with prepared="),
     ):
         assert re.search(message, refused(source, *arguments)), arguments
     assert taken.is_dir()
@@ -350,7 +350,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert "the tokenizer has 600 tokens, the model 61" in refused(small_vocabulary, data=corpus)
     monkeypatch.setattr(train.export_verify.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="verification needs transformers: pip install"):
-        export(ExportConfig(str(source), str(tmp_path / "out"), data=str(corpus)), QUIET)
+        export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
 
 
 def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, corpus: Path) -> None:
@@ -428,7 +428,7 @@ def test_lm_eval_scores_the_folder(tmp_path: Path, corpus: Path) -> None:
     for module in ("lm_eval", "accelerate"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install -c constraints.txt -e '.[eval]'")
     source = write_checkpoint(tmp_path / "step-00000003", "mqa")
-    export(ExportConfig(str(source), str(tmp_path / "mine"), data=str(corpus), verify=False), QUIET)
+    export(ExportConfig(str(source), str(tmp_path / "mine"), prepared=str(corpus), verify=False), QUIET)
     lines = [{"question": f"def function_{n}(x):\n    return x", "answer": f" * {n}"} for n in range(4)]
     (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     task = f"""
@@ -540,3 +540,13 @@ def test_tokens_that_differ_count_unless_it_is_a_tie() -> None:
         assert train.export_verify.agreement(model, prompt, ours, ours, 1e-5) == 8
         assert train.export_verify.agreement(model, prompt, theirs, ours, 1e-5) == 3
         assert train.export_verify.agreement(model, prompt, theirs, ours, 1e3) == 8
+
+
+def test_every_key_of_the_help_can_be_typed(tmp_path: Path, corpus: Path) -> None:
+    """Names of config groups, such as data, cannot: Hydra keeps them for itself."""
+    source = write_checkpoint(tmp_path / "step-00000003", "mqa")
+    keys = [f"checkpoint={source}", f"out={tmp_path / 'out'}", "target=auto", "dtype=fp32", "max_shard_size=5GB"]
+    keys += [f"prepared={corpus}", "verify=false", "push_to_hub=null"]
+    assert {key.partition("=")[0] for key in keys} == {item.name for item in fields(ExportConfig)}
+    launch_in_process(main, "export", ExportConfig, keys)
+    assert (tmp_path / "out" / "config.json").exists()

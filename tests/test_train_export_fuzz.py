@@ -140,7 +140,7 @@ def outcome(folder: Path, corpus: Path) -> str:
     out = folder.parent / "out"
     began = time.monotonic()
     try:
-        export(ExportConfig(str(folder), str(out), data=str(corpus), verify=False), QUIET)
+        export(ExportConfig(str(folder), str(out), prepared=str(corpus), verify=False), QUIET)
         message = ""
         for path in out.glob("*"):
             path.unlink()

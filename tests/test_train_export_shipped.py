@@ -274,7 +274,7 @@ def exported(name: str, folder: Path, corpus: Path, out: str = "out", **options:
     """A process takes the code of folders of one name to be one: who changes it gives another `out`."""
     layout, changes = LAYOUTS[name]
     checkpoint = write_checkpoint(folder / "step-00000003", layout, **({"num_layers": 3} | changes))
-    export(ExportConfig(str(checkpoint), str(folder / out), data=str(corpus), **options), QUIET)
+    export(ExportConfig(str(checkpoint), str(folder / out), prepared=str(corpus), **options), QUIET)
     return folder / out
 
 

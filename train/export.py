@@ -38,7 +38,7 @@ class ExportConfig:
     target: str = "auto"
     dtype: str = "fp32"
     max_shard_size: str = "5GB"
-    data: str | None = None
+    prepared: str | None = None
     verify: bool = True
     push_to_hub: str | None = None
 
@@ -101,7 +101,7 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
     run = run_of(folder)
     asked = saved_config(run)
     training = training_of(folder, run, asked, source.info)
-    corpus = corpus_of(folder, asked, options.data, WINDOWS)
+    corpus = corpus_of(folder, asked, options.prepared, WINDOWS)
     console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))
     for name, reason in passed.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)

@@ -104,7 +104,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, end: int, vocab_size: in
     if vocabulary_size(tokenizer) > vocab_size:
         raise UsageError(
             f"the tokenizer has {vocabulary_size(tokenizer):,} tokens, the model {vocab_size:,}; "
-            "give the prepared folder that it was trained on with data="
+            "give the prepared folder that it was trained on with prepared="
         )
     content = json.loads(tokenizer.to_str())
     if tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:

@@ -69,7 +69,7 @@ def corpus_of(folder: Path, config: PretrainConfig | None, given: str | None, wi
     if beside.is_file():
         tokenizer = pretrained(TokenizerConfig(kind="pretrained", name=str(beside)))
         return Corpus(tokenizer, end_token(tokenizer, None), [])
-    raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with data=")
+    raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
 
 
 def with_data(config: PretrainConfig, folder: str) -> PretrainConfig:
