@@ -341,7 +341,7 @@ def test_what_cannot_be_is_refused_before_any_work(
         (["max_shard_size=0"], "it must be more than nothing"),
         (["checkpoint=" + str(tmp_path / "gone")], "gone is not there"),
         (["checkpoint=" + str(taken)], "taken is neither a checkpoint nor a run that has saved one"),
-        (["data=" + str(taken)], "holds no prepared data"),
+        (["prepared=" + str(taken)], "holds no prepared data"),
         ([], "there is no tokenizer: .*lies in no run; give the prepared folder that it was trained on with prepared="),
     ):
         assert re.search(message, refused(source, *arguments)), arguments
