@@ -18,7 +18,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.strip().splitlines()]
 SHORT = [
     "size.num_layers=2", "size.d_model=32", "size.num_heads=8", "size.d_ff=48", "size.vocab_size=4096",
-    "size.seq_len=32", "batch_size=4", "tokens=256", "data.val_tokens=128", "trainer.accelerator=cpu", "logger=csv",
+    "size.seq_len=32", "batch_size=4", "tokens=512", "data.val_tokens=128", "trainer.accelerator=cpu", "logger=csv",
+    "trainer.log_every=1",
 ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
             arguments = [argument.replace("devices=8", "devices=2") for argument in arguments]
             arguments = [f"resume={resumable}" if a.startswith("resume=") else a for a in arguments]
             arguments += ["data=stdlib"] if any("cla_1b" in argument for argument in arguments) else []
-            arguments += ["tokens=512"] if f"resume={resumable}" in arguments else SHORT
+            arguments += ["tokens=640"] if f"resume={resumable}" in arguments else SHORT
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))

@@ -91,13 +91,12 @@ def test_frozen_weights_and_muon_on_two_processes(single: Path, tmp_path: Path, 
         f"init={single}",
         "trainer.checkpoint_every=4",
     ]
-    for name, trainer in {"one": [], "ddp": ["trainer=ddp"], "fsdp": ["trainer=fsdp"]}.items():
+    for name, trainer in {"one": [], "fsdp": ["trainer=fsdp"]}.items():
         arguments = [*SMALL, *options, *trainer, f"data.path={corpus}", f"folder={tmp_path / name}"]
         done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
     expected = column(tmp_path / "one", "train/loss")
-    for name in ("ddp", "fsdp"):
-        assert column(tmp_path / name, "train/loss") == pytest.approx(expected, rel=1e-5), name
+    assert column(tmp_path / "fsdp", "train/loss") == pytest.approx(expected, rel=1e-5)
     before, after = whole_weights(single), whole_weights(tmp_path / "fsdp")
     changed = {key for key, value in before.items() if not torch.equal(after[key], value)}
     assert changed == {key for key in before if "reader" in key or "writer" in key}
@@ -105,7 +104,9 @@ def test_frozen_weights_and_muon_on_two_processes(single: Path, tmp_path: Path, 
     arguments = [f"resume={tmp_path / 'fsdp'}", "trainer.strategy=auto", "trainer.devices=1"]
     done = run_script("train/pretrain.py", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert column(tmp_path / "fsdp", "train/loss", start=1) == pytest.approx(expected[4:], rel=1e-5)
+    again = column(tmp_path / "fsdp", "train/loss", start=1)
+    assert 0 < len(again) < len(expected) == 8
+    assert again == pytest.approx(expected[-len(again) :], rel=1e-5)
 
 
 @pytest.fixture
