@@ -13,7 +13,6 @@ there. Seconds are training alone: no validation, no checkpoints, not the first 
 """
 
 import csv
-import glob
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ from rich.table import Table
 
 from arch import BlockPlan, plan_from_dict
 from eval.cli import MISTAKES, UsageError, fail
-from eval.pareto import RunError
+from eval.pareto import RunError, named
 from eval.units import count_text
 
 CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
@@ -312,11 +311,13 @@ def main(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            folders += sorted(glob.glob(argument)) or [argument]
+            folders += named(argument)
         elif key in options:
             options[key] = value
         else:
             raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
+    if not folders:
+        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     if options["clock"] not in CLOCKS:
         raise UsageError(f"clock is {options['clock']}; choose {', '.join(CLOCKS)}")
     curves = find_curves(folders, options["clock"])

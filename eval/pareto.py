@@ -79,6 +79,12 @@ def load_run(folder: Path) -> Run:
     return Run(folder, summary, plan)
 
 
+def named(argument: str) -> list[str]:
+    """The folders that an argument names. A `*`, also one that the shell has written out, names our own pictures and
+    tables among the runs, too: files are passed over."""
+    return [path for path in sorted(glob.glob(argument)) or [argument] if not Path(path).is_file()]
+
+
 def find_runs(folders: Sequence[str]) -> list[Run]:
     """All finished runs in and below `folders`, each once. Raises RunError where there is none."""
     found: dict[Path, Run] = {}
@@ -203,7 +209,7 @@ def main(arguments: Sequence[str]) -> None:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            folders += sorted(glob.glob(argument)) or [argument]
+            folders += named(argument)
         elif key in options:
             options[key] = value
         else:
@@ -213,6 +219,8 @@ def main(arguments: Sequence[str]) -> None:
     for key in ("context", "itemsize"):
         if options[key] and not (options[key].isdecimal() and int(options[key]) > 0):
             raise UsageError(f"{key} is {options[key]}; it is a whole number, at least 1")
+    if not folders:
+        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     runs = find_runs(folders)
     rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
     out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))

@@ -196,7 +196,7 @@ def _label(figure: plt.Figure, axes: plt.Axes, rows: Sequence["Point"]) -> None:
                 weight="bold" if row.frontier else "normal",
             )
             box = text.get_window_extent()
-            inside = figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
             if (inside and not any(box.overlaps(other) for other in taken)) or (x, y) == places[-1][:2]:
                 taken.append(box)
                 break

@@ -238,6 +238,7 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
         (["{runs}", "context=0"], "it is a whole number"),
         (["{runs}", "metric=loss"], "choose ppl, bpb"),
         (["/nowhere"], "/nowhere is not a folder"),
+        ([__file__], "no folder is given"),
         (["{empty}"], "no finished run in"),
         (["{runs}", "out=/proc/nowhere"], "give another folder with out="),
     ],
@@ -247,6 +248,15 @@ def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path:
     with pytest.raises(UsageError) as caught:
         pareto.main([argument.format(runs=runs, empty=tmp_path / "empty") for argument in arguments])
     assert message in str(caught.value)
+
+
+def test_a_star_that_finds_our_own_files(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The second time `pareto.py runs/*` is typed, the first one's files lie among the runs."""
+    pareto.main([str(runs)])
+    assert (runs / "pareto.csv").exists()
+    capsys.readouterr()
+    pareto.main([*map(str, sorted(runs.iterdir())), f"out={tmp_path}"])
+    assert (tmp_path / "pareto.png").exists()
 
 
 def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
