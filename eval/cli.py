@@ -5,10 +5,12 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 """
 
 import difflib
+import glob
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -77,6 +79,26 @@ def launch(
 
 # What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
 NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
+
+
+def folders_of(arguments: Sequence[str], options: dict[str, str]) -> list[str]:
+    """The folders on the command line of a script without Hydra; `key=value` goes into `options`.
+
+    A `*`, also one that the shell has written out, names our own pictures and tables among the runs: files are passed
+    over. Raises UsageError on a key that `options` lacks, and where no folder is named.
+    """
+    folders: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            folders += [path for path in sorted(glob.glob(argument)) or [argument] if not Path(path).is_file()]
+        elif key in options:
+            options[key] = value
+        else:
+            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
+    if not folders:
+        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
+    return folders
 
 
 def fail(message: str, code: int = 2) -> None:

@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import BlockPlan, plan_from_dict
-from eval.cli import MISTAKES, UsageError, fail
-from eval.pareto import RunError, named
+from eval.cli import MISTAKES, UsageError, fail, folders_of
+from eval.pareto import RunError
 from eval.units import count_text
 
 CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
@@ -307,17 +307,7 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__)
         return
     options = {"reference": "", "clock": "wall", "out": ""}
-    folders = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            folders += named(argument)
-        elif key in options:
-            options[key] = value
-        else:
-            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
-    if not folders:
-        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
+    folders = folders_of(arguments, options)
     if options["clock"] not in CLOCKS:
         raise UsageError(f"clock is {options['clock']}; choose {', '.join(CLOCKS)}")
     curves = find_curves(folders, options["clock"])

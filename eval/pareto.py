@@ -9,7 +9,6 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
 """
 
 import csv
-import glob
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from arch import Plan, plan_from_dict
 from arch.footprint import kv_bytes
-from eval.cli import MISTAKES, UsageError, fail
+from eval.cli import MISTAKES, UsageError, fail, folders_of
 from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
@@ -77,12 +76,6 @@ def load_run(folder: Path) -> Run:
     if missing:
         raise RunError(f"{folder}/summary.json lacks {', '.join(sorted(missing))}")
     return Run(folder, summary, plan)
-
-
-def named(argument: str) -> list[str]:
-    """The folders that an argument names. A `*`, also one that the shell has written out, names our own pictures and
-    tables among the runs, too: files are passed over."""
-    return [path for path in sorted(glob.glob(argument)) or [argument] if not Path(path).is_file()]
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -205,22 +198,12 @@ def main(arguments: Sequence[str]) -> None:
         print(__doc__)
         return
     options = {"context": "", "metric": "ppl", "itemsize": "2", "out": ""}
-    folders = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            folders += named(argument)
-        elif key in options:
-            options[key] = value
-        else:
-            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
+    folders = folders_of(arguments, options)
     if options["metric"] not in METRICS:
         raise UsageError(f"metric is {options['metric']}; choose {', '.join(METRICS)}")
     for key in ("context", "itemsize"):
         if options[key] and not (options[key].isdecimal() and int(options[key]) > 0):
             raise UsageError(f"{key} is {options[key]}; it is a whole number, at least 1")
-    if not folders:
-        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     runs = find_runs(folders)
     rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
     out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))

@@ -21,7 +21,7 @@ from arch import ModelConfig, build
 from data.batches import EvalBatches
 from data.mixture import EvalWindows, Mixture
 from data.shards import TokenWindows, write_json
-from eval.cli import MISTAKES, UsageError, fail
+from eval.cli import MISTAKES, UsageError, fail, folders_of
 from eval.positions import Bucket, loss_by_position
 from train import checkpoint
 from train.checkpoint import TrainingError
@@ -67,15 +67,8 @@ def table(name: str, found: dict[int, list[Bucket]]) -> Table:
 
 
 def main(arguments: list[str]) -> None:
-    options, runs = {"lengths": "", "tokens": "65536"}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            runs.append(Path(argument))
-        elif key not in options:
-            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
-        else:
-            options[key] = value
+    options = {"lengths": "", "tokens": "65536"}
+    runs = [Path(folder) for folder in folders_of(arguments, options)]
     parts = {key: [part for part in value.split(",") if part] for key, value in options.items()}
     for key, values in parts.items():
         if not all(value.isdecimal() and int(value) > 0 for value in values) or (key == "tokens" and len(values) != 1):
