@@ -34,6 +34,11 @@ class Batch(TypedDict):
     real_BT: Tensor | None
 
 
+def besides(batch: Batch) -> dict[str, Tensor]:
+    """What a model is given of a batch besides inputs and targets: of documents and pads, whichever there are."""
+    return {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
+
+
 @dataclass(frozen=True)
 class Framing:
     """How a row of T + 1 tokens becomes the inputs and targets of a model.
@@ -88,12 +93,15 @@ class TrainBatches:
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
-        rows, step_targets = self._rows(), 0
-        for micro_step in range(self.start_step * self.accumulate, len(self)):
-            if micro_step % self.accumulate == 0:
-                step_targets = self._step_targets(micro_step // self.accumulate, rows)
-            first = (micro_step * self.world + self.rank) * self.micro_batch
-            yield _batch([rows(g) for g in range(first, first + self.micro_batch)], step_targets)
+        row = self._rows()
+        for step in range(self.start_step, self.steps):
+            sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
+            make, targets = row, self.batch_size * (self.windows.seq_len - self.framing.unpredicted)
+            if self.framing.block_padding:  # a row shows its pads when it is made: every process makes all, to count
+                made = {sequence: row(sequence) for sequence in sequences}
+                make, targets = made.__getitem__, sum(int((r["targets"] != IGNORE).sum()) for r in made.values())
+            for first in sequences[self.rank * self.micro_batch :: self.micro_batch * self.world]:
+                yield _batch([make(sequence) for sequence in range(first, first + self.micro_batch)], targets)
 
     def _rows(self) -> Callable[[int], Row]:
         """Sequence g of the run, as `_frame` makes it."""
@@ -111,13 +119,6 @@ class TrainBatches:
             return _frame(tokens, self.framing, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence)))
 
         return row
-
-    def _step_targets(self, step: int, rows: Callable[[int], Row]) -> int:
-        """Real targets of the step; with pads every process reads all its sequences to count them."""
-        if not self.framing.block_padding:
-            return self.batch_size * (self.windows.seq_len - self.framing.unpredicted)
-        sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return sum(int((rows(sequence)["targets"] != IGNORE).sum()) for sequence in sequences)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arch import LanguageModel
-from data.batches import IGNORE, Batch
+from data.batches import IGNORE, Batch, besides
 
 # Positions whose logits exist at one time.
 ROWS = 2048
@@ -56,8 +56,7 @@ def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Buc
     sums, counts = [], []
     for batch in batches:
         targets_BT = batch["targets"]
-        also = {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
-        nats_BT = model(batch["inputs"], head=token_nats(model.predicted(targets_BT)), **also)
+        nats_BT = model(batch["inputs"], head=token_nats(model.predicted(targets_BT)), **besides(batch))
         nats_BT = F.pad(nats_BT, (targets_BT.shape[1] - nats_BT.shape[1], 0))  # nothing where nothing is predicted
         bounds = edges(targets_BT.shape[1])
         widths = [end - first for first, end in pairwise(bounds)]

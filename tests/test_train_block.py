@@ -4,6 +4,7 @@ it is over."""
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,11 +97,9 @@ def test_training_leaves_pads_and_the_unpredicted_out(corpus: Path) -> None:
     config = composed("+arch=block", "arch.block.start=false", "data.block_padding=true", f"data.path={corpus}")
     config.trainer.micro_batch = 2
     data, module = Data(config), LitModel(config, torch.zeros(600))
-    data.trainer = module.trainer = type("Trainer", (), {
-        "global_rank": 0, "world_size": 1, "global_step": 0, "accumulate_grad_batches": 2,
-        "strategy": type("Strategy", (), {"root_device": torch.device("cpu")}),
-    })()  # fmt: skip
-    module._trainer = module.trainer = data.trainer
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=2, strategy=strategy)
+    data.trainer = module.trainer = trainer
     module.configure_model()
     first, second, *_ = data.train_dataloader()
     total, targets = 0.0, 0

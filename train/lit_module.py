@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from arch import LanguageModel, ModelConfig, build
-from data.batches import IGNORE, Batch
+from data.batches import IGNORE, Batch, besides
 
 from . import checkpoint
 from .checkpoint import TrainingError
@@ -83,8 +83,7 @@ class LitModel(L.LightningModule):
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             head = cross_entropy_sum(self.model.predicted(batch["targets"]), self.compiled)
-            also = {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
-            return self.model(batch["inputs"], head=head, **also)
+            return self.model(batch["inputs"], head=head, **besides(batch))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the real targets of the whole optimizer step.
