@@ -5,6 +5,7 @@ before anything of that size is allocated.
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -46,7 +47,7 @@ class Saved:
 
     @property
     def elements(self) -> int:
-        return elements(self.shape)
+        return math.prod(self.shape)
 
 
 class Source:
@@ -200,10 +201,3 @@ def _join(name: str, parts: list[Piece], dtypes: set[str]) -> Saved:
 
 def _files(parts: list[Piece]) -> str:
     return ", ".join(str(part.file) for part in parts[:4])
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import LayoutError, ModelConfig, Plan, resolve
+from arch import BlockPlan, LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.cli import Choices, UsageError, launch, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
@@ -198,10 +198,11 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
     return best
 
 
-def assumed(config: PretrainConfig, flops: float, device: Device, mfu: float) -> Speed:
+def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
     """From the peak. What checkpointing recomputes, one forward pass in four units of work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
-    if any(store.slots is not None for store in config.arch.stores.values()):
+    stacks = (plan.block, plan.token) if isinstance(plan, BlockPlan) else (plan,)
+    if any(store.slots for stack in stacks for store in stack.stores):
         source += ", which bounded stores, in plain torch, will not reach"
     if config.trainer.activation_checkpointing:
         mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"
@@ -225,7 +226,7 @@ def make_plan(
     micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, share, available) or 1
     memory = step_memory(model, plan, replace(how, accumulate=share // micro), micro)
     flops = train_flops_per_token(model, plan)
-    speed = measured(config, choices, device, results) or assumed(config, flops, device, options.mfu)
+    speed = measured(config, choices, device, results) or assumed(config, plan, flops, device, options.mfu)
     steps, rate = num_steps(config), speed.tokens_per_second * how.world
     step_tokens = config.batch_size * config.size.seq_len
     hours = steps * step_tokens / rate / 3600
