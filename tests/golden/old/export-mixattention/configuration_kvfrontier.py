@@ -1,0 +1,208 @@
+"""Configuration of a Llama-style decoder whose layers share, cut and normalise keys and values as they are told.
+
+This file and modeling_kvfrontier.py go with every exported model: they import nothing but torch and transformers.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class KVFrontierConfig(PreTrainedConfig):
+    """A decoder of `num_hidden_layers` layers; entry i of every list is about layer i.
+
+    layer_types            full_attention or sliding_attention
+    kv_source_layers       the layer whose keys and values it reads: itself, or an earlier layer that reads itself
+    sliding_window         positions that sliding layers see, the current one included
+    num_key_value_heads    key/value heads
+    rope_parameters        {rope_type: default, rope_theta: the rotary base}
+    layer_sliding_windows, layer_key_value_heads, layer_rope_thetas
+                           where these three differ between layers: lists that take the place of the single value, which
+                           then is the largest window, the most heads, and the first layer's base
+    layer_sinks            whether it has a learned attention-sink logit for each query head
+    layer_kv_norms         whether it computes its keys and values from a norm of their own
+
+    A list that is None says the same of all layers: no sharing, full attention, the single value, no sinks, no norms.
+    Raises ValueError with everything that is wrong.
+    """
+
+    model_type = "kvfrontier"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vocab_size: int = 50304,
+        hidden_size: int = 768,
+        intermediate_size: int = 2048,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 8,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        rope_parameters: dict[str, Any] | None = None,
+        layer_types: list[str] | None = None,
+        kv_source_layers: list[int] | None = None,
+        sliding_window: int | None = None,
+        layer_sliding_windows: list[int | None] | None = None,
+        layer_key_value_heads: list[int] | None = None,
+        layer_rope_thetas: list[float] | None = None,
+        layer_sinks: list[bool] | None = None,
+        layer_kv_norms: list[bool] | None = None,
+        tie_word_embeddings: bool = False,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.layer_types = ["full_attention"] * num_hidden_layers if layer_types is None else layer_types
+        self.kv_source_layers = list(range(num_hidden_layers)) if kv_source_layers is None else kv_source_layers
+        self.sliding_window = sliding_window
+        self.layer_sliding_windows = layer_sliding_windows
+        self.layer_key_value_heads = layer_key_value_heads
+        self.layer_rope_thetas = layer_rope_thetas
+        self.layer_sinks = layer_sinks
+        self.layer_kv_norms = layer_kv_norms
+        self.tie_word_embeddings = tie_word_embeddings
+        self.use_cache = use_cache
+        problems = _lengths(self) or _shapes(self) + _rotation(self) + _sources(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+        super().__init__(**kwargs)
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        """For the cache builder of transformers: layers that `reuse` get no cache."""
+        read = {source for layer, source in enumerate(self.kv_source_layers) if source != layer}
+        return [
+            "reuse" if source != layer else "store" if layer in read else None
+            for layer, source in enumerate(self.kv_source_layers)
+        ]
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Positions that each layer sees; None: all."""
+        if self.layer_sliding_windows is not None:
+            return self.layer_sliding_windows
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types]
+
+    @property
+    def key_value_heads(self) -> list[int]:
+        return self.layer_key_value_heads or [self.num_key_value_heads] * self.num_hidden_layers
+
+    @property
+    def rope_thetas(self) -> list[float]:
+        return self.layer_rope_thetas or [self.rope_parameters["rope_theta"]] * self.num_hidden_layers
+
+    @property
+    def sinks(self) -> list[bool]:
+        return self.layer_sinks or [False] * self.num_hidden_layers
+
+    @property
+    def kv_norms(self) -> list[bool]:
+        return self.layer_kv_norms or [False] * self.num_hidden_layers
+
+    @property
+    def mask_names(self) -> list[str]:
+        """The attention mask that each layer takes: its layer type, or where windows differ that and its window."""
+        return [
+            kind if window in (None, self.sliding_window) else f"{kind}_{window}"
+            for kind, window in zip(self.layer_types, self.windows, strict=True)
+        ]
+
+
+def expected_cache_bytes(
+    config: KVFrontierConfig, context: int, batch: int = 1, itemsize: int = 2, new_tokens: int = 1
+) -> int:
+    """Bytes of the storages behind the keys and values that a dynamic cache holds after `context` tokens, the last
+    `new_tokens` of which were given together; of a static cache, with `context` its length.
+
+    A sliding layer of transformers keeps window - 1 positions between two steps, but as a view of the tensor that the
+    last step attended to, which had the new tokens too: after a step of one token that is the window, and after a
+    prompt it is the whole prompt, until the next step.
+    """
+    elements = 0
+    for layer, window in enumerate(config.windows):
+        if config.kv_source_layers[layer] == layer:
+            positions = context if window is None else min(context, window - 1 + new_tokens)
+            elements += config.key_value_heads[layer] * 2 * config.head_dim * positions
+    return batch * itemsize * elements
+
+
+def _lengths(config: KVFrontierConfig) -> list[str]:
+    """What is wrong with the lengths of lists; no list is read before they are right."""
+    problems = [
+        f"{name} is {getattr(config, name)!r}; it must be at least 1"
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        if getattr(config, name) < 1
+    ]
+    names = ("layer_types", "kv_source_layers", "layer_sliding_windows", "layer_key_value_heads", "layer_rope_thetas")
+    for name in (*names, "layer_sinks", "layer_kv_norms"):
+        values = getattr(config, name)
+        if values is not None and len(values) != config.num_hidden_layers:
+            problems.append(f"{name} has {len(values)} entries; num_hidden_layers is {config.num_hidden_layers}")
+    return problems
+
+
+def _shapes(config: KVFrontierConfig) -> list[str]:
+    """What is wrong with heads, layer types and windows."""
+    problems = []
+    for layer, heads in enumerate(config.key_value_heads):
+        if heads < 1 or config.num_attention_heads % heads:
+            problems.append(f"layer {layer}: {heads} key/value heads do not divide {config.num_attention_heads} heads")
+    if max(config.key_value_heads) != config.num_key_value_heads:
+        problems.append(f"num_key_value_heads is {config.num_key_value_heads}; the list's most are other")
+    for layer, (kind, window) in enumerate(zip(config.layer_types, config.windows, strict=True)):
+        if kind not in LAYER_TYPES:
+            problems.append(f"layer {layer}: layer type {kind!r}; it must be one of {', '.join(LAYER_TYPES)}")
+        elif (kind == "sliding_attention") != (window is not None):
+            problems.append(f"layer {layer}: {kind} with a window of {window}; sliding layers, and only they, have one")
+        elif window is not None and window < 2:
+            problems.append(f"layer {layer}: a window of {window}; the caches of transformers hold no less than 2")
+    sliding = [window for window in config.windows if window is not None]
+    if config.sliding_window != max(sliding, default=None):
+        problems.append(
+            f"sliding_window is {config.sliding_window}; the layers' largest is {max(sliding, default=None)}"
+        )
+    return problems
+
+
+def _rotation(config: KVFrontierConfig) -> list[str]:
+    problems = []
+    if config.head_dim % 2:
+        problems.append(f"head_dim is {config.head_dim}; rotary embeddings need an even number")
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        problems.append(f"rope_parameters is {rope!r}; it must be of rope_type default, with a rope_theta")
+    return problems
+
+
+def _sources(config: KVFrontierConfig) -> list[str]:
+    """What is wrong with who reads whom: a reader and its source share one cache, so they see the same of it."""
+    problems = []
+    for layer, source in enumerate(config.kv_source_layers):
+        if not 0 <= source <= layer or config.kv_source_layers[source] != source:
+            problems.append(f"layer {layer} reads layer {source}; it must read itself, or an earlier layer that does")
+            continue
+        for name in ("layer_types", "windows", "key_value_heads", "rope_thetas"):
+            values = getattr(config, name)
+            if values[layer] != values[source]:
+                problems.append(
+                    f"layer {layer} reads layer {source}; their {name} differ: {values[layer]!r}, not "
+                    f"{values[source]!r}"
+                )
+        if source != layer and config.kv_norms[layer]:
+            problems.append(f"layer {layer} reads layer {source} and projects nothing; it can have no kv_norm")
+    return problems

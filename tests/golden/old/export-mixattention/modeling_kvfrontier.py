@@ -1,0 +1,399 @@
+"""A Llama-style decoder in which layers read keys and values of their own or of an earlier layer.
+
+What a layer reads travels as plain tensors, returned by the layer that computed them and given to those that read them,
+with and without a cache: training and decoding take one path. Only the layer that computes them has weights for them,
+and only it has a cache.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_kvfrontier import KVFrontierConfig
+
+Rope = tuple[Tensor, Tensor]
+
+# Attention implementations that know what to do with a sink; others would leave it out in silence.
+WITH_SINKS = ("eager", "paged|eager", "flex_attention", "kernels-community/vllm-flash-attn3", "vllm")
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class KVFrontierRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, all of it in at least fp32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(at_least_fp32(input_dtype))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * hidden_states).to(input_dtype)
+
+
+class KVFrontierMLP(nn.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, config: KVFrontierConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rope_table(position_ids: Tensor, dim: int, theta: float) -> Rope:
+    """Cosines and sines, fp32, of shape [batch, 1, length, dim / 2].
+
+    Made anew in each forward: a buffer made in a constructor is left uninitialised by `from_pretrained`.
+    """
+    exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
+    angle = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """The two halves of the last axis, rotated against each other in at least fp32."""
+    cos, sin = rope
+    first, second = x.to(at_least_fp32(x.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in at least fp32. A sink `s_aux` [heads] is one more score, of a value that is zero."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    scores = scores.to(at_least_fp32(scores.dtype))
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]].to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class KVFrontierAttention(nn.Module):
+    """Queries of this layer over keys and values that it is given."""
+
+    def __init__(self, config: KVFrontierConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.key_value_heads[layer_idx]
+        self.scaling = self.head_dim**-0.5
+        self.sliding_window = config.windows[layer_idx]
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.has_sinks = config.sinks[layer_idx]
+        if self.has_sinks:  # where there are none there is no such attribute: paged attention looks for it
+            self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        position_embeddings: Rope,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
+        query_states = rotate(query_states, position_embeddings)
+        sinks = self.sinks if self.has_sinks else None
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=sinks,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+
+
+class KVFrontierOwnerAttention(KVFrontierAttention):
+    """Attention of a layer that also computes the keys and values that it and others read."""
+
+    def __init__(self, config: KVFrontierConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        width = config.key_value_heads[layer_idx] * self.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def write(self, hidden_states: Tensor, rope: Rope, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values of the tokens at hand, after those of the cache that they may see."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key_states = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rope)
+        value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        return key_states, value_states
+
+
+class KVFrontierDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: KVFrontierConfig, layer_idx: int):
+        super().__init__()
+        self.owns_kv = config.kv_source_layers[layer_idx] == layer_idx
+        attention = KVFrontierOwnerAttention if self.owns_kv else KVFrontierAttention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = KVFrontierMLP(config)
+        self.input_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.has_kv_norm = config.kv_norms[layer_idx]
+        if self.has_kv_norm:
+            self.kv_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_states: Tensor | None,
+        value_states: Tensor | None,
+        position_embeddings: Rope,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next residual stream, and the keys and values that this layer read: those given, unless it owns some.
+
+        All three are tensors in a flat tuple, and given by position, as gradient checkpointing wants them.
+        """
+        normed = self.input_layernorm(hidden_states)
+        if self.owns_kv:
+            source = self.kv_layernorm(hidden_states) if self.has_kv_norm else normed
+            key_states, value_states = self.self_attn.write(source, position_embeddings, past_key_values)
+        attended, _ = self.self_attn(normed, key_states, value_states, position_embeddings, attention_mask, **kwargs)
+        hidden_states = hidden_states + attended
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, key_states, value_states
+
+
+class KVFrontierPreTrainedModel(PreTrainedModel):
+    config: KVFrontierConfig
+    config_class = KVFrontierConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["KVFrontierDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": KVFrontierDecoderLayer,
+        "attentions": KVFrontierAttention,
+    }
+
+    def __init__(self, config: KVFrontierConfig):
+        self._supports_sdpa = not any(config.sinks)  # read by the constructor below, which then chooses eager
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, KVFrontierAttention) and module.has_sinks:
+            init.zeros_(module.sinks)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: KVFrontierConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The masks of `config.mask_names`, each for the keys that the first layer of that name reads."""
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and len(set(config.mask_names)) > 1:
+            raise ValueError(
+                "one 4D attention mask for layers that see different positions; give a dict of masks by "
+                f"name: {', '.join(dict.fromkeys(config.mask_names))}"
+            )
+        masks = {}
+        for layer, name in enumerate(config.mask_names):
+            if name in masks:
+                continue
+            window, own = config.windows[layer], config
+            create = create_causal_mask if window is None else create_sliding_window_causal_mask
+            if window not in (None, config.sliding_window):  # the mask function reads the window there
+                own = copy.copy(config)
+                own.sliding_window = window
+            masks[name] = create(
+                config=own,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                layer_idx=layer,
+            )
+        return masks
+
+
+def fit_windows(cache: Cache, config: KVFrontierConfig) -> None:
+    """Give each layer of a new cache its own window: builders of transformers know of one, the largest."""
+    for layer, window in enumerate(config.windows):
+        if window not in (None, config.sliding_window) and config.kv_source_layers[layer] == layer:
+            built = cache.layers[layer]
+            if isinstance(built, StaticSlidingWindowLayer):
+                cache.layers[layer] = StaticSlidingWindowLayer(built.max_cache_len, sliding_window=window)
+            else:
+                cache.layers[layer] = DynamicSlidingWindowLayer(sliding_window=window)
+
+
+class KVFrontierModel(KVFrontierPreTrainedModel):
+    def __init__(self, config: KVFrontierConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(KVFrontierDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.last_readers = {source: layer for layer, source in enumerate(config.kv_source_layers)}
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The last hidden states, normalised. `attention_mask` may be a dict of masks by `config.mask_names`."""
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of them")
+        if any(config.sinks) and (chosen := config._attn_implementation) not in WITH_SINKS:
+            raise ValueError(
+                f"{chosen} takes no attention sinks, which this model has; load it with attn_implementation='eager'"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+            fit_windows(past_key_values, config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = self.create_masks_for_generate(config, inputs_embeds, masks, past_key_values, position_ids)
+        if missing := sorted(set(config.mask_names) - masks.keys()):
+            raise ValueError(f"no attention mask for {', '.join(missing)}; generate_batch knows one window size alone")
+        ropes = {theta: rope_table(position_ids, config.head_dim, theta) for theta in set(config.rope_thetas)}
+
+        hidden_states = inputs_embeds
+        nothing = (None, None)
+        written: list[tuple[Tensor | None, Tensor | None]] = [nothing] * len(self.layers)
+        for layer, block in enumerate(self.layers):
+            source = config.kv_source_layers[layer]
+            hidden_states, *states = block(
+                hidden_states,
+                *written[source],
+                position_embeddings=ropes[config.rope_thetas[layer]],
+                attention_mask=masks[config.mask_names[layer]],
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            read_again = layer < self.last_readers[source]  # else checkpointing would keep them for nobody
+            written[source] = (states[0], states[1]) if read_again else nothing
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: KVFrontierConfig):
+        super().__init__(config)
+        self.model = KVFrontierModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last `logits_to_keep` positions (0: all; a tensor: those positions); with `labels` the loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        built = model_kwargs.get("past_key_values")
+        if built is not None and given is None:
+            fit_windows(built, self.config)

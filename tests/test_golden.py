@@ -1,0 +1,114 @@
+"""Golden numbers: a change that is meant to be neutral leaves losses and state-dict names as they are.
+
+`python tests/test_golden.py` rewrites tests/golden/*.json; a commit that does so says which numbers moved and why.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if __name__ == "__main__":  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from conftest import ARCHS, documents, small
+
+from arch import ModelConfig, build
+from arch.config import EncoderConfig
+from data.batches import TrainBatches, besides
+from data.config import DataConfig
+from eval.layouts import load_arch
+from train.loss import cross_entropy_sum
+from train.optim import build_optimizer
+from train.schema import OptimConfig, framing
+
+GOLDEN = Path(__file__).with_name("golden")
+STEPS, BATCH, SEQ_LEN, END_OF_TEXT = 4, 4, 32, 256
+
+
+def variants() -> Iterator[tuple[str, ModelConfig]]:
+    """Every file of configs/arch, and what the files leave at its default: the neox style, the paper's other embedders
+    and token decoders."""
+    for name in ARCHS:
+        yield name, small(name)
+    for name in ("gqa2", "mla", "bct", "block"):
+        yield f"{name}-neox", small(name, style="neox", head_dim=8, tie_embeddings=False)
+    for embedder, kind in (("projection", "summation"), ("encoder", "cross"), ("cls", "prefix")):
+        layout = deepcopy(load_arch("block"))
+        assert layout.block is not None
+        layout.block.embedder, layout.block.token.kind = embedder, kind
+        layout.block.encoder = EncoderConfig(layers=1, d_model=16, num_heads=2, d_ff=24)
+        if embedder == "projection":
+            layout.block.encoder, layout.block.start = EncoderConfig(), False
+        yield f"block-{embedder}-{kind}", small(layout, num_layers=4)
+
+
+VARIANTS = dict(variants())
+
+
+class Text:
+    """The bytes of the unit corpus, each document followed by an end of text, in rows of SEQ_LEN + 1."""
+
+    seq_len, end_of_text = SEQ_LEN, END_OF_TEXT
+
+    def __init__(self) -> None:
+        tokens = [token for _, text in documents() for token in (*text.encode(), END_OF_TEXT)]
+        whole = len(tokens) // SEQ_LEN * SEQ_LEN
+        self.tokens = np.array(tokens[: whole + 1], dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // SEQ_LEN
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[index * SEQ_LEN : (index + 1) * SEQ_LEN + 1]
+
+
+def measure(config: ModelConfig) -> dict[str, object]:
+    """Loss in nats per target at each of a few fp32 steps, and the shape of each tensor of the state dict."""
+    config = deepcopy(config)
+    config.size.vocab_size, config.size.seq_len = END_OF_TEXT + 1, SEQ_LEN
+    model = build(config)
+    model.init_weights(seed=0)
+    optimizer = build_optimizer(model, OptimConfig(lr=3e-3))
+    losses = []
+    for batch in TrainBatches(Text(), 0, STEPS, BATCH, BATCH, framing=framing(config.arch, DataConfig())):
+        loss = model(batch["inputs"], head=cross_entropy_sum(model.predicted(batch["targets"])), **besides(batch))
+        loss = loss / batch["step_targets"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(round(loss.item(), 6))
+    return {"losses": losses, "state": {name: list(value.shape) for name, value in model.state_dict().items()}}
+
+
+def path_of(name: str) -> Path:
+    return GOLDEN / f"{name}.json"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_losses_and_names(name: str) -> None:
+    golden, now = json.loads(path_of(name).read_text()), measure(VARIANTS[name])
+    assert now["state"] == golden["state"]
+    assert now["losses"] == pytest.approx(golden["losses"], abs=2e-5), "rounding alone differs by less"
+
+
+def test_every_file_is_a_case() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(VARIANTS)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for path in GOLDEN.glob("*.json"):
+        path.unlink()
+    for name, config in VARIANTS.items():
+        state = measure(config)
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(shape)}" for key, shape in state["state"].items())
+        path_of(name).write_text(f'{{\n  "losses": {json.dumps(state["losses"])},\n  "state": {{\n{lines}\n  }}\n}}\n')
+        print(name, *state["losses"])
