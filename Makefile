@@ -40,13 +40,13 @@ test: lint
 #   .venv/bin/pip install --no-deps litgpt psutil
 bench: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
-	$(BIN)/python train/bench.py +arch=gqa4 +size=20m $(BENCH)
+	$(BIN)/python train/benchmarks/cpu.py +arch=gqa4 +size=20m $(BENCH)
 
 faults: env
-	$(BIN)/python train/faults.py
+	$(BIN)/python train/benchmarks/faults.py
 
 gpu: env
-	$(BIN)/python train/gpu_suite.py $(GPU)
+	$(BIN)/python train/benchmarks/gpu_suite.py $(GPU)
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ from .config import (
 from .decoder import Decoder
 from .generate import generate
 from .model import LanguageModel, build
-from .plan import KVPlan, LayoutError, Slot, Store
+from .plan import KVPlan, LayoutError, SlotShape, StoreSpec
 
 __all__ = [
     "ArchConfig",
@@ -35,9 +35,9 @@ __all__ = [
     "ModelConfig",
     "Plan",
     "SizeConfig",
-    "Slot",
-    "Store",
+    "SlotShape",
     "StoreConfig",
+    "StoreSpec",
     "TokenDecoderConfig",
     "allocate",
     "allocate_blocks",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernels import flash, flash_mask, flash_missing, flex, varlen
+from .attend_kernels import flash, flash_mask, flash_missing, flex, varlen
 from .layers import at_least_fp32
 from .masks import Dense, Sequences, blocks, dense, packed, visible
 

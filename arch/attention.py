@@ -13,11 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, Needs, attend
-from .bounded import BoundedReader, BoundedWriter, Steps
+from .bounded import BoundedReader, BoundedWriter, TokenPositions
+from .buffers import AppendBuffer, RingBuffer, Slots
 from .config import SizeConfig
 from .layers import RMSNorm, Rope, rotate
-from .plan import Store, head_dim, is_neox
-from .stores import AppendStore, RingStore, Slots
+from .plan import StoreSpec, head_dim, is_neox
 
 # Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -26,7 +26,7 @@ LATENT_NORM_EPS = 1e-6
 class GroupedWriter(nn.Module):
     """Keys, rotated once, and values: ([B, T, K, H], [B, T, K, H])."""
 
-    def __init__(self, size: SizeConfig, store: Store):
+    def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         slot = store.slot
         self.kv_heads = slot.kv_heads
@@ -37,8 +37,8 @@ class GroupedWriter(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        mask: Mask | Steps | None = None,
-        store: AppendStore | RingStore | None = None,
+        mask: Mask | TokenPositions | None = None,
+        store: AppendBuffer | RingBuffer | None = None,
         offset: int = 0,
     ) -> Slots:
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
@@ -50,7 +50,7 @@ class GroupedWriter(nn.Module):
 class GroupedReader(nn.Module):
     """Queries of this layer over shared keys and values."""
 
-    def __init__(self, size: SizeConfig, store: Store):
+    def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.scale = width**-0.5
@@ -69,7 +69,7 @@ class GroupedReader(nn.Module):
 class LatentWriter(nn.Module):
     """The normalised latent and the rotated key that all heads share: ([B, T, R], [B, T, P])."""
 
-    def __init__(self, size: SizeConfig, store: Store):
+    def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         self.widths = [store.slot.latent_dim, store.slot.rope_dim]
         self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=is_neox(size))
@@ -79,8 +79,8 @@ class LatentWriter(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Rope,
-        mask: Mask | Steps | None = None,
-        store: AppendStore | RingStore | None = None,
+        mask: Mask | TokenPositions | None = None,
+        store: AppendBuffer | RingBuffer | None = None,
         offset: int = 0,
     ) -> Slots:
         latent_BTR, k_rope_BTP = self.kv_down_proj(x_BTD).split(self.widths, dim=-1)
@@ -96,7 +96,7 @@ class LatentReader(nn.Module):
     over latents of width R + P. For that the expansion has no bias in any style.
     """
 
-    def __init__(self, size: SizeConfig, store: Store):
+    def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
         self.scale = (self.width + self.rope_dim) ** -0.5
@@ -133,24 +133,19 @@ class LatentReader(nn.Module):
         return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))
 
 
-def rope_key(store: Store) -> tuple[int, float]:
-    """What decides a rotary table: (width, base)."""
-    return store.rotary_dim or store.slot.rotary_dim, store.rope_theta
-
-
-def build_writer(size: SizeConfig, store: Store) -> nn.Module:
-    if store.slots:
+def build_writer(size: SizeConfig, store: StoreSpec) -> nn.Module:
+    if store.num_slots:
         return BoundedWriter(size, store)
     return LatentWriter(size, store) if store.slot.latent_dim else GroupedWriter(size, store)
 
 
-def build_reader(size: SizeConfig, store: Store) -> nn.Module:
-    if store.slots:
+def build_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
+    if store.num_slots:
         return BoundedReader(size, store)
     return (LatentReader if store.slot.latent_dim else GroupedReader)(size, store)
 
 
-def attention_needs(size: SizeConfig, store: Store, documents: bool = False) -> Needs:
+def attention_needs(size: SizeConfig, store: StoreSpec, documents: bool = False) -> Needs:
     """What the layers that read `store` ask of an attention backend."""
     latent, width = bool(store.slot.latent_dim), head_dim(size)
     asked = {

@@ -101,9 +101,9 @@ def origin(plan: BlockPlan, positions: str) -> int:
         raise ValueError(f"positions is {positions!r}; it is training or shipped")
     if positions == "training":
         return 0
-    if any(store.slots for store in plan.token.stores):
+    if any(store.num_slots for store in plan.token.stores):
         raise ValueError("positions='shipped' is of softmax attention; the token decoder has a bounded store: drop it")
-    return plan.slots - plan.length
+    return plan.num_positions - plan.length
 
 
 def trim(said_BT: Tensor, rest_B: Tensor, max_new_tokens: int, stop_token: int | None) -> list[list[int]]:

@@ -21,25 +21,27 @@ class BlockPlan:
     """The resolved layout of a Block Transformer.
 
     length   tokens of a block
-    context  vectors that a block's context is expanded to
-    slots    positions of the token decoder: it says the tokens of a block from its last `length` ones
+    num_context_vectors  vectors that a block's context is expanded to
+    num_positions  positions per block in the token decoder; the last `length` of them predict the block
     start    whether the first block is predicted too, from a learned context
     block, token   plans of the block decoder and of the token decoder
     cross    whether the context is no part of the sequence: each layer of the token decoder has keys and values of it,
-             `context` slots of its own store's shape
+             `num_context_vectors` slots of its own store's shape
     """
 
     length: int
-    context: int
-    slots: int
+    num_context_vectors: int
+    num_positions: int
     start: bool
     block: KVPlan
     token: KVPlan
     cross: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `plan_from_dict` reads it back."""
-        return asdict(self)
+        """Plain data for JSON, under the names of earlier versions; `plan_from_dict` reads it back."""
+        values = {name: getattr(self, name) for name in ("length", "start", "cross")}
+        values |= {"context": self.num_context_vectors, "slots": self.num_positions}
+        return values | {"block": self.block.to_dict(), "token": self.token.to_dict()}
 
     def __str__(self) -> str:
         return f"blocks of {self.length}: {self.block}; within one: {self.token}"
@@ -60,13 +62,20 @@ def plan_from_dict(values: dict[str, Any]) -> Plan:
     """The plan that `to_dict` wrote."""
     if "block" not in values:
         return KVPlan.from_dict(values)
-    parts = {name: KVPlan.from_dict(values[name]) for name in ("block", "token")}
-    return BlockPlan(**{**values, **parts})
+    return BlockPlan(
+        length=values["length"],
+        num_context_vectors=values["context"],
+        num_positions=values["slots"],
+        start=values["start"],
+        block=KVPlan.from_dict(values["block"]),
+        token=KVPlan.from_dict(values["token"]),
+        cross=values["cross"],
+    )
 
 
 def resolve_block(config: ModelConfig) -> BlockPlan:
     """The plans of `config`; raises LayoutError with every problem."""
-    coarse, fine = stages(config)
+    coarse, fine = split_config(config)
     block = block_config(config)
     context = block.token.prefix if block.token.kind == "prefix" else block.length
     slots = block.length + (context - 1 if block.token.kind == "prefix" else 0)
@@ -80,7 +89,7 @@ def block_config(config: ModelConfig) -> BlockConfig:
     return config.arch.block
 
 
-def stages(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
+def split_config(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
     """The block decoder and the token decoder as models of their own. Raises LayoutError with every problem of both."""
     block, size = block_config(config), config.size
     problems = _check(config, block)

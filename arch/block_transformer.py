@@ -15,11 +15,12 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .block_plan import BlockPlan, block_config, embed_dim, embedded, has_encoder, resolve_block, stages
+from .block_plan import BlockPlan, block_config, embed_dim, embedded, has_encoder, resolve_block, split_config
 from .cache import Cache, allocate
 from .config import ModelConfig
-from .decoder import Decoder, Stack, initialise
+from .decoder import Decoder, Stack
 from .encoder import Encoder
+from .init import initialise
 
 
 class Embedder(nn.Module):
@@ -73,17 +74,17 @@ class BlockTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
         super().__init__()
-        coarse, fine = stages(config)
+        coarse, fine = split_config(config)
         self.config = config
         self.plan: BlockPlan = resolve_block(config)
         self.kind = block_config(config).token.kind
         self.bos_token = block_config(config).token.bos_token
         self.embedder = Embedder(config, backend)
         self.start = nn.Parameter(torch.empty(coarse.size.d_model)) if block_config(config).start else None
-        bounded = [any(store.slots for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
+        bounded = [any(store.num_slots for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
         of_blocks = "auto" if backend == "fla" and bounded == [False, True] else backend
         self.block_decoder = Stack(coarse, of_blocks, device_type)
-        self.expansion = nn.Linear(coarse.size.d_model, self.plan.context * fine.size.d_model)
+        self.expansion = nn.Linear(coarse.size.d_model, self.plan.num_context_vectors * fine.size.d_model)
         # Other kernels fill a tile of 128 with each block, and not all take so many rows: in_parts is for sdpa alone.
         within = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
         self.token_decoder = Decoder(fine, within, device_type, cross=self.plan.cross)
@@ -152,7 +153,7 @@ class BlockTransformer(nn.Module):
 
     def expand(self, context_MD: Tensor) -> Tensor:
         """The context as C vectors of the token decoder's width, [M, C, D]."""
-        context_MCD: Tensor = rearrange(self.expansion(context_MD), "m (c d) -> m c d", c=self.plan.context)
+        context_MCD: Tensor = rearrange(self.expansion(context_MD), "m (c d) -> m c d", c=self.plan.num_context_vectors)
         return context_MCD
 
     def token_inputs(self, context_MCD: Tensor, tokens_ML: Tensor) -> Tensor:
@@ -207,5 +208,7 @@ def allocate_blocks(
     Only complete blocks take room that grows. `start_B`: row b is padding before block `start_B[b]`.
     """
     blocks = allocate(plan.block, batch, capacity // plan.length, dtype=dtype, device=device, start_B=start_B)
-    context = plan.context if plan.cross else 0
-    return BlockCache(blocks, allocate(plan.token, batch, plan.slots, dtype=dtype, device=device, context=context))
+    context = plan.num_context_vectors if plan.cross else 0
+    return BlockCache(
+        blocks, allocate(plan.token, batch, plan.num_positions, dtype=dtype, device=device, context=context)
+    )

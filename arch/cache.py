@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention import rope_key
-from .bounded import Steps
+from .bounded import TokenPositions
+from .buffers import AppendBuffer, Buffer, RingBuffer, Slots, StateBuffer
 from .layers import at_least_fp32, rope_table
 from .masks import Dense, Sequences, dense, visible
-from .plan import KVPlan, Store
-from .stores import AnyStore, AppendStore, RingStore, Slots, StateStore
+from .plan import KVPlan, StoreSpec
 
 
 @dataclass
@@ -25,11 +24,11 @@ class Cache:
     """
 
     plan: KVPlan
-    stores: tuple[AnyStore, ...]
+    stores: tuple[Buffer, ...]
     capacity: int
     start_B: Tensor | None = None
     length: int = 0
-    context: tuple[AppendStore, ...] = ()
+    context: tuple[AppendBuffer, ...] = ()
     origin: int = 0
 
     @property
@@ -72,20 +71,20 @@ class Cache:
         if self.start_B is None and window is None and length == 1:
             return Dense(causal=False, allowed=None)
         alike = (s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
-        store = next(s for s in alike if not isinstance(s, StateStore))
+        store = next(s for s in alike if not isinstance(s, StateBuffer))
         query = torch.arange(self.length, self.length + length, device=device)
         slots = store.indices(self.length, length, device)
         return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
 
-    def steps(self, store: Store, length: int, device: torch.device) -> Steps:
+    def steps(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
         """Where the next `length` tokens stand, for the bounded store `store`."""
         before = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
         place = before[None] if self.start_B is None else before - self.start_B[:, None]
         if store.window is None:
-            return Steps(place, None)
+            return TokenPositions(place, None)
         past = place[:, : store.window].clamp(min=0)
-        rope = rope_table(past[0] if self.start_B is None else past, *rope_key(store))
-        return Steps(place[:, store.window :], rope)
+        rope = rope_table(past[0] if self.start_B is None else past, *store.rope_key)
+        return TokenPositions(place[:, store.window :], rope)
 
 
 def allocate(
@@ -104,17 +103,17 @@ def allocate(
     `context`: vectors outside of the sequence that every layer attends to, whose slots are in no plan.
     """
 
-    def zeros(store: Store, positions: int) -> Slots:
+    def zeros(store: StoreSpec, positions: int) -> Slots:
         shapes = ((batch, positions, *tail) for tail in store.slot.shapes)
         return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
 
-    def make(store: Store) -> AnyStore:
-        tensors = zeros(store, store.positions(capacity) - store.slots)
-        if store.slots:
+    def make(store: StoreSpec) -> Buffer:
+        tensors = zeros(store, store.positions(capacity) - store.num_slots)
+        if store.num_slots:
             heads, width = store.slot.kv_heads, store.slot.k_dim + store.slot.v_dim
-            state = torch.zeros(batch, store.slots, heads, width, dtype=at_least_fp32(dtype), device=device)
-            return StateStore((state, *tensors) if store.window else (state,))
-        return AppendStore(tensors) if store.window is None else RingStore(tensors)
+            state = torch.zeros(batch, store.num_slots, heads, width, dtype=at_least_fp32(dtype), device=device)
+            return StateBuffer((state, *tensors) if store.window else (state,))
+        return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
 
-    kept = [AppendStore(zeros(plan.store(layer), context)) for layer in range(plan.num_layers if context else 0)]
+    kept = [AppendBuffer(zeros(plan.store(layer), context)) for layer in range(plan.num_layers if context else 0)]
     return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B, context=tuple(kept))

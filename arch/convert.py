@@ -100,7 +100,7 @@ class ConversionError(ValueError):
         super().__init__("\n".join(f"- {problem}" for problem in problems))
 
 
-class Unrepresentable(ConversionError):  # noqa: N818
+class UnsupportedModelError(ConversionError):
     """A model that nothing on the other side computes exactly."""
 
 
@@ -137,7 +137,7 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     """The config.json of the stock class that computes exactly what a Decoder of `config` does.
 
     It names no tensor type, and no special token: the stock defaults would end a generation at token 2. Raises
-    Unrepresentable with everything that no stock class holds.
+    UnsupportedModelError with everything that no stock class holds.
     """
     reasons = _not_stock(plan)
     if is_neox(config.size):
@@ -147,7 +147,7 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     if not reasons and _layout(resolve_stack(model_config(hf))) != _layout(plan):
         reasons = [f"layout: {ARCHITECTURES[hf['model_type']]} comes closest and does something else"]
     if reasons:
-        raise Unrepresentable(reasons)
+        raise UnsupportedModelError(reasons)
     return hf
 
 
@@ -214,8 +214,8 @@ def _not_stock(plan: KVPlan) -> list[str]:
         reasons.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
     if any(store.sinks for store in plan.stores):
         reasons.append(f"sinks: {stores([s.name for s in plan.stores if s.sinks])} has attention sinks")
-    if any(store.slots for store in plan.stores):
-        names = stores([s.name for s in plan.stores if s.slots])
+    if any(store.num_slots for store in plan.stores):
+        names = stores([s.name for s in plan.stores if s.num_slots])
         reasons.append(f"slots: {names} is bounded; stock caches merge nothing")
     if any(store.kv_norm for store in plan.stores):
         reasons.append(f"kv_norm: {stores([s.name for s in plan.stores if s.kv_norm])} has a norm of its own")
@@ -237,12 +237,12 @@ def _not_stock(plan: KVPlan) -> list[str]:
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that the config.json `hf` describes; `seq_len` is its `max_position_embeddings`.
 
-    Raises Unrepresentable with every key that says what a Decoder cannot do, and LayoutError where the widths are
+    Raises UnsupportedModelError with every key that says what a Decoder cannot do, and LayoutError where the widths are
     impossible.
     """
     model_type = str(hf.get("model_type"))
     if model_type not in ARCHITECTURES:
-        raise Unrepresentable([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
+        raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
     values = DEFAULTS | OWN_DEFAULTS[model_type] | dict(hf)
     latent = model_type == "deepseek_v3"
     problems = [
@@ -253,10 +253,10 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     theta = _rope_theta(values, problems)
     bad = bad_sizes(values, (*SIZES.values(), *(LATENT_WIDTHS if latent else ())), OPTIONAL_WIDTHS)
     if bad:
-        raise Unrepresentable(problems + bad)
+        raise UnsupportedModelError(problems + bad)
     arch, width = (_latent_layout if latent else _grouped_layout)(values, problems)
     if problems:
-        raise Unrepresentable(problems)
+        raise UnsupportedModelError(problems)
     sizes = {ours: values[theirs] for ours, theirs in SIZES.items()}
     config = ModelConfig(arch, from_dict(SizeConfig, sizes | {"head_dim": width, "rope_theta": theta}))
     resolve_stack(config)

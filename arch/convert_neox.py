@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
-from .convert import SIZES, ConversionError, Unrepresentable, bad_sizes
+from .convert import SIZES, ConversionError, UnsupportedModelError, bad_sizes
 from .decoder import Decoder
 from .plan import resolve_stack
 
@@ -59,7 +59,7 @@ NEOX_SIZES = SIZES | {"norm_eps": "layer_norm_eps"}
 def neox_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The model in style neox that the config.json `hf` of a GPTNeoXForCausalLM describes.
 
-    Raises Unrepresentable with every key that says something else, and LayoutError where the widths are impossible.
+    Raises UnsupportedModelError with every key that says something else, LayoutError where the widths are impossible.
     """
     values = DEFAULTS | dict(hf)
     problems = [
@@ -70,7 +70,7 @@ def neox_config(hf: Mapping[str, Any]) -> ModelConfig:
     theta = _rope_theta(values, problems)
     problems += bad_sizes(values, tuple(NEOX_SIZES.values()))
     if problems:
-        raise Unrepresentable(problems)
+        raise UnsupportedModelError(problems)
     sizes = {ours: values[theirs] for ours, theirs in NEOX_SIZES.items()}
     arch = ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"])
     config = ModelConfig(arch, from_dict(SizeConfig, sizes | {"rope_theta": theta, "style": "neox"}))

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
-from .convert import SIZES, Unrepresentable, weights_to_hf
-from .plan import KVPlan, Store, is_neox, resolve_stack
+from .convert import SIZES, UnsupportedModelError, weights_to_hf
+from .plan import KVPlan, StoreSpec, is_neox, resolve_stack
 
 T = TypeVar("T")
 
@@ -31,15 +31,15 @@ UNREAD = ("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_toke
 def remote_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json of the remote decoder that computes exactly what a Decoder of `config` does.
 
-    It names no tensor type and no special token. Raises Unrepresentable with everything that it cannot hold, and
+    It names no tensor type and no special token. Raises UnsupportedModelError with everything that it cannot hold, and
     LayoutError where the layout is impossible.
     """
     if config.arch.block is not None:
-        raise Unrepresentable(["block: a Block Transformer is no stack of decoder layers over one cache"])
+        raise UnsupportedModelError(["block: a Block Transformer is no stack of decoder layers over one cache"])
     plan = resolve_stack(config)
     reasons = _not_remote(config.size, plan)
     if reasons:
-        raise Unrepresentable(reasons)
+        raise UnsupportedModelError(reasons)
     windows = _each(plan, lambda store: store.window)
     heads = _each(plan, lambda store: store.slot.kv_heads)
     thetas = _each(plan, lambda store: store.rope_theta)
@@ -68,7 +68,7 @@ def remote_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _each(plan: KVPlan, value: Callable[[Store], T]) -> list[T]:
+def _each(plan: KVPlan, value: Callable[[StoreSpec], T]) -> list[T]:
     """`value` of the store that each layer reads."""
     return [value(plan.store(layer)) for layer in range(plan.num_layers)]
 
@@ -85,10 +85,10 @@ def _not_remote(size: SizeConfig, plan: KVPlan) -> list[str]:
     latent = [store.name for store in plan.stores if store.slot.latent_dim]
     if latent:
         reasons.append(f"latent: {stores(latent)} holds latents; the remote decoder has key/value heads alone")
-    bounded = [store.name for store in plan.stores if store.slots]
+    bounded = [store.name for store in plan.stores if store.num_slots]
     if bounded:
         reasons.append(f"slots: {stores(bounded)} is bounded; the caches of transformers merge nothing")
-    if any(store.window == 1 for store in plan.stores if not store.slots):
+    if any(store.window == 1 for store in plan.stores if not store.num_slots):
         reasons.append("window: the caches of transformers do not drop positions for a window of 1")
     return reasons
 
@@ -96,15 +96,15 @@ def _not_remote(size: SizeConfig, plan: KVPlan) -> list[str]:
 def remote_model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that `hf`, a config.json of the remote decoder, describes; `remote_config` gives it back.
 
-    Raises Unrepresentable with every key that is missing or says what cannot be, and LayoutError where widths are
+    Raises UnsupportedModelError with every key that is missing or says what cannot be, and LayoutError where widths are
     impossible.
     """
     if hf.get("model_type") != MODEL_TYPE:
-        raise Unrepresentable([f"model_type is {hf.get('model_type')!r}; it must be {MODEL_TYPE}"])
+        raise UnsupportedModelError([f"model_type is {hf.get('model_type')!r}; it must be {MODEL_TYPE}"])
     needed = (*SIZES.values(), "head_dim", "num_key_value_heads", "rope_parameters", "layer_types", "kv_source_layers")
     missing = [f"{key} is missing" for key in needed if hf.get(key) is None]
     if missing:
-        raise Unrepresentable(missing)
+        raise UnsupportedModelError(missing)
     depth, sources = hf["num_hidden_layers"], hf["kv_source_layers"]
     window, theta = hf.get("sliding_window"), hf["rope_parameters"].get("rope_theta")
     lists: dict[str, list[Any]] = {
@@ -117,9 +117,11 @@ def remote_model_config(hf: Mapping[str, Any]) -> ModelConfig:
     lists = {key: hf.get(key) or value for key, value in lists.items()}
     wrong = [key for key, values in (lists | {"kv_source_layers": sources}).items() if len(values) != depth]
     if wrong:
-        raise Unrepresentable([f"{key} does not have {depth} entries, one for each layer" for key in wrong])
+        raise UnsupportedModelError([f"{key} does not have {depth} entries, one for each layer" for key in wrong])
     if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
-        raise Unrepresentable([f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"])
+        raise UnsupportedModelError(
+            [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
+        )
     stores = [
         StoreConfig(heads, window=span, sinks=sink, kv_norm=norm, rope_theta=base)
         for span, heads, base, sink, norm in zip(*lists.values(), strict=True)
@@ -131,7 +133,9 @@ def remote_model_config(hf: Mapping[str, Any]) -> ModelConfig:
         again = remote_config(config)
         if all(hf.get(key) == value for key, value in again.items() if key not in UNREAD):
             return config
-    raise Unrepresentable([f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]])
+    raise UnsupportedModelError(
+        [f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]]
+    )
 
 
 def _layout(stores: list[StoreConfig], sources: list[int], by_kind: bool) -> ArchConfig:

@@ -10,7 +10,7 @@ import torch
 
 from .block_plan import resolve
 from .config import ModelConfig, from_dict
-from .convert import SIZES, Unrepresentable, Weight
+from .convert import SIZES, UnsupportedModelError, Weight
 from .footprint import num_params
 from .model import build
 from .plan import LayoutError
@@ -54,29 +54,31 @@ def shipped_config(config: ModelConfig) -> dict[str, Any]:
 def shipped_model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The model that `hf`, such a config.json, describes; `shipped_config` gives it back.
 
-    Raises Unrepresentable where keys are missing, say what cannot be, or contradict each other; LayoutError where the
-    layout is impossible.
+    Raises UnsupportedModelError where keys are missing, say what cannot be, or contradict each other; LayoutError where
+    the layout is impossible.
     """
     parts = {key: hf.get(key) for key in ("arch", "size")}
     missing = [f"{key} is missing; it must be a mapping" for key, part in parts.items() if not isinstance(part, dict)]
     if missing:
-        raise Unrepresentable(missing)
+        raise UnsupportedModelError(missing)
     repeats = re.findall(r"\sx(\d+)", json.dumps(hf["arch"]))
     if any(len(number) > 9 or int(number) > MOST_REPEATS for number in repeats):
-        raise Unrepresentable([f"arch.pattern repeats an item more than {MOST_REPEATS:,} times"])
+        raise UnsupportedModelError([f"arch.pattern repeats an item more than {MOST_REPEATS:,} times"])
     try:
         config = from_dict(ModelConfig, parts)
         again = {theirs: getattr(config.size, ours) for theirs, ours in STANDARD.items()}
         wrong = [f"{key} is {hf.get(key)!r}; size says {own!r}" for key, own in again.items() if hf.get(key) != own]
         if wrong:
-            raise Unrepresentable(wrong)
+            raise UnsupportedModelError(wrong)
         params = num_params(config, resolve(config))
-    except (LayoutError, Unrepresentable):
+    except (LayoutError, UnsupportedModelError):
         raise
     except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise Unrepresentable([f"arch and size describe no model: {error}"]) from error
+        raise UnsupportedModelError([f"arch and size describe no model: {error}"]) from error
     if params > MOST_PARAMS:
-        raise Unrepresentable([f"arch and size describe a model of {params:.1e} parameters; there is none that large"])
+        raise UnsupportedModelError(
+            [f"arch and size describe a model of {params:.1e} parameters; there is none that large"]
+        )
     return config
 
 

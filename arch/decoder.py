@@ -3,27 +3,26 @@
 Shapes: B batch, T new tokens, D model, V vocabulary.
 """
 
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attend import Backend, Mask, check_name, choose, dense_kernel
-from .attention import attention_needs, build_reader, build_writer, rope_key
-from .bounded import Steps, steps
+from .attention import attention_needs, build_reader, build_writer
+from .bounded import TokenPositions, steps
+from .bounded_fla import BoundedBackend, choose_bounded
+from .buffers import Buffer, Slots
 from .cache import Cache
 from .config import ModelConfig, SizeConfig
-from .cross import Context, CrossAttention
-from .gsa import BoundedBackend, choose_bounded
-from .layers import LayerNorm, RMSNorm, Rope, build_mlp, build_norm, rope_table
+from .cross_attention import Context, CrossAttention
+from .init import initialise
+from .layers import Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
-from .plan import KVPlan, Store, is_neox, resolve_stack
-from .stores import AnyStore, Slots
+from .plan import KVPlan, StoreSpec, is_neox, resolve_stack
 
 
 class Block(nn.Module):
@@ -32,7 +31,7 @@ class Block(nn.Module):
     With `cross`, attention to what is outside of the sequence comes after that to the sequence.
     """
 
-    def __init__(self, size: SizeConfig, store: Store, owner: bool, cross: bool = False):
+    def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False):
         super().__init__()
         self.parallel = is_neox(size)
         self.attn_norm = build_norm(size)
@@ -48,8 +47,8 @@ class Block(nn.Module):
         x_BTD: Tensor,
         slots: Slots,
         rope: Rope,
-        mask: Mask | Steps,
-        store: AnyStore | None = None,
+        mask: Mask | TokenPositions,
+        store: Buffer | None = None,
         offset: int = 0,
         context: Context | None = None,
     ) -> tuple[Tensor, Slots]:
@@ -108,7 +107,7 @@ class Stack(nn.Module):
             used.setdefault(how, {})[store.name] = None
         return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
 
-    def masks(self, x_BTD: Tensor, cache: Cache | None, documents_BT: Tensor | None) -> list[Mask | Steps]:
+    def masks(self, x_BTD: Tensor, cache: Cache | None, documents_BT: Tensor | None) -> list[Mask | TokenPositions]:
         """Of each store, made once for each distinct window and backend; of bounded ones, where tokens stand.
 
         Raises as `run` where they cannot be.
@@ -122,7 +121,7 @@ class Stack(nn.Module):
         (batch, length), device, stores = x_BTD.shape[:2], x_BTD.device, self.plan.stores
         if cache is not None:
             over = self.dense_masks(lambda window: cache.mask(window, length, device))
-            return [cache.steps(s, length, device) if s.slots else over[s.window] for s in stores]
+            return [cache.steps(s, length, device) if s.num_slots else over[s.window] for s in stores]
         if packed not in self.chosen:
             self.chosen[packed] = choose_backends(self.backend, self.config.size, self.plan, self.device_type, packed)
         sequences = Sequences(batch, length, documents_BT, device)
@@ -139,7 +138,7 @@ class Stack(nn.Module):
 
     def padded_masks(self, real_BT: Tensor) -> list[Mask]:
         """Of each store, where some tokens are padding. Raises ValueError where a store is bounded."""
-        if any(store.slots for store in self.plan.stores):
+        if any(store.num_slots for store in self.plan.stores):
             raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
         over = self.dense_masks(partial(padded, real_BT))
         return [over[store.window] for store in self.plan.stores]
@@ -172,7 +171,9 @@ class Stack(nn.Module):
             cache.check(self.plan, x_BTD.shape[0], length)
             offset = cache.length
             positions = cache.positions(length, device)
-        ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(map(rope_key, self.plan.stores))}
+        ropes = {
+            key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
+        }
 
         if torch.is_autocast_enabled(device.type):  # the residual stream is of the type that is computed in
             x_BTD = x_BTD.to(torch.get_autocast_dtype(device.type))
@@ -186,7 +187,7 @@ class Stack(nn.Module):
             arguments = (
                 x_BTD,
                 () if owner else written[read],
-                ropes[rope_key(spec)],
+                ropes[spec.rope_key],
                 masks[read],
                 cache.stores[read] if owner and cache is not None else None,
                 offset,
@@ -249,31 +250,6 @@ class Decoder(Stack):
         initialise(self, self.config.size.init_std, seed)
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float] | None = None) -> None:
-    """Linear and embedding weights from N(0, std), norms 1, all else 0. `own`: weights, by name, of another std.
-
-    Each parameter draws from a generator of its own, seeded by its name, so that the result depends neither on how
-    the parameters are sharded nor on which others exist: two layouts start from the same weights where they share
-    a name.
-    """
-    for name, parameter in model.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        module = model.get_submodule(owner)
-        full = torch.zeros(parameter.shape)
-        if kind == "weight" and isinstance(module, nn.Linear | nn.Embedding):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            full.normal_(0.0, (own or {}).get(name, std), generator=generator)
-        elif kind == "weight" and isinstance(module, RMSNorm | LayerNorm):
-            full.fill_(1.0)
-        if isinstance(parameter, DTensor):
-            full = full.to(parameter.device)
-            mesh, placements = parameter.device_mesh, parameter.placements
-            parameter.copy_(distribute_tensor(full, mesh, placements, src_data_rank=None))
-        else:
-            parameter.copy_(full)
-
-
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
 ) -> tuple[Backend | BoundedBackend | None, ...]:
@@ -283,11 +259,11 @@ def choose_backends(
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)
-    if name == "fla" and not any(store.slots for store in plan.stores):
+    if name == "fla" and not any(store.num_slots for store in plan.stores):
         raise ValueError("backend fla is for bounded stores, and the layout has none; choose another backend or auto")
     return tuple(
         choose_bounded(name, store, device_type, documents)
-        if store.slots
+        if store.num_slots
         else choose(name, attention_needs(size, store, documents), device_type)
         for store in plan.stores
     )

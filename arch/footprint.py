@@ -8,9 +8,9 @@ is `stored` at the full capacity for every sequence of the batch.
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, stages
+from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, split_config
 from .config import BlockConfig, ModelConfig, SizeConfig
-from .plan import CHUNK, KVPlan, Store, head_dim, is_neox
+from .plan import CHUNK, KVPlan, StoreSpec, head_dim, is_neox
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
     if isinstance(plan, BlockPlan):
         return block_kv_bytes(plan, context, itemsize)
     return KVBytes(
-        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.bound is None),
-        constant=sum(store_bytes(s, s.bound, itemsize) for s in plan.stores if s.bound is not None),
+        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.max_positions is None),
+        constant=sum(store_bytes(s, s.max_positions, itemsize) for s in plan.stores if s.max_positions is not None),
         stored=sum(store_bytes(s, context, itemsize) for s in plan.stores),
         read=sum(store_bytes(plan.store(i), context, itemsize) for i in range(plan.num_layers)),
     )
@@ -50,9 +50,9 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     of a block's context, all of which every token reads.
     """
     block = kv_bytes(plan.block, context // plan.length, itemsize)
-    token = kv_bytes(plan.token, plan.slots, itemsize)
-    first = plan.slots - plan.length + 1
-    steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.slots + 1))
+    token = kv_bytes(plan.token, plan.num_positions, itemsize)
+    first = plan.num_positions - plan.length + 1
+    steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.num_positions + 1))
     across = context_bytes(plan, itemsize)
     return KVBytes(
         per_token=_whole(Fraction(block.per_token) / plan.length),
@@ -66,20 +66,22 @@ def context_bytes(plan: BlockPlan, itemsize: int = 2) -> int:
     """Keys and values of one block's context in all layers of the token decoder, where they attend across to it."""
     if not plan.cross:
         return 0
-    return plan.context * sum(slot_bytes(plan.token.store(layer), itemsize) for layer in range(plan.token.num_layers))
+    return plan.num_context_vectors * sum(
+        slot_bytes(plan.token.store(layer), itemsize) for layer in range(plan.token.num_layers)
+    )
 
 
 def _whole(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
 
 
-def store_bytes(store: Store, context: int, itemsize: int = 2) -> int:
+def store_bytes(store: StoreSpec, context: int, itemsize: int = 2) -> int:
     """Bytes of one store after `context` tokens."""
-    whole = store.positions(context) - store.slots
-    return slot_bytes(store, itemsize) * whole + slot_bytes(store, state_itemsize(itemsize)) * store.slots
+    whole = store.positions(context) - store.num_slots
+    return slot_bytes(store, itemsize) * whole + slot_bytes(store, state_itemsize(itemsize)) * store.num_slots
 
 
-def slot_bytes(store: Store, itemsize: int = 2) -> int:
+def slot_bytes(store: StoreSpec, itemsize: int = 2) -> int:
     """Bytes of one position; of a merged slot, given `state_itemsize`."""
     return store.slot.elements * itemsize
 
@@ -105,14 +107,14 @@ def num_params(config: ModelConfig, plan: Plan) -> int:
 
 def block_params(config: ModelConfig, plan: BlockPlan) -> int:
     """Parameters of a Block Transformer: embedder, start context, both decoders, and the map between them."""
-    (coarse, fine), block = stages(config), block_config(config)
+    (coarse, fine), block = split_config(config), block_config(config)
     width, d_model = embed_dim(config), coarse.size.d_model
     embedder = config.size.vocab_size * width
     if block.embedder != "lookup":
         embedder += embedded(block) * width * d_model + d_model
     if has_encoder(block):
         embedder += encoder_params(block)
-    expansion = plan.context * fine.size.d_model * (d_model + 1)
+    expansion = plan.num_context_vectors * fine.size.d_model * (d_model + 1)
     start = d_model if plan.start else 0
     across = sum(cross_params(fine, plan.token, layer) for layer in range(plan.token.num_layers)) if plan.cross else 0
     return embedder + start + stack_params(coarse, plan.block) + expansion + num_params(fine, plan.token) + across
@@ -169,9 +171,9 @@ def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, in
     if store.owner == layer:
         matrices += size.d_model * slot.elements
         others += (norm_params(size) if store.kv_norm else 0) + slot.latent_dim
-        if store.slots:  # the router: a write query where it does not read the keys, addresses, and the gate
-            matrices += store.address_dim * (store.slots + (0 if store.window else size.d_model))
-            others += store.address_dim + store.slots
+        if store.num_slots:  # the router: a write query where it does not read the keys, addresses, and the gate
+            matrices += store.address_dim * (store.num_slots + (0 if store.window else size.d_model))
+            others += store.address_dim + store.num_slots
     return matrices + others, matrices
 
 
@@ -197,7 +199,7 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
 
     The last block is no context; the first is not predicted without a start context.
     """
-    (coarse, fine), block = stages(config), block_config(config)
+    (coarse, fine), block = split_config(config), block_config(config)
     contexts = seq_len // plan.length - 1
     predicted = contexts + (1 if plan.start else 0)
     total = stack_flops(coarse, plan.block, contexts)
@@ -207,8 +209,8 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
         total += contexts * encoder_flops(block)
     if plan.cross:
         total += predicted * sum(cross_flops(fine, plan, layer) for layer in range(plan.token.num_layers))
-    total += predicted * 2 * coarse.size.d_model * plan.context * fine.size.d_model
-    total += predicted * stack_flops(fine, plan.token, plan.slots)
+    total += predicted * 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
+    total += predicted * stack_flops(fine, plan.token, plan.num_positions)
     return total + predicted * plan.length * 2 * fine.size.d_model * fine.size.vocab_size
 
 
@@ -222,8 +224,8 @@ def encoder_flops(block: BlockConfig) -> int:
 def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int) -> int:
     """`forward_flops` of the cross-attention of one layer of the token decoder `config` over one block."""
     of_tokens, of_context = cross_matrices(config, plan.token, layer)
-    products = 2 * plan.slots * of_tokens + 2 * plan.context * of_context
-    return products + attention_flops(config, plan.token, layer, plan.slots * plan.context)
+    products = 2 * plan.num_positions * of_tokens + 2 * plan.num_context_vectors * of_context
+    return products + attention_flops(config, plan.token, layer, plan.num_positions * plan.num_context_vectors)
 
 
 def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
@@ -232,9 +234,9 @@ def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
     for layer in range(plan.num_layers):
         total += 2 * seq_len * layer_params(config, plan, layer)[1]
         store = plan.store(layer)
-        if store.slots:
+        if store.num_slots:
             total += bounded_flops(config, plan, layer, seq_len)
-        if store.window or not store.slots:
+        if store.window or not store.num_slots:
             total += attention_flops(config, plan, layer, visible_pairs(seq_len, store.window))
     return total
 
@@ -247,7 +249,7 @@ def bounded_flops(config: ModelConfig, plan: KVPlan, layer: int, seq_len: int) -
     chunks and all pairs in them are computed and counted, unlike the pairs of softmax attention.
     """
     store, heads = plan.store(layer), config.size.num_heads
-    chunk, slots, width = min(CHUNK, seq_len), store.slots, store.slot.k_dim
+    chunk, slots, width = min(CHUNK, seq_len), store.num_slots, store.slot.k_dim
     total = heads * 4 * (slots * width + chunk * width + chunk * slots)
     if store.owner == layer:
         total += store.slot.kv_heads * 4 * slots * width + 2 * chunk * slots  # the sums of log(1 - p)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .convert import ARCHITECTURES, ConversionError, Unrepresentable, Weight, model_config, weight_map
+from .convert import ARCHITECTURES, ConversionError, UnsupportedModelError, Weight, model_config, weight_map
 from .convert_neox import BUFFERS, from_neox, neox_config, neox_shapes
 from .convert_remote import MODEL_TYPE, remote_model_config
 from .convert_shipped import MODEL_TYPE as SHIPPED
@@ -43,8 +43,8 @@ class Source:
 def source(hf: Mapping[str, Any]) -> Source:
     """What the config.json `hf` describes.
 
-    Raises Unrepresentable with every key that says what our models cannot do, and LayoutError where the widths are
-    impossible.
+    Raises UnsupportedModelError with every key that says what our models cannot do, and LayoutError where the widths
+    are impossible.
     """
     model_type = str(hf.get("model_type"))
     if model_type == NEOX:
@@ -64,7 +64,7 @@ def source(hf: Mapping[str, Any]) -> Source:
         return Source(config, tensors, {})
     else:
         known = ", ".join((*ARCHITECTURES, NEOX, MODEL_TYPE, SHIPPED))
-        raise Unrepresentable([f"model_type is {model_type!r}; it must be one of {known}"])
+        raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {known}"])
     return Source(config, tensors, {head: embed} if config.size.tie_embeddings else {})
 
 

@@ -111,10 +111,10 @@ def packed(sequences: Sequences, window: int | None) -> Packed:
     room = 1 << (len(starts) - 1).bit_length()
     bounds = torch.full((room + 1,), total, dtype=torch.int32, device=device)
     bounds[: len(starts)] = starts
-    return Packed(bounds, length, narrower(window, length))
+    return Packed(bounds, length, effective_window(window, length))
 
 
-def narrower(window: int | None, length: int) -> int | None:
+def effective_window(window: int | None, length: int) -> int | None:
     return None if window is None or window >= length else window
 
 

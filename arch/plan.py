@@ -32,7 +32,7 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class Slot:
+class SlotShape:
     """Elements that one cached position holds: keys and values per head, or a latent and a rotary key for all heads."""
 
     kv_heads: int = 0
@@ -59,29 +59,34 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Store:
+class StoreSpec:
     """The slots that layer `owner` writes. `window` counts the current position; None keeps every position.
 
-    A bounded store has a `rule` and `slots`, into which positions are merged; its window, if any, are the last
-    positions, which are kept beside them as they are.
+    A bounded store merges positions into `num_slots` slots by `rule`; its window, if any, keeps the last positions
+    whole beside them.
     `rotary_dim`: leading elements of a key that are rotated; None: all that the slot allows.
     """
 
     name: str
     owner: int
-    slot: Slot
+    slot: SlotShape
     window: int | None
     sinks: bool
     kv_norm: bool
     rope_theta: float
     rotary_dim: int | None = None
-    slots: int = 0
+    num_slots: int = 0
     rule: str | None = None
 
     @property
-    def bound(self) -> int | None:
+    def rope_key(self) -> tuple[int, float]:
+        """What decides the rotary table of its keys: (width, base)."""
+        return self.rotary_dim or self.slot.rotary_dim, self.rope_theta
+
+    @property
+    def max_positions(self) -> int | None:
         """Positions and slots it never holds more of; None: it grows with the context."""
-        return self.slots + (self.window or 0) if self.slots else self.window
+        return self.num_slots + (self.window or 0) if self.num_slots else self.window
 
     @property
     def address_dim(self) -> int:
@@ -90,16 +95,25 @@ class Store:
 
     def positions(self, context: int) -> int:
         """Cached positions after `context` tokens. A bounded state is there whole from the first token on."""
-        if self.bound is None or self.slots:
-            return self.bound or context
-        return min(context, self.bound)
+        if self.max_positions is None or self.num_slots:
+            return self.max_positions or context
+        return min(context, self.max_positions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, under the names that plan.json and checkpoint.json have always had."""
+        return {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "StoreSpec":
+        fields = {"num_slots" if key == "slots" else key: value for key, value in values.items()}
+        return cls(**{**fields, "slot": SlotShape(**values["slot"])})
 
 
 @dataclass(frozen=True)
 class KVPlan:
     """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`."""
 
-    stores: tuple[Store, ...]
+    stores: tuple[StoreSpec, ...]
     reads: tuple[int, ...]
 
     @property
@@ -114,30 +128,30 @@ class KVPlan:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows of stores that are not bounded, in order of first use."""
-        return tuple(dict.fromkeys(store.window for store in self.stores if not store.slots))
+        return tuple(dict.fromkeys(store.window for store in self.stores if not store.num_slots))
 
-    def store(self, layer: int) -> Store:
+    def store(self, layer: int) -> StoreSpec:
         """The store that `layer` reads."""
         return self.stores[self.reads[layer]]
 
-    def readers(self, store: Store) -> tuple[int, ...]:
+    def readers(self, store: StoreSpec) -> tuple[int, ...]:
         """The layers that read `store`, its owner first."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == store.owner)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
-        return asdict(self)
+        return {"stores": tuple(store.to_dict() for store in self.stores), "reads": self.reads}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVPlan":
-        stores = tuple(Store(**{**store, "slot": Slot(**store["slot"])}) for store in values["stores"])
-        return cls(stores=stores, reads=tuple(values["reads"]))
+        """Raises KeyError or TypeError where `values` are not those of a plan."""
+        return cls(tuple(map(StoreSpec.from_dict, values["stores"])), tuple(values["reads"]))
 
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
         for bounded stores."""
         marks = (
-            "b" if store.slots else "s" if store.window else "" for store in map(self.store, range(len(self.reads)))
+            "b" if store.num_slots else "s" if store.window else "" for store in map(self.store, range(len(self.reads)))
         )
         return " ".join(f"{owner}{mark}" for owner, mark in zip(self.owners, marks, strict=True))
 
@@ -157,13 +171,13 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     if problems:
         raise LayoutError(problems)
 
-    stores: list[Store] = []
+    stores: list[StoreSpec] = []
     reads: list[int] = []
     latest: dict[str, int] = {}
     for layer, (verb, name) in enumerate(items):
         if verb == "new":
             latest[name] = len(stores)
-            stores.append(Store(owner=layer, **types[name]))
+            stores.append(StoreSpec(owner=layer, **types[name]))
         elif name not in latest:
             problems.append(
                 f"layer {layer}: `reuse {name}` has nothing to reuse, no layer below it writes a {name} store; "
@@ -213,10 +227,10 @@ def _check_size(size: SizeConfig) -> list[str]:
 
 
 def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> dict[str, Any]:
-    """The fields of `Store` that do not depend on the layer. Adds to `problems` what is wrong with them."""
+    """The fields of `StoreSpec` that do not depend on the layer. Adds to `problems` what is wrong with them."""
     where = f"arch.stores.{name}"
     width, heads = head_dim(size), size.num_heads
-    slot = Slot()
+    slot = SlotShape()
     if (store.kv_heads is None) == (store.latent is None):
         problems.append(f"{where} needs either kv_heads or latent, and not both")
     elif store.latent is not None:
@@ -224,14 +238,14 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         rope_dim = _share(f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems)
         if rope_dim % 2:
             problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
-        slot = Slot(latent_dim=latent_dim, rope_dim=rope_dim)
+        slot = SlotShape(latent_dim=latent_dim, rope_dim=rope_dim)
     else:
         wanted = "1/1" if store.kv_heads == "all" else store.kv_heads
         kv_heads = _share(f"{where}.kv_heads", wanted, heads, "the query heads", problems)
         if kv_heads and heads % kv_heads:
             divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             problems.append(f"{where}.kv_heads {kv_heads} does not divide the {heads} query heads; choose {divisors}")
-        slot = Slot(kv_heads=kv_heads, k_dim=width, v_dim=width)
+        slot = SlotShape(kv_heads=kv_heads, k_dim=width, v_dim=width)
     window = store.window
     if window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
@@ -249,7 +263,7 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         "sinks": store.sinks,
         "kv_norm": store.kv_norm,
         "rope_theta": float(store.rope_theta or size.rope_theta),
-        "slots": min(store.slots or 0, size.max_window or store.slots or 0),
+        "num_slots": min(store.slots or 0, size.max_window or store.slots or 0),
         "rule": store.rule,
         "rotary_dim": slot.k_dim // 4 if is_neox(size) and slot.k_dim else None,
     }

@@ -21,8 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
 from data.shards import DataError
-
-from .layouts import CONFIGS, names
+from eval.layouts import CONFIGS, names
 
 
 class UsageError(ValueError):

@@ -329,7 +329,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
     """curves.png and curves.json in `out`. Raises OSError where that cannot be written."""
-    from eval.curves_picture import draw_curves
+    from eval.plots.curves import draw_curves
 
     out.mkdir(parents=True, exist_ok=True)
     (out / "curves.json").write_text(json.dumps(result, indent=1))

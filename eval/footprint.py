@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, Store, resolve
+from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, StoreSpec, resolve
 from arch.footprint import (
     context_bytes,
     kv_bytes,
@@ -115,7 +115,7 @@ def plan_tables(name: str, plan: Plan, context: int, itemsize: int) -> list[Tabl
         fine = f"keys and values of a block's context, all layers: {bytes_text(context_bytes(plan, itemsize))}\n{fine}"
     return [
         stack_table(title, plan.block, context // plan.length, itemsize, "block"),
-        stack_table(fine, plan.token, plan.slots, itemsize, "position"),
+        stack_table(fine, plan.token, plan.num_positions, itemsize, "position"),
     ]
 
 
@@ -145,17 +145,17 @@ def stack_table(name: str, plan: KVPlan, context: int, itemsize: int, unit: str 
     return result
 
 
-def keeps(store: Store) -> str:
+def keeps(store: StoreSpec) -> str:
     """What a store keeps: `all`, `last 1,024`, `64 slots`, `last 512 + 64 slots`."""
     parts = [f"last {store.window:,}"] if store.window else []
-    parts += [f"{store.slots:,} slots"] if store.slots else []
+    parts += [f"{store.num_slots:,} slots"] if store.num_slots else []
     return " + ".join(parts) or "all"
 
 
-def slot_sizes(store: Store, itemsize: int) -> str:
+def slot_sizes(store: StoreSpec, itemsize: int) -> str:
     """Bytes of a position; of a merged slot, which has wider elements, too or instead."""
-    parts = [slot_bytes(store, itemsize)] if store.window or not store.slots else []
-    parts += [slot_bytes(store, state_itemsize(itemsize))] if store.slots else []
+    parts = [slot_bytes(store, itemsize)] if store.window or not store.num_slots else []
+    parts += [slot_bytes(store, state_itemsize(itemsize))] if store.num_slots else []
     return " + ".join(f"{size:,}" for size in parts)
 
 
@@ -207,7 +207,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         for each in plan_tables(choices.arch, plan, context, options.itemsize):
             console.print(each)
         if options.picture:
-            from eval.pictures import draw_plan  # matplotlib takes a second to import
+            from eval.plots.pictures import draw_plan  # matplotlib takes a second to import
 
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
             try:

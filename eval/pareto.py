@@ -166,7 +166,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
 
 def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    from eval.pictures import draw_pareto, plot_pareto_html
+    from eval.plots.pictures import draw_pareto, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]

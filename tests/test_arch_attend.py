@@ -12,8 +12,8 @@ from conftest import build, small, tokens
 
 from arch import Decoder
 from arch.attend import BACKENDS, Backend, Needs, attend, choose, in_parts, reference, sdpa
+from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
-from arch.kernels import flash_functions
 from arch.masks import Dense, Sequences, dense, visible
 
 CPU = torch.device("cpu")
@@ -281,7 +281,7 @@ def test_packed_kernels_are_called_by_their_conventions(
     stand_ins: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("arch.kernels.VARLEN_TAKES_GQA", takes_gqa)
+    monkeypatch.setattr("arch.attend_kernels.VARLEN_TAKES_GQA", takes_gqa)
     backend, generator = BACKENDS[name], torch.Generator().manual_seed(0)
     value_width = 12 if backend.uneven_value_width else 8
     shapes = ((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, value_width), *([(4,)] if backend.sinks else []))

@@ -33,8 +33,8 @@ from arch import (
     plan_from_dict,
     resolve,
 )
-from arch.block_convert import from_official
-from arch.convert import ConversionError, Unrepresentable, hf_config
+from arch.convert import ConversionError, UnsupportedModelError, hf_config
+from arch.convert_block import from_official
 from arch.convert_neox import from_neox
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.generate import generate
@@ -326,7 +326,7 @@ def test_style_neox_of_every_layout(arch: str) -> None:
     for prompt, row in zip(([1, 2, 3], [5, 6, 7, 8, 9]), rows, strict=True):
         logits = model(torch.tensor([[*prompt, *row[:-1]]]))
         assert logits[0, len(prompt) - 1 :].argmax(dim=-1).tolist() == row
-    with pytest.raises(Unrepresentable, match=r"size.style: neox"):
+    with pytest.raises(UnsupportedModelError, match=r"size.style: neox"):
         hf_config(config, model.plan)
 
 
@@ -416,7 +416,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
         model(tokens(1, length))
     hidden = 0
     predicted = 4 if model.start is not None else 3
-    for stack, slots, rows in ((model.block_decoder, 3, 1), (model.token_decoder, model.plan.slots, predicted)):
+    for stack, slots, rows in ((model.block_decoder, 3, 1), (model.token_decoder, model.plan.num_positions, predicted)):
         for layer in range(stack.plan.num_layers):
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
             hidden += rows * attention_flops(stack.config, stack.plan, layer, pairs)
@@ -551,16 +551,16 @@ def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: 
     for j in range(length - 1):
         model.step(vectors, ids[:, j : j + 1], j, cache.tokens)
     expected = kv_bytes(model.plan, blocks * length, 8).read * length
-    first = model.plan.slots - length + 1
+    first = model.plan.num_positions - length + 1
     # The first pass of the token decoder has not filled a window yet: a chunk that begins reads its own slots.
     extra = sum(
         (first - store.positions(first)) * store.slot.elements * 8
         for store in map(model.token_decoder.plan.store, range(model.token_decoder.plan.num_layers))
     )
     # A ring that is not full yet is handed over whole.
-    for seen in range(first + 1, model.plan.slots + 1):
+    for seen in range(first + 1, model.plan.num_positions + 1):
         extra += sum(
-            (min(store.window, model.plan.slots) - store.positions(seen)) * store.slot.elements * 8
+            (min(store.window, model.plan.num_positions) - store.positions(seen)) * store.slot.elements * 8
             for store in map(model.token_decoder.plan.store, range(model.token_decoder.plan.num_layers))
             if store.window is not None
         )
@@ -638,7 +638,7 @@ def test_plans_of_the_two_decoders() -> None:
     config.arch.block.token.layers = 3
     plan = resolve(config)
     assert (str(plan.block), str(plan.token)) == ("0s 1 0s 3s", "0 0 2")
-    assert (plan.length, plan.context, plan.slots) == (4, 2, 5)
+    assert (plan.length, plan.num_context_vectors, plan.num_positions) == (4, 2, 5)
     assert hash(plan) == hash(resolve(config))
     assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(LayoutError, match=r"arch.block makes this a Block Transformer"):

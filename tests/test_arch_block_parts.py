@@ -11,7 +11,7 @@ from test_arch_block import LAYOUTS, MHA, NEOX, PROMPTS, build_block, count, gra
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import arch.cross
+import arch.cross_attention
 from arch import (
     ArchConfig,
     BlockConfig,
@@ -28,9 +28,8 @@ from arch import (
     resolve,
 )
 from arch.attend import Mask, reference
-from arch.attention import rope_key
 from arch.block_plan import EMBEDDERS, KINDS
-from arch.cross import Context
+from arch.cross_attention import Context
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.layers import rope_table
 from arch.masks import Dense
@@ -165,7 +164,10 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, embedder: str, s
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(1, 16))
     hidden = 0
-    for stack, slots, rows in ((model.block_decoder, 3, 1), (model.token_decoder, plan.slots, 4 if start else 3)):
+    for stack, slots, rows in (
+        (model.block_decoder, 3, 1),
+        (model.token_decoder, plan.num_positions, 4 if start else 3),
+    ):
         for layer in range(stack.plan.num_layers):
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
             hidden += rows * attention_flops(stack.config, stack.plan, layer, pairs)
@@ -182,7 +184,7 @@ def test_bytes_stored_are_those_of_the_storages(kind: str, fine: object) -> None
             nbytes = allocate_blocks(plan, batch, context, dtype=torch.bfloat16).nbytes
             assert nbytes == allocated_bytes(plan, batch, context) == batch * kv_bytes(plan, context).stored
     layers = [plan.token.store(layer) for layer in range(plan.token.num_layers)]
-    own = kv_bytes(plan.token, plan.slots).stored
+    own = kv_bytes(plan.token, plan.num_positions).stored
     across = 2 * plan.length * sum(store.slot.elements for store in layers) if kind == "cross" else 0
     assert kv_bytes(plan, 80).constant == own + across
     title = str(plan_tables("name", plan, 80, 2)[1].title)
@@ -198,13 +200,13 @@ def test_bytes_read_across_are_those_handed_to_attention(monkeypatch: pytest.Mon
     cache = allocate_blocks(model.plan, 1, 8, dtype=torch.float64)
     read: list[int] = []
     made: list[object] = []
-    attend = arch.cross.attend
+    attend = arch.cross_attention.attend
 
     def counting(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
         read.append(k.nbytes + v.nbytes)
         return attend(q, k, v, *rest)
 
-    monkeypatch.setattr(arch.cross, "attend", counting)
+    monkeypatch.setattr(arch.cross_attention, "attend", counting)
     for block in model.token_decoder.layers:
         block.cross.k_proj.register_forward_hook(lambda *_: made.append(0))
         block.reader.register_forward_pre_hook(lambda _, args: read.append(sum(slot.nbytes for slot in args[1])))
@@ -229,7 +231,7 @@ def test_cross_attention_is_what_it_says(embedder: str) -> None:
     stack, block = model.token_decoder, model.token_decoder.layers[1]
     x, context = torch.randn(2, 4, 24).double(), torch.randn(2, 4, 24).double()
     store = stack.plan.store(1)
-    rope = rope_table(torch.arange(4), *rope_key(store))
+    rope = rope_table(torch.arange(4), *store.rope_key)
     mask = Mask(reference, Dense(True, None))
     actual, slots = block(x, (), rope, mask, context=Context(context, None, Mask(reference, Dense(False, None))))
     attended = x + block.reader(block.attn_norm(x), slots, rope, mask)

@@ -8,8 +8,7 @@ from conftest import build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, Steps, reached, steps
-from arch.chunks import WindowRead, scan, softmax_read
+from arch.bounded import RingRouter, TokenPositions, WindowRead, reached, scan, softmax_read, steps
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
 from arch.plan import RULES
@@ -57,11 +56,11 @@ def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
     block = one_layer(store(rule)).layers[0]
     x, place = numbers(2, length, 32), places(length)
     with torch.no_grad():
-        k, v, p, *rest = block.writer(x, (), Steps(place, None))
+        k, v, p, *rest = block.writer(x, (), TokenPositions(place, None))
         q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
         empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
         expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
-        ours = block.reader(x, (k, v, p, *rest), (), Steps(place, None))
+        ours = block.reader(x, (k, v, p, *rest), (), TokenPositions(place, None))
     assert (p >= 0).all() and (p.sum(-1) <= 1 + 1e-12).all() and p.max() > 2 * p.median()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
@@ -74,8 +73,8 @@ def test_ring_and_slots_by_hand(length: int) -> None:
     torch.nn.init.normal_(block.reader.sinks)
     x, rope = numbers(2, length, 32), (torch.ones(length, 4), torch.zeros(length, 4))  # no rotation
     with torch.no_grad():
-        slots = block.writer(x, rope, Steps(place, None))
-        ours = block.reader(x, slots, rope, Steps(place, None))
+        slots = block.writer(x, rope, TokenPositions(place, None))
+        ours = block.reader(x, slots, rope, TokenPositions(place, None))
         k, v = (proj(x).view(2, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         p = block.writer.router(k.flatten(2), place)
         q = block.reader.q_proj(x).view(2, length, KV_HEADS, HEADS // KV_HEADS, WIDTH) / WIDTH**0.5
@@ -104,8 +103,8 @@ def test_a_ring_that_only_overwrites_is_a_sliding_window(length: int) -> None:
     x, place = numbers(1, length, 32), places(length)
     with torch.no_grad():
         block.writer.router.gate_bias.fill_(100.0)
-        slots = block.writer(x, (), Steps(place, None))
-        ours = block.reader(x, slots, (), Steps(place, None))
+        slots = block.writer(x, (), TokenPositions(place, None))
+        ours = block.reader(x, slots, (), TokenPositions(place, None))
         k, v = (proj(x).view(1, length, KV_HEADS, WIDTH) for proj in (block.writer.k_proj, block.writer.v_proj))
         q = block.reader.q_proj(x).view(1, length, HEADS, WIDTH)
         distance = torch.arange(length)[:, None] - torch.arange(length)
@@ -152,14 +151,14 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
     block = one_layer(store(rule, slots=1 if rule != "ring_router" else 3, window=2)).layers[0]
     torch.nn.init.constant_(block.writer.router.gate_bias, bias)
     place, rope = places(35), (torch.ones(35, 4), torch.zeros(35, 4))
-    p = block.writer(numbers(1, 35, 32), rope, Steps(place, None))[2]
+    p = block.writer(numbers(1, 35, 32), rope, TokenPositions(place, None))[2]
     assert bias <= 0 or p.max() > 1 - 1e-5
     if rule != "ring_router":  # where the bias moves what is overwritten to the ring, and back to content
         assert bias >= 0 or 0 < p.max() < 1e-10
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        slots = block.writer(x, rope, Steps(place, None))
-        return block.reader(x, slots, rope, Steps(place, None))
+        slots = block.writer(x, rope, TokenPositions(place, None))
+        return block.reader(x, slots, rope, TokenPositions(place, None))
 
     assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)
 
@@ -202,7 +201,7 @@ def test_capacity_does_not_depend_on_the_context(name: str) -> None:
     sizes = {allocate(plan, 2, context, dtype=torch.bfloat16).nbytes for context in (1, 32, 4 * 32, 64 * 32)}
     spec = plan.stores[0]
     elements = 2 * spec.slot.kv_heads * spec.slot.k_dim
-    expected = 2 * len(plan.stores) * elements * (4 * spec.slots + 2 * (spec.window or 0))
+    expected = 2 * len(plan.stores) * elements * (4 * spec.num_slots + 2 * (spec.window or 0))
     assert sizes == {expected}
     assert {kv_bytes(plan, context).stored for context in (1, 32, 4 * 32, 64 * 32)} == {expected // 2}
     assert kv_bytes(plan, 32).per_token == 0

@@ -11,7 +11,7 @@ import torch
 from conftest import build, small, tokens
 
 from arch import ArchConfig, Decoder, LatentConfig, LayoutError, ModelConfig, StoreConfig, convert, generate, resolve
-from arch.convert import ConversionError, Unrepresentable, hf_config, model_config, to_hf
+from arch.convert import ConversionError, UnsupportedModelError, hf_config, model_config, to_hf
 from arch.hf_import import from_hf
 from arch.layers import rope_table
 
@@ -149,14 +149,14 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     stores = config.arch.stores.values()
     expected = {"sharing"} if "reuse" in str(config.arch.pattern) else set()
     expected |= {"sinks"} if any(store.sinks for store in stores) else set()
-    expected |= {"slots"} if any(store.slots for store in stores) else set()
+    expected |= {"slots"} if any(store.num_slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
     expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
     if arch in STOCK:
         assert not expected
         assert hf_config(config, resolve(config))["architectures"] == [STOCK[arch]]
     else:
-        with pytest.raises(Unrepresentable) as error:
+        with pytest.raises(UnsupportedModelError) as error:
             to_hf(config, resolve(config), {})
         assert reasons(error) == expected
 
@@ -169,7 +169,7 @@ def test_refused_layouts_that_no_file_has() -> None:
         ({"a": StoreConfig(2), "b": StoreConfig(latent=LatentConfig(), window=3)}, {"window", "kv_heads, latent"}),
     ):
         config = small(ArchConfig(stores, ["new a", "new b"]))
-        with pytest.raises(Unrepresentable) as error:
+        with pytest.raises(UnsupportedModelError) as error:
             hf_config(config, resolve(config))
         assert reasons(error) == expected
 
@@ -177,7 +177,7 @@ def test_refused_layouts_that_no_file_has() -> None:
 def test_a_reason_nobody_thought_of_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "_not_stock", lambda plan: [])
     for name in ("cla2", "swa_sinks", "gemma3"):
-        with pytest.raises(Unrepresentable, match="layout"):
+        with pytest.raises(UnsupportedModelError, match="layout"):
             hf_config(small(name), resolve(small(name)))
 
 
@@ -288,7 +288,7 @@ def test_what_a_decoder_cannot_do_is_refused(hf: dict[str, Any], change: dict[st
     key, value = next(iter(change.items()))
     outer, _, inner = key.partition(".")
     hf.update({outer: hf[outer] | {inner: value}} if inner else change)
-    with pytest.raises(Unrepresentable) as error:
+    with pytest.raises(UnsupportedModelError) as error:
         model_config(hf)
     assert len(str(error.value).splitlines()) == 1
     assert str(error.value).startswith(
@@ -297,10 +297,10 @@ def test_what_a_decoder_cannot_do_is_refused(hf: dict[str, Any], change: dict[st
 
 
 def test_refusals_come_together() -> None:
-    with pytest.raises(Unrepresentable) as error:
+    with pytest.raises(UnsupportedModelError) as error:
         model_config(LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic"}})
     assert len(str(error.value).splitlines()) == 3
-    with pytest.raises(Unrepresentable) as error:
+    with pytest.raises(UnsupportedModelError) as error:
         model_config({"model_type": "deepseek_v3", "q_lora_rank": None, "attention_bias": True} | WIDTHS)
     assert {line.split()[1] for line in str(error.value).splitlines()} == {"attention_bias", *convert.LATENT_WIDTHS}
     with pytest.raises(LayoutError, match="kv_heads 3 does not divide"):
@@ -322,7 +322,7 @@ def test_missing_keys_are_the_stock_defaults() -> None:
     assert model_config(old).size.rope_theta == 500.0
     assert model_config(old).arch.stores["global"].kv_heads == 8
     for key in ("q_lora_rank", "first_k_dense_replace"):
-        with pytest.raises(Unrepresentable, match=f"^- {key} is "):
+        with pytest.raises(UnsupportedModelError, match=f"^- {key} is "):
             hf = {name: value for name, value in DEEPSEEK.items() if name != key}
             model_config(hf | {"num_hidden_layers": 4} if key == "first_k_dense_replace" else hf)
 

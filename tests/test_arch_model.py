@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
-from arch.attention import rope_key
 from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
@@ -40,7 +39,7 @@ def reach(model: Decoder) -> int | None:
     """How far back a token can look through all layers: windows minus one, summed; None if some layer sees all, as
     merged slots do."""
     stores = [model.plan.store(layer) for layer in range(model.plan.num_layers)]
-    windows = [None if store.slots else store.window for store in stores]
+    windows = [None if store.num_slots else store.window for store in stores]
     return None if None in windows else sum(window - 1 for window in windows)
 
 
@@ -109,7 +108,7 @@ def test_flops(arch: str) -> None:
     for layer in range(model.plan.num_layers):
         store = model.plan.store(layer)
         computed = length * length
-        if store.slots:  # no pairs at all, or those of blocks of half a window with their own and the window before
+        if store.num_slots:  # no pairs at all, or those of blocks of half a window with their own and the window before
             block = -(-store.window // 2) if store.window else 1
             computed = -(-length // block) * block * (store.window + block) if store.window else 0
         if computed:
@@ -217,7 +216,7 @@ def test_each_store_turns_with_its_own_base() -> None:
                 expected = torch.complex(raw[position, :, pair], raw[position, :, pair + 4]) * turn
                 ours = torch.complex(k[0, position, :, pair], k[0, position, :, pair + 4])
                 torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    turned = [rope_key(store) for store in model.plan.stores]
+    turned = [store.rope_key for store in model.plan.stores]
     assert set(turned) == {(8, 1e4), (8, 1e6)}
 
 

@@ -206,7 +206,7 @@ def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> No
 
 def test_labels_do_not_overlap(tmp_path: Path) -> None:
     """A crowd: every name is drawn, none over another."""
-    from eval import pictures
+    from eval.plots import pictures
 
     for number, name in enumerate(
         ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")

@@ -13,8 +13,9 @@ from conftest import small
 from PIL import Image
 
 from arch import resolve
-from eval import curves, curves_picture
+from eval import curves
 from eval.cli import UsageError
+from eval.plots import curves as curves_picture
 from train.schema import PretrainConfig
 
 STEPS, STEP_TOKENS, FLOPS = 200, 64, 1000.0

@@ -27,7 +27,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def model_of(run: Path) -> LanguageModel:
     """The trained model, from the newest checkpoint alone."""
-    folder = checkpoint.find(run)
+    folder = checkpoint.resolve(run)
     info = checkpoint.load_info(folder)
     config = from_dict(ModelConfig, info["config"])
     assert plan_from_dict(info["plan"]) == resolve(config)

@@ -31,7 +31,7 @@ def of(word: str) -> list[str]:
 
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
-    scripts = ("train/pretrain", "train/plan", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
+    scripts = ("train/pretrain", "train/estimate", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
     scripts += ("eval/footprint", "eval/pareto", "eval/curves")
     kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
@@ -99,7 +99,7 @@ def test_import_and_uptrain(tmp_path: Path) -> None:
 
 
 def test_plan(tmp_path: Path) -> None:
-    (command,) = of("python train/plan.py")
+    (command,) = of("python train/estimate.py")
     _, script, *arguments = shlex.split(command)
     done = run_script(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -122,8 +122,8 @@ def test_make_runs_what_it_says() -> None:
             "eval/pareto.py runs/demo-",
         ),
         "make test": ("-m pytest",),
-        "make bench": ("train/bench.py +arch=gqa4 +size=20m",),
-        "make gpu": ("train/gpu_suite.py",),
+        "make bench": ("train/benchmarks/cpu.py +arch=gqa4 +size=20m",),
+        "make gpu": ("train/benchmarks/gpu_suite.py",),
     }
     assert set(of("make ")) == set(recipes)
     for command, expected in recipes.items():

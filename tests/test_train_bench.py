@@ -19,9 +19,12 @@ from omegaconf import OmegaConf
 
 from arch import ArchConfig, SizeConfig
 from eval.layouts import CONFIGS, load_arch, load_size, names
-from train import bench, bench_loader, bench_peers, gpu_study, gpu_suite
-from train.bench_peers import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
-from train.gpu_case import Case, Options
+from train.benchmarks import baselines as bench_peers
+from train.benchmarks import cpu as bench
+from train.benchmarks import gpu_study, gpu_suite
+from train.benchmarks import loader as bench_loader
+from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
+from train.benchmarks.gpu_case import Case, Options
 from train.loss import cross_entropy_sum
 
 CPU = torch.device("cpu")
@@ -111,7 +114,7 @@ def test_bench_refuses_what_no_peer_has(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_suite_without_cuda_says_so(tmp_path: Path) -> None:
-    done = run_script("train/gpu_suite.py", f"out={tmp_path}", environment={"CUDA_VISIBLE_DEVICES": ""})
+    done = run_script("train/benchmarks/gpu_suite.py", f"out={tmp_path}", environment={"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0
     assert "no CUDA device" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -143,7 +146,7 @@ def test_throughput_of_every_family(tmp_path: Path) -> None:
             case["tokens_per_second"]
         )
         assert len(case["losses"]) == 5
-        assert {"part", "arch", "size", "gpu", "seq_len", "peak_memory_bytes"} <= case.keys()  # of train/plan.py
+        assert {"part", "arch", "size", "gpu", "seq_len", "peak_memory_bytes"} <= case.keys()  # of train/estimate.py
     assert {case["part"] for case in ours.values()} == {"train"}
     if "hugging_face-mha-1b-2048" in result["cases"]:
         assert result["cases"]["hugging_face-mha-1b-2048"]["params"] == ours["ours-mha-1b-2048"]["params"]
@@ -181,10 +184,10 @@ def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytes
         backend: str
         dtype: torch.dtype = torch.float32
 
-    module = types.ModuleType("eval.bench_attention")
+    module = types.ModuleType("train.benchmarks.attention")
     module.cases = lambda device: [AttentionCase(f"{name}-{device}") for name in ("full", "window")]
     module.run_case = lambda case: {"ms_forward": 1.5, "error": {"out": 0.25, "q": 0.5}}
-    monkeypatch.setitem(sys.modules, "eval.bench_attention", module)
+    monkeypatch.setitem(sys.modules, "train.benchmarks.attention", module)
     assert suite(tmp_path, "parts=attention") == 0
     cases = read(tmp_path, "attention")["cases"]
     device = Options(toy=True).device.type
@@ -193,10 +196,10 @@ def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytes
 
 
 def test_attention_without_its_bench_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "eval.bench_attention", None)
+    monkeypatch.setitem(sys.modules, "train.benchmarks.attention", None)
     assert suite(tmp_path, "parts=attention") == 0
     result = read(tmp_path, "attention")
-    assert "eval/bench_attention.py cannot be imported" in result["skipped"]["backends"]
+    assert "train/benchmarks/attention.py cannot be imported" in result["skipped"]["backends"]
     assert result["cases"] == {}
 
 
@@ -272,7 +275,7 @@ def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
     process.wait()
     killed = read(tmp_path, "decode")
     before = killed["cases"]
-    done = run_script("train/gpu_suite.py", "toy=true", "parts=decode", f"out={tmp_path}")
+    done = run_script("train/benchmarks/gpu_suite.py", "toy=true", "parts=decode", f"out={tmp_path}")
     assert done.returncode == 0, done.stderr
     after = read(tmp_path, "decode")
     assert len(before) < len(after["cases"])

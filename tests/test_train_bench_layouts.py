@@ -12,8 +12,10 @@ from conftest import launch_in_process, small
 from arch import ModelConfig, generate, generate_blocks, resolve
 from arch.footprint import num_params
 from eval.layouts import load_arch, load_size
-from train import bench_layouts, bench_peers, gpu_decode
-from train.bench_peers import random_batch
+from train.benchmarks import baselines as bench_peers
+from train.benchmarks import gpu_decode
+from train.benchmarks import layouts as bench_layouts
+from train.benchmarks.baselines import random_batch
 
 CPU = torch.device("cpu")
 

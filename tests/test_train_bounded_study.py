@@ -11,8 +11,8 @@ from conftest import run_script
 from arch import allocate, resolve
 from arch.footprint import num_params
 from eval.cli import UsageError
-from train import bounded_report, bounded_study
-from train.bounded_study import RULES, Settings, cells, described, layout, main, model_config, parse
+from train.benchmarks import bounded_report, bounded_study
+from train.benchmarks.bounded_study import RULES, Settings, cells, described, layout, main, model_config, parse
 
 BOUNDED = [rule for rule in RULES if rule != "full"]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -140,10 +140,10 @@ def test_mistakes_are_refused_before_any_work(arguments: list[str], message: str
 
 
 def test_help_and_errors_of_the_command() -> None:
-    shown = run_script("train/bounded_study.py", "--help")
+    shown = run_script("train/benchmarks/bounded_study.py", "--help")
     assert shown.returncode == 0
     for words in ("ring_router", "slots_share", "recall_*"):
         assert words in shown.stdout
-    refused = run_script("train/bounded_study.py", "window=0")
+    refused = run_script("train/benchmarks/bounded_study.py", "window=0")
     assert refused.returncode == 2
     assert refused.stderr == "error: window is 0; it must be at least 1, a list not empty\n"

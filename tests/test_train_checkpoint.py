@@ -1,4 +1,4 @@
-"""What a run keeps, and that it goes on from there with nothing lost: the cases that train/faults.py does not drive."""
+"""What a run keeps, and that it resumes with nothing lost: the cases that train/benchmarks/faults.py does not drive."""
 
 import errno
 import json
@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import train.pretrain
-from train.checkpoint import TrainingError, checkpoints, find, load, save, verify
-from train.faults import cut_in_half, flip_a_byte
+from train.benchmarks.faults import cut_in_half, flip_a_byte
+from train.checkpoint import TrainingError, checkpoints, load, resolve, save, verify_checksums
 from train.lit_module import LitModel
 
 
@@ -95,13 +95,13 @@ def test_broken_checkpoints_do_not_crowd_out_good_ones(
     (folder / "checkpoints" / "step-00000007.partial").mkdir()
     stop(f"resume={folder}", "trainer.keep_checkpoints=1", "trainer.val_every=8", step=5)
     assert "falling back to step-00000004" in capfd.readouterr().err
-    assert find(folder).name == "step-00000005"
+    assert resolve(folder).name == "step-00000005"
     assert not list(folder.glob("checkpoints/*.partial"))
     pretrain(f"resume={folder}")
     assert losses(folder) == losses(whole)
     best = json.loads((folder / "checkpoints" / "best.json").read_text())
     assert best == {"checkpoint": "step-00000008", "val_loss": validations(whole)[8]}
-    verify(folder / "checkpoints" / best["checkpoint"])
+    verify_checksums(folder / "checkpoints" / best["checkpoint"])
 
 
 def test_a_signal_before_training_has_begun_stops_it(
@@ -208,7 +208,7 @@ def test_processes_agree_on_a_folder_that_was_not_given(options: list[str], tmp_
     done = run_script("train/pretrain.py", *arguments, cwd=tmp_path, environment={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "runs").glob("*/*")
-    newest = find(folder)
+    newest = resolve(folder)
     assert len(list(newest.glob("*.safetensors"))) == 2
 
 
@@ -225,7 +225,7 @@ def test_what_was_written_is_what_is_there(damage: Callable[[Path], object], mes
     optimizer = torch.optim.AdamW(model.parameters())
     folder = tmp_path / "checkpoints" / "step-00000001"
     save(folder, model, optimizer, 1, {})
-    verify(folder)
+    verify_checksums(folder)
     damage(next(folder.glob("*.safetensors")))
     with pytest.raises(TrainingError, match=message):
-        verify(folder)
+        verify_checksums(folder)

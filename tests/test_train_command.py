@@ -401,7 +401,7 @@ def test_wandb_can_be_disabled(tmp_path: Path, corpus: Path, monkeypatch: pytest
 
 
 def test_wandb_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.record import wandb_key
+    from train.loggers import wandb_key
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     (tmp_path / "netrc").write_text("machine my.server login user password secret\n")

@@ -25,9 +25,9 @@ from test_arch_convert import INTERLEAVED, STOCK, randomised
 from test_train_command import SMALL
 
 import train.export
-import train.export_hub
-import train.export_source
-import train.export_verify
+import train.hub.checkpoint_reader
+import train.hub.upload
+import train.hub.verify
 from arch import ArchConfig, Decoder, generate, resolve
 from arch.convert import ConversionError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -37,9 +37,9 @@ from eval.cli import MISTAKES, UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export, main
-from train.export_run import corpus_of
-from train.export_source import Source
-from train.export_targets import choose
+from train.hub.checkpoint_reader import Source
+from train.hub.run_info import corpus_of
+from train.hub.targets import choose
 from train.schema import PretrainConfig
 
 QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, layout: ArchConfig | str, **changes: object) 
 def in_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What the fresh process does, without the seconds that it takes to import transformers."""
     pytest.importorskip("transformers")
-    from train.export_reload import examine
+    from train.hub.verify_child import examine
 
     found, held = examine(str(folder), json.loads(json.dumps(asked)))
     return found | {"ours": []}, held
@@ -70,7 +70,7 @@ def in_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], dic
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    monkeypatch.setattr(train.hub.verify, "fresh_process", in_process)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
     assert "target: stock, MinistralForCausalLM" in done.stdout
     assert re.search(r"our packages imported +│ +none", done.stdout)
     assert re.search(r"perplexity on 128 validation tokens.* ok ", done.stdout)
-    assert len(list(checkpoint.find(run).glob("*.safetensors"))) == 2
+    assert len(list(checkpoint.resolve(run).glob("*.safetensors"))) == 2
 
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
@@ -314,7 +314,7 @@ def test_a_folder_that_does_not_load_says_why(gqa: Path, corpus: Path) -> None:
     pytest.importorskip("transformers")
     (gqa.parent / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(TrainingError, match=r"cannot be loaded or run by transformers:[^$]*model.safetensors"):
-        train.export_verify.fresh_process(gqa.parent, {"trust_remote_code": False})
+        train.hub.verify.fresh_process(gqa.parent, {"trust_remote_code": False})
 
 
 def refused(source: Path, *arguments: str, data: Path | None = None) -> str:
@@ -348,7 +348,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert taken.is_dir()
     small_vocabulary = write_checkpoint(tmp_path / "step-00000004", "gqa2", vocab_size=61)
     assert "the tokenizer has 600 tokens, the model 61" in refused(small_vocabulary, data=corpus)
-    monkeypatch.setattr(train.export_verify.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train.hub.verify.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="verification needs transformers: pip install"):
         export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
 
@@ -407,16 +407,16 @@ class Hub:
 
 
 def test_push_to_the_hub(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.export_hub, "get_token", lambda: None)
+    monkeypatch.setattr(train.hub.upload, "get_token", lambda: None)
     assert "needs a token: run `hf auth login`, or set HF_TOKEN" in refused(gqa, "push_to_hub=me/x", data=corpus)
     assert "push_to_hub=a/b/c" in refused(gqa, "push_to_hub=a/b/c", data=corpus)
-    monkeypatch.setattr(train.export_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr(train.hub.upload, "get_token", lambda: "a token")
     hub = Hub()
-    monkeypatch.setattr(train.export_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(train.hub.upload, "HfApi", lambda: hub)
     exported(gqa, corpus, push_to_hub="me/x")
     files = {"README.md", "architecture.png", "config.json", "generation_config.json", "model.safetensors"}
     assert hub.sent == [("me/x", True, True), ("me/x", files | {"tokenizer.json", "tokenizer_config.json"})]
-    monkeypatch.setattr(train.export_hub, "HfApi", lambda: Hub(ConnectionError("no network")))
+    monkeypatch.setattr(train.hub.upload, "HfApi", lambda: Hub(ConnectionError("no network")))
     message = refused(gqa, "push_to_hub=me/x", f"out={gqa.parent / 'second'}", data=corpus)
     assert re.search(r"second is complete, and could not be sent to me/x \(no network\); `hf upload me/x", message)
     assert (gqa.parent / "second" / "README.md").exists()
@@ -537,9 +537,9 @@ def test_tokens_that_differ_count_unless_it_is_a_tie() -> None:
     with torch.inference_mode():
         (ours,) = generate(model, [prompt], 8)
         theirs = [*ours[:3], (ours[3] + 1) % 61, *ours[4:]]
-        assert train.export_verify.agreement(model, prompt, ours, ours, 1e-5) == 8
-        assert train.export_verify.agreement(model, prompt, theirs, ours, 1e-5) == 3
-        assert train.export_verify.agreement(model, prompt, theirs, ours, 1e3) == 8
+        assert train.hub.verify.agreement(model, prompt, ours, ours, 1e-5) == 8
+        assert train.hub.verify.agreement(model, prompt, theirs, ours, 1e-5) == 3
+        assert train.hub.verify.agreement(model, prompt, theirs, ours, 1e3) == 8
 
 
 def test_every_key_of_the_help_can_be_typed(tmp_path: Path, corpus: Path) -> None:

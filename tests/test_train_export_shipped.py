@@ -17,7 +17,7 @@ from test_train_export import QUIET, in_process, write_checkpoint
 from torch.nn import functional as F
 
 import train.export
-import train.export_verify
+import train.hub.verify
 from arch import (
     ArchConfig,
     BlockTransformer,
@@ -29,7 +29,7 @@ from arch import (
     generate_blocks,
     resolve,
 )
-from arch.convert import Unrepresentable
+from arch.convert import UnsupportedModelError
 from arch.convert_shipped import FILES, STANDARD, shipped_config, shipped_model_config
 from arch.footprint import allocated_bytes
 from arch.hf_import import source
@@ -37,18 +37,18 @@ from eval.layouts import load_arch
 from train import import_hf
 from train.checkpoint import TrainingError
 from train.export import ExportConfig, export
-from train.export_source import Source
-from train.export_targets import choose
+from train.hub.checkpoint_reader import Source
+from train.hub.targets import choose
 from train.import_hf import ImportConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.16.1")
 
-from transformers.dynamic_module_utils import get_imports, get_relative_import_files  # noqa: E402
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from train.export_reload import own_cache, storage_bytes  # noqa: E402
-from train.hf.configuration_kvfrontier_shipped import STANDARD as STANDARD_THERE  # noqa: E402
-from train.hf.configuration_kvfrontier_shipped import KVFrontierShippedConfig  # noqa: E402
-from train.hf.modeling_kvfrontier_shipped import KVFrontierShippedForCausalLM  # noqa: E402
+from train.hf.configuration_kvfrontier_shipped import STANDARD as STANDARD_THERE
+from train.hf.configuration_kvfrontier_shipped import KVFrontierShippedConfig
+from train.hf.modeling_kvfrontier_shipped import KVFrontierShippedForCausalLM
+from train.hub.verify_child import own_cache, storage_bytes
 
 
 def block(**changes: Any) -> ArchConfig:
@@ -283,7 +283,7 @@ def test_layouts_that_no_file_has_are_verified(
     name: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of configs/arch: test_train_export.py."""
-    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    monkeypatch.setattr(train.hub.verify, "fresh_process", in_process)
     folder = exported(name, tmp_path, corpus)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "kvfrontier_shipped"
 
@@ -292,7 +292,7 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that allocates a position too many, one that looks a position too far: each is found, by what it did."""
-    monkeypatch.setattr(train.export_verify, "fresh_process", in_process)
+    monkeypatch.setattr(train.hub.verify, "fresh_process", in_process)
     write = train.export.write
 
     def differing(file: str, old: str, new: str) -> str:
@@ -371,15 +371,15 @@ def test_a_config_is_what_it_says() -> None:
         ({"size": hf["size"] | {"more": 1}}, "SizeConfig has no more"),
         ({"size": hf["size"] | {"d_model": "x"}}, "SizeConfig.d_model is 'x'"),
     ):
-        with pytest.raises((Unrepresentable, LayoutError), match=message):
+        with pytest.raises((UnsupportedModelError, LayoutError), match=message):
             source(hf | changes)
         if changes != {"size": None}:
             with pytest.raises(ValueError, match=r"size|arch|SizeConfig"):
                 KVFrontierShippedConfig(**(hf | changes))
-    with pytest.raises(Unrepresentable, match="repeats an item more than"):
+    with pytest.raises(UnsupportedModelError, match="repeats an item more than"):
         source(hf | {"arch": pattern})
     wide = {"size": hf["size"] | {"d_ff": 10**30}, "intermediate_size": 10**30}
-    with pytest.raises(Unrepresentable, match=r"a model of .* parameters"):
+    with pytest.raises(UnsupportedModelError, match=r"a model of .* parameters"):
         source(hf | wide)
     for key in ("arch", "size"):
         for inner in hf[key]:
@@ -388,7 +388,7 @@ def test_a_config_is_what_it_says() -> None:
                     continue
                 try:
                     resolve(source(hf | {key: hf[key] | {inner: value}}).config)
-                except (Unrepresentable, LayoutError) as error:
+                except (UnsupportedModelError, LayoutError) as error:
                     assert str(error)
 
 
@@ -415,8 +415,8 @@ def test_lm_eval_scores_the_object(name: str, tmp_path: Path, corpus: Path) -> N
     with torch.no_grad():
         for (context, answer), (score, _) in zip(pairs, scores, strict=True):
             start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + answer)["input_ids"]
-            said = train.export_verify.next_logits(ours, ids[:-1]).log_softmax(-1)
-            first = train.export_verify.unpredicted(ours)
+            said = train.hub.verify.next_logits(ours, ids[:-1]).log_softmax(-1)
+            first = train.hub.verify.unpredicted(ours)
             expected = sum(said[place - 1 - first, ids[place]].item() for place in range(start, len(ids)))
             assert score == pytest.approx(expected, abs=1e-4)
         options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, StoreConfig, generate, resolve
-from arch.convert import ConversionError, Unrepresentable
+from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, remote_config, remote_model_config, to_remote
 from arch.footprint import kv_bytes
 from arch.hf_import import from_hf
 
 transformers = pytest.importorskip("transformers", minversion="5.16.1")
 
-from train.hf import KVFrontierConfig, KVFrontierForCausalLM, expected_cache_bytes  # noqa: E402
+from train.hf import KVFrontierConfig, KVFrontierForCausalLM, expected_cache_bytes
 
 REFUSED = {"mla": "latent", "bct": "slots", "bct_gated": "slots", "bct_ring": "slots", "bct_mixed": "slots"}
 # Two windows, three numbers of heads, two rotary bases, sinks, a norm, and a reader of what is not the latest.
@@ -292,9 +292,9 @@ def test_impossible_configs_are_refused(change: dict[str, Any], message: str) ->
 
 def test_what_it_cannot_hold_is_refused(arch: str) -> None:
     if arch in REFUSED:
-        with pytest.raises(Unrepresentable, match=f"^- {REFUSED[arch]}: "):
+        with pytest.raises(UnsupportedModelError, match=f"^- {REFUSED[arch]}: "):
             remote_config(small(arch))
-    with pytest.raises(Unrepresentable, match=r"(?m)^- size.style: "):
+    with pytest.raises(UnsupportedModelError, match=r"(?m)^- size.style: "):
         remote_config(small(arch, style="neox"))
 
 
@@ -303,10 +303,10 @@ def test_block_transformers_and_two_reasons_are_refused() -> None:
 
     config = small("mha")
     config.arch.block = BlockConfig()
-    with pytest.raises(Unrepresentable, match=r"^- block: "):
+    with pytest.raises(UnsupportedModelError, match=r"^- block: "):
         remote_config(config)
     both = ArchConfig({"a": StoreConfig(latent=LatentConfig()), "b": StoreConfig(2, window=1)}, ["new a", "new b"])
-    with pytest.raises(Unrepresentable, match=r"(?s)^- latent: `a`.*\n- window: "):
+    with pytest.raises(UnsupportedModelError, match=r"(?s)^- latent: `a`.*\n- window: "):
         remote_config(small(both))
 
 

@@ -26,7 +26,7 @@ from arch.footprint import kv_bytes
 
 transformers = pytest.importorskip("transformers", minversion="5.16.1")
 
-from train.hf import KVFrontierConfig, modeling_kvfrontier, vllm_plugin  # noqa: E402
+from train.hf import KVFrontierConfig, modeling_kvfrontier, vllm_plugin
 
 ARCHITECTURE = "KVFrontierForCausalLM"
 LENGTH = 20

@@ -1,4 +1,4 @@
-"""`train/positions.py` on a run."""
+"""`train/benchmarks/positions.py` on a run."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
 from eval.cli import UsageError
 from train import checkpoint
+from train.benchmarks.positions import main
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
-from train.positions import main
 from train.schema import OptimConfig, PretrainConfig
 
 

@@ -181,7 +181,12 @@ def test_block_recipe_is_the_papers(recipe: str) -> None:
     assert (size.vocab_size, size.seq_len, size.tie_embeddings) == (50304, 2048, False)
     assert (size.init_std, size.norm_eps, size.rope_theta) == (0.02, 1e-5, 1e4)
     if isinstance(built.plan, BlockPlan):
-        assert (built.plan.length, built.plan.context, built.plan.slots, built.plan.start) == (4, 2, 5, False)
+        assert (built.plan.length, built.plan.num_context_vectors, built.plan.num_positions, built.plan.start) == (
+            4,
+            2,
+            5,
+            False,
+        )
     assert config.data.block_padding == padding
     assert (config.batch_size, optim.lr, optim.schedule, optim.min_lr) == (batch, lr, "cosine", 0.1)
     assert (optim.beta1, optim.beta2, optim.weight_decay, optim.clip, optim.eps) == (0.9, 0.95, 0.1, 1.0, 1e-8)
@@ -191,7 +196,7 @@ def test_block_recipe_is_the_papers(recipe: str) -> None:
 
 
 def warmup(recipe: str) -> int:
-    """Steps until the learning rate is at its peak; they are in the file's comment."""
+    """TokenPositions until the learning rate is at its peak; they are in the file's comment."""
     config = composed(recipe)
     steps = num_steps(config)
     until = next(step for step in range(steps) if lr_share(step, steps, config.optim) == 1) + 1
@@ -322,7 +327,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
             assert printed[0].split("train/pretrain.py ")[1].startswith(words[1]), command
         elif words[1] == "data/prepare.py":
             assert words[2] in names("data")
-        elif words[1] == "train/plan.py":
+        elif words[1] == "train/estimate.py":
             done = run_script(*words[1:])
             assert "verdict: fits" in done.stdout, done.stderr
         elif words[1] == "train/pretrain.py" and not words[2].startswith(("resume=", "--config-dir=")):
@@ -333,7 +338,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
                     assert not problems(OmegaConf.to_object(config)), command
     assert kinds == {
         "train/import_hf.py", "train/uptrain.py",
-        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/plan.py", "train/pretrain.py",
+        "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/estimate.py", "train/pretrain.py",
         "eval/footprint.py", "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh",
         "train/launch/slurm.sbatch",
     }  # fmt: skip

@@ -88,7 +88,7 @@ class Times:
 
 @pytest.fixture
 def steps_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps take a second each; the first after a start, validations and checkpoints take a thousand."""
+    """TokenPositions take a second each; the first after a start, validations and checkpoints take a thousand."""
     times, first = Times(monkeypatch), [-1]
     step, validate, save = pretrain.LitModel.training_step, pretrain.LitModel.validation_step, callbacks.checkpoint.save
 

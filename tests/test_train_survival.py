@@ -1,12 +1,12 @@
-"""A run survives what can happen to it: faults of train/faults.py, on the command itself."""
+"""A run survives what can happen to it: faults of train/benchmarks/faults.py, on the command itself."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from train import faults
-from train.faults import FAULTS, Fault, Scene, reference, survive
+from train.benchmarks import faults
+from train.benchmarks.faults import FAULTS, Fault, Scene, reference, survive
 
 # Tried by other tests, or by another fault, in less time; `make faults` tries all.
 ELSEWHERE = {

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 
 from data.shards import DataError, write_json
-
-from . import checkpoint
-from .lit_module import LitModel
+from train import checkpoint
+from train.lit_module import LitModel
 
 
 class Checkpoints(L.Callback):

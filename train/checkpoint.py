@@ -87,7 +87,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
     barrier()
 
 
-def check(folder: Path, model: nn.Module) -> dict[str, Any]:
+def check_matches(folder: Path, model: nn.Module) -> dict[str, Any]:
     """What `folder` says of each tensor.
 
     Raises TrainingError where it cannot be read, or its names or shapes are not those of `model`.
@@ -110,8 +110,11 @@ def check(folder: Path, model: nn.Module) -> dict[str, Any]:
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it. Raises as `check`."""
-    saved, tensors = check(folder, model), named_tensors(model, None)
+    """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
+
+    Raises as `check_matches`.
+    """
+    saved, tensors = check_matches(folder, model), named_tensors(model, None)
     if optimizer is not None:
         _make_state(folder, saved, model, optimizer)
         tensors = named_tensors(model, optimizer)
@@ -154,7 +157,7 @@ def load_info(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"{folder} is no checkpoint: {INFO} cannot be read ({error})") from error
 
 
-def verify(folder: Path) -> None:
+def verify_checksums(folder: Path) -> None:
     """Raises TrainingError, naming the file, unless every file is there as it was written, and no other."""
     files = load_info(folder)["files"]
     for path in folder.glob("*.safetensors"):
@@ -185,7 +188,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def newest(run: Path) -> Path | None:
+def latest_valid(run: Path) -> Path | None:
     """The newest checkpoint of a run that is intact; None if it has saved none yet.
 
     Says on stderr which ones it passes over. Raises TrainingError where all of them are broken.
@@ -193,7 +196,7 @@ def newest(run: Path) -> Path | None:
     broken = []
     for folder in checkpoints(run):
         try:
-            verify(folder)
+            verify_checksums(folder)
         except TrainingError as error:
             broken.append(str(error))
             continue
@@ -205,12 +208,12 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def find(path: Path) -> Path:
+def resolve(path: Path) -> Path:
     """`path` if it is a checkpoint, the newest intact one if it is a run. Raises TrainingError if it is neither."""
     if (path / INFO).is_file():
-        verify(path)
+        verify_checksums(path)
         return path
-    found = newest(path)
+    found = latest_valid(path)
     if found is None:
         raise TrainingError(f"{path} is neither a checkpoint nor a run that has saved one")
     return found

@@ -15,8 +15,7 @@ from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
 from data.shards import DataError, Manifest, TokenWindows
 from data.writing import differences
-
-from .schema import PretrainConfig, framing, micro_batch, num_steps
+from train.schema import PretrainConfig, framing, micro_batch, num_steps
 
 
 class Data(L.LightningDataModule):

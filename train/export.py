@@ -17,14 +17,14 @@ from eval.footprint import plan_tables
 from eval.units import parse_bytes
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.export_card import write_card
-from train.export_folder import DTYPES, write_settings, write_tokenizer, write_weights
-from train.export_hub import check_push, push
-from train.export_run import Corpus, corpus_of, run_of, saved_config, training_of
-from train.export_source import Source
-from train.export_targets import TARGETS, Target, choose
-from train.export_verify import Check, Subject, require_transformers, table, verify
-from train.machine import installed
+from train.environment import installed
+from train.hub.card import write_card
+from train.hub.checkpoint_reader import Source
+from train.hub.folder_writer import DTYPES, write_settings, write_tokenizer, write_weights
+from train.hub.run_info import Corpus, corpus_of, run_of, saved_config, training_of
+from train.hub.targets import TARGETS, Target, choose
+from train.hub.upload import check_push, push
+from train.hub.verify import Check, Subject, require_transformers, table, verify
 
 WINDOWS = 4  # of validation text, whose perplexity is compared
 
@@ -93,7 +93,7 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
     `out`).
     """
     request = check(options)
-    folder = checkpoint.find(request.checkpoint)
+    folder = checkpoint.resolve(request.checkpoint)
     source = Source(folder)
     config, plan = source.model()
     target, passed = choose(config, plan, options.target)

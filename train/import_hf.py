@@ -24,8 +24,8 @@ from arch.hf_import import convert, source
 from eval.cli import Choices, UsageError, launch
 from eval.footprint import plan_tables
 from train.checkpoint import TrainingError
-from train.hf_folder import PATTERNS, TOKENIZER, HFFolder
-from train.weights import command, free, write
+from train.hub.checkpoint_writer import command, free, write
+from train.hub.folder_reader import PATTERNS, TOKENIZER, HFFolder
 
 NAME = "imported"
 

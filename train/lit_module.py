@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from arch import LanguageModel, ModelConfig, build
 from data.batches import IGNORE, Batch, besides
-
-from . import checkpoint
-from .checkpoint import TrainingError
-from .clock import Clock
-from .loss import cross_entropy_sum
-from .optim import build_optimizer, schedule
-from .parallel import parallelize
-from .schema import PretrainConfig, num_steps
+from train import checkpoint
+from train.checkpoint import TrainingError
+from train.clock import Clock
+from train.loss import cross_entropy_sum
+from train.optim import build_optimizer, schedule
+from train.parallel import parallelize
+from train.schema import PretrainConfig, num_steps
 
 # What to try against a loss or weights that went astray.
 LESS = "lower optim.lr, or warm up longer"
@@ -62,7 +61,7 @@ class LitModel(L.LightningModule):
         self.model.to_empty(device=device)
         self.model.init_weights(self.config.seed)
         if self.config.init is not None and not checkpoint.checkpoints(Path(self.config.folder)):
-            checkpoint.load(checkpoint.find(Path(self.config.init)), self.model)
+            checkpoint.load(checkpoint.resolve(Path(self.config.init)), self.model)
         if self.config.train_only is not None:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(re.search(self.config.train_only, name) is not None)

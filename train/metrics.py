@@ -9,10 +9,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from eval.hardware import TERA, find_gpu
-
-from .checkpoint import TrainingError
-from .lit_module import LESS, LitModel
-from .schema import TrainerConfig
+from train.checkpoint import TrainingError
+from train.lit_module import LESS, LitModel
+from train.schema import TrainerConfig
 
 
 class Metrics(L.Callback):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .schema import OptimConfig
+from train.schema import OptimConfig
 
 
 class MuonAdamW(Optimizer):

@@ -29,8 +29,8 @@ from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
 from train.datamodule import Data
 from train.lit_module import LitModel
+from train.loggers import loggers, record
 from train.metrics import Metrics, Progress
-from train.record import loggers, record
 from train.run import constants, resumed, summarize, write_start
 from train.schema import PretrainConfig, framing, micro_batch, num_steps, problems
 
@@ -88,7 +88,7 @@ def run(config: PretrainConfig) -> None:
     try:
         device, attention = check(config)
         first = rank_zero_only.rank == 0  # which reads every byte of a checkpoint, and tells the others
-        start = checkpoint.newest(Path(config.resume)) if config.resume is not None and first else None
+        start = checkpoint.latest_valid(Path(config.resume)) if config.resume is not None and first else None
     except TrainingError as error:
         raise UsageError(str(error)) from error
     data = Data(config)
@@ -130,7 +130,7 @@ def check(config: PretrainConfig) -> tuple[str, str]:
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
         raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
     if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
-        checkpoint.check(checkpoint.find(Path(config.init)), model)
+        checkpoint.check_matches(checkpoint.resolve(Path(config.init)), model)
     return device, attention
 
 
@@ -155,7 +155,7 @@ def fit(trainer: L.Trainer, module: LitModel, data: Data) -> None:
 def kept(folder: Path) -> str:
     """What is left of a run that failed."""
     try:
-        saved = checkpoint.newest(folder)
+        saved = checkpoint.latest_valid(folder)
     except TrainingError as error:
         return str(error)
     if saved is None:

@@ -19,9 +19,8 @@ from arch import ModelConfig, Plan
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.shards import write_json
 from eval.cli import UsageError
-
-from .machine import environment
-from .schema import PretrainConfig, framing
+from train.environment import environment
+from train.schema import PretrainConfig, framing
 
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
 FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "train_only", "name", "folder")

@@ -24,14 +24,14 @@ from arch import (
     from_dict,
     resolve,
 )
-from arch.block_convert import from_vanilla
 from arch.convert import ConversionError
+from arch.convert_block import from_vanilla
 from arch.footprint import num_params
 from eval.cli import Choices, UsageError, launch
 from train import checkpoint
 from train.checkpoint import TrainingError
+from train.hub.checkpoint_writer import command, free, write
 from train.import_hf import show, typed
-from train.weights import command, free, write
 
 NAME = "uptrained"
 
@@ -59,7 +59,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         raise UsageError("from= is not set; give a run, or a checkpoint")
     out = free(config.out)
     try:
-        folder = checkpoint.find(Path(config.source))
+        folder = checkpoint.resolve(Path(config.source))
         vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
     except (TrainingError, ValueError) as error:
         raise UsageError(f"from={config.source}: {error}") from error

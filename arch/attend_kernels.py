@@ -1,0 +1,175 @@
+"""Attention kernels for CUDA: torch's FlexAttention and varlen_attn, and the flash-attn packages.
+
+Each takes a mask in its own form (masks.py), and says in attend.py what it can do. All windows of flash-attn's
+convention, (left, right), leave the current token out.
+
+Shapes: as in attend.py.
+"""
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .masks import Packed, Sequences, effective_window, packed
+
+
+def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
+    """Attention over the slots alone, and over the slots and one sink per head that is worth nothing: the slots keep
+    sum(exp(score)) / (sum(exp(score)) + exp(sink)) of the weight, which is sigmoid(lse - sink)."""
+    share_BNT = torch.sigmoid(lse_BNT - sinks_N[:, None].to(lse_BNT.dtype))
+    return (out_BTNV * rearrange(share_BNT, "b n t -> b t n 1")).to(out_BTNV.dtype)
+
+
+@functools.cache
+def compiled_flex() -> Any:
+    return torch.compile(flex_attention, fullgraph=True)  # past its limit of variants it fails, and says so
+
+
+def flex(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """Blocks that nobody sees are skipped. Outside of a compiled block the kernel is compiled by itself, on the CPU it
+    is not (and has no backward pass)."""
+    plain = torch.compiler.is_compiling() or q_BTNH.device.type == "cpu"
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
+    result = (flex_attention if plain else compiled_flex())(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=None if sinks_N is None else AuxRequest(lse=True),
+    )
+    out_BTNV: Tensor = rearrange(result if sinks_N is None else result[0], "b n t v -> b t n v")
+    return out_BTNV if sinks_N is None else with_sinks(out_BTNV, result[1].lse, sinks_N)
+
+
+VARLEN_TAKES_GQA = torch.__version__ >= "2.12"
+
+
+def varlen(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Packed, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """The flash kernel that torch brings, over sequences end to end. Its logsumexp has no gradient, hence no sinks."""
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import
+
+    assert sinks_N is None and mask.bounds is not None
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    left = -1 if mask.window is None else mask.window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
+    if group > 1 and VARLEN_TAKES_GQA:
+        options["enable_gqa"] = True
+    elif group > 1:
+        k_BSKH, v_BSKV = (repeat(x, "b s k h -> b s (k g) h", g=group) for x in (k_BSKH, v_BSKV))
+    q, k, v = (x.flatten(0, 1) for x in (q_BTNH, k_BSKH, v_BSKV))
+    out = varlen_attn(q, k, v, mask.bounds, mask.bounds, mask.longest, mask.longest, **options)
+    assert isinstance(out, Tensor)
+    return out.reshape(q_BTNH.shape)
+
+
+class FlashPackage(NamedTuple):
+    """Where a version of flash-attn is found, the major compute capabilities it has kernels for, and how to get it."""
+
+    modules: tuple[str, ...]
+    capabilities: frozenset[int]
+    install: str
+
+
+FLASH = {
+    4: FlashPackage(("flash_attn.cute",), frozenset({9, 10, 11}), 'pip install -e ".[kernels]"'),
+    3: FlashPackage(
+        ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
+        frozenset({9}),
+        "build it from the hopper folder of the flash-attention repository",
+    ),
+    2: FlashPackage(("flash_attn",), frozenset({8, 9, 10, 12}), "pip install --no-build-isolation flash-attn"),
+}
+
+
+class FlashFunctions(NamedTuple):
+    """For whole rows, and for sequences end to end."""
+
+    rows: Any
+    packed: Any
+
+
+@functools.cache
+def flash_functions(version: int) -> FlashFunctions | str:
+    """The entry points of an installed flash-attn, or why there are none. A compiled block breaks around them, since
+    the compiler does not know them.
+
+    The module alone proves nothing: where only version 4 is installed, `flash_attn` is an empty namespace.
+    """
+    reasons = []
+    for name in FLASH[version].modules:
+        try:
+            module = importlib.import_module(name)
+            functions = module.flash_attn_func, module.flash_attn_varlen_func
+        except (ImportError, AttributeError) as error:
+            reasons.append(str(error))
+        else:
+            return FlashFunctions(*map(torch.compiler.disable, functions))
+    return f"flash-attn {version} cannot be loaded ({'; '.join(reasons)}): {FLASH[version].install}"
+
+
+def flash_missing(version: int) -> str | None:
+    """Why flash-attn `version` cannot run here; None if it can."""
+    functions = flash_functions(version)
+    if isinstance(functions, str):
+        return functions
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
+    if major not in FLASH[version].capabilities | {None}:
+        return f"flash-attn {version} has no kernels for compute capability {major}.x"
+    return None
+
+
+class FlashMask(NamedTuple):
+    """The function to call, since looking it up is nothing to compile, and what it takes."""
+
+    function: Any
+    packed: Packed
+
+
+def flash_mask(sequences: Sequences, window: int | None, *, version: int) -> FlashMask:
+    functions = flash_functions(version)
+    assert isinstance(functions, FlashFunctions), functions
+    if sequences.documents_BT is None:
+        return FlashMask(functions.rows, Packed(None, sequences.length, effective_window(window, sequences.length)))
+    return FlashMask(functions.packed, packed(sequences, window))
+
+
+def flash(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKV: Tensor,
+    mask: FlashMask,
+    scale: float,
+    sinks_N: Tensor | None,
+    *,
+    version: int,
+) -> Tensor:
+    """One of the flash-attn packages. Only version 4 has a gradient of the logsumexp, hence sinks."""
+    assert sinks_N is None or version == 4
+    bounds, longest, window = mask.packed
+    unlimited = None if version == 4 else -1
+    options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+    options["window_size"] = (unlimited, unlimited) if window is None else (window - 1, 0)
+    if sinks_N is not None:
+        options["return_lse"] = True
+    q, k, v = q_BTNH, k_BSKH, v_BSKV
+    if bounds is not None:
+        options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    result = mask.function(q, k, v, **options)
+    out: Tensor = result[0] if isinstance(result, tuple) else result  # by version
+    out = out.reshape(*q_BTNH.shape[:3], v.shape[-1])
+    if sinks_N is None:
+        return out
+    lse_BNT = result[1] if bounds is None else rearrange(result[1], "n (b t) -> b n t", b=len(q_BTNH))
+    return with_sinks(out, lse_BNT, sinks_N)

@@ -1,0 +1,102 @@
+"""Flash-linear-attention's kernel for bounded stores of rule `gated`, found at run time: gated slot attention.
+
+Its recurrence (Zhang et al. 2024) is that of bounded.py with s = p and g = log(1 - p). It takes the place of the chunk
+form where tokens attend to themselves without a cache; decoding is in bounded.py always.
+
+Shapes: B batch, T tokens, N query heads, K key/value heads, H head, M slots.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor
+
+from .bounded import TokenPositions, steps
+from .masks import Sequences
+from .plan import StoreSpec
+
+INSTALL = 'pip install -e ".[fla]"'
+# More slots than the kernel has one tile for, or numbers it pads, are not tried.
+SLOTS = (16, 32, 64, 128, 256)
+
+
+@functools.cache
+def chunk_gsa() -> Any:
+    """The entry point of an installed flash-linear-attention, or why there is none."""
+    try:
+        return importlib.import_module("fla.ops.gsa").chunk_gsa
+    except (ImportError, AttributeError) as error:
+        return f"flash-linear-attention cannot be loaded ({error}): {INSTALL}"
+
+
+@functools.cache
+def kernel() -> Callable[..., Tensor]:
+    """`gsa` with that entry point, around which a compiled block breaks, since the compiler does not know it. To make
+    outside of compiled code, which would look for it again."""
+    disable: Any = torch.compiler.disable
+    return functools.partial(gsa, disable(chunk_gsa()))
+
+
+def gsa(
+    function: Callable[..., Any], q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, scale: float
+) -> Tensor:
+    """[B, T, N, H] in the type of the strengths, at least fp32: the kernel keeps states in the type of its inputs.
+
+    Heads are repeated here: versions before 0.6 give wrong shapes of gradients for grouped ones. `g` is always given,
+    which the same versions need.
+    """
+    heads, group = q_BTNH.shape[2], q_BTNH.shape[2] // k_BTKH.shape[2]
+    q, k, v = (x.to(p_BTM.dtype) for x in (q_BTNH, k_BTKH, v_BTKH))
+    k, v = (repeat(x, "b t k h -> b t (k g) h", g=group) for x in (k, v))
+    left_BTM = (1 - p_BTM).clamp(min=torch.finfo(p_BTM.dtype).eps)
+    s, g = (repeat(x, "b t m -> b t n m", n=heads) for x in (p_BTM, left_BTM.log()))
+    out_BTNH: Tensor = function(q, k, v, s, g, scale=scale)[0]
+    return out_BTNH
+
+
+@dataclass(frozen=True)
+class BoundedBackend:
+    """What the reader of a bounded store runs in place of the chunk form."""
+
+    name: str = "fla"
+    about: str = "flash-linear-attention's gated slot attention"
+
+    def missing(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
+        """What of `store` and of `device` the kernel does not have, or why it cannot run here."""
+        lacking = []
+        if store.rule != "gated":
+            lacking.append(f"rule {store.rule}")
+        if store.sinks:
+            lacking.append("sinks")
+        if store.num_slots not in SLOTS:
+            lacking.append(f"{store.num_slots} slots (it takes {', '.join(map(str, SLOTS))})")
+        if documents:
+            lacking.append("documents")
+        if device != "cuda":
+            return [*lacking, f"device {device}"]
+        found = chunk_gsa()
+        return [*lacking, f"a way to run: {found}"] if isinstance(found, str) else lacking
+
+    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
+        """Where tokens stand, and the kernel, as `attend.Backend.mask`."""
+        return steps(sequences)._replace(kernel=kernel())
+
+
+def choose_bounded(name: str, store: StoreSpec, device: str, documents: bool) -> BoundedBackend | None:
+    """For the backend `name`, what runs a bounded store; None: the chunk form, in plain torch, for all but `fla`.
+
+    Raises ValueError where `fla` cannot: nothing falls back at run time.
+    """
+    if name != "fla":
+        return None
+    backend = BoundedBackend()
+    if lacking := backend.missing(store, device, documents):
+        raise ValueError(
+            f"arch.stores.{store.name} on {device}: fla lacks {', '.join(lacking)}; choose another backend or auto"
+        )
+    return backend

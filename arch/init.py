@@ -1,0 +1,35 @@
+"""Weights before training."""
+
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .layers import LayerNorm, RMSNorm
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float] | None = None) -> None:
+    """Linear and embedding weights from N(0, std), norms 1, all else 0. `own`: weights, by name, of another std.
+
+    Each parameter draws from a generator of its own, seeded by its name, so that the result depends neither on how
+    the parameters are sharded nor on which others exist: two layouts start from the same weights where they share
+    a name.
+    """
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        module = model.get_submodule(owner)
+        full = torch.zeros(parameter.shape)
+        if kind == "weight" and isinstance(module, nn.Linear | nn.Embedding):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            full.normal_(0.0, (own or {}).get(name, std), generator=generator)
+        elif kind == "weight" and isinstance(module, RMSNorm | LayerNorm):
+            full.fill_(1.0)
+        if isinstance(parameter, DTensor):
+            full = full.to(parameter.device)
+            mesh, placements = parameter.device_mesh, parameter.placements
+            parameter.copy_(distribute_tensor(full, mesh, placements, src_data_rank=None))
+        else:
+            parameter.copy_(full)

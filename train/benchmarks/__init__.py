@@ -1,0 +1,1 @@
+"""Measurements that train or time, and studies made of them."""

@@ -1,0 +1,229 @@
+"""One Llama-shaped model in this repository and in its peers: the same shapes, weights, and training step.
+
+Shapes: B batch, T tokens.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arch import BlockPlan, ModelConfig, build, resolve
+from arch.plan import SlotShape, head_dim
+from train.loss import cross_entropy_sum
+from train.optim import build_optimizer
+from train.parallel import parallelize
+from train.schema import DataConfig, OptimConfig, framing
+
+CLIP = 1.0
+Weights = dict[str, Tensor]
+
+
+class UnavailableError(RuntimeError):
+    """A peer that cannot be measured here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`loss(inputs_BT, targets_BT)` is the mean in nats over all targets, computed the way the peer trains."""
+
+    name: str
+    version: str
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def llama_slot(config: ModelConfig) -> SlotShape:
+    """The slot of every layer. Raises UnavailableError where the layout is not the peers': plain MHA, GQA or MQA."""
+    plan = resolve(config)
+    if isinstance(plan, BlockPlan):
+        raise UnavailableError("the peers have no Block Transformer, only mha, gqa and mqa")
+    slot = plan.stores[0].slot
+    plain = all(
+        store.max_positions is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
+        for store in plan.stores
+    )
+    if not plain or len(plan.stores) != plan.num_layers:
+        raise UnavailableError("the peers have no such layout, only mha, gqa and mqa")
+    return slot
+
+
+def ours(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
+    """As `train/pretrain.py` builds it on one device. A Block Transformer predicts its inputs, not the targets."""
+    with torch.device("meta"):
+        model = build(config, "auto", device.type)
+    parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.float32)
+    model.to_empty(device=device)
+    model.init_weights(0)
+
+    def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        predicted_BT = model.predicted(targets_BT if shift else inputs_BT)
+        total: Tensor = model(inputs_BT, head=cross_entropy_sum(predicted_BT, compiled))
+        return total / predicted_BT.numel()
+
+    shift = framing(config.arch, DataConfig()).shift
+    return Peer("kvfrontier", "", model, loss)
+
+
+def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
+    """transformers' LlamaForCausalLM with SDPA and its own loss."""
+    size, slot = config.size, llama_slot(config)
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise UnavailableError(f"transformers cannot be imported: {error}") from error
+    with torch.device(device):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=size.vocab_size,
+                hidden_size=size.d_model,
+                intermediate_size=size.d_ff,
+                num_hidden_layers=size.num_layers,
+                num_attention_heads=size.num_heads,
+                num_key_value_heads=slot.kv_heads,
+                head_dim=slot.k_dim,
+                rms_norm_eps=size.norm_eps,
+                max_position_embeddings=size.seq_len,
+                rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
+                tie_word_embeddings=size.tie_embeddings,
+                initializer_range=size.init_std,
+                attn_implementation="sdpa",
+            )
+        )
+    model.train()
+    if compiled:
+        model.compile()
+
+    def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        total: Tensor = model(input_ids=inputs_BT, labels=targets_BT, shift_labels=targets_BT, use_cache=False).loss
+        return total
+
+    return Peer("Hugging Face", version("transformers"), model, loss)
+
+
+def litgpt(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
+    """litgpt's GPT with the loss of its pretraining script."""
+    size, slot = config.size, llama_slot(config)
+    try:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+        from litgpt.utils import chunked_cross_entropy
+    except ImportError as error:
+        raise UnavailableError(f"litgpt cannot be imported: {error}") from error
+    with torch.device(device):
+        model = GPT(
+            Config(
+                name="bench",
+                block_size=size.seq_len,
+                n_layer=size.num_layers,
+                n_embd=size.d_model,
+                vocab_size=size.vocab_size,
+                padded_vocab_size=size.vocab_size,
+                norm_class_name="RMSNorm",
+                norm_eps=size.norm_eps,
+                parallel_residual=False,
+                n_head=size.num_heads,
+                head_size=head_dim(size),
+                n_query_groups=slot.kv_heads,
+                rotary_percentage=1.0,
+                rope_base=int(size.rope_theta),
+                intermediate_size=size.d_ff,
+                bias=False,
+                mlp_class_name="LLaMAMLP",
+            )
+        )
+    model.apply(model._init_weights)
+    if size.tie_embeddings:
+        model.transformer.wte.weight = model.lm_head.weight
+    if compiled:
+        model.compile()
+
+    def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        total: Tensor = chunked_cross_entropy(model(inputs_BT), targets_BT)
+        return total
+
+    return Peer("litgpt", version("litgpt"), model, loss)
+
+
+BUILDERS: dict[str, Callable[[ModelConfig, torch.device, bool], Peer]] = {
+    "ours": ours,
+    "hugging_face": hugging_face,
+    "litgpt": litgpt,
+}
+
+
+def copy_weights(config: ModelConfig, weights: Weights, name: str, peer: Peer) -> None:
+    """Give the peer the weights of our model, every one of them; raises RuntimeError where one is left over."""
+    renamed = {"hugging_face": _hugging_face_names, "litgpt": _litgpt_names}[name](weights)
+    if config.size.tie_embeddings:
+        renamed["lm_head.weight"] = weights["embed.weight"]
+    peer.model.load_state_dict(renamed)
+
+
+def _hugging_face_names(weights: Weights) -> Weights:
+    renamed = {}
+    for key, value in weights.items():
+        for old, new in (
+            ("embed.", "embed_tokens."),
+            (".attn_norm.", ".input_layernorm."),
+            (".mlp_norm.", ".post_attention_layernorm."),
+            (".reader.", ".self_attn."),
+            (".writer.", ".self_attn."),
+        ):
+            key = key.replace(old, new)
+        renamed[key if key.startswith("lm_head") else f"model.{key}"] = value
+    return renamed
+
+
+def _litgpt_names(weights: Weights) -> Weights:
+    renamed = {}
+    for key, value in weights.items():
+        if key.endswith(("reader.q_proj.weight", "writer.v_proj.weight")):
+            continue  # written together with k_proj
+        if key.endswith("writer.k_proj.weight"):
+            layer = key.removesuffix("writer.k_proj.weight")
+            parts = [weights[f"{layer}{part}_proj.weight"] for part in ("reader.q", "writer.k", "writer.v")]
+            key, value = f"{layer}attn.qkv.weight", torch.cat(parts)
+        for old, new in (
+            ("embed.", "wte."),
+            ("layers.", "h."),
+            (".attn_norm.", ".norm_1."),
+            (".mlp_norm.", ".norm_2."),
+            (".reader.o_proj.", ".attn.proj."),
+            (".mlp.gate_proj.", ".mlp.fc_1."),
+            (".mlp.up_proj.", ".mlp.fc_2."),
+            (".mlp.down_proj.", ".mlp.proj."),
+        ):
+            key = key.replace(old, new)
+        key = "ln_f.weight" if key == "norm.weight" else key
+        renamed[key if key.startswith("lm_head") else f"transformer.{key}"] = value
+    return renamed
+
+
+class Step:
+    """One optimizer step: forward, loss, backward, clipping, fused AdamW, gradients dropped. The same for all."""
+
+    def __init__(self, peer: Peer, precision: Callable[[], AbstractContextManager[Any]]):
+        self.peer, self.precision = peer, precision
+        self.parameters = list(peer.model.parameters())
+        self.optimizer = build_optimizer(peer.model, OptimConfig(lr=1e-4))
+
+    def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        with self.precision():
+            loss = self.peer.loss(inputs_BT, targets_BT)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def random_batch(vocab_size: int, batch: int, length: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets [B, T] of uniformly random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (batch, length + 1), generator=generator).to(device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,0 +1,361 @@
+"""Bounded caches at equal state bytes: `python train/benchmarks/bounded_study.py [key=value ...]`.
+
+Trains small models that differ in nothing but what their layers keep, on real text (loss by position, within the
+length of training and beyond) and on associative recall that no window can solve (accuracy by number of pairs):
+
+  full         every position; without a bound, what the others are to come near to
+  window       a sliding window with a sink
+  gated        slots alone, written by content
+  ring_slots   a shorter window, slots for what leaves it, and a sink
+  ring_router  slots alone, written as a ring with a leak
+
+The bounded ones keep as many bytes as a window of `window` positions in a cache of `itemsize` bytes per element; slots
+are fp32. Writes result.json, README.md and two pictures. What result.json has already is not trained again.
+
+  {keys}
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
+from arch.footprint import kv_bytes, num_params, state_itemsize
+from data.batches import EvalBatches, TrainBatches
+from data.config import load
+from data.mixture import EvalWindows, Mixture
+from data.shards import Manifest, TokenWindows, write_json
+from eval.cli import MISTAKES, UsageError, fail
+from eval.layouts import load_arch
+from eval.positions import loss_by_position
+from eval.recall import RecallTask, questions, recall, share
+from train.benchmarks.bounded_report import report
+from train.datamodule import open_data
+from train.environment import ROOT, environment
+from train.loss import cross_entropy_sum
+from train.optim import build_optimizer, schedule
+from train.schema import OptimConfig
+
+# The layouts of configs/arch that the rules are, full attention first.
+RULES = {"full": "mha", "window": "swa_sinks", "gated": "bct_gated", "ring_slots": "bct", "ring_router": "bct_ring"}
+LONGER = (1, 2, 4)  # validation sequences, in lengths of training
+VAL_SEED = 10_000  # of recall questions that no run is trained on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the results. A tuple is written with commas: lm_lr=1e-3,3e-3.
+
+    window, itemsize     the state that bounded layouts get: that of a window of so many positions, and element size
+    slots_share          of the state of ring_slots, what goes to slots
+    tasks, rules, seeds  what is trained, and how many runs of each
+    lm_*                 on text: the standard library's source in a vocabulary of lm_vocab, or the prepared folder data
+    lm_lr, recall_lr     peak learning rates; where there are several, the rule is shown at its best
+    recall_*             on recall: sequences with each number of pairs in turn, a pair being one token; half of them
+                         ask at once, half behind all windows, as in validation; keys: of keys and of values
+    """
+
+    window: int = 32
+    itemsize: int = 2
+    slots_share: float = 0.5
+    tasks: tuple[str, ...] = ("lm", "recall")
+    rules: tuple[str, ...] = tuple(RULES)
+    seeds: int = 2
+    data: str = ""
+    lm_layers: int = 4
+    lm_width: int = 64
+    lm_vocab: int = 1024
+    lm_length: int = 512
+    lm_batch: int = 2
+    lm_tokens: int = 400_000
+    lm_lr: tuple[float, ...] = (3e-3,)
+    lm_val_tokens: int = 32_768
+    recall_layers: int = 1
+    recall_width: int = 64
+    recall_length: int = 64
+    recall_pairs: tuple[int, ...] = (2, 4, 8)
+    recall_keys: int = 8
+    recall_batch: int = 32
+    recall_steps: int = 500
+    recall_lr: tuple[float, ...] = (3e-3,)
+    recall_val: int = 256
+
+    @property
+    def task(self) -> RecallTask:
+        """With a gap that windows in all layers do not reach over."""
+        gap = self.recall_layers * (self.window - 1)
+        keys = self.recall_keys
+        return RecallTask(self.recall_length, gap, noise=4, keys=keys, values=keys, joined=True)
+
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    task: str
+    rule: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.rule} lr {self.lr:g} seed {self.seed}"
+
+
+def layout(rule: str, settings: Settings) -> ArchConfig:
+    """The layout of a rule with the state that the settings give it, and a key/value head for every query head."""
+    arch = load_arch(RULES[rule])
+    (store,) = arch.stores.values()
+    store.kv_heads = "all"
+    positions_per_slot = state_itemsize(settings.itemsize) / settings.itemsize
+    if rule == "window":
+        store.window = settings.window
+    elif rule == "ring_slots":
+        store.slots = max(1, int(settings.window * settings.slots_share / positions_per_slot))
+        store.window = settings.window - int(store.slots * positions_per_slot)
+    elif rule != "full":
+        store.slots = int(settings.window / positions_per_slot)
+    return arch
+
+
+def model_config(task: str, rule: str, settings: Settings) -> ModelConfig:
+    lm = task == "lm"
+    width = settings.lm_width if lm else settings.recall_width
+    size = SizeConfig(
+        num_layers=settings.lm_layers if lm else settings.recall_layers,
+        d_model=width,
+        num_heads=max(1, width // 32),
+        d_ff=width * 8 // 3 // 8 * 8,
+        vocab_size=settings.lm_vocab if lm else settings.task.vocab_size,
+        seq_len=settings.lm_length if lm else settings.recall_length,
+        init_std=0.06,
+    )
+    return ModelConfig(layout(rule, settings), size)
+
+
+def described(task: str, rule: str, settings: Settings) -> dict[str, Any]:
+    """What a rule costs: parameters, state bytes, and by how many percent these differ from the window's."""
+    config = model_config(task, rule, settings)
+    plan, state = resolve(config), _state(resolve(model_config(task, "window", settings)), settings)
+    mine = _state(plan, settings)
+    store = plan.stores[0]
+    return {
+        "arch": RULES[rule],
+        "window": store.window,
+        "slots": store.num_slots,
+        "params": num_params(config, plan),
+        "state_bytes": mine,
+        "off_percent": None if store.max_positions is None else 100 * (mine / state - 1),
+    }
+
+
+def _state(plan: KVPlan, settings: Settings) -> int:
+    """Bytes of the bounded stores of one sequence, however long."""
+    return kv_bytes(plan, 1, settings.itemsize).constant
+
+
+def fit(model: Decoder, losses: Iterator[Tensor], lr: float, steps: int, tick: Tick) -> None:
+    """A step of AdamW on each loss, with train/pretrain.py's schedule and clipping."""
+    config = OptimConfig(lr=lr)
+    optimizer = build_optimizer(model, config)
+    scheduler = schedule(optimizer, config, steps)
+    for loss in losses:
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        tick(loss.item())
+
+
+def train_lm(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
+    folder, manifest = text(settings)
+    windows = TokenWindows(folder, manifest, "train", settings.lm_length)
+    steps = lm_steps(settings)
+    made = TrainBatches(windows, cell.seed, steps, settings.lm_batch, settings.lm_batch)
+    losses = (model(b["inputs"], head=cross_entropy_sum(b["targets"])) / b["step_targets"] for b in made)
+    fit(model, losses, cell.lr, steps, tick)
+    positions = {}
+    for times in LONGER:
+        length = times * settings.lm_length
+        windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+        chosen = EvalWindows.of(windows, settings.lm_val_tokens // length)
+        positions[str(length)] = [asdict(b) for b in loss_by_position(model, EvalBatches(chosen, 1))]
+    trained = positions[str(settings.lm_length)]
+    loss = sum(b["nats"] * b["targets"] for b in trained) / sum(b["targets"] for b in trained)
+    return {"loss": loss, "positions": positions, "data": manifest.digest}
+
+
+def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
+    far, pairs = settings.task, settings.recall_pairs
+    near = replace(far, gap=0)
+
+    def losses() -> Iterator[Tensor]:
+        for step in range(settings.recall_steps):
+            task = near if step % 2 else far
+            asked = questions(task, pairs[step // 2 % len(pairs)], settings.recall_batch, cell.seed, step)
+            where = asked.asked
+            yield F.cross_entropy(model(asked.inputs_BT)[where], asked.targets_BT[where])
+
+    fit(model, losses(), cell.lr, settings.recall_steps, tick)
+    counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)
+    long = replace(near, length=LONGER[-1] * near.length)
+    by_distance = recall(model, long, pairs[-1:], settings.recall_val, VAL_SEED)[pairs[-1]]
+    accuracy = sum(share(found) for found in counts.values()) / len(counts)
+    return {"accuracy": accuracy, "counts": counts, "by_distance": by_distance}
+
+
+TASKS = {"lm": train_lm, "recall": train_recall}
+
+
+def lm_steps(settings: Settings) -> int:
+    return settings.lm_tokens // (settings.lm_batch * settings.lm_length)
+
+
+def text(settings: Settings) -> tuple[Path, Manifest]:
+    """The prepared text. Raises DataError where it cannot be used."""
+    options = [f"path={settings.data}"] if settings.data else []
+    config = load("stdlib", [*options, f"tokenizer.vocab_size={settings.lm_vocab}"])
+    ((folder, manifest),) = open_data(config).items()
+    if manifest.vocab_size > settings.lm_vocab:
+        raise UsageError(f"{folder} has {manifest.vocab_size} tokens; set lm_vocab={manifest.vocab_size}")
+    return folder, manifest
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """Seeds outermost, so that a study cut short still compares rules."""
+    rates = {"lm": settings.lm_lr, "recall": settings.recall_lr}
+    return [
+        Cell(task, rule, lr, seed)
+        for seed in range(settings.seeds)
+        for task in settings.tasks
+        for rule in settings.rules
+        for lr in rates[task]
+    ]
+
+
+def problems(settings: Settings) -> list[str]:
+    """Everything that is wrong with the settings, and the fix."""
+    found = [f"no rule {rule}; the rules are {', '.join(RULES)}" for rule in settings.rules if rule not in RULES]
+    found += [f"no task {task}; the tasks are {', '.join(TASKS)}" for task in settings.tasks if task not in TASKS]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if (isinstance(value, int) and value < 1) or value == ():
+            found.append(f"{field.name} is {value}; it must be at least 1, a list not empty")
+    if not 0 < settings.slots_share < 1:
+        found.append(f"slots_share is {settings.slots_share}; it lies between 0 and 1")
+    if not found and settings.window < 2 * state_itemsize(settings.itemsize) // settings.itemsize:
+        found.append(f"window is {settings.window}: too few bytes for a slot beside a window; make it larger")
+    if not found and lm_steps(settings) < 1:
+        found.append(f"lm_tokens is {settings.lm_tokens}; one step takes {settings.lm_batch * settings.lm_length}")
+    if not found:
+        found += [problem for pairs in settings.recall_pairs for problem in settings.task.problems(pairs)]
+    return found
+
+
+def parse(arguments: list[str]) -> tuple[Settings, Path]:
+    """The settings, and the folder of results. Raises UsageError with what is wrong and the fix."""
+    out, changes = ROOT / "docs" / "results" / "bounded-cpu", {}
+    known = {field.name: field for field in fields(Settings)}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "out" and value:
+            out = Path(value)
+        elif not equals or key not in known:
+            raise UsageError(f"cannot read {argument!r}; write key=value, the keys are out, {', '.join(known)}")
+        else:
+            default = known[key].default
+            try:
+                many = isinstance(default, tuple)
+                kind = type(default[0]) if many else type(default)
+                changes[key] = tuple(kind(part) for part in value.split(",") if part) if many else kind(value)
+            except ValueError as error:
+                raise UsageError(f"{argument}: {error}; the default is {default}") from error
+    settings = replace(Settings(), **changes)
+    if found := problems(settings):
+        raise UsageError("\n".join(found))
+    return settings, out
+
+
+def begun(path: Path, settings: Settings) -> dict[str, Any]:
+    """What `path` has, and an empty part for each task it has nothing of. Raises UsageError where it has runs of other
+    settings; more seeds, rules or learning rates may be added."""
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for task in settings.tasks:
+        asked = fixed(task, settings)
+        part = result.setdefault(task, {"settings": asked, "rules": {}, "runs": {}})
+        other = [key for key, value in asked.items() if part["settings"].get(key) != value]
+        if other:
+            raise UsageError(f"{path} has runs with another {', '.join(other)}; give another folder with out=")
+        part["rules"] |= {rule: described(task, rule, settings) for rule in settings.rules}
+    return result
+
+
+def fixed(task: str, settings: Settings) -> dict[str, Any]:
+    """The settings that all runs of a task share, as JSON has them."""
+    shared = ("window", "itemsize", "slots_share")
+    mine = {
+        k: v for k, v in asdict(settings).items() if k in shared or (k.startswith(f"{task}_") and k != f"{task}_lr")
+    }
+    result: dict[str, Any] = json.loads(json.dumps(mine))
+    return result
+
+
+def run(cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
+    model = Decoder(model_config(cell.task, cell.rule, settings))
+    model.init_weights(cell.seed)
+    begin = time.perf_counter()
+    measured = TASKS[cell.task](model, cell, settings, tick)
+    return asdict(cell) | measured | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def main(settings: Settings, out: Path) -> None:
+    path = out / "result.json"
+    result, where = begun(path, settings), environment()
+    if "lm" in settings.tasks:
+        text(settings)  # prepared, or refused, before the bar
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells(settings) if cell.key not in result[cell.task]["runs"]]
+    steps = {"lm": lm_steps(settings), "recall": settings.recall_steps}
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("steps", total=sum(steps[cell.task] for cell in todo))
+        for cell in todo:
+
+            def tick(loss: float, key: str = f"{cell.task} {cell.key}") -> None:
+                progress.update(bar, advance=1, description=f"{key}  loss {loss:.3f}")
+
+            done = run(cell, settings, tick) | {"git": where["git"]}
+            result[cell.task]["runs"][cell.key] = done
+            result["environment"] = where
+            write_json(path, result)
+            shown = f"loss {done['loss']:.4f}" if cell.task == "lm" else f"accuracy {done['accuracy']:.3f}"
+            progress.console.print(f"{cell.task} {cell.key}: {shown}, {done['seconds']:.0f} s")
+    console.print(report(json.loads(path.read_text()), out))
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__.replace("{keys}", str(Settings.__doc__)))
+    else:
+        try:
+            main(*parse(sys.argv[1:]))
+        except MISTAKES as error:
+            fail(str(error))

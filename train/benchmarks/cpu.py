@@ -1,0 +1,225 @@
+"""Time a training step and the loader against their peers on the CPU: `python train/benchmarks/cpu.py +arch=X +size=Y`.
+
+Ours, Hugging Face Llama and litgpt have equal shapes, weights, batches and optimizers, and take their steps in turns in
+one process, so that whatever else the machine does meets all of them. Where it does much else, threads=1 and the CPU
+seconds tell more than the clock. Peak memory is taken in processes of their own.
+"""
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from arch import ArchConfig, ModelConfig, SizeConfig
+from data.shards import write_json
+from eval.cli import Choices, UsageError, launch, require
+from eval.units import bytes_text
+from train.benchmarks import loader as bench_loader
+from train.benchmarks.baselines import BUILDERS, Peer, Step, UnavailableError, copy_weights, llama_slot, random_batch
+from train.benchmarks.peak_memory import peak_memory
+from train.benchmarks.timing import spread
+from train.datamodule import open_data
+from train.environment import environment
+from train.schema import DataConfig
+
+WARMUP = 2
+LOSS_TOLERANCE = 1e-4  # of the first loss, in nats; fp32 and other orders of summation
+
+Series = dict[str, list[float]]  # one number per round, for each model
+
+
+@dataclass
+class BenchConfig:
+    """The command line; `configs/bench.yaml` explains the keys."""
+
+    arch: ArchConfig = field(default_factory=ArchConfig)
+    size: SizeConfig = field(default_factory=SizeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch_size: int = 2
+    repeats: int = 7
+    documents: int = 400
+    loader_repeats: int = 3
+    threads: int | None = None
+    out: str = "docs/results/bench-cpu"
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    require(arch=choices.arch, size=choices.size)
+    options: BenchConfig = OmegaConf.to_object(config)
+    for name in ("batch_size", "repeats", "documents", "loader_repeats"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    model = ModelConfig(options.arch, options.size)
+    try:
+        llama_slot(model)
+    except UnavailableError as error:
+        raise UsageError(f"+arch={choices.arch}: {error}") from error
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "model": f"{choices.arch}-{choices.size}",
+        "batch_size": options.batch_size,
+        "seq_len": options.size.seq_len,
+        "precision": "fp32",
+        "load": {"before": os.getloadavg()},
+    }
+    result |= step_against_peers(model, options.batch_size, options.repeats)
+    result["loader"] = loader_against_peer(options)
+    result["load"]["after"] = os.getloadavg()
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", result)
+    show(result)
+    print(f"written to {folder / 'bench.json'}")
+
+
+def step_against_peers(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
+    """Memory, then time, of every model that can be built here; `skipped` names the others with the reason.
+
+    Raises RuntimeError where the first losses, of equal weights on an equal batch, differ.
+    """
+    peers, skipped = build_all(config)
+    memory = {name: peak_memory(name, config, batch) for name in peers}
+    times, work, losses = take_turns(peers, config.size, batch, repeats)
+    first = {name: values[0] for name, values in losses.items()}
+    if max(first.values()) - min(first.values()) > LOSS_TOLERANCE:
+        raise RuntimeError(f"equal weights and an equal batch give other losses: {first}")
+    models = {
+        name: {
+            "version": peer.version,
+            "params": sum(p.numel() for p in peer.model.parameters()),
+            "seconds": spread(times[name]),
+            "cpu_seconds": spread(work[name]),
+            "tokens_per_second": batch * config.size.seq_len / statistics.median(times[name]),
+            "peak_bytes": memory[name],
+            "first_loss": losses[name][0],
+            "last_loss": losses[name][-1],
+        }
+        for name, peer in peers.items()
+    }
+    # More than 1: ours is faster, ours takes less.
+    against = {
+        name: {
+            "speed": statistics.median(times[name]) / statistics.median(times["ours"]),
+            "speed_by_round": spread([b / a for a, b in zip(times["ours"], times[name], strict=True)]),
+            "cpu": statistics.median(work[name]) / statistics.median(work["ours"]),
+            "cpu_by_round": spread([b / a for a, b in zip(work["ours"], work[name], strict=True)]),
+            "memory": {way: _ratio(memory[name][way], memory["ours"][way]) for way in memory[name]},
+        }
+        for name in peers
+        if name != "ours"
+    }
+    return {"models": models, "ours_against": against, "skipped": skipped}
+
+
+def _ratio(theirs: int | None, ours: int | None) -> float | None:
+    return theirs / ours if theirs and ours else None
+
+
+def build_all(config: ModelConfig) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Every model with our weights, and why the others are missing. Raises RuntimeError where they are not equal."""
+    peers: dict[str, Peer] = {}
+    skipped: dict[str, str] = {}
+    for name, build in BUILDERS.items():
+        try:
+            peers[name] = build(config, torch.device("cpu"), False)
+        except UnavailableError as error:
+            skipped[name] = str(error)
+    weights = peers["ours"].model.state_dict()
+    counts = {name: sum(p.numel() for p in peer.model.parameters()) for name, peer in peers.items()}
+    if len(set(counts.values())) > 1:
+        raise RuntimeError(f"the models differ in size, a comparison would mean nothing: {counts}")
+    for name, peer in peers.items():
+        if name != "ours":
+            copy_weights(config, weights, name, peer)
+    return peers, skipped
+
+
+def take_turns(peers: dict[str, Peer], size: SizeConfig, batch: int, repeats: int) -> tuple[Series, Series, Series]:
+    """Seconds, CPU seconds of all threads, and loss of every step.
+
+    A round is one step of each on the same batch; who begins changes each round.
+    """
+    device = torch.device("cpu")
+    steps = {name: Step(peer, contextlib.nullcontext) for name, peer in peers.items()}
+    names = list(steps)
+    times: Series = {name: [] for name in names}
+    work: Series = {name: [] for name in names}
+    losses: Series = {name: [] for name in names}
+    for number in range(WARMUP + repeats):
+        inputs, targets = random_batch(size.vocab_size, batch, size.seq_len, device, number)
+        begin = number % len(names)
+        for name in names[begin:] + names[:begin]:
+            started, worked = time.perf_counter(), time.process_time()
+            losses[name].append(steps[name](inputs, targets).item())
+            if number >= WARMUP:
+                times[name].append(time.perf_counter() - started)
+                work[name].append(time.process_time() - worked)
+    return times, work, losses
+
+
+def loader_against_peer(options: BenchConfig) -> dict[str, Any]:
+    ((folder, manifest),) = open_data(options.data).items()
+    corpus = manifest.recipe["source"]["corpus"]
+    if corpus is None:
+        return {"skipped": f"{folder} was not made of a corpus that is on every machine, such as stdlib"}
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "train.jsonl"
+        bench_loader.write_text(corpus, text, options.documents)
+        try:
+            batch, seq_len = options.batch_size, options.size.seq_len
+            return bench_loader.measure(
+                folder, manifest, text, batch=batch, seq_len=seq_len, repeats=options.loader_repeats
+            )
+        except UnavailableError as error:
+            return {"skipped": str(error)}
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    tokens = f"{result['batch_size']} x {result['seq_len']} tokens"
+    table = Table("", title=f"{result['model']}, {tokens}, fp32, {result['environment']['hardware']}")
+    for column in ("s/step", "min-max", "allocated", "resident", "theirs / ours", "by round", "in CPU s", "by round"):
+        table.add_column(column, justify="right")
+    for name, model in result["models"].items():
+        spent, memory, against = model["seconds"], model["peak_bytes"], result["ours_against"].get(name)
+        ratios = []
+        for way in ("speed", "cpu") if against else ():
+            ratios += [f"{against[way]:.3f}", "{min:.3f}-{max:.3f}".format(**against[f"{way}_by_round"])]
+        table.add_row(
+            f"{name} {model['version']}".strip(),
+            f"{spent['median']:.3f}",
+            f"{spent['min']:.3f}-{spent['max']:.3f}",
+            bytes_text(memory["allocated"]),
+            bytes_text(memory["resident"]) if memory["resident"] else "?",
+            *ratios,
+        )
+    console.print(table)
+    for name, reason in result["skipped"].items():
+        print(f"{name} skipped: {reason}")
+    loader = result["loader"]
+    if "skipped" in loader:
+        print(f"loader: datasets skipped: {loader['skipped']}")
+        return
+    for name, speed in loader["tokens_per_second"].items():
+        print(f"loader: {name} {speed['median']:,.0f} tokens/s ({speed['min']:,.0f}-{speed['max']:,.0f})")
+
+
+if __name__ == "__main__":
+    launch(main, "bench", BenchConfig)

@@ -1,0 +1,258 @@
+"""Layouts against each other on the CPU, at equal parameters: `python train/benchmarks/layouts.py +size=20m`.
+
+Of each layout an optimizer step, and decoding over its cache. They take turns in one process, so that whatever else the
+machine does meets all of them; where it does much else, threads=1 and the CPU seconds tell more than the clock. Beside
+the speed in training stand the formula's FLOPs per token, and FLOPs per CPU second, both over those of the first
+layout: one that is slow with a FLOP/s near 1 has more to compute, and below 1 its implementation is slow.
+
+Parameters are made equal by d_ff, to the multiple of 8 that comes nearest to the first layout's; d_model, heads and
+depth stay. In a Block Transformer it is the d_ff of both decoders.
+
+Shapes: B batch, T tokens.
+"""
+
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from arch import LayoutError, ModelConfig, SizeConfig, resolve
+from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.shards import write_json
+from eval.cli import Choices, UsageError, launch, require
+from eval.layouts import load_arch, names
+from eval.units import bytes_text, count_text
+from train.benchmarks.baselines import ours, random_batch
+from train.benchmarks.cpu import Series, take_turns
+from train.benchmarks.gpu_decode import Feed, feeding, our_model
+from train.benchmarks.timing import spread
+from train.environment import environment
+
+CPU = torch.device("cpu")
+TOLERANCE = 0.02  # of the parameters
+ITEMSIZE = 4  # fp32
+
+
+@dataclass
+class LayoutsConfig:
+    """The command line; `configs/bench_layouts.yaml` explains the keys."""
+
+    size: SizeConfig = field(default_factory=SizeConfig)
+    archs: list[str] = field(default_factory=lambda: ["mha", "block", "bct"])
+    batch_size: int = 2
+    repeats: int = 7
+    decode_batches: list[int] = field(default_factory=lambda: [1, 8])
+    decode_context: int = 512
+    decode_tokens: int = 32
+    threads: int | None = None
+    out: str = "docs/results/layouts-cpu"
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    require(size=choices.size)
+    options: LayoutsConfig = OmegaConf.to_object(config)
+    check(options)
+    models = equal(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "size": choices.size,
+        "reference": options.archs[0],
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "precision": "fp32",
+        "load": {"before": os.getloadavg()},
+        "models": {arch: about(model) for arch, model in models.items()},
+    }
+    result["training"] = training(models, options)
+    result["decoding"] = {str(batch): decoding(models, batch, options) for batch in options.decode_batches}
+    result["load"]["after"] = os.getloadavg()
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "layouts.json", result)
+    show(result)
+    print(f"written to {folder / 'layouts.json'}")
+
+
+def check(options: LayoutsConfig) -> None:
+    """Raises UsageError for what is no layout or no count."""
+    for arch in options.archs:
+        if arch not in names("arch"):
+            raise UsageError(f"archs has {arch}; choose of {', '.join(names('arch'))}")
+    if len(set(options.archs)) < max(2, len(options.archs)):
+        raise UsageError(f"archs is {options.archs}; name two layouts or more, each once")
+    for name in ("batch_size", "repeats", "decode_context", "decode_tokens"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    if not options.decode_batches or min(options.decode_batches) < 1:
+        raise UsageError(f"decode_batches is {options.decode_batches}; write at least one number, each at least 1")
+    for arch in options.archs:
+        block = load_arch(arch).block
+        for name, value in (
+            ("size.seq_len", options.size.seq_len),
+            ("decode_context", options.decode_context),
+            ("decode_tokens", options.decode_tokens),
+        ):
+            if block is not None and value % block.length:
+                raise UsageError(f"{name} is {value}; {arch} needs a multiple of its block length {block.length}")
+
+
+def equal(options: LayoutsConfig) -> dict[str, ModelConfig]:
+    """Each layout with as many parameters as the first. Raises UsageError where d_ff cannot make them equal."""
+    first, *others = options.archs
+    models = {first: ModelConfig(load_arch(first), options.size)}
+    target = params(models[first])
+    for arch in others:
+        found = fitted(ModelConfig(load_arch(arch), options.size), target)
+        if abs(params(found) / target - 1) > TOLERANCE:
+            raise UsageError(
+                f"{arch} has {params(found):,} parameters at d_ff {found.size.d_ff}, {first} has {target:,}: no d_ff "
+                f"makes them equal within {TOLERANCE:.0%}; compare others, or another size"
+            )
+        models[arch] = found
+    return models
+
+
+def fitted(config: ModelConfig, target: int) -> ModelConfig:
+    """`config` with the multiple of 8 as d_ff whose parameters are nearest to `target`; they are linear in d_ff."""
+    at = {d_ff: params(ModelConfig(config.arch, replace(config.size, d_ff=d_ff))) for d_ff in (8, 16)}
+    steps = max(0, round((target - at[8]) / (at[16] - at[8])))
+    return ModelConfig(config.arch, replace(config.size, d_ff=8 + 8 * steps))
+
+
+def params(config: ModelConfig) -> int:
+    return num_params(config, resolve(config))
+
+
+def about(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_ff": config.size.d_ff,
+        "params": params(config),
+        "train_flops_per_token": train_flops_per_token(config, resolve(config)),
+    }
+
+
+def training(models: dict[str, ModelConfig], options: LayoutsConfig) -> dict[str, Any]:
+    """Time one optimizer step of each in turn, as cpu.py does. `flops` are per token, over the first's."""
+    peers = {arch: ours(config, CPU, False) for arch, config in models.items()}
+    times, work, losses = take_turns(peers, options.size, options.batch_size, options.repeats)
+    found = compared(times, work, options.batch_size * options.size.seq_len)
+    flops = {arch: about(config)["train_flops_per_token"] for arch, config in models.items()}
+    for arch, values in found.items():
+        values["flops"] = flops[arch] / flops[options.archs[0]]
+        values["flops_per_second"] = values["cpu"] * values["flops"]
+        values["losses"] = losses[arch]
+    return found
+
+
+def decoding(models: dict[str, ModelConfig], batch: int, options: LayoutsConfig) -> dict[str, Any]:
+    """`decode_tokens` of each sequence per round, after a prompt of `decode_context`; the cache goes on growing."""
+    context, tokens = options.decode_context, options.decode_tokens
+    whole = context + (1 + options.repeats) * tokens
+    feeds, says, held = {}, {}, {}
+    for arch, config in models.items():
+        feeds[arch], cache = feeding(our_model(config, torch.float32, CPU), batch, whole)
+        held[arch] = cache.nbytes
+        with torch.inference_mode():
+            prompt, _ = random_batch(config.size.vocab_size, batch, context, CPU, seed=0)
+            says[arch] = best(feeds[arch](prompt))
+    times: Series = {arch: [] for arch in models}
+    work: Series = {arch: [] for arch in models}
+    order = list(models)
+    for number in range(1 + options.repeats):
+        begin = number % len(order)
+        for arch in order[begin:] + order[:begin]:
+            started, worked = time.perf_counter(), time.process_time()
+            says[arch] = say(feeds[arch], says[arch], tokens)
+            if number:  # the first warms up
+                times[arch].append(time.perf_counter() - started)
+                work[arch].append(time.process_time() - worked)
+    found = compared(times, work, batch * tokens)
+    for arch, config in models.items():
+        kv = kv_bytes(resolve(config), whole, ITEMSIZE)
+        found[arch] |= {
+            "context": whole,
+            "kv_bytes_stored": kv.stored,
+            "kv_bytes_read": kv.read,
+            "cache_bytes": held[arch] // batch,
+        }
+    return found
+
+
+@torch.inference_mode()
+def say(feed: Feed, token_B1: Tensor, number: int) -> Tensor:
+    """The most likely token, `number` times over; the last of them."""
+    for _ in range(number):
+        token_B1 = best(feed(token_B1))
+    return token_B1
+
+
+def best(logits_BTV: Tensor) -> Tensor:
+    return logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
+
+
+def compared(times: Series, work: Series, tokens: int) -> dict[str, dict[str, Any]]:
+    """Of rounds of `tokens` tokens: seconds and tokens/s of each, and its speed over that of the first."""
+    first = next(iter(times))
+    found = {}
+    for arch in times:
+        found[arch] = {
+            "seconds": spread(times[arch]),
+            "cpu_seconds": spread(work[arch]),
+            "tokens_per_second": tokens / statistics.median(times[arch]),
+            "tokens_per_cpu_second": tokens / statistics.median(work[arch]),
+            "speed": statistics.median(times[first]) / statistics.median(times[arch]),
+            "speed_by_round": spread([a / b for a, b in zip(times[first], times[arch], strict=True)]),
+            "cpu": statistics.median(work[first]) / statistics.median(work[arch]),
+            "cpu_by_round": spread([a / b for a, b in zip(work[first], work[arch], strict=True)]),
+        }
+    return found
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    first, models, options = result["reference"], result["models"], result["options"]
+    parts = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
+    parts |= {f"decoding, batch {batch}": found for batch, found in result["decoding"].items()}
+    for title, found in parts.items():
+        table = Table("", title=f"{result['size']}, {title}, fp32, {result['environment']['hardware']}")
+        for column in ("params", "tokens/s", "tokens/CPU s", f"speed / {first}", "in CPU s", "by round"):
+            table.add_column(column, justify="right")
+        trained = "flops" in found[first]
+        for column in ("FLOPs", "FLOP/s") if trained else ("KV stored", "KV read"):
+            table.add_column(column, justify="right")
+        for arch, values in found.items():
+            if trained:
+                last = [f"{values[key]:.2f}" for key in ("flops", "flops_per_second")]
+            else:
+                last = [bytes_text(values[key]) for key in ("kv_bytes_stored", "kv_bytes_read")]
+            table.add_row(
+                arch,
+                count_text(models[arch]["params"]),
+                f"{values['tokens_per_second']:,.0f}",
+                f"{values['tokens_per_cpu_second']:,.0f}",
+                f"{values['speed']:.2f}",
+                f"{values['cpu']:.2f}",
+                "{min:.2f}-{max:.2f}".format(**values["cpu_by_round"]),
+                *last,
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    launch(main, "bench_layouts", LayoutsConfig, failures=(LayoutError,))

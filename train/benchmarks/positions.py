@@ -1,0 +1,91 @@
+"""Loss by position, within the trained length and beyond it: `python train/benchmarks/positions.py RUN ...`.
+
+Reads the newest checkpoint and the validation text of each run, prints a table, writes positions.json into the run.
+
+  lengths=512,1024  tokens of the sequences (default: those of training, twice and four times as many)
+  tokens=65536      validation tokens of each length
+"""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from arch import ModelConfig, build
+from data.batches import EvalBatches
+from data.mixture import EvalWindows, Mixture
+from data.shards import TokenWindows, write_json
+from eval.cli import MISTAKES, UsageError, fail, folders_of
+from eval.positions import Bucket, loss_by_position
+from train import checkpoint
+from train.checkpoint import TrainingError
+from train.datamodule import open_data
+from train.environment import environment
+from train.schema import PretrainConfig, framing
+
+
+def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
+    """For each length. Raises UsageError where there is no such run, TrainingError where it has no sound checkpoint."""
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
+    saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
+    config = OmegaConf.to_object(saved)
+    model = build(ModelConfig(config.arch, config.size))
+    checkpoint.load(checkpoint.resolve(run), model)
+    found = {}
+    for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
+        batches = []
+        for folder, manifest in open_data(config.data).items():
+            windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+            chosen = EvalWindows.of(windows, tokens // length)
+            batches += EvalBatches(chosen, 1, framing=replace(framing(config.arch, config.data), block_padding=0))
+        found[length] = loss_by_position(model, batches)
+    return found
+
+
+def table(name: str, found: dict[int, list[Bucket]]) -> Table:
+    """A row for each bucket, a column for each length."""
+    result = Table(
+        "positions", title=f"{name}: validation loss in nats per token (standard error)", title_justify="left"
+    )
+    for length in found:
+        result.add_column(f"{length:,} tokens", justify="right")
+    rows: dict[tuple[int, int], dict[int, str]] = {}
+    for length, buckets in found.items():
+        for bucket in buckets:
+            error = "-" if bucket.error is None else f"{bucket.error:.3f}"
+            rows.setdefault((bucket.first, bucket.end), {})[length] = f"{bucket.nats:.4f} ({error})"
+    for (first, end), cells in sorted(rows.items()):
+        result.add_row(f"{first:,} to {end - 1:,}", *(cells.get(length, "") for length in found))
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    options = {"lengths": "", "tokens": "65536"}
+    runs = [Path(folder) for folder in folders_of(arguments, options)]
+    parts = {key: [part for part in value.split(",") if part] for key, value in options.items()}
+    for key, values in parts.items():
+        if not all(value.isdecimal() and int(value) > 0 for value in values) or (key == "tokens" and len(values) != 1):
+            raise UsageError(f"{key} is {options[key]}; write whole numbers of at least 1, lengths with commas")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for run in runs:
+        found = measure(run, [int(length) for length in parts["lengths"]], int(parts["tokens"][0]))
+        lengths = {str(length): [asdict(bucket) for bucket in buckets] for length, buckets in found.items()}
+        write_json(run / "positions.json", {"lengths": lengths, **environment()})
+        console.print(table(run.name, found))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+    else:
+        try:
+            main(sys.argv[1:])
+        except (*MISTAKES, TrainingError) as error:
+            fail(str(error))

@@ -1,0 +1,335 @@
+"""Estimate memory and time of a run: `python train/estimate.py +arch=cla2 +size=3b gpu=h100 gpus=8`. See --help."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from arch import BlockPlan, LayoutError, ModelConfig, Plan, resolve
+from arch.footprint import num_params, train_flops_per_token
+from eval.cli import Choices, UsageError, launch, require
+from eval.hardware import GPUS, TERA, Gpu, find_gpu
+from eval.layouts import load_arch, load_size
+from eval.units import bytes_text, count_text, parse_bytes
+from train.estimates.memory import Execution, step_memory
+from train.schema import (
+    PretrainConfig,
+    micro_batch,
+    num_steps,
+    problems,
+)
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+@dataclass
+class EstimateConfig(PretrainConfig):
+    """The command line of train/pretrain.py, and the machine to run on; `configs/estimate.yaml` explains the keys."""
+
+    gpu: str | None = None
+    gpus: int = 1
+    nodes: int = 1
+    mfu: float = 0.4
+    reserve: str = "4GiB"
+    memory: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one GPU has: bytes, and FLOP/s in the precision asked for."""
+
+    name: str
+    memory: float
+    peak: float
+    gpu: Gpu | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Per GPU, and where it is from."""
+
+    tokens_per_second: float
+    mfu: float
+    source: str
+
+
+def pretrain_config(options: EstimateConfig) -> PretrainConfig:
+    """The run that is planned, as train/pretrain.py would get it. Raises LayoutError where that would refuse it."""
+    asked, world = options.trainer, options.gpus * options.nodes
+    trainer = replace(
+        asked,
+        accelerator="cuda",
+        devices=options.gpus,
+        num_nodes=options.nodes,
+        strategy="fsdp" if asked.strategy == "auto" and world > 1 else asked.strategy,
+        precision="bf16" if asked.precision == "auto" else asked.precision,
+        compile=True if asked.compile is None else asked.compile,
+    )
+    config = PretrainConfig(**{key.name: getattr(options, key.name) for key in fields(PretrainConfig)})
+    config.trainer = trainer
+    found = problems(config)
+    if found:
+        ours = {"trainer.devices": "gpus", "trainer.num_nodes": "nodes"}
+        for theirs, name in ours.items():
+            found = [problem.replace(theirs, name) for problem in found]
+        raise LayoutError(found)
+    return config
+
+
+def find_device(options: EstimateConfig) -> Device:
+    """The GPU that was named, or this machine's. Raises UsageError where its memory or peak is not known."""
+    precision, peak_tflops = options.trainer.precision, options.trainer.peak_tflops
+    name = options.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    if name is None:
+        raise UsageError(f"there is no GPU here; choose gpu= one of: {', '.join(gpu.short for gpu in GPUS)}")
+    gpu = find_gpu(name)
+    known = gpu.flops("fp32" if precision == "fp32" else "bf16") if gpu else None
+    peak = peak_tflops * TERA if peak_tflops else known
+    try:
+        memory = parse_bytes(options.memory) if options.memory else gpu.memory_bytes if gpu else None
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if memory is None or peak is None:
+        lacking = " and ".join(["memory="] * (memory is None) + ["trainer.peak_tflops="] * (peak is None))
+        raise UsageError(
+            f"gpu={name}: eval/hardware.py does not know its peak in {precision} or its memory; give {lacking}, "
+            f"or choose {', '.join(gpu.short for gpu in GPUS)}"
+        )
+    return Device(name, memory, peak, gpu)
+
+
+def execution(config: PretrainConfig) -> Execution:
+    trainer = config.trainer
+    return Execution(
+        strategy=trainer.strategy,
+        world=trainer.devices * trainer.num_nodes,
+        itemsize=4 if trainer.precision == "fp32" else 2,
+        compiled=bool(trainer.compile),
+        checkpointing=trainer.activation_checkpointing,
+    )
+
+
+def largest_micro_batch(model: ModelConfig, plan: Plan, how: Execution, share: int, available: float) -> int | None:
+    """The largest divisor of a process' `share` of a step that fits into `available` bytes; None if 1 does not."""
+    for candidate in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
+        if step_memory(model, plan, replace(how, accumulate=share // candidate), candidate).total <= available:
+            return candidate
+    return None
+
+
+def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
+    """Changes, each of which alone makes the run fit; the last resort where none does."""
+    model, how = ModelConfig(config.arch, config.size), execution(config)
+    share = config.batch_size // how.world
+    found = []
+    if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, share, available)):
+        found.append(f"trainer.micro_batch={fits}")
+    changes = {
+        "trainer.activation_checkpointing=true": replace(how, checkpointing=True),
+        "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
+    }
+    for name, other in changes.items():
+        if other != how and (fits := largest_micro_batch(model, plan, other, share, available)):
+            found.append(f"{name} (trainer.micro_batch={fits})")
+    worlds = [n for n in range(how.world + 1, config.batch_size + 1) if config.batch_size % n == 0]
+    for world in worlds:
+        more = replace(how, strategy="fsdp", world=world)
+        if fits := largest_micro_batch(model, plan, more, config.batch_size // world, available):
+            found.append(f"{world} GPUs with trainer.strategy=fsdp (trainer.micro_batch={fits})")
+            break
+    return found or ["trainer.activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"]
+
+
+def measurements(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The records of training speed among the JSON files of `folder`; whatever else is there is passed over."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            continue
+        cases = content.get("cases") if isinstance(content, dict) else content
+        records = cases.values() if isinstance(cases, dict) else cases  # a part of gpu_suite.py, or a list
+        for record in records if isinstance(records, Iterable) else []:
+            if isinstance(record, dict) and record.get("part") == "train":
+                yield path, record
+
+
+def measured(config: PretrainConfig, choices: Choices, device: Device, folder: Path) -> Speed | None:
+    """The fastest measurement of this very model, sequence length, GPU and checkpointing; None where there is none."""
+    model = ModelConfig(config.arch, config.size)
+    named = load_arch(str(choices.arch)), replace(load_size(str(choices.size)), seq_len=config.size.seq_len)
+    if device.gpu is None or (config.arch, replace(config.size, tokens=0, batch_size=0, lr=0)) != (
+        named[0],
+        replace(named[1], tokens=0, batch_size=0, lr=0),
+    ):
+        return None
+    wanted = {"arch": choices.arch, "size": choices.size, "seq_len": config.size.seq_len}
+    best: Speed | None = None
+    for path, record in measurements(folder):
+        speed, devices = record.get("tokens_per_second"), record.get("devices", 1)
+        checkpointing = record.get("activation_checkpointing", False)
+        if (
+            any(record.get(key) != value for key, value in wanted.items())
+            or find_gpu(str(record.get("gpu"))) is not device.gpu
+            or checkpointing != config.trainer.activation_checkpointing
+            or not all(isinstance(value, int | float) and value > 0 for value in (speed, devices))
+        ):
+            continue
+        rate = speed / devices
+        if best is None or rate > best.tokens_per_second:
+            mfu = rate * train_flops_per_token(model, resolve(model)) / device.peak
+            where = path.relative_to(folder)
+            memory = record.get("peak_memory_bytes")
+            note = f"; {bytes_text(memory)} at its peak there" if isinstance(memory, int | float) else ""
+            best = Speed(rate, mfu, f"measured on {devices} x {record['gpu']} ({where}), scaled linearly{note}")
+    return best
+
+
+def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
+    """From the peak. What checkpointing recomputes, one forward pass in four units of work, is no useful work."""
+    source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
+    stacks = (plan.block, plan.token) if isinstance(plan, BlockPlan) else (plan,)
+    if any(store.num_slots for stack in stacks for store in stack.stores):
+        source += ", which bounded stores, in plain torch, will not reach"
+    if config.trainer.activation_checkpointing:
+        mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"
+    return Speed(mfu * device.peak / flops, mfu, source)
+
+
+def make_plan(
+    options: EstimateConfig, choices: Choices, results: Path = RESULTS, typed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of cli.MISTAKES."""
+    config, device = pretrain_config(options), find_device(options)
+    if not 0 < options.mfu <= 1:
+        raise UsageError(f"mfu is {options.mfu}; it is a share of the peak, above 0 and at most 1")
+    try:
+        reserve = parse_bytes(options.reserve)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model = ModelConfig(config.arch, config.size)
+    plan, how = resolve(model), execution(config)
+    share, available = config.batch_size // how.world, device.memory - reserve
+    micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, share, available) or 1
+    memory = step_memory(model, plan, replace(how, accumulate=share // micro), micro)
+    flops = train_flops_per_token(model, plan)
+    speed = measured(config, choices, device, results) or assumed(config, plan, flops, device, options.mfu)
+    steps, rate = num_steps(config), speed.tokens_per_second * how.world
+    step_tokens = config.batch_size * config.size.seq_len
+    hours = steps * step_tokens / rate / 3600
+    fits = memory.total <= available
+    return {
+        "arch": choices.arch,
+        "size": choices.size,
+        "seq_len": config.size.seq_len,
+        "params": num_params(model, plan),
+        "flops_per_token": flops,
+        "gpu": device.name,
+        "world": how.world,
+        "strategy": how.strategy,
+        "micro_batch": micro,
+        "default_micro_batch": micro_batch(config),
+        "accumulate": share // micro,
+        "memory": asdict(memory) | {"reserve": int(reserve), "total": int(memory.total + reserve)},
+        "gpu_memory": int(device.memory),
+        "fits": fits,
+        "remedies": [] if fits else remedies(config, plan, available),
+        "steps": steps,
+        "step_tokens": step_tokens,
+        "step_seconds": step_tokens / rate,
+        "tokens_per_second": rate,
+        "mfu": speed.mfu,
+        "source": speed.source,
+        "hours": hours,
+        "gpu_hours": hours * how.world,
+        "command": command(config, typed, micro),
+    }
+
+
+def command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
+    """What starts the run: what was typed, and the execution that was planned."""
+    trainer = config.trainer
+    own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer.micro_batch=", "trainer=")
+    words = ["python", "train/pretrain.py", *(word for word in typed if not word.startswith(own))]
+    if trainer.strategy != "auto":
+        words += [f"trainer={trainer.strategy}", f"trainer.devices={trainer.devices}"]
+    if trainer.num_nodes > 1:
+        words.append(f"trainer.num_nodes={trainer.num_nodes}")
+    return shlex.join([*words, f"trainer.micro_batch={micro}"])
+
+
+PARTS = {
+    "weights": "weights (fp32)",
+    "gradients": "gradients (fp32)",
+    "optimizer": "AdamW moments (fp32)",
+    "working": "working copies, buffers",
+    "activations": "activations",
+    "temporary": "loss or one block's backward pass",
+    "reserve": "reserve (stated, not computed)",
+    "total": "total",
+}
+
+
+def memory_table(found: dict[str, Any]) -> Table:
+    result = Table(title="Memory of each GPU", title_justify="left")
+    result.add_column("part")
+    result.add_column("memory", justify="right")
+    for part, text in PARTS.items():
+        result.add_row(text, bytes_text(found["memory"][part]), style="bold" if part == "total" else None)
+    result.add_row("the GPU has", bytes_text(found["gpu_memory"]))
+    return result
+
+
+def time_table(found: dict[str, Any]) -> Table:
+    result = Table(title="Time", title_justify="left", show_header=False)
+    result.add_column()
+    result.add_column(justify="right")
+    result.add_row("steps", f"{found['steps']:,}")
+    result.add_row("tokens of a step", f"{found['step_tokens']:,} in {found['accumulate']} micro-batches")
+    result.add_row("a step takes", f"{found['step_seconds']:.3g} s")
+    result.add_row("tokens/s", f"{found['tokens_per_second']:,.0f}")
+    result.add_row("MFU", f"{found['mfu']:.1%}")
+    result.add_row("hours", f"{found['hours']:,.1f}")
+    result.add_row("GPU-hours", f"{found['gpu_hours']:,.0f}")
+    return result
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    require(arch=choices.arch, size=choices.size)
+    options: EstimateConfig = OmegaConf.to_object(config)
+    found = make_plan(options, choices, typed=list(HydraConfig.get().overrides.task))
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(
+        f"{found['arch']} at {found['size']}, {count_text(found['params'])} parameters, on {found['world']} x "
+        f"{found['gpu']}, micro_batch {found['micro_batch']} x {found['seq_len']:,} tokens"
+    )
+    console.print(memory_table(found))
+    console.print(time_table(found))
+    console.print("memory: counted from the layout, with fused attention; an upper estimate for compiled blocks")
+    console.print(f"speed: {found['source']}")
+    needed, has = bytes_text(found["memory"]["total"]), bytes_text(found["gpu_memory"])
+    if found["fits"]:
+        console.print(f"verdict: fits, {needed} of {has}")
+        console.print(found["command"], soft_wrap=True)
+    else:
+        console.print(f"verdict: does not fit, {needed} of {has}. What would: {'; '.join(found['remedies'])}")
+
+
+if __name__ == "__main__":
+    launch(main, "estimate", EstimateConfig)

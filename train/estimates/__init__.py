@@ -1,0 +1,1 @@
+"""What a training step will need, counted before it runs."""

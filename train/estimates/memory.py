@@ -1,0 +1,397 @@
+"""Memory of a training step, counted from the layout: what one process holds, and what lives from forward to backward.
+
+Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
+Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
+pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
+gaps are not counted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from arch import BlockPlan, KVPlan, LayoutError, ModelConfig, Plan, StoreSpec
+from arch.block_plan import block_config, embed_dim, split_config
+from arch.footprint import layer_params, num_params
+from arch.plan import CHUNK, head_dim, is_neox
+from train.loss import ROWS
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is run.
+
+    strategy    auto (one device), ddp or fsdp
+    world       processes
+    itemsize    of the type computed in: 2 for bf16, 4 for fp32
+    accumulate  micro-batches of a step
+    dense       windows are boolean masks [T, T] and sinks are slots, as in torch's fused attention on a CPU
+    """
+
+    strategy: str = "auto"
+    world: int = 1
+    itemsize: int = 2
+    compiled: bool = True
+    checkpointing: bool = False
+    accumulate: int = 1
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds at the peak of a step.
+
+    working      weights in the type computed in, and buffers of FSDP or DDP
+    activations  from forward to backward
+    temporary    the largest of: the loss, one block's backward pass, FSDP's last reduction
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    working: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack of layers that a micro-batch goes through, as `rows` sequences of `config.size.seq_len` positions.
+
+    outputs  positions whose last residual stream is normalised and used
+    """
+
+    config: ModelConfig
+    plan: KVPlan
+    rows: int
+    outputs: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.config.size.seq_len
+
+
+def parts_of(config: ModelConfig, plan: Plan, micro_batch: int) -> list[Part]:
+    """The stacks of a model, the one with the loss last.
+
+    Raises LayoutError for an encoder or cross-attention in a Block Transformer, which are not counted here.
+    """
+    if isinstance(plan, KVPlan):
+        return [Part(config, plan, micro_batch, micro_batch * config.size.seq_len)]
+    (coarse, fine), block = split_config(config), block_config(config)
+    uncounted = [
+        f"{key} is {value}, and memory of a training step is not counted for it; try train/pretrain.py with "
+        "trainer.micro_batch=1 and upwards"
+        for key, value, wrong in (
+            ("arch.block.embedder", block.embedder, block.embedder not in ("lookup", "projection")),
+            ("arch.block.token.kind", block.token.kind, plan.cross),
+        )
+        if wrong
+    ]
+    if uncounted:
+        raise LayoutError(uncounted)
+    contexts = config.size.seq_len // plan.length - 1
+    rows = micro_batch * (contexts + plan.start)
+    return [
+        Part(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
+        Part(replace(fine, size=replace(fine.size, seq_len=plan.num_positions)), plan.token, rows, rows * plan.length),
+    ]
+
+
+def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
+
+    Raises LayoutError as `parts_of`.
+    """
+    share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
+    parts = parts_of(config, plan, micro_batch)
+    return Memory(
+        weights=share,
+        gradients=share,
+        optimizer=2 * share,
+        working=working_bytes(config, plan, how),
+        activations=activation_bytes(config, plan, how, micro_batch),
+        temporary=temporary_bytes(parts, how),
+    )
+
+
+def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
+    """Copies of weights, and buffers for communication, that live as long as the activations.
+
+    One device and DDP: the matrices of all blocks, cast (with checkpointing they go before the backward pass, and
+    `temporary_bytes` has them), and those between the decoders of a Block Transformer. DDP also copies gradients into
+    buckets. FSDP2 gathers the embedding, output and last norm for the whole step, and a block when it runs: its
+    weights, those of the next in flight and their flat buffer; its gradients; and, in fp32, what is reduced of it and
+    of the one before. Gradients that are accumulated stay whole, in fp32, until the last micro-batch.
+    """
+    parts = parts_of(config, plan, 1)
+    if how.strategy == "fsdp":
+        blocks = [layer_params(p.config, p.plan, layer)[0] for p in parts for layer in range(p.plan.num_layers)]
+        root = num_params(config, plan) - sum(blocks)
+        whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
+        return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
+    casts = 0 if how.checkpointing else sum(sum(cast_bytes(part, how)) for part in parts)
+    between = how.itemsize * between_params(config, plan) if how.itemsize < FP32 else 0
+    return casts + between + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
+
+
+def between_params(config: ModelConfig, plan: Plan) -> int:
+    """Elements of the matrices that a Block Transformer has outside of its stacks, the tables of tokens aside."""
+    if isinstance(plan, KVPlan):
+        return 0
+    (coarse, fine), block = split_config(config), block_config(config)
+    projection = plan.length * embed_dim(config) if block.embedder == "projection" else 0
+    return coarse.size.d_model * (projection + plan.num_context_vectors * fine.size.d_model)
+
+
+def cast_bytes(part: Part, how: Execution) -> list[int]:
+    """For each block, the copies of its matrices in the type computed in; FSDP gathers them in that type."""
+    if how.itemsize == FP32 or how.strategy == "fsdp":
+        return [0] * part.plan.num_layers
+    return [how.itemsize * layer_params(part.config, part.plan, layer)[1] for layer in range(part.plan.num_layers)]
+
+
+def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> int:
+    """What a micro-batch keeps from forward to backward, weights and their copies aside.
+
+    Token numbers (8 bytes each), the gradient that the loss has made of the last residual stream, and of each stack
+    `stack_bytes`. Between the decoders of a Block Transformer, the context and what a projection is made of.
+    """
+    width, parts = how.itemsize, parts_of(config, plan, micro_batch)
+    total = 8 * micro_batch * config.size.seq_len + width * parts[-1].outputs * parts[-1].config.size.d_model
+    if isinstance(plan, BlockPlan):
+        block, (coarse, _) = block_config(config), parts
+        total += 8 * coarse.positions * plan.length + width * coarse.outputs * coarse.config.size.d_model
+        if block.embedder == "projection":
+            total += width * coarse.positions * plan.length * embed_dim(config)
+    return total + sum(stack_bytes(part, how) for part in parts)
+
+
+def stack_bytes(part: Part, how: Execution) -> int:
+    """What a stack keeps: rotary tables, the last norm, which is not compiled, and of its blocks `layer_bytes` and
+    `mask_bytes`; or with checkpointing the input of each, the slots that other layers read, and the boolean masks."""
+    config, plan, size, width = part.config, part.plan, part.config.size, how.itemsize
+    whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {store.rope_key for store in plan.stores})
+    whole += part.outputs * norm_bytes(size.d_model, is_neox(size))
+    if width == FP32:  # the norm's input is no copy, and a part of it keeps the whole
+        whole += FP32 * size.d_model * max(0, part.positions - part.outputs)
+    if not how.checkpointing:
+        layers = range(plan.num_layers)
+        per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
+        return whole + round(part.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+    shared = sum(slots_bytes(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1)
+    masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
+    return whole + round(part.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
+
+
+def slots_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+    """What the owner of a store hands to later layers, per token."""
+    return slot_bytes(config, store, how.itemsize) if store.num_slots else how.itemsize * store.slot.elements
+
+
+def norm_bytes(dim: int, layer_norm: bool = False) -> int:
+    """RMSNorm over `dim`, uncompiled, per token: its input in fp32, that divided by the rms, and 1 / rms.
+
+    LayerNorm: its input in fp32, the mean and 1 / standard deviation.
+    """
+    return FP32 * dim + 2 * FP32 if layer_norm else 2 * FP32 * dim + FP32
+
+
+def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> float:
+    """What one block keeps of a token.
+
+    Every projection keeps its input: the norms' outputs (D, a `kv_norm`'s and a latent's too), attention's output, and
+    the product in the feed-forward layer (F). Further,
+
+    uncompiled  two fp32 copies in each norm (`norm_bytes`); gate, silu(gate) and up (F each)
+    compiled    the residual stream before and the output of attention (D each), from which the norms are made again
+                with 1 / rms; the latent and rotary key as projected; gate and up (F each)
+
+    In style neox the feed-forward layer has but one projection before its product (up), and both norms have one input.
+    """
+    size, store, width = config.size, plan.store(layer), how.itemsize
+    dim, latent, rope = size.d_model, store.slot.latent_dim, store.slot.rope_dim
+    owner, neox = store.owner == layer, is_neox(size)
+    total = attention_bytes(config, store, owner, how)
+    if how.compiled:
+        total += width * (4 * dim + (2 if neox else 3) * size.d_ff) + (4 if neox else 2) * FP32
+        kv_norm, latent_norm = 0, width * (latent + rope) + FP32
+    else:
+        shared_input = FP32 * dim if width == FP32 else 0  # not cast: norms of one input keep it once
+        total += width * (2 * dim + (2 if neox else 4) * size.d_ff) + 2 * norm_bytes(dim, neox) - neox * shared_input
+        kv_norm = norm_bytes(dim, neox) - shared_input
+        latent_norm = norm_bytes(latent)
+    if owner and store.kv_norm:
+        total += width * dim + kv_norm
+    if owner and latent:
+        total += width * latent + latent_norm
+    return total
+
+
+def attention_bytes(config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+    """What softmax attention keeps of a token: queries, keys, values, output, and log-sum-exp in fp32.
+
+    Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
+    appended. All are as wide as the kernel's keys; where heads are narrower, or a sink takes its share afterwards, the
+    output is kept once more. Of bounded stores: as below, and the output.
+    """
+    heads, head = config.size.num_heads, head_dim(config.size)
+    if store.num_slots:
+        kept = reader_bytes(config, store, how.compiled)
+        kept += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
+        return kept + how.itemsize * heads * head
+    appended = store.sinks and how.dense
+    wide = -(-(head + store.slot.rope_dim + 2 * appended) // 8) * 8 if how.dense else head + store.slot.rope_dim
+    elements = 2 * heads * wide
+    if store.slot.latent_dim:
+        elements += 2 * heads * wide
+    elif owner or appended:
+        elements += 2 * store.slot.kv_heads * wide
+    if wide > head or store.sinks:
+        elements += heads * head
+    return how.itemsize * elements + FP32 * heads
+
+
+def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
+    """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
+    store, length = plan.store(layer), config.size.seq_len
+    if store.rule == "ring_router" and store.owner == layer and not how.compiled:
+        return length * store.num_slots * (FP32 + 1)  # its pattern, the same for each sequence
+    if not how.dense or store.num_slots:
+        return 0
+    dense = store.sinks or (store.window is not None and store.window < length)
+    return how.itemsize * length * (length + store.sinks) if dense else 0
+
+
+def temporary_bytes(parts: Sequence[Part], how: Execution) -> int:
+    """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
+
+    Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
+    and of the output matrix where it waits for the embedding's; the last norm is done by then. Where the last layer
+    reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
+    of embedding and output, whole, and in fp32 for their reduction.
+    """
+    part, width = parts[-1], how.itemsize  # that with the loss; what comes before it needs less, and later
+    config, plan, size = part.config, part.plan, part.config.size
+    tokens, casts = part.positions, cast_bytes(part, how)
+    loss, matrix = loss_bytes(config, how, part.outputs), size.vocab_size * size.d_model
+    block = tokens * (width * 2 * (size.d_ff + size.d_model) - norm_bytes(size.d_model))
+    last = plan.store(plan.num_layers - 1)
+    if last.num_slots:  # by then what the feed-forward layer kept is gone
+        freed = width * (size.d_model + 3 * size.d_ff)
+        block = max(block, round(tokens * (gradient_bytes(config, last) - freed)))
+    block += size.d_ff * size.d_model * (width + FP32)
+    block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
+    if how.checkpointing:
+        loss += round(tokens * slots_bytes(config, plan.store(plan.num_layers - 1), how))  # what the last layer read
+        loss += (
+            0 if how.compiled else sum(sum(cast_bytes(each, how)) for each in parts)
+        )  # autocast's cache lives to the end of the forward pass
+        block += max(
+            round(layer_bytes(config, plan, layer, how) * tokens) + mask_bytes(config, plan, layer, how) + casts[layer]
+            for layer in range(plan.num_layers)
+        )
+    end = (1 if size.tie_embeddings else 2) * matrix * (width + FP32) if how.strategy == "fsdp" else 0
+    return max(loss, block, end)
+
+
+def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
+    """What train/loss.py holds while it makes the gradients, and what is alive around it.
+
+    The residual stream and its norm [B T, D]; the gradient of the output matrix [V, D] in fp32, a chunk's share of it,
+    and the matrix cast; for a chunk the logits, two fp32 copies, and the gradient of the chunk before.
+    """
+    width, vocab = how.itemsize, config.size.vocab_size
+    matrix, rows = vocab * config.size.d_model, min(ROWS, tokens)
+    cast = width * matrix if width < FP32 and how.strategy != "fsdp" else 0
+    softmax = rows * vocab * (width * (2 if tokens > rows else 1) + FP32 * (2 if width < FP32 else 1))
+    product = rows * vocab * width + matrix * width
+    return 2 * tokens * width * config.size.d_model + FP32 * matrix + cast + max(softmax, product)
+
+
+# --- bounded stores, in the chunk form of arch/bounded.py
+#
+# Elements and bytes are per token: A address, C tokens of a chunk, N query heads, K key/value heads, H head, M slots,
+# W window, L positions that a block of queries looks at.
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of a token: its keys (of one kind), queries, chunk, slots, states between chunks, and its window.
+
+    states   [M, 2 K H] per chunk, and one more per sequence
+    copies   of a key in the blocks of the window
+    looked   L
+    """
+
+    keys: int
+    queries: int
+    chunk: int
+    slots: int
+    states: float
+    copies: float
+    looked: int
+
+
+def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
+    length, keys = config.size.seq_len, store.slot.kv_heads * store.slot.k_dim
+    chunk, looked, copies = min(CHUNK, length), 0, 0.0
+    chunks = -(-length // chunk)
+    if store.window is not None:
+        block = min(-(-store.window // 2), length)
+        looked = block + (store.window if length > block else 0)
+        copies = looked / block
+    states = 2 * keys * store.num_slots * (chunks + 1) / length
+    return Sizes(keys, config.size.num_heads * head_dim(config.size), chunk, store.num_slots, states, copies, looked)
+
+
+def slot_bytes(config: ModelConfig, store: StoreSpec, itemsize: int) -> float:
+    """What an owner hands to later layers: keys and values, strengths, fading and states in fp32, and the window's."""
+    s = sizes(config, store)
+    return itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
+
+
+def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize: int) -> float:
+    """What the writer keeps, beside the input of its projections.
+
+    uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
+                strengths, what they leave and its logarithm's input, the sums' pattern (C); the share of the chunk's
+                last token, keys and values, and the states
+    compiled    strengths are made again from the address, which is kept in the type computed in
+    """
+    s, address = sizes(config, store), store.address_dim
+    if compiled:
+        exact = address + 1 + (4 + 1 / s.chunk) * s.slots + 2 * s.keys + s.states
+        return FP32 * exact + itemsize * (address + s.slots)
+    router = 2 * address + 2 + (3 if store.rule == "ring_router" else 2) * s.slots
+    return FP32 * (router + (5 + 1 / 4 + 1 / s.chunk) * s.slots + s.chunk + 2 * s.keys + s.states)
+
+
+def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float:
+    """What the reader keeps, beside the input of its projections.
+
+    uncompiled  all in fp32: what is left of each token of a chunk in each slot (C M); queries, as products take them,
+                and the sum before its division; products within chunks (N C) twice; products with the state as they
+                are, and weights, as they are and faded (N M each); keys, values and states as products take them. Of
+                the window weights (N L), rotated queries, and a copy of keys and values per block that looks at them
+    compiled    what is left in the slots and the sum before its division are made again
+    """
+    s, heads = sizes(config, store), config.size.num_heads
+    near = store.window is not None
+    exact = (s.chunk + 1) * s.slots + 2 * heads * s.slots + s.queries + heads * (1 + store.sinks) + heads * s.looked
+    operands = heads * s.slots + 2 * heads * s.chunk + 2 * s.keys * (1 + s.slots / s.chunk + s.copies)
+    operands += (2 if near else 1) * s.queries
+    made_again = 0 if compiled else (1 + 1 / 4) * s.slots + s.queries
+    return FP32 * (exact + operands + made_again)
+
+
+def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
+    """An upper estimate of the gradients alive at a time in the reader's backward pass: of weights, by way of their
+    sum and of what they weigh. The window's go before those of the slots and of what is left of each token."""
+    s, heads = sizes(config, store), config.size.num_heads
+    return FP32 * max(2 * heads * s.looked, (s.chunk + 2 * heads) * s.slots - heads * s.looked)

@@ -1,0 +1,193 @@
+"""The model card of an exported folder: what its cache costs, how it was trained, how to load it."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from arch import ArchConfig, BlockPlan, KVPlan, ModelConfig, Plan, StoreConfig, resolve
+from arch.footprint import kv_bytes, num_params
+from eval.plots.pictures import draw_plan
+from eval.units import bytes_text, count_text, number_text
+from train.hub.targets import Target
+from train.hub.verify import Check
+
+PICTURE = "architecture.png"
+ITEMSIZE = 2  # a bf16 cache
+FLOOR = "5.16"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is known of the run; None where it is not.
+
+    name    of the run
+    step    at which the checkpoint was taken
+    tokens  trained on until then
+    val     validation figures of this very step: loss, and ppl and bpb where the run ended here
+    data    where the text came from
+    seed    of weights and order
+    """
+
+    name: str | None
+    step: int | None
+    tokens: int | None = None
+    val: dict[str, float] | None = None
+    data: str | None = None
+    seed: int | None = None
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    plan: Plan,
+    target: Target,
+    training: Training,
+    checks: Sequence[Check],
+    version: str,
+) -> None:
+    """README.md, and the picture in it. `name` is where it will be found: the folder, or its repository."""
+    draw_plan(plan, name, config.size.seq_len, ITEMSIZE, folder / PICTURE)
+    sections = [
+        front_matter(target),
+        f"# {name}\n\n{summary(config, plan, target)}\n\n![who writes and who reads keys and values]({PICTURE})",
+        f"## KV cache\n\n{kv_table(config, plan)}",
+        f"## Training\n\n{training_list(config, training)}",
+        f"## Load and generate\n\n{usage(name, target)}",
+        f"## Engines\n\n{engines(target)}",
+        f"## Verified\n\n{verified(checks, version)}",
+    ]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def front_matter(target: Target) -> str:
+    tags = ["kv-cache", *(["custom_code"] if target.code else [])]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags:",
+            *(f"- {t}" for t in tags),
+            "---",
+        ]
+    )
+
+
+def summary(config: ModelConfig, plan: Plan, target: Target) -> str:
+    kind, layers = "A base language model", "" if isinstance(plan, BlockPlan) else writers(plan)
+    if isinstance(plan, BlockPlan):
+        kind = f"A Block Transformer, a base language model over blocks of {plan.length} tokens,"
+        layers = f"in its block decoder {writers(plan.block)}; its token decoder keeps one block"
+    return (
+        f"{kind} of {count_text(num_params(config, plan))} parameters, trained with kvfrontier; "
+        f"`{target.model_class}` in `transformers`. {layers[0].upper()}{layers[1:]}."
+    )
+
+
+def writers(plan: KVPlan) -> str:
+    own = len(plan.stores)
+    if own == plan.num_layers:
+        return "every layer writes its own keys and values"
+    return f"{own} of {plan.num_layers} layers write keys and values, the others read theirs"
+
+
+def kv_table(config: ModelConfig, plan: Plan) -> str:
+    """Of one sequence, beside a model of this size whose layers each cache the keys and values of all heads."""
+    full = resolve(ModelConfig(ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"]), config.size))
+    rows = []
+    for context in (config.size.seq_len, 8192, 32768, 131072):
+        ours, theirs = kv_bytes(plan, context, ITEMSIZE).stored, kv_bytes(full, context, ITEMSIZE).stored
+        rows.append((f"at {context:,} tokens", bytes_text(ours), bytes_text(theirs), share(ours, theirs)))
+    ours, theirs = kv_bytes(plan, config.size.seq_len, ITEMSIZE), kv_bytes(full, config.size.seq_len, ITEMSIZE)
+    slope = (
+        "per token",
+        f"{number_text(ours.per_token)} B",
+        f"{number_text(theirs.per_token)} B",
+        share(ours.per_token, theirs.per_token),
+    )
+    constant = (f"constant ({constants(plan)})", bytes_text(ours.constant), "0 B", "")
+    lines = markdown(
+        ("bytes in bf16", "this model", "MHA of this size", "share"), [slope, constant, *dict.fromkeys(rows)]
+    )
+    longer = f"The model was trained on {config.size.seq_len:,} tokens; longer contexts show what they would cost."
+    return f"{lines}\n\nOf one sequence. {longer}"
+
+
+def constants(plan: Plan) -> str:
+    """What does not grow with the context."""
+    if isinstance(plan, BlockPlan):
+        return "windows when full, the token decoder"
+    return "windows and slots, when full" if any(store.num_slots for store in plan.stores) else "windows, when full"
+
+
+def share(ours: float, theirs: float) -> str:
+    return f"{100 * ours / theirs:.3g} %"
+
+
+def training_list(config: ModelConfig, training: Training) -> str:
+    size, val = config.size, training.val or {}
+    known = {
+        "run": training.name,
+        "step": None if training.step is None else f"{training.step:,}",
+        "tokens": None if training.tokens is None else f"{training.tokens:,}, in sequences of {size.seq_len:,}",
+        "data": training.data,
+        "seed": None if training.seed is None else str(training.seed),
+        "validation loss": f"{val['loss']:.4f} nats per token" if "loss" in val else None,
+        "validation perplexity": f"{val['ppl']:.3f}" if "ppl" in val else None,
+        "bits per byte": f"{val['bpb']:.4f}" if "bpb" in val else None,
+        "shape": f"{size.num_layers} layers, width {size.d_model}, {size.num_heads} heads, MLP {size.d_ff}, "
+        f"vocabulary {size.vocab_size:,}",
+    }
+    lines = [f"- {key}: {value}" for key, value in known.items() if value is not None]
+    if val:
+        block = config.arch.block
+        first = "those at the beginning of a window included"
+        if block is not None and not block.start:
+            first = f"but for the first {block.length} of a window, which are not predicted"
+        lines.append(
+            f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, {first}."
+        )
+    return "\n".join(lines)
+
+
+def usage(name: str, target: Target) -> str:
+    trust = ", trust_remote_code=True" if target.code else ""
+    needs = " and ".join((f"`transformers` {FLOOR} or later", *(f"`{name}`" for name in target.packages)))
+    return f"""Needs {needs}.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype=torch.bfloat16{trust})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+A document ends with the tokenizer's `eos_token`; nothing begins it, and there is no chat template."""
+
+
+def engines(target: Target) -> str:
+    first = (
+        "The folder has the Python files of its model: whoever loads it must trust them."
+        if target.code
+        else f"`{target.model_class}` is part of `transformers`: no code comes with the weights."
+    )
+    return "\n".join(f"- {note}" for note in (first, *target.notes))
+
+
+def verified(checks: Sequence[Check], version: str) -> str:
+    if not checks:
+        return "Not verified: it was exported with `verify=false`."
+    rows = [(check.name, check.found, check.wanted) for check in checks]
+    return (
+        f"By the export command, in a fresh process with {version}.\n\n{markdown(('check', 'found', 'wanted'), rows)}"
+    )
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,35 @@
+"""An exported folder on the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from eval.cli import UsageError
+from train.checkpoint import TrainingError
+
+
+def check_push(repo: str) -> None:
+    """Before any work. Raises UsageError where `repo` is no name, or nobody is logged in."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"push_to_hub={repo}: {error}") from error
+    if get_token() is None:
+        raise UsageError(f"push_to_hub={repo} needs a token: run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repo: str) -> str:
+    """Its address there. A repository that does not exist yet is made, private.
+
+    Raises TrainingError where the hub cannot be reached or refuses; the folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export from kvfrontier")
+    except Exception as error:  # the hub raises what its HTTP library does, which has changed twice
+        again = f"`hf upload {repo} {folder}` sends it again"
+        raise TrainingError(f"{folder} is complete, and could not be sent to {repo} ({error}); {again}") from error
+    return str(address)
