@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import build, tokens
-from test_arch_gsa import layout
+from test_arch_bounded_fla import layout
 
 from arch import Decoder
 from arch.bounded_fla import chunk_gsa
