@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .shards import DataError
+from .files import DataError
 
 # OmegaConf is imported where it is used: the schema itself needs nothing.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .shards import DataError, TokenWindows
+from .files import DataError
+from .shards import TokenWindows
 
 M = 2**64
 STEP = 0x9E3779B97F4A7C15  # M divided by the golden ratio, odd: multiples of it fill [0, M) most evenly

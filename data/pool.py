@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from .shards import DataError
+from .files import DataError
 from .sources import Document
 from .tokenizer import Encoder
 

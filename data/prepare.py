@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 
 from data import config as schema
 from data.config import DataConfig, PrepareConfig, folder_of, load, names, problems, recipe
+from data.files import DataError, sha256
 from data.pool import encoded
 from data.report import Report
-from data.shards import FORMAT, DataError, Manifest, Split, sha256
+from data.shards import FORMAT, Manifest, Split
 from data.sources import Document, Position, Source
 from data.tokenizer import (
     byte_tokenizer,

@@ -18,12 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from .files import DataError, sha256, write_json
+
 FORMAT = 2
 OPEN_FILES = 256  # a process may have 1024 on many systems
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
@@ -117,21 +115,6 @@ class Manifest:
                 raise DataError(f"{folder / name} is missing; prepare the folder again")
             if sha256(folder / name) != expected:
                 raise DataError(f"{folder / name} is not the one that the manifest describes; prepare the folder again")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, also where the machine goes down."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TokenWindows:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from .config import SPLITS, SourceConfig
 from .corpora import CORPORA
-from .shards import DataError
+from .files import DataError
 
 TEXT = (".txt", ".md", ".py")
 PACKED = (".gz", ".xz", ".zst")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .shards import DataError, Manifest, Shard, read_offsets, sha256
+from .files import DataError, sha256
+from .shards import Manifest, Shard, read_offsets
 
 CHUNK = 2**24  # tokens
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .shards import DataError, Shard, sha256, write_json
+from .files import DataError, sha256, write_json
+from .shards import Shard
 from .sources import Position
 
 LOCK = "prepare.lock"

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
-from data.shards import DataError
+from data.files import DataError
 from eval.layouts import CONFIGS, names
 
 

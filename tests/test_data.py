@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data.batches import IGNORE, EvalBatches, Framing, TrainBatches, documents_of, order
+from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
-from data.shards import DataError, Manifest, TokenWindows, read_offsets
+from data.shards import Manifest, TokenWindows, read_offsets
 from data.verify import verify
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from arch import SizeConfig
 from data.config import DataConfig, SourceConfig, TokenizerConfig, load
+from data.files import DataError
 from data.prepare import prepare
-from data.shards import DataError
 from train.datamodule import Data
 from train.schema import PretrainConfig
 

@@ -25,8 +25,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import data.corpora
 from data import writing
 from data.config import DataConfig, SourceConfig, TokenizerConfig, command, load, names
+from data.files import DataError, sha256
 from data.prepare import main, prepare
-from data.shards import DataError, Manifest, read_offsets, sha256
+from data.shards import Manifest, read_offsets
 from data.sources import Position, Source
 from data.tokenizer import PIECE, Encoder, byte_tokenizer, dtype_of, end_token, token_bytes
 

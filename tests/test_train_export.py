@@ -31,8 +31,8 @@ import train.hub.verify
 from arch import ArchConfig, Decoder, generate, resolve
 from arch.convert import ConversionError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.files import sha256
 from data.prepare import prepare
-from data.shards import sha256
 from eval.cli import MISTAKES, UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError, save

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from data.shards import DataError, write_json
+from data.files import DataError, write_json
 from train import checkpoint
 from train.lit_module import LitModel
 

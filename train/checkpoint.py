@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from data.shards import sha256, write_json
+from data.files import sha256, write_json
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake

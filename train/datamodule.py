@@ -11,9 +11,10 @@ from torch import Tensor
 
 from data.batches import EvalBatches, TrainBatches
 from data.config import DataConfig, command, default_folder, recipe
+from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
-from data.shards import DataError, Manifest, TokenWindows
+from data.shards import Manifest, TokenWindows
 from data.writing import differences
 from train.schema import PretrainConfig, framing, micro_batch, num_steps
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import LayoutError, ModelConfig, Plan, build, resolve
-from data.shards import DataError, write_json
+from data.files import DataError, write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.footprint import plan_tables
 from train import checkpoint

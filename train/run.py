@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import ModelConfig, Plan
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from data.shards import write_json
+from data.files import write_json
 from eval.cli import UsageError
 from train.environment import environment
 from train.schema import PretrainConfig, framing

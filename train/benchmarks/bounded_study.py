@@ -36,8 +36,9 @@ from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, state_itemsize
 from data.batches import EvalBatches, TrainBatches
 from data.config import load
+from data.files import write_json
 from data.mixture import EvalWindows, Mixture
-from data.shards import Manifest, TokenWindows, write_json
+from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES, UsageError, fail
 from eval.layouts import load_arch
 from eval.positions import loss_by_position

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
-from data.shards import write_json
+from data.files import write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.units import bytes_text
 from train.benchmarks import loader as bench_loader

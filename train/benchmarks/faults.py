@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data.config import load
-from data.shards import write_json
+from data.files import write_json
 from train import checkpoint
 from train.datamodule import open_data
 from train.environment import environment

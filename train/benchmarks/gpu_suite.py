@@ -33,7 +33,7 @@ if not __package__:  # run as a script
 
 import torch
 
-from data.shards import write_json
+from data.files import write_json
 from train.benchmarks import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options

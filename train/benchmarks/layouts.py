@@ -31,7 +31,7 @@ from torch import Tensor
 
 from arch import LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from data.shards import write_json
+from data.files import write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.layouts import load_arch, names
 from eval.units import bytes_text, count_text

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from arch import ModelConfig, build
 from data.batches import EvalBatches
+from data.files import write_json
 from data.mixture import EvalWindows, Mixture
-from data.shards import TokenWindows, write_json
+from data.shards import TokenWindows
 from eval.cli import MISTAKES, UsageError, fail, folders_of
 from eval.positions import Bucket, loss_by_position
 from train import checkpoint

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arch import ModelConfig, build, resolve
-from data.shards import sha256, write_json
+from data.files import sha256, write_json
 from eval.cli import UsageError
 from train.checkpoint import FORMAT, INFO, check_matches
 

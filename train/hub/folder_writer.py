@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from arch.convert import Weight
-from data.shards import write_json
+from data.files import write_json
 from data.tokenizer import vocabulary_size
 from eval.cli import UsageError
 from train.checkpoint import TrainingError

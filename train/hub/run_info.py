@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 
 from data.config import TokenizerConfig, default_folder
+from data.files import DataError
 from data.mixture import EvalWindows
-from data.shards import DataError, Manifest
+from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
 from eval.cli import UsageError
 from train.checkpoint import TrainingError
