@@ -1,6 +1,6 @@
 # make demo   a fresh machine to a Pareto plot of trained models, without a network account
 # make test   a fresh machine to the whole test suite: format, lint, types, tests
-# make bench  a training step and the loader against their peers, on the CPU; a quiet machine and ten minutes
+# make bench  a training step and the loader against baselines, on the CPU; a quiet machine and ten minutes
 # make gpu    measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
 PYTHON ?= python3
 BIN := .venv/bin

@@ -19,9 +19,8 @@ from omegaconf import OmegaConf
 
 from arch import ArchConfig, SizeConfig
 from eval.layouts import CONFIGS, load_arch, load_size, names
-from train.benchmarks import baselines as bench_peers
+from train.benchmarks import baselines, gpu_study, gpu_suite
 from train.benchmarks import cpu as bench
-from train.benchmarks import gpu_study, gpu_suite
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.benchmarks.gpu_case import Case, Options
@@ -49,7 +48,7 @@ def test_configs_are_read_as_the_command_line_reads_them() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ["mha", "gqa4"])
 @pytest.mark.parametrize("name", ["hugging_face", "litgpt"])
-def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, tied: bool) -> None:
+def test_baselines_are_the_same_model_and_take_the_same_step(name: str, arch: str, tied: bool) -> None:
     """Equal size and, step after step, equal losses: so equal gradients, clipping and updates too."""
     config = small(arch, tie_embeddings=tied, init_std=0.1)
     mine = BUILDERS["ours"](config, CPU, False)
@@ -57,10 +56,10 @@ def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, t
         theirs = BUILDERS[name](config, CPU, False)
     except UnavailableError as error:
         pytest.skip(str(error))
-    counts = [sum(p.numel() for p in peer.model.parameters()) for peer in (mine, theirs)]
+    counts = [sum(p.numel() for p in baseline.model.parameters()) for baseline in (mine, theirs)]
     assert counts[0] == counts[1]
     copy_weights(config, mine.model.state_dict(), name, theirs)
-    steps = [Step(peer, contextlib.nullcontext) for peer in (mine, theirs)]
+    steps = [Step(baseline, contextlib.nullcontext) for baseline in (mine, theirs)]
     batch = random_batch(config.size.vocab_size, 3, config.size.seq_len, CPU, seed=0)
     losses = torch.tensor([[step(*batch).item() for step in steps] for _ in range(4)])
     torch.testing.assert_close(losses[:, 0], losses[:, 1], rtol=0, atol=1e-5)
@@ -68,7 +67,7 @@ def test_peers_are_the_same_model_and_take_the_same_step(name: str, arch: str, t
 
 
 @pytest.mark.parametrize("arch", ["cla2", "mixattention", "mla", "swa", "bct_gated", "block"])
-def test_peers_refuse_layouts_they_do_not_have(arch: str) -> None:
+def test_baselines_refuse_layouts_they_do_not_have(arch: str) -> None:
     with pytest.raises(UnavailableError, match="only mha, gqa and mqa"):
         llama_slot(small(arch))
 
@@ -103,14 +102,14 @@ def test_bench_writes_what_it_measured(corpus: Path, tmp_path: Path, monkeypatch
     loader = result["loader"]
     if "skipped" not in loader:
         assert loader["ours_over_datasets"]["min"] > 1
-        assert loader["tokens"]["ours"] == bench_loader.OURS_PER_PEER * loader["tokens"]["datasets"]
+        assert loader["tokens"]["ours"] == bench_loader.OURS_PER_BASELINE * loader["tokens"]["datasets"]
 
 
-def test_bench_refuses_what_no_peer_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_refuses_what_no_baseline_has(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         launch_in_process(bench.main, "bench", bench.BenchConfig, ["+arch=cla2", "+size=tiny"])
     assert ended.value.code == 2
-    assert "+arch=cla2: the peers have no such layout" in capsys.readouterr().err
+    assert "+arch=cla2: the baselines have no such layout" in capsys.readouterr().err
 
 
 def test_suite_without_cuda_says_so(tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def test_throughput_of_every_family(tmp_path: Path) -> None:
 
 
 def test_micro_batch_halves_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(peer: str, config: object, batch: int, options: Options) -> dict:
+    def run(name: str, config: object, batch: int, options: Options) -> dict:
         if batch > 1:
             raise torch.cuda.OutOfMemoryError("no")
         return {"micro_batch": batch}
@@ -167,7 +166,7 @@ def test_decode_holds_the_bytes_of_the_formula(tmp_path: Path) -> None:
     assert suite(tmp_path, "parts=decode") == 0
     result = read(tmp_path, "decode")
     for key, case in result["cases"].items():
-        # The peer's cache grows as it goes: one token of the last step is not in it, nor has it room to spare.
+        # The baseline's cache grows as it goes: one token of the last step is not in it, nor has it room to spare.
         assert case["cache_bytes"] == case["formula_bytes"], key
         assert case["decode_tokens_per_second"] > 0
     cache = {key.split("-")[1]: case["cache_bytes"] for key, case in result["cases"].items() if key.startswith("ours")}
@@ -265,7 +264,13 @@ def test_nothing_starts_that_would_not_fit(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_killed_suite_goes_on(tmp_path: Path) -> None:
     """Through the real command: SIGKILL after the first result, start again, nothing done twice."""
-    command = [sys.executable, str(ROOT / "train" / "gpu_suite.py"), "toy=true", "parts=decode", f"out={tmp_path}"]
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "benchmarks" / "gpu_suite.py"),
+        "toy=true",
+        "parts=decode",
+        f"out={tmp_path}",
+    ]
     process = subprocess.Popen([*command, "child=true"], stdout=subprocess.DEVNULL)
     path, deadline = tmp_path / "decode.json", time.monotonic() + 120
     while not path.exists() or not read(tmp_path, "decode")["cases"]:
@@ -304,11 +309,11 @@ def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
     absent = ("lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich")
     arguments = ["toy=true", "child=true", "parts=ceilings,train_1b,attention,decode", f"out={tmp_path}"]
     code = without(*absent, "datasets", "litgpt", "pytest")
-    code += f"from train import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
+    code += f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(read(tmp_path, "train_1b")["skipped"]) == {
-        f"{peer}-{arch}-1b-2048" for peer in ("hugging_face", "litgpt") for arch in ("mha", "gqa4")
+        f"{name}-{arch}-1b-2048" for name in ("hugging_face", "litgpt") for arch in ("mha", "gqa4")
     }
     assert len(read(tmp_path, "decode")["cases"]) == 8
     assert len(read(tmp_path, "attention")["cases"]) == 3
@@ -334,13 +339,13 @@ def test_gpu_tests_that_take_too_long_leave_their_output(monkeypatch: pytest.Mon
 
 def test_ours_is_measured_with_the_loss_it_is_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(bench_peers, "parallelize", lambda model, **_: None)
+    monkeypatch.setattr(baselines, "parallelize", lambda model, **_: None)
     monkeypatch.setattr(
-        bench_peers, "cross_entropy_sum", lambda targets, compiled: asked.append(compiled) or cross_entropy_sum(targets)
+        baselines, "cross_entropy_sum", lambda targets, compiled: asked.append(compiled) or cross_entropy_sum(targets)
     )
     inputs, targets = random_batch(61, 1, 8, torch.device("cpu"), seed=0)
     for compiled in (False, True):
-        bench_peers.ours(small("mha"), torch.device("cpu"), compiled).loss(inputs, targets)
+        baselines.kvfrontier(small("mha"), torch.device("cpu"), compiled).loss(inputs, targets)
     assert asked == [False, True]
 
 

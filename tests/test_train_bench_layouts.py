@@ -12,10 +12,10 @@ from conftest import launch_in_process, small
 from arch import ModelConfig, generate, generate_blocks, resolve
 from arch.footprint import num_params
 from eval.layouts import load_arch, load_size
-from train.benchmarks import baselines as bench_peers
 from train.benchmarks import gpu_decode
 from train.benchmarks import layouts as bench_layouts
-from train.benchmarks.baselines import random_batch
+from train.benchmarks.baselines import kvfrontier, random_batch
+from train.benchmarks.decoding import build_model, decode_fn
 
 CPU = torch.device("cpu")
 
@@ -76,18 +76,18 @@ def test_layouts_that_cannot_be_compared(argument: str, message: str, capsys: py
 @pytest.mark.parametrize("arch", ["bct", "block"])
 def test_what_decodes_is_what_generates(arch: str) -> None:
     """Prompts that end with a block, and within one."""
-    model = gpu_decode.our_model(small(arch), torch.float32, CPU)
+    model = build_model(small(arch), torch.float32, CPU)
     for length in (8, 10, 11):
         tokens, _ = random_batch(61, 2, length, CPU, seed=length)
-        feed, _ = gpu_decode.feeding(model, 2, length + 9)
-        said = []
+        decode, _ = decode_fn(model, 2, length + 9)
+        decoded = []
         with torch.inference_mode():
             for _ in range(9):
-                tokens = feed(tokens)[:, -1].argmax(dim=-1, keepdim=True)
-                said.append(tokens)
+                tokens = decode(tokens)[:, -1].argmax(dim=-1, keepdim=True)
+                decoded.append(tokens)
         prompts = random_batch(61, 2, length, CPU, seed=length)[0].tolist()
         generated = (generate_blocks if arch == "block" else generate)(model, prompts, 9)
-        assert torch.cat(said, dim=1).tolist() == generated
+        assert torch.cat(decoded, dim=1).tolist() == generated
 
 
 def test_a_step_of_a_block_transformer_is_the_mean_over_a_block() -> None:
@@ -100,9 +100,9 @@ def test_a_step_of_a_block_transformer_is_the_mean_over_a_block() -> None:
 
 @pytest.mark.parametrize("arch", ["mha", "block"])
 def test_ours_predicts_the_next_token_or_its_own_block(arch: str) -> None:
-    peer = bench_peers.ours(small(arch), CPU, False)
+    baseline = kvfrontier(small(arch), CPU, False)
     inputs, targets = random_batch(61, 2, 16, CPU, seed=0)
     expected = torch.nn.functional.cross_entropy(
-        peer.model(inputs).flatten(0, 1), (inputs if arch == "block" else targets).flatten()
+        baseline.model(inputs).flatten(0, 1), (inputs if arch == "block" else targets).flatten()
     )
-    torch.testing.assert_close(peer.loss(inputs, targets), expected)
+    torch.testing.assert_close(baseline.loss(inputs, targets), expected)

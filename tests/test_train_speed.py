@@ -12,9 +12,9 @@ import torch
 from conftest import launch_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import callbacks, clock, metrics, pretrain
+from train import callbacks, clock, device, metrics, pretrain
 from train.clock import Clock
-from train.schema import PretrainConfig, TrainerConfig
+from train.schema import PretrainConfig
 
 SMALL = [
     "+arch=cla2", "+size=tiny", "size.num_layers=3", "size.d_model=32", "size.vocab_size=600", "size.seq_len=32",
@@ -158,7 +158,7 @@ def test_the_time_of_a_run_from_before_the_clock_is_not_known() -> None:
 def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(name: str, dtype: torch.dtype, **options: float) -> float | None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        return metrics.peak_flops(TrainerConfig(**options), torch.device("cuda"), dtype)
+        return device.peak_flops(torch.device("cuda"), dtype, **options)
 
     assert peak("NVIDIA H200", torch.bfloat16) == 989.5e12
     assert peak("NVIDIA H200", torch.float32) == 67e12
@@ -167,4 +167,4 @@ def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak("NVIDIA H300", torch.bfloat16, peak_tflops=7.0) == 7e12
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak("NVIDIA H200", torch.float32) == 494.5e12
-    assert metrics.peak_flops(TrainerConfig(), torch.device("cpu"), torch.float32) is None
+    assert device.peak_flops(torch.device("cpu"), torch.float32) is None

@@ -8,10 +8,9 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
-from eval.hardware import TERA, find_gpu
 from train.checkpoint import TrainingError
+from train.device import peak_flops, synchronize
 from train.lit_module import LESS, LitModel
-from train.schema import TrainerConfig
 
 
 class Metrics(L.Callback):
@@ -48,13 +47,13 @@ class Metrics(L.Callback):
         self.step = trainer.global_step
         self.warm = self.reported = self.step + 1
         self.seconds = module.clock.seconds
-        self.peak = peak_flops(module.config.trainer, module.device, module.compute_dtype)
+        self.peak = peak_flops(module.device, module.compute_dtype, module.config.trainer.peak_tflops)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: LitModel, optimizer: torch.optim.Optimizer) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
 
     def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
-        wait(module.device)  # for the training steps that are queued
+        synchronize(module.device)  # for the training steps that are queued
         module.clock.pause()
 
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
@@ -75,7 +74,7 @@ class Metrics(L.Callback):
         if due:
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
         if self.step == self.warm:
-            wait(module.device)
+            synchronize(module.device)
             module.clock.go_on()
 
     def _report(self, trainer: L.Trainer, module: LitModel, loss: float) -> None:
@@ -109,21 +108,6 @@ class Metrics(L.Callback):
         if rising and self.risen:
             raise TrainingError(f"the loss exploded, {loss:.3f} at step {self.step} after {self.lowest:.3f}: {LESS}")
         self.lowest, self.risen = min(loss, self.lowest), rising
-
-
-def peak_flops(config: TrainerConfig, device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that one device can reach in `dtype`: as the configuration says, or its data sheet; None if unknown."""
-    if config.peak_tflops is not None:
-        return config.peak_tflops * TERA
-    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    fp32 = "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return gpu.flops("bf16" if dtype == torch.bfloat16 else fp32) if gpu else None
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Progress(RichProgressBar):

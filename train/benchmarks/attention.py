@@ -4,11 +4,8 @@ Other scripts call `cases` and `run_case`.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 if not __package__:
@@ -20,6 +17,7 @@ from torch import Tensor
 from arch.attend import BACKENDS, Needs, attend, reference
 from arch.footprint import visible_pairs
 from arch.masks import Sequences, dense, document_starts
+from train.benchmarks.timing import milliseconds
 
 # Query heads, key heads, key width, value width.
 SHAPES = {"mha": (16, 16, 128, 128), "gqa4": (16, 4, 128, 128), "mqa": (16, 1, 128, 128), "mla": (16, 16, 192, 128)}
@@ -29,7 +27,7 @@ MASKS = ((False, False, False), (True, False, False), (False, True, False), (Tru
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """Attention of `batch` rows of `length` tokens to themselves; `documents` is their mean length, None: one a row."""
 
     backend: str
@@ -48,38 +46,41 @@ class Case:
 
     @property
     def needs(self) -> Needs:
-        asked = {
+        needed = {
             "windows": self.window is not None,
             "documents": self.documents is not None,
             "sinks": self.sinks,
             "gqa": self.kv_heads < self.heads,
             "uneven_value_width": self.width != self.value_width,
         }
-        return Needs(frozenset(feature for feature, need in asked.items() if need), (self.width, self.value_width))
+        return Needs(frozenset(feature for feature, need in needed.items() if need), (self.width, self.value_width))
 
 
-def cases(device: str) -> list[Case]:
-    """All that is claimed and can run here. On CUDA 16384 tokens in bf16, in rows of 2048 and 8192; elsewhere tiny."""
+def cases(device: str) -> list[AttentionCase]:
+    """Every case that a backend claims and that can run on `device`.
+
+    On CUDA 16384 tokens in bf16, in rows of 2048 and 8192; elsewhere tiny.
+    """
     real = device == "cuda"
     shapes, window, documents = (SHAPES, 1024, 512) if real else (TINY, 8, 10)
     dtype = torch.bfloat16 if real else torch.float32
-    found = []
+    result = []
     for length, batch in ((2048, 8), (8192, 2)) if real else ((40, 2),):
         for shape, sizes in shapes.items():
             for windowed, cut, sinks in MASKS:
                 for name, backend in BACKENDS.items():
                     limits = (window if windowed else None, documents if cut else None)
-                    case = Case(name, shape, *sizes, batch, length, *limits, sinks, dtype, device)
+                    case = AttentionCase(name, shape, *sizes, batch, length, *limits, sinks, dtype, device)
                     claimed = not backend.missing(case.needs, device) and (
                         not backend.dtypes or dtype in backend.dtypes
                     )
                     if claimed and not (real and name == "reference"):
-                        found.append(case)
-    return found
+                        result.append(case)
+    return result
 
 
-def run_case(case: Case) -> dict[str, Any]:
-    """The case and what came out.
+def run_case(case: AttentionCase) -> dict[str, Any]:
+    """Measure a case; its fields, and
 
     ms_mask, ms_forward, ms_both   median milliseconds: the mask, forward, forward and backward
     tflops_forward, tflops_both    products over visible pairs; a backward pass counts as 2.5 forward ones, as in
@@ -104,7 +105,8 @@ def run_case(case: Case) -> dict[str, Any]:
     weight = normal(*rows, case.heads, case.value_width).to(case.dtype)
     cuts = None if case.documents is None else torch.rand(rows, generator=generator, device=case.device)
     documents_BT = None if cuts is None else (cuts < 1 / case.documents).cumsum(1)
-    sequences = Sequences(*rows, documents_BT, torch.device(case.device))
+    device = torch.device(case.device)
+    sequences = Sequences(*rows, documents_BT, device)
     backend, scale = BACKENDS[case.backend], case.width**-0.5
     mask = backend.mask(sequences, case.window, case.dtype)
 
@@ -119,9 +121,9 @@ def run_case(case: Case) -> dict[str, Any]:
     for name, exact in definition(case, inputs, weight, sequences).items():
         result["error"][name] = ((ours[name].double() - exact).norm() / exact.norm()).item()
     with torch.no_grad():
-        result["ms_forward"] = milliseconds(forward, case.device)
-    result["ms_both"] = milliseconds(both, case.device)
-    result["ms_mask"] = milliseconds(lambda: backend.mask(sequences, case.window, case.dtype), case.device)
+        result["ms_forward"] = milliseconds(forward, device)
+    result["ms_both"] = milliseconds(both, device)
+    result["ms_mask"] = milliseconds(lambda: backend.mask(sequences, case.window, case.dtype), device)
     flops = 2 * pairs(sequences, case.window) * case.heads * (case.width + case.value_width)
     result["tflops_forward"] = flops / result["ms_forward"] / 1e9
     result["tflops_both"] = 3.5 * flops / result["ms_both"] / 1e9
@@ -129,7 +131,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def pairs(sequences: Sequences, window: int | None) -> int:
-    """(query, slot) pairs that are visible, over the batch."""
+    """Number of visible (query, key) pairs of the batch."""
     if sequences.documents_BT is None:
         return sequences.batch * visible_pairs(sequences.length, window)
     starts = document_starts(sequences.documents_BT)
@@ -137,8 +139,10 @@ def pairs(sequences: Sequences, window: int | None) -> int:
     return int(seen.clamp(max=window or sequences.length).sum())
 
 
-def definition(case: Case, inputs: dict[str, Tensor], weight: Tensor, sequences: Sequences) -> dict[str, Tensor]:
-    """Output and gradients in fp64, a row and a key head at a time: the scores of all do not fit."""
+def definition(
+    case: AttentionCase, inputs: dict[str, Tensor], weight: Tensor, sequences: Sequences
+) -> dict[str, Tensor]:
+    """Output and gradients in fp64, one row and one key head at a time: the scores of all would not fit."""
     doubles = {name: tensor.detach().double() for name, tensor in inputs.items()}
     exact = {"out": torch.zeros_like(weight, dtype=torch.float64)}
     exact |= {name: torch.zeros_like(tensor) for name, tensor in doubles.items()}
@@ -158,27 +162,6 @@ def definition(case: Case, inputs: dict[str, Tensor], weight: Tensor, sequences:
     return exact
 
 
-def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Median over 20 runs after 3 (3 after 1 on a CPU)."""
-    warmup, count = (3, 20) if device == "cuda" else (1, 3)
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(count):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            begin_s = perf_counter()
-            run()
-            times.append(1e3 * (perf_counter() - begin_s))
-    return median(times)
-
-
 def main() -> None:
     from rich.console import Console  # a GPU machine may lack it, and `cases` and `run_case` need it not
     from rich.table import Table
@@ -188,14 +171,14 @@ def main() -> None:
     figures = ("ms_mask", "ms_forward", "ms_both", "tflops_forward", "tflops_both")
     table = Table(*columns, *figures, "worst error")
     for case in cases(device):
-        given = [str(getattr(case, column)) for column in columns]
+        fields = [str(getattr(case, column)) for column in columns]
         try:
             result = run_case(case)
         except RuntimeError as error:  # a kernel that fails is a row of the table, too
-            table.add_row(*given, f"failed: {str(error).splitlines()[0]}")
+            table.add_row(*fields, f"failed: {str(error).splitlines()[0]}")
             continue
         worst = max(result["error"], key=result["error"].get)
-        table.add_row(*given, *(f"{result[f]:.3g}" for f in figures), f"{worst} {result['error'][worst]:.1e}")
+        table.add_row(*fields, *(f"{result[f]:.3g}" for f in figures), f"{worst} {result['error'][worst]:.1e}")
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 

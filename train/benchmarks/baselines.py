@@ -1,8 +1,9 @@
-"""One Llama-shaped model in this repository and in its peers: the same shapes, weights, and training step.
+"""One Llama-shaped model in this repository and in its baselines, with equal shapes, weights and training steps.
 
 Shapes: B batch, T tokens.
 """
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arch import BlockPlan, ModelConfig, build, resolve
+from arch import BlockPlan, ModelConfig, SizeConfig, build, resolve
 from arch.plan import SlotShape, head_dim
+from train.benchmarks.timing import Series, Turns, take_turns
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import parallelize
@@ -24,12 +26,12 @@ Weights = dict[str, Tensor]
 
 
 class UnavailableError(RuntimeError):
-    """A peer that cannot be measured here; the message says why."""
+    """A measurement that cannot be made here; the message says why."""
 
 
 @dataclass(frozen=True)
-class Peer:
-    """`loss(inputs_BT, targets_BT)` is the mean in nats over all targets, computed the way the peer trains."""
+class Baseline:
+    """A model to compare, ours included; `loss(inputs_BT, targets_BT)` is its mean training loss in nats per target."""
 
     name: str
     version: str
@@ -38,22 +40,22 @@ class Peer:
 
 
 def llama_slot(config: ModelConfig) -> SlotShape:
-    """The slot of every layer. Raises UnavailableError where the layout is not the peers': plain MHA, GQA or MQA."""
+    """The slot of every layer. Raises UnavailableError unless the layout is plain MHA, GQA or MQA."""
     plan = resolve(config)
     if isinstance(plan, BlockPlan):
-        raise UnavailableError("the peers have no Block Transformer, only mha, gqa and mqa")
+        raise UnavailableError("the baselines have no Block Transformer, only mha, gqa and mqa")
     slot = plan.stores[0].slot
     plain = all(
         store.max_positions is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
         for store in plan.stores
     )
     if not plain or len(plan.stores) != plan.num_layers:
-        raise UnavailableError("the peers have no such layout, only mha, gqa and mqa")
+        raise UnavailableError("the baselines have no such layout, only mha, gqa and mqa")
     return slot
 
 
-def ours(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
-    """As `train/pretrain.py` builds it on one device. A Block Transformer predicts its inputs, not the targets."""
+def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
+    """Our model, built as `train/pretrain.py` does on one device; a Block Transformer predicts its inputs."""
     with torch.device("meta"):
         model = build(config, "auto", device.type)
     parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.float32)
@@ -66,10 +68,10 @@ def ours(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
         return total / predicted_BT.numel()
 
     shift = framing(config.arch, DataConfig()).shift
-    return Peer("kvfrontier", "", model, loss)
+    return Baseline("kvfrontier", "", model, loss)
 
 
-def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
+def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
     """transformers' LlamaForCausalLM with SDPA and its own loss."""
     size, slot = config.size, llama_slot(config)
     try:
@@ -102,10 +104,10 @@ def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> P
         total: Tensor = model(input_ids=inputs_BT, labels=targets_BT, shift_labels=targets_BT, use_cache=False).loss
         return total
 
-    return Peer("Hugging Face", version("transformers"), model, loss)
+    return Baseline("Hugging Face", version("transformers"), model, loss)
 
 
-def litgpt(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
+def litgpt(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
     """litgpt's GPT with the loss of its pretraining script."""
     size, slot = config.size, llama_slot(config)
     try:
@@ -146,22 +148,22 @@ def litgpt(config: ModelConfig, device: torch.device, compiled: bool) -> Peer:
         total: Tensor = chunked_cross_entropy(model(inputs_BT), targets_BT)
         return total
 
-    return Peer("litgpt", version("litgpt"), model, loss)
+    return Baseline("litgpt", version("litgpt"), model, loss)
 
 
-BUILDERS: dict[str, Callable[[ModelConfig, torch.device, bool], Peer]] = {
-    "ours": ours,
+BUILDERS: dict[str, Callable[[ModelConfig, torch.device, bool], Baseline]] = {
+    "ours": kvfrontier,
     "hugging_face": hugging_face,
     "litgpt": litgpt,
 }
 
 
-def copy_weights(config: ModelConfig, weights: Weights, name: str, peer: Peer) -> None:
-    """Give the peer the weights of our model, every one of them; raises RuntimeError where one is left over."""
+def copy_weights(config: ModelConfig, weights: Weights, name: str, baseline: Baseline) -> None:
+    """Load our model's weights into a baseline. Raises RuntimeError where either has one that the other lacks."""
     renamed = {"hugging_face": _hugging_face_names, "litgpt": _litgpt_names}[name](weights)
     if config.size.tie_embeddings:
         renamed["lm_head.weight"] = weights["embed.weight"]
-    peer.model.load_state_dict(renamed)
+    baseline.model.load_state_dict(renamed)
 
 
 def _hugging_face_names(weights: Weights) -> Weights:
@@ -205,16 +207,16 @@ def _litgpt_names(weights: Weights) -> Weights:
 
 
 class Step:
-    """One optimizer step: forward, loss, backward, clipping, fused AdamW, gradients dropped. The same for all."""
+    """One optimizer step, the same for every model: forward, loss, backward, clipping, fused AdamW."""
 
-    def __init__(self, peer: Peer, precision: Callable[[], AbstractContextManager[Any]]):
-        self.peer, self.precision = peer, precision
-        self.parameters = list(peer.model.parameters())
-        self.optimizer = build_optimizer(peer.model, OptimConfig(lr=1e-4))
+    def __init__(self, baseline: Baseline, precision: Callable[[], AbstractContextManager[Any]]):
+        self.baseline, self.precision = baseline, precision
+        self.parameters = list(baseline.model.parameters())
+        self.optimizer = build_optimizer(baseline.model, OptimConfig(lr=1e-4))
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with self.precision():
-            loss = self.peer.loss(inputs_BT, targets_BT)
+            loss = self.baseline.loss(inputs_BT, targets_BT)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
@@ -227,3 +229,20 @@ def random_batch(vocab_size: int, batch: int, length: int, device: torch.device,
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (batch, length + 1), generator=generator).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def train_in_turns(
+    baselines: dict[str, Baseline], size: SizeConfig, batch: int, repeats: int, warmup: int = 2
+) -> tuple[Turns, Series]:
+    """Times of optimizer steps on the CPU in fp32, and the loss of every step; all take a round's step on one batch."""
+    device = torch.device("cpu")
+    rounds = range(warmup + repeats)
+    batches = [random_batch(size.vocab_size, batch, size.seq_len, device, seed=number) for number in rounds]
+    losses: Series = {name: [] for name in baselines}
+
+    def training(name: str, baseline: Baseline) -> Callable[[int], None]:
+        step = Step(baseline, contextlib.nullcontext)
+        return lambda number: losses[name].append(step(*batches[number]).item())
+
+    calls = {name: training(name, baseline) for name, baseline in baselines.items()}
+    return take_turns(calls, repeats, warmup), losses

@@ -1,16 +1,14 @@
-"""Time a training step and the loader against their peers on the CPU: `python train/benchmarks/cpu.py +arch=X +size=Y`.
+"""Time a training step and the loader against baselines on the CPU: `python train/benchmarks/cpu.py +arch=X +size=Y`.
 
 Ours, Hugging Face Llama and litgpt have equal shapes, weights, batches and optimizers, and take their steps in turns in
 one process, so that whatever else the machine does meets all of them. Where it does much else, threads=1 and the CPU
 seconds tell more than the clock. Peak memory is taken in processes of their own.
 """
 
-import contextlib
 import os
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,17 +27,21 @@ from data.files import write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.units import bytes_text
 from train.benchmarks import loader as bench_loader
-from train.benchmarks.baselines import BUILDERS, Peer, Step, UnavailableError, copy_weights, llama_slot, random_batch
+from train.benchmarks.baselines import (
+    BUILDERS,
+    Baseline,
+    UnavailableError,
+    copy_weights,
+    llama_slot,
+    train_in_turns,
+)
 from train.benchmarks.peak_memory import peak_memory
-from train.benchmarks.timing import spread
+from train.benchmarks.timing import summary_stats, time_ratios
 from train.datamodule import open_data
 from train.environment import environment
 from train.schema import DataConfig
 
-WARMUP = 2
 LOSS_TOLERANCE = 1e-4  # of the first loss, in nats; fp32 and other orders of summation
-
-Series = dict[str, list[float]]  # one number per round, for each model
 
 
 @dataclass
@@ -79,8 +81,8 @@ def main(config: DictConfig, choices: Choices) -> None:
         "precision": "fp32",
         "load": {"before": os.getloadavg()},
     }
-    result |= step_against_peers(model, options.batch_size, options.repeats)
-    result["loader"] = loader_against_peer(options)
+    result |= step_against_baselines(model, options.batch_size, options.repeats)
+    result["loader"] = loader_against_baseline(options)
     result["load"]["after"] = os.getloadavg()
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,92 +91,67 @@ def main(config: DictConfig, choices: Choices) -> None:
     print(f"written to {folder / 'bench.json'}")
 
 
-def step_against_peers(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
+def step_against_baselines(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
     """Memory, then time, of every model that can be built here; `skipped` names the others with the reason.
 
     Raises RuntimeError where the first losses, of equal weights on an equal batch, differ.
     """
-    peers, skipped = build_all(config)
-    memory = {name: peak_memory(name, config, batch) for name in peers}
-    times, work, losses = take_turns(peers, config.size, batch, repeats)
+    baselines, skipped = build_all(config)
+    memory = {name: peak_memory(name, config, batch) for name in baselines}
+    turns, losses = train_in_turns(baselines, config.size, batch, repeats)
     first = {name: values[0] for name, values in losses.items()}
     if max(first.values()) - min(first.values()) > LOSS_TOLERANCE:
         raise RuntimeError(f"equal weights and an equal batch give other losses: {first}")
     models = {
         name: {
-            "version": peer.version,
-            "params": sum(p.numel() for p in peer.model.parameters()),
-            "seconds": spread(times[name]),
-            "cpu_seconds": spread(work[name]),
-            "tokens_per_second": batch * config.size.seq_len / statistics.median(times[name]),
+            "version": baseline.version,
+            "params": sum(p.numel() for p in baseline.model.parameters()),
+            "seconds": summary_stats(turns.seconds[name]),
+            "cpu_seconds": summary_stats(turns.cpu_seconds[name]),
+            "tokens_per_second": batch * config.size.seq_len / statistics.median(turns.seconds[name]),
             "peak_bytes": memory[name],
             "first_loss": losses[name][0],
             "last_loss": losses[name][-1],
         }
-        for name, peer in peers.items()
+        for name, baseline in baselines.items()
     }
     # More than 1: ours is faster, ours takes less.
     against = {
-        name: {
-            "speed": statistics.median(times[name]) / statistics.median(times["ours"]),
-            "speed_by_round": spread([b / a for a, b in zip(times["ours"], times[name], strict=True)]),
-            "cpu": statistics.median(work[name]) / statistics.median(work["ours"]),
-            "cpu_by_round": spread([b / a for a, b in zip(work["ours"], work[name], strict=True)]),
-            "memory": {way: _ratio(memory[name][way], memory["ours"][way]) for way in memory[name]},
-        }
-        for name in peers
+        name: time_ratios(turns, name, "ours")
+        | {"memory": {kind: _ratio(memory[name][kind], memory["ours"][kind]) for kind in memory[name]}}
+        for name in baselines
         if name != "ours"
     }
     return {"models": models, "ours_against": against, "skipped": skipped}
 
 
-def _ratio(theirs: int | None, ours: int | None) -> float | None:
-    return theirs / ours if theirs and ours else None
+def _ratio(numerator: int | None, denominator: int | None) -> float | None:
+    return numerator / denominator if numerator and denominator else None
 
 
-def build_all(config: ModelConfig) -> tuple[dict[str, Peer], dict[str, str]]:
-    """Every model with our weights, and why the others are missing. Raises RuntimeError where they are not equal."""
-    peers: dict[str, Peer] = {}
+def build_all(config: ModelConfig) -> tuple[dict[str, Baseline], dict[str, str]]:
+    """Every model with our weights, and the reason for each one that is missing.
+
+    Raises RuntimeError where their sizes differ.
+    """
+    baselines: dict[str, Baseline] = {}
     skipped: dict[str, str] = {}
     for name, build in BUILDERS.items():
         try:
-            peers[name] = build(config, torch.device("cpu"), False)
+            baselines[name] = build(config, torch.device("cpu"), False)
         except UnavailableError as error:
             skipped[name] = str(error)
-    weights = peers["ours"].model.state_dict()
-    counts = {name: sum(p.numel() for p in peer.model.parameters()) for name, peer in peers.items()}
+    weights = baselines["ours"].model.state_dict()
+    counts = {name: sum(p.numel() for p in baseline.model.parameters()) for name, baseline in baselines.items()}
     if len(set(counts.values())) > 1:
         raise RuntimeError(f"the models differ in size, a comparison would mean nothing: {counts}")
-    for name, peer in peers.items():
+    for name, baseline in baselines.items():
         if name != "ours":
-            copy_weights(config, weights, name, peer)
-    return peers, skipped
+            copy_weights(config, weights, name, baseline)
+    return baselines, skipped
 
 
-def take_turns(peers: dict[str, Peer], size: SizeConfig, batch: int, repeats: int) -> tuple[Series, Series, Series]:
-    """Seconds, CPU seconds of all threads, and loss of every step.
-
-    A round is one step of each on the same batch; who begins changes each round.
-    """
-    device = torch.device("cpu")
-    steps = {name: Step(peer, contextlib.nullcontext) for name, peer in peers.items()}
-    names = list(steps)
-    times: Series = {name: [] for name in names}
-    work: Series = {name: [] for name in names}
-    losses: Series = {name: [] for name in names}
-    for number in range(WARMUP + repeats):
-        inputs, targets = random_batch(size.vocab_size, batch, size.seq_len, device, number)
-        begin = number % len(names)
-        for name in names[begin:] + names[:begin]:
-            started, worked = time.perf_counter(), time.process_time()
-            losses[name].append(steps[name](inputs, targets).item())
-            if number >= WARMUP:
-                times[name].append(time.perf_counter() - started)
-                work[name].append(time.process_time() - worked)
-    return times, work, losses
-
-
-def loader_against_peer(options: BenchConfig) -> dict[str, Any]:
+def loader_against_baseline(options: BenchConfig) -> dict[str, Any]:
     ((folder, manifest),) = open_data(options.data).items()
     corpus = manifest.recipe["source"]["corpus"]
     if corpus is None:

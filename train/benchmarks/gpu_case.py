@@ -1,4 +1,4 @@
-"""What the parts of the GPU suite are made of."""
+"""The cases that the parts of the GPU suite consist of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FAMILIES = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3"
 
 @dataclass(frozen=True)
 class Options:
-    """`toy`: shapes of a test; `data`: prepared shards for the study."""
+    """toy: shapes of a test; data: prepared shards for the study."""
 
     toy: bool
     data: Path | None = None
@@ -27,7 +27,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: `run` returns plain data, `line` shows it, `seconds` is about what it takes on an H100."""
+    """One measurement: `run` returns plain data, `line` formats it, `seconds` is roughly its duration on an H100."""
 
     key: str
     seconds: float
@@ -36,10 +36,10 @@ class Case:
 
 
 def model_config(arch: str, size: str, options: Options, seq_len: int | None = None) -> ModelConfig:
-    """The layout at the size, or at one for tests that has eight query heads as well."""
+    """The layout at the named size, or at a toy size that also has eight query heads."""
     if options.toy:
         small = SizeConfig(num_layers=6, d_model=32, num_heads=8, d_ff=48, vocab_size=67, seq_len=24, max_window=8)
         return ModelConfig(load_arch(arch), small)
-    found = load_size(size)
-    found.seq_len = seq_len or found.seq_len
-    return ModelConfig(load_arch(arch), found)
+    model_size = load_size(size)
+    model_size.seq_len = seq_len or model_size.seq_len
+    return ModelConfig(load_arch(arch), model_size)

@@ -11,14 +11,14 @@ import torch
 
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options
-from train.benchmarks.timing import repeated, spread
+from train.benchmarks.timing import repeated, summary_stats
 from train.environment import ROOT
 
 TESTS = 420  # seconds that the tests may take
 
 
 def ceilings(options: Options) -> list[Case]:
-    """What the device reaches where nothing stands in the way: products of random matrices, copies in its memory."""
+    """The rates that the device reaches at best: products of random matrices, copies within its memory."""
     sizes = [64] if options.toy else [4096, 8192, 16384]
     products = [
         Case(f"matmul-bf16-{n}", 5, lambda n=n: matmul(n, options), lambda r: f"{r['tflops']['median']:.0f} TFLOP/s")
@@ -30,7 +30,7 @@ def ceilings(options: Options) -> list[Case]:
 def matmul(n: int, options: Options) -> dict[str, Any]:
     a, b = (torch.randn(n, n, device=options.device, dtype=torch.bfloat16) for _ in range(2))
     times = repeated(lambda: a @ b, options.device, repeats=7, inner=1 if options.toy else 10)
-    return {"tflops": spread([2 * n**3 / time / 1e12 for time in times])}
+    return {"tflops": summary_stats([2 * n**3 / time / 1e12 for time in times])}
 
 
 def copy(options: Options) -> dict[str, Any]:
@@ -39,11 +39,11 @@ def copy(options: Options) -> dict[str, Any]:
     source = torch.randn(numbers, device=options.device)
     target = torch.empty_like(source)
     times = repeated(lambda: target.copy_(source), options.device, repeats=7, inner=1 if options.toy else 5)
-    return {"gb_per_second": spread([2 * source.nbytes / time / 1e9 for time in times])}
+    return {"gb_per_second": summary_stats([2 * source.nbytes / time / 1e9 for time in times])}
 
 
 def attention(options: Options) -> list[Case]:
-    """Every backend against fp64, forward and backward, and how fast: train/benchmarks/attention.py."""
+    """Error against fp64 and speed of every backend, forward and backward: train/benchmarks/attention.py."""
     try:
         from train.benchmarks.attention import cases, run_case
     except ImportError as error:
@@ -54,7 +54,7 @@ def attention(options: Options) -> list[Case]:
 
 
 def _key(case: Any) -> str:
-    """All that tells a case from the others: `flex-gqa4-...`, the fields of its dataclass."""
+    """The fields of the attention case, which identify it: `flex-gqa4-...`."""
     return "-".join(str(value).removeprefix("torch.") for value in asdict(case).values())
 
 
@@ -74,9 +74,9 @@ def tests(options: Options) -> list[Case]:
 
 
 def gpu_tests(options: Options) -> dict[str, Any]:
-    """The outcome, whatever it is. Only the files that need a GPU are collected: others import what may be missing.
+    """Run them and return the outcome, failures included. Other files are not collected: their imports may be missing.
 
-    Raises UnavailableError where pytest is not installed, RuntimeError with what was done where it takes too long.
+    Raises UnavailableError if pytest is not installed, RuntimeError with its output if it takes too long.
     """
     if importlib.util.find_spec("pytest") is None:
         raise UnavailableError("pytest is not installed")

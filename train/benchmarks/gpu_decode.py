@@ -1,44 +1,35 @@
 """Part of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
 
-Shapes: B batch, T tokens, C vectors of an expanded context, D model, V vocabulary.
-
-Both sides run eagerly, one Python step per token, greedily, in bf16: at a small batch that measures launches more than
-memory, which is why several batches are measured. No side decodes with cuDNN's attention, as ours never does.
+Both implementations run eagerly, one Python step per token, greedily, in bf16: at a small batch that measures launches
+more than memory, which is why several batches are measured. Neither decodes with cuDNN's attention, as ours never does.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from arch import (
-    BlockPlan,
-    BlockTransformer,
-    LanguageModel,
-    ModelConfig,
-    Plan,
-    allocate,
-    allocate_blocks,
-    build,
-    resolve,
-)
+from arch import BlockPlan, ModelConfig, Plan, resolve
 from arch.attend import NOT_CUDNN
-from arch.block_transformer import BlockCache
-from arch.cache import Cache
 from arch.footprint import allocated_bytes
 from train.benchmarks.baselines import hugging_face, random_batch
+from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
 from train.benchmarks.gpu_case import Case, Options, model_config
-from train.benchmarks.timing import seconds, spread
+from train.benchmarks.timing import seconds, summary_stats
 
 ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
-PEER_ARCHS = ("mha", "gqa4")
+BASELINE_ARCHS = ("mha", "gqa4")
 WARMUP, STEPS = 4, 32
 
-# Feeds tokens [B, T] and returns the logits [B, 1, V] of the last.
-Feed = Callable[[Tensor], Tensor]
+
+class Session(NamedTuple):
+    """Decoding over one cache, which is empty at first; `cache_bytes` is what its tensors take now."""
+
+    decode: DecodeFn
+    cache_bytes: Callable[[], int]
 
 
 def decode(options: Options) -> list[Case]:
@@ -47,9 +38,9 @@ def decode(options: Options) -> list[Case]:
     cases = []
     for context, batch in shapes:
         for arch in ARCHS:
-            for side in ("ours", "hugging_face") if arch in PEER_ARCHS else ("ours",):
-                run = functools.partial(measure, side, model_config(arch, "1b", options), context, batch, options)
-                cases.append(Case(f"{side}-{arch}-1b-{context}x{batch}", 12, run, _line))
+            for name in SESSIONS if arch in BASELINE_ARCHS else ("ours",):
+                run = functools.partial(measure, name, model_config(arch, "1b", options), context, batch, options)
+                cases.append(Case(f"{name}-{arch}-1b-{context}x{batch}", 12, run, _line))
     return cases
 
 
@@ -61,27 +52,27 @@ def _line(result: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def measure(side: str, config: ModelConfig, context: int, batch: int, options: Options) -> dict[str, Any]:
+def measure(name: str, config: ModelConfig, context: int, batch: int, options: Options) -> dict[str, Any]:
     """Prefill `context` tokens for each of `batch` sequences, then decode; warm, cache bytes at the end."""
     device = options.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    start, held = {"ours": our_decoder, "hugging_face": their_decoder}[side](config, context, batch, device)
+    start = SESSIONS[name](config, batch, context + WARMUP + STEPS, device)
     prompt, _ = random_batch(config.size.vocab_size, batch, context, device, seed=0)
-    start()(prompt)  # kernels are loaded and chosen, for this very shape
-    feed = start()
-    found: list[Tensor] = []
-    prefill = seconds(lambda: found.append(feed(prompt)), device)
-    token = found[0][:, -1].argmax(dim=-1, keepdim=True)
+    start().decode(prompt)  # kernels are loaded and chosen, for this very shape
+    session = start()
+    logits: list[Tensor] = []
+    prefill = seconds(lambda: logits.append(session.decode(prompt)), device)
+    token = argmax_last(logits.pop())
 
     def step() -> None:
         nonlocal token
-        token = feed(token)[:, -1].argmax(dim=-1, keepdim=True)
+        token = argmax_last(session.decode(token))
 
     with sdpa_kernel(NOT_CUDNN):
         for _ in range(WARMUP):
             step()
-        times = spread(step_seconds(step, resolve(config), device))
+        times = summary_stats(step_seconds(step, resolve(config), device))
     return {
         "context": context,
         "batch": batch,
@@ -89,7 +80,7 @@ def measure(side: str, config: ModelConfig, context: int, batch: int, options: O
         "prefill_tokens_per_second": batch * context / prefill,
         "step_seconds": times,
         "decode_tokens_per_second": batch / times["median"],
-        "cache_bytes": held(),
+        "cache_bytes": session.cache_bytes(),
         "formula_bytes": allocated_bytes(resolve(config), batch, context + WARMUP + STEPS),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
@@ -101,75 +92,32 @@ def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> 
     return [seconds(lambda: [step() for _ in range(length)], device) / length for _ in range(STEPS // length)]
 
 
-def our_decoder(
-    config: ModelConfig, context: int, batch: int, device: torch.device
-) -> tuple[Callable[[], Feed], Callable[[], int]]:
-    model = our_model(config, torch.bfloat16, device)
-    caches: list[Any] = []
+def our_sessions(config: ModelConfig, batch: int, capacity: int, device: torch.device) -> Callable[[], Session]:
+    """Sessions of our model, each with an empty cache for `capacity` tokens."""
+    model = build_model(config, torch.bfloat16, device)
 
-    def start() -> Feed:
-        caches[:] = []
-        feed, cache = feeding(model, batch, context + WARMUP + STEPS)
-        caches.append(cache)
-        return feed
+    def start() -> Session:
+        decode, cache = decode_fn(model, batch, capacity)
+        return Session(decode, lambda: cache.nbytes)
 
-    return start, lambda: caches[0].nbytes
+    return start
 
 
-def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
-    with torch.device("meta"):
-        model = build(config, "auto", device.type)
-    model = model.to(dtype).to_empty(device=device).eval()
-    model.init_weights(0)
-    return model
-
-
-def feeding(model: LanguageModel, batch: int, capacity: int) -> tuple[Feed, Cache | BlockCache]:
-    """An empty cache, of the weights' type, and what fills it; a Block Transformer's prompt is at least a block."""
-    weight = next(model.parameters())
-    if isinstance(model, BlockTransformer):
-        blocks = allocate_blocks(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
-        return BlockFeed(model, blocks), blocks
-    cache = allocate(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
-    return lambda tokens: model(tokens, cache, last_only=True), cache
-
-
-class BlockFeed:
-    """Feeds a Block Transformer as one feeds a decoder: what completes a block is encoded, and the next one begun."""
-
-    def __init__(self, model: BlockTransformer, cache: BlockCache):
-        self.model, self.cache = model, cache
-        self.begun_BT: Tensor | None = None  # the block being said
-        self.context_BCD: Tensor | None = None  # of that block
-
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        model, length = self.model, self.model.plan.length
-        seen_BT = tokens_BT if self.begun_BT is None else torch.cat((self.begun_BT, tokens_BT), dim=1)
-        whole = seen_BT.shape[1] // length * length
-        if whole:
-            self.context_BCD = model.expand(model.encode(seen_BT[:, :whole], self.cache.blocks)[:, -1])
-            logits_BV = model.begin(self.context_BCD, seen_BT[:, whole:], self.cache.tokens)
-        else:
-            assert self.context_BCD is not None and self.begun_BT is not None
-            logits_BV = model.step(self.context_BCD, tokens_BT, self.begun_BT.shape[1], self.cache.tokens)
-        self.begun_BT = seen_BT[:, whole:]
-        return logits_BV[:, None]
-
-
-def their_decoder(
-    config: ModelConfig, context: int, batch: int, device: torch.device
-) -> tuple[Callable[[], Feed], Callable[[], int]]:
-    """transformers' Llama over its DynamicCache, the steps that its `generate` takes."""
+def hugging_face_sessions(
+    config: ModelConfig, batch: int, capacity: int, device: torch.device
+) -> Callable[[], Session]:
+    """Sessions of transformers' Llama over its DynamicCache, with the steps that its `generate` takes."""
     model = hugging_face(config, device, False).model.to(torch.bfloat16).eval()
     from transformers import DynamicCache
 
-    caches: list[Any] = []
+    def start() -> Session:
+        cache = DynamicCache(config=model.config)
+        return Session(
+            lambda tokens: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits,
+            lambda: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
+        )
 
-    def start() -> Feed:
-        caches[:] = [DynamicCache(config=model.config)]
-        return lambda tokens: model(tokens, past_key_values=caches[0], use_cache=True, logits_to_keep=1).logits
+    return start
 
-    def held() -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in caches[0].layers)
 
-    return start, held
+SESSIONS = {"ours": our_sessions, "hugging_face": hugging_face_sessions}

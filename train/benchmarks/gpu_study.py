@@ -28,7 +28,7 @@ from data.batches import EvalBatches, Framing, TrainBatches
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
-from train.benchmarks.baselines import UnavailableError, ours
+from train.benchmarks.baselines import UnavailableError, kvfrontier
 from train.benchmarks.gpu_case import Case, Options, model_config
 from train.environment import ROOT
 from train.loss import cross_entropy_sum
@@ -113,8 +113,7 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
     micro = math.gcd(size.batch_size, max(1, 32768 // size.seq_len))
     windows, frame = TokenWindows(folder, manifest, "train", size.seq_len), framing(config.arch, DataConfig())
     made = TrainBatches(windows, seed, steps, size.batch_size, micro, framing=frame)
-    peer = ours(config, device, compiled=device.type == "cuda")
-    model = peer.model
+    model = kvfrontier(config, device, compiled=device.type == "cuda").model
     assert isinstance(model, LanguageModel)
     model.init_weights(seed)
     optimizer = build_optimizer(model, optim)

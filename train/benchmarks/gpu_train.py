@@ -1,28 +1,27 @@
-"""Parts of the GPU suite: how fast each layout trains, beside Hugging Face Llama and litgpt.
+"""Parts of the GPU suite: how fast each layout trains, next to Hugging Face Llama and litgpt.
 
 A step is a whole optimizer step on one micro-batch: forward and backward in bf16 autocast over fp32 weights, clipping,
-fused AdamW. Ours is built as `train/pretrain.py` builds it and compiled block by block, the peers as a whole.
+fused AdamW. Ours is built as `train/pretrain.py` builds it and compiled block by block, the baselines as a whole.
 """
 
 import functools
 import gc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from arch import ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
-from eval.hardware import find_gpu
 from train.benchmarks.baselines import BUILDERS, Step, random_batch
 from train.benchmarks.gpu_case import FAMILIES, Case, Options, model_config
-from train.benchmarks.timing import seconds, spread
+from train.benchmarks.timing import seconds, summary_stats
+from train.device import peak_flops
 
 WARMUP = 3
 STEPS = 10
 TOKENS = 32768  # of the first micro-batch tried; half as many where that does not fit, and so on
-PEERS = {"litgpt": ("mha", "gqa4"), "hugging_face": ("mha", "gqa4")}
+BASELINES = {"litgpt": ("mha", "gqa4"), "hugging_face": ("mha", "gqa4")}
 
 
 def train_1b(options: Options) -> list[Case]:
@@ -42,19 +41,19 @@ def train_3b_8k(options: Options) -> list[Case]:
 
 
 def throughput(size: str, seq_len: int, estimate: float, options: Options) -> list[Case]:
-    """Each family, and each peer right after the layout that is its own."""
+    """Each family, and each baseline right after the layout that it has too."""
     chosen = [("ours", arch) for arch in FAMILIES]
-    for peer, archs in PEERS.items():
+    for name, archs in BASELINES.items():
         for arch in archs:
-            chosen.insert(chosen.index(("ours", arch)) + 1, (peer, arch))
+            chosen.insert(chosen.index(("ours", arch)) + 1, (name, arch))
     return [
         Case(
-            f"{peer}-{arch}-{size}-{seq_len}",
-            estimate * (1 if peer == "ours" else 2),
-            functools.partial(record, peer, arch, size, seq_len, options),
+            f"{name}-{arch}-{size}-{seq_len}",
+            estimate * (1 if name == "ours" else 2),
+            functools.partial(record, name, arch, size, seq_len, options),
             _line,
         )
-        for peer, arch in chosen
+        for name, arch in chosen
     ]
 
 
@@ -64,24 +63,24 @@ def _line(result: dict[str, Any]) -> str:
     return f"{result['tokens_per_second']:,.0f} tok/s{mfu}{peak}, micro-batch {result['micro_batch']}"
 
 
-def record(peer: str, arch: str, size: str, seq_len: int, options: Options) -> dict[str, Any]:
-    """What was measured, and the keys by which train/estimate.py finds that of ours."""
+def record(name: str, arch: str, size: str, seq_len: int, options: Options) -> dict[str, Any]:
+    """The measurement, and the keys by which train/estimate.py finds ours."""
     about = {
-        "part": "train" if peer == "ours" else "peer",
+        "part": "train" if name == "ours" else "peer",
         "arch": arch,
         "size": "toy" if options.toy else size,
         "gpu": torch.cuda.get_device_name() if options.device.type == "cuda" else None,
     }
-    return about | measure(peer, model_config(arch, size, options, seq_len), options)
+    return about | measure(name, model_config(arch, size, options, seq_len), options)
 
 
-def measure(peer: str, config: ModelConfig, options: Options) -> dict[str, Any]:
-    """With the largest micro-batch that fits, halving from TOKENS."""
+def measure(name: str, config: ModelConfig, options: Options) -> dict[str, Any]:
+    """Measure at the largest micro-batch that fits, halving from TOKENS."""
     batch = 2 if options.toy else max(1, TOKENS // config.size.seq_len)
     tried: list[int] = []
     while True:
         try:
-            return run(peer, config, batch, options) | {"did_not_fit": tried}
+            return run(name, config, batch, options) | {"did_not_fit": tried}
         except torch.cuda.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -92,14 +91,14 @@ def measure(peer: str, config: ModelConfig, options: Options) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
 
-def run(peer: str, config: ModelConfig, batch: int, options: Options) -> dict[str, Any]:
+def run(name: str, config: ModelConfig, batch: int, options: Options) -> dict[str, Any]:
     """Seconds per step after warm-up; the first step's surplus is compilation. Raises RuntimeError on a loss of NaN."""
     device, size = options.device, config.size
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()
-    built = BUILDERS[peer](config, device, not options.toy)
-    step = Step(built, autocast(device))
+    built = BUILDERS[name](config, device, not options.toy)
+    step = Step(built, functools.partial(torch.autocast, device.type, dtype=torch.bfloat16))
     batches = [random_batch(size.vocab_size, batch, size.seq_len, device, seed) for seed in range(4)]
     losses: list[torch.Tensor] = []
 
@@ -113,10 +112,10 @@ def run(peer: str, config: ModelConfig, batch: int, options: Options) -> dict[st
     values = [loss.item() for loss in losses]
     if not all(map(math.isfinite, values)):
         raise RuntimeError(f"losses are not finite: {values}")
-    plan, spent = resolve(config), spread(times)
+    plan, spent = resolve(config), summary_stats(times)
     speed = batch * size.seq_len / spent["median"]
     flops = train_flops_per_token(config, plan)
-    peak = peak_flops(device)
+    peak = peak_flops(device, torch.bfloat16)
     return {
         "version": built.version,
         "micro_batch": batch,
@@ -131,15 +130,3 @@ def run(peer: str, config: ModelConfig, batch: int, options: Options) -> dict[st
         "reserved_bytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         "losses": values,
     }
-
-
-def autocast(device: torch.device) -> Callable[[], Any]:
-    return functools.partial(torch.autocast, device.type, dtype=torch.bfloat16)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s that the maker states for the device; None where it is not in the table."""
-    if device.type != "cuda":
-        return None
-    gpu = find_gpu(torch.cuda.get_device_name(device))
-    return gpu.flops("bf16") if gpu else None

@@ -14,7 +14,7 @@ Shapes: B batch, T tokens.
 import os
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from arch import LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
@@ -35,10 +34,9 @@ from data.files import write_json
 from eval.cli import Choices, UsageError, launch, require
 from eval.layouts import load_arch, names
 from eval.units import bytes_text, count_text
-from train.benchmarks.baselines import ours, random_batch
-from train.benchmarks.cpu import Series, take_turns
-from train.benchmarks.gpu_decode import Feed, feeding, our_model
-from train.benchmarks.timing import spread
+from train.benchmarks.baselines import kvfrontier, random_batch, train_in_turns
+from train.benchmarks.decoding import argmax_last, build_model, decode_fn, greedy_steps
+from train.benchmarks.timing import Turns, summary_stats, take_turns, time_ratios
 from train.environment import environment
 
 CPU = torch.device("cpu")
@@ -65,7 +63,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     require(size=choices.size)
     options: LayoutsConfig = OmegaConf.to_object(config)
     check(options)
-    models = equal(options)
+    models = equal_param_models(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
@@ -77,7 +75,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         "threads": torch.get_num_threads(),
         "precision": "fp32",
         "load": {"before": os.getloadavg()},
-        "models": {arch: about(model) for arch, model in models.items()},
+        "models": {arch: describe(model) for arch, model in models.items()},
     }
     result["training"] = training(models, options)
     result["decoding"] = {str(batch): decoding(models, batch, options) for batch in options.decode_batches}
@@ -112,13 +110,13 @@ def check(options: LayoutsConfig) -> None:
                 raise UsageError(f"{name} is {value}; {arch} needs a multiple of its block length {block.length}")
 
 
-def equal(options: LayoutsConfig) -> dict[str, ModelConfig]:
-    """Each layout with as many parameters as the first. Raises UsageError where d_ff cannot make them equal."""
+def equal_param_models(options: LayoutsConfig) -> dict[str, ModelConfig]:
+    """Models of each layout with as many parameters as the first. Raises UsageError where no d_ff makes them equal."""
     first, *others = options.archs
     models = {first: ModelConfig(load_arch(first), options.size)}
     target = params(models[first])
     for arch in others:
-        found = fitted(ModelConfig(load_arch(arch), options.size), target)
+        found = match_params(ModelConfig(load_arch(arch), options.size), target)
         if abs(params(found) / target - 1) > TOLERANCE:
             raise UsageError(
                 f"{arch} has {params(found):,} parameters at d_ff {found.size.d_ff}, {first} has {target:,}: no d_ff "
@@ -128,7 +126,7 @@ def equal(options: LayoutsConfig) -> dict[str, ModelConfig]:
     return models
 
 
-def fitted(config: ModelConfig, target: int) -> ModelConfig:
+def match_params(config: ModelConfig, target: int) -> ModelConfig:
     """`config` with the multiple of 8 as d_ff whose parameters are nearest to `target`; they are linear in d_ff."""
     at = {d_ff: params(ModelConfig(config.arch, replace(config.size, d_ff=d_ff))) for d_ff in (8, 16)}
     steps = max(0, round((target - at[8]) / (at[16] - at[8])))
@@ -139,7 +137,7 @@ def params(config: ModelConfig) -> int:
     return num_params(config, resolve(config))
 
 
-def about(config: ModelConfig) -> dict[str, Any]:
+def describe(config: ModelConfig) -> dict[str, Any]:
     return {
         "d_ff": config.size.d_ff,
         "params": params(config),
@@ -149,10 +147,10 @@ def about(config: ModelConfig) -> dict[str, Any]:
 
 def training(models: dict[str, ModelConfig], options: LayoutsConfig) -> dict[str, Any]:
     """Time one optimizer step of each in turn, as cpu.py does. `flops` are per token, over the first's."""
-    peers = {arch: ours(config, CPU, False) for arch, config in models.items()}
-    times, work, losses = take_turns(peers, options.size, options.batch_size, options.repeats)
-    found = compared(times, work, options.batch_size * options.size.seq_len)
-    flops = {arch: about(config)["train_flops_per_token"] for arch, config in models.items()}
+    baselines = {arch: kvfrontier(config, CPU, False) for arch, config in models.items()}
+    turns, losses = train_in_turns(baselines, options.size, options.batch_size, options.repeats)
+    found = compare(turns, options.batch_size * options.size.seq_len)
+    flops = {arch: describe(config)["train_flops_per_token"] for arch, config in models.items()}
     for arch, values in found.items():
         values["flops"] = flops[arch] / flops[options.archs[0]]
         values["flops_per_second"] = values["cpu"] * values["flops"]
@@ -161,67 +159,50 @@ def training(models: dict[str, ModelConfig], options: LayoutsConfig) -> dict[str
 
 
 def decoding(models: dict[str, ModelConfig], batch: int, options: LayoutsConfig) -> dict[str, Any]:
-    """`decode_tokens` of each sequence per round, after a prompt of `decode_context`; the cache goes on growing."""
+    """Time `decode_tokens` of each sequence per round, after a prompt of `decode_context`; the cache keeps growing."""
     context, tokens = options.decode_context, options.decode_tokens
-    whole = context + (1 + options.repeats) * tokens
-    feeds, says, held = {}, {}, {}
-    for arch, config in models.items():
-        feeds[arch], cache = feeding(our_model(config, torch.float32, CPU), batch, whole)
-        held[arch] = cache.nbytes
+    total = context + (1 + options.repeats) * tokens
+    calls, cache_bytes = {}, {}
+
+    def decoder(config: ModelConfig) -> tuple[Callable[[int], None], int]:
+        decode, cache = decode_fn(build_model(config, torch.float32, CPU), batch, total)
         with torch.inference_mode():
             prompt, _ = random_batch(config.size.vocab_size, batch, context, CPU, seed=0)
-            says[arch] = best(feeds[arch](prompt))
-    times: Series = {arch: [] for arch in models}
-    work: Series = {arch: [] for arch in models}
-    order = list(models)
-    for number in range(1 + options.repeats):
-        begin = number % len(order)
-        for arch in order[begin:] + order[:begin]:
-            started, worked = time.perf_counter(), time.process_time()
-            says[arch] = say(feeds[arch], says[arch], tokens)
-            if number:  # the first warms up
-                times[arch].append(time.perf_counter() - started)
-                work[arch].append(time.process_time() - worked)
-    found = compared(times, work, batch * tokens)
+            last = argmax_last(decode(prompt))
+
+        def call(number: int) -> None:
+            nonlocal last
+            last = greedy_steps(decode, last, tokens)
+
+        return call, cache.nbytes
+
     for arch, config in models.items():
-        kv = kv_bytes(resolve(config), whole, ITEMSIZE)
+        calls[arch], cache_bytes[arch] = decoder(config)
+    found = compare(take_turns(calls, options.repeats, warmup=1), batch * tokens)
+    for arch, config in models.items():
+        kv = kv_bytes(resolve(config), total, ITEMSIZE)
         found[arch] |= {
-            "context": whole,
+            "context": total,
             "kv_bytes_stored": kv.stored,
             "kv_bytes_read": kv.read,
-            "cache_bytes": held[arch] // batch,
+            "cache_bytes": cache_bytes[arch] // batch,
         }
     return found
 
 
-@torch.inference_mode()
-def say(feed: Feed, token_B1: Tensor, number: int) -> Tensor:
-    """The most likely token, `number` times over; the last of them."""
-    for _ in range(number):
-        token_B1 = best(feed(token_B1))
-    return token_B1
-
-
-def best(logits_BTV: Tensor) -> Tensor:
-    return logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
-
-
-def compared(times: Series, work: Series, tokens: int) -> dict[str, dict[str, Any]]:
-    """Of rounds of `tokens` tokens: seconds and tokens/s of each, and its speed over that of the first."""
-    first = next(iter(times))
-    found = {}
-    for arch in times:
-        found[arch] = {
-            "seconds": spread(times[arch]),
-            "cpu_seconds": spread(work[arch]),
-            "tokens_per_second": tokens / statistics.median(times[arch]),
-            "tokens_per_cpu_second": tokens / statistics.median(work[arch]),
-            "speed": statistics.median(times[first]) / statistics.median(times[arch]),
-            "speed_by_round": spread([a / b for a, b in zip(times[first], times[arch], strict=True)]),
-            "cpu": statistics.median(work[first]) / statistics.median(work[arch]),
-            "cpu_by_round": spread([a / b for a, b in zip(work[first], work[arch], strict=True)]),
+def compare(turns: Turns, tokens: int) -> dict[str, dict[str, Any]]:
+    """Seconds and tokens/s of each layout in rounds of `tokens` tokens, and its speed over that of the first."""
+    first = next(iter(turns.seconds))
+    return {
+        arch: {
+            "seconds": summary_stats(turns.seconds[arch]),
+            "cpu_seconds": summary_stats(turns.cpu_seconds[arch]),
+            "tokens_per_second": tokens / statistics.median(turns.seconds[arch]),
+            "tokens_per_cpu_second": tokens / statistics.median(turns.cpu_seconds[arch]),
+            **time_ratios(turns, first, arch),
         }
-    return found
+        for arch in turns.seconds
+    }
 
 
 def show(result: dict[str, Any]) -> None:

@@ -4,23 +4,23 @@ import contextlib
 import gc
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from arch import ModelConfig
 from train.benchmarks.baselines import BUILDERS, Step, random_batch
-from train.benchmarks.timing import resident_bytes
 
 STEPS = 2  # the optimizer's state is made in the first
 
 
 def peak_memory(name: str, config: ModelConfig, batch: int) -> dict[str, int | None]:
-    """Bytes at the peak of two steps, the making of the model included, in a new process.
+    """Peak bytes of building a model and taking two steps, in a new process.
 
-    allocated  counted: all that torch's CPU allocator had handed out at one time (weights, gradients, optimizer state,
-               activations; no libraries, no scratch of theirs)
-    resident   seen by the system: the largest resident set less that after all imports; None where there is no /proc
+    allocated  the most that torch's CPU allocator had handed out at one time: weights, gradients, optimizer state,
+               activations, but nothing that libraries allocate themselves
+    resident   the largest resident set, less that after all imports; None on a system without /proc
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measure, torch.get_num_threads(), name, config, batch).result()
@@ -50,8 +50,17 @@ def _allocated(name: str, config: ModelConfig, batch: int) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         _train(name, config, batch)
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
+
+
+def resident_bytes(field: str) -> int | None:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process; None on a system without /proc."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    line = next(line for line in path.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
