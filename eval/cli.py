@@ -4,12 +4,10 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 `name_schema`. `task` gets a typed object, whose `arch` and `size` are filled in from `+arch=X +size=Y`.
 """
 
-import difflib
 import glob
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import hydra
@@ -20,13 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
+from data.cli import UsageError, fail, unknown_key
 from data.files import DataError
 from eval.layouts import CONFIGS, names
-
-
-class UsageError(ValueError):
-    """A mistake of the user; the message names the fix."""
-
 
 MISTAKES = (UsageError, LayoutError, DataError)
 
@@ -80,30 +74,16 @@ def launch(
 NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
 
 
-def folders_of(arguments: Sequence[str], options: dict[str, str]) -> list[str]:
-    """The folders on the command line of a script without Hydra; `key=value` goes into `options`.
+def folders_of(patterns: Sequence[str]) -> list[Path]:
+    """The folders that `patterns` (paths or globs) name. Files are skipped: `runs/*` also finds our own pictures.
 
-    A `*`, also one that the shell has written out, names our own pictures and tables among the runs: files are passed
-    over. Raises UsageError on a key that `options` lacks, and where no folder is named.
+    Raises UsageError where there is none.
     """
-    folders: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            folders += [path for path in sorted(glob.glob(argument)) or [argument] if not Path(path).is_file()]
-        elif key in options:
-            options[key] = value
-        else:
-            raise UsageError(f"unknown key {key}; the keys are {', '.join(options)}")
+    paths = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+    folders = [path for path in paths if not path.is_file()]
     if not folders:
         raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     return folders
-
-
-def fail(message: str, code: int = 2) -> None:
-    shown = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
-    print(shown, file=sys.stderr)
-    sys.exit(code)
 
 
 def require(**chosen: str | None) -> None:
@@ -118,7 +98,7 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     cls = OmegaConf.get_type(config)
     for key in config:
         if is_dataclass(cls) and key not in cls.__dataclass_fields__:
-            yield _unknown(f"{prefix}{key}", cls)
+            yield unknown_key(f"{prefix}{key}", sorted(cls.__dataclass_fields__))
         elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
 
@@ -128,14 +108,6 @@ def _explain(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     cls = getattr(cause, "object_type", None)
     if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
-        return _unknown(cause.full_key, cls)
+        return unknown_key(cause.full_key, sorted(cls.__dataclass_fields__))
     message = str(error).split("Set the environment variable")[0].split("Config search path")[0].strip()
     return message if cause is error else f"{message.splitlines()[0]}: {str(cause).splitlines()[0]}"
-
-
-def _unknown(path: str, cls: type) -> str:
-    parent, _, key = path.rpartition(".")
-    known = sorted(field.name for field in fields(cls))
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f", did you mean {near[0]}?" if near else "."
-    return f"unknown key {path}{hint} {parent or 'The top level'} has {', '.join(known)}"

@@ -3,10 +3,6 @@
 Folders are runs, finished or not, or hold runs at any depth; runs that differ in nothing but the seed are one curve,
 the mean of them. Prints what each takes to the reference's final loss, writes curves.png and curves.json.
 
-  reference=NAME  the run that the others are compared with (default: the first)
-  clock=wall|cpu  seconds of the wall, or CPU seconds of the process, which runs on a CPU have (default: wall)
-  out=FOLDER      where the files go (default: the folder given, or the one that holds those given)
-
 The loss is that of validation where every run has four or more, interpolated linearly, and else the training loss,
 smoothed. Learning rates fall towards the end of a run: one planned to end where this one passes the loss may be earlier
 there. Seconds are training alone: no validation, no checkpoints, not the first step after a start, which compiles.
@@ -32,8 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import BlockPlan, plan_from_dict
-from eval.cli import MISTAKES, UsageError, fail, folders_of
+from data.cli import UsageError, fail, parse
+from eval.cli import folders_of
 from eval.pareto import RunError
+from eval.results import write_result
 from eval.units import count_text
 
 CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
@@ -46,6 +44,21 @@ Array = np.ndarray
 LEARNED = ("arch", "size", "data", "optim", "tokens", "batch_size", "init", "train_only")
 EXECUTED = ("accelerator", "devices", "num_nodes", "strategy", "precision", "micro_batch", "compile", "backend")
 EXECUTED += ("activation_checkpointing",)
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """Options.
+
+    reference  name of the run that the others are compared with; null: the first
+    clock      wall, or cpu: CPU seconds of the process, which only runs on a CPU have
+    out        folder for the files; null: the folder of the runs, or the one that contains all of them
+    """
+
+    folders: tuple[str, ...] = ()
+    reference: str | None = None
+    clock: str = "wall"
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -167,17 +180,17 @@ def smoothed(losses: Array, span: float) -> Array:
     return np.array(result)
 
 
-def find_curves(folders: Sequence[str], clock: str) -> list[Curve]:
+def find_curves(folders: Sequence[Path], clock: str) -> list[Curve]:
     """All runs in and below `folders`, each once. Raises RunError where there is none."""
     found: dict[Path, History] = {}
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not folder.is_dir():
             raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
-        for path in sorted(Path(folder).rglob("run.json")):
+        for path in sorted(folder.rglob("run.json")):
             if path.parent.resolve() not in found:
                 found[path.parent.resolve()] = load_history(path.parent, clock)
     if not found:
-        raise RunError(f"no run in {', '.join(folders)}: a run writes run.json when it starts")
+        raise RunError(f"no run in {', '.join(map(str, folders))}: a run writes run.json when it starts")
     groups: dict[str, list[History]] = {}
     for run in found.values():
         decides = [run.config["name"], *(run.config[key] for key in LEARNED)]
@@ -303,24 +316,21 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    options = {"reference": "", "clock": "wall", "out": ""}
-    folders = folders_of(arguments, options)
-    if options["clock"] not in CLOCKS:
-        raise UsageError(f"clock is {options['clock']}; choose {', '.join(CLOCKS)}")
-    curves = find_curves(folders, options["clock"])
+    options = parse(CurvesConfig, arguments, positional="folders")
+    if options.clock not in CLOCKS:
+        raise UsageError(f"clock is {options.clock}; choose {', '.join(CLOCKS)}")
+    folders = folders_of(options.folders)
+    curves = find_curves(folders, options.clock)
     by_name = {curve.name: curve for curve in curves}
-    if options["reference"] and options["reference"] not in by_name:
-        raise UsageError(f"reference is {options['reference']}; the runs are {', '.join(by_name)}")
-    reference = by_name[options["reference"] or curves[0].name]
+    if options.reference and options.reference not in by_name:
+        raise UsageError(f"reference is {options.reference}; the runs are {', '.join(by_name)}")
+    reference = by_name[options.reference or curves[0].name]
     curves = [reference, *(curve for curve in curves if curve is not reference)]
-    result = compare(curves, reference, options["clock"])
+    result = compare(curves, reference, options.clock)
     Console(width=None if sys.stdout.isatty() else 160).print(table(result))
     if others := differing(curves):
         print(f"warning: the runs differ in {', '.join(others)}: judge by that", file=sys.stderr)
-    out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
     try:
         write(curves, result, out)
     except OSError as error:
@@ -332,7 +342,7 @@ def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
     from eval.plots.curves import draw_curves
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "curves.json").write_text(json.dumps(result, indent=1))
+    write_result(out / "curves.json", result)
     draw_curves(curves, result, out / "curves.png")
     for name in ("curves.png", "curves.json"):
         print(out / name)
@@ -341,5 +351,5 @@ def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except MISTAKES as error:
+    except UsageError as error:
         fail(str(error))

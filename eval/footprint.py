@@ -24,7 +24,8 @@ from arch.footprint import (
     store_bytes,
     train_flops_per_token,
 )
-from eval.cli import Choices, UsageError, launch, require
+from data.cli import UsageError
+from eval.cli import Choices, launch, require
 from eval.layouts import load_arch, names
 from eval.units import bytes_text, count_text, number_text, parse_bytes
 

@@ -1,11 +1,6 @@
 """KV footprint against quality over trained runs: `python eval/pareto.py runs/* context=8192`.
 
 Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
-
-  context=N       tokens at which the KV cache is weighed (default: what the runs were trained on)
-  metric=ppl|bpb  perplexity or bits per byte of the validation text (default: ppl)
-  itemsize=2      bytes per element of the cache
-  out=FOLDER      where the files go (default: the folder given, or the one that holds those given)
 """
 
 import csv
@@ -26,10 +21,28 @@ from rich.table import Table
 
 from arch import Plan, plan_from_dict
 from arch.footprint import kv_bytes
-from eval.cli import MISTAKES, UsageError, fail, folders_of
+from data.cli import UsageError, fail, parse
+from eval.cli import folders_of
 from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
+
+
+@dataclass(frozen=True)
+class ParetoConfig:
+    """Options.
+
+    context   tokens at which the KV cache is weighed; null: the sequence length of training
+    metric    ppl or bpb: perplexity or bits per byte of the validation text
+    itemsize  bytes per element of the cache
+    out       folder for the files; null: the folder of the runs, or the one that contains all of them
+    """
+
+    folders: tuple[str, ...] = ()
+    context: int | None = None
+    metric: str = "ppl"
+    itemsize: int = 2
+    out: Path | None = None
 
 
 class RunError(UsageError):
@@ -78,16 +91,18 @@ def load_run(folder: Path) -> Run:
     return Run(folder, summary, plan)
 
 
-def find_runs(folders: Sequence[str]) -> list[Run]:
+def find_runs(folders: Sequence[Path]) -> list[Run]:
     """All finished runs in and below `folders`, each once. Raises RunError where there is none."""
     found: dict[Path, Run] = {}
     for folder in folders:
-        if not Path(folder).is_dir():
+        if not folder.is_dir():
             raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
-        for path in sorted(Path(folder).rglob("summary.json")):
+        for path in sorted(folder.rglob("summary.json")):
             found.setdefault(path.parent.resolve(), load_run(path.parent))
     if not found:
-        raise RunError(f"no finished run in {', '.join(folders)}: a run writes summary.json when its training ends")
+        raise RunError(
+            f"no finished run in {', '.join(map(str, folders))}: a run writes summary.json when its training ends"
+        )
     return list(found.values())
 
 
@@ -194,25 +209,23 @@ def pareto(runs: Sequence[Run], context: int | None, metric: str, itemsize: int)
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return
-    options = {"context": "", "metric": "ppl", "itemsize": "2", "out": ""}
-    folders = folders_of(arguments, options)
-    if options["metric"] not in METRICS:
-        raise UsageError(f"metric is {options['metric']}; choose {', '.join(METRICS)}")
+    options = parse(ParetoConfig, arguments, positional="folders")
+    if options.metric not in METRICS:
+        raise UsageError(f"metric is {options.metric}; choose {', '.join(METRICS)}")
     for key in ("context", "itemsize"):
-        if options[key] and not (options[key].isdecimal() and int(options[key]) > 0):
-            raise UsageError(f"{key} is {options[key]}; it is a whole number, at least 1")
+        value = getattr(options, key)
+        if value is not None and value < 1:
+            raise UsageError(f"{key} is {value}; it is a whole number, at least 1")
+    folders = folders_of(options.folders)
     runs = find_runs(folders)
-    rows, context = pareto(runs, int(options["context"] or 0) or None, options["metric"], int(options["itemsize"]))
-    out = Path(options["out"] or os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    rows, context = pareto(runs, options.context, options.metric, options.itemsize)
+    out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table(rows, context, options["metric"]))
+    console.print(table(rows, context, options.metric))
     if others := differing(runs):
         print(f"warning: the runs differ in {', '.join(others)}: their values hardly compare", file=sys.stderr)
     try:
-        paths = write(rows, context, options["metric"], out)
+        paths = write(rows, context, options.metric, out)
     except OSError as error:
         raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:
@@ -222,5 +235,5 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except MISTAKES as error:
+    except UsageError as error:
         fail(str(error))

@@ -13,8 +13,8 @@ from conftest import small
 from PIL import Image
 
 from arch import resolve
+from data.cli import UsageError
 from eval import curves
-from eval.cli import UsageError
 from eval.plots import curves as curves_picture
 from train.schema import PretrainConfig
 
@@ -139,7 +139,7 @@ def test_seeds_are_one_curve_and_each_is_compared_with_its_own(tmp_path: Path) -
 def test_runs_of_one_name_that_differ_are_two_curves(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "mha", line(6, 0.01))
     make_run(tmp_path / "b", "mha", line(6, 0.01), seed=1, batch_size=4)
-    found = curves.find_curves([str(tmp_path)], "wall")
+    found = curves.find_curves([tmp_path], "wall")
     assert len({curve.name for curve in found}) == 2
     assert all(curve.name.startswith("mha-tiny (") for curve in found)
 
@@ -157,7 +157,7 @@ def test_a_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
     rows = curves.read_rows(path)
     again = [row | {"train/seconds": float(row["train/seconds"] or 0) + 7} for row in rows if int(row["step"]) > 100]
     write_rows(path / "metrics" / "1", again)
-    (run,) = curves.find_curves([str(path)], "wall")[0].runs
+    (run,) = curves.find_curves([path], "wall")[0].runs
     assert list(run.steps) == list(range(10, 151, 10))
     assert list(run.seconds) == [step / 2 + (7 if step > 100 else 0) for step in range(10, 151, 10)]
 
@@ -180,7 +180,10 @@ def test_crossing(losses: list[float], target: float, expected: float | None) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{runs}", "refrence=mha"], "unknown key refrence; the keys are reference, clock, out"),
+        (
+            ["{runs}", "refrence=mha"],
+            "refrence, did you mean reference? The command line has reference, clock, out",
+        ),
         (["{runs}", "clock=sun"], "clock is sun; choose wall, cpu"),
         (["{runs}", "reference=mha"], "the runs are cla2-tiny, mha-tiny, swa-tiny"),
         (["/nowhere"], "/nowhere is not a folder"),
@@ -207,7 +210,7 @@ def test_mistakes(arguments: list[str], message: str, runs: Path, tmp_path: Path
 def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, tmp_path: Path) -> None:
     path = make_run(tmp_path, "mha", line(6, 0.01), **options)
     with pytest.raises(UsageError, match=message) as caught:
-        curves.find_curves([str(tmp_path)], clock)
+        curves.find_curves([tmp_path], clock)
     assert str(path) in str(caught.value)
     (path / "plan.json").unlink()
     with pytest.raises(UsageError, match=r"plan\.json is missing"):

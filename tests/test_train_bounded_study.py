@@ -10,7 +10,7 @@ from conftest import run_script
 
 from arch import allocate, resolve
 from arch.footprint import num_params
-from eval.cli import UsageError
+from data.cli import UsageError
 from train.benchmarks import bounded_report, bounded_study
 from train.benchmarks.bounded_study import RULES, Settings, cells, described, layout, main, model_config, parse
 

@@ -30,10 +30,11 @@ import train.hub.upload
 import train.hub.verify
 from arch import ArchConfig, Decoder, generate, resolve
 from arch.convert import ConversionError
+from data.cli import UsageError
 from data.config import DataConfig, SourceConfig, TokenizerConfig
 from data.files import sha256
 from data.prepare import prepare
-from eval.cli import MISTAKES, UsageError
+from eval.cli import MISTAKES
 from train import checkpoint
 from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export, main

@@ -19,7 +19,7 @@ from test_arch_convert import DEEPSEEK, LATENT, LLAMA, MINISTRAL, WIDTHS, assert
 from arch import ArchConfig, LayoutError, ModelConfig, SizeConfig, build, from_dict, generate, plan_from_dict, resolve
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.hf_import import from_hf, source
-from eval.cli import UsageError
+from data.cli import UsageError
 from train import checkpoint, import_hf, pretrain
 from train.checkpoint import TrainingError
 from train.hub import checkpoint_writer as weights_module

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from arch import Decoder, build
 from data.batches import EvalBatches
+from data.cli import UsageError
 from data.config import DataConfig
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
-from eval.cli import UsageError
 from train import checkpoint
 from train.benchmarks.positions import main
 from train.loss import cross_entropy_sum
@@ -61,9 +61,9 @@ def test_a_run_by_position(run: Path, corpus: Path, capsys: pytest.CaptureFixtur
     ("arguments", "message"),
     [
         (["/nowhere"], "/nowhere: no run there"),
-        (["{run}", "lengths=long"], "lengths is long; write whole numbers"),
-        (["{run}", "tokens="], "tokens is ; write whole numbers"),
-        (["{run}", "length=3"], "unknown key length; the keys are lengths, tokens"),
+        (["{run}", "lengths=long"], "lengths is long; it must be a list, with commas; each a whole number"),
+        (["{run}", "tokens="], "cannot read 'tokens='; write key=value, the keys are lengths, tokens"),
+        (["{run}", "length=3"], "unknown key length, did you mean lengths? The command line has lengths, tokens"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, run: Path) -> None:

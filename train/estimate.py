@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from rich.table import Table
 
 from arch import BlockPlan, LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
-from eval.cli import Choices, UsageError, launch, require
+from data.cli import UsageError
+from eval.cli import Choices, launch, require
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.layouts import load_arch, load_size
+from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
 from train.estimates.memory import Execution, step_memory
 from train.schema import (
@@ -153,20 +155,6 @@ def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
     return found or ["trainer.activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"]
 
 
-def measurements(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The records of training speed among the JSON files of `folder`; whatever else is there is passed over."""
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-        except ValueError:
-            continue
-        cases = content.get("cases") if isinstance(content, dict) else content
-        records = cases.values() if isinstance(cases, dict) else cases  # a part of gpu_suite.py, or a list
-        for record in records if isinstance(records, Iterable) else []:
-            if isinstance(record, dict) and record.get("part") == "train":
-                yield path, record
-
-
 def measured(config: PretrainConfig, choices: Choices, device: Device, folder: Path) -> Speed | None:
     """The fastest measurement of this very model, sequence length, GPU and checkpointing; None where there is none."""
     model = ModelConfig(config.arch, config.size)
@@ -176,26 +164,21 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
         replace(named[1], tokens=0, batch_size=0, lr=0),
     ):
         return None
-    wanted = {"arch": choices.arch, "size": choices.size, "seq_len": config.size.seq_len}
-    best: Speed | None = None
-    for path, record in measurements(folder):
-        speed, devices = record.get("tokens_per_second"), record.get("devices", 1)
-        checkpointing = record.get("activation_checkpointing", False)
-        if (
-            any(record.get(key) != value for key, value in wanted.items())
-            or find_gpu(str(record.get("gpu"))) is not device.gpu
-            or checkpointing != config.trainer.activation_checkpointing
-            or not all(isinstance(value, int | float) and value > 0 for value in (speed, devices))
-        ):
-            continue
-        rate = speed / devices
-        if best is None or rate > best.tokens_per_second:
-            mfu = rate * train_flops_per_token(model, resolve(model)) / device.peak
-            where = path.relative_to(folder)
-            memory = record.get("peak_memory_bytes")
-            note = f"; {bytes_text(memory)} at its peak there" if isinstance(memory, int | float) else ""
-            best = Speed(rate, mfu, f"measured on {devices} x {record['gpu']} ({where}), scaled linearly{note}")
-    return best
+    wanted = (choices.arch, choices.size, config.size.seq_len, config.trainer.activation_checkpointing)
+    records = [
+        record
+        for record in training_speeds(folder)
+        if (record.arch, record.size, record.seq_len, record.activation_checkpointing) == wanted
+        and find_gpu(record.gpu) is device.gpu
+    ]
+    if not records:
+        return None
+    best = max(records, key=lambda record: record.tokens_per_second / record.devices)
+    rate = best.tokens_per_second / best.devices
+    mfu = rate * train_flops_per_token(model, resolve(model)) / device.peak
+    peak = "" if best.peak_memory_bytes is None else f"; {bytes_text(best.peak_memory_bytes)} at its peak there"
+    where = best.path.relative_to(folder)
+    return Speed(rate, mfu, f"measured on {best.devices} x {best.gpu} ({where}), scaled linearly{peak}")
 
 
 def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:

@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch.convert import ConversionError
-from eval.cli import Choices, UsageError, launch
+from data.cli import UsageError
+from eval.cli import Choices, launch
+from eval.environment import installed
 from eval.footprint import plan_tables
 from eval.units import parse_bytes
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.environment import installed
 from train.hub.card import write_card
 from train.hub.checkpoint_reader import Source
 from train.hub.folder_writer import DTYPES, write_settings, write_tokenizer, write_weights

@@ -21,7 +21,8 @@ from arch import Plan, resolve
 from arch.convert import ConversionError
 from arch.footprint import num_params
 from arch.hf_import import convert, source
-from eval.cli import Choices, UsageError, launch
+from data.cli import UsageError
+from eval.cli import Choices, launch
 from eval.footprint import plan_tables
 from train.checkpoint import TrainingError
 from train.hub.checkpoint_writer import command, free, write

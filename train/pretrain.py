@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from arch import LayoutError, ModelConfig, Plan, build, resolve
+from data.cli import UsageError
 from data.files import DataError, write_json
-from eval.cli import Choices, UsageError, launch, require
+from eval.cli import Choices, launch, require
 from eval.footprint import plan_tables
 from train import checkpoint
 from train.callbacks import Checkpoints, Stop, Stopped

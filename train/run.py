@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from arch import ModelConfig, Plan
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.cli import UsageError
 from data.files import write_json
-from eval.cli import UsageError
-from train.environment import environment
+from eval.environment import environment
 from train.schema import PretrainConfig, framing
 
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.

@@ -27,7 +27,8 @@ from arch import (
 from arch.convert import ConversionError
 from arch.convert_block import from_vanilla
 from arch.footprint import num_params
-from eval.cli import Choices, UsageError, launch
+from data.cli import UsageError
+from eval.cli import Choices, launch
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.hub.checkpoint_writer import command, free, write

@@ -35,17 +35,18 @@ from torch.nn import functional as F
 from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, state_itemsize
 from data.batches import EvalBatches, TrainBatches
+from data.cli import UsageError, fail
 from data.config import load
 from data.files import write_json
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
-from eval.cli import MISTAKES, UsageError, fail
+from eval.cli import MISTAKES
+from eval.environment import ROOT, environment
 from eval.layouts import load_arch
 from eval.positions import loss_by_position
 from eval.recall import RecallTask, questions, recall, share
 from train.benchmarks.bounded_report import report
 from train.datamodule import open_data
-from train.environment import ROOT, environment
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.schema import OptimConfig

@@ -23,8 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
+from data.cli import UsageError
 from data.files import write_json
-from eval.cli import Choices, UsageError, launch, require
+from eval.cli import Choices, launch, require
+from eval.environment import environment
 from eval.units import bytes_text
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import (
@@ -38,7 +40,6 @@ from train.benchmarks.baselines import (
 from train.benchmarks.peak_memory import peak_memory
 from train.benchmarks.timing import summary_stats, time_ratios
 from train.datamodule import open_data
-from train.environment import environment
 from train.schema import DataConfig
 
 LOSS_TOLERANCE = 1e-4  # of the first loss, in nats; fp32 and other orders of summation

@@ -29,9 +29,9 @@ from rich.table import Table
 
 from data.config import load
 from data.files import write_json
+from eval.environment import environment
 from train import checkpoint
 from train.datamodule import open_data
-from train.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_EVERY = 24, 5

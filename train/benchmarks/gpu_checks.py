@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from eval.environment import ROOT
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options
 from train.benchmarks.timing import repeated, summary_stats
-from train.environment import ROOT
 
 TESTS = 420  # seconds that the tests may take
 

@@ -28,9 +28,9 @@ from data.batches import EvalBatches, Framing, TrainBatches
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
+from eval.environment import ROOT
 from train.benchmarks.baselines import UnavailableError, kvfrontier
 from train.benchmarks.gpu_case import Case, Options, model_config
-from train.environment import ROOT
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.schema import DataConfig, OptimConfig, framing

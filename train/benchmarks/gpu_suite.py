@@ -34,10 +34,10 @@ if not __package__:  # run as a script
 import torch
 
 from data.files import write_json
+from eval.environment import ROOT, driver, environment
 from train.benchmarks import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options
-from train.environment import ROOT, driver, environment
 
 PARTS = {
     "ceilings": gpu_checks.ceilings,

@@ -30,14 +30,15 @@ from rich.table import Table
 
 from arch import LayoutError, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.cli import UsageError
 from data.files import write_json
-from eval.cli import Choices, UsageError, launch, require
+from eval.cli import Choices, launch, require
+from eval.environment import environment
 from eval.layouts import load_arch, names
 from eval.units import bytes_text, count_text
 from train.benchmarks.baselines import kvfrontier, random_batch, train_in_turns
 from train.benchmarks.decoding import argmax_last, build_model, decode_fn, greedy_steps
 from train.benchmarks.timing import Turns, summary_stats, take_turns, time_ratios
-from train.environment import environment
 
 CPU = torch.device("cpu")
 TOLERANCE = 0.02  # of the parameters

@@ -1,13 +1,10 @@
 """Loss by position, within the trained length and beyond it: `python train/benchmarks/positions.py RUN ...`.
 
 Reads the newest checkpoint and the validation text of each run, prints a table, writes positions.json into the run.
-
-  lengths=512,1024  tokens of the sequences (default: those of training, twice and four times as many)
-  tokens=65536      validation tokens of each length
 """
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -19,16 +16,29 @@ from rich.table import Table
 
 from arch import ModelConfig, build
 from data.batches import EvalBatches
-from data.files import write_json
+from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows, Mixture
 from data.shards import TokenWindows
-from eval.cli import MISTAKES, UsageError, fail, folders_of
+from eval.cli import MISTAKES, folders_of
 from eval.positions import Bucket, loss_by_position
+from eval.results import write_result
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.datamodule import open_data
-from train.environment import environment
 from train.schema import PretrainConfig, framing
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    """Options.
+
+    lengths  tokens of the sequences, with commas; empty: those of training, twice and four times as many
+    tokens   validation tokens of each length
+    """
+
+    runs: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    tokens: int = 65536
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
@@ -68,25 +78,20 @@ def table(name: str, found: dict[int, list[Bucket]]) -> Table:
 
 
 def main(arguments: list[str]) -> None:
-    options = {"lengths": "", "tokens": "65536"}
-    runs = [Path(folder) for folder in folders_of(arguments, options)]
-    parts = {key: [part for part in value.split(",") if part] for key, value in options.items()}
-    for key, values in parts.items():
-        if not all(value.isdecimal() and int(value) > 0 for value in values) or (key == "tokens" and len(values) != 1):
-            raise UsageError(f"{key} is {options[key]}; write whole numbers of at least 1, lengths with commas")
+    options = parse(PositionsConfig, arguments, positional="runs")
+    for key, values in (("lengths", options.lengths), ("tokens", [options.tokens])):
+        if any(value < 1 for value in values):
+            raise UsageError(f"{key} is {getattr(options, key)}; write whole numbers of at least 1")
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for run in runs:
-        found = measure(run, [int(length) for length in parts["lengths"]], int(parts["tokens"][0]))
+    for run in folders_of(options.runs):
+        found = measure(run, list(options.lengths), options.tokens)
         lengths = {str(length): [asdict(bucket) for bucket in buckets] for length, buckets in found.items()}
-        write_json(run / "positions.json", {"lengths": lengths, **environment()})
+        write_result(run / "positions.json", {"lengths": lengths})
         console.print(table(run.name, found))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-    else:
-        try:
-            main(sys.argv[1:])
-        except (*MISTAKES, TrainingError) as error:
-            fail(str(error))
+    try:
+        main(sys.argv[1:])
+    except (*MISTAKES, TrainingError) as error:
+        fail(str(error))

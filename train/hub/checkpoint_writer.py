@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arch import ModelConfig, build, resolve
+from data.cli import UsageError
 from data.files import sha256, write_json
-from eval.cli import UsageError
 from train.checkpoint import FORMAT, INFO, check_matches
 
 SHARD_BYTES = 2**30  # of one file, and so of the weights that are held at a time

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eval.cli import UsageError
+from data.cli import UsageError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer
 
 from arch.convert import Weight
+from data.cli import UsageError
 from data.files import write_json
 from data.tokenizer import vocabulary_size
-from eval.cli import UsageError
 from train.checkpoint import TrainingError
 from train.hub.checkpoint_reader import Source
 from train.hub.targets import Target, flattened

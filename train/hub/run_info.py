@@ -11,12 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 
+from data.cli import UsageError
 from data.config import TokenizerConfig, default_folder
 from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
-from eval.cli import UsageError
 from train.checkpoint import TrainingError
 from train.datamodule import Data
 from train.hub.card import Training

@@ -19,7 +19,7 @@ from arch.convert_remote import FILES, remote_config
 from arch.convert_shipped import FILES as SHIPPED_FILES
 from arch.convert_shipped import shipped_config, shipped_weights
 from arch.footprint import kv_bytes
-from eval.cli import UsageError
+from data.cli import UsageError
 
 
 def sliding_bytes(plan: Plan, context: int, itemsize: int) -> int:

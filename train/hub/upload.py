@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from eval.cli import UsageError
+from data.cli import UsageError
 from train.checkpoint import TrainingError
 
 

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from arch import BlockTransformer, KVPlan, LanguageModel, ModelConfig, Plan, build, generate, generate_blocks
 from arch.footprint import allocated_bytes, kv_bytes, num_params
+from data.cli import UsageError
 from data.tokenizer import Encoder
-from eval.cli import UsageError
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.hub.targets import Target

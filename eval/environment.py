@@ -1,4 +1,4 @@
-"""Where a result was made. Needs torch and nothing else that is installed."""
+"""Environment record (command, git, versions, hardware) stored with every run and every result."""
 
 import os
 import platform
@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -27,7 +25,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What else than the configuration a result may depend on. Packages that are not installed are left out."""
+    """What a result may depend on besides its configuration. Packages that are not installed are left out."""
     return {
         "command": sys.argv,
         "git": git_revision(),
@@ -38,6 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
+    """Version of a package, None if it is not installed. Does not import it."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -45,12 +44,13 @@ def installed(package: str) -> str | None:
 
 
 def hardware() -> str:
-    """`2 x NVIDIA H200` or `AMD EPYC, 2 threads`."""
-    if torch.cuda.is_available():
+    """`2 x NVIDIA H200` or `AMD EPYC, 2 threads`. GPUs count only in a process that has imported torch."""
+    torch = sys.modules.get("torch")  # commands that only read results do without its import
+    if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{name}, {os.cpu_count() if torch is None else torch.get_num_threads()} threads"
 
 
 def driver() -> str | None:

@@ -1,0 +1,111 @@
+"""Command lines of `key=value` words, typed by a dataclass, on the standard library; Hydra's are in eval/cli.py."""
+
+import difflib
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class UsageError(ValueError):
+    """A mistake on the command line; the message names the fix."""
+
+
+def parse(schema: type[T], arguments: Sequence[str], positional: str | None = None) -> T:
+    """Build `schema`, a dataclass with defaults, from `key=value` words.
+
+    Fields may be str, int, float, bool, Path, a tuple of one of them (`1,2,3`), or optional (`null`). Words without `=`
+    go into the field `positional`, a tuple of str. `--help`, or no word where there is a positional field, prints the
+    docstrings of the schema's module and of the schema, and exits.
+
+    Raises UsageError on an unknown key and on a value of another type.
+    """
+    if {"-h", "--help"} & set(arguments) or (positional and not arguments):
+        print(usage(schema, positional))
+        sys.exit()
+    hints = {key: hint for key, hint in get_type_hints(schema).items() if key != positional}
+    values: dict[str, Any] = {}
+    words = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if equals and key not in hints:
+            raise UsageError(unknown_key(key, list(hints)))
+        if equals and text:
+            try:
+                values[key] = _convert(text, hints[key])
+            except ValueError:
+                raise UsageError(f"{key} is {text}; it must be {_describe(hints[key])}") from None
+        elif positional and not equals:
+            words.append(argument)
+        else:
+            raise UsageError(f"cannot read {argument!r}; write key=value, the keys are {', '.join(hints)}")
+    if positional:
+        values[positional] = tuple(words)
+    return schema(**values)
+
+
+def usage(schema: type, positional: str | None = None) -> str:
+    """The help text of a command whose options are `schema`."""
+    defaults = [
+        f"{item.name}={_text(item.default)}"
+        for item in fields(schema)
+        if item.name != positional and item.default is not MISSING
+    ]
+    documents = [inspect.getdoc(sys.modules[schema.__module__]), inspect.getdoc(schema)]
+    return "\n\n".join([*filter(None, documents), f"Defaults: {' '.join(defaults)}"])
+
+
+def unknown_key(path: str, known: Sequence[str]) -> str:
+    """The message for a (dotted) key that is none of `known`, with the nearest of them."""
+    parent, _, key = path.rpartition(".")
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f", did you mean {near[0]}?" if near else "."
+    return f"unknown key {path}{hint} {parent or 'The command line'} has {', '.join(known) or 'no keys'}"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print `message` as an error and end the process."""
+    text = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def _convert(text: str, hint: Any) -> Any:
+    """Raises ValueError where `text` is not of the type `hint`."""
+    options = get_args(hint)
+    if get_origin(hint) is tuple:
+        parts = text.removeprefix("[").removesuffix("]").split(",")
+        return tuple(_convert(part.strip(), options[0]) for part in parts if part.strip())
+    if NoneType in options:
+        (inner,) = (option for option in options if option is not NoneType)
+        return None if text == "null" else _convert(text, inner)
+    if hint is bool:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else _reject(text)
+    return hint(text)
+
+
+def _reject(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def _describe(hint: Any) -> str:
+    options = get_args(hint)
+    if get_origin(hint) is tuple:
+        return f"a list, with commas; each {_describe(options[0])}"
+    if NoneType in options:
+        return f"{_describe(next(option for option in options if option is not NoneType))}, or null"
+    return NAMES[hint]
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ",".join(map(_text, value)) if isinstance(value, tuple) else str(value)
