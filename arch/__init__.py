@@ -18,7 +18,7 @@ from .config import (
 from .decoder import Decoder
 from .generate import generate
 from .model import LanguageModel, build
-from .plan import KVPlan, LayoutError, SlotShape, StoreSpec
+from .plan import KVPlan, LayoutError, SlotShape, StackPlan, StoreSpec
 
 __all__ = [
     "ArchConfig",
@@ -36,6 +36,7 @@ __all__ = [
     "Plan",
     "SizeConfig",
     "SlotShape",
+    "StackPlan",
     "StoreConfig",
     "StoreSpec",
     "TokenDecoderConfig",

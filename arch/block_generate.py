@@ -59,7 +59,7 @@ def generate_blocks(
     Raises ValueError on an empty prompt, a prompt too short, or an impossible option.
     """
     check_options(prompts, max_new_tokens, temperature, top_p, None)
-    length, device = model.plan.length, model.token_decoder.embed.weight.device
+    length, device = model.plan.block_length, model.token_decoder.embed.weight.device
     given = split(model, prompts, pad_token)
     last = int(given.rest_B.max()) + max_new_tokens  # tokens after the complete blocks of the prompts
     cache = room(model, given, last, cache_dtype)
@@ -103,7 +103,7 @@ def origin(plan: BlockPlan, positions: str) -> int:
         return 0
     if any(store.num_slots for store in plan.token.stores):
         raise ValueError("positions='shipped' is of softmax attention; the token decoder has a bounded store: drop it")
-    return plan.num_positions - plan.length
+    return plan.num_positions - plan.block_length
 
 
 def trim(said_BT: Tensor, rest_B: Tensor, max_new_tokens: int, stop_token: int | None) -> list[list[int]]:
@@ -114,7 +114,7 @@ def trim(said_BT: Tensor, rest_B: Tensor, max_new_tokens: int, stop_token: int |
 
 def split(model: BlockTransformer, prompts: Sequence[Sequence[int]], pad_token: int | None) -> Prompts:
     """Raises ValueError where a prompt leaves the model without a context."""
-    length, device = model.plan.length, model.token_decoder.embed.weight.device
+    length, device = model.plan.block_length, model.token_decoder.embed.weight.device
     ids = [[int(token) for token in prompt] for prompt in prompts]
     if model.start is None:
         shortest = min(map(len, ids))
@@ -161,7 +161,7 @@ def first_context(model: BlockTransformer, given: Prompts, cache: Cache) -> Tens
         context_BD = model.encode(given.whole_BT, cache, given.real_BT)[:, -1]
         if model.start is None:
             return context_BD
-        none_B1 = given.start_B[:, None] * model.plan.length == given.whole_BT.shape[1]
+        none_B1 = given.start_B[:, None] * model.plan.block_length == given.whole_BT.shape[1]
         return torch.where(none_B1, model.start.to(context_BD.dtype), context_BD)
     assert model.start is not None
     return model.start.expand(len(given.rest_B), -1)

@@ -7,10 +7,10 @@ tokens. The last token of a block is no input.
 import re
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from .config import ArchConfig, BlockConfig, EncoderConfig, ModelConfig
-from .plan import KVPlan, LayoutError, resolve_stack, share_of
+from .plan import KVPlan, LayoutError, StackPlan, resolve_stack, share_of
 
 EMBEDDERS = ("lookup", "projection", "encoder", "cls")
 KINDS = ("prefix", "summation", "cross")
@@ -18,18 +18,18 @@ KINDS = ("prefix", "summation", "cross")
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The resolved layout of a Block Transformer.
+    """The resolved layout of a Block Transformer. A position's target is its own token.
 
-    length   tokens of a block
+    block_length         tokens of a block
     num_context_vectors  vectors that a block's context is expanded to
-    num_positions  positions per block in the token decoder; the last `length` of them predict the block
-    start    whether the first block is predicted too, from a learned context
-    block, token   plans of the block decoder and of the token decoder
-    cross    whether the context is no part of the sequence: each layer of the token decoder has keys and values of it,
-             `num_context_vectors` slots of its own store's shape
+    num_positions        positions per block in the token decoder; the last `block_length` of them predict the block
+    start                whether the first block is predicted too, from a learned context
+    block, token         plans of the block decoder and of the token decoder
+    cross                whether the context is no part of the sequence: each layer of the token decoder has keys and
+                         values of it, `num_context_vectors` slots of its own store's shape
     """
 
-    length: int
+    block_length: int
     num_context_vectors: int
     num_positions: int
     start: bool
@@ -37,14 +37,29 @@ class BlockPlan:
     token: KVPlan
     cross: bool = False
 
+    target_offset: ClassVar[int] = 0
+
+    @property
+    def num_unpredicted(self) -> int:
+        """Targets at the start of a sequence that the model does not predict."""
+        return 0 if self.start else self.block_length
+
+    @property
+    def stacks(self) -> tuple[StackPlan, ...]:
+        cross = self.num_context_vectors if self.cross else 0
+        return (
+            StackPlan("block decoder", "block", self.block, self.block_length),
+            StackPlan("token decoder", "position", self.token, 1, self.num_positions, cross),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, under the names of earlier versions; `plan_from_dict` reads it back."""
-        values = {name: getattr(self, name) for name in ("length", "start", "cross")}
+        values: dict[str, Any] = {"length": self.block_length, "start": self.start, "cross": self.cross}
         values |= {"context": self.num_context_vectors, "slots": self.num_positions}
         return values | {"block": self.block.to_dict(), "token": self.token.to_dict()}
 
     def __str__(self) -> str:
-        return f"blocks of {self.length}: {self.block}; within one: {self.token}"
+        return f"blocks of {self.block_length}: {self.block}; within one: {self.token}"
 
 
 Plan = KVPlan | BlockPlan
@@ -63,7 +78,7 @@ def plan_from_dict(values: dict[str, Any]) -> Plan:
     if "block" not in values:
         return KVPlan.from_dict(values)
     return BlockPlan(
-        length=values["length"],
+        block_length=values["length"],
         num_context_vectors=values["context"],
         num_positions=values["slots"],
         start=values["start"],

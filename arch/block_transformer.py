@@ -110,7 +110,7 @@ class BlockTransformer(nn.Module):
         T is a multiple of L. `head` as in Decoder.forward. `real_BT` is False at padding, which is then no key of the
         token decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
         """
-        length = self.plan.length
+        length = self.plan.block_length
         if tokens_BT.shape[1] % length or tokens_BT.shape[1] < length * (1 if self.start is not None else 2):
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens per row; give a multiple of the block length {length}, and at least one "
@@ -135,7 +135,7 @@ class BlockTransformer(nn.Module):
 
     def predicted(self, of_tokens_BT: Tensor) -> Tensor:
         """What `forward` predicts of its tokens, or the same part of anything else there is of each token."""
-        return of_tokens_BT[:, 0 if self.start is not None else self.plan.length :]
+        return of_tokens_BT[:, 0 if self.start is not None else self.plan.block_length :]
 
     def encode(self, tokens_BT: Tensor, cache: Cache | None = None, real_BT: Tensor | None = None) -> Tensor:
         """After each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks.
@@ -147,7 +147,7 @@ class BlockTransformer(nn.Module):
             return x_BND
         real_BN = None
         if real_BT is not None and cache is None:
-            real_BN = rearrange(real_BT, "b (n l) -> b n l", l=self.plan.length).any(dim=-1)
+            real_BN = rearrange(real_BT, "b (n l) -> b n l", l=self.plan.block_length).any(dim=-1)
         out: Tensor = self.block_decoder.norm(self.block_decoder.run(x_BND, cache, real_BT=real_BN))
         return out
 
@@ -207,7 +207,7 @@ def allocate_blocks(
 
     Only complete blocks take room that grows. `start_B`: row b is padding before block `start_B[b]`.
     """
-    blocks = allocate(plan.block, batch, capacity // plan.length, dtype=dtype, device=device, start_B=start_B)
+    blocks = allocate(plan.block, batch, capacity // plan.block_length, dtype=dtype, device=device, start_B=start_B)
     context = plan.num_context_vectors if plan.cross else 0
     return BlockCache(
         blocks, allocate(plan.token, batch, plan.num_positions, dtype=dtype, device=device, context=context)

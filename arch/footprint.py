@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, split_config
 from .config import BlockConfig, ModelConfig, SizeConfig
-from .plan import CHUNK, KVPlan, StoreSpec, head_dim, is_neox
+from .plan import CHUNK, KVPlan, StackPlan, StoreSpec, head_dim, is_neox
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,23 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     What is not yet a complete block is in the constant part. Where layers attend across, each has the keys and values
     of a block's context, all of which every token reads.
     """
-    block = kv_bytes(plan.block, context // plan.length, itemsize)
+    block = kv_bytes(plan.block, context // plan.block_length, itemsize)
     token = kv_bytes(plan.token, plan.num_positions, itemsize)
-    first = plan.num_positions - plan.length + 1
+    first = plan.num_positions - plan.block_length + 1
     steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.num_positions + 1))
-    across = context_bytes(plan, itemsize)
+    across = cross_bytes(plan.stacks[1], itemsize)
     return KVBytes(
-        per_token=_whole(Fraction(block.per_token) / plan.length),
+        per_token=_whole(Fraction(block.per_token) / plan.block_length),
         constant=block.constant + token.stored + across,
         stored=block.stored + token.stored + across,
-        read=_whole(Fraction(block.read + steps) / plan.length + across),
+        read=_whole(Fraction(block.read + steps) / plan.block_length + across),
     )
 
 
-def context_bytes(plan: BlockPlan, itemsize: int = 2) -> int:
-    """Keys and values of one block's context in all layers of the token decoder, where they attend across to it."""
-    if not plan.cross:
-        return 0
-    return plan.num_context_vectors * sum(
-        slot_bytes(plan.token.store(layer), itemsize) for layer in range(plan.token.num_layers)
-    )
+def cross_bytes(stack: StackPlan, itemsize: int = 2) -> int:
+    """Keys and values of the vectors that the layers of `stack` attend to besides their own sequence."""
+    layers = range(stack.plan.num_layers)
+    return stack.num_cross_vectors * sum(slot_bytes(stack.plan.store(layer), itemsize) for layer in layers)
 
 
 def _whole(value: Fraction) -> int | float:
@@ -200,8 +197,8 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
     The last block is no context; the first is not predicted without a start context.
     """
     (coarse, fine), block = split_config(config), block_config(config)
-    contexts = seq_len // plan.length - 1
-    predicted = contexts + (1 if plan.start else 0)
+    contexts = seq_len // plan.block_length - 1
+    predicted = (seq_len - plan.num_unpredicted) // plan.block_length
     total = stack_flops(coarse, plan.block, contexts)
     if block.embedder != "lookup":
         total += 2 * contexts * embedded(block) * embed_dim(config) * coarse.size.d_model
@@ -211,7 +208,7 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
         total += predicted * sum(cross_flops(fine, plan, layer) for layer in range(plan.token.num_layers))
     total += predicted * 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
     total += predicted * stack_flops(fine, plan.token, plan.num_positions)
-    return total + predicted * plan.length * 2 * fine.size.d_model * fine.size.vocab_size
+    return total + predicted * plan.block_length * 2 * fine.size.d_model * fine.size.vocab_size
 
 
 def encoder_flops(block: BlockConfig) -> int:

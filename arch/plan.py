@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from .config import ModelConfig, SizeConfig, StoreConfig
 
@@ -109,12 +109,47 @@ class StoreSpec:
         return cls(**{**fields, "slot": SlotShape(**values["slot"])})
 
 
+class StackPlan(NamedTuple):
+    """One stack of layers of a model, and the positions it sees.
+
+    title                its name, such as `block decoder`; empty in a model of one stack
+    unit                 what a position is: token, block, or position (of a block)
+    tokens_per_position  tokens of context that add one position
+    fixed_positions      positions at any context; None: they grow with it
+    num_cross_vectors    vectors that each layer attends to besides its own sequence, with keys and values of their own
+    """
+
+    title: str
+    unit: str
+    plan: "KVPlan"
+    tokens_per_position: int = 1
+    fixed_positions: int | None = None
+    num_cross_vectors: int = 0
+
+    def num_positions(self, context: int) -> int:
+        """Positions after `context` tokens."""
+        return context // self.tokens_per_position if self.fixed_positions is None else self.fixed_positions
+
+
 @dataclass(frozen=True)
 class KVPlan:
-    """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`."""
+    """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`.
+
+    target_offset    a position's target is the token so many after it
+    num_unpredicted  targets at the start of a sequence that the model does not predict
+    block_length     tokens that one context predicts
+    """
 
     stores: tuple[StoreSpec, ...]
     reads: tuple[int, ...]
+
+    target_offset: ClassVar[int] = 1
+    num_unpredicted: ClassVar[int] = 0
+    block_length: ClassVar[int] = 1
+
+    @property
+    def stacks(self) -> tuple[StackPlan, ...]:
+        return (StackPlan("", "token", self),)
 
     @property
     def num_layers(self) -> int:

@@ -40,19 +40,19 @@ def besides(batch: Batch) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Framing:
+class SequenceFormat:
     """How a row of T + 1 tokens becomes the inputs and targets of a model.
 
-    shift          1: inputs are the tokens before their targets; 0: they are the targets themselves, for a model that
-                   predicts whole blocks from those before
-    unpredicted    targets at the start of a row that the model does not predict
-    document_mask  give the document of each input
-    block_padding  a document begins with 0 to block_padding - 1 pads, at random, and is filled up to a multiple of it
-                   (Block Transformer, appendix H); what then exceeds the row is cut off. 0: no pads
+    target_offset    1: inputs are the tokens before their targets; 0: they are the targets themselves, for a model
+                     that predicts whole blocks from those before
+    num_unpredicted  targets at the start of a row that the model does not predict
+    document_mask    give the document of each input
+    block_padding    a document begins with 0 to block_padding - 1 pads, at random, and is filled up to a multiple of
+                     it (Block Transformer, appendix H); what then exceeds the row is cut off. 0: no pads
     """
 
-    shift: int = 1
-    unpredicted: int = 0
+    target_offset: int = 1
+    num_unpredicted: int = 0
     document_mask: bool = False
     block_padding: int = 0
 
@@ -82,7 +82,7 @@ class TrainBatches:
     rank: int = 0
     world: int = 1
     start_step: int = 0
-    framing: Framing = Framing()
+    sequence_format: SequenceFormat = SequenceFormat()
 
     @property
     def accumulate(self) -> int:
@@ -96,8 +96,10 @@ class TrainBatches:
         row = self._rows()
         for step in range(self.start_step, self.steps):
             sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
-            make, targets = row, self.batch_size * (self.windows.seq_len - self.framing.unpredicted)
-            if self.framing.block_padding:  # a row shows its pads when it is made: every process makes all, to count
+            make, targets = row, self.batch_size * (self.windows.seq_len - self.sequence_format.num_unpredicted)
+            if (
+                self.sequence_format.block_padding
+            ):  # a row shows its pads when it is made: every process makes all, to count
                 made = {sequence: row(sequence) for sequence in sequences}
                 make, targets = made.__getitem__, sum(int((r["targets"] != IGNORE).sum()) for r in made.values())
             for first in sequences[self.rank * self.micro_batch :: self.micro_batch * self.world]:
@@ -116,7 +118,9 @@ class TrainBatches:
                 orders.pop(corpus, None)  # or two would be held
                 orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
             tokens = windows[int(orders[corpus][1][place])]
-            return _frame(tokens, self.framing, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence)))
+            return _frame(
+                tokens, self.sequence_format, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence))
+            )
 
         return row
 
@@ -130,7 +134,7 @@ class EvalBatches:
     micro_batch: int
     rank: int = 0
     world: int = 1
-    framing: Framing = Framing()
+    sequence_format: SequenceFormat = SequenceFormat()
 
     def __len__(self) -> int:
         return -(-len(self.windows) // (self.micro_batch * self.world))
@@ -141,8 +145,8 @@ class EvalBatches:
             real = range(min(first, len(self.windows)), min(first + self.micro_batch, len(self.windows)))
             windows = [self.windows[index] for index in real]
             windows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(real))
-            framed = [_frame(tokens, self.framing, self.windows.end_of_text) for tokens in windows]
-            batch = _batch(framed, len(real) * (self.windows.seq_len - self.framing.unpredicted))
+            framed = [_frame(tokens, self.sequence_format, self.windows.end_of_text) for tokens in windows]
+            batch = _batch(framed, len(real) * (self.windows.seq_len - self.sequence_format.num_unpredicted))
             batch["targets"][len(real) :] = IGNORE
             yield batch
 
@@ -171,18 +175,20 @@ def padded(
     return result, real
 
 
-def _frame(tokens: np.ndarray, framing: Framing, end_of_text: int, generator: np.random.Generator | None = None) -> Row:
+def _frame(
+    tokens: np.ndarray, form: SequenceFormat, end_of_text: int, generator: np.random.Generator | None = None
+) -> Row:
     """A row of T + 1 tokens as T inputs, T targets, and the rest of what a Batch has of each input."""
     tokens = tokens.astype(np.int64)
-    inputs, targets = tokens[1 - framing.shift : len(tokens) - framing.shift], tokens[1:]
+    inputs, targets = tokens[1 - form.target_offset : len(tokens) - form.target_offset], tokens[1:]
     row = {}
-    if framing.block_padding:
-        assert framing.shift == 0 and generator is not None
-        inputs, row["real_BT"] = padded(inputs, end_of_text, framing.block_padding, generator)
+    if form.block_padding:
+        assert form.target_offset == 0 and generator is not None
+        inputs, row["real_BT"] = padded(inputs, end_of_text, form.block_padding, generator)
         targets = np.where(row["real_BT"], inputs, IGNORE)
-    if framing.document_mask:
+    if form.document_mask:
         row["documents_BT"] = documents_of(inputs, end_of_text)
-    targets = np.concatenate((np.full(framing.unpredicted, IGNORE), targets[framing.unpredicted :]))
+    targets = np.concatenate((np.full(form.num_unpredicted, IGNORE), targets[form.num_unpredicted :]))
     return {"inputs": inputs, "targets": targets, **row}
 
 

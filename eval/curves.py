@@ -27,7 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from arch import BlockPlan, plan_from_dict
+from arch import plan_from_dict
 from data.cli import UsageError, fail, parse
 from eval.cli import folders_of
 from eval.pareto import RunError
@@ -137,7 +137,7 @@ def load_history(folder: Path, clock: str) -> History:
         return History(
             folder,
             config,
-            plan.length if isinstance(plan, BlockPlan) and not plan.start else 0,
+            plan.num_unpredicted,
             hardware,
             int(float(train[0]["model/params"])),
             step_tokens,

@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, StoreSpec, resolve
+from arch import ArchConfig, LayoutError, ModelConfig, Plan, SizeConfig, StackPlan, StoreSpec, resolve
 from arch.footprint import (
-    context_bytes,
+    cross_bytes,
     kv_bytes,
     max_batch,
     num_params,
@@ -103,30 +103,27 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
 
 
 def plan_tables(name: str, plan: Plan, context: int, itemsize: int) -> list[Table]:
-    """The stores of a model: one table, or one for each decoder of a Block Transformer."""
-    if isinstance(plan, KVPlan):
-        return [stack_table(name, plan, context, itemsize)]
-    kv = kv_bytes(plan, context, itemsize)
-    title = (
-        f"{name}: blocks of {plan.length} tokens, {number_text(kv.per_token)} B per token, {bytes_text(kv.stored)} at "
-        f"{context:,} tokens\nblock decoder"
-    )
-    fine = "token decoder"
-    if plan.cross:
-        fine = f"keys and values of a block's context, all layers: {bytes_text(context_bytes(plan, itemsize))}\n{fine}"
-    return [
-        stack_table(title, plan.block, context // plan.length, itemsize, "block"),
-        stack_table(fine, plan.token, plan.num_positions, itemsize, "position"),
-    ]
+    """One table for each stack of the model."""
+    kv, titles = kv_bytes(plan, context, itemsize), [stack.title or name for stack in plan.stacks]
+    if len(titles) > 1:
+        titles[0] = (
+            f"{name}: blocks of {plan.block_length} tokens, {number_text(kv.per_token)} B per token, "
+            f"{bytes_text(kv.stored)} at {context:,} tokens\n{titles[0]}"
+        )
+    return [stack_table(title, stack, context, itemsize) for title, stack in zip(titles, plan.stacks, strict=True)]
 
 
-def stack_table(name: str, plan: KVPlan, context: int, itemsize: int, unit: str = "token") -> Table:
-    """The stores of a plan: who writes, who reads, what is kept, of a context of so many tokens (or another unit)."""
+def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Table:
+    """Writers, readers and bytes of each store of a stack, after `context` tokens."""
+    plan, unit, context = stack.plan, stack.unit, stack.num_positions(context)
     kv = kv_bytes(plan, context, itemsize)
     title = (
-        f"{name}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per {unit}, "
+        f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per {unit}, "
         f"{bytes_text(kv.stored)} at {context:,} {unit}s"
     )
+    if stack.num_cross_vectors:
+        cross = bytes_text(cross_bytes(stack, itemsize))
+        title = f"keys and values of a block's context, all layers: {cross}\n{title}"
     result = Table(title=title, title_justify="left")
     for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
         result.add_column(column, justify="right" if "bytes" in column else "left")

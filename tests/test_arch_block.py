@@ -411,7 +411,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
     config = block_config(kind, coarse, "cla2")
     model = build_block(config, backend="reference")
     assert count(model) == num_params(config, model.plan)
-    length = 4 * model.plan.length
+    length = 4 * model.plan.block_length
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens(1, length))
     hidden = 0
@@ -438,7 +438,7 @@ CASES = [(kind, "mha", "mha") for kind in KINDS] + [
 def test_decoding_gives_the_logits_of_the_parallel_forward(kind: str, coarse: str, fine: str, chunk: int) -> None:
     """Contexts block by block or in chunks of three, tokens one by one; 7 blocks are more than two windows."""
     model = build_block(block_config(kind, coarse, fine))
-    length, blocks = model.plan.length, 7
+    length, blocks = model.plan.block_length, 7
     ids = tokens(2, blocks * length)
     expected = model(ids).unflatten(1, (-1, length))
     cache = allocate_blocks(model.plan, 2, blocks * length, dtype=torch.float64)
@@ -466,7 +466,7 @@ def greedy(model: BlockTransformer, prompt: list[int], new: int, padding: int = 
     """
     row = list(prompt)
     while len(row) < len(prompt) + new:
-        filled = row + [0] * (-(len(row) + 1) % model.plan.length + 1)
+        filled = row + [0] * (-(len(row) + 1) % model.plan.block_length + 1)
         real = (torch.arange(len(filled)) >= padding)[None] if padding else None
         with torch.no_grad():
             logits = model(torch.tensor([filled]), real_BT=real)[0]
@@ -478,7 +478,7 @@ def greedy(model: BlockTransformer, prompt: list[int], new: int, padding: int = 
 def test_generation_is_the_greedy_choice_of_the_parallel_forward(kind: str, coarse: str, fine: str) -> None:
     """Prompts of all lengths in one batch, and each by itself."""
     model = build_block(block_config(kind, coarse, fine))
-    prompts = [p for p in PROMPTS if model.start is not None or len(p) >= model.plan.length]
+    prompts = [p for p in PROMPTS if model.start is not None or len(p) >= model.plan.block_length]
     expected = [greedy(model, prompt, 10) for prompt in prompts]
     assert len({token for row in expected for token in row}) > 3
     assert generate_blocks(model, prompts, 10) == expected
@@ -525,11 +525,11 @@ def test_sampling_takes_a_seed() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bytes_stored_are_those_of_the_storages(kind: str, coarse: str, fine: str, batch: int) -> None:
     plan = resolve(block_config(kind, coarse, fine))
-    for context in (1, plan.length, 3 * plan.length - 1, 3 * plan.length, 20 * plan.length):
+    for context in (1, plan.block_length, 3 * plan.block_length - 1, 3 * plan.block_length, 20 * plan.block_length):
         cache = allocate_blocks(plan, batch, context, dtype=torch.bfloat16)
         assert cache.nbytes == allocated_bytes(plan, batch, context)
-    cache = allocate_blocks(plan, 1, 8 * plan.length, dtype=torch.float32)
-    assert cache.nbytes == kv_bytes(plan, 8 * plan.length, 4).stored
+    cache = allocate_blocks(plan, 1, 8 * plan.block_length, dtype=torch.float32)
+    assert cache.nbytes == kv_bytes(plan, 8 * plan.block_length, 4).stored
 
 
 @pytest.mark.parametrize(("kind", "coarse", "fine"), CASES)
@@ -537,7 +537,7 @@ def test_bytes_stored_are_those_of_the_storages(kind: str, coarse: str, fine: st
 def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: str) -> None:
     """One block said after 6, the pass of the block decoder that makes its context included."""
     model = build_block(block_config(kind, coarse, fine))
-    length, blocks = model.plan.length, 6
+    length, blocks = model.plan.block_length, 6
     ids = tokens(1, (blocks + 1) * length)
     cache = allocate_blocks(model.plan, 1, blocks * length, dtype=torch.float64)
     model.encode(ids[:, : (blocks - 1) * length], cache.blocks)
@@ -576,7 +576,7 @@ def gradient_by_token(model: BlockTransformer, ids: Tensor, position: int, real:
         leaves.append(out.detach().requires_grad_())
         return leaves[-1]
 
-    length = model.plan.length
+    length = model.plan.block_length
     handles = [m.register_forward_hook(keep) for m in (model.embedder.embed, model.token_decoder.embed)]
     model(ids, real_BT=real)[0, position - (0 if model.start is not None else length)].square().sum().backward()
     for handle in handles:
@@ -638,7 +638,7 @@ def test_plans_of_the_two_decoders() -> None:
     config.arch.block.token.layers = 3
     plan = resolve(config)
     assert (str(plan.block), str(plan.token)) == ("0s 1 0s 3s", "0 0 2")
-    assert (plan.length, plan.num_context_vectors, plan.num_positions) == (4, 2, 5)
+    assert (plan.block_length, plan.num_context_vectors, plan.num_positions) == (4, 2, 5)
     assert hash(plan) == hash(resolve(config))
     assert plan_from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     with pytest.raises(LayoutError, match=r"arch.block makes this a Block Transformer"):

@@ -82,7 +82,7 @@ on_off = pytest.mark.parametrize("start", [False, True])
 def test_decoding_gives_the_logits_of_the_parallel_forward(kind: str, embedder: str, fine: object, start: bool) -> None:
     """Contexts in chunks of 1 and 2 blocks; blocks of which nothing, something or all is given."""
     model = build_part(kind, embedder, fine=fine, start=start)
-    length, ids = model.plan.length, tokens(2, 12)
+    length, ids = model.plan.block_length, tokens(2, 12)
     expected = model(ids).unflatten(1, (-1, length))
     cache = allocate_blocks(model.plan, 2, 12, dtype=torch.float64)
     context = torch.cat([model.encode(part, cache.blocks) for part in ids.split((4, 8), dim=1)], dim=1)
@@ -105,7 +105,7 @@ def test_generation_is_the_greedy_choice_of_the_parallel_forward(kind: str, embe
     model = build_part(kind, embedder, start=start)
     prompts, expected = [PROMPTS[0], PROMPTS[1], PROMPTS[3]], []
     for prompt in prompts:
-        padding = 0 if start else max(0, model.plan.length - len(prompt))
+        padding = 0 if start else max(0, model.plan.block_length - len(prompt))
         expected.append(greedy(model, [9] * padding + prompt, 6, padding))
     assert len({tuple(row) for row in expected}) == 3
     assert generate_blocks(model, prompts, 6, pad_token=9) == expected
@@ -185,7 +185,7 @@ def test_bytes_stored_are_those_of_the_storages(kind: str, fine: object) -> None
             assert nbytes == allocated_bytes(plan, batch, context) == batch * kv_bytes(plan, context).stored
     layers = [plan.token.store(layer) for layer in range(plan.token.num_layers)]
     own = kv_bytes(plan.token, plan.num_positions).stored
-    across = 2 * plan.length * sum(store.slot.elements for store in layers) if kind == "cross" else 0
+    across = 2 * plan.block_length * sum(store.slot.elements for store in layers) if kind == "cross" else 0
     assert kv_bytes(plan, 80).constant == own + across
     title = str(plan_tables("name", plan, 80, 2)[1].title)
     assert title.startswith(

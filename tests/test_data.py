@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import IGNORE, EvalBatches, Framing, TrainBatches, documents_of, order
+from data.batches import IGNORE, EvalBatches, SequenceFormat, TrainBatches, documents_of, order
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.shards import Manifest, TokenWindows, read_offsets
@@ -104,13 +104,13 @@ def test_documents_of_a_row_follow_from_the_offsets(folder: Path) -> None:
 
 
 def test_document_numbers_are_in_the_batches(folder: Path) -> None:
-    with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, framing=Framing(document_mask=True))
+    with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, sequence_format=SequenceFormat(document_mask=True))
     for batch in with_mask:
         assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
         assert batch["documents_BT"].shape == batch["inputs"].shape and batch["documents_BT"].max() > 0
-    assert next(iter(replace(with_mask, framing=Framing())))["documents_BT"] is None
+    assert next(iter(replace(with_mask, sequence_format=SequenceFormat())))["documents_BT"] is None
     chosen = EvalWindows.of(Mixture((windows(folder, 64, "val"),), (1.0,)), 3)
-    batch = next(iter(EvalBatches(chosen, 4, framing=Framing(document_mask=True))))
+    batch = next(iter(EvalBatches(chosen, 4, sequence_format=SequenceFormat(document_mask=True))))
     assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
 
 
@@ -119,7 +119,9 @@ def test_batches_for_whole_blocks(folder: Path) -> None:
     read = windows(folder)
     plain = list(TrainBatches(read, 0, 2, 4, 2))
     for unpredicted in (0, 4):
-        blocks = list(TrainBatches(read, 0, 2, 4, 2, framing=Framing(shift=0, unpredicted=unpredicted)))
+        blocks = list(
+            TrainBatches(read, 0, 2, 4, 2, sequence_format=SequenceFormat(target_offset=0, num_unpredicted=unpredicted))
+        )
         for ours, theirs in zip(blocks, plain, strict=True):
             assert torch.equal(ours["inputs"], theirs["targets"])
             assert torch.equal(ours["targets"][:, unpredicted:], theirs["targets"][:, unpredicted:])
@@ -129,9 +131,9 @@ def test_batches_for_whole_blocks(folder: Path) -> None:
 
 def test_documents_in_whole_blocks(folder: Path) -> None:
     """Without its pads a row is what it was, cut off. A document begins at each place of a block about as often."""
-    read, framing = windows(folder, 64), Framing(shift=0, unpredicted=4, block_padding=4)
-    made = TrainBatches(read, 3, 40, 4, 2, framing=framing)
-    plain = TrainBatches(read, 3, 40, 4, 2, framing=Framing(shift=0))
+    read, form = windows(folder, 64), SequenceFormat(target_offset=0, num_unpredicted=4, block_padding=4)
+    made = TrainBatches(read, 3, 40, 4, 2, sequence_format=form)
+    plain = TrainBatches(read, 3, 40, 4, 2, sequence_format=SequenceFormat(target_offset=0))
     begun, targets = [0] * 4, 0
     for number, (batch, whole) in enumerate(zip(made, plain, strict=True)):
         assert batch["inputs"].shape == batch["real_BT"].shape == (2, 64)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from arch import SizeConfig
+from arch import ArchConfig, SizeConfig, StoreConfig
 from data.config import DataConfig, SourceConfig, TokenizerConfig, load
 from data.files import DataError
 from data.prepare import prepare
@@ -15,8 +15,9 @@ from train.schema import PretrainConfig
 
 
 def run(data: DataConfig) -> Data:
+    arch = ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"])
     size = SizeConfig(vocab_size=600, seq_len=16)
-    return Data(PretrainConfig(size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
+    return Data(PretrainConfig(arch=arch, size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
 
 
 @pytest.fixture

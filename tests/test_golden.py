@@ -19,14 +19,14 @@ if __name__ == "__main__":  # run as a script
 
 from conftest import ARCHS, documents, small
 
-from arch import ModelConfig, build
+from arch import ModelConfig, build, resolve
 from arch.config import EncoderConfig
 from data.batches import TrainBatches, besides
 from data.config import DataConfig
 from eval.layouts import load_arch
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
-from train.schema import OptimConfig, framing
+from train.schema import OptimConfig, sequence_format
 
 GOLDEN = Path(__file__).with_name("golden")
 STEPS, BATCH, SEQ_LEN, END_OF_TEXT = 4, 4, 32, 256
@@ -77,7 +77,9 @@ def measure(config: ModelConfig) -> dict[str, object]:
     model.init_weights(seed=0)
     optimizer = build_optimizer(model, OptimConfig(lr=3e-3))
     losses = []
-    for batch in TrainBatches(Text(), 0, STEPS, BATCH, BATCH, framing=framing(config.arch, DataConfig())):
+    for batch in TrainBatches(
+        Text(), 0, STEPS, BATCH, BATCH, sequence_format=sequence_format(resolve(config), DataConfig())
+    ):
         loss = model(batch["inputs"], head=cross_entropy_sum(model.predicted(batch["targets"])), **besides(batch))
         loss = loss / batch["step_targets"]
         optimizer.zero_grad()

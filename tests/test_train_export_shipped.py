@@ -89,7 +89,7 @@ def pair(name: str, **more: Any) -> tuple[LanguageModel, Any]:
 
 def least(model: LanguageModel) -> int:
     """Tokens that a prompt needs."""
-    return model.plan.length if isinstance(model, BlockTransformer) and model.start is None else 1
+    return model.plan.block_length if isinstance(model, BlockTransformer) and model.start is None else 1
 
 
 def continued(model: LanguageModel, prompts: list[list[int]], count: int, **how: Any) -> list[list[int]]:
@@ -110,7 +110,7 @@ def ragged(lengths: list[int]) -> tuple[list[list[int]], torch.Tensor, torch.Ten
 def test_logits_are_those_of_the_next_token(name: str) -> None:
     """Of texts of any length, each as our own model generates it and as it scores whole blocks."""
     ours, theirs = pair(name)
-    length, first = (ours.plan.length, least(ours)) if isinstance(ours, BlockTransformer) else (1, 1)
+    length, first = (ours.plan.block_length, least(ours)) if isinstance(ours, BlockTransformer) else (1, 1)
     text = tokens(2, 4 * length + 8)[:, : 4 * length + (8 if length == 1 else 0)]
     with torch.no_grad():
         logits = theirs(text[:, :-1]).logits
@@ -222,7 +222,7 @@ def test_what_generate_cannot_do_is_refused_by_name() -> None:
 def test_a_first_block_that_is_not_predicted() -> None:
     """Uniform logits and no loss there; all but the first token where a trained pad fills it."""
     ours, theirs = pair("block_unpredicted")
-    length, text = ours.plan.length, tokens(2, 12)
+    length, text = ours.plan.block_length, tokens(2, 12)
     with torch.no_grad():
         out = theirs(text, labels=text)
         assert not out.logits[:, : length - 1].any()

@@ -181,7 +181,12 @@ def test_block_recipe_is_the_papers(recipe: str) -> None:
     assert (size.vocab_size, size.seq_len, size.tie_embeddings) == (50304, 2048, False)
     assert (size.init_std, size.norm_eps, size.rope_theta) == (0.02, 1e-5, 1e4)
     if isinstance(built.plan, BlockPlan):
-        assert (built.plan.length, built.plan.num_context_vectors, built.plan.num_positions, built.plan.start) == (
+        assert (
+            built.plan.block_length,
+            built.plan.num_context_vectors,
+            built.plan.num_positions,
+            built.plan.start,
+        ) == (
             4,
             2,
             5,

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import EvalBatches, TrainBatches
+from arch import ModelConfig, resolve
+from data.batches import EvalBatches, SequenceFormat, TrainBatches
 from data.config import DataConfig, command, default_folder, recipe
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
 from data.shards import Manifest, TokenWindows
 from data.writing import differences
-from train.schema import PretrainConfig, framing, micro_batch, num_steps
+from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
 
 
 class Data(L.LightningDataModule):
@@ -46,6 +47,11 @@ class Data(L.LightningDataModule):
         return Mixture(tuple(corpora), tuple(weights_of(mix).values()) if mix else (1.0,))
 
     @property
+    def sequence_format(self) -> SequenceFormat:
+        plan = resolve(ModelConfig(self.config.arch, self.config.size))
+        return sequence_format(plan, self.config.data)
+
+    @property
     def digest(self) -> str:
         """One checksum of what the model sees: that of the folder, or of the mixture; another with a document mask or
         pads."""
@@ -72,13 +78,13 @@ class Data(L.LightningDataModule):
             rank=trainer.global_rank,
             world=trainer.world_size,
             start_step=trainer.global_step,
-            framing=framing(config.arch, config.data),
+            sequence_format=self.sequence_format,
         )
 
     def val_dataloader(self) -> EvalBatches:
         trainer, config = self.trainer, self.config
         windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
-        unpadded = replace(framing(config.arch, config.data), block_padding=0)
+        unpadded = replace(self.sequence_format, block_padding=0)
         return EvalBatches(windows, micro_batch(config), trainer.global_rank, trainer.world_size, unpadded)
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import BlockPlan, LayoutError, ModelConfig, Plan, resolve
+from arch import LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
@@ -184,8 +184,7 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
 def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
     """From the peak. What checkpointing recomputes, one forward pass in four units of work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
-    stacks = (plan.block, plan.token) if isinstance(plan, BlockPlan) else (plan,)
-    if any(store.num_slots for stack in stacks for store in stack.stores):
+    if any(store.num_slots for stack in plan.stacks for store in stack.plan.stores):
         source += ", which bounded stores, in plain torch, will not reach"
     if config.trainer.activation_checkpointing:
         mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"

@@ -33,7 +33,7 @@ from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, Progress
 from train.run import constants, resumed, summarize, write_start
-from train.schema import PretrainConfig, framing, micro_batch, num_steps, problems
+from train.schema import PretrainConfig, micro_batch, num_steps, problems
 
 
 def main(config: DictConfig, choices: Choices) -> None:
@@ -167,7 +167,7 @@ def kept(folder: Path) -> str:
 def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: Plan, data: str) -> None:
     """Write and show the result."""
     folder, val, length = Path(config.folder), module.last_val, config.size.seq_len
-    first = framing(config.arch, config.data).unpredicted + 1
+    first = plan.num_unpredicted + 1
     counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
     write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
     print(

@@ -20,7 +20,7 @@ from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from data.files import write_json
 from eval.environment import environment
-from train.schema import PretrainConfig, framing
+from train.schema import PretrainConfig
 
 # What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
 FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "train_only", "name", "folder")
@@ -72,7 +72,7 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
     for key in ("tokens", "batch_size", "lr"):  # defaults, which `optim` and what follows have as they were used
         del experiment["size"][key]
     experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
-    experiment["unpredicted"] = framing(config.arch, config.data).unpredicted
+    experiment["unpredicted"] = plan.num_unpredicted
     return {
         "name": config.name,
         "seed": config.seed,

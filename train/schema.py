@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from arch import ArchConfig, SizeConfig
-from data.batches import Framing
+from arch import ArchConfig, Plan, SizeConfig
+from data.batches import SequenceFormat
 from data.config import DataConfig
 
 
@@ -224,12 +224,14 @@ def optim_problems(optim: OptimConfig) -> list[str]:
     return found
 
 
-def framing(arch: ArchConfig, data: DataConfig) -> Framing:
-    """What a model of the layout wants of a row of tokens."""
-    if arch.block is None:
-        return Framing(document_mask=data.document_mask)
-    padding = arch.block.length if data.block_padding else 0
-    return Framing(shift=0, unpredicted=0 if arch.block.start else arch.block.length, block_padding=padding)
+def sequence_format(plan: Plan, data: DataConfig) -> SequenceFormat:
+    """How a row of tokens becomes the inputs and targets of a model of `plan`."""
+    return SequenceFormat(
+        plan.target_offset,
+        plan.num_unpredicted,
+        data.document_mask,
+        plan.block_length if data.block_padding else 0,
+    )
 
 
 def num_steps(config: PretrainConfig) -> int:

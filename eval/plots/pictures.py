@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from arch import BlockPlan, KVPlan, Plan, StoreSpec
+from arch import KVPlan, Plan, StoreSpec
 from arch.footprint import kv_bytes, slot_bytes, store_bytes
 from eval.units import bytes_text, number_text
 
@@ -27,18 +27,14 @@ INK = "#222222"
 
 
 def draw_plan(plan: Plan, title: str, context: int, itemsize: int, path: Path) -> None:
-    """Layers from left (lowest) to right; above each owner the store it writes, with lines to its readers. One map, or
-    one for each decoder of a Block Transformer."""
-    parts = [(plan, title, context, "token")]
-    if isinstance(plan, BlockPlan):
-        parts = [
-            (plan.block, f"{title}, block decoder", context // plan.length, "block"),
-            (plan.token, "token decoder", plan.num_positions, "position"),
-        ]
-    layers = max(part.num_layers for part, *_ in parts)
-    figure, rows = plt.subplots(len(parts), figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(parts)), squeeze=False)
-    for axes, (part, name, length, unit) in zip(rows[:, 0], parts, strict=True):
-        _draw_stack(axes, part, name, length, unit, itemsize, layers)
+    """Layers from left (lowest) to right; above each owner the store it writes, with lines to its readers. One map for
+    each stack of the model."""
+    stacks = plan.stacks
+    titles = [f"{title}, {stacks[0].title}".removesuffix(", "), *(stack.title for stack in stacks[1:])]
+    layers = max(stack.plan.num_layers for stack in stacks)
+    figure, rows = plt.subplots(len(stacks), figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(stacks)), squeeze=False)
+    for axes, stack, name in zip(rows[:, 0], stacks, titles, strict=True):
+        _draw_stack(axes, stack.plan, name, stack.num_positions(context), stack.unit, itemsize, layers)
     figure.subplots_adjust(hspace=0.3)
     figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
     plt.close(figure)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arch import BlockPlan, ModelConfig, SizeConfig, build, resolve
+from arch import ModelConfig, SizeConfig, build, resolve
 from arch.plan import SlotShape, head_dim
 from train.benchmarks.timing import Series, Turns, take_turns
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import parallelize
-from train.schema import DataConfig, OptimConfig, framing
+from train.schema import OptimConfig
 
 CLIP = 1.0
 Weights = dict[str, Tensor]
@@ -41,9 +41,10 @@ class Baseline:
 
 def llama_slot(config: ModelConfig) -> SlotShape:
     """The slot of every layer. Raises UnavailableError unless the layout is plain MHA, GQA or MQA."""
-    plan = resolve(config)
-    if isinstance(plan, BlockPlan):
+    stack, *others = resolve(config).stacks
+    if others:
         raise UnavailableError("the baselines have no Block Transformer, only mha, gqa and mqa")
+    plan = stack.plan
     slot = plan.stores[0].slot
     plain = all(
         store.max_positions is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
@@ -63,11 +64,10 @@ def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Bas
     model.init_weights(0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        predicted_BT = model.predicted(targets_BT if shift else inputs_BT)
+        predicted_BT = model.predicted(targets_BT if model.plan.target_offset else inputs_BT)
         total: Tensor = model(inputs_BT, head=cross_entropy_sum(predicted_BT, compiled))
         return total / predicted_BT.numel()
 
-    shift = framing(config.arch, DataConfig()).shift
     return Baseline("kvfrontier", "", model, loss)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from arch import BlockPlan, ModelConfig, Plan, resolve
+from arch import ModelConfig, Plan, resolve
 from arch.attend import NOT_CUDNN
 from arch.footprint import allocated_bytes
 from train.benchmarks.baselines import hugging_face, random_batch
@@ -88,7 +88,7 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
 
 def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> list[float]:
     """Seconds per step, over as many steps at a time as a block has tokens: one of them runs the block decoder."""
-    length = plan.length if isinstance(plan, BlockPlan) else 1
+    length = plan.block_length
     return [seconds(lambda: [step() for _ in range(length)], device) / length for _ in range(STEPS // length)]
 
 

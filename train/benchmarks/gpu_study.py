@@ -24,7 +24,7 @@ from torch import nn
 
 from arch import LanguageModel, ModelConfig, resolve
 from arch.footprint import kv_bytes
-from data.batches import EvalBatches, Framing, TrainBatches
+from data.batches import EvalBatches, SequenceFormat, TrainBatches
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
 from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
@@ -33,7 +33,7 @@ from train.benchmarks.baselines import UnavailableError, kvfrontier
 from train.benchmarks.gpu_case import Case, Options, model_config
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
-from train.schema import DataConfig, OptimConfig, framing
+from train.schema import DataConfig, OptimConfig, sequence_format
 
 ARCHS = ("mha", "gqa4", "cla2", "mixattention", "block", "bct")
 SEEDS = (0, 1)
@@ -111,8 +111,10 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
     manifest = Manifest.load(folder)
     steps = size.tokens // (size.batch_size * size.seq_len)
     micro = math.gcd(size.batch_size, max(1, 32768 // size.seq_len))
-    windows, frame = TokenWindows(folder, manifest, "train", size.seq_len), framing(config.arch, DataConfig())
-    made = TrainBatches(windows, seed, steps, size.batch_size, micro, framing=frame)
+    windows = TokenWindows(folder, manifest, "train", size.seq_len)
+    made = TrainBatches(
+        windows, seed, steps, size.batch_size, micro, sequence_format=sequence_format(resolve(config), DataConfig())
+    )
     model = kvfrontier(config, device, compiled=device.type == "cuda").model
     assert isinstance(model, LanguageModel)
     model.init_weights(seed)
@@ -129,15 +131,17 @@ def bare_loop(config: ModelConfig, folder: Path, seed: int, options: Options) ->
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-    return evaluate(model, TokenWindows(folder, manifest, "val", size.seq_len), micro, device, frame)
+    return evaluate(model, TokenWindows(folder, manifest, "val", size.seq_len), micro, device, made.sequence_format)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, windows: TokenWindows, micro: int, device: torch.device, frame: Framing) -> float:
+def evaluate(
+    model: LanguageModel, windows: TokenWindows, micro: int, device: torch.device, form: SequenceFormat
+) -> float:
     """Nats per token over the windows that train/pretrain.py validates on unless told otherwise."""
     chosen = EvalWindows.of(Mixture((windows,), (1.0,)), DataConfig.val_tokens // windows.seq_len)
     total, targets = 0.0, 0
-    for batch in EvalBatches(chosen, micro, framing=frame):
+    for batch in EvalBatches(chosen, micro, sequence_format=form):
         with autocast(device):
             targets_BT = model.predicted(batch["targets"].to(device))
             loss = model(batch["inputs"].to(device), head=cross_entropy_sum(targets_BT))

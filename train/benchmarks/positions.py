@@ -25,7 +25,7 @@ from eval.results import write_result
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.datamodule import open_data
-from train.schema import PretrainConfig, framing
+from train.schema import PretrainConfig, sequence_format
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
         batches = []
+        form = replace(sequence_format(model.plan, config.data), block_padding=0)
         for folder, manifest in open_data(config.data).items():
             windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
             chosen = EvalWindows.of(windows, tokens // length)
-            batches += EvalBatches(chosen, 1, framing=replace(framing(config.arch, config.data), block_padding=0))
+            batches += EvalBatches(chosen, 1, sequence_format=form)
         found[length] = loss_by_position(model, batches)
     return found
 

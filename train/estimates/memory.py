@@ -95,11 +95,16 @@ def parts_of(config: ModelConfig, plan: Plan, micro_batch: int) -> list[Part]:
     ]
     if uncounted:
         raise LayoutError(uncounted)
-    contexts = config.size.seq_len // plan.length - 1
+    contexts = config.size.seq_len // plan.block_length - 1
     rows = micro_batch * (contexts + plan.start)
     return [
         Part(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
-        Part(replace(fine, size=replace(fine.size, seq_len=plan.num_positions)), plan.token, rows, rows * plan.length),
+        Part(
+            replace(fine, size=replace(fine.size, seq_len=plan.num_positions)),
+            plan.token,
+            rows,
+            rows * plan.block_length,
+        ),
     ]
 
 
@@ -145,7 +150,7 @@ def between_params(config: ModelConfig, plan: Plan) -> int:
     if isinstance(plan, KVPlan):
         return 0
     (coarse, fine), block = split_config(config), block_config(config)
-    projection = plan.length * embed_dim(config) if block.embedder == "projection" else 0
+    projection = plan.block_length * embed_dim(config) if block.embedder == "projection" else 0
     return coarse.size.d_model * (projection + plan.num_context_vectors * fine.size.d_model)
 
 
@@ -166,9 +171,9 @@ def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batc
     total = 8 * micro_batch * config.size.seq_len + width * parts[-1].outputs * parts[-1].config.size.d_model
     if isinstance(plan, BlockPlan):
         block, (coarse, _) = block_config(config), parts
-        total += 8 * coarse.positions * plan.length + width * coarse.outputs * coarse.config.size.d_model
+        total += 8 * coarse.positions * plan.block_length + width * coarse.outputs * coarse.config.size.d_model
         if block.embedder == "projection":
-            total += width * coarse.positions * plan.length * embed_dim(config)
+            total += width * coarse.positions * plan.block_length * embed_dim(config)
     return total + sum(stack_bytes(part, how) for part in parts)
 
 

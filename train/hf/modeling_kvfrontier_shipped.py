@@ -67,10 +67,8 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
     @property
     def unpredicted(self) -> int:
         """First tokens of a text that are not predicted; every model needs one before it predicts any."""
-        model = self.model
-        if isinstance(model, BlockTransformer) and model.start is None and self.config.block_pad_token is None:
-            return model.plan.length
-        return 1
+        plan = self.model.plan
+        return 1 if self.config.block_pad_token is not None else max(1, plan.num_unpredicted + plan.target_offset)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, D] whose product with the output matrix are the logits of the token after each of `input_ids`; zeros
@@ -90,7 +88,7 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
         model = self.model
         if not isinstance(model, BlockTransformer):
             return model(tokens_BT, head=states_alone)
-        length, pad_token = model.plan.length, self.config.block_pad_token
+        length, pad_token = model.plan.block_length, self.config.block_pad_token
         batch, tokens = tokens_BT.shape
         fill = length - 1 if model.start is None and pad_token is not None else 0
         whole = -(-(fill + tokens + 1) // length) * length  # the token after the last one belongs to the last block

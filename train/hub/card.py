@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arch import ArchConfig, BlockPlan, KVPlan, ModelConfig, Plan, StoreConfig, resolve
+from arch import ArchConfig, KVPlan, ModelConfig, Plan, StoreConfig, resolve
 from arch.footprint import kv_bytes, num_params
 from eval.plots.pictures import draw_plan
 from eval.units import bytes_text, count_text, number_text
@@ -76,10 +76,11 @@ def front_matter(target: Target) -> str:
 
 
 def summary(config: ModelConfig, plan: Plan, target: Target) -> str:
-    kind, layers = "A base language model", "" if isinstance(plan, BlockPlan) else writers(plan)
-    if isinstance(plan, BlockPlan):
-        kind = f"A Block Transformer, a base language model over blocks of {plan.length} tokens,"
-        layers = f"in its block decoder {writers(plan.block)}; its token decoder keeps one block"
+    stack, *others = plan.stacks
+    kind, layers = "A base language model", writers(stack.plan)
+    if others:
+        kind = f"A Block Transformer, a base language model over blocks of {plan.block_length} tokens,"
+        layers = f"in its {stack.title} {layers}; its token decoder keeps one block"
     return (
         f"{kind} of {count_text(num_params(config, plan))} parameters, trained with kvfrontier; "
         f"`{target.model_class}` in `transformers`. {layers[0].upper()}{layers[1:]}."
@@ -117,9 +118,11 @@ def kv_table(config: ModelConfig, plan: Plan) -> str:
 
 def constants(plan: Plan) -> str:
     """What does not grow with the context."""
-    if isinstance(plan, BlockPlan):
-        return "windows when full, the token decoder"
-    return "windows and slots, when full" if any(store.num_slots for store in plan.stores) else "windows, when full"
+    stack, *others = plan.stacks
+    if others:
+        return f"windows when full, the {others[0].title}"
+    bounded = any(store.num_slots for store in stack.plan.stores)
+    return "windows and slots, when full" if bounded else "windows, when full"
 
 
 def share(ours: float, theirs: float) -> str:
@@ -142,10 +145,9 @@ def training_list(config: ModelConfig, training: Training) -> str:
     }
     lines = [f"- {key}: {value}" for key, value in known.items() if value is not None]
     if val:
-        block = config.arch.block
         first = "those at the beginning of a window included"
-        if block is not None and not block.start:
-            first = f"but for the first {block.length} of a window, which are not predicted"
+        if unpredicted := resolve(config).num_unpredicted:
+            first = f"but for the first {unpredicted} of a window, which are not predicted"
         lines.append(
             f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, {first}."
         )

@@ -31,8 +31,8 @@ def sliding_bytes(plan: Plan, context: int, itemsize: int) -> int:
     def positions(store: StoreSpec) -> int:
         return context if store.window is None else min(context, store.window - 1)
 
-    assert isinstance(plan, KVPlan)
-    return sum(store.slot.elements * positions(store) for store in plan.stores) * itemsize
+    (stack,) = plan.stacks
+    return sum(store.slot.elements * positions(store) for store in stack.plan.stores) * itemsize
 
 
 def own_bytes(plan: Plan, context: int, itemsize: int) -> int:
@@ -127,9 +127,10 @@ def remote(config: ModelConfig, plan: Plan) -> Target:
 def shipped(config: ModelConfig, plan: Plan) -> Target:
     """Every model there is."""
     notes = SHIPPED_NOTES
-    if not isinstance(plan, KVPlan):
-        unpredicted = () if plan.start else tuple(note.format(length=plan.length) for note in UNPREDICTED)
-        notes = (*notes, *BLOCK_NOTES, *unpredicted)
+    if len(plan.stacks) > 1:
+        notes = (*notes, *BLOCK_NOTES)
+    if plan.num_unpredicted:
+        notes = (*notes, *(note.format(length=plan.num_unpredicted) for note in UNPREDICTED))
     thin = [HF_FILES / name for name in SHIPPED_FILES]
     return Target(
         "shipped",

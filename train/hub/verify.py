@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from arch import BlockTransformer, KVPlan, LanguageModel, ModelConfig, Plan, build, generate, generate_blocks
+from arch import BlockTransformer, LanguageModel, ModelConfig, Plan, build, generate, generate_blocks
 from arch.footprint import allocated_bytes, kv_bytes, num_params
 from data.cli import UsageError
 from data.tokenizer import Encoder
@@ -153,14 +153,15 @@ def spread(first: int, end: int) -> list[int]:
 
 def spans(plan: Plan) -> list[int]:
     """Numbers of tokens after which the cache, or what is seen, is another: windows, slots, blocks."""
-    if isinstance(plan, KVPlan):
-        return [store.max_positions for store in plan.stores if store.max_positions is not None]
-    return [plan.length, *(plan.length * bound for bound in spans(plan.block))]
+    stack = plan.stacks[0]
+    tokens = stack.tokens_per_position
+    bounds = [tokens * store.max_positions for store in stack.plan.stores if store.max_positions is not None]
+    return bounds if tokens == 1 else [tokens, *bounds]
 
 
 def unpredicted(model: LanguageModel) -> int:
     """The first input after which a token is predicted: 0, but where a first block has no context."""
-    return model.plan.length - 1 if isinstance(model, BlockTransformer) and model.start is None else 0
+    return max(0, model.plan.num_unpredicted + model.plan.target_offset - 1)
 
 
 def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
@@ -168,7 +169,10 @@ def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
     if not isinstance(model, BlockTransformer):
         logits_TV: Tensor = model(torch.tensor([tokens]))[0]
         return logits_TV
-    whole = [*tokens, *[0] * (model.plan.length - len(tokens) % model.plan.length)]  # nothing looks at what is added
+    whole = [
+        *tokens,
+        *[0] * (model.plan.block_length - len(tokens) % model.plan.block_length),
+    ]  # nothing looks at what is added
     said_TV: Tensor = model(torch.tensor([whole]))[0]
     return said_TV[1 if model.start is not None else 0 :][: len(tokens) - unpredicted(model)]
 
