@@ -47,7 +47,7 @@ class BlockDecoder:
         self.context_BCD: Tensor | None = None  # its context
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
-        model, length = self.model, self.model.plan.length
+        model, length = self.model, self.model.plan.block_length
         seen_BT = tokens_BT if self.begun_BT is None else torch.cat((self.begun_BT, tokens_BT), dim=1)
         whole = seen_BT.shape[1] // length * length
         if whole:
