@@ -1,9 +1,12 @@
-"""Language models whose KV layout is written once and read by everything."""
+"""Language models whose KV layout is written once and read by everything.
 
-from .block_generate import generate_blocks
+Layouts, plans and footprints come without torch; the models, and torch with them, when the first of them is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .block_plan import BlockPlan, Plan, plan_from_dict, resolve
-from .block_transformer import BlockTransformer, allocate_blocks
-from .cache import Cache, allocate
 from .config import (
     ArchConfig,
     BlockConfig,
@@ -15,10 +18,15 @@ from .config import (
     TokenDecoderConfig,
     from_dict,
 )
-from .decoder import Decoder
-from .generate import generate
-from .model import LanguageModel, build
 from .plan import KVPlan, LayoutError, SlotShape, StackPlan, StoreSpec
+
+if TYPE_CHECKING:
+    from .block_generate import generate_blocks
+    from .block_transformer import BlockTransformer, allocate_blocks
+    from .cache import Cache, allocate
+    from .decoder import Decoder
+    from .generation import generate
+    from .model import LanguageModel, build
 
 __all__ = [
     "ArchConfig",
@@ -49,3 +57,22 @@ __all__ = [
     "plan_from_dict",
     "resolve",
 ]
+
+# The module of each name that needs torch.
+_MODULES = {
+    "BlockTransformer": "block_transformer",
+    "Cache": "cache",
+    "Decoder": "decoder",
+    "LanguageModel": "model",
+    "allocate": "cache",
+    "allocate_blocks": "block_transformer",
+    "build": "model",
+    "generate": "generation",
+    "generate_blocks": "block_generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .block_plan import BlockPlan
 from .block_transformer import BlockCache, BlockTransformer, allocate_blocks
 from .cache import Cache
-from .generate import check_options, sample
+from .generation import check_options, sample
 
 
 class Prompts(NamedTuple):

@@ -37,7 +37,7 @@ from arch.convert import ConversionError, UnsupportedModelError, hf_config
 from arch.convert_block import from_official
 from arch.convert_neox import from_neox
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
-from arch.generate import generate
+from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack
 from train.loss import cross_entropy_sum
 

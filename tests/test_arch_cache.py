@@ -164,7 +164,7 @@ def test_generation_stops_and_samples() -> None:
 
 
 def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
-    from arch.generate import sample
+    from arch.generation import sample
 
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +174,7 @@ def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
 
 
 def test_temperature_flattens() -> None:
-    from arch.generate import sample
+    from arch.generation import sample
 
     logits = torch.tensor([[0.8, 0.2]]).log().repeat(4000, 1)
     share = {t: sample(logits, t, 1.0, torch.Generator().manual_seed(0)).float().mean() for t in (0.5, 1.0, 2.0)}

@@ -99,7 +99,7 @@ class Block:
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, {str(ROOT)!r})
-import arch, arch.footprint, arch.generate
+import arch, arch.footprint
 size = arch.SizeConfig(num_layers=2, d_model=16, num_heads=2, d_ff=16, vocab_size=11)
 config = arch.ModelConfig(arch.ArchConfig({{"kv": arch.StoreConfig(kv_heads=1)}}, ["new kv", "reuse kv"]), size)
 model = arch.Decoder(config); model.init_weights()

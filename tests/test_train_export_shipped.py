@@ -307,7 +307,7 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
             exported("latents", tmp_path / file, corpus, f"wrong_{file}")
         return str(error.value)
 
-    message = differing("generate.py", "longest + max_new_tokens - 1,", "longest + max_new_tokens,")
+    message = differing("generation.py", "longest + max_new_tokens - 1,", "longest + max_new_tokens,")
     assert re.findall(r"^(bytes|greedy|logits)", message, re.MULTILINE) == ["bytes", "bytes"]
     assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", "input_ids)\n", "input_ids.flip(1))\n")
 

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple, logging
 from arch.block_generate import generate_blocks
 from arch.block_transformer import BlockTransformer
 from arch.config import ModelConfig, from_dict
-from arch.generate import generate
+from arch.generation import generate
 from arch.layers import LayerNorm, RMSNorm
 from arch.model import build
 
