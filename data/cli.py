@@ -16,6 +16,10 @@ class UsageError(ValueError):
     """A mistake on the command line; the message names the fix."""
 
 
+class TaskError(RuntimeError):
+    """A task that failed, through no mistake on its command line."""
+
+
 def parse(schema: type[T], arguments: Sequence[str], positional: str | None = None) -> T:
     """Build `schema`, a dataclass with defaults, from `key=value` words.
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
-from data.cli import UsageError, fail, unknown_key
+from data.cli import TaskError, UsageError, fail, unknown_key
 from data.files import DataError
 from eval.layouts import CONFIGS, names
 
@@ -33,16 +33,12 @@ class Choices:
     size: str | None
 
 
-def launch(
-    task: Callable[[DictConfig, Choices], None],
-    name: str,
-    schema: type,
-    failures: tuple[type[Exception], ...] = (),
-) -> None:
+def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
     A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback, and the process ends with code
-    2; so are `failures` of the task, with code 1.
+    2; so is a TaskError, with code 1. The script of a task imports what takes seconds (torch, Lightning) inside the
+    task, after its own checks, so that help and mistakes are answered at once.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
@@ -57,7 +53,7 @@ def launch(
             task(config, Choices(picked.get("arch"), picked.get("size")))
         except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
             fail(str(error))
-        except failures as error:
+        except TaskError as error:
             fail(str(error), code=1)
 
     try:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import train.pretrain
+import train.trainer
 from train.benchmarks.faults import cut_in_half, flip_a_byte
 from train.checkpoint import TrainingError, checkpoints, load, resolve, save, verify_checksums
 from train.lit_module import LitModel
@@ -107,13 +107,13 @@ def test_broken_checkpoints_do_not_crowd_out_good_ones(
 def test_a_signal_before_training_has_begun_stops_it(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = train.pretrain.fit
+    fit = train.trainer.fit
 
     def signalled(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         fit(*args)
 
-    monkeypatch.setattr(train.pretrain, "fit", signalled)
+    monkeypatch.setattr(train.trainer, "fit", signalled)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit) as stopped:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
+from data.cli import TaskError
 from data.files import sha256, write_json
 
 FORMAT = 2
@@ -33,7 +34,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 INFO = "checkpoint.json"
 
 
-class TrainingError(RuntimeError):
+class TrainingError(TaskError):
     """A run that cannot go on; the message says why and what is left of it."""
 
 

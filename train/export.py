@@ -160,4 +160,4 @@ def main(config: DictConfig, choices: Choices) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "export", ExportConfig, failures=(TrainingError, ConversionError))
+    launch(main, "export", ExportConfig)

@@ -110,4 +110,4 @@ def typed(arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     sys.argv[1:] = typed(sys.argv[1:])
-    launch(main, "import_hf", ImportConfig, failures=(TrainingError,))
+    launch(main, "import_hf", ImportConfig)

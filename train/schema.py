@@ -4,11 +4,13 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arch import ArchConfig, Plan, SizeConfig
-from data.batches import SequenceFormat
 from data.config import DataConfig
+
+if TYPE_CHECKING:
+    from data.batches import SequenceFormat
 
 
 def same_as(key: str) -> Any:
@@ -224,8 +226,10 @@ def optim_problems(optim: OptimConfig) -> list[str]:
     return found
 
 
-def sequence_format(plan: Plan, data: DataConfig) -> SequenceFormat:
+def sequence_format(plan: Plan, data: DataConfig) -> "SequenceFormat":
     """How a row of tokens becomes the inputs and targets of a model of `plan`."""
+    from data.batches import SequenceFormat  # which imports torch
+
     return SequenceFormat(
         plan.target_offset,
         plan.num_unpredicted,

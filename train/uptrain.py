@@ -111,4 +111,4 @@ def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = typed(sys.argv[1:])
-    launch(main, "uptrain", UptrainConfig, failures=(TrainingError,))
+    launch(main, "uptrain", UptrainConfig)

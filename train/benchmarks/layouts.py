@@ -237,4 +237,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, "bench_layouts", LayoutsConfig, failures=(LayoutError,))
+    launch(main, "bench_layouts", LayoutsConfig)

@@ -1,0 +1,180 @@
+"""One training run: checks, trains, validates, and writes the result."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+import wandb
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from arch import ModelConfig, Plan, build, resolve
+from data.cli import UsageError
+from data.files import DataError, write_json
+from eval.footprint import plan_tables
+from train import checkpoint
+from train.callbacks import Checkpoints, Stop, Stopped
+from train.checkpoint import TrainingError
+from train.datamodule import Data
+from train.lit_module import LitModel
+from train.loggers import loggers, record
+from train.metrics import Metrics, Progress
+from train.run import constants, summarize, write_start
+from train.schema import PretrainConfig, micro_batch, num_steps
+
+
+def run(config: PretrainConfig) -> None:
+    """Train, validate, and leave everything in `config.folder`.
+
+    Raises one of cli.MISTAKES, before any work, if the configuration cannot be run here; TrainingError if the run fails.
+    """
+    plan = resolve(ModelConfig(config.arch, config.size))
+    try:
+        device, attention = check(config)
+        first = rank_zero_only.rank == 0  # which reads every byte of a checkpoint, and tells the others
+        start = checkpoint.latest_valid(Path(config.resume)) if config.resume is not None and first else None
+    except TrainingError as error:
+        raise UsageError(str(error)) from error
+    data = Data(config)
+    module = LitModel(config, data.token_bytes())
+    folder = Path(config.folder)
+    if rank_zero_only.rank == 0:
+        step = 0 if start is None else checkpoint.step_of(start)
+        write_start(folder, config, plan, {"from_step": step, "attention": attention})
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
+            console.print(table)
+        print(f"attention: {attention}")
+    failed = True
+    try:
+        trainer = build_trainer(config, folder, plan, device, start)
+        fit(trainer, module, data)
+        if trainer.is_global_zero:
+            finish(trainer, module, config, plan, data.digest)
+        failed = False
+    finally:
+        wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
+
+
+def check(config: PretrainConfig) -> tuple[str, str]:
+    """The type of device to run on, and the attention kernels in words.
+
+    Raises UsageError where the model cannot be trained there as asked, TrainingError where `init` is of another.
+    """
+    device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.trainer.accelerator == "cuda" and device == "cpu":
+        raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
+    try:
+        with torch.device("meta"):
+            model = build(ModelConfig(config.arch, config.size), config.trainer.backend, device)
+        attention = model.attention(config.data.document_mask)
+    except ValueError as error:
+        raise UsageError(f"trainer.backend: {error}") from error
+    names = [name for name, _ in model.named_parameters()]
+    if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
+        raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
+    if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
+        checkpoint.check_matches(checkpoint.resolve(Path(config.init)), model)
+    return device, attention
+
+
+def fit(trainer: L.Trainer, module: LitModel, data: Data) -> None:
+    """Train to the last step. Where the run is asked to stop it saves its state and ends the process."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
+    try:
+        trainer.fit(module, data)
+        if not module.last_val:  # the run had ended before
+            trainer.validate(module, data, verbose=False)
+    except Stopped as stopped:
+        if trainer.is_global_zero:
+            print(f"{stopped.reason}; resume={module.config.folder} continues", file=sys.stderr)
+        raise
+    except (TrainingError, DataError, OSError) as error:
+        raise TrainingError(f"{error}. {kept(Path(module.config.folder))}.") from error
+    if trainer.global_step != num_steps(module.config):
+        raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
+
+
+def kept(folder: Path) -> str:
+    """What is left of a run that failed."""
+    try:
+        saved = checkpoint.latest_valid(folder)
+    except TrainingError as error:
+        return str(error)
+    if saved is None:
+        return "There was no checkpoint yet"
+    return f"The last good checkpoint is {saved}; resume={folder} continues from it"
+
+
+def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: Plan, data: str) -> None:
+    """Write and show the result."""
+    folder, val, length = Path(config.folder), module.last_val, config.size.seq_len
+    first = plan.num_unpredicted + 1
+    counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
+    write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
+    print(
+        f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
+        f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {folder}"
+    )
+    scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
+    record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
+
+
+def build_trainer(config: PretrainConfig, folder: Path, plan: Plan, device: str, start: Path | None) -> L.Trainer:
+    """A Trainer for the run, which goes on from the checkpoint `start`.
+
+    Weights and optimizer are fp32 in every case; LitModel computes in what was asked.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
+    options, steps = config.trainer, num_steps(config)
+    world = options.devices * options.num_nodes
+    accumulate = config.batch_size // (micro_batch(config) * world)
+    val_every = options.val_every or -(-steps // 4)
+    strategy = {
+        "auto": "auto",
+        "ddp": "ddp",
+        "fsdp": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
+    }[options.strategy]
+    progress = options.progress and sys.stdout.isatty()
+    checkpoints = Checkpoints(folder, options.checkpoint_every, options.keep_checkpoints, start)
+    return L.Trainer(
+        accelerator=device,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        max_steps=steps,
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=config.optim.clip,
+        val_check_interval=min(val_every, steps) * accumulate,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=loggers(config, folder),
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        callbacks=[
+            Metrics(
+                options.log_every,
+                options.checkpoint_every,
+                options.max_rise,
+                config.batch_size * config.size.seq_len,
+                constants(config, plan),
+                print_lines=options.progress and not progress,
+            ),
+            checkpoints,
+            Stop(checkpoints, options.max_hours),
+            *([Progress(leave=True)] if progress else []),
+        ],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
