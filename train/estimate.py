@@ -11,7 +11,6 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -94,7 +93,7 @@ def pretrain_config(options: EstimateConfig) -> PretrainConfig:
 def find_device(options: EstimateConfig) -> Device:
     """The GPU that was named, or this machine's. Raises UsageError where its memory or peak is not known."""
     precision, peak_tflops = options.trainer.precision, options.trainer.peak_tflops
-    name = options.gpu or (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    name = options.gpu or local_gpu()
     if name is None:
         raise UsageError(f"there is no GPU here; choose gpu= one of: {', '.join(gpu.short for gpu in GPUS)}")
     gpu = find_gpu(name)
@@ -111,6 +110,13 @@ def find_device(options: EstimateConfig) -> Device:
             f"or choose {', '.join(gpu.short for gpu in GPUS)}"
         )
     return Device(name, memory, peak, gpu)
+
+
+def local_gpu() -> str | None:
+    """Name of this machine's GPU; None without one."""
+    import torch  # only where no GPU is named
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def execution(config: PretrainConfig) -> Execution:

@@ -156,7 +156,10 @@ def judged(subject: Subject, console: Console) -> list[Check]:
 
 def main(config: DictConfig, choices: Choices) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    export(OmegaConf.to_object(config), console)
+    try:
+        export(OmegaConf.to_object(config), console)
+    except ConversionError as error:
+        raise TrainingError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from arch.hf_import import convert, source
 from data.cli import UsageError
 from eval.cli import Choices, launch
 from eval.footprint import plan_tables
-from train.checkpoint import TrainingError
 from train.hub.checkpoint_writer import command, free, write
 from train.hub.folder_reader import PATTERNS, TOKENIZER, HFFolder
 

@@ -11,9 +11,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from data.batches import IGNORE
+from train.schema import LOSS_ROWS
 
-# Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
-ROWS = 2048
 NllAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -34,7 +33,7 @@ def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum(cross_entropy(x @ weight.T, targets)), `ROWS` tokens at a time.
+    """sum(cross_entropy(x @ weight.T, targets)), `LOSS_ROWS` tokens at a time.
 
     The gradients are made in the forward pass, where a chunk has its logits: three matrix products in all, as many
     as with whole logits, and nothing is computed twice.
@@ -49,15 +48,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
             grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
             grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            for begin in range(0, len(x_ND), ROWS):
-                x, targets = x_ND[begin : begin + ROWS], targets_N[begin : begin + ROWS]
+            for begin in range(0, len(x_ND), LOSS_ROWS):
+                x, targets = x_ND[begin : begin + LOSS_ROWS], targets_N[begin : begin + LOSS_ROWS]
                 if not any(ctx.needs_input_grad):
                     total += F.cross_entropy((x @ weight.T).float(), targets, ignore_index=IGNORE, reduction="sum")
                     continue
                 loss, grad_logits = softmax(x @ weight.T, targets)
                 total += loss
                 if grad_x is not None:
-                    torch.mm(grad_logits, weight, out=grad_x[begin : begin + ROWS])
+                    torch.mm(grad_logits, weight, out=grad_x[begin : begin + LOSS_ROWS])
                 if grad_weight is not None:
                     grad_weight += grad_logits.T @ x
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype))

@@ -12,6 +12,9 @@ from data.config import DataConfig
 if TYPE_CHECKING:
     from data.batches import SequenceFormat
 
+# Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
+LOSS_ROWS = 2048
+
 
 def same_as(key: str) -> Any:
     """The value of another key, resolved when the command line is composed: OmegaConf's `II`, needed without it."""

@@ -32,7 +32,8 @@ from train.schema import PretrainConfig, micro_batch, num_steps
 def run(config: PretrainConfig) -> None:
     """Train, validate, and leave everything in `config.folder`.
 
-    Raises one of cli.MISTAKES, before any work, if the configuration cannot be run here; TrainingError if the run fails.
+    Raises one of cli.MISTAKES, before any work, if the configuration cannot be run on this machine; TrainingError if
+    the run fails.
     """
     plan = resolve(ModelConfig(config.arch, config.size))
     try:

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import LayoutError, ModelConfig, SizeConfig, resolve
+from arch import ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from data.files import write_json

@@ -13,7 +13,7 @@ from arch import BlockPlan, KVPlan, LayoutError, ModelConfig, Plan, StoreSpec
 from arch.block_plan import block_config, embed_dim, split_config
 from arch.footprint import layer_params, num_params
 from arch.plan import CHUNK, head_dim, is_neox
-from train.loss import ROWS
+from train.schema import LOSS_ROWS
 
 FP32 = 4
 
@@ -312,7 +312,7 @@ def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
     and the matrix cast; for a chunk the logits, two fp32 copies, and the gradient of the chunk before.
     """
     width, vocab = how.itemsize, config.size.vocab_size
-    matrix, rows = vocab * config.size.d_model, min(ROWS, tokens)
+    matrix, rows = vocab * config.size.d_model, min(LOSS_ROWS, tokens)
     cast = width * matrix if width < FP32 and how.strategy != "fsdp" else 0
     softmax = rows * vocab * (width * (2 if tokens > rows else 1) + FP32 * (2 if width < FP32 else 1))
     product = rows * vocab * width + matrix * width

@@ -1,0 +1,42 @@
+"""Help, mistakes and footprints are answered before anything heavy is imported."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+HEAVY = {"torch", "lightning", "torchmetrics", "transformers", "wandb", "matplotlib", "plotly", "pandas", "datasets"}
+TINY = "+arch=cla2 +size=tiny"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("train/pretrain.py --help", 0, "Pretrain a language model"),
+        (f"train/pretrain.py {TINY} tokns=4096", 2, "did you mean tokens?"),
+        (f"train/pretrain.py {TINY} +trainer.devces=2", 2, "did you mean devices?"),
+        ("train/pretrain.py +arch=cla2", 2, "choose +size= one of"),
+        (f"train/pretrain.py {TINY} trainer.strategy=zero", 2, "choose auto, ddp, fsdp"),
+        (f"train/pretrain.py {TINY} 'arch.pattern=[reuse kv]'", 2, "layer 0"),
+        ("train/pretrain.py resume=nowhere", 2, "config.yaml is missing"),
+        ("train/estimate.py --help", 0, "Does a training run fit"),
+        (f"train/estimate.py {TINY} gpu=abacus", 2, "does not know its peak"),
+        (f"train/estimate.py {TINY} gpu=h100", 0, "verdict: fits"),
+        ("eval/footprint.py +size=1b", 0, "mixattention"),
+        (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),
+    ],
+)
+def test_answers_without_heavy_imports(command: str, code: int, message: str) -> None:
+    script, *arguments = shlex.split(command)
+    program = f"""
+import atexit, runpy, sys
+atexit.register(lambda: print("imported:", *sorted({HEAVY!r} & sys.modules.keys())))
+sys.argv = {[script, *arguments]!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    assert message in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "imported:"
