@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from .attend import Mask, Needs, attend
 from .bounded import BoundedReader, BoundedWriter, TokenPositions
 from .buffers import AppendBuffer, RingBuffer, Slots
-from .config import SizeConfig
+from .config import SizeConfig, head_dim, style_of
 from .layers import RMSNorm, Rope, rotate
-from .plan import StoreSpec, head_dim, is_neox
+from .plan import StoreSpec
 
 # Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -30,8 +30,8 @@ class GroupedWriter(nn.Module):
         super().__init__()
         slot = store.slot
         self.kv_heads = slot.kv_heads
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=is_neox(size))
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=is_neox(size))
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
 
     def forward(
         self,
@@ -54,8 +54,8 @@ class GroupedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.scale = width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=is_neox(size))
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=is_neox(size))
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
+        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:
@@ -72,7 +72,7 @@ class LatentWriter(nn.Module):
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         self.widths = [store.slot.latent_dim, store.slot.rope_dim]
-        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=is_neox(size))
+        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=style_of(size).bias)
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
     def forward(
@@ -100,9 +100,9 @@ class LatentReader(nn.Module):
         super().__init__()
         self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
         self.scale = (self.width + self.rope_dim) ** -0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=is_neox(size))
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=style_of(size).bias)
         self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=is_neox(size))
+        self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, mask: Mask) -> Tensor:

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .buffers import Slots, StateBuffer
-from .config import SizeConfig
+from .config import SizeConfig, head_dim, style_of
 from .layers import Rope, at_least_fp32, rotate
 from .masks import Sequences, document_starts
-from .plan import CHUNK, StoreSpec, head_dim, is_neox
+from .plan import CHUNK, StoreSpec
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
@@ -343,8 +343,8 @@ class BoundedWriter(nn.Module):
         super().__init__()
         slot = store.slot
         self.kv_heads, self.window = slot.kv_heads, store.window
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=is_neox(size))
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=is_neox(size))
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
     def forward(
@@ -404,8 +404,8 @@ class BoundedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.window, self.ring, self.scale = store.window, store.rule == "ring_router", width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=is_neox(size))
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=is_neox(size))
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
+        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, steps: TokenPositions) -> Tensor:

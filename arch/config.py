@@ -5,7 +5,7 @@ arguments in a test. What may be a number or a share is Any: OmegaConf cannot me
 makes sense is checked once, by `plan.resolve`.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -127,17 +127,43 @@ class ArchConfig(LayoutConfig):
     block: BlockConfig | None = None
 
 
+@dataclass(frozen=True)
+class Style:
+    """Properties of a layer besides its KV layout; SizeConfig explains them."""
+
+    norm: str
+    mlp: str
+    bias: bool
+    parallel_residual: bool
+    rotary_fraction: float
+
+
+# Presets of `SizeConfig.style`.
+STYLES = {
+    "llama": Style("rmsnorm", "swiglu", bias=False, parallel_residual=False, rotary_fraction=1.0),
+    "neox": Style("layernorm", "gelu", bias=True, parallel_residual=True, rotary_fraction=0.25),
+}
+NORMS, MLPS = ("rmsnorm", "layernorm"), ("swiglu", "gelu")
+STYLE_KEYS = tuple(field.name for field in fields(Style))
+
+
 @dataclass
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
-    style        llama: RMSNorm, SwiGLU, no biases; neox: GPT-NeoX, with LayerNorm, attention and GELU MLP side by side,
-                 biases, and the first quarter of each head rotated
-    head_dim     null: d_model / num_heads
-    max_window   windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
-    seq_len      tokens per training sequence
-    batch_size   sequences per optimizer step
-    tokens, lr   training tokens and peak learning rate: defaults of the trainer, never read by the model
+    style              preset of the next five keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
+                       biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
+                       parallel residuals, a quarter of each head rotated)
+    norm               rmsnorm or layernorm
+    mlp                swiglu or gelu
+    bias               whether projections of attention and MLP have biases
+    parallel_residual  whether attention and MLP read the same residual stream, and are added to it together
+    rotary_fraction    leading share of each head that is rotated; latent stores have `latent.rope_dim` instead
+    head_dim           null: d_model / num_heads
+    max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
+    seq_len            tokens per training sequence
+    batch_size         sequences per optimizer step
+    tokens, lr         training tokens and peak learning rate: defaults of the trainer, never read by the model
     """
 
     num_layers: int = 12
@@ -153,6 +179,11 @@ class SizeConfig:
     init_std: float = 0.02
     max_window: int | None = None
     style: str = "llama"
+    norm: str | None = None
+    mlp: str | None = None
+    bias: bool | None = None
+    parallel_residual: bool | None = None
+    rotary_fraction: float | None = None
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3
@@ -164,6 +195,25 @@ class ModelConfig:
 
     arch: ArchConfig = field(default_factory=ArchConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
+
+
+def head_dim(size: SizeConfig) -> int:
+    """Width of a query head."""
+    return size.d_model // size.num_heads if size.head_dim is None else size.head_dim
+
+
+def style_of(size: SizeConfig) -> Style:
+    """The preset `size.style` with what `size` overrides. Raises KeyError for an unknown style."""
+    own = {key: getattr(size, key) for key in STYLE_KEYS}
+    return replace(STYLES[size.style], **{key: value for key, value in own.items() if value is not None})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass `config` as plain nested dicts, which `from_dict` reads back.
+
+    Style properties that are null are left out, so that files and the grouping of runs are as before these keys.
+    """
+    return asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None or k not in STYLE_KEYS})
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:

@@ -17,9 +17,20 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .config import ArchConfig, LatentConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
+from .config import (
+    STYLE_KEYS,
+    STYLES,
+    ArchConfig,
+    LatentConfig,
+    ModelConfig,
+    SizeConfig,
+    StoreConfig,
+    from_dict,
+    head_dim,
+    style_of,
+)
 from .decoder import Decoder
-from .plan import KVPlan, head_dim, is_neox, resolve_stack
+from .plan import KVPlan, resolve_stack
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -140,8 +151,7 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     UnsupportedModelError with everything that no stock class holds.
     """
     reasons = _not_stock(plan)
-    if is_neox(config.size):
-        reasons.append("size.style: neox is not exported")
+    reasons += not_llama(config.size)
     hf = {} if reasons else _stock_config(config.size, plan)
     # What the reasons above do not know of would be lost in silence.
     if not reasons and _layout(resolve_stack(model_config(hf))) != _layout(plan):
@@ -149,6 +159,14 @@ def hf_config(config: ModelConfig, plan: KVPlan) -> dict[str, Any]:
     if reasons:
         raise UnsupportedModelError(reasons)
     return hf
+
+
+def not_llama(size: SizeConfig) -> list[str]:
+    """The style of `size` as a reason against an export, unless it is the llama preset."""
+    if style_of(size) == STYLES["llama"]:
+        return []
+    own = [f"{key} {getattr(size, key)}" for key in STYLE_KEYS if getattr(size, key) is not None]
+    return [f"size.style: {', '.join([size.style, *own])} is not exported"]
 
 
 def _layout(plan: KVPlan) -> KVPlan:

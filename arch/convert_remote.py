@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
-from .convert import SIZES, UnsupportedModelError, weights_to_hf
-from .plan import KVPlan, StoreSpec, is_neox, resolve_stack
+from .convert import SIZES, UnsupportedModelError, not_llama, weights_to_hf
+from .plan import KVPlan, StoreSpec, resolve_stack
 
 T = TypeVar("T")
 
@@ -79,9 +79,7 @@ def _not_remote(size: SizeConfig, plan: KVPlan) -> list[str]:
     def stores(names: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
 
-    reasons = []
-    if is_neox(size):
-        reasons.append("size.style: neox is not exported")
+    reasons = not_llama(size)
     latent = [store.name for store in plan.stores if store.slot.latent_dim]
     if latent:
         reasons.append(f"latent: {stores(latent)} holds latents; the remote decoder has key/value heads alone")

@@ -3,13 +3,12 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from .block_plan import resolve
-from .config import ModelConfig, from_dict
+from .config import ModelConfig, from_dict, to_dict
 from .convert import SIZES, UnsupportedModelError, Weight
 from .footprint import num_params
 from .model import build
@@ -43,7 +42,7 @@ def shipped_config(config: ModelConfig) -> dict[str, Any]:
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
         **{theirs: getattr(config.size, ours) for theirs, ours in STANDARD.items()},
-        **asdict(config),
+        **to_dict(config),
         "block_pad_token": None,
         "bos_token_id": None,
         "eos_token_id": None,

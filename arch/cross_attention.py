@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .attend import Mask, attend
 from .buffers import AppendBuffer, Slots
-from .config import SizeConfig
+from .config import SizeConfig, head_dim, style_of
 from .layers import build_norm
-from .plan import StoreSpec, head_dim, is_neox
+from .plan import StoreSpec
 
 
 class Context(NamedTuple):
@@ -31,14 +31,14 @@ class Context(NamedTuple):
 class CrossAttention(nn.Module):
     """Queries of the normalised residual stream over keys and values of the context, neither of them rotated.
 
-    As many key/value heads as the layer's own store has, and biases in style neox. The context is not normalised.
+    It has as many key/value heads as the layer's own store. The context is not normalised.
     """
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         assert not store.slot.latent_dim
         self.num_heads, self.kv_heads, width = size.num_heads, store.slot.kv_heads, head_dim(size)
-        self.scale, bias = width**-0.5, is_neox(size)
+        self.scale, bias = width**-0.5, style_of(size).bias
         self.norm = build_norm(size)
         self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=bias)
         self.k_proj = nn.Linear(size.d_model, self.kv_heads * width, bias=bias)

@@ -17,23 +17,24 @@ from .bounded import TokenPositions, steps
 from .bounded_fla import BoundedBackend, choose_bounded
 from .buffers import Buffer, Slots
 from .cache import Cache
-from .config import ModelConfig, SizeConfig
+from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import Context, CrossAttention
 from .init import initialise
 from .layers import Rope, build_mlp, build_norm, rope_table
 from .masks import Dense, Sequences, padded
-from .plan import KVPlan, StoreSpec, is_neox, resolve_stack
+from .plan import KVPlan, StoreSpec, resolve_stack
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then SwiGLU; or in style neox both of the same input. The owner of a store also writes it.
+    """Pre-norm attention, then the MLP; or, with parallel residuals, both of the same input. The owner of a store also
+    writes it.
 
     With `cross`, attention to what is outside of the sequence comes after that to the sequence.
     """
 
     def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False):
         super().__init__()
-        self.parallel = is_neox(size)
+        self.parallel_residual = style_of(size).parallel_residual
         self.attn_norm = build_norm(size)
         self.kv_norm = build_norm(size) if owner and store.kv_norm else None
         self.writer = build_writer(size, store) if owner else None
@@ -65,7 +66,7 @@ class Block(nn.Module):
         if self.cross is not None:
             assert context is not None
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
-        x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel else attended_BTD))
+        x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
         return x_BTD, slots
 
 

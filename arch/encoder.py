@@ -24,7 +24,7 @@ class EncoderLayer(nn.Module):
         self.num_heads = config.num_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
         self.attn_norm = LayerNorm(width, norm_eps)
-        self.mlp = GeluMLP(width, config.d_ff)
+        self.mlp = GeluMLP(width, config.d_ff, bias=True)
         self.mlp_norm = LayerNorm(width, norm_eps)
 
     def forward(self, x_MSE: Tensor, mask: Mask) -> Tensor:

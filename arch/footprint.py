@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, split_config
-from .config import BlockConfig, ModelConfig, SizeConfig
-from .plan import CHUNK, KVPlan, StackPlan, StoreSpec, head_dim, is_neox
+from .config import BlockConfig, ModelConfig, SizeConfig, head_dim, style_of
+from .plan import CHUNK, KVPlan, StackPlan, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def cross_matrices(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, 
 def cross_params(config: ModelConfig, plan: KVPlan, layer: int) -> int:
     """Parameters of one layer's cross-attention, with its norm."""
     size = config.size
-    biases = size.num_heads * head_dim(size) + plan.store(layer).slot.elements + size.d_model if is_neox(size) else 0
-    return sum(cross_matrices(config, plan, layer)) + biases + norm_params(size)
+    biases = size.num_heads * head_dim(size) + plan.store(layer).slot.elements + size.d_model
+    return sum(cross_matrices(config, plan, layer)) + style_of(size).bias * biases + norm_params(size)
 
 
 def stack_params(config: ModelConfig, plan: KVPlan) -> int:
@@ -149,7 +149,7 @@ def stack_params(config: ModelConfig, plan: KVPlan) -> int:
 
 
 def norm_params(size: SizeConfig) -> int:
-    return size.d_model * (2 if is_neox(size) else 1)
+    return size.d_model * (2 if style_of(size).norm == "layernorm" else 1)
 
 
 def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
@@ -158,10 +158,11 @@ def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, in
     slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
     query_dim = width + slot.rope_dim
     matrices = size.d_model * heads * query_dim + heads * width * size.d_model
-    matrices += (2 if is_neox(size) else 3) * size.d_model * size.d_ff
+    mlp_up = 1 if style_of(size).mlp == "gelu" else 2
+    matrices += (mlp_up + 1) * size.d_model * size.d_ff
     others = 2 * norm_params(size) + (heads if store.sinks else 0)
-    if is_neox(size):  # the biases
-        others += heads * query_dim + size.d_model + size.d_ff + size.d_model
+    if style_of(size).bias:
+        others += heads * query_dim + size.d_model + mlp_up * size.d_ff + size.d_model
         others += slot.elements if store.owner == layer else 0
     if slot.latent_dim:
         matrices += slot.latent_dim * heads * 2 * width  # from the latent to keys and values, in every reader

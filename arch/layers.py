@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import SizeConfig
-from .plan import is_neox
+from .config import SizeConfig, style_of
 
 Rope = tuple[Tensor, Tensor]
 
@@ -47,7 +46,7 @@ class LayerNorm(nn.Module):
 
 
 def build_norm(size: SizeConfig) -> RMSNorm | LayerNorm:
-    return (LayerNorm if is_neox(size) else RMSNorm)(size.d_model, size.norm_eps)
+    return (LayerNorm if style_of(size).norm == "layernorm" else RMSNorm)(size.d_model, size.norm_eps)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
@@ -75,13 +74,13 @@ def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, d_model: int, d_ff: int):
+    def __init__(self, d_model: int, d_ff: int, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -89,12 +88,12 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))) with the exact GELU and biases."""
+    """down(gelu(up(x))), with the exact GELU."""
 
-    def __init__(self, d_model: int, d_ff: int):
+    def __init__(self, d_model: int, d_ff: int, bias: bool):
         super().__init__()
-        self.up_proj = nn.Linear(d_model, d_ff)
-        self.down_proj = nn.Linear(d_ff, d_model)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.gelu(self.up_proj(x_BTD)))
@@ -102,4 +101,5 @@ class GeluMLP(nn.Module):
 
 
 def build_mlp(size: SizeConfig) -> SwiGLU | GeluMLP:
-    return (GeluMLP if is_neox(size) else SwiGLU)(size.d_model, size.d_ff)
+    style = style_of(size)
+    return (GeluMLP if style.mlp == "gelu" else SwiGLU)(size.d_model, size.d_ff, style.bias)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
-from .config import ModelConfig, SizeConfig, StoreConfig
+from .config import MLPS, NORMS, STYLES, ModelConfig, SizeConfig, StoreConfig, head_dim, style_of
 
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
 # Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
@@ -225,15 +225,6 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     return KVPlan(tuple(stores), tuple(reads))
 
 
-def head_dim(size: SizeConfig) -> int:
-    """Width of a query head."""
-    return size.d_model // size.num_heads if size.head_dim is None else size.head_dim
-
-
-def is_neox(size: SizeConfig) -> bool:
-    return size.style == "neox"
-
-
 def _check_size(size: SizeConfig) -> list[str]:
     problems = [
         f"size.{name} is {getattr(size, name)}; it must be at least 1"
@@ -249,10 +240,7 @@ def _check_size(size: SizeConfig) -> list[str]:
         )
     elif head_dim(size) < 2 or head_dim(size) % 2:
         problems.append(f"the head dimension is {head_dim(size)}; rotary embeddings need an even one")
-    elif is_neox(size) and head_dim(size) % 8:
-        problems.append(f"the head dimension is {head_dim(size)}; style neox rotates a quarter of it: a multiple of 8")
-    if size.style not in ("llama", "neox"):
-        problems.append(f"size.style is {size.style!r}; it is llama or neox")
+    problems += _check_style(size, rotates=not problems)
     if size.max_window is not None and size.max_window < 1:
         problems.append(f"size.max_window is {size.max_window}; it must be at least 1, or null for no limit")
     for name in ("rope_theta", "norm_eps", "init_std", "lr"):
@@ -261,10 +249,31 @@ def _check_size(size: SizeConfig) -> list[str]:
     return problems
 
 
+def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
+    """Problems of the style; of its rotary fraction where the head dimension is a possible one (`rotates`)."""
+    if size.style not in STYLES:
+        return [f"size.style is {size.style!r}; it is {' or '.join(STYLES)}"]
+    style, width = style_of(size), head_dim(size)
+    problems = [
+        f"size.{key} is {getattr(style, key)!r}; it is {' or '.join(choices)}"
+        for key, choices in (("norm", NORMS), ("mlp", MLPS))
+        if getattr(style, key) not in choices
+    ]
+    rotary = style.rotary_fraction * width
+    if not 0 < style.rotary_fraction <= 1:
+        problems.append(f"size.rotary_fraction is {style.rotary_fraction}; it must be above 0 and at most 1")
+    elif rotates and abs(rotary - 2 * round(rotary / 2)) > 1e-6:
+        problems.append(
+            f"size.rotary_fraction {style.rotary_fraction:g} of the head dimension {width} is {rotary:g}; rotary "
+            f"embeddings need an even number: take a multiple of {2 / style.rotary_fraction:g} as head dimension"
+        )
+    return problems
+
+
 def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> dict[str, Any]:
     """The fields of `StoreSpec` that do not depend on the layer. Adds to `problems` what is wrong with them."""
     where = f"arch.stores.{name}"
-    width, heads = head_dim(size), size.num_heads
+    width, heads, rotary = head_dim(size), size.num_heads, style_of(size).rotary_fraction
     slot = SlotShape()
     if (store.kv_heads is None) == (store.latent is None):
         problems.append(f"{where} needs either kv_heads or latent, and not both")
@@ -300,7 +309,7 @@ def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: li
         "rope_theta": float(store.rope_theta or size.rope_theta),
         "num_slots": min(store.slots or 0, size.max_window or store.slots or 0),
         "rule": store.rule,
-        "rotary_dim": slot.k_dim // 4 if is_neox(size) and slot.k_dim else None,
+        "rotary_dim": round(rotary * width) if slot.k_dim and rotary < 1 else None,
     }
 
 

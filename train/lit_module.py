@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from arch import LanguageModel, ModelConfig, build
+from arch.config import to_dict
 from data.batches import IGNORE, Batch, besides
 from train import checkpoint
 from train.checkpoint import TrainingError
@@ -134,7 +134,7 @@ class LitModel(L.LightningModule):
     def describe(self) -> dict[str, Any]:
         """What the weights belong to, as plain data: the authored configuration and the resolved plan."""
         config = ModelConfig(self.config.arch, self.config.size)
-        return {"config": asdict(config), "plan": self.model.plan.to_dict()}
+        return {"config": to_dict(config), "plan": self.model.plan.to_dict()}
 
     def go_on_after(self, step: int) -> None:
         """Set the loop's counters as they are after `step` steps, in as many micro-batches as a step has now.

@@ -9,13 +9,13 @@ summary.json   the result, written when training ends
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from arch import ModelConfig, Plan
+from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from data.files import write_json
@@ -67,7 +67,7 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
     `experiment` is all that decides it except the seed; `unpredicted` are the targets at the start of each sequence
     that the model does not predict: they are neither trained on nor in any loss.
     """
-    asked = asdict(config)
+    asked = to_dict(config)
     experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size", "init", "train_only")}
     for key in ("tokens", "batch_size", "lr"):  # defaults, which `optim` and what follows have as they were used
         del experiment["size"][key]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from arch import ModelConfig, SizeConfig, build, resolve
-from arch.plan import SlotShape, head_dim
+from arch.config import head_dim
+from arch.plan import SlotShape
 from train.benchmarks.timing import Series, Turns, take_turns
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer

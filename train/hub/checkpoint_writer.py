@@ -7,7 +7,6 @@ OUT/arch/NAME.yaml, OUT/size/NAME.yaml   the model, for `pretrain.py --config-di
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arch import ModelConfig, build, resolve
+from arch.config import to_dict
 from data.cli import UsageError
 from data.files import sha256, write_json
 from train.checkpoint import FORMAT, INFO, check_matches
@@ -49,10 +49,10 @@ def write(
         files = _shards(partial, tensors)
         with torch.device("meta"):
             check_matches(partial, build(config))
-        for group, values in (("arch", _given(asdict(config.arch))), ("size", asdict(config.size))):
+        for group, values in (("arch", _given(to_dict(config.arch))), ("size", to_dict(config.size))):
             (partial / group).mkdir()
             OmegaConf.save(OmegaConf.create(values), partial / group / f"{name}.yaml")
-        model = {"config": asdict(config), "plan": resolve(config).to_dict()}
+        model = {"config": to_dict(config), "plan": resolve(config).to_dict()}
         write_json(partial / INFO, {"format": FORMAT, "step": 0, **model, **about, "files": files})
         os.rename(partial, out)
     except OSError as error:

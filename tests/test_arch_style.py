@@ -1,0 +1,91 @@
+"""Style properties work one by one, and what was written before they existed reads and compares as it did."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import build, small, tokens
+
+from arch import LayoutError, ModelConfig, SizeConfig, allocate, from_dict, resolve
+from arch import build as build_model
+from arch.config import STYLE_KEYS, STYLES, to_dict
+from arch.convert import UnsupportedModelError, hf_config
+from arch.convert_shipped import shipped_config, shipped_model_config
+from arch.footprint import num_params
+from arch.layers import GeluMLP, LayerNorm, SwiGLU
+
+MIXES = {
+    "parallel": {"parallel_residual": True},
+    "partial-rotary": {"rotary_fraction": 0.5},
+    "gelu-bias": {"mlp": "gelu", "bias": True},
+    "swiglu-neox": {"style": "neox", "mlp": "swiglu"},
+    "rmsnorm-neox": {"style": "neox", "norm": "rmsnorm", "bias": False},
+    "layernorm": {"norm": "layernorm"},
+}
+
+
+@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "cla2", "block"])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
+def test_parameters_are_counted(arch: str, mix: dict) -> None:
+    config = small(arch, **mix)
+    with torch.device("meta"):
+        model = build_model(config)
+    assert num_params(config, resolve(config)) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct"])
+@pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
+def test_decoding_equals_the_forward(arch: str, mix: dict) -> None:
+    model, batch = build(small(arch, **mix)), tokens(2, 20)
+    with torch.no_grad():
+        expected = model(batch)
+        cache = allocate(model.plan, 2, 20, dtype=torch.float64)
+        logits = torch.cat([model(part, cache) for part in batch.split([7, 1, 5, *[1] * 7], dim=1)], dim=1)
+        plain = build(small(arch))(batch)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    changed = mix != {"rotary_fraction": 0.5} or arch != "mla"  # a latent store has a rotary width of its own
+    assert torch.equal(expected, plain) != changed
+
+
+def test_a_preset_is_its_properties() -> None:
+    for name, style in STYLES.items():
+        spelt = {"style": "llama" if name == "neox" else "neox", **asdict(style)}
+        batch, models = tokens(2, 9), [build(small("gqa2", **size)) for size in ({"style": name}, spelt)]
+        assert models[0].state_dict().keys() == models[1].state_dict().keys()
+        with torch.no_grad():
+            assert torch.equal(models[0](batch), models[1](batch))
+    assert isinstance(models[0].layers[0].mlp, GeluMLP) and isinstance(models[0].norm, LayerNorm)
+    assert isinstance(build(small("gqa2", style="neox", mlp="swiglu")).layers[0].mlp, SwiGLU)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batchnorm"}, "size.norm is 'batchnorm'; it is rmsnorm or layernorm"),
+        ({"mlp": "relu"}, "size.mlp is 'relu'; it is swiglu or gelu"),
+        ({"rotary_fraction": 0.0}, "size.rotary_fraction is 0.0"),
+        ({"rotary_fraction": 1.5}, "size.rotary_fraction is 1.5"),
+        ({"rotary_fraction": 0.125}, "0.125 of the head dimension 8 is 1; .* multiple of 16"),
+    ],
+)
+def test_impossible_properties(change: dict, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        resolve(small("gqa2", **change))
+
+
+def test_properties_that_are_null_are_not_written() -> None:
+    old = small("gqa2", style="neox")
+    written = json.loads(json.dumps(to_dict(old)))
+    assert not set(STYLE_KEYS) & set(written["size"])
+    assert from_dict(ModelConfig, written) == old == shipped_model_config(shipped_config(old))
+    assert set(asdict(SizeConfig())) - set(written["size"]) == set(STYLE_KEYS)
+    new = small("gqa2", bias=True, rotary_fraction=0.5)
+    assert from_dict(ModelConfig, to_dict(new)) == new == shipped_model_config(shipped_config(new))
+
+
+def test_only_the_llama_preset_is_a_stock_class() -> None:
+    spelt = small("gqa2", style="neox", **asdict(STYLES["llama"]))
+    assert hf_config(spelt, resolve(spelt)) == hf_config(small("gqa2"), resolve(small("gqa2")))
+    with pytest.raises(UnsupportedModelError, match=r"size\.style: llama, bias True is not exported"):
+        hf_config(small("gqa2", bias=True), resolve(small("gqa2", bias=True)))
