@@ -107,7 +107,7 @@ class TrainBatches:
 
     def _rows(self) -> Callable[[int], Row]:
         """Sequence g of the run, as `_frame` makes it."""
-        mixture = self.windows if isinstance(self.windows, Mixture) else Mixture((self.windows,), (1.0,))
+        mixture = Mixture.of(self.windows)
         orders: dict[int, tuple[int, np.ndarray]] = {}  # corpus -> its epoch and the order of that
 
         def row(sequence: int) -> Row:

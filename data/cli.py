@@ -67,9 +67,14 @@ def usage(schema: type, positional: str | None = None) -> str:
 def unknown_key(path: str, known: Sequence[str]) -> str:
     """The message for a (dotted) key that is none of `known`, with the nearest of them."""
     parent, _, key = path.rpartition(".")
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f", did you mean {near[0]}?" if near else "."
-    return f"unknown key {path}{hint} {parent or 'The command line'} has {', '.join(known) or 'no keys'}"
+    owner = parent or "The command line"
+    return f"unknown key {path}{did_you_mean(key, known)} {owner} has {', '.join(known) or 'no keys'}"
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a clause about the unknown `word`: the nearest of `known`, or a full stop."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else "."
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

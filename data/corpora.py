@@ -1,4 +1,4 @@
-"""Text that is already on the machine."""
+"""Corpora found on every machine."""
 
 import sysconfig
 import zlib
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def stdlib() -> Iterator[tuple[str, str]]:
-    """(split, text) of every source file of the Python standard library, in a fixed order.
+    """Yield (split, text) for every source file of the Python standard library, in a fixed order.
 
-    One file in 32 goes to val and one to test, by a hash of its path, so that no file is in two splits.
+    A hash of its path assigns one file in 32 to val and one to test.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):

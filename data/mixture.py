@@ -1,4 +1,4 @@
-"""Several corpora in fixed proportions."""
+"""Several corpora in fixed proportions; one corpus is a mixture of one."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,26 @@ import numpy as np
 from .files import DataError
 from .shards import TokenWindows
 
-M = 2**64
-STEP = 0x9E3779B97F4A7C15  # M divided by the golden ratio, odd: multiples of it fill [0, M) most evenly
+RANGE = 2**64
+STEP = 0x9E3779B97F4A7C15  # RANGE divided by the golden ratio, odd: multiples of it fill [0, RANGE) most evenly
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which corpus a training sequence comes from: a pure function of its number and the seed, in exact proportion.
+    """Assigns training sequences to corpora in exact proportion, as a pure function of sequence number and seed.
 
-    Sequence g is the point (g * STEP + seed's offset) mod M, and each corpus owns an interval of [0, M) as long as its
-    share. The points of any stretch are spread evenly (a Weyl sequence), so that each corpus' count stays within a few
-    sequences of its share; over M sequences it is the share exactly, to 1/M.
+    Sequence g is the point (g * STEP + offset of the seed) mod RANGE, and each corpus owns an interval of [0, RANGE)
+    proportional to its weight. Consecutive points are spread evenly (a Weyl sequence), so each corpus' count stays
+    within a few sequences of its proportion; over RANGE sequences it is exact to 1/RANGE.
     """
 
     corpora: tuple[TokenWindows, ...]
     weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, windows: "TokenWindows | Mixture") -> "Mixture":
+        """A mixture as it is, or of one corpus."""
+        return windows if isinstance(windows, Mixture) else cls((windows,), (1.0,))
 
     @property
     def seq_len(self) -> int:
@@ -34,16 +39,16 @@ class Mixture:
 
     @cached_property
     def bounds(self) -> list[int]:
-        """Where the corpora's intervals begin and end."""
-        shares = [0.0, *accumulate(weight / sum(self.weights) for weight in self.weights)]
-        return [*(round(share * M) for share in shares[:-1]), M]
+        """Ends of the corpora's intervals in [0, RANGE], 0 first."""
+        cumulative = [0.0, *accumulate(weight / sum(self.weights) for weight in self.weights)]
+        return [*(round(fraction * RANGE) for fraction in cumulative[:-1]), RANGE]
 
     def locate(self, sequence: int, seed: int) -> tuple[int, int]:
-        """(corpus, how many sequences before this one are of that corpus)."""
+        """The corpus of a sequence, and the number of earlier sequences from that corpus."""
         if len(self.corpora) == 1:
             return 0, sequence
         offset = _offset(seed)
-        point = (sequence * STEP + offset) % M
+        point = (sequence * STEP + offset) % RANGE
         corpus = next(number for number, bound in enumerate(self.bounds[1:]) if point < bound)
         low, high = (_below(bound, sequence, offset) for bound in self.bounds[corpus : corpus + 2])
         return corpus, high - low
@@ -51,18 +56,19 @@ class Mixture:
 
 @dataclass(frozen=True)
 class EvalWindows:
-    """Validation windows of several corpora: (corpus, window) each, one corpus after the other."""
+    """Validation windows of several corpora: `chosen` holds (corpus, window) pairs, one corpus after the other."""
 
     corpora: tuple[TokenWindows, ...]
     chosen: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, mixture: Mixture, num_windows: int) -> "EvalWindows":
-        """About `num_windows` in the mixture's proportion, at least one of each corpus, at most what it has, spread."""
-        chosen = []
+    def of(cls, windows: TokenWindows | Mixture, num_windows: int) -> "EvalWindows":
+        """Choose about `num_windows` evenly spaced windows, in proportion to the weights, at least one per corpus."""
+        mixture = Mixture.of(windows)
+        chosen: list[tuple[int, int]] = []
         for number, corpus in enumerate(mixture.corpora):
-            share = mixture.weights[number] / sum(mixture.weights)
-            count = min(len(corpus), max(1, round(num_windows * share)))
+            fraction = mixture.weights[number] / sum(mixture.weights)
+            count = min(len(corpus), max(1, round(num_windows * fraction)))
             spread = np.linspace(0, len(corpus) - 1, count).round().astype(int)
             chosen += [(number, window) for window in spread.tolist()]
         return cls(mixture.corpora, tuple(chosen))
@@ -84,7 +90,7 @@ class EvalWindows:
 
 
 def weights_of(mix: Any) -> dict[str, float]:
-    """`data.mix` with its weights as numbers. Raises DataError where it is something else."""
+    """Check `data.mix` and return it as folder -> weight. Raises DataError on anything but positive weights."""
     if not isinstance(mix, dict):
         raise DataError(f"data.mix is {mix}; write data.mix='{{FOLDER: weight, FOLDER: weight}}'")
     for folder, weight in mix.items():
@@ -102,13 +108,13 @@ def _offset(seed: int) -> int:
 
 
 def _below(bound: int, sequences: int, offset: int) -> int:
-    """How many of the first `sequences` points are below `bound`: x mod M < bound where the floors below differ."""
+    """The number of the first `sequences` points below `bound`: x mod RANGE < bound where these two floors differ."""
     return _floor_sum(sequences, offset) - _floor_sum(sequences, offset - bound)
 
 
 def _floor_sum(count: int, offset: int) -> int:
-    """Sum over i < count of floor((i * STEP + offset) / M), by Euclid's algorithm on STEP and M."""
-    total, a, m = 0, STEP, M
+    """Sum over i < count of floor((i * STEP + offset) / RANGE), by Euclid's algorithm on STEP and RANGE."""
+    total, a, m = 0, STEP, RANGE
     while count > 0:
         total += (count - 1) * count // 2 * (a // m) + count * (offset // m)
         a, offset = a % m, offset % m

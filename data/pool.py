@@ -1,4 +1,4 @@
-"""Tokenisation in several processes, in order."""
+"""Tokenization in several processes, in order."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,16 +19,19 @@ from .sources import Document
 from .tokenizer import Encoder
 
 BATCH = 2**19  # characters
-AHEAD = 4  # batches that wait for each process
+MAX_PENDING = 4  # batches per process
 
-_encoder: Encoder | None = None
+_encoder: Encoder  # of a process of the pool, set by _start
 
 
 def encoded(
     documents: Iterator[Document], folder: Path, end: int, workers: int | None
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document and its tokens, in the order of `documents`, by the tokenizer of `folder`."""
-    if workers is None:  # macOS does not know which cores are ours
+    """Yield each document with its tokens, in the order of `documents`, encoded by the tokenizer of `folder`.
+
+    Raises DataError where a worker process dies.
+    """
+    if workers is None:  # macOS has no affinity
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers == 1:
         encode = Encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), end)
@@ -39,13 +42,13 @@ def encoded(
         workers, multiprocessing.get_context("spawn"), _start, (str(folder / "tokenizer.json"), end)
     )
     try:
-        waiting = deque()
+        pending: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
         for batch in _batches(documents):
-            waiting.append((batch, pool.submit(_encode, [document.text for document in batch])))
-            if len(waiting) > workers * AHEAD:
-                batch, future = waiting.popleft()
+            pending.append((batch, pool.submit(_encode, [document.text for document in batch])))
+            if len(pending) > workers * MAX_PENDING:
+                batch, future = pending.popleft()
                 yield from zip(batch, future.result(), strict=True)
-        for batch, future in waiting:
+        for batch, future in pending:
             yield from zip(batch, future.result(), strict=True)
     except BrokenProcessPool as error:
         raise DataError(
@@ -70,10 +73,11 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _start(path: str, end: int) -> None:
-    """In each process of the pool. It ends with its parent, also where that is killed; Ctrl-C is for the parent."""
+    """Initialize a process of the pool. It ignores Ctrl-C and exits when its parent ends, even by SIGKILL."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each
     _encoder = Encoder(Tokenizer.from_file(path), end)

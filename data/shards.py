@@ -1,10 +1,10 @@
-"""Token shards: a folder of raw little-endian integers and a manifest that says what they are.
+"""Token shards: a folder of raw little-endian integers and the manifest that describes them.
 
-manifest.json            counts, checksums, recipe; written last, so that a folder with one is complete
-tokenizer.json           the tokenizer, as `tokenizers` saves it
+manifest.json            counts, checksums, recipe; written last, so a folder that has one is complete
+tokenizer.json           the tokenizer in the format of `tokenizers`
 token_bytes.npy          [V] UTF-8 bytes that each token stands for, for bits per byte
-train-00000.bin ...      documents one after another, each ended by the end-of-text token, which is nowhere else
-train-00000.offsets.npy  [documents] where in the shard each begins, in tokens
+train-00000.bin ...      consecutive documents, each ended by the end-of-text token, which occurs nowhere else
+train-00000.offsets.npy  [documents] start of each document in the shard, in tokens
 """
 
 import hashlib
@@ -21,12 +21,12 @@ import numpy as np
 from .files import DataError, sha256, write_json
 
 FORMAT = 2
-OPEN_FILES = 256  # a process may have 1024 on many systems
+OPEN_FILES = 256  # many systems allow a process 1024
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`bytes` are of the text; `sha256` is of `file`, `offsets_sha256` of `offsets`."""
+    """One file of tokens. `bytes` counts its text; `sha256` belongs to `file`, `offsets_sha256` to `offsets`."""
 
     file: str
     tokens: int
@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """`bytes` and `documents` of the text behind `tokens`, end-of-text tokens included in the latter."""
+    """Totals of a split: `bytes` of text, `documents`, and `tokens`, which include one end of text per document."""
 
     tokens: int
     bytes: int
@@ -49,7 +49,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`recipe` is the configuration that the folder was prepared with."""
+    """Description of a complete folder. `recipe` is PrepareConfig.recipe of its preparation."""
 
     format: int
     name: str
@@ -63,17 +63,17 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """One checksum of tokenizer and tokens: equal digests are equal data."""
+        """Checksum of tokenizer and tokens: equal digests mean equal data."""
         parts = [self.tokenizer_sha256, *(shard.sha256 for split in self.splits.values() for shard in split.shards)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all."""
+        """Write manifest.json atomically."""
         write_json(folder / "manifest.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Raises DataError on a manifest that is missing or is not one of ours."""
+        """Read manifest.json. Raises DataError if it is missing or malformed."""
         path = folder / "manifest.json"
         if not path.exists():
             started = (folder / "progress.json").exists()
@@ -106,7 +106,7 @@ class Manifest:
             raise DataError(f"{path} is not a manifest ({error!r}); delete {folder} and prepare it again") from error
 
     def check_tokenizer(self, folder: Path) -> None:
-        """Raises DataError where the tokenizer is not the one that made the shards."""
+        """Raises DataError if the folder's tokenizer is not the one that made the shards."""
         for name, expected in (
             ("tokenizer.json", self.tokenizer_sha256),
             ("token_bytes.npy", self.token_bytes_sha256),
@@ -118,13 +118,13 @@ class Manifest:
 
 
 class TokenWindows:
-    """The windows of `seq_len` + 1 consecutive tokens of one split, read from disk one by one.
+    """Windows of `seq_len` + 1 consecutive tokens of one split, each read from disk when it is indexed.
 
-    Successive windows share a token: the last target of one is the first input of the next, so that every token but a
-    shard's first is a target exactly once. A shard's incomplete last window is left out.
+    Consecutive windows overlap by one token, the last target of one and the first input of the next, so every token of
+    a shard except the first is a target exactly once. An incomplete last window of a shard is dropped.
 
-    A file that is deleted or changed while it is in use is refused at the next read: a memory map would give garbage
-    or end the process.
+    Raises DataError if a file does not match the manifest, and on reading a file that was deleted or changed in the
+    meantime: a memory map would return garbage or kill the process.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, split: str, seq_len: int):
@@ -177,7 +177,7 @@ class TokenWindows:
         return self._open[shard]
 
     def _check(self, folder: Path, number: int, shard: Shard, vocab_size: int) -> None:
-        """What can be seen without reading the whole shard: sizes, offsets, end of text, a few tokens."""
+        """Check sizes, offsets, the final end of text and a few tokens, without reading the whole shard."""
         path, size = self.files[number]
         for file in (path, folder / shard.offsets):
             if not file.is_file():
@@ -187,17 +187,17 @@ class TokenWindows:
         offsets = read_offsets(folder / shard.offsets)
         if len(offsets) != shard.documents or offsets[0] != 0 or offsets[-1] >= shard.tokens:
             raise DataError(f"{folder / shard.offsets} does not fit {path}; prepare it again")
-        few = min(shard.tokens, 1024)
-        tokens = np.concatenate([self._read(number, begin, few) for begin in (0, (shard.tokens - few) // 2)])
+        count = min(shard.tokens, 1024)
+        tokens = np.concatenate([self._read(number, begin, count) for begin in (0, (shard.tokens - count) // 2)])
         last = self._read(number, shard.tokens - 1, 1)
         if tokens.max() >= vocab_size or last[0] != self.end_of_text:
             raise DataError(f"{path} is altered: tokens are not those of its tokenizer; prepare it again")
 
 
 def read_offsets(path: Path) -> np.ndarray:
-    """[documents] memory-mapped; raises DataError where the file is not whole."""
+    """Memory-map the offsets, int64 [documents]. Raises DataError if the file is not complete."""
     try:
-        offsets = np.load(path, mmap_mode="r")
+        offsets: np.ndarray = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise DataError(f"{path} is altered or cut short ({error}); prepare the folder again") from error
     if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:

@@ -1,4 +1,4 @@
-"""Text from files, from data sets of the hub and from this machine: one stream of documents that can start anywhere."""
+"""Text of files, of data sets on the hub and of corpora: a stream of documents that can resume at any of them."""
 
 import glob
 import gzip
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from .config import SPLITS, SourceConfig
 from .corpora import CORPORA
@@ -21,20 +21,20 @@ from .files import DataError
 
 TEXT = (".txt", ".md", ".py")
 PACKED = (".gz", ".xz", ".zst")
-SAMPLED_PARTS = 64  # files that a tokenizer is trained on at most
-ANCHOR = 1000  # rows of a data set between two states of its reader
+MAX_SAMPLED = 64  # source files that a tokenizer is trained on
+ANCHOR_ROWS = 1000  # rows of a data set between two saved states of its reader
 
 
 class Position(NamedTuple):
-    """Where a stream goes on: part `part` from the state `anchor` of its reader, less the first `skip` documents."""
+    """A place in the stream: `skip` documents after the reader state `anchor` of source file number `file`."""
 
-    part: int = 0
+    file: int = 0
     anchor: dict[str, Any] | None = None
     skip: int = 0
 
 
 class Document(NamedTuple):
-    """A text, its split, and where the stream goes on after it."""
+    """A text, its split, and the position of the stream after it."""
 
     split: str
     text: str
@@ -42,15 +42,15 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file, a split of a data set, or a corpus, and the split it is for."""
+class SourceFile:
+    """A file, a split of a data set, or a corpus, and the split that it belongs to."""
 
     split: str
     name: str
 
 
-class Source:
-    """The documents of `config` in a fixed order. Raises DataError where there are none or they cannot be read."""
+class TextSource:
+    """The documents of `config` in a fixed order. Raises DataError if there are none or they cannot be read."""
 
     def __init__(self, config: SourceConfig):
         self.config = config
@@ -60,15 +60,17 @@ class Source:
                     f"no corpus {config.corpus!r}; choose {', '.join(CORPORA)}, or set source.dataset, or "
                     "source.train to files"
                 )
-            self.parts = [Part("train", config.corpus)]
+            self.files = [SourceFile("train", config.corpus)]
         else:
-            wanted = [(split, getattr(config, split)) for split in SPLITS if getattr(config, split)]
             expand = _one if config.dataset else _files
-            self.parts = [Part(split, name) for split, value in wanted for name in expand(f"source.{split}", value)]
-        seen: dict[str, str] = {}
-        for part in self.parts:
-            if seen.setdefault(part.name, part.split) != part.split:
-                raise DataError(f"{part.name} is in both source.{seen[part.name]} and source.{part.split}")
+            values = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
+            self.files = [
+                SourceFile(split, name) for split, value in values.items() for name in expand(f"source.{split}", value)
+            ]
+        split_of: dict[str, str] = {}
+        for file in self.files:
+            if split_of.setdefault(file.name, file.split) != file.split:
+                raise DataError(f"{file.name} is in both source.{split_of[file.name]} and source.{file.split}")
         try:
             self.start = re.compile(config.document_start) if config.document_start else None
         except re.error as error:
@@ -76,67 +78,69 @@ class Source:
 
     @property
     def splits(self) -> list[str]:
-        """Those that will have documents, in order."""
-        config, own = self.config, {part.split for part in self.parts}
+        """The splits that will have documents, in order."""
+        config, named = self.config, {file.split for file in self.files}
         shares = {"val": config.val_share, "test": config.test_share}
-        return [split for split in SPLITS if config.corpus or split in own or shares.get(split)]
+        return [split for split in SPLITS if config.corpus or split in named or shares.get(split)]
 
     def fingerprint(self) -> list[Any]:
-        """What is read: changed files mean that a preparation cannot go on."""
+        """[split, name, size or None] of each source file; a preparation resumes only if they are unchanged."""
         local = not (self.config.corpus or self.config.dataset)
-        return [[part.split, part.name, Path(part.name).stat().st_size if local else None] for part in self.parts]
+        return [[file.split, file.name, Path(file.name).stat().st_size if local else None] for file in self.files]
 
     def documents(self, begin: Position, end: int) -> Iterator[Document]:
-        """Every text that is not blank, from `begin` on, up to but without part `end`."""
-        for number in range(begin.part, end):
-            part = self.parts[number]
-            anchor, skip = (begin.anchor, begin.skip) if number == begin.part else (None, 0)
-            for split, text, after, count in islice(self._read(part, anchor), skip, None):
-                if text.strip():
-                    valid, raw = _utf8(text)
-                    yield Document(split or self._split(part.split, raw), valid, Position(number, after, count))
+        """Yield every text that is not blank, from `begin` to the end of source file `end` - 1."""
+        for number in range(begin.file, end):
+            file = self.files[number]
+            anchor, skip = (begin.anchor, begin.skip) if number == begin.file else (None, 0)
+            for row in islice(self._read(file, anchor), skip, None):
+                if row.text.strip():
+                    valid, raw = _utf8(row.text)
+                    split = row.split or self._split(file.split, raw)
+                    yield Document(split, valid, Position(number, row.anchor, row.num_read))
 
     def sample(self, size: int) -> Iterator[str]:
-        """About `size` bytes of the training split, the beginning of each part or of an even choice of parts."""
-        numbers = [number for number, part in enumerate(self.parts) if part.split == "train"]
-        if len(numbers) > SAMPLED_PARTS:
-            numbers = [numbers[len(numbers) * index // SAMPLED_PARTS] for index in range(SAMPLED_PARTS)]
+        """Yield about `size` bytes of training text: the beginnings of up to MAX_SAMPLED files, evenly spaced."""
+        numbers = [number for number, file in enumerate(self.files) if file.split == "train"]
+        if len(numbers) > MAX_SAMPLED:
+            numbers = [numbers[len(numbers) * index // MAX_SAMPLED] for index in range(MAX_SAMPLED)]
         for done, number in enumerate(numbers):
-            share = size // (len(numbers) - done)
+            remaining = size // (len(numbers) - done)
             for document in self.documents(Position(number), number + 1):
-                if share <= 0:
+                if remaining <= 0:
                     break
                 if document.split == "train":
-                    text = document.text[:share]
-                    share, size = share - len(text.encode()), size - len(text.encode())
+                    text = document.text[:remaining]
+                    remaining -= len(text.encode())
+                    size -= len(text.encode())
                     yield text
 
     def _split(self, split: str, raw: bytes) -> str:
-        """A share of the training documents goes elsewhere, by hash: equal texts stay together."""
+        """Move val_share and test_share of the training documents, by a hash: equal texts share a split."""
         config = self.config
         if split != "train" or not (config.val_share or config.test_share):
             return split
         point = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
         return "val" if point < config.val_share else "test" if point < config.val_share + config.test_share else split
 
-    def _read(self, part: Part, anchor: dict[str, Any] | None) -> Iterator[tuple[str | None, str, Any, int]]:
-        """(split where the source decides it, text, anchor, documents since the anchor)."""
-        with _named(part.name):
+    def _read(self, file: SourceFile, anchor: dict[str, Any] | None) -> Iterator["_Row"]:
+        with _errors_named(file.name):
             if self.config.corpus:
-                for count, (split, text) in enumerate(CORPORA[part.name](), 1):
-                    yield split, text, None, count
+                for count, (split, text) in enumerate(CORPORA[file.name](), 1):
+                    yield _Row(text, count, split=split)
             elif self.config.dataset and not self.start:
-                for text, state, count in self._rows_of_dataset(part.name, anchor):
-                    yield None, text, state, count
+                yield from self._rows_of_dataset(file.name, anchor)
             else:
+                rows: Iterator[str]
                 if self.config.dataset:
-                    rows = (text for text, _, _ in self._rows_of_dataset(part.name, None))
+                    rows = (row.text for row in self._rows_of_dataset(file.name, None))
                 else:
-                    rows = _rows_of_file(Path(part.name), self.config.text, by_lines=self.start is not None)
+                    rows = _rows_of_file(Path(file.name), self.config.text, by_lines=self.start is not None)
                 for count, text in enumerate(self._joined(rows), 1):
-                    yield None, text, None, count
+                    yield _Row(text, count)
 
     def _joined(self, rows: Iterable[str]) -> Iterator[str]:
+        """Join rows into documents, each started by a row that matches `document_start`."""
         if self.start is None:
             yield from rows
             return
@@ -148,9 +152,8 @@ class Source:
             document.append(row)
         yield "".join(document)
 
-    def _rows_of_dataset(self, split: str, state: dict[str, Any] | None) -> Iterator[tuple[str, Any, int]]:
-        """(text, a state of the reader, rows since that state)."""
-        import datasets  # takes a second, and most uses of this package need none of it
+    def _rows_of_dataset(self, split: str, state: dict[str, Any] | None) -> Iterator["_Row"]:
+        import datasets  # takes a second, and most uses of this package do without
 
         config = self.config
         try:
@@ -179,9 +182,18 @@ class Source:
             if row is None:
                 return
             count += 1
-            yield _string(row[config.text], f"{config.dataset}: column {config.text}"), state, count
-            if count == ANCHOR:
+            yield _Row(_string(row[config.text], f"{config.dataset}: column {config.text}"), count, anchor=state)
+            if count == ANCHOR_ROWS:
                 state, count = dataset.state_dict(), 0
+
+
+class _Row(NamedTuple):
+    """A text, the number of texts read since the reader state `anchor`, and its split if the source decides it."""
+
+    text: str
+    num_read: int
+    anchor: dict[str, Any] | None = None
+    split: str | None = None
 
 
 def _rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
@@ -194,7 +206,7 @@ def _rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
         for batch in file.iter_batches(256, columns=[column]):
             yield from (_string(text, f"{path}: column {column}") for text in batch.column(0).to_pylist())
     elif _kind(path) == ".jsonl":
-        with _opened(path) as raw:
+        with _open(path) as raw:
             for number, line in enumerate(raw, 1):
                 if not line.strip():
                     continue
@@ -209,25 +221,27 @@ def _rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
                     raise DataError(f"{path} has no key {column} in line {number}; set source.text to one of: {names}")
                 yield _string(row[column], f"{path}, line {number}: column {column}")
     else:
-        with _opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if by_lines:
                 yield from file
             else:
                 yield file.read()
 
 
-def _opened(path: Path) -> BinaryIO:
-    """The file unpacked. Of zstd, pyarrow's reader: it notices a file that is cut short."""
+def _open(path: Path) -> "gzip.GzipFile | lzma.LZMAFile | io.BufferedReader":
+    """Open a file for reading, decompressed."""
     if path.suffix == ".zst":
-        import pyarrow
+        import pyarrow  # its reader notices a truncated file
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Whatever goes wrong in reading becomes a DataError that names the source."""
+def _errors_named(name: str) -> Iterator[None]:
+    """Turn any error in reading into a DataError that names the source."""
     try:
         yield
     except DataError:
@@ -240,8 +254,8 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _files(key: str, value: Any) -> list[str]:
-    """Files, folders (all below them) and globs, to files in sorted order."""
-    found: list[str] = []
+    """Expand files, folders (recursively) and globs to files in sorted order. Raises DataError if one names none."""
+    files: list[str] = []
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str):
             raise DataError(f"{key} is {value}; give files, folders or globs, one or a list")
@@ -258,11 +272,12 @@ def _files(key: str, value: Any) -> list[str]:
         if unknown:
             kinds = ", ".join([*TEXT, ".jsonl"])
             raise DataError(f"{key}: cannot read {unknown[0]}; files are {kinds} (each also .gz .xz .zst), .parquet")
-        found += [name for name in paths if name not in found]
-    return found
+        files += [name for name in paths if name not in files]
+    return files
 
 
 def _kind(path: Path) -> str | None:
+    """Suffix of the format, without that of the compression; None if it cannot be read."""
     inner = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     known = inner in (*TEXT, ".jsonl") or (inner == ".parquet" and path.suffix == inner)
     return inner if known else None
@@ -281,7 +296,7 @@ def _string(value: Any, where: str) -> str:
 
 
 def _utf8(text: str) -> tuple[str, bytes]:
-    """JSON can spell half a surrogate pair, which is no text: replaced by U+FFFD."""
+    """Return the text and its UTF-8. Half of a surrogate pair, which JSON can contain, becomes U+FFFD."""
     try:
         return text, text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Tokenizers: trained here, bytes, or pretrained; text to tokens, and the bytes that a token stands for."""
+"""Tokenizers (trained here, bytes, or pretrained), encoding of documents, and the bytes behind each token."""
 
 import json
 import re
@@ -9,17 +9,15 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .config import TokenizerConfig
 from .files import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>", "[EOS]")
-# Longer documents are encoded in pieces, which bounds the memory of a file of gigabytes.
-PIECE = 2**20
+PIECE = 2**20  # characters; longer documents are encoded in pieces, which bounds memory
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every text can be encoded and comes back unchanged."""
+    """Train a byte-level BPE tokenizer, which encodes any text and decodes it unchanged."""
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -32,26 +30,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Token i is byte i; 256 ends a text."""
+    """The tokenizer whose token i is byte i; 256 is the end of text."""
     vocabulary = {character: byte for byte, character in enumerate(_characters_of_bytes())}
     tokenizer = _byte_level(models.BPE(vocabulary, []), use_regex=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
 
 
-def pretrained(config: TokenizerConfig) -> Tokenizer:
-    """Raises DataError where there is no such tokenizer here and none can be downloaded."""
-    path = Path(config.name)
+def pretrained(name: str, revision: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a folder with a tokenizer.json, from such a file, or else from the hub.
+
+    Raises DataError if there is none here and it cannot be downloaded.
+    """
+    path = Path(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         if path.is_file():
             tokenizer = Tokenizer.from_file(str(path))
         else:
-            tokenizer = Tokenizer.from_pretrained(config.name, revision=config.revision or "main")
+            tokenizer = Tokenizer.from_pretrained(name, revision=revision or "main")
     except Exception as error:  # `tokenizers` raises bare Exception, the hub what its HTTP library raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"cannot load the tokenizer {config.name}: {reason}\nWithout a network, copy its tokenizer.json here and "
+            f"cannot load the tokenizer {name}: {reason}\nWithout a network, copy its tokenizer.json here and "
             "set tokenizer.name to that file or its folder; tokenizer.kind=bpe trains one instead"
         ) from error
     tokenizer.no_truncation()
@@ -60,29 +61,31 @@ def pretrained(config: TokenizerConfig) -> Tokenizer:
 
 
 def end_token(tokenizer: Tokenizer, name: str | None) -> int:
-    """Id of the token that ends a document. Raises DataError where there is none, or where text can contain it."""
-    candidates = [name] if name else list(USUAL_ENDS)
-    found = [end for end in candidates if tokenizer.token_to_id(end) is not None]
-    if not found:
-        raise DataError(
-            f"the tokenizer has no token {' or '.join(candidates)}; set tokenizer.end_of_text to one it has"
-        )
-    end = tokenizer.token_to_id(found[0])
-    if end in Encoder(tokenizer, end)._ids([found[0]])[0]:
-        raise DataError(f"the tokenizer reads the text {found[0]!r} as the token; set tokenizer.end_of_text to another")
-    return int(end)
+    """Id of the token that ends a document: `name`, or else the first of USUAL_ENDS in the vocabulary.
+
+    Raises DataError if there is no such token, or if text is encoded to it.
+    """
+    candidates = (name,) if name else USUAL_ENDS
+    for text in candidates:
+        end = tokenizer.token_to_id(text)
+        if end is None:
+            continue
+        if end in Encoder(tokenizer, end)._ids([text])[0]:
+            raise DataError(f"the tokenizer reads the text {text!r} as the token; set tokenizer.end_of_text to another")
+        return end
+    raise DataError(f"the tokenizer has no token {' or '.join(candidates)}; set tokenizer.end_of_text to one it has")
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest token, which counts gaps too."""
+    """Largest token id plus one; unused ids count."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """[V] UTF-8 bytes that each token stands for; 0 for special tokens.
+    """UTF-8 bytes that each token stands for, [V]; 0 for special tokens.
 
-    In a byte-level vocabulary each character is a byte; in one of the SentencePiece kind U+2581 is a space and <0x0A> a
-    byte; in WordPiece ## is nothing. Added tokens that are not special stand for their own text.
+    In a byte-level vocabulary each character is a byte. In a SentencePiece vocabulary U+2581 is a space and <0x0A> is a
+    byte. In WordPiece the prefix ## stands for nothing. Added tokens that are not special stand for their own text.
     """
     sizes = np.zeros(vocabulary_size(tokenizer), dtype=np.uint16)
     parts = json.loads(tokenizer.to_str())
@@ -102,7 +105,7 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 class Encoder:
-    """Documents to tokens. Special tokens that a document spells out are encoded as the text they are there."""
+    """Encodes documents. Special tokens spelled out in a document are encoded as ordinary text."""
 
     def __init__(self, tokenizer: Tokenizer, end: int):
         tokenizer.encode_special_tokens = True
@@ -110,12 +113,12 @@ class Encoder:
         self.dtype = dtype_of(vocabulary_size(tokenizer))
 
     def __call__(self, documents: list[str]) -> list[np.ndarray]:
-        """The tokens of each document, the end of text last."""
-        pieces = [list(_pieces(document)) for document in documents]
-        ids = iter(self._ids([piece for each in pieces for piece in each]))
+        """Encode each document, with the end of text last. Raises DataError if it occurs within a document."""
+        pieces_of = [list(_pieces(document)) for document in documents]
+        ids = iter(self._ids([piece for pieces in pieces_of for piece in pieces]))
         result = []
-        for each in pieces:
-            tokens = np.concatenate([np.array(next(ids), dtype=self.dtype) for _ in each])
+        for pieces in pieces_of:
+            tokens = np.concatenate([np.array(next(ids), dtype=self.dtype) for _ in pieces])
             if (tokens == self.end).any():
                 raise DataError(
                     f"a document contains the end of text, token {self.end}; set another tokenizer.end_of_text"
@@ -128,11 +131,12 @@ class Encoder:
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
+    """Smallest little-endian unsigned integer, of 2 or 4 bytes, that holds every token."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """At most PIECE characters each, cut after a line where there is one."""
+    """Cut `text` into pieces of at most PIECE characters, after a line break if there is one."""
     begin = 0
     while len(text) - begin > PIECE:
         cut = text.rfind("\n", begin, begin + PIECE) + 1 or begin + PIECE
@@ -149,7 +153,7 @@ def _byte_level(model: models.BPE, use_regex: bool) -> Tokenizer:
 
 
 def _characters_of_bytes() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it is printable."""
+    """Character of each byte in a byte-level vocabulary: the byte itself if it is printable."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

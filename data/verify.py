@@ -1,4 +1,4 @@
-"""Every file of a prepared folder against its manifest."""
+"""Comparison of every file of a prepared folder with its manifest."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +12,30 @@ CHUNK = 2**24  # tokens
 
 
 def verify(folder: Path) -> str:
-    """A line that says what was found in order. Raises DataError that names each altered file."""
+    """Compare every file with the manifest and return a line of success. Raises DataError listing all differences."""
     manifest = Manifest.load(folder)
-    found = []
+    errors = []
     try:
         manifest.check_tokenizer(folder)
     except DataError as error:
-        found.append(str(error))
+        errors.append(str(error))
     shards = 0
     for name, split in manifest.splits.items():
         for shard in split.shards:
-            found += _shard(folder, shard, manifest)
+            errors += _shard_errors(folder, shard, manifest)
             shards += 1
         for count in ("tokens", "documents", "bytes"):
             total = sum(getattr(shard, count) for shard in split.shards)
             if total != getattr(split, count):
-                found.append(
+                errors.append(
                     f"{folder / 'manifest.json'}: {name} has {getattr(split, count)} {count}, its shards {total}"
                 )
-    if found:
-        raise DataError("\n".join(found))
+    if errors:
+        raise DataError("\n".join(errors))
     return f"{folder}: tokenizer and {shards} shards are what the manifest says"
 
 
-def _shard(folder: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
+def _shard_errors(folder: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
     path, offsets = folder / shard.file, folder / shard.offsets
     missing = [file for file in (path, offsets) if not file.is_file()]
     if missing:

@@ -1,4 +1,4 @@
-"""A folder of shards while it is written: what is on disk, where the text goes on, and one process at a time."""
+"""A folder of shards while it is written: its progress file, the writer of its shards, and its lock."""
 
 import json
 import os
@@ -18,102 +18,110 @@ from .sources import Position
 
 LOCK = "prepare.lock"
 PROGRESS = "progress.json"
-BEFORE_PROGRESS = {LOCK, "tokenizer.json", "token_bytes.npy"}
+INITIAL_FILES = {LOCK, "tokenizer.json", "token_bytes.npy"}
 
 
 @dataclass
-class Written:
-    """What of a split is on disk: whole shards, and counts that include the one that is being written.
+class SplitProgress:
+    """Finished shards of a split, and totals that include the shard being written.
 
-    covered  bytes that the tokens stand for: the text's bytes unless the tokenizer changes text
-    full     the split has reached its limit
+    token_text_bytes  bytes that the tokens stand for: those of the text, unless the tokenizer changes text
+    full              the split has reached its limit
     """
 
     shards: list[Shard] = field(default_factory=list)
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
-    covered: int = 0
+    token_text_bytes: int = 0
     full: bool = False
 
     def unfinished(self, name: str) -> int:
-        """`tokens`, `documents` or `bytes` of the shard that is being written."""
+        """`tokens`, `documents` or `bytes` of the shard being written."""
         return int(getattr(self, name) - sum(getattr(shard, name) for shard in self.shards))
 
 
 @dataclass
 class Progress:
-    """`progress.json`: a prepared folder is this plus what is still to come, however often it was interrupted.
+    """State of an interrupted preparation, in `progress.json`: all that resuming needs beside the shards.
 
-    asked  recipe and source; going on with others would mix data
+    inputs  recipe and fingerprint of the source; resuming with others would mix data
     """
 
-    asked: dict[str, Any]
+    inputs: dict[str, Any]
     position: Position
-    splits: dict[str, Written]
+    splits: dict[str, SplitProgress]
 
     def save(self, folder: Path) -> None:
-        write_json(folder / PROGRESS, asdict(self) | {"position": list(self.position)})
+        splits = {name: asdict(split) for name, split in self.splits.items()}
+        for split in splits.values():  # the names of earlier versions, whose preparations can be resumed
+            split["covered"] = split.pop("token_text_bytes")
+        write_json(folder / PROGRESS, {"asked": self.inputs, "position": list(self.position), "splits": splits})
 
     @classmethod
-    def load(cls, folder: Path, asked: dict[str, Any], splits: list[str]) -> "Progress":
-        """That of `folder`, or a new one. Raises DataError where the folder holds something else."""
+    def load(cls, folder: Path, inputs: dict[str, Any], splits: list[str]) -> "Progress":
+        """Read the progress of `folder`, or start over if no token was written.
+
+        Raises DataError if the folder was begun with other inputs, or holds foreign files.
+        """
         path = folder / PROGRESS
+        new = cls(inputs, Position(), {split: SplitProgress() for split in splits})
         if not path.exists():
-            _refuse_others(folder)
-            return cls(asked, Position(), {split: Written() for split in splits})
+            _refuse_foreign_files(folder)
+            return new
         values = json.loads(path.read_text())
-        if values["asked"] != json.loads(json.dumps(asked)):
+        if values["asked"] != json.loads(json.dumps(inputs)):
             if not any(split["tokens"] for split in values["splits"].values()):
                 path.unlink()
-                return cls(asked, Position(), {split: Written() for split in splits})
+                return new
             raise DataError(
-                f"{folder} was begun with {differences(values['asked'], asked)}; run that command again, delete the "
+                f"{folder} was begun with {differences(values['asked'], inputs)}; run that command again, delete the "
                 "folder, or give another with path="
             )
-        written = {
-            name: Written(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
-            for name, split in values["splits"].items()
-        }
-        return cls(asked, Position(*values["position"]), written)
+        for split in values["splits"].values():
+            split["token_text_bytes"] = split.pop("covered")
+            split["shards"] = [Shard(**shard) for shard in split["shards"]]
+        progress = {name: SplitProgress(**split) for name, split in values["splits"].items()}
+        return cls(inputs, Position(*values["position"]), progress)
 
 
 class SplitWriter:
-    """Appends documents to the shards of one split; continues after what `written` says."""
+    """Appends documents to the shards of one split, after those that `progress` counts.
 
-    def __init__(self, folder: Path, split: str, written: Written, end: int, dtype: np.dtype, shard_tokens: int):
-        self.folder, self.split, self.written = folder, split, written
+    Raises DataError if a shard is not as it was written.
+    """
+
+    def __init__(self, folder: Path, split: str, progress: SplitProgress, end: int, dtype: np.dtype, shard_tokens: int):
+        self.folder, self.split, self.progress = folder, split, progress
         self.end, self.dtype, self.shard_tokens = end, dtype, shard_tokens
-        for shard in written.shards:
-            if (
-                not (folder / shard.file).is_file()
-                or (folder / shard.file).stat().st_size != shard.tokens * dtype.itemsize
-            ):
-                raise DataError(f"{folder / shard.file} was finished and is altered; delete {folder} and begin anew")
-        self.tokens = written.unfinished("tokens")
+        for shard in progress.shards:
+            path = folder / shard.file
+            if not path.is_file() or path.stat().st_size != shard.tokens * dtype.itemsize:
+                raise DataError(f"{path} was finished and is altered; delete {folder} and start over")
+        self.tokens = progress.unfinished("tokens")
         self.file = self.path.open("r+b" if self.tokens else "wb")
         size = self.tokens * dtype.itemsize
         if self.path.stat().st_size < size:
-            raise DataError(f"{self.path} is shorter than what was written; delete {folder} and begin anew")
+            raise DataError(f"{self.path} is shorter than what was written; delete {folder} and start over")
         self.file.truncate(size)
         self.file.seek(size)
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{self.split}-{len(self.written.shards):05d}.bin"
+        return self.folder / f"{self.split}-{len(self.progress.shards):05d}.bin"
 
-    def add(self, tokens: np.ndarray, text_bytes: int, covered: int) -> bool:
-        """Append a document; True if it begins a new shard."""
+    def add(self, tokens: np.ndarray, text_bytes: int, token_text_bytes: int) -> bool:
+        """Append a document; return True if it begins a new shard."""
         begins = self.tokens > 0 and self.tokens + len(tokens) > self.shard_tokens
         if begins:
             self.finish()
             self.file = self.path.open("wb")
         self.file.write(tokens.tobytes())
         self.tokens += len(tokens)
-        self.written.tokens += len(tokens)
-        self.written.documents += 1
-        self.written.bytes += text_bytes
-        self.written.covered += covered
+        self.progress.tokens += len(tokens)
+        self.progress.documents += 1
+        self.progress.bytes += text_bytes
+        self.progress.token_text_bytes += token_text_bytes
         return begins
 
     def sync(self) -> None:
@@ -121,23 +129,22 @@ class SplitWriter:
         os.fsync(self.file.fileno())
 
     def finish(self) -> None:
-        """Close the shard; where documents begin follows from where they end."""
-        written = self.written
+        """Close the shard and write its offsets, which follow from the end-of-text tokens."""
         self.sync()
         self.file.close()
         ends = np.flatnonzero(np.memmap(self.path, self.dtype, mode="r") == self.end)
-        assert len(ends) == written.unfinished("documents") and ends[-1] == self.tokens - 1
+        assert len(ends) == self.progress.unfinished("documents") and ends[-1] == self.tokens - 1
         offsets = self.path.with_suffix(".offsets.npy")
         with offsets.open("wb") as file:
             np.save(file, np.concatenate([[0], ends[:-1] + 1]).astype(np.int64))
             file.flush()
             os.fsync(file.fileno())
-        written.shards.append(
+        self.progress.shards.append(
             Shard(
                 file=self.path.name,
                 tokens=self.tokens,
                 documents=len(ends),
-                bytes=written.unfinished("bytes"),
+                bytes=self.progress.unfinished("bytes"),
                 sha256=sha256(self.path),
                 offsets=offsets.name,
                 offsets_sha256=sha256(offsets),
@@ -146,22 +153,22 @@ class SplitWriter:
         self.tokens = 0
 
 
-def _refuse_others(folder: Path) -> None:
-    """Raises DataError where `folder` holds what no preparation that has only begun leaves there."""
-    others = {file.name for file in folder.iterdir() if file.suffix != ".partial"} - BEFORE_PROGRESS
+def _refuse_foreign_files(folder: Path) -> None:
+    """Raises DataError if `folder` holds anything but the first files of a preparation."""
+    others = {file.name for file in folder.iterdir() if file.suffix != ".partial"} - INITIAL_FILES
     if others:
         raise DataError(f"{folder} holds {min(others)}, which is not ours; give an empty folder with path=")
 
 
 @contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Waits for another process that writes the folder. A process that dies leaves no lock.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Make the folder if needed and lock it, after waiting for another process that writes it.
 
-    Raises DataError, and leaves nothing, where the folder is another's.
+    The lock of a process that dies is released. Raises DataError if the folder holds foreign files, and writes nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / LOCK).exists():
-        _refuse_others(folder)
+        _refuse_foreign_files(folder)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -174,16 +181,16 @@ def only_process(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def differences(ours: dict[str, Any], asked: dict[str, Any]) -> str:
-    """`source.train=a instead of b, ...`"""
-    found = []
+def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> str:
+    """Describe what differs between two recipes: `source.train=a instead of b, ...`"""
+    changes = []
 
     def compare(prefix: str, old: Any, new: Any) -> None:
         if isinstance(old, dict) and isinstance(new, dict):
             for key in sorted(old.keys() | new.keys()):
                 compare(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
         elif old != new:
-            found.append("other source files" if prefix == "files" else f"{prefix}={old} instead of {new}")
+            changes.append("other source files" if prefix == "files" else f"{prefix}={old} instead of {new}")
 
-    compare("", ours, json.loads(json.dumps(asked)))
-    return ", ".join(found)
+    compare("", recorded, json.loads(json.dumps(requested)))
+    return ", ".join(changes)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import data.corpora
 from arch import ArchConfig, LanguageModel, ModelConfig, SizeConfig, resolve
 from arch import build as build_model
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from eval.layouts import load_arch, names
 from train.checkpoint import checkpoints
@@ -103,7 +103,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     data.corpora.CORPORA["unit"] = documents
     path = tmp_path_factory.mktemp("data") / "unit"
     source, tokenizer = SourceConfig(corpus="unit"), TokenizerConfig(vocab_size=600)
-    prepare(DataConfig(path=str(path), name="unit", source=source, tokenizer=tokenizer, workers=1))
+    prepare(PrepareConfig(path=str(path), name="unit", source=source, tokenizer=tokenizer, workers=1))
     yield path
     del data.corpora.CORPORA["unit"]
 

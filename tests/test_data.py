@@ -81,7 +81,7 @@ def test_length_counts_the_whole_run(folder: Path) -> None:
 def test_eval_batches_cover_each_window_once_over_processes(folder: Path) -> None:
     read, seen = windows(folder, split="val"), []
     assert len(read) > 7
-    chosen = EvalWindows.of(Mixture((read,), (1.0,)), 7)
+    chosen = EvalWindows.of(read, 7)
     for rank in range(2):
         batches = list(EvalBatches(chosen, micro_batch=2, rank=rank, world=2))
         assert len(batches) == 2
@@ -109,7 +109,7 @@ def test_document_numbers_are_in_the_batches(folder: Path) -> None:
         assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
         assert batch["documents_BT"].shape == batch["inputs"].shape and batch["documents_BT"].max() > 0
     assert next(iter(replace(with_mask, sequence_format=SequenceFormat())))["documents_BT"] is None
-    chosen = EvalWindows.of(Mixture((windows(folder, 64, "val"),), (1.0,)), 3)
+    chosen = EvalWindows.of(windows(folder, 64, "val"), 3)
     batch = next(iter(EvalBatches(chosen, 4, sequence_format=SequenceFormat(document_mask=True))))
     assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
 

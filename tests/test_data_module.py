@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from arch import ArchConfig, SizeConfig, StoreConfig
-from data.config import DataConfig, SourceConfig, TokenizerConfig, load
+from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
 from data.prepare import prepare
-from train.datamodule import Data
+from data.presets import load
+from train.datamodule import Data, check_limits
 from train.schema import PretrainConfig
 
 
@@ -24,7 +25,7 @@ def run(data: DataConfig) -> Data:
 def bytes_folder(tmp_path: Path) -> Path:
     (tmp_path / "a.txt").write_text("some text " * 100)
     source = SourceConfig(train=str(tmp_path / "a.txt"))
-    prepare(DataConfig(path=str(tmp_path / "b"), source=source, tokenizer=TokenizerConfig("bytes"), workers=1))
+    prepare(PrepareConfig(path=str(tmp_path / "b"), source=source, tokenizer=TokenizerConfig("bytes"), workers=1))
     return tmp_path / "b"
 
 
@@ -68,6 +69,25 @@ def test_a_run_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shown = f"{folder} is not prepared yet; run\n  python data/prepare.py fineweb_edu max_tokens=1000"
     assert str(caught.value) == shown
     assert not folder.exists()
+
+
+def test_limits_that_a_folder_was_not_prepared_with(tmp_path: Path) -> None:
+    """A limit set on a training command is refused if it changes nothing; one in configs/data is not set there."""
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    source, folder = SourceConfig(train=str(tmp_path / "a.txt")), tmp_path / "b"
+    limited = PrepareConfig(str(folder), "pile_dedup", source, TokenizerConfig("bytes"), max_tokens=5000, workers=1)
+    folders = {folder: prepare(limited)}
+    preset = load("pile_dedup", [f"path={folder}"])
+    assert preset.max_eval_tokens == 20_000_000 and limited.max_eval_tokens is None
+    for accepted in (preset, replace(preset, max_tokens=5000), replace(preset, max_eval_tokens=None)):
+        check_limits(accepted, folders)
+    for key, value in (("max_tokens", 400), ("max_documents", 3), ("max_eval_tokens", 7), ("shard_tokens", 99)):
+        with pytest.raises(DataError) as caught:
+            check_limits(replace(preset, **{key: value}), folders)
+        prepared = getattr(limited, key)
+        assert f"{folder} was prepared with {key}={prepared} instead of {value}" in str(caught.value)
+        assert f"Leave out data.{key}, or" in str(caught.value)
+        assert f"\n  python data/prepare.py pile_dedup path=FOLDER {key}={value}" in str(caught.value)
 
 
 def test_a_data_set_prepared_otherwise(bytes_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

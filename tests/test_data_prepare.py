@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import datasets
@@ -24,11 +24,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 import data.corpora
 from data import writing
-from data.config import DataConfig, SourceConfig, TokenizerConfig, command, load, names
+from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError, sha256
 from data.prepare import main, prepare
+from data.presets import command, load, names
 from data.shards import Manifest, read_offsets
-from data.sources import Position, Source
+from data.sources import Position, TextSource
 from data.tokenizer import PIECE, Encoder, byte_tokenizer, dtype_of, end_token, token_bytes
 
 # More than ASCII, the end of text spelled out, line ends of every kind, and text twice.
@@ -37,11 +38,11 @@ ROWS = [json.dumps({"text": text, "id": n}) for n, text in enumerate(TEXTS)]
 BYTES = TokenizerConfig(kind="bytes")
 
 
-def config(folder: Path, tokenizer: TokenizerConfig = BYTES, **changes: object) -> DataConfig:
-    """Source keys, and keys of DataConfig."""
+def config(folder: Path, tokenizer: TokenizerConfig = BYTES, **changes: object) -> PrepareConfig:
+    """Source keys, and keys of PrepareConfig."""
     of_source = {key: value for key, value in changes.items() if key in SourceConfig.__dataclass_fields__}
     others = {key: value for key, value in changes.items() if key not in of_source}
-    return DataConfig(
+    return PrepareConfig(
         path=str(folder), tokenizer=tokenizer, source=SourceConfig(**of_source), **{"workers": 1, **others}
     )
 
@@ -133,7 +134,7 @@ def test_every_format_gives_the_same_text(write: Callable[[Path], Path], tmp_pat
 @pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_a_data_set_of_the_hub(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` reads a local folder as it reads the hub: streamed, by the names of splits; from any document on."""
-    monkeypatch.setattr("data.sources.ANCHOR", 7)
+    monkeypatch.setattr("data.sources.ANCHOR_ROWS", 7)
     for split in ("train", "validation"):
         for part in range(3):
             name = str(tmp_path / "hub" / f"{split}-{part:05d}-of-00003")
@@ -145,7 +146,7 @@ def test_a_data_set_of_the_hub(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert texts_of(tmp_path / "out") == expected
     val = texts_of(tmp_path / "out", "val")
     assert val == expected[: len(val)] and 30 < len(val) < 100
-    source = Source(asked.source)
+    source = TextSource(asked.source)
     whole = list(source.documents(Position(), 1))
     for place in (0, 5, 6, 7, 50, 299):
         position = Position(*json.loads(json.dumps(whole[place].after)))
@@ -286,7 +287,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add = writing.SplitWriter.add
 
     def full(self: writing.SplitWriter, *arguments: object) -> bool:
-        if len(self.written.shards) == 2 and self.tokens > 1000:
+        if len(self.progress.shards) == 2 and self.tokens > 1000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return add(self, *arguments)
 
@@ -333,6 +334,19 @@ def test_a_preparation_that_was_begun_keeps_its_recipe(tmp_path: Path, monkeypat
     path.write_text("{}\n")
     with pytest.raises(DataError, match="was begun with other source files"):
         prepare(begun)
+
+
+def test_progress_of_an_earlier_version(tmp_path: Path) -> None:
+    shard = {"file": "train-00000.bin", "tokens": 3, "documents": 1, "bytes": 2, "sha256": "a"}
+    shard |= {"offsets": "train-00000.offsets.npy", "offsets_sha256": "b"}
+    split = {"shards": [shard], "tokens": 5, "documents": 2, "bytes": 4, "covered": 3, "full": False}
+    saved = {"asked": {"source": 1}, "position": [0, None, 2], "splits": {"train": split}}
+    (tmp_path / writing.PROGRESS).write_text(json.dumps(saved))
+    progress = writing.Progress.load(tmp_path, {"source": 1}, ["train"])
+    assert progress.position == Position(0, None, 2)
+    assert progress.splits["train"].token_text_bytes == 3 and progress.splits["train"].unfinished("tokens") == 2
+    progress.save(tmp_path)
+    assert json.loads((tmp_path / writing.PROGRESS).read_text()) == saved
 
 
 def test_a_preparation_that_wrote_nothing_is_forgotten(tmp_path: Path) -> None:
@@ -468,16 +482,32 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.stdout == "out: tokenizer and 3 shards are what the manifest says\n"
 
 
+def test_training_has_every_key_of_preparation() -> None:
+    preparation, training = fields(PrepareConfig), fields(DataConfig)[: len(fields(PrepareConfig))]
+    assert [(key.name, key.type, key.default) for key in training] == [
+        (key.name, key.type, key.default) for key in preparation
+    ]
+    changed = DataConfig("a", "b", SourceConfig("c"), TokenizerConfig("d"), 1, 2, 3, 4, 5)
+    assert changed.preparation == PrepareConfig("a", "b", SourceConfig("c"), TokenizerConfig("d"), 1, 2, 3, 4, 5)
+
+
+def test_the_schema_imports_nothing_heavy() -> None:
+    code = "import sys, data.config, data.files; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"numpy", "torch", "datasets", "tokenizers", "pyarrow", "omegaconf", "rich", "yaml"}
+    assert not heavy & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_config_says_its_own_name_and_command(name: str) -> None:
     assert load(name, []).name == name
-    assert command(load(name, [])) == f"python data/prepare.py {name}"
+    assert command(load(name, []).preparation) == f"python data/prepare.py {name}"
     changed = load(name, ["source.text=body", "tokenizer.vocab_size=512", "max_tokens=5"])
     shown = "python data/prepare.py " + name + " source.text=body tokenizer.vocab_size=512 max_tokens=5"
-    assert command(changed) == shown
+    assert command(changed.preparation) == shown
     assert load(name, shown.split()[3:]) == changed
     listed = load(name, ["source.train=[a b/*,c]"])
-    assert load(name, shlex.split(command(listed))[3:]) == listed
+    assert load(name, shlex.split(command(listed.preparation))[3:]) == listed
 
 
 def gpt_neox_like(path: Path) -> None:
@@ -589,7 +619,7 @@ def test_long_documents_are_encoded_in_pieces() -> None:
 def test_a_sample_is_spread_over_the_files(tmp_path: Path) -> None:
     for n in range(100):
         (tmp_path / f"{n:03d}.txt").write_text(f"{n:03d} " * 1000)
-    source = Source(SourceConfig(train=str(tmp_path)))
+    source = TextSource(SourceConfig(train=str(tmp_path)))
     sample = list(source.sample(64_000))
     assert len(sample) == 64 and sum(map(len, sample)) == 64_000
     assert sample[0].startswith("000") and sample[-1].startswith("098")

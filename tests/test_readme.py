@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ARCHS, ROOT, run_script
 
-from data.config import load
+from data.presets import load
 from eval.readme import renewed
 
 TEXT = (ROOT / "README.md").read_text()

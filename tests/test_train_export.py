@@ -31,7 +31,7 @@ import train.hub.verify
 from arch import ArchConfig, Decoder, generate, resolve
 from arch.convert import ConversionError
 from data.cli import UsageError
-from data.config import DataConfig, SourceConfig, TokenizerConfig
+from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import sha256
 from data.prepare import prepare
 from eval.cli import MISTAKES
@@ -244,7 +244,7 @@ def test_bf16_is_the_rounded_model(gqa: Path, corpus: Path) -> None:
 @pytest.mark.usefixtures("here")
 def test_bytes_as_tokens(tmp_path: Path, corpus: Path) -> None:
     data = tmp_path / "bytes"
-    config = DataConfig(
+    config = PrepareConfig(
         str(data), source=SourceConfig(corpus="unit"), tokenizer=TokenizerConfig(kind="bytes"), workers=1
     )
     prepare(config)

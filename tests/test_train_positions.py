@@ -13,7 +13,7 @@ from arch import Decoder, build
 from data.batches import EvalBatches
 from data.cli import UsageError
 from data.config import DataConfig
-from data.mixture import EvalWindows, Mixture
+from data.mixture import EvalWindows
 from data.shards import Manifest, TokenWindows
 from train import checkpoint
 from train.benchmarks.positions import main
@@ -45,7 +45,7 @@ def test_a_run_by_position(run: Path, corpus: Path, capsys: pytest.CaptureFixtur
     assert [bucket["first"] for bucket in lengths["32"]] == [0, 1, 2, 4, 8, 16]
     model = Decoder(small("bct", num_layers=2, vocab_size=600, seq_len=16))
     model.init_weights(3)
-    windows = Mixture((TokenWindows(corpus, Manifest.load(corpus), "val", 32),), (1.0,))
+    windows = TokenWindows(corpus, Manifest.load(corpus), "val", 32)
     batches = EvalBatches(EvalWindows.of(windows, 4), 2)
     total = sum(model(b["inputs"], head=cross_entropy_sum(b["targets"])).item() for b in batches)
     mean = sum(bucket["nats"] * bucket["targets"] for bucket in lengths["32"]) / 128
@@ -88,7 +88,7 @@ def test_a_block_transformer_by_position(tmp_path: Path, corpus: Path) -> None:
         main([str(folder), "lengths=16", "tokens=64"])
         buckets = json.loads((folder / "positions.json").read_text())["lengths"]["16"]
         assert [bucket["first"] for bucket in buckets] == ([0, 1, 2, 4, 8] if start else [4, 8])
-        windows = Mixture((TokenWindows(corpus, Manifest.load(corpus), "val", 16),), (1.0,))
+        windows = TokenWindows(corpus, Manifest.load(corpus), "val", 16)
         rows = [torch.from_numpy(row[1:].astype("int64")) for row in EvalWindows.of(windows, 4)]
         tokens = torch.stack(rows)
         wanted = model.predicted(tokens)

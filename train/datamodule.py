@@ -11,10 +11,11 @@ from torch import Tensor
 
 from arch import ModelConfig, resolve
 from data.batches import EvalBatches, SequenceFormat, TrainBatches
-from data.config import DataConfig, command, default_folder, recipe
+from data.config import DataConfig
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
+from data.presets import changed_limits, command
 from data.shards import Manifest, TokenWindows
 from data.writing import differences
 from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
@@ -99,15 +100,31 @@ def open_data(config: DataConfig) -> dict[Path, Manifest]:
         return {Path(folder): Manifest.load(Path(folder)) for folder in weights_of(config.mix)}
     if config.path:
         return {Path(config.path): Manifest.load(Path(config.path))}
-    folder = default_folder(config)
+    preparation = config.preparation
+    folder = preparation.folder
     if (folder / "manifest.json").exists():
         manifest = Manifest.load(folder)
-        asked = recipe(config)
         for key in ("source", "tokenizer"):  # limits may have been given when it was prepared
-            if manifest.recipe[key] != asked[key]:
-                was = differences({key: manifest.recipe[key]}, {key: asked[key]})
+            if manifest.recipe[key] != preparation.recipe[key]:
+                was = differences({key: manifest.recipe[key]}, {key: preparation.recipe[key]})
                 raise DataError(f"{folder} was prepared with {was}; prepare another folder and name it with data.path=")
         return {folder: manifest}
-    if not config.source.corpus:
-        raise DataError(f"{folder} is not prepared yet; run\n  {command(config)}")
-    return {folder: prepare(replace(config, workers=1))}
+    if not preparation.source.corpus:
+        raise DataError(f"{folder} is not prepared yet; run\n  {command(preparation)}")
+    return {folder: prepare(replace(preparation, workers=preparation.workers or 1))}
+
+
+def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
+    """Refuse limits that somebody set for this run and that a folder was not prepared with: they change nothing.
+
+    Raises DataError with the key and the command that prepares such data.
+    """
+    limits = changed_limits(config.preparation)
+    for folder, manifest in folders.items():
+        prepared = {key: manifest.recipe[key] for key in limits}
+        if prepared != limits:
+            raise DataError(
+                f"{folder} was prepared with {differences(prepared, limits)}, and training does not cut it. Leave out "
+                f"{' and '.join(f'data.{key}' for key in limits)}, or prepare another folder and train with "
+                f"data.path=FOLDER:\n  {command(replace(config.preparation, path='FOLDER'))}"
+            )

@@ -21,7 +21,7 @@ from eval.footprint import plan_tables
 from train import checkpoint
 from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
-from train.datamodule import Data
+from train.datamodule import Data, check_limits
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, Progress
@@ -43,6 +43,8 @@ def run(config: PretrainConfig) -> None:
     except TrainingError as error:
         raise UsageError(str(error)) from error
     data = Data(config)
+    if config.resume is None:  # a resumed run keeps what it began with
+        check_limits(config.data, data.folders)
     module = LitModel(config, data.token_bytes())
     folder = Path(config.folder)
     if rank_zero_only.rank == 0:

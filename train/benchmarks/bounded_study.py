@@ -36,9 +36,9 @@ from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, state_itemsize
 from data.batches import EvalBatches, TrainBatches
 from data.cli import UsageError, fail
-from data.config import load
 from data.files import write_json
-from data.mixture import EvalWindows, Mixture
+from data.mixture import EvalWindows
+from data.presets import load
 from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES
 from eval.environment import ROOT, environment
@@ -196,7 +196,7 @@ def train_lm(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict
     positions = {}
     for times in LONGER:
         length = times * settings.lm_length
-        windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+        windows = TokenWindows(folder, manifest, "val", length)
         chosen = EvalWindows.of(windows, settings.lm_val_tokens // length)
         positions[str(length)] = [asdict(b) for b in loss_by_position(model, EvalBatches(chosen, 1))]
     trained = positions[str(settings.lm_length)]

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.config import load
 from data.files import write_json
+from data.presets import load
 from eval.environment import environment
 from train import checkpoint
 from train.datamodule import open_data

@@ -25,8 +25,8 @@ from torch import nn
 from arch import LanguageModel, ModelConfig, resolve
 from arch.footprint import kv_bytes
 from data.batches import EvalBatches, SequenceFormat, TrainBatches
-from data.config import PrepareConfig, SourceConfig, TokenizerConfig, folder_of
-from data.mixture import EvalWindows, Mixture
+from data.config import PrepareConfig, SourceConfig, TokenizerConfig
+from data.mixture import EvalWindows
 from data.shards import Manifest, TokenWindows
 from eval.environment import ROOT
 from train.benchmarks.baselines import UnavailableError, kvfrontier
@@ -87,7 +87,7 @@ def default_data() -> Path:
         name="stdlib", source=SourceConfig(corpus="stdlib"), tokenizer=TokenizerConfig(vocab_size=8192)
     )
     prepare(config)
-    return folder_of(config)
+    return config.folder
 
 
 def pretrain(arch: str, config: ModelConfig, folder: Path, seed: int) -> float:
@@ -139,7 +139,7 @@ def evaluate(
     model: LanguageModel, windows: TokenWindows, micro: int, device: torch.device, form: SequenceFormat
 ) -> float:
     """Nats per token over the windows that train/pretrain.py validates on unless told otherwise."""
-    chosen = EvalWindows.of(Mixture((windows,), (1.0,)), DataConfig.val_tokens // windows.seq_len)
+    chosen = EvalWindows.of(windows, DataConfig.val_tokens // windows.seq_len)
     total, targets = 0.0, 0
     for batch in EvalBatches(chosen, micro, sequence_format=form):
         with autocast(device):

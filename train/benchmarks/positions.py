@@ -17,7 +17,7 @@ from rich.table import Table
 from arch import ModelConfig, build
 from data.batches import EvalBatches
 from data.cli import UsageError, fail, parse
-from data.mixture import EvalWindows, Mixture
+from data.mixture import EvalWindows
 from data.shards import TokenWindows
 from eval.cli import MISTAKES, folders_of
 from eval.positions import Bucket, loss_by_position
@@ -54,7 +54,7 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
         batches = []
         form = replace(sequence_format(model.plan, config.data), block_padding=0)
         for folder, manifest in open_data(config.data).items():
-            windows = Mixture((TokenWindows(folder, manifest, "val", length),), (1.0,))
+            windows = TokenWindows(folder, manifest, "val", length)
             chosen = EvalWindows.of(windows, tokens // length)
             batches += EvalBatches(chosen, 1, sequence_format=form)
         found[length] = loss_by_position(model, batches)

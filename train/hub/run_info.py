@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 
 from data.cli import UsageError
-from data.config import TokenizerConfig, default_folder
 from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
@@ -60,14 +59,14 @@ def corpus_of(folder: Path, config: PretrainConfig | None, given: str | None, wi
         return prepared(Path(given), None if config is None else with_data(config, given), windows)
     if config is not None:
         data = config.data
-        first = Path(next(iter(data.mix))) if data.mix else Path(data.path) if data.path else default_folder(data)
+        first = Path(next(iter(data.mix))) if data.mix else data.preparation.folder
         if (first / "manifest.json").is_file():
             return prepared(first, config, windows)
         where = f"the run's data folder {first} is not here"
     else:
         where = f"{folder} lies in no run"
     if beside.is_file():
-        tokenizer = pretrained(TokenizerConfig(kind="pretrained", name=str(beside)))
+        tokenizer = pretrained(str(beside))
         return Corpus(tokenizer, end_token(tokenizer, None), [])
     raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
 
@@ -80,7 +79,7 @@ def prepared(folder: Path, config: PretrainConfig | None, windows: int) -> Corpu
     """Of a folder of shards; with windows, without a document mask, where the run is known."""
     manifest = Manifest.load(folder)
     manifest.check_tokenizer(folder)
-    tokenizer = pretrained(TokenizerConfig(kind="pretrained", name=str(folder / "tokenizer.json")))
+    tokenizer = pretrained(str(folder / "tokenizer.json"))
     if tokenizer.id_to_token(manifest.end_of_text) is None:
         raise DataError(f"{folder}: its tokenizer has no token {manifest.end_of_text}; prepare the folder again")
     if config is None:
