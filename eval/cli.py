@@ -4,11 +4,9 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 `name_schema`. `task` gets a typed object, whose `arch` and `size` are filled in from `+arch=X +size=Y`.
 """
 
-import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
-from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -68,18 +66,6 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
 
 # What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
 NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
-
-
-def folders_of(patterns: Sequence[str]) -> list[Path]:
-    """The folders that `patterns` (paths or globs) name. Files are skipped: `runs/*` also finds our own pictures.
-
-    Raises UsageError where there is none.
-    """
-    paths = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
-    folders = [path for path in paths if not path.is_file()]
-    if not folders:
-        raise UsageError("no folder is given; give run folders, or a folder that holds runs")
-    return folders
 
 
 def require(**chosen: str | None) -> None:

@@ -8,14 +8,10 @@ smoothed. Learning rates fall towards the end of a run: one planned to end where
 there. Seconds are training alone: no validation, no checkpoints, not the first step after a start, which compiles.
 """
 
-import csv
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +19,27 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from arch import plan_from_dict
 from data.cli import UsageError, fail, parse
-from eval.cli import folders_of
-from eval.pareto import RunError
 from eval.results import write_result
+from eval.runs import (
+    CLOCKS,
+    Array,
+    Curve,
+    History,
+    deciding_values,
+    differing,
+    find_runs,
+    folders_of,
+    group_by_seed,
+    load_history,
+)
 from eval.units import count_text
 
-CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
 LOSSES = {"val": "validation loss", "train": "smoothed training loss"}
-ENOUGH = 4  # validations, to interpolate between them
-SMOOTHING = 1 / 12  # share of a whole run that the smoothed loss is about the mean of
-Array = np.ndarray
-
-# What decides a run besides its seed, and what decides how fast it is.
-LEARNED = ("arch", "size", "data", "optim", "tokens", "batch_size", "init", "train_only")
-EXECUTED = ("accelerator", "devices", "num_nodes", "strategy", "precision", "micro_batch", "compile", "backend")
-EXECUTED += ("activation_checkpointing",)
+MIN_VALIDATIONS = 4  # to interpolate between them
 
 
 @dataclass(frozen=True)
@@ -61,200 +57,80 @@ class CurvesConfig:
     out: Path | None = None
 
 
-@dataclass(frozen=True)
-class History:
-    """What one run reported: by step the training loss as it is and smoothed, and the seconds; validations by step."""
-
-    folder: Path
-    config: dict[str, Any]
-    unpredicted: int
-    hardware: str
-    params: int
-    step_tokens: float
-    flops_per_token: float
-    steps: Array
-    seconds: Array
-    raw: Array
-    train: Array
-    val_steps: Array
-    val: Array
-
-    def losses(self, which: str) -> tuple[Array, Array]:
-        """(steps, losses) of `val` or `train`."""
-        return (self.val_steps, self.val) if which == "val" else (self.steps, self.train)
-
-    def seconds_at(self, step: Array | float) -> Any:
-        return np.interp(step, [0, *self.steps], [0.0, *self.seconds])
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Runs that differ in nothing but the seed. Their mean is over the steps that all of them have reported."""
-
-    name: str
-    runs: tuple[History, ...]
-
-    def mean(self, which: str) -> tuple[Array, Array, Array, Array]:
-        """(steps, mean, lowest and highest loss) of `val`, `train` or `raw`."""
-        series = [(run.steps, run.raw) if which == "raw" else run.losses(which) for run in self.runs]
-        steps = reduce(np.intersect1d, [steps for steps, _ in series])
-        losses = np.stack([values[np.isin(of, steps)] for of, values in series])
-        return steps, losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0)
-
-    def axes(self, steps: Array | float) -> dict[str, Any]:
-        """Tokens, seconds and training FLOPs after `steps`, the seconds on average."""
-        tokens = steps * self.runs[0].step_tokens
-        seconds = np.mean([run.seconds_at(steps) for run in self.runs], axis=0)
-        return {"tokens": tokens, "seconds": seconds, "flops": tokens * self.runs[0].flops_per_token}
-
-    def each(self) -> "list[Curve]":
-        """Every run as a curve of its own."""
-        return [Curve(self.name, (run,)) for run in self.runs]
-
-
-def load_history(folder: Path, clock: str) -> History:
-    """Raises RunError where the folder holds no run, or one that cannot be compared."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        plan = plan_from_dict(json.loads((folder / "plan.json").read_text()))
-        hardware = json.dumps(json.loads((folder / "run.json").read_text())[-1]["hardware"])
-        rows = read_rows(folder)
-        train = [row for row in rows if row["train/loss"]]
-        val = [row for row in rows if row.get("val/loss")]
-        if len(train) < 2:
-            raise RunError(f"{folder} has reported {len(train)} times so far, a curve needs 2: leave it out, or wait")
-        column = CLOCKS[clock]
-        if column not in train[0]:
-            why = "it ran on no CPU" if clock == "cpu" else "it is of a version that logged none"
-            raise RunError(f"{folder} has no {column}, {why}: leave it out, or train it again")
-        steps, seconds, raw = np.array([[float(row[key]) for key in ("step", column, "train/loss")] for row in train]).T
-        if not np.isfinite(seconds).all():
-            raise RunError(f"{folder}: its time is not known, it began with a version that logged none; leave it out")
-        known = [(float(row["step"]), float(row["val/loss"])) for row in val if float(row["step"]) <= steps[-1]]
-        val_steps, losses = np.array(known).reshape(-1, 2).T
-        step_tokens = float(train[-1]["train/tokens"]) / steps[-1]
-        reports = config["tokens"] / step_tokens / (steps[-1] / len(steps))  # of the whole run
-        return History(
-            folder,
-            config,
-            plan.num_unpredicted,
-            hardware,
-            int(float(train[0]["model/params"])),
-            step_tokens,
-            float(train[0]["model/train_flops_per_token"]),
-            steps,
-            seconds,
-            raw,
-            smoothed(raw, SMOOTHING * reports),
-            val_steps,
-            losses,
-        )
-    except FileNotFoundError as error:
-        raise RunError(f"{folder} holds no run: {error.filename} is missing") from error
-    except RunError:  # a ValueError as well
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
-        raise RunError(f"{folder} holds no readable run: {error!r}") from error
-
-
-def read_rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of all starts of a run; where a start repeats steps of the one before, its rows count."""
-    rows: list[dict[str, str]] = []
-    for path in sorted((folder / "metrics").glob("*/metrics.csv"), key=lambda path: int(path.parent.name)):
-        with path.open(newline="") as file:
-            new = [row for row in csv.DictReader(file) if row["train/loss"] or row.get("val/loss")]
-        if new:
-            first = min(int(row["step"]) for row in new)
-            rows = [row for row in rows if int(row["step"]) < first] + new
-    return rows
-
-
-def smoothed(losses: Array, span: float) -> Array:
-    """Exponential mean of what came so far, over about `span` of the losses."""
-    keep = 1 - 1 / max(1.0, span)
-    total = weight = 0.0
-    result = []
-    for loss in losses:
-        total, weight = keep * total + loss, keep * weight + 1
-        result.append(total / weight)
-    return np.array(result)
-
-
 def find_curves(folders: Sequence[Path], clock: str) -> list[Curve]:
-    """All runs in and below `folders`, each once. Raises RunError where there is none."""
-    found: dict[Path, History] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
-        for path in sorted(folder.rglob("run.json")):
-            if path.parent.resolve() not in found:
-                found[path.parent.resolve()] = load_history(path.parent, clock)
-    if not found:
-        raise RunError(f"no run in {', '.join(map(str, folders))}: a run writes run.json when it starts")
-    groups: dict[str, list[History]] = {}
-    for run in found.values():
-        decides = [run.config["name"], *(run.config[key] for key in LEARNED)]
-        text = json.dumps([*decides, *(run.config["trainer"][key] for key in EXECUTED)], sort_keys=True)
-        groups.setdefault(hashlib.sha256(text.encode()).hexdigest(), []).append(run)
-    names = [group[0].config["name"] for group in groups.values()]
-    return [
-        Curve(name if names.count(name) == 1 else f"{name} ({key[:4]})", tuple(group))
-        for (key, group), name in zip(groups.items(), names, strict=True)
-    ]
+    """One curve for each set of runs in and below `folders` that differ in nothing but the seed.
+
+    Raises RunError where there is no run, or one that makes no curve.
+    """
+    runs = [load_history(run, clock) for run in find_runs(folders, finished=False)]
+    return [Curve(name, tuple(group)) for name, group in group_by_seed(runs, identity).items()]
 
 
-def differing(curves: Sequence[Curve]) -> list[str]:
-    """What is not the same in all runs and should be, for their losses and times to be compared."""
-    runs = [run for curve in curves for run in curve.runs]
-    values = {
-        "data": [run.config["data"] for run in runs],
-        "tokens": [run.config["tokens"] for run in runs],
-        "batch_size": [run.config["batch_size"] for run in runs],
-        "size.seq_len": [run.config["size"]["seq_len"] for run in runs],
-        "the positions that are predicted (arch.block.start=true predicts all)": [run.unpredicted for run in runs],
-        "hardware": [run.hardware for run in runs],
-        "how they were executed (trainer)": [[run.config["trainer"][key] for key in EXECUTED] for run in runs],
-    }
-    found = [name for name, of in values.items() if any(value != of[0] for value in of)]
-    params = [run.params for run in runs]
+def identity(history: History) -> list[Any]:
+    """All that decides losses and speed of a run but its seed, the name first."""
+    config = history.run.config
+    return [config["name"], *deciding_values(config, "result").values(), *deciding_values(config, "speed").values()]
+
+
+def differences(curves: Sequence[Curve]) -> list[str]:
+    """Settings that are not the same in all runs and should be, for losses and times to be compared."""
+    histories = [history for curve in curves for history in curve.runs]
+    configs = [history.run.config for history in histories]
+    found = differing(
+        {
+            "data": [config["data"] for config in configs],
+            "tokens": [config["tokens"] for config in configs],
+            "batch_size": [config["batch_size"] for config in configs],
+            "size.seq_len": [config["size"]["seq_len"] for config in configs],
+            "the positions that are predicted (arch.block.start=true predicts all)": [
+                history.num_unpredicted for history in histories
+            ],
+            "hardware": [history.hardware for history in histories],
+            "how they were executed (trainer)": [deciding_values(config, "speed") for config in configs],
+        }
+    )
+    params = [history.params for history in histories]
     return found + ["parameters, by more than 2 %"] * (max(params) > 1.02 * min(params))
 
 
-def crossing(steps: Array, losses: Array, target: float) -> float | None:
-    """The step at which the loss first is `target`, linear between measurements; None: not reached.
+def first_crossing(steps: Array, losses: Array, target: float) -> float | None:
+    """The step at which the loss first reaches `target`, linear between measurements; None if it never does.
 
-    The first measurement where that is already below: what came before it is not known.
+    The first measurement if that is already below `target`: the losses before it are unknown.
     """
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None
-    now = int(below[0])
-    if now == 0:
+    after = int(below[0])
+    if after == 0:
         return float(steps[0])
-    share = (losses[now - 1] - target) / (losses[now - 1] - losses[now])
-    return float(steps[now - 1] + share * (steps[now] - steps[now - 1]))
+    before = after - 1
+    fraction = (losses[before] - target) / (losses[before] - losses[after])
+    return float(steps[before] + fraction * (steps[after] - steps[before]))
 
 
 def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, Any]:
-    """What each curve takes to the reference's final loss, and how much that is of what the reference takes.
+    """Costs of each curve up to the reference's final loss, absolute and relative to the reference's own.
 
-    `by_seed` has the ratio of seconds for each seed that both have: to the final loss of the reference's own seed.
+    `seconds_by_seed` has the ratio of seconds for each seed that both have, up to the final loss of the reference's run
+    of that seed.
     """
-    which = "val" if min(len(curve.mean("val")[0]) for curve in curves) >= ENOUGH else "train"
-    ends, losses, _, _ = reference.mean(which)
-    target, whole = float(losses[-1]), reference.axes(float(ends[-1]))
-    seeds = {run.config["seed"]: run for run in reference.runs}
+    series = "val" if min(len(curve.mean("val")[0]) for curve in curves) >= MIN_VALIDATIONS else "train"
+    steps, losses, _, _ = reference.mean(series)
+    target, whole = float(losses[-1]), reference.axes(float(steps[-1]))
+    reference_runs = {history.seed: history for history in reference.runs}
     rows = []
     for curve in curves:
-        steps, losses, lowest, highest = curve.mean(which)
-        reached = crossing(steps, losses, target)
-        at = None if reached is None else {key: float(value) for key, value in curve.axes(reached).items()}
+        steps, losses, lowest, highest = curve.mean(series)
+        step = first_crossing(steps, losses, target)
+        at_target = None if step is None else {key: float(value) for key, value in curve.axes(step).items()}
+        relative = None if at_target is None else {key: value / float(whole[key]) for key, value in at_target.items()}
         end = curve.axes(float(steps[-1]))
-        ratios = [_ratio(run, seeds[run.config["seed"]], which) for run in curve.runs if run.config["seed"] in seeds]
+        pairs = [(history, reference_runs[history.seed]) for history in curve.runs if history.seed in reference_runs]
         rows.append(
             {
                 "name": curve.name,
-                "seeds": sorted(run.config["seed"] for run in curve.runs),
+                "seeds": sorted(history.seed for history in curve.runs),
                 "params": curve.runs[0].params,
                 "flops_per_token": curve.runs[0].flops_per_token,
                 "tokens": end["tokens"],
@@ -263,25 +139,25 @@ def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, 
                 "loss": float(losses[-1]),
                 "lowest": float(lowest[-1]),
                 "highest": float(highest[-1]),
-                "to_target": at,
-                "relative": None if at is None else {key: value / float(whole[key]) for key, value in at.items()},
-                "seconds_by_seed": ratios if curve is not reference else [],
-                "series": {key: _series(curve, key) for key in ("val", "train")},
+                "to_target": at_target,
+                "relative": relative,
+                "seconds_by_seed": [_ratio(*pair, series) for pair in pairs] if curve is not reference else [],
+                "series": {key: _points(curve, key) for key in ("val", "train")},
             }
         )
-    result = {"reference": reference.name, "loss": LOSSES[which], "which": which, "clock": clock, "target": target}
+    result = {"reference": reference.name, "loss": LOSSES[series], "which": series, "clock": clock, "target": target}
     return result | {"curves": rows}
 
 
-def _ratio(run: History, reference: History, which: str) -> float | None:
-    """Seconds of `run` to the final loss of `reference`, over those of `reference` to it."""
-    steps, losses = reference.losses(which)
-    reached = crossing(*run.losses(which), float(losses[-1]))
-    return None if reached is None else float(run.seconds_at(reached) / reference.seconds_at(steps[-1]))
+def _ratio(history: History, reference: History, series: str) -> float | None:
+    """Seconds of `history` up to the final loss of `reference`, over the seconds of `reference`."""
+    steps, losses = reference.losses(series)
+    step = first_crossing(*history.losses(series), float(losses[-1]))
+    return None if step is None else float(history.seconds_at(step) / reference.seconds_at(steps[-1]))
 
 
-def _series(curve: Curve, which: str) -> dict[str, list[float]]:
-    steps, losses, lowest, highest = curve.mean(which)
+def _points(curve: Curve, series: str) -> dict[str, list[float]]:
+    steps, losses, lowest, highest = curve.mean(series)
     values = {**curve.axes(steps), "loss": losses, "lowest": lowest, "highest": highest}
     return {key: [float(f"{value:.6g}") for value in of] for key, of in values.items()}
 
@@ -328,7 +204,7 @@ def main(arguments: Sequence[str]) -> None:
     curves = [reference, *(curve for curve in curves if curve is not reference)]
     result = compare(curves, reference, options.clock)
     Console(width=None if sys.stdout.isatty() else 160).print(table(result))
-    if others := differing(curves):
+    if others := differences(curves):
         print(f"warning: the runs differ in {', '.join(others)}: judge by that", file=sys.stderr)
     out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
     try:

@@ -4,7 +4,6 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
 """
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -19,10 +18,9 @@ if not __package__:  # run as a script
 from rich.console import Console
 from rich.table import Table
 
-from arch import Plan, plan_from_dict
 from arch.footprint import kv_bytes
 from data.cli import UsageError, fail, parse
-from eval.cli import folders_of
+from eval.runs import Point, Run, RunError, differing, find_runs, folders_of, group_by_seed
 from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
@@ -45,80 +43,15 @@ class ParetoConfig:
     out: Path | None = None
 
 
-class RunError(UsageError):
-    """A folder that holds no usable run; the message says why."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run, as its summary.json and plan.json tell it."""
-
-    folder: Path
-    summary: dict[str, Any]
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Point:
-    """Runs that differ in nothing but the seed. `value` is their mean; bytes are of one sequence of the context."""
-
-    name: str
-    bytes: int
-    value: float
-    lowest: float
-    highest: float
-    runs: int
-    frontier: bool
-    params: int
-    tokens: int
-    kv_per_token: float
-    kv_constant: int
-    kv_read: float
-
-
-def load_run(folder: Path) -> Run:
-    """Raises RunError where the run is unfinished or its files do not belong to a run."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        plan = plan_from_dict(json.loads((folder / "plan.json").read_text()))
-        missing = {"name", "seed", "seq_len", "experiment", "val", "params", "tokens"} - set(summary)
-    except FileNotFoundError as error:
-        raise RunError(f"{folder} holds no finished run: {error.filename} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} holds no readable run: {error!r}") from error
-    if missing:
-        raise RunError(f"{folder}/summary.json lacks {', '.join(sorted(missing))}")
-    return Run(folder, summary, plan)
-
-
-def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """All finished runs in and below `folders`, each once. Raises RunError where there is none."""
-    found: dict[Path, Run] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
-        for path in sorted(folder.rglob("summary.json")):
-            found.setdefault(path.parent.resolve(), load_run(path.parent))
-    if not found:
-        raise RunError(
-            f"no finished run in {', '.join(map(str, folders))}: a run writes summary.json when its training ends"
-        )
-    return list(found.values())
-
-
 def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> list[Point]:
     """One point per experiment, fewest bytes first; on the frontier if none with at most its bytes is as good."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(experiment(run), []).append(run)
-    names = [group[0].summary["name"] for group in groups.values()]
     rows = []
-    for (key, group), name in zip(groups.items(), names, strict=True):
+    for name, group in group_by_seed(runs, experiment).items():
         values = [run.summary["val"][metric] for run in group]
         kv = kv_bytes(group[0].plan, context, itemsize)
         rows.append(
             {
-                "name": name if names.count(name) == 1 else f"{name} ({key[:4]})",
+                "name": name,
                 "bytes": kv.stored,
                 "value": sum(values) / len(values),
                 "lowest": min(values),
@@ -138,21 +71,20 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
     return result
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """What is not the same in all runs and should be, for their values to be compared."""
+def experiment(run: Run) -> list[Any]:
+    """All that decides a run but its seed, the name first."""
+    return [run.summary["name"], run.summary["experiment"]]
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Settings that are not the same in all runs and should be, for their values to be compared."""
     keys = {
         "data": "data, data.document_mask or data.block_padding",
         "val_tokens": "data.val_tokens",
         "steps": "steps",
         "unpredicted": "the positions that are predicted (arch.block.start=true predicts all)",
     }
-    return [name for key, name in keys.items() if len({run.summary["experiment"].get(key) for run in runs}) > 1]
-
-
-def experiment(run: Run) -> str:
-    """A digest of all that decides a run but its seed."""
-    text = json.dumps([run.summary["name"], run.summary["experiment"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return differing({name: [run.summary["experiment"].get(key) for run in runs] for key, name in keys.items()})
 
 
 def table(rows: Sequence[Point], context: int, metric: str) -> Table:
@@ -217,12 +149,12 @@ def main(arguments: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{key} is {value}; it is a whole number, at least 1")
     folders = folders_of(options.folders)
-    runs = find_runs(folders)
+    runs = find_runs(folders, finished=True)
     rows, context = pareto(runs, options.context, options.metric, options.itemsize)
     out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(rows, context, options.metric))
-    if others := differing(runs):
+    if others := differences(runs):
         print(f"warning: the runs differ in {', '.join(others)}: their values hardly compare", file=sys.stderr)
     try:
         paths = write(rows, context, options.metric, out)

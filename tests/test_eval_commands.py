@@ -12,7 +12,8 @@ from arch import resolve
 from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto
-from eval.pareto import RunError, experiment, find_runs, load_run, points
+from eval.pareto import experiment, points
+from eval.runs import RunError, find_runs, finished_run
 from eval.units import bytes_text, count_text, parse_bytes
 
 KEYS = {
@@ -147,7 +148,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_points_and_frontier(runs: Path) -> None:
-    rows = {row.name: row for row in points(find_runs([runs]), 64, "ppl", 2)}
+    rows = {row.name: row for row in points(find_runs([runs], finished=True), 64, "ppl", 2)}
     assert (rows["mha"].value, rows["mha"].lowest, rows["mha"].highest, rows["mha"].runs) == (21.0, 20.0, 22.0, 3)
     assert {name for name, row in rows.items() if row.frontier} == {"swa", "cla2", "gqa4", "mha"}
     for name, row in rows.items():
@@ -156,8 +157,8 @@ def test_points_and_frontier(runs: Path) -> None:
 
 def test_the_context_decides_the_order(runs: Path) -> None:
     """Windows cost as much as full stores on a short text and almost nothing on a long one."""
-    short = {row.name: row.bytes for row in points(find_runs([runs]), 4, "ppl", 2)}
-    long = {row.name: row.bytes for row in points(find_runs([runs]), 4096, "ppl", 2)}
+    short = {row.name: row.bytes for row in points(find_runs([runs], finished=True), 4, "ppl", 2)}
+    long = {row.name: row.bytes for row in points(find_runs([runs], finished=True), 4096, "ppl", 2)}
     assert short["swa"] > short["mqa"]
     assert long["swa"] < long["mqa"]
 
@@ -165,11 +166,11 @@ def test_the_context_decides_the_order(runs: Path) -> None:
 def test_runs_that_differ_in_more_than_the_seed_are_two_points(tmp_path: Path) -> None:
     make_run(tmp_path, "mha", 0, 20.0)
     make_run(tmp_path, "mha", 1, 25.0, lr=3)
-    rows = points(find_runs([tmp_path]), 64, "ppl", 2)
+    rows = points(find_runs([tmp_path], finished=True), 64, "ppl", 2)
     assert len(rows) == 2
     assert len({row.name for row in rows}) == 2
     assert all(row.name.startswith("mha (") for row in rows)
-    first, second = find_runs([tmp_path])
+    first, second = find_runs([tmp_path], finished=True)
     assert experiment(first) != experiment(second)
 
 
@@ -180,7 +181,10 @@ def test_pareto_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "KV cache of one sequence of 64 tokens against bits per byte" in text
     assert {path.name for path in out.iterdir()} == {"pareto.png", "pareto.html", "pareto.csv", "pareto.json"}
     records = json.loads((out / "pareto.json").read_text())
-    expected = [{"context": 64, "metric": "bpb", **asdict(row)} for row in points(find_runs([runs]), 64, "bpb", 2)]
+    expected = [
+        {"context": 64, "metric": "bpb", **asdict(row)}
+        for row in points(find_runs([runs], finished=True), 64, "bpb", 2)
+    ]
     assert records == expected
     with (out / "pareto.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == [row["name"] for row in records]
@@ -212,7 +216,7 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
         ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")
     ):
         make_run(tmp_path, name, 0, 20.0 + number / 3)
-    rows = points(find_runs([tmp_path]), 64, "ppl", 2)
+    rows = points(find_runs([tmp_path], finished=True), 64, "ppl", 2)
     drawn = {}
     original = pictures._label
 
@@ -277,10 +281,10 @@ def test_broken_runs_are_named(runs: Path) -> None:
     run = next(runs.glob("mqa*"))
     (run / "plan.json").unlink()
     with pytest.raises(RunError, match=r"plan\.json is missing"):
-        load_run(run)
+        finished_run(run)
     (run / "plan.json").write_text("{")
     with pytest.raises(RunError, match="holds no readable run"):
-        find_runs([runs])
+        find_runs([runs], finished=True)
 
 
 def test_runs_of_different_length_need_a_context(runs: Path) -> None:

@@ -16,6 +16,7 @@ from arch import resolve
 from data.cli import UsageError
 from eval import curves
 from eval.plots import curves as curves_picture
+from eval.runs import Run
 from train.schema import PretrainConfig
 
 STEPS, STEP_TOKENS, FLOPS = 200, 64, 1000.0
@@ -154,7 +155,7 @@ def test_a_run_that_is_on_its_way(runs: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
     """The second start, from step 100, repeats what the first had done when it was killed, at another time."""
     path = make_run(tmp_path / "runs", "mha", line(6, 0.01), until=150)
-    rows = curves.read_rows(path)
+    rows = Run(path).metrics
     again = [row | {"train/seconds": float(row["train/seconds"] or 0) + 7} for row in rows if int(row["step"]) > 100]
     write_rows(path / "metrics" / "1", again)
     (run,) = curves.find_curves([path], "wall")[0].runs
@@ -174,7 +175,7 @@ def test_a_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
 )
 def test_crossing(losses: list[float], target: float, expected: float | None) -> None:
     steps = 10.0 * np.arange(1, len(losses) + 1)
-    assert curves.crossing(steps, np.array(losses), target) == expected
+    assert curves.first_crossing(steps, np.array(losses), target) == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, t
     assert str(path) in str(caught.value)
     (path / "plan.json").unlink()
     with pytest.raises(UsageError, match=r"plan\.json is missing"):
-        curves.load_history(path, clock)
+        curves.load_history(Run(path), clock)
 
 
 def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

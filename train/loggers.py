@@ -12,7 +12,8 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from eval.pareto import METRICS, Point, Run, RunError, load_run, points, write
+from eval.pareto import METRICS, points, write
+from eval.runs import Point, Run, RunError, finished_run
 from train.schema import PretrainConfig
 
 
@@ -85,12 +86,12 @@ def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int,
 
 
 def finished_neighbours(folder: Path) -> list[Run]:
-    """The run itself and those beside it that have ended; what is unfinished or something else is passed over."""
+    """The run in `folder` and the finished runs next to it; anything else there is skipped."""
     runs = []
     for path in sorted(folder.resolve().parent.iterdir()):
         try:
-            runs.append(load_run(path))
-        except (RunError, NotADirectoryError):
+            runs.append(finished_run(path))
+        except RunError:
             continue
     return runs
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked, where it ran, and what came out.
+"""Write the folder of a run (eval/runs.py reads it), and resume from one.
 
 config.yaml    the resolved configuration; resume=FOLDER starts from it
 plan.json      the resolved KV layout
@@ -20,10 +20,11 @@ from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from data.files import write_json
 from eval.environment import environment
+from eval.runs import KEYS, deciding_values
 from train.schema import PretrainConfig
 
-# What decides the course of a run: a resumed one keeps it. Of the other groups it can change single keys.
-FIXED = ("arch", "size", "data", "optim.name", "batch_size", "seed", "init", "train_only", "name", "folder")
+# Keys that a resumed run cannot change; of GROUPS it can change single keys.
+FIXED = tuple(key for key, value in KEYS.items() if value.fixed)
 GROUPS = ("optim", "trainer", "logger")
 
 
@@ -62,14 +63,15 @@ def constants(config: PretrainConfig, plan: Plan) -> dict[str, float]:
 
 
 def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
-    """What a Pareto plot needs of a run of `steps` steps on the data of checksum `data`.
+    """summary.json of a run of `steps` steps on the data of checksum `data`: what a Pareto plot needs.
 
-    `experiment` is all that decides it except the seed; `unpredicted` are the targets at the start of each sequence
-    that the model does not predict: they are neither trained on nor in any loss.
+    `experiment` is all that decides the result except the seed. `unpredicted`: targets at the start of each sequence
+    that the model does not predict; neither trained on nor in any loss.
     """
-    asked = to_dict(config)
-    experiment = {key: asked[key] for key in ("arch", "size", "optim", "batch_size", "init", "train_only")}
-    for key in ("tokens", "batch_size", "lr"):  # defaults, which `optim` and what follows have as they were used
+    experiment = deciding_values(to_dict(config), "result")
+    for key in ("data", "tokens"):  # the checksum and the steps stand for them
+        del experiment[key]
+    for key in ("tokens", "batch_size", "lr"):  # defaults of keys outside of size
         del experiment["size"][key]
     experiment |= {"steps": steps, "val_tokens": config.data.val_tokens, "data": data}
     experiment["unpredicted"] = plan.num_unpredicted

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -12,10 +12,8 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from eval.runs import Curve
 from eval.units import count_text
-
-if TYPE_CHECKING:
-    from eval.curves import Curve
 
 # Okabe and Ito's, told apart by all kinds of sight; dashes after the seventh.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -24,7 +22,7 @@ EARLY = 0.05  # share of a run whose losses, on the way down from chance, set no
 TITLES = {"val": "validation loss", "train": "training loss"}
 
 
-def draw_curves(curves: Sequence["Curve"], result: dict[str, Any], path: Path) -> None:
+def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path) -> None:
     """One column for each of tokens, seconds and FLOPs; validation above training where it is what is compared."""
     rows = ["val", "train"] if result["which"] == "val" else ["train"]
     unit = "CPU seconds" if result["clock"] == "cpu" else "seconds"
@@ -48,12 +46,12 @@ def draw_curves(curves: Sequence["Curve"], result: dict[str, Any], path: Path) -
     plt.close(figure)
 
 
-def _draw(axes: plt.Axes, curve: "Curve", which: str, key: str, look: tuple[str, str]) -> None:
+def _draw(axes: plt.Axes, curve: Curve, which: str, key: str, look: tuple[str, str]) -> None:
     color, style = look
     steps, losses, lowest, highest = curve.mean(which)
     x = curve.axes(steps)[key]
     if which == "train":
-        for one in curve.each():
+        for one in curve.by_seed():
             reported, raw, _, _ = one.mean("raw")
             axes.plot(one.axes(reported)[key], raw, ".", color=color, markersize=2, alpha=0.25, zorder=1)
     if len(curve.runs) > 1:
@@ -78,7 +76,7 @@ def _tick(value: float) -> str:
     return count_text(value) if value < 1e12 else f"{value:.2g}".replace("e+", "e")
 
 
-def _limits(curves: Sequence["Curve"], which: str, target: float) -> tuple[float, float]:
+def _limits(curves: Sequence[Curve], which: str, target: float) -> tuple[float, float]:
     """All losses but those of the first steps."""
     low, high = [target], [target]
     for curve in curves:
@@ -93,7 +91,7 @@ def _limits(curves: Sequence["Curve"], which: str, target: float) -> tuple[float
 def _name(
     figure: plt.Figure,
     last: plt.Axes,
-    curves: Sequence["Curve"],
+    curves: Sequence[Curve],
     looks: Sequence[tuple[str, str]],
     which: str,
 ) -> None:

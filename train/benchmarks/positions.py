@@ -19,9 +19,10 @@ from data.batches import EvalBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
 from data.shards import TokenWindows
-from eval.cli import MISTAKES, folders_of
+from eval.cli import MISTAKES
 from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
+from eval.runs import folders_of
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.datamodule import open_data
