@@ -112,8 +112,8 @@ def test_the_best_learning_rate_is_shown() -> None:
         for lr, accuracies in ((1e-3, (0.2, 0.4)), (1e-2, (0.1, 0.9)))
         for seed, accuracy in enumerate(accuracies)
     ]
-    assert [run["lr"] for run in bounded_report.chosen(runs, "recall")["window"]] == [1e-2, 1e-2]
-    assert [run["lr"] for run in bounded_report.chosen(runs, "lm")["window"]] == [1e-3, 1e-3]
+    assert [run["lr"] for run in bounded_report.best_runs(runs, "recall")["window"]] == [1e-2, 1e-2]
+    assert [run["lr"] for run in bounded_report.best_runs(runs, "lm")["window"]] == [1e-3, 1e-3]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.benchmarks import faults
-from train.benchmarks.faults import FAULTS, Fault, Scene, reference, survive
+from train.benchmarks.faults import FAULTS, Fault, FaultRun, reference, run_fault
 
 # Tried by other tests, or by another fault, in less time; `make faults` tries all.
 ELSEWHERE = {
@@ -22,7 +22,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, float]:
-    return reference(Scene(tmp_path_factory.mktemp("alone") / "run", [f"data.path={corpus}"]))
+    return reference(FaultRun(tmp_path_factory.mktemp("alone") / "run", [f"data.path={corpus}"]))
 
 
 @pytest.mark.slow
@@ -44,8 +44,8 @@ def test_the_suite_writes_what_it_tried(tmp_path: Path, monkeypatch: pytest.Monk
     "fault", [fault for fault in FAULTS if fault.name not in ELSEWHERE], ids=lambda fault: fault.name.replace(" ", "-")
 )
 def test_fault(fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float]) -> None:
-    scene = Scene(tmp_path / "run", [f"data.path={corpus}"])
-    scene.expected = expected
-    outcome = survive(fault, scene)
+    run = FaultRun(tmp_path / "run", [f"data.path={corpus}"])
+    run.expected = expected
+    outcome = run_fault(fault, run)
     assert outcome.steps_lost <= fault.most_lost
     assert outcome.error <= 1e-5

@@ -1,4 +1,4 @@
-"""The tables and pictures of train/benchmarks/bounded_study.py, made of its result.json alone."""
+"""Tables and pictures of train/benchmarks/bounded_study.py, from its result.json alone."""
 
 import statistics
 from collections import defaultdict
@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from eval.units import bytes_text
 
 Result = dict[str, Any]
-# Of Okabe and Ito's palette, which colour-blind people tell apart; each with a marker and dashes of its own.
-LOOK = {
+# Colour of Okabe and Ito's palette, which colour-blind people tell apart, marker, and dashes.
+STYLES = {
     "full": ("#000000", "s", (0, (1, 1))),
     "window": ("#E69F00", "o", "-"),
     "gated": ("#CC79A7", "v", (0, (3, 1, 1, 1))),
@@ -27,19 +27,19 @@ LOOK = {
 
 
 def report(result: Result, out: Path) -> str:
-    """Writes README.md and the pictures; returns the tables."""
+    """Write README.md and the pictures to `out`; return the tables."""
     tables = {}
-    for task, (draw, table, picture) in PARTS.items():
+    for task, (draw, table, picture) in SECTIONS.items():
         if task in result:
-            runs = chosen(result[task]["runs"].values(), task)
+            runs = best_runs(result[task]["runs"].values(), task)
             draw(result[task], runs, out / picture)
             tables[task] = table(result[task], runs)
     (out / "README.md").write_text(readme(result, tables))
     return "\n\n".join(tables.values())
 
 
-def chosen(cells: Iterable[Result], task: str) -> dict[str, list[Result]]:
-    """Of each rule, the runs at the learning rate whose mean over the seeds is best."""
+def best_runs(cells: Iterable[Result], task: str) -> dict[str, list[Result]]:
+    """The runs of each rule at the learning rate with the best mean over seeds."""
     runs: dict[str, dict[float, list[Result]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         runs[cell["rule"]][cell["lr"]].append(cell)
@@ -51,15 +51,15 @@ def mean(runs: list[Result], key: str) -> float:
     return statistics.mean(run[key] for run in runs)
 
 
-def band(values: list[float], form: str) -> str:
+def mean_range(values: list[float], form: str) -> str:
     """`mean (lowest to highest)`."""
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def nats(run: Result, length: str, first: int) -> float:
-    """Mean loss of the positions from `first` on."""
-    late = [bucket for bucket in run["positions"][length] if bucket["first"] >= first]
-    return sum(b["nats"] * b["targets"] for b in late) / sum(b["targets"] for b in late)
+def mean_nats(run: Result, length: str, first: int) -> float:
+    """Mean loss at positions from `first` on."""
+    buckets = [bucket for bucket in run["positions"][length] if bucket["first"] >= first]
+    return sum(b["nats"] * b["targets"] for b in buckets) / sum(b["targets"] for b in buckets)
 
 
 def accuracy(run: Result, pairs: int) -> float:
@@ -75,36 +75,36 @@ def head(columns: list[str]) -> list[str]:
     return [row(columns), f"|---|{'---:|' * (len(columns) - 1)}"]
 
 
-def held(about: Result) -> str:
-    if about["off_percent"] is None:
+def retention_text(description: Result) -> str:
+    if description["off_percent"] is None:
         return "every position"
-    parts = {"positions": about["window"], "slots": about["slots"]}
+    parts = {"positions": description["window"], "slots": description["slots"]}
     return " + ".join(f"{count} {what}" for what, count in parts.items() if count)
 
 
-def costs(about: Result) -> list[str]:
-    bounded = about["off_percent"] is not None
-    state = f"{bytes_text(about['state_bytes'])} ({about['off_percent']:+.1f} %)" if bounded else "grows"
-    return [held(about), state, f"{about['params']:,}"]
+def costs(description: Result) -> list[str]:
+    bounded = description["off_percent"] is not None
+    state = f"{bytes_text(description['state_bytes'])} ({description['off_percent']:+.1f} %)" if bounded else "grows"
+    return [retention_text(description), state, f"{description['params']:,}"]
 
 
 def lm_table(result: Result, runs: dict[str, list[Result]]) -> str:
     window = result["settings"]["window"]
     lengths = list(next(iter(runs.values()))[0]["positions"])
-    columns = ["rule", "keeps, each layer", "state", "parameters", "loss", f"from position {late(window)} on"]
+    columns = ["rule", "keeps, each layer", "state", "parameters", "loss", f"from position {beyond_window(window)} on"]
     lines = head([*columns, *(f"at {length} tokens" for length in lengths[1:]), "lr"])
     for rule, group in runs.items():
         losses = [
-            band([run["loss"] for run in group], ".3f"),
-            band([nats(r, lengths[0], late(window)) for r in group], ".3f"),
+            mean_range([run["loss"] for run in group], ".3f"),
+            mean_range([mean_nats(r, lengths[0], beyond_window(window)) for r in group], ".3f"),
         ]
-        losses += [band([nats(run, length, 0) for run in group], ".3f") for length in lengths[1:]]
+        losses += [mean_range([mean_nats(run, length, 0) for run in group], ".3f") for length in lengths[1:]]
         lines.append(row([f"`{rule}`", *costs(result["rules"][rule]), *losses, f"{group[0]['lr']:g}"]))
     return "\n".join(lines)
 
 
-def late(window: int) -> int:
-    """The first bucket of positions that lie behind a window."""
+def beyond_window(window: int) -> int:
+    """The first bucket whose positions all lie beyond the window."""
     return 1 << (window - 1).bit_length()
 
 
@@ -112,23 +112,23 @@ def recall_table(result: Result, runs: dict[str, list[Result]]) -> str:
     pairs = result["settings"]["recall_pairs"]
     lines = head(["rule", "keeps, each layer", "state", "parameters", *(f"{count} pairs" for count in pairs), "lr"])
     for rule, group in runs.items():
-        shares = [band([accuracy(run, count) for run in group], ".2f") for count in pairs]
+        shares = [mean_range([accuracy(run, count) for run in group], ".2f") for count in pairs]
         lines.append(row([f"`{rule}`", *costs(result["rules"][rule]), *shares, f"{group[0]['lr']:g}"]))
     return "\n".join(lines)
 
 
-def plain(axes: plt.Axes) -> None:
+def clean_axes(axes: plt.Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
-def mark(axes: plt.Axes, place: float, words: str, height: float = 1.0) -> None:
-    """A vertical line with its meaning beside it, at a share of its height."""
-    axes.axvline(place, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+def annotate_line(axes: plt.Axes, x: float, text: str, height: float = 1.0) -> None:
+    """Draw a vertical line at `x`, labelled at a fraction `height` of the axes."""
+    axes.axvline(x, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(
-        words,
-        (place, height),
+        text,
+        (x, height),
         (3, -2),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
@@ -138,54 +138,54 @@ def mark(axes: plt.Axes, place: float, words: str, height: float = 1.0) -> None:
     )
 
 
-def curve(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
-    """The mean over the seeds, and a band from the lowest to the highest."""
+def plot_band(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+    """Plot the mean over seeds, and a band from the lowest to the highest."""
     columns = list(zip(*seeds, strict=True))
     low, high = [min(c) for c in columns], [max(c) for c in columns]
-    axes.fill_between(x, low, high, color=LOOK[rule][0], alpha=0.15, linewidth=0)
-    middle(axes, rule, x, seeds, label)
+    axes.fill_between(x, low, high, color=STYLES[rule][0], alpha=0.15, linewidth=0)
+    plot_mean(axes, rule, x, seeds, label)
 
 
-def curves(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
-    """The mean over the seeds, and each seed as a thin line: some learn a task and others do not, nothing between."""
+def plot_seeds(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+    """Plot the mean over seeds, and each seed as a thin line, where seeds either learn the task or do not."""
     for values in seeds:
-        axes.plot(x, values, color=LOOK[rule][0], linewidth=0.8, alpha=0.45, zorder=1)
-    middle(axes, rule, x, seeds, label)
+        axes.plot(x, values, color=STYLES[rule][0], linewidth=0.8, alpha=0.45, zorder=1)
+    plot_mean(axes, rule, x, seeds, label)
 
 
-def middle(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str) -> None:
-    color, marker, dashes = LOOK[rule]
+def plot_mean(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str) -> None:
+    color, marker, dashes = STYLES[rule]
     means = [statistics.mean(column) for column in zip(*seeds, strict=True)]
     axes.plot(x, means, color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.6, label=label)
 
 
 def draw_positions(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
-    """Left: loss at the longest sequences, by position. Right: how much of it the window's is above or below."""
+    """Draw loss by position in the longest sequences (left), and its difference to the window's (right)."""
     window, trained = result["settings"]["window"], result["settings"]["lm_length"]
     longest = max(next(iter(runs.values()))[0]["positions"], key=int)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
     ticks = [bucket["first"] for bucket in next(iter(runs.values()))[0]["positions"][longest] if bucket["first"]]
     for rule, group in runs.items():
         seeds = [[b["nats"] for b in run["positions"][longest] if b["first"]] for run in group]
-        curve(left, rule, ticks, seeds, rule)
+        plot_band(left, rule, ticks, seeds, rule)
         if "window" in runs and rule != "window":
             base = {run["seed"]: [b["nats"] for b in run["positions"][longest] if b["first"]] for run in runs["window"]}
             gaps = [
-                [mine - theirs for mine, theirs in zip(values, base[run["seed"]], strict=True)]
+                [loss - window_loss for loss, window_loss in zip(values, base[run["seed"]], strict=True)]
                 for run, values in zip(group, seeds, strict=True)
                 if run["seed"] in base
             ]
-            curve(right, rule, ticks, gaps)
-    right.axhline(0, color=LOOK["window"][0], linewidth=1.6)
+            plot_band(right, rule, ticks, gaps)
+    right.axhline(0, color=STYLES["window"][0], linewidth=1.6)
     for axes in (left, right):
-        plain(axes)
+        clean_axes(axes)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick in (1, 4, 16, 64, 256, 1024, 4096)]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("position in the sequence")
-        mark(axes, late(window), f"window\n{window}")
-        mark(axes, 1 << (trained - 1).bit_length(), f"trained\non {trained}")
+        annotate_line(axes, beyond_window(window), f"window\n{window}")
+        annotate_line(axes, 1 << (trained - 1).bit_length(), f"trained\non {trained}")
     left.set_ylabel("validation loss, nats per token")
     right.set_ylabel("nats above the window of the same seed")
     figure.legend(loc="outside upper center", ncols=len(runs), frameon=False, fontsize=9)
@@ -194,7 +194,7 @@ def draw_positions(result: Result, runs: dict[str, list[Result]], path: Path) ->
 
 
 def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> None:
-    """Left: accuracy by number of pairs. Right: by distance, with the most pairs, in longer sequences without a gap."""
+    """Draw accuracy by number of pairs (left), and by distance in longer sequences without a gap (right)."""
     pairs, values = result["settings"]["recall_pairs"], result["settings"]["recall_keys"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained", width_ratios=(3, 2))
     ticks = list(range(len(pairs)))
@@ -210,21 +210,21 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
     )
     for axes in (left, right):
         axes.axhline(1 / values, color="#999999", linestyle=(0, (1, 2)), linewidth=1.1, zorder=0)
-        plain(axes)
+        clean_axes(axes)
         axes.set_ylim(-0.02, 1.05)
     left.annotate("chance", (ticks[0], 1 / values), (8, -10), textcoords="offset points", fontsize=8, color="#666666")
     for rule, group in runs.items():
-        curves(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
+        plot_seeds(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
         counts = [run["by_distance"] for run in group]
-        distances = sorted(set.intersection(*(set(map(int, found)) for found in counts)))
-        by_distance = [[found[str(d)][0] / found[str(d)][1] for d in distances] for found in counts]
-        curves(right, rule, distances, by_distance)
+        distances = sorted(set.intersection(*(set(map(int, count)) for count in counts)))
+        by_distance = [[count[str(d)][0] / count[str(d)][1] for d in distances] for count in counts]
+        plot_seeds(right, rule, distances, by_distance)
     settings = result["settings"]
-    for place, words in (
+    for x, text in (
         (settings["window"], f"window\n{settings['window']}"),
         (settings["recall_length"], f"trained\non {settings['recall_length']}"),
     ):
-        mark(right, place, words, height=0.115)
+        annotate_line(right, x, text, height=0.115)
     left.set_xticks(ticks, [str(count) for count in pairs])
     left.set_xlabel("pairs in the sequence")
     left.set_ylabel("share of questions answered right")
@@ -237,10 +237,10 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
     plt.close(figure)
 
 
-PARTS = {"lm": (draw_positions, lm_table, "positions.png"), "recall": (draw_recall, recall_table, "recall.png")}
+SECTIONS = {"lm": (draw_positions, lm_table, "positions.png"), "recall": (draw_recall, recall_table, "recall.png")}
 
 
-WORDS = {
+CAPTIONS = {
     "lm": """## Real text
 
 {layers} layers of width {width}, {tokens:,} tokens of the Python standard library's source in sequences of {length}
@@ -271,11 +271,11 @@ def readme(result: Result, tables: dict[str, str]) -> str:
         NOTE.strip(),
     ]
     for task, table in tables.items():
-        parts += [words(result[task], task), table, f"![{task}]({PARTS[task][2]})", verdict(result[task], task)]
+        parts += [caption(result[task], task), table, f"![{task}]({SECTIONS[task][2]})", verdict(result[task], task)]
     return "\n\n".join(parts) + "\n"
 
 
-def words(part: Result, task: str) -> str:
+def caption(part: Result, task: str) -> str:
     known = {key.removeprefix(f"{task}_"): value for key, value in part["settings"].items()}
     runs = part["runs"].values()
     rates, seeds = sorted({run["lr"] for run in runs}), {run["seed"] for run in runs}
@@ -283,24 +283,26 @@ def words(part: Result, task: str) -> str:
     known |= {"lr": ", ".join(f"{rate:g}" for rate in rates) + best, "seeds": len(seeds)}
     if task == "recall":
         known["gap"] = known["layers"] * (known["window"] - 1)
-    return WORDS[task].format(**known)
+    return CAPTIONS[task].format(**known)
 
 
 def verdict(part: Result, task: str) -> str:
-    """The bounded rules in order, and whether the first is apart from the second in every seed."""
-    runs = chosen(part["runs"].values(), task)
+    """Rank the bounded rules and say whether the first beats the second in every seed."""
+    runs = best_runs(part["runs"].values(), task)
     window, pairs = part["settings"]["window"], part["settings"].get("recall_pairs")
     trained = str(part["settings"].get("lm_length"))
 
     def score(run: Result) -> float:
         """Higher is better."""
         return (
-            -nats(run, trained, late(window)) if task == "lm" else mean([{"x": accuracy(run, n)} for n in pairs], "x")
+            -mean_nats(run, trained, beyond_window(window))
+            if task == "lm"
+            else mean([{"x": accuracy(run, n)} for n in pairs], "x")
         )
 
     scores = {rule: [score(run) for run in group] for rule, group in runs.items() if rule != "full"}
     order = sorted(scores, key=lambda rule: -statistics.mean(scores[rule]))
-    what = f"loss from position {late(window)} on" if task == "lm" else "mean accuracy"
+    what = f"loss from position {beyond_window(window)} on" if task == "lm" else "mean accuracy"
     listed = ", ".join(f"`{rule}` {abs(statistics.mean(scores[rule])):.3f}" for rule in order)
     text = f"Bounded rules by {what}, best first: {listed}."
     if len(order) > 1:
@@ -321,4 +323,4 @@ def verdict(part: Result, task: str) -> str:
 
 
 def commits(result: Result) -> list[str]:
-    return sorted({str(run["git"]) for task in PARTS if task in result for run in result[task]["runs"].values()})
+    return sorted({str(run["git"]) for task in SECTIONS if task in result for run in result[task]["runs"].values()})

@@ -1,8 +1,8 @@
-"""What a run survives: `python train/benchmarks/faults.py [out=docs/results/faults]`.
+"""Fault injection: `python train/benchmarks/faults.py [out=docs/results/faults]`.
 
-Each fault hits a short run of the command itself, which is then resumed and must repeat the losses of a run that was
-left alone, bit for bit (up to rounding on another number of processes). Writes what was tried, whether it was survived,
-and how many steps had to be done again.
+Each fault hits a short run of train/pretrain.py, which is then resumed and must repeat the losses of an undisturbed
+run, bit for bit (up to rounding on another number of processes). Writes every fault, whether the run survived it, and
+how many steps had to be repeated.
 """
 
 import csv
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -44,139 +44,153 @@ RUN = [
 
 
 class FaultError(AssertionError):
-    """The fault cost more than it may."""
+    """A fault cost more than it may."""
 
 
 @dataclass
 class Outcome:
-    """`steps_lost`: steps done before the fault that had to be done again. `error`: largest relative difference of a
-    loss to the run that was left alone."""
+    """The cost of a fault.
+
+    steps_lost  steps finished before the fault that had to be repeated
+    error       largest relative difference of a loss to the undisturbed run's
+    message     the line with which the run reported the fault
+    """
 
     fault: str
     steps_lost: int
     error: float
     seconds: float
-    said: str
+    message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, under the names that faults.json has."""
+        result = asdict(self)
+        result["said"] = result.pop("message")
+        return result
 
 
-class Scene:
-    """Runs of one configuration in a folder, and the losses that each of them must have."""
+class FaultRun:
+    """A run in a folder, started any number of times, and the losses that it must have in the end."""
 
     def __init__(self, folder: Path, options: list[str]):
         self.folder, self.options = folder, options
         self.expected: dict[int, float] = {}
 
     def start(self, *options: str, **environment: str) -> subprocess.Popen:
-        """The command, in the run folder `self.folder`."""
-        known = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PYTHONPATH"))}
+        """Start train/pretrain.py with nothing but `options`."""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PYTHONPATH"))}
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train" / "pretrain.py"), *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.folder.parent,
-            env=known | {"OMP_NUM_THREADS": "1"} | environment,
+            env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         )
 
     def begin(self, *options: str, **environment: str) -> subprocess.Popen:
+        """Start the run from nothing."""
         return self.start(*RUN, *self.options, f"folder={self.folder}", *options, **environment)
 
     def end(self, process: subprocess.Popen, code: int) -> str:
-        """What the process said at its end, which must come with exit code `code`."""
-        errors = process.communicate(timeout=200)[1]
-        check(process.returncode == code, f"exit code {process.returncode}, not {code}: {errors[-2000:]}")
-        return errors
+        """Wait for the process, which must end with exit code `code`, and return its stderr."""
+        stderr: str = process.communicate(timeout=200)[1]
+        check(process.returncode == code, f"exit code {process.returncode}, not {code}: {stderr[-2000:]}")
+        return stderr
 
-    def reached(self, process: subprocess.Popen, step: int) -> None:
+    def wait_for_step(self, process: subprocess.Popen, step: int) -> None:
         """Wait until `step` has been logged."""
         while max(self.losses(), default=0) < step:
             check(process.poll() is None, f"ended before step {step}")
             time.sleep(0.005)
 
     def losses(self) -> dict[int, float]:
-        found = {}
+        """The logged training loss of every step."""
+        losses: dict[int, float] = {}
         for path in sorted(self.folder.glob("metrics/*/metrics.csv"), key=lambda path: int(path.parent.name)):
             with path.open() as file:
                 rows = [row for row in csv.DictReader(file) if row.get("train/loss") and row.get("step")]
-            found |= {int(row["step"]): float(row["train/loss"]) for row in rows}
-        return found
+            losses |= {int(row["step"]): float(row["train/loss"]) for row in rows}
+        return losses
 
     def resume(self, *options: str) -> str:
         return self.end(self.start(f"resume={self.folder}", *options), 0)
 
     def finished(self, tolerance: float = 0.0) -> float:
-        """Largest relative difference of a loss to what it must be. Raises FaultError beyond `tolerance`."""
+        """Largest relative difference of a loss to the expected one. Raises FaultError if it exceeds `tolerance`."""
         losses = self.losses()
         check((self.folder / "summary.json").exists() and sorted(losses) == sorted(self.expected), "not all steps done")
         error = max(abs(losses[step] / loss - 1) for step, loss in self.expected.items())
         check(error <= tolerance, f"losses differ by {error:.1e}")
         return error
 
-    def saved(self) -> int:
-        folders = checkpoint.checkpoints(self.folder)
-        return checkpoint.step_of(folders[0]) if folders else 0
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise FaultError(message)
 
 
-def check(fine: bool, otherwise: str) -> None:
-    if not fine:
-        raise FaultError(otherwise)
+class Injected(NamedTuple):
+    """The step that a run had finished when the fault hit, and its stderr; the caller resumes the run."""
+
+    step: int
+    stderr: str
 
 
-# Hits the run of a scene and returns the steps done by then and what the run said about it; the caller resumes the run.
-Hit = Callable[[Scene], tuple[int, str]]
+Inject = Callable[[FaultRun], Injected]
 
 
-def signalled(number: signal.Signals, code: int) -> Hit:
-    def hit(scene: Scene) -> tuple[int, str]:
-        process = scene.begin()
-        scene.reached(process, 7)
+def signalled(number: signal.Signals, code: int) -> Inject:
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin()
+        run.wait_for_step(process, 7)
         process.send_signal(number)
-        said = scene.end(process, code)
-        return max(scene.losses()), said
+        stderr = run.end(process, code)
+        return Injected(max(run.losses()), stderr)
 
-    return hit
+    return inject
 
 
-def killed(step: int) -> Hit:
-    def hit(scene: Scene) -> tuple[int, str]:
-        process = scene.begin()
-        scene.reached(process, step)
+def killed(step: int) -> Inject:
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin()
+        run.wait_for_step(process, step)
         process.kill()
         process.communicate()
-        return max(scene.losses()), ""
+        return Injected(max(run.losses()), "")
 
-    return hit
-
-
-def out_of_time(scene: Scene) -> tuple[int, str]:
-    said = scene.end(scene.begin("trainer.max_hours=0.0004"), 0)
-    return max(scene.losses(), default=0), said
+    return inject
 
 
-def one_of_two_signalled(strategy: str, rank: int) -> Hit:
-    def hit(scene: Scene) -> tuple[int, str]:
-        process = scene.begin(f"trainer={strategy}")
-        scene.reached(process, 7)
+def out_of_time(run: FaultRun) -> Injected:
+    stderr = run.end(run.begin("trainer.max_hours=0.0004"), 0)
+    return Injected(max(run.losses(), default=0), stderr)
+
+
+def one_of_two_signalled(strategy: str, rank: int) -> Inject:
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin(f"trainer={strategy}")
+        run.wait_for_step(process, 7)
         others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(process.pid if rank == 0 else int(others[0]), signal.SIGTERM)
-        said = scene.end(process, 0)
-        return max(scene.losses()), said
+        stderr = run.end(process, 0)
+        return Injected(max(run.losses()), stderr)
 
-    return hit
+    return inject
 
 
-def damaged(damage: Callable[[Path], None]) -> Hit:
-    """A stopped run, whose newest checkpoint is then damaged."""
+def damaged(damage: Callable[[Path], None]) -> Inject:
+    """Stop the run, then damage its newest checkpoint."""
 
-    def hit(scene: Scene) -> tuple[int, str]:
-        process = scene.begin()
-        scene.reached(process, 7)
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin()
+        run.wait_for_step(process, 7)
         process.send_signal(signal.SIGTERM)
-        scene.end(process, 0)
-        damage(next(checkpoint.checkpoints(scene.folder)[0].glob("*.safetensors")))
-        return max(scene.losses()), ""
+        run.end(process, 0)
+        damage(next(checkpoint.checkpoints(run.folder)[0].glob("*.safetensors")))
+        return Injected(max(run.losses()), "")
 
-    return hit
+    return inject
 
 
 def flip_a_byte(path: Path) -> None:
@@ -189,63 +203,68 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def disk_full(scene: Scene) -> tuple[int, str]:
-    """The kernel refuses to write more than a few hundred bytes of any file of the process, from step 7 on."""
-    process = scene.begin()
-    scene.reached(process, 7)
+def disk_full(run: FaultRun) -> Injected:
+    """From step 7 on, the kernel refuses to let the process write files of more than 60 kB."""
+    process = run.begin()
+    run.wait_for_step(process, 7)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-    said = scene.end(process, 1)
-    check("cannot save" in said and "The last good checkpoint is" in said, said[-500:])
-    check(not list(scene.folder.glob("checkpoints/*.partial")), "half a checkpoint was left")
-    return max(scene.losses()), said
+    stderr = run.end(process, 1)
+    check("cannot save" in stderr and "The last good checkpoint is" in stderr, stderr[-500:])
+    check(not list(run.folder.glob("checkpoints/*.partial")), "half a checkpoint was left")
+    return Injected(max(run.losses()), stderr)
 
 
-def diverged(*options: str) -> Hit:
-    """A stopped run goes on with settings that cannot end well, and then with its own."""
+def diverged(*options: str) -> Inject:
+    """Stop the run and resume it with settings that make it diverge."""
 
-    def hit(scene: Scene) -> tuple[int, str]:
-        process = scene.begin()
-        scene.reached(process, 7)
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin()
+        run.wait_for_step(process, 7)
         process.send_signal(signal.SIGTERM)
-        scene.end(process, 0)
-        done = max(scene.losses())
-        said = scene.end(scene.start(f"resume={scene.folder}", *options), 1)
-        check("The last good checkpoint is" in said and "Traceback" not in said, said[-500:])
-        return done, said
+        run.end(process, 0)
+        step = max(run.losses())
+        stderr = run.end(run.start(f"resume={run.folder}", *options), 1)
+        check("The last good checkpoint is" in stderr and "Traceback" not in stderr, stderr[-500:])
+        return Injected(step, stderr)
 
-    return hit
+    return inject
 
 
-def shard_cut(scene: Scene) -> tuple[int, str]:
-    """A shard of the training data loses its second half, and gets it back before the run is resumed."""
-    shard = next(Path(option.removeprefix("data.path=")) for option in scene.options if "data.path=" in option)
+def shard_cut(run: FaultRun) -> Injected:
+    """A shard of the training data is emptied, and restored before the run is resumed."""
+    shard = next(Path(option.removeprefix("data.path=")) for option in run.options if "data.path=" in option)
     (path,) = shard.glob("train-*.bin")
     whole = path.read_bytes()
-    process = scene.begin()
+    process = run.begin()
     try:
-        scene.reached(process, 7)
+        run.wait_for_step(process, 7)
         os.truncate(path, 0)
-        said = scene.end(process, 1)
+        stderr = run.end(process, 1)
     finally:
         path.write_bytes(whole)
-    check(path.name in said and "The last good checkpoint is" in said, said[-500:])
-    return max(scene.losses()), said
+    check(path.name in stderr and "The last good checkpoint is" in stderr, stderr[-500:])
+    return Injected(max(run.losses()), stderr)
 
 
-def no_wandb_server(scene: Scene) -> tuple[int, str]:
+def no_wandb_server(run: FaultRun) -> Injected:
     server = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://localhost:9"}
-    process = scene.begin("logger=wandb", **server)
-    said = scene.end(process, 0)
-    check("logging offline" in said, said[-500:])
-    return STEPS, said
+    process = run.begin("logger=wandb", **server)
+    stderr = run.end(process, 0)
+    check("logging offline" in stderr, stderr[-500:])
+    return Injected(STEPS, stderr)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`after`: options on resuming. `tolerance`: relative, where another number of processes adds in another order."""
+    """What happens to a run, and what that may cost.
+
+    most_lost  steps that may have to be repeated
+    after      options on resuming
+    tolerance  of losses, relative: another number of processes adds in another order
+    """
 
     name: str
-    hit: Hit
+    inject: Inject
     most_lost: int = 0
     after: tuple[str, ...] = ()
     tolerance: float = 0.0
@@ -274,28 +293,28 @@ FAULTS = (
 )
 
 
-def reference(scene: Scene) -> dict[int, float]:
-    """The losses of a run that is left alone."""
-    scene.end(scene.begin(), 0)
-    losses = scene.losses()
-    check(sorted(losses) == list(range(1, STEPS + 1)), "the run that was left alone did not end")
+def reference(run: FaultRun) -> dict[int, float]:
+    """Train without a fault and return the losses."""
+    run.end(run.begin(), 0)
+    losses = run.losses()
+    check(sorted(losses) == list(range(1, STEPS + 1)), "the undisturbed run did not end")
     return losses
 
 
-def survive(fault: Fault, scene: Scene) -> Outcome:
-    """Raises FaultError where the fault costs more than it may."""
+def run_fault(fault: Fault, run: FaultRun) -> Outcome:
+    """Inject the fault and resume the run. Raises FaultError if the fault costs more than it may."""
     began = time.perf_counter()
-    done, said = fault.hit(scene)
-    if not (scene.folder / "summary.json").exists():
-        said += scene.resume(*fault.after)
-    error = scene.finished(fault.tolerance or (1e-5 if "processes" in fault.name else 0.0))
-    starts = json.loads((scene.folder / "run.json").read_text())
-    lost = max(0, done - starts[-1]["from_step"]) if len(starts) > 1 else 0
+    step, stderr = fault.inject(run)
+    if not (run.folder / "summary.json").exists():
+        stderr += run.resume(*fault.after)
+    error = run.finished(fault.tolerance or (1e-5 if "processes" in fault.name else 0.0))
+    starts = json.loads((run.folder / "run.json").read_text())
+    lost = max(0, step - starts[-1]["from_step"]) if len(starts) > 1 else 0
     check(lost <= fault.most_lost, f"{lost} steps were lost")
-    told = ("error: ", "stopped after", "broken checkpoint", "wandb cannot")
-    line = next((line for line in said.splitlines() if line.startswith(told)), "")
-    line = line.replace(str(scene.folder), "RUN").replace(f"{scene.folder.parent}/", "")
-    return Outcome(fault.name, lost, error, round(time.perf_counter() - began, 1), line)
+    reports = ("error: ", "stopped after", "broken checkpoint", "wandb cannot")
+    message = next((line for line in stderr.splitlines() if line.startswith(reports)), "")
+    message = message.replace(str(run.folder), "RUN").replace(f"{run.folder.parent}/", "")
+    return Outcome(fault.name, lost, error, round(time.perf_counter() - began, 1), message)
 
 
 def main(out: Path) -> None:
@@ -303,12 +322,12 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         (data,) = open_data(load("stdlib", []))
         options = [f"data.path={shutil.copytree(data, Path(name) / 'data')}"]  # a fault damages it
-        expected = reference(Scene(Path(name) / "alone", options))
+        expected = reference(FaultRun(Path(name) / "alone", options))
         for number, fault in enumerate(track(FAULTS, "faults")):
-            scene = Scene(Path(name) / f"run{number}", options)
-            scene.expected = expected
+            run = FaultRun(Path(name) / f"run{number}", options)
+            run.expected = expected
             try:
-                results.append(asdict(survive(fault, scene)) | {"survived": True})
+                results.append(run_fault(fault, run).to_dict() | {"survived": True})
             except FaultError as reason:
                 results.append({"fault": fault.name, "survived": False, "said": str(reason)})
     out.mkdir(parents=True, exist_ok=True)
