@@ -89,7 +89,7 @@ def test_bench_writes_what_it_measured(corpus: Path, tmp_path: Path, monkeypatch
     launch_in_process(bench.main, "bench", bench.BenchConfig, arguments)
     result = json.loads((tmp_path / "bench.json").read_text())
     assert "litgpt cannot be imported" in result["skipped"]["litgpt"]
-    assert result["environment"]["versions"]["torch"] == version("torch")
+    assert result["versions"]["torch"] == version("torch")
     for model in result["models"].values():
         assert len(model["seconds"]["all"]) == 3
         assert model["seconds"]["min"] <= model["seconds"]["median"] <= model["seconds"]["max"]

@@ -10,9 +10,19 @@ from conftest import run_script
 
 from arch import allocate, resolve
 from arch.footprint import num_params
-from data.cli import UsageError
+from data.cli import UsageError, parse
 from train.benchmarks import bounded_report, bounded_study
-from train.benchmarks.bounded_study import RULES, Settings, cells, described, layout, main, model_config, parse
+from train.benchmarks.bounded_study import (
+    RULES,
+    Settings,
+    cells,
+    describe_rule,
+    layout,
+    main,
+    model_config,
+    problems,
+    study,
+)
 
 BOUNDED = [rule for rule in RULES if rule != "full"]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -35,15 +45,15 @@ def test_bounded_rules_allocate_equally_many_bytes(task: str, itemsize: int, win
         sizes = {allocate(plan, 1, length, dtype=DTYPES[itemsize]).nbytes for length in (window, 50 * window)}
         assert len(sizes) == 1
         found[rule] = sizes.pop()
-        assert described(task, rule, settings)["state_bytes"] == found[rule]
-        assert described(task, rule, settings)["off_percent"] == 0
+        assert describe_rule(task, rule, settings)["state_bytes"] == found[rule]
+        assert describe_rule(task, rule, settings)["off_percent"] == 0
     assert len(set(found.values())) == 1
-    ring_slots = described(task, "ring_slots", settings)
+    ring_slots = describe_rule(task, "ring_slots", settings)
     assert ring_slots["window"] == window // 2, "half of the state goes to slots"
 
 
 def test_what_does_not_come_out_even_is_told() -> None:
-    about = described("lm", "gated", Settings(window=33))
+    about = describe_rule("lm", "gated", Settings(window=33))
     assert about["slots"] == 16
     assert about["off_percent"] == pytest.approx(100 * (32 / 33 - 1))
 
@@ -61,15 +71,17 @@ def test_rules_differ_by_their_routers_alone() -> None:
 
 
 @pytest.fixture
-def toy(corpus: Path, tmp_path: Path) -> tuple[Settings, Path]:
-    return parse([*TOY, f"data={corpus}", f"out={tmp_path / 'out'}"])
+def toy(corpus: Path, tmp_path: Path) -> Settings:
+    settings = parse(Settings, [*TOY, f"data={corpus}", f"out={tmp_path / 'out'}"])
+    assert not problems(settings)
+    return settings
 
 
 def test_from_nothing_to_the_pictures_and_on(
-    toy: tuple[Settings, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    toy: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    settings, out = toy
-    main(replace(settings, seeds=1), out)
+    settings, out = toy, toy.out
+    study(replace(settings, seeds=1))
     first = json.loads((out / "result.json").read_text())
     assert {path.name for path in out.iterdir()} == {"result.json", "README.md", "positions.png", "recall.png"}
     text = (out / "README.md").read_text()
@@ -86,7 +98,7 @@ def test_from_nothing_to_the_pictures_and_on(
     trained = []
     run_cell = bounded_study.run
     monkeypatch.setattr(bounded_study, "run", lambda cell, *rest: trained.append(cell) or run_cell(cell, *rest))
-    main(settings, out)
+    study(settings)
     assert [cell.seed for cell in trained] == [1] * 10, "what was there is not trained again"
     second = json.loads((out / "result.json").read_text())
     for task in ("lm", "recall"):
@@ -96,12 +108,12 @@ def test_from_nothing_to_the_pictures_and_on(
     kept = second["lm"]["runs"][trained[0].key]
     assert (again["loss"], again["positions"]) == (kept["loss"], kept["positions"]), "a function of settings and seed"
     with pytest.raises(UsageError, match=r"has runs with another window; give another folder with out="):
-        main(replace(settings, window=16), out)
+        study(replace(settings, window=16))
 
 
-def test_one_task_alone(toy: tuple[Settings, Path]) -> None:
-    settings, out = toy
-    main(replace(settings, tasks=("recall",), rules=("gated", "window"), seeds=1), out)
+def test_one_task_alone(toy: Settings) -> None:
+    settings, out = toy, toy.out
+    study(replace(settings, tasks=("recall",), rules=("gated", "window"), seeds=1))
     assert {path.name for path in out.iterdir()} == {"result.json", "README.md", "recall.png"}
     assert len(cells(settings)) == 20
 
@@ -119,15 +131,15 @@ def test_the_best_learning_rate_is_shown() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["windw=3"], "cannot read 'windw=3'; write key=value, the keys are out, window, itemsize"),
+        (["windw=3"], "unknown key windw, did you mean window? The command line has out, window, itemsize"),
         (["window"], "cannot read 'window'"),
-        (["window=wide"], "window=wide: invalid literal"),
+        (["window=wide"], "window is wide; it must be a whole number"),
         (["window=0"], "window is 0; it must be at least 1"),
         (["window=2"], "too few bytes for a slot beside a window"),
         (["rules=gated,nothing"], "no rule nothing; the rules are full, window"),
         (["tasks=sums"], "no task sums; the tasks are lm, recall"),
         (["seeds=0"], "seeds is 0"),
-        (["lm_lr="], "a list not empty"),
+        (["lm_lr=,"], "a list not empty"),
         (["slots_share=1"], "slots_share is 1.0"),
         (["lm_tokens=3"], "lm_tokens is 3; one step takes"),
         (["recall_pairs=900"], "make the sequence longer"),
@@ -135,7 +147,7 @@ def test_the_best_learning_rate_is_shown() -> None:
 )
 def test_mistakes_are_refused_before_any_work(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse(arguments)
+        main(arguments)
     assert message in str(caught.value)
 
 

@@ -263,11 +263,12 @@ brackets are the range of the seeds, no confidence interval; thin lines are sing
 
 
 def readme(result: Result, tables: dict[str, str]) -> str:
+    machine = result.get("environment", result)  # a file older than eval/results.py
     parts = [
         "# Bounded caches at equal state bytes",
         "Written by `python train/benchmarks/bounded_study.py` from `result.json`, which has all settings and runs. "
-        f"{result['environment']['hardware']}, Python {result['environment']['python']}, torch "
-        f"{result['environment']['versions']['torch']}; commit of each run: {', '.join(commits(result))}.",
+        f"{machine['hardware']}, Python {machine['python']}, torch {machine['versions']['torch']}; "
+        f"commit of each run: {', '.join(commits(result))}.",
         NOTE.strip(),
     ]
     for task, table in tables.items():

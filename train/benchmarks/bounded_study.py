@@ -1,18 +1,16 @@
 """Bounded caches at equal state bytes: `python train/benchmarks/bounded_study.py [key=value ...]`.
 
-Trains small models that differ in nothing but what their layers keep, on real text (loss by position, within the
+Trains small models that differ only in their layers' KV caches, on real text (loss by position, within the
 length of training and beyond) and on associative recall that no window can solve (accuracy by number of pairs):
 
-  full         every position; without a bound, what the others are to come near to
+  full         every position, without a bound: what the others should come near to
   window       a sliding window with a sink
   gated        slots alone, written by content
   ring_slots   a shorter window, slots for what leaves it, and a sink
   ring_router  slots alone, written as a ring with a leak
 
 The bounded ones keep as many bytes as a window of `window` positions in a cache of `itemsize` bytes per element; slots
-are fp32. Writes result.json, README.md and two pictures. What result.json has already is not trained again.
-
-  {keys}
+are fp32. Writes result.json, README.md and two pictures. Runs that result.json has already are not trained again.
 """
 
 import json
@@ -35,16 +33,16 @@ from torch.nn import functional as F
 from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, state_itemsize
 from data.batches import EvalBatches, TrainBatches
-from data.cli import UsageError, fail
-from data.files import write_json
+from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
 from data.presets import load
 from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES
-from eval.environment import ROOT, environment
+from eval.environment import ROOT, git_revision
 from eval.layouts import load_arch
 from eval.positions import loss_by_position
 from eval.recall import RecallTask, questions, recall, share
+from eval.results import write_result
 from train.benchmarks.bounded_report import report
 from train.datamodule import open_data
 from train.loss import cross_entropy_sum
@@ -59,16 +57,21 @@ VAL_SEED = 10_000  # of recall questions that no run is trained on
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the results. A tuple is written with commas: lm_lr=1e-3,3e-3.
+    """Options; lists are written with commas: lm_lr=1e-3,3e-3.
 
-    window, itemsize     the state that bounded layouts get: that of a window of so many positions, and element size
-    slots_share          of the state of ring_slots, what goes to slots
-    tasks, rules, seeds  what is trained, and how many runs of each
-    lm_*                 on text: the standard library's source in a vocabulary of lm_vocab, or the prepared folder data
-    lm_lr, recall_lr     peak learning rates; where there are several, the rule is shown at its best
-    recall_*             on recall: sequences with each number of pairs in turn, a pair being one token; half of them
-                         ask at once, half behind all windows, as in validation; keys: of keys and of values
+    out                  folder of the results
+    window, itemsize     state of bounded layouts: as many bytes as a window of so many positions, and element size
+    slots_share          fraction of the state of ring_slots that goes to slots
+    tasks, rules, seeds  what is trained, and the number of runs of each
+    data                 prepared folder; empty: the standard library's source in a vocabulary of lm_vocab
+    lm_*                 training on that text
+    lm_lr, recall_lr     peak learning rates; of several, a rule is shown at its best
+    recall_*             training on recall: sequences with each number of pairs in turn, a pair being one token; half
+                         of them ask at once, half beyond all windows, as in validation; recall_keys: number of keys,
+                         and of values
     """
+
+    out: Path = ROOT / "docs" / "results" / "bounded-cpu"
 
     window: int = 32
     itemsize: int = 2
@@ -97,7 +100,7 @@ class Settings:
 
     @property
     def task(self) -> RecallTask:
-        """With a gap that windows in all layers do not reach over."""
+        """Recall with a gap that the windows of all layers together do not span."""
         gap = self.recall_layers * (self.window - 1)
         keys = self.recall_keys
         return RecallTask(self.recall_length, gap, noise=4, keys=keys, values=keys, joined=True)
@@ -121,7 +124,7 @@ class Cell:
 
 
 def layout(rule: str, settings: Settings) -> ArchConfig:
-    """The layout of a rule with the state that the settings give it, and a key/value head for every query head."""
+    """The layout of a rule with the state that the settings allow, and a key/value head for every query head."""
     arch = load_arch(RULES[rule])
     (store,) = arch.stores.values()
     store.kv_heads = "all"
@@ -151,29 +154,30 @@ def model_config(task: str, rule: str, settings: Settings) -> ModelConfig:
     return ModelConfig(layout(rule, settings), size)
 
 
-def described(task: str, rule: str, settings: Settings) -> dict[str, Any]:
-    """What a rule costs: parameters, state bytes, and by how many percent these differ from the window's."""
+def describe_rule(task: str, rule: str, settings: Settings) -> dict[str, Any]:
+    """Costs of a rule: parameters, state bytes, and the difference of these to the window's in percent."""
     config = model_config(task, rule, settings)
-    plan, state = resolve(config), _state(resolve(model_config(task, "window", settings)), settings)
-    mine = _state(plan, settings)
+    plan = resolve(config)
+    state_bytes = _state_bytes(plan, settings)
+    window_bytes = _state_bytes(resolve(model_config(task, "window", settings)), settings)
     store = plan.stores[0]
     return {
         "arch": RULES[rule],
         "window": store.window,
         "slots": store.num_slots,
         "params": num_params(config, plan),
-        "state_bytes": mine,
-        "off_percent": None if store.max_positions is None else 100 * (mine / state - 1),
+        "state_bytes": state_bytes,
+        "off_percent": None if store.max_positions is None else 100 * (state_bytes / window_bytes - 1),
     }
 
 
-def _state(plan: KVPlan, settings: Settings) -> int:
-    """Bytes of the bounded stores of one sequence, however long."""
+def _state_bytes(plan: KVPlan, settings: Settings) -> int:
+    """Bytes of the bounded stores of one sequence of any length."""
     return kv_bytes(plan, 1, settings.itemsize).constant
 
 
 def fit(model: Decoder, losses: Iterator[Tensor], lr: float, steps: int, tick: Tick) -> None:
-    """A step of AdamW on each loss, with train/pretrain.py's schedule and clipping."""
+    """Take a step of AdamW on each loss, with train/pretrain.py's schedule and clipping."""
     config = OptimConfig(lr=lr)
     optimizer = build_optimizer(model, config)
     scheduler = schedule(optimizer, config, steps)
@@ -190,8 +194,8 @@ def train_lm(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> dict
     folder, manifest = text(settings)
     windows = TokenWindows(folder, manifest, "train", settings.lm_length)
     steps = lm_steps(settings)
-    made = TrainBatches(windows, cell.seed, steps, settings.lm_batch, settings.lm_batch)
-    losses = (model(b["inputs"], head=cross_entropy_sum(b["targets"])) / b["step_targets"] for b in made)
+    batches = TrainBatches(windows, cell.seed, steps, settings.lm_batch, settings.lm_batch)
+    losses = (model(b["inputs"], head=cross_entropy_sum(b["targets"])) / b["step_targets"] for b in batches)
     fit(model, losses, cell.lr, steps, tick)
     positions = {}
     for times in LONGER:
@@ -211,15 +215,14 @@ def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> 
     def losses() -> Iterator[Tensor]:
         for step in range(settings.recall_steps):
             task = near if step % 2 else far
-            asked = questions(task, pairs[step // 2 % len(pairs)], settings.recall_batch, cell.seed, step)
-            where = asked.asked
-            yield F.cross_entropy(model(asked.inputs_BT)[where], asked.targets_BT[where])
+            batch = questions(task, pairs[step // 2 % len(pairs)], settings.recall_batch, cell.seed, step)
+            yield F.cross_entropy(model(batch.inputs_BT)[batch.asked], batch.targets_BT[batch.asked])
 
     fit(model, losses(), cell.lr, settings.recall_steps, tick)
     counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)
     long = replace(near, length=LONGER[-1] * near.length)
     by_distance = recall(model, long, pairs[-1:], settings.recall_val, VAL_SEED)[pairs[-1]]
-    accuracy = sum(share(found) for found in counts.values()) / len(counts)
+    accuracy = sum(share(count) for count in counts.values()) / len(counts)
     return {"accuracy": accuracy, "counts": counts, "by_distance": by_distance}
 
 
@@ -271,51 +274,32 @@ def problems(settings: Settings) -> list[str]:
     return found
 
 
-def parse(arguments: list[str]) -> tuple[Settings, Path]:
-    """The settings, and the folder of results. Raises UsageError with what is wrong and the fix."""
-    out, changes = ROOT / "docs" / "results" / "bounded-cpu", {}
-    known = {field.name: field for field in fields(Settings)}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key == "out" and value:
-            out = Path(value)
-        elif not equals or key not in known:
-            raise UsageError(f"cannot read {argument!r}; write key=value, the keys are out, {', '.join(known)}")
-        else:
-            default = known[key].default
-            try:
-                many = isinstance(default, tuple)
-                kind = type(default[0]) if many else type(default)
-                changes[key] = tuple(kind(part) for part in value.split(",") if part) if many else kind(value)
-            except ValueError as error:
-                raise UsageError(f"{argument}: {error}; the default is {default}") from error
-    settings = replace(Settings(), **changes)
-    if found := problems(settings):
-        raise UsageError("\n".join(found))
-    return settings, out
+def load_result(path: Path, settings: Settings) -> dict[str, Any]:
+    """The tasks in `path`, with an empty section for each one of the settings that it lacks.
 
-
-def begun(path: Path, settings: Settings) -> dict[str, Any]:
-    """What `path` has, and an empty part for each task it has nothing of. Raises UsageError where it has runs of other
-    settings; more seeds, rules or learning rates may be added."""
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    More seeds, rules or learning rates may be added. Raises UsageError if it has runs of other settings.
+    """
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    result: dict[str, Any] = {task: saved[task] for task in TASKS if task in saved}
     for task in settings.tasks:
-        asked = fixed(task, settings)
-        part = result.setdefault(task, {"settings": asked, "rules": {}, "runs": {}})
-        other = [key for key, value in asked.items() if part["settings"].get(key) != value]
+        shared = shared_settings(task, settings)
+        section = result.setdefault(task, {"settings": shared, "rules": {}, "runs": {}})
+        other = [key for key, value in shared.items() if section["settings"].get(key) != value]
         if other:
             raise UsageError(f"{path} has runs with another {', '.join(other)}; give another folder with out=")
-        part["rules"] |= {rule: described(task, rule, settings) for rule in settings.rules}
+        section["rules"] |= {rule: describe_rule(task, rule, settings) for rule in settings.rules}
     return result
 
 
-def fixed(task: str, settings: Settings) -> dict[str, Any]:
+def shared_settings(task: str, settings: Settings) -> dict[str, Any]:
     """The settings that all runs of a task share, as JSON has them."""
-    shared = ("window", "itemsize", "slots_share")
-    mine = {
-        k: v for k, v in asdict(settings).items() if k in shared or (k.startswith(f"{task}_") and k != f"{task}_lr")
+    common = ("window", "itemsize", "slots_share")
+    shared = {
+        key: value
+        for key, value in asdict(settings).items()
+        if key in common or (key.startswith(f"{task}_") and key != f"{task}_lr")
     }
-    result: dict[str, Any] = json.loads(json.dumps(mine))
+    result: dict[str, Any] = json.loads(json.dumps(shared))
     return result
 
 
@@ -327,12 +311,20 @@ def run(cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
     return asdict(cell) | measured | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
-def main(settings: Settings, out: Path) -> None:
-    path = out / "result.json"
-    result, where = begun(path, settings), environment()
+def main(arguments: list[str]) -> None:
+    """Train what is missing and write the report. Raises one of cli.MISTAKES, before any work."""
+    settings = parse(Settings, arguments)
+    if found := problems(settings):
+        raise UsageError("\n".join(found))
+    study(settings)
+
+
+def study(settings: Settings) -> None:
+    """Train every run that result.json lacks, write it after each, then the report."""
+    path = settings.out / "result.json"
+    result, git = load_result(path, settings), git_revision()
     if "lm" in settings.tasks:
         text(settings)  # prepared, or refused, before the bar
-    out.mkdir(parents=True, exist_ok=True)
     todo = [cell for cell in cells(settings) if cell.key not in result[cell.task]["runs"]]
     steps = {"lm": lm_steps(settings), "recall": settings.recall_steps}
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -344,20 +336,16 @@ def main(settings: Settings, out: Path) -> None:
             def tick(loss: float, key: str = f"{cell.task} {cell.key}") -> None:
                 progress.update(bar, advance=1, description=f"{key}  loss {loss:.3f}")
 
-            done = run(cell, settings, tick) | {"git": where["git"]}
-            result[cell.task]["runs"][cell.key] = done
-            result["environment"] = where
-            write_json(path, result)
-            shown = f"loss {done['loss']:.4f}" if cell.task == "lm" else f"accuracy {done['accuracy']:.3f}"
-            progress.console.print(f"{cell.task} {cell.key}: {shown}, {done['seconds']:.0f} s")
-    console.print(report(json.loads(path.read_text()), out))
+            record = run(cell, settings, tick) | {"git": git}
+            result[cell.task]["runs"][cell.key] = record
+            write_result(path, result)
+            score = f"loss {record['loss']:.4f}" if cell.task == "lm" else f"accuracy {record['accuracy']:.3f}"
+            progress.console.print(f"{cell.task} {cell.key}: {score}, {record['seconds']:.0f} s")
+    console.print(report(json.loads(path.read_text()), settings.out))
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__.replace("{keys}", str(Settings.__doc__)))
-    else:
-        try:
-            main(*parse(sys.argv[1:]))
-        except MISTAKES as error:
-            fail(str(error))
+    try:
+        main(sys.argv[1:])
+    except MISTAKES as error:
+        fail(str(error))

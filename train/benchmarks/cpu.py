@@ -10,7 +10,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
 from data.cli import UsageError
-from data.files import write_json
 from eval.cli import Choices, launch, require
-from eval.environment import environment
+from eval.environment import hardware
+from eval.results import write_result
 from eval.units import bytes_text
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import (
@@ -74,8 +73,6 @@ def main(config: DictConfig, choices: Choices) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
         "model": f"{choices.arch}-{choices.size}",
         "batch_size": options.batch_size,
         "seq_len": options.size.seq_len,
@@ -85,11 +82,10 @@ def main(config: DictConfig, choices: Choices) -> None:
     result |= step_against_baselines(model, options.batch_size, options.repeats)
     result["loader"] = loader_against_baseline(options)
     result["load"]["after"] = os.getloadavg()
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", result)
+    path = Path(options.out) / "bench.json"
+    write_result(path, result)
     show(result)
-    print(f"written to {folder / 'bench.json'}")
+    print(f"written to {path}")
 
 
 def step_against_baselines(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
@@ -172,7 +168,7 @@ def loader_against_baseline(options: BenchConfig) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     tokens = f"{result['batch_size']} x {result['seq_len']} tokens"
-    table = Table("", title=f"{result['model']}, {tokens}, fp32, {result['environment']['hardware']}")
+    table = Table("", title=f"{result['model']}, {tokens}, fp32, {hardware()}")
     for column in ("s/step", "min-max", "allocated", "resident", "theirs / ours", "by round", "in CPU s", "by round"):
         table.add_column(column, justify="right")
     for name, model in result["models"].items():

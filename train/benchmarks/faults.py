@@ -1,4 +1,4 @@
-"""Fault injection: `python train/benchmarks/faults.py [out=docs/results/faults]`.
+"""Fault injection: `python train/benchmarks/faults.py [out=FOLDER]`.
 
 Each fault hits a short run of train/pretrain.py, which is then resumed and must repeat the losses of an undisturbed
 run, bit for bit (up to rounding on another number of processes). Writes every fault, whether the run survived it, and
@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data.files import write_json
+from data.cli import UsageError, fail, parse
 from data.presets import load
-from eval.environment import environment
+from eval.environment import ROOT
+from eval.results import write_result
 from train import checkpoint
 from train.datamodule import open_data
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_EVERY = 24, 5
 RUN = [
     "+arch=mixattention", "+size=tiny", "size.num_layers=4", "size.d_model=64", "size.d_ff=128", "size.seq_len=64",
@@ -41,6 +41,16 @@ RUN = [
     "trainer.accelerator=cpu", "trainer.micro_batch=1", "trainer.log_every=1", "trainer.val_every=12",
     f"trainer.checkpoint_every={SAVED_EVERY}",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """Options.
+
+    out  folder of faults.json
+    """
+
+    out: Path = ROOT / "docs" / "results" / "faults"
 
 
 class FaultError(AssertionError):
@@ -330,9 +340,8 @@ def main(out: Path) -> None:
                 results.append(run_fault(fault, run).to_dict() | {"survived": True})
             except FaultError as reason:
                 results.append({"fault": fault.name, "survived": False, "said": str(reason)})
-    out.mkdir(parents=True, exist_ok=True)
     survived = sum(result["survived"] for result in results)
-    write_json(out / "faults.json", {"tried": len(results), "survived": survived, "faults": results, **environment()})
+    write_result(out / "faults.json", {"tried": len(results), "survived": survived, "faults": results})
     table = Table(
         "fault", "survived", "steps lost", "largest difference", title=f"{survived} of {len(results)} survived"
     )
@@ -343,8 +352,7 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [argument.removeprefix("out=") for argument in sys.argv[1:]]
-    if "-h" in arguments or "--help" in arguments or len(arguments) > 1:
-        print(__doc__)
-    else:
-        main(Path(arguments[0]) if arguments else ROOT / "docs" / "results" / "faults")
+    try:
+        main(parse(FaultsConfig, sys.argv[1:]).out)
+    except UsageError as error:
+        fail(str(error))

@@ -1,30 +1,20 @@
-"""Measurements on a GPU.
-
-`python train/benchmarks/gpu_suite.py [parts=A,B] [out=FOLDER] [minutes=N] [data=FOLDER] [git=HASH]`
+"""Measurements on a GPU: `python train/benchmarks/gpu_suite.py [parts=A,B] [minutes=N] [key=value ...]`.
 
 Runs the parts in the order of their worth, each in a process of its own, and writes `<out>/<part>.json` after every
 case. A suite that was stopped, killed or ran out of `minutes` goes on with what is missing when it is started again.
-
-  parts         which ones, in which order (default: all; `--help` lists them)
-  out           default: docs/results/gpu-<device>
-  minutes       begin nothing that is not expected to end by then
-  part_minutes  the same for each part, which is stopped a minute later
-  data          prepared token shards for the study (default: the standard library's source, prepared now)
-  git           revision to record where there is no git checkout
-  toy           true: shapes of a test, on any device
 
 Needs torch, einops, numpy and PyYAML; what needs more is skipped with the reason. Without CUDA it says so and ends.
 """
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +23,10 @@ if not __package__:  # run as a script
 
 import torch
 
+from data.cli import UsageError, parse
 from data.files import write_json
-from eval.environment import ROOT, driver, environment
+from eval.environment import ROOT, driver
+from eval.results import envelope
 from train.benchmarks import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options
@@ -54,88 +46,78 @@ GRACE = 60.0  # seconds that a part may take beyond its time before it is stoppe
 
 
 @dataclass(frozen=True)
-class Request:
-    """The command line."""
+class SuiteConfig:
+    """Options.
 
-    parts: tuple[str, ...]
-    out: Path
-    minutes: float
-    part_minutes: float
-    options: Options
-    git: str | None
-    child: bool  # this process runs its parts itself
+    parts         which parts, in which order
+    out           folder of results; null: docs/results/gpu-<device>
+    minutes       begin nothing that is not expected to end by then
+    part_minutes  the same for each part, which is stopped a minute later
+    data          prepared token shards for the study; null: the standard library's source, prepared now
+    git           revision to record where there is no git checkout
+    toy           shapes of a test, on any device
+    child         run the parts in this process
+    """
+
+    parts: tuple[str, ...] = tuple(PARTS)
+    out: Path | None = None
+    minutes: float = math.inf
+    part_minutes: float = 8
+    data: Path | None = None
+    git: str | None = None
+    toy: bool = False
+    child: bool = False
+
+    @property
+    def folder(self) -> Path:
+        if self.out is not None:
+            return self.out
+        if self.toy:
+            return ROOT / "runs" / "gpu-toy"
+        return ROOT / "docs" / "results" / f"gpu-{torch.cuda.get_device_name().lower().replace(' ', '-')}"
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """Raises ValueError on an argument that is not one of the module's."""
-    given = {"parts": ",".join(PARTS), "out": "", "minutes": "inf", "part_minutes": "8", "data": "", "git": ""}
-    given |= {"toy": "false", "child": "false"}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in given or not value:
-            raise ValueError(f"cannot read {argument!r}; write key=value with a key of {', '.join(given)}")
-        given[key] = value
-    parts = tuple(given["parts"].split(","))
-    unknown = [part for part in parts if part not in PARTS]
-    if unknown:
-        raise ValueError(f"parts= has no {', '.join(unknown)}; choose {', '.join(PARTS)}")
+def check(config: SuiteConfig) -> None:
+    """Raises UsageError for a part that does not exist and for a time that is not positive."""
+    unknown = [part for part in config.parts if part not in PARTS]
+    if unknown or not config.parts:
+        raise UsageError(f"parts= has no {', '.join(unknown) or 'entry'}; choose {', '.join(PARTS)}")
     for key in ("minutes", "part_minutes"):
-        try:
-            positive = float(given[key]) > 0
-        except ValueError:
-            positive = False
-        if not positive:
-            raise ValueError(f"{key} is {given[key]}; it is a positive number")
-    for key in ("toy", "child"):
-        if given[key] not in ("true", "false"):
-            raise ValueError(f"{key} is {given[key]}; it is true or false")
-    toy = given["toy"] == "true"
-    name = "toy" if toy else torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else ""
-    return Request(
-        parts,
-        Path(given["out"] or (ROOT / ("runs" if toy else "docs/results") / f"gpu-{name}")),
-        float(given["minutes"]),
-        float(given["part_minutes"]),
-        Options(toy, Path(given["data"]) if given["data"] else None),
-        given["git"] or None,
-        given["child"] == "true",
-    )
+        if not getattr(config, key) > 0:
+            raise UsageError(f"{key} is {getattr(config, key)}; it is a positive number")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0, 1 where something failed, 2 for a mistake on the command line."""
-    if set(arguments) & {"-h", "--help"}:
-        print(f"{__doc__}\nParts: {', '.join(PARTS)}")
-        return 0
+    """Run the suite. Returns the exit status: 0, 1 if something failed, 2 for a mistake on the command line."""
     try:
-        request = parse(arguments)
-    except ValueError as error:
+        config = parse(SuiteConfig, arguments)
+        check(config)
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not torch.cuda.is_available() and not request.options.toy:
+    if not torch.cuda.is_available() and not config.toy:
         print("no CUDA device: nothing to measure (toy=true runs every part at the shapes of a test)")
         return 0
-    request.out.mkdir(parents=True, exist_ok=True)
-    if request.child:
-        return max([run_part(part, request) for part in request.parts])
-    deadline = time.monotonic() + 60 * request.minutes
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if config.child:
+        return max([run_part(part, config) for part in config.parts])
+    deadline = time.monotonic() + 60 * config.minutes
     status = 0
-    for part in request.parts:
+    for part in config.parts:
         left = deadline - time.monotonic()
         if left <= 0:
             print(f"{part}: no time left; start the suite again to go on")
             continue
-        status = max(status, start_part(part, request, arguments, min(left, 60 * request.part_minutes)))
-    print(f"results: {request.out}")
+        status = max(status, start_part(part, config, min(left, 60 * config.part_minutes)))
+    print(f"results: {config.folder}")
     return status
 
 
-def start_part(part: str, request: Request, arguments: Sequence[str], allowed: float) -> int:
+def start_part(part: str, config: SuiteConfig, allowed: float) -> int:
     """Run a part in a process of its own: a crash, or a device error that sticks, ends that part alone."""
-    keys = ("parts=", "minutes=", "part_minutes=", "out=")
-    kept = [argument for argument in arguments if not argument.startswith(keys)]
-    command = [sys.executable, str(Path(__file__).resolve()), *kept, f"parts={part}", f"out={request.out}"]
-    command += [f"part_minutes={allowed / 60}", "child=true"]
+    command = [sys.executable, str(Path(__file__).resolve()), f"parts={part}", f"out={config.folder}", "child=true"]
+    command += [f"part_minutes={allowed / 60}", f"toy={str(config.toy).lower()}"]
+    command += [f"{key}={value}" for key, value in (("data", config.data), ("git", config.git)) if value is not None]
     try:
         return 0 if subprocess.run(command, timeout=allowed + GRACE).returncode == 0 else 1
     except subprocess.TimeoutExpired:
@@ -143,16 +125,17 @@ def start_part(part: str, request: Request, arguments: Sequence[str], allowed: f
         return 1
 
 
-def run_part(part: str, request: Request) -> int:
-    """Every case of the part that has no result yet and fits into the time. Returns 1 if one failed."""
-    path = request.out / f"{part}.json"
+def run_part(part: str, config: SuiteConfig) -> int:
+    """Run every case of the part that has no result yet and fits into the time. Returns 1 if one failed, else 0."""
+    path = config.folder / f"{part}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "cases": {}}
-    started = environment() | {"driver": driver(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    result["starts"].append(started | ({"git": request.git} if request.git else {}))
+    git = {"git": config.git} if config.git else {}
+    result["starts"].append(envelope() | {"driver": driver()} | git)
+    options = Options(config.toy, config.data)
     died_in = result.get("running")  # the process before this one; whatever did that now comes last
     result |= {"failed": {}, "skipped": {}, "left": [], "running": None}
-    deadline = time.monotonic() + 60 * request.part_minutes
-    for case in sorted(PARTS[part](request.options), key=lambda case: case.key == died_in):
+    deadline = time.monotonic() + 60 * config.part_minutes
+    for case in sorted(PARTS[part](options), key=lambda case: case.key == died_in):
         if case.key in result["cases"]:
             continue
         if time.monotonic() + case.seconds > deadline:
@@ -167,7 +150,7 @@ def run_part(part: str, request: Request) -> int:
 
 
 def run_case(part: str, case: Case, result: dict[str, Any]) -> None:
-    """Put the outcome into `result`: a failure is kept with its traceback and tried again by the next start."""
+    """Run one case and store the outcome in `result`: a failure with its traceback, to be retried by the next start."""
     begin = time.monotonic()
     try:
         value = case.run()

@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ from rich.table import Table
 from arch import ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
-from data.files import write_json
 from eval.cli import Choices, launch, require
-from eval.environment import environment
+from eval.environment import hardware
 from eval.layouts import load_arch, names
+from eval.results import write_result
 from eval.units import bytes_text, count_text
 from train.benchmarks.baselines import kvfrontier, random_batch, train_in_turns
 from train.benchmarks.decoding import argmax_last, build_model, decode_fn, greedy_steps
@@ -68,8 +67,6 @@ def main(config: DictConfig, choices: Choices) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
         "size": choices.size,
         "reference": options.archs[0],
         "options": asdict(options),
@@ -81,11 +78,10 @@ def main(config: DictConfig, choices: Choices) -> None:
     result["training"] = training(models, options)
     result["decoding"] = {str(batch): decoding(models, batch, options) for batch in options.decode_batches}
     result["load"]["after"] = os.getloadavg()
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "layouts.json", result)
+    path = Path(options.out) / "layouts.json"
+    write_result(path, result)
     show(result)
-    print(f"written to {folder / 'layouts.json'}")
+    print(f"written to {path}")
 
 
 def check(options: LayoutsConfig) -> None:
@@ -212,7 +208,7 @@ def show(result: dict[str, Any]) -> None:
     parts = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
     parts |= {f"decoding, batch {batch}": found for batch, found in result["decoding"].items()}
     for title, found in parts.items():
-        table = Table("", title=f"{result['size']}, {title}, fp32, {result['environment']['hardware']}")
+        table = Table("", title=f"{result['size']}, {title}, fp32, {hardware()}")
         for column in ("params", "tokens/s", "tokens/CPU s", f"speed / {first}", "in CPU s", "by round"):
             table.add_column(column, justify="right")
         trained = "flops" in found[first]
