@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from conftest import ROOT, launch_in_process, run_script, small
 from omegaconf import OmegaConf
 
 from arch import ArchConfig, SizeConfig
+from data.shards import Manifest
 from eval.layouts import CONFIGS, load_arch, load_size, names
+from train import pretrain
 from train.benchmarks import baselines, gpu_study, gpu_suite
 from train.benchmarks import cpu as bench
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.benchmarks.gpu_case import Case, Options
 from train.loss import cross_entropy_sum
+from train.schema import PretrainConfig
 
 CPU = torch.device("cpu")
 
@@ -213,16 +216,19 @@ def test_gpu_tests_outcome(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["mha", "block"])
-def test_study_is_the_same_with_and_without_lightning(
-    arch: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_study_is_a_run_of_pretrain(arch: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_study, "ARCHS", (arch,))
-    assert suite(tmp_path / "a", "parts=study", f"data={corpus}") == 0
-    monkeypatch.setattr(gpu_study, "NEEDED", ("no_such_package",))
-    assert suite(tmp_path / "b", "parts=study", f"data={corpus}") == 0
-    full, bare = (read(tmp_path / name, "study")["cases"][f"{arch}-20m-seed0"] for name in "ab")
-    assert (full["runner"], bare["runner"]) == ("train/pretrain.py", "bare loop, no_such_package not installed")
-    assert full["loss"] == pytest.approx(bare["loss"], abs=1e-4)
+    assert suite(tmp_path, "parts=study", f"data={corpus}") == 0
+    case = read(tmp_path, "study")["cases"][f"{arch}-20m-seed0"]
+    size = asdict(gpu_study.model_config(arch, "20m", Options(toy=True)).size)
+    size |= {"vocab_size": Manifest.load(corpus).vocab_size, "batch_size": 4, "tokens": 960}
+    changes = [f"size.{key}={'null' if value is None else value}" for key, value in size.items()]
+    run = tmp_path / "run"
+    changes += [f"folder={run}", f"data.path={corpus}", "logger=csv", "trainer.progress=false"]
+    launch_in_process(pretrain.main, "pretrain", PretrainConfig, [f"+arch={arch}", "+size=20m", *changes])
+    summary = json.loads((run / "summary.json").read_text())
+    assert case["loss"] == summary["val"]["loss"]
+    assert case["tokens"] == summary["tokens"]
 
 
 def test_failures_are_kept_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +323,17 @@ def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
     }
     assert len(read(tmp_path, "decode")["cases"]) == 8
     assert len(read(tmp_path, "attention")["cases"]) == 3
+
+
+def test_study_runs_with_lightning_alone(corpus: Path, tmp_path: Path) -> None:
+    """On a GPU machine without the packages of the command line and of the loggers."""
+    arguments = ["toy=true", "child=true", "parts=study", f"data={corpus}", f"out={tmp_path}"]
+    code = without("hydra", "omegaconf", "wandb", "datasets", "plotly")
+    code += f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    study = read(tmp_path, "study")
+    assert list(study["cases"]) == ["mha-20m-seed0"], study["skipped"]
 
 
 def test_gpu_tests_are_collected_without_hydra() -> None:
