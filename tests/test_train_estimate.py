@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import ModelConfig, SizeConfig, build, resolve
+from arch import EncoderConfig, ModelConfig, SizeConfig, build, resolve
 from arch.footprint import train_flops_per_token
 from eval.cli import Choices
 from eval.hardware import find_gpu
@@ -32,7 +32,7 @@ from train.estimates.memory import (
     activation_bytes,
     cast_bytes,
     loss_bytes,
-    parts_of,
+    stack_shapes,
     step_memory,
     temporary_bytes,
     working_bytes,
@@ -82,9 +82,14 @@ def config(name: str, num_layers: int = 7, style: str = "llama") -> ModelConfig:
         tie_embeddings=name != "gqa4",
         **STYLES[style],
     )
-    arch = load_arch(name.removesuffix("_projection"))
-    if name.endswith("_projection"):
+    base, _, change = name.partition(":")
+    arch = load_arch(base)
+    if change == "projection":
         arch.block.embedder, arch.block.start, arch.block.token.kind = "projection", False, "summation"
+    elif change == "cross":
+        arch.block.token.kind = "cross"
+    elif change:
+        arch.block.embedder, arch.block.encoder = change, EncoderConfig(2, 64, 4, 160, 3)
     return ModelConfig(arch, size)
 
 
@@ -269,7 +274,7 @@ def test_ddp_copies_gradients_into_buckets() -> None:
 
 def test_parts_add_up() -> None:
     model_config = config("mla")
-    (part,) = parts_of(model_config, resolve(model_config), BATCH)
+    (part,) = stack_shapes(model_config, resolve(model_config), BATCH)
     assert sum(cast_bytes(part, Execution(itemsize=4))) == 0
     few, many = (loss_bytes(model_config, Execution(), tokens) for tokens in (4096, 8192))
     assert many - few == 2 * 4096 * 2 * 64, "beyond a chunk, only the residual stream and its norm grow"

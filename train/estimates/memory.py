@@ -9,10 +9,10 @@ gaps are not counted.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from arch import BlockPlan, KVPlan, LayoutError, ModelConfig, Plan, StoreSpec
-from arch.block_plan import block_config, embed_dim, split_config
+from arch import BlockConfig, BlockPlan, KVPlan, ModelConfig, Plan, StoreSpec
+from arch.block_plan import block_config, embed_dim, embedded, has_encoder, split_config
 from arch.config import SizeConfig, head_dim, style_of
-from arch.footprint import layer_params, num_params
+from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
 from arch.plan import CHUNK
 from train.schema import LOSS_ROWS
 
@@ -61,50 +61,39 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Part:
+class StackShape:
     """A stack of layers that a micro-batch goes through, as `rows` sequences of `config.size.seq_len` positions.
 
-    outputs  positions whose last residual stream is normalised and used
+    outputs        positions whose last residual stream is normalised and used
+    cross_vectors  vectors per row that each layer also attends to
     """
 
     config: ModelConfig
     plan: KVPlan
     rows: int
     outputs: int
+    cross_vectors: int = 0
 
     @property
     def positions(self) -> int:
         return self.rows * self.config.size.seq_len
 
 
-def parts_of(config: ModelConfig, plan: Plan, micro_batch: int) -> list[Part]:
-    """The stacks of a model, the one with the loss last.
-
-    Raises LayoutError for an encoder or cross-attention in a Block Transformer, which are not counted here.
-    """
+def stack_shapes(config: ModelConfig, plan: Plan, micro_batch: int) -> list[StackShape]:
+    """The decoders of a model, the one with the loss last; `encoder_bytes` has the encoder of an embedder."""
     if isinstance(plan, KVPlan):
-        return [Part(config, plan, micro_batch, micro_batch * config.size.seq_len)]
-    (coarse, fine), block = split_config(config), block_config(config)
-    uncounted = [
-        f"{key} is {value}, and memory of a training step is not counted for it; try train/pretrain.py with "
-        "trainer.micro_batch=1 and upwards"
-        for key, value, wrong in (
-            ("arch.block.embedder", block.embedder, block.embedder not in ("lookup", "projection")),
-            ("arch.block.token.kind", block.token.kind, plan.cross),
-        )
-        if wrong
-    ]
-    if uncounted:
-        raise LayoutError(uncounted)
+        return [StackShape(config, plan, micro_batch, micro_batch * config.size.seq_len)]
+    coarse, fine = split_config(config)
     contexts = config.size.seq_len // plan.block_length - 1
     rows = micro_batch * (contexts + plan.start)
     return [
-        Part(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
-        Part(
+        StackShape(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
+        StackShape(
             replace(fine, size=replace(fine.size, seq_len=plan.num_positions)),
             plan.token,
             rows,
             rows * plan.block_length,
+            plan.num_context_vectors if plan.cross else 0,
         ),
     ]
 
@@ -112,17 +101,17 @@ def parts_of(config: ModelConfig, plan: Plan, micro_batch: int) -> list[Part]:
 def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
     """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
 
-    Raises LayoutError as `parts_of`.
+    .
     """
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
-    parts = parts_of(config, plan, micro_batch)
+    stacks = stack_shapes(config, plan, micro_batch)
     return Memory(
         weights=share,
         gradients=share,
         optimizer=2 * share,
         working=working_bytes(config, plan, how),
         activations=activation_bytes(config, plan, how, micro_batch),
-        temporary=temporary_bytes(parts, how),
+        temporary=temporary_bytes(config, stacks, how),
     )
 
 
@@ -135,13 +124,14 @@ def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
     weights, those of the next in flight and their flat buffer; its gradients; and, in fp32, what is reduced of it and
     of the one before. Gradients that are accumulated stay whole, in fp32, until the last micro-batch.
     """
-    parts = parts_of(config, plan, 1)
+    stacks = stack_shapes(config, plan, 1)
     if how.strategy == "fsdp":
-        blocks = [layer_params(p.config, p.plan, layer)[0] for p in parts for layer in range(p.plan.num_layers)]
+        blocks = [params for stack in stacks for params, _ in stack_layer_params(stack)]
+        blocks += encoder_layer_params(config)[:1]
         root = num_params(config, plan) - sum(blocks)
         whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
         return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
-    casts = 0 if how.checkpointing else sum(sum(cast_bytes(part, how)) for part in parts)
+    casts = 0 if how.checkpointing else all_cast_bytes(config, stacks, how)
     between = how.itemsize * between_params(config, plan) if how.itemsize < FP32 else 0
     return casts + between + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
 
@@ -151,15 +141,33 @@ def between_params(config: ModelConfig, plan: Plan) -> int:
     if isinstance(plan, KVPlan):
         return 0
     (coarse, fine), block = split_config(config), block_config(config)
-    projection = plan.block_length * embed_dim(config) if block.embedder == "projection" else 0
+    projection = 0 if block.embedder == "lookup" else embedded(block) * embed_dim(config)
     return coarse.size.d_model * (projection + plan.num_context_vectors * fine.size.d_model)
 
 
-def cast_bytes(part: Part, how: Execution) -> list[int]:
+def cast_bytes(stack: StackShape, how: Execution) -> list[int]:
     """For each block, the copies of its matrices in the type computed in; FSDP gathers them in that type."""
     if how.itemsize == FP32 or how.strategy == "fsdp":
-        return [0] * part.plan.num_layers
-    return [how.itemsize * layer_params(part.config, part.plan, layer)[1] for layer in range(part.plan.num_layers)]
+        return [0] * stack.plan.num_layers
+    return [how.itemsize * matrices for _, matrices in stack_layer_params(stack)]
+
+
+def all_cast_bytes(config: ModelConfig, stacks: Sequence[StackShape], how: Execution) -> int:
+    """`cast_bytes` of all decoders, and the same of an encoder."""
+    encoder = 0 if how.itemsize == FP32 or how.strategy == "fsdp" else sum(encoder_layer_params(config))
+    return how.itemsize * encoder + sum(sum(cast_bytes(stack, how)) for stack in stacks)
+
+
+def stack_layer_params(stack: StackShape) -> list[tuple[int, int]]:
+    """Parameters of each layer, and elements of its matrices."""
+    result = []
+    for layer in range(stack.plan.num_layers):
+        params, matrices = layer_params(stack.config, stack.plan, layer)
+        if stack.cross_vectors:
+            params += cross_params(stack.config, stack.plan, layer)
+            matrices += sum(cross_matrices(stack.config, stack.plan, layer))
+        result.append((params, matrices))
+    return result
 
 
 def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> int:
@@ -168,31 +176,37 @@ def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batc
     Token numbers (8 bytes each), the gradient that the loss has made of the last residual stream, and of each stack
     `stack_bytes`. Between the decoders of a Block Transformer, the context and what a projection is made of.
     """
-    width, parts = how.itemsize, parts_of(config, plan, micro_batch)
-    total = 8 * micro_batch * config.size.seq_len + width * parts[-1].outputs * parts[-1].config.size.d_model
+    width, stacks = how.itemsize, stack_shapes(config, plan, micro_batch)
+    total = 8 * micro_batch * config.size.seq_len + width * stacks[-1].outputs * stacks[-1].config.size.d_model
     if isinstance(plan, BlockPlan):
-        block, (coarse, _) = block_config(config), parts
+        block, (coarse, _) = block_config(config), stacks
         total += 8 * coarse.positions * plan.block_length + width * coarse.outputs * coarse.config.size.d_model
-        if block.embedder == "projection":
-            total += width * coarse.positions * plan.block_length * embed_dim(config)
-    return total + sum(stack_bytes(part, how) for part in parts)
+        if block.embedder != "lookup":  # of an encoder with CLS tokens all outputs, of which they are a view
+            vectors = encoder_positions(block) if has_encoder(block) else plan.block_length
+            total += width * coarse.positions * vectors * embed_dim(config)
+        if has_encoder(block):
+            total += encoder_bytes(block, coarse.positions, how)
+        total += width * stacks[-1].rows * stacks[-1].cross_vectors * stacks[-1].config.size.d_model
+    return total + sum(stack_bytes(stack, how) for stack in stacks)
 
 
-def stack_bytes(part: Part, how: Execution) -> int:
+def stack_bytes(stack: StackShape, how: Execution) -> int:
     """What a stack keeps: rotary tables, the last norm, which is not compiled, and of its blocks `layer_bytes` and
     `mask_bytes`; or with checkpointing the input of each, the slots that other layers read, and the boolean masks."""
-    config, plan, size, width = part.config, part.plan, part.config.size, how.itemsize
+    config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
     whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {store.rope_key for store in plan.stores})
-    whole += part.outputs * norm_bytes(size)
-    if width == FP32:  # the norm's input is no copy, and a part of it keeps the whole
-        whole += FP32 * size.d_model * max(0, part.positions - part.outputs)
+    whole += stack.outputs * norm_bytes(size)
+    if width == FP32:  # the norm's input is no copy, and a slice of it keeps the whole
+        whole += FP32 * size.d_model * max(0, stack.positions - stack.outputs)
     if not how.checkpointing:
         layers = range(plan.num_layers)
-        per_token = sum(layer_bytes(config, plan, layer, how) for layer in layers)
-        return whole + round(part.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+        per_token = sum(layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how) for layer in layers)
+        return (
+            whole + round(stack.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
+        )
     shared = sum(slots_bytes(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1)
     masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
-    return whole + round(part.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
+    return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
 
 
 def slots_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
@@ -269,6 +283,51 @@ def attention_bytes(config: ModelConfig, store: StoreSpec, owner: bool, how: Exe
     return how.itemsize * elements + FP32 * heads
 
 
+def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
+    """Per token, what the cross-attention of a layer keeps: change with arch/cross_attention.py.
+
+    The norm and its output (D), queries and output (N H each), log-sum-exp in fp32, and the share of the token in the
+    keys and values of the context.
+    """
+    if not stack.cross_vectors:
+        return 0
+    size, kv_heads, head = stack.config.size, stack.plan.store(layer).slot.kv_heads, head_dim(stack.config.size)
+    wide = -(-head // 8) * 8 if how.dense else head
+    elements = size.d_model + size.num_heads * (2 * wide + (head if wide > head else 0))
+    elements += 2 * kv_heads * wide * stack.cross_vectors / size.seq_len
+    norm = norm_bytes(size)
+    if how.compiled:  # made again from the residual stream
+        norm = how.itemsize * size.d_model + (2 if style_of(size).norm == "layernorm" else 1) * FP32
+    return how.itemsize * elements + FP32 * size.num_heads + norm
+
+
+def encoder_bytes(block: BlockConfig, sequences: int, how: Execution) -> int:
+    """What the encoder of an embedder keeps of `sequences` blocks: change with arch/encoder.py.
+
+    The first norm, and of each layer its input (E), queries, keys, values and output (E each), log-sum-exp in fp32,
+    the input of the MLP (E), its product before and after the GELU (F each), and two LayerNorms.
+    """
+    encoder, width = block.encoder, how.itemsize
+    dim, heads = encoder.d_model, encoder.num_heads
+    norm = FP32 * dim + 2 * FP32
+    layer = width * dim
+    if not how.checkpointing:
+        head = dim // heads
+        wide = -(-head // 8) * 8 if how.dense else head
+        layer += width * (heads * (4 * wide + (head if wide > head else 0)) + dim + 2 * encoder.d_ff)
+        layer += FP32 * heads + 2 * norm
+    return sequences * encoder_positions(block) * (norm + encoder.layers * layer)
+
+
+def encoder_layer_params(config: ModelConfig) -> list[int]:
+    """Elements of the matrices of each layer of the embedder's encoder; no layer where there is none."""
+    block = config.arch.block
+    if block is None or not has_encoder(block):
+        return []
+    encoder = block.encoder
+    return [4 * encoder.d_model**2 + 2 * encoder.d_model * encoder.d_ff] * encoder.layers
+
+
 def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
     """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
     store, length = plan.store(layer), config.size.seq_len
@@ -280,7 +339,7 @@ def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) ->
     return how.itemsize * length * (length + store.sinks) if dense else 0
 
 
-def temporary_bytes(parts: Sequence[Part], how: Execution) -> int:
+def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execution) -> int:
     """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
 
     Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
@@ -288,10 +347,10 @@ def temporary_bytes(parts: Sequence[Part], how: Execution) -> int:
     reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
     of embedding and output, whole, and in fp32 for their reduction.
     """
-    part, width = parts[-1], how.itemsize  # that with the loss; what comes before it needs less, and later
-    config, plan, size = part.config, part.plan, part.config.size
-    tokens, casts = part.positions, cast_bytes(part, how)
-    loss, matrix = loss_bytes(config, how, part.outputs), size.vocab_size * size.d_model
+    stack, width = stacks[-1], how.itemsize  # that with the loss; what comes before it needs less, and later
+    config, plan, size = stack.config, stack.plan, stack.config.size
+    tokens, casts = stack.positions, cast_bytes(stack, how)
+    loss, matrix = loss_bytes(config, how, stack.outputs), size.vocab_size * size.d_model
     block = tokens * (width * 2 * (size.d_ff + size.d_model) - rms_norm_bytes(size.d_model))
     last = plan.store(plan.num_layers - 1)
     if last.num_slots:  # by then what the feed-forward layer kept is gone
@@ -302,10 +361,12 @@ def temporary_bytes(parts: Sequence[Part], how: Execution) -> int:
     if how.checkpointing:
         loss += round(tokens * slots_bytes(config, plan.store(plan.num_layers - 1), how))  # what the last layer read
         loss += (
-            0 if how.compiled else sum(sum(cast_bytes(each, how)) for each in parts)
+            0 if how.compiled else all_cast_bytes(model, stacks, how)
         )  # autocast's cache lives to the end of the forward pass
         block += max(
-            round(layer_bytes(config, plan, layer, how) * tokens) + mask_bytes(config, plan, layer, how) + casts[layer]
+            round((layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how)) * tokens)
+            + mask_bytes(config, plan, layer, how)
+            + casts[layer]
             for layer in range(plan.num_layers)
         )
     end = (1 if size.tie_embeddings else 2) * matrix * (width + FP32) if how.strategy == "fsdp" else 0
