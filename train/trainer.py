@@ -1,15 +1,12 @@
 """One training run: checks, trains, validates, and writes the result."""
 
-import logging
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 import wandb
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -22,11 +19,12 @@ from train import checkpoint
 from train.callbacks import Checkpoints, Stop, Stopped
 from train.checkpoint import TrainingError
 from train.datamodule import Data, check_limits
+from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, Progress
 from train.run import constants, summarize, write_start
-from train.schema import PretrainConfig, micro_batch, num_steps
+from train.schema import PretrainConfig, num_steps
 
 
 def run(config: PretrainConfig) -> None:
@@ -131,53 +129,19 @@ def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: P
 
 
 def build_trainer(config: PretrainConfig, folder: Path, plan: Plan, device: str, start: Path | None) -> L.Trainer:
-    """A Trainer for the run, which goes on from the checkpoint `start`.
-
-    Weights and optimizer are fp32 in every case; LitModel computes in what was asked.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
-    options, steps = config.trainer, num_steps(config)
-    world = options.devices * options.num_nodes
-    accumulate = config.batch_size // (micro_batch(config) * world)
-    val_every = options.val_every or -(-steps // 4)
-    strategy = {
-        "auto": "auto",
-        "ddp": "ddp",
-        "fsdp": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
-    }[options.strategy]
+    """The trainer of the run, with loggers and callbacks; it continues from the checkpoint `start`."""
+    options = config.trainer
     progress = options.progress and sys.stdout.isatty()
     checkpoints = Checkpoints(folder, options.checkpoint_every, options.keep_checkpoints, start)
-    return L.Trainer(
-        accelerator=device,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        strategy=strategy,
-        precision="32-true",
-        max_steps=steps,
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=config.optim.clip,
-        val_check_interval=min(val_every, steps) * accumulate,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=loggers(config, folder),
-        enable_checkpointing=False,
-        log_every_n_steps=1,
-        callbacks=[
-            Metrics(
-                options.log_every,
-                options.checkpoint_every,
-                options.max_rise,
-                config.batch_size * config.size.seq_len,
-                constants(config, plan),
-                print_lines=options.progress and not progress,
-            ),
-            checkpoints,
-            Stop(checkpoints, options.max_hours),
-            *([Progress(leave=True)] if progress else []),
-        ],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        default_root_dir=folder,
+    metrics = Metrics(
+        options.log_every,
+        options.checkpoint_every,
+        options.max_rise,
+        config.batch_size * config.size.seq_len,
+        constants(config, plan),
+        print_lines=options.progress and not progress,
     )
+    callbacks = [metrics, checkpoints, Stop(checkpoints, options.max_hours)]
+    if progress:
+        callbacks.append(Progress(leave=True))
+    return lightning_trainer(config, device, loggers(config, folder), callbacks, folder, progress)
