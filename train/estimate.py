@@ -50,7 +50,7 @@ class EstimateConfig(PretrainConfig):
 
 @dataclass(frozen=True)
 class Device:
-    """What one GPU has: bytes, and FLOP/s in the precision asked for."""
+    """One GPU: bytes of memory, and peak FLOP/s in the precision of the run."""
 
     name: str
     memory: float
@@ -188,7 +188,7 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
 
 
 def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
-    """From the peak. What checkpointing recomputes, one forward pass in four units of work, is no useful work."""
+    """The speed at an assumed MFU; recomputation by checkpointing, a quarter of all work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
     if any(store.num_slots for stack in plan.stacks for store in stack.plan.stores):
         source += ", which bounded stores, in plain torch, will not reach"
@@ -248,7 +248,7 @@ def make_plan(
 
 
 def command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
-    """What starts the run: what was typed, and the execution that was planned."""
+    """The command line that starts the run: the typed words, and the estimated execution."""
     trainer = config.trainer
     own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer.micro_batch=", "trainer=")
     words = ["python", "train/pretrain.py", *(word for word in typed if not word.startswith(own))]

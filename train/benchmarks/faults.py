@@ -214,7 +214,7 @@ def cut_in_half(path: Path) -> None:
 
 
 def disk_full(run: FaultRun) -> Injected:
-    """From step 7 on, the kernel refuses to let the process write files of more than 60 kB."""
+    """Limit the files of the process to 60 kB from step 7 on, so that the kernel refuses a checkpoint."""
     process = run.begin()
     run.wait_for_step(process, 7)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
@@ -266,7 +266,7 @@ def no_wandb_server(run: FaultRun) -> Injected:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run, and what that may cost.
+    """An injected fault and its permitted cost.
 
     most_lost  steps that may have to be repeated
     after      options on resuming

@@ -1,1 +1,1 @@
-"""What a training step will need, counted before it runs."""
+"""Estimates of a training step, counted before it runs."""

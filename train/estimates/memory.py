@@ -1,9 +1,14 @@
-"""Memory of a training step, counted from the layout: what one process holds, and what lives from forward to backward.
+"""Peak memory of a training step in one process, counted from the layout.
+
+The formulas follow the modules of arch line by line and change with them: `layer_bytes` with arch/decoder.py and
+layers.py, `attention_bytes` with attention.py, `cross_bytes` with cross_attention.py, `encoder_bytes` with encoder.py,
+the second half of this file with bounded.py, `loss_bytes` with train/loss.py. A test compares them with the storages of
+real steps.
 
 Bytes throughout. At its peak a step that accumulates has weights, gradients, optimizer state and activations at once.
 Weights, gradients and AdamW's two moments are fp32, 16 bytes per parameter; for bf16, matrices are cast in each forward
-pass. Attention is taken to be fused: it keeps no scores. Tensors inside kernels, the CUDA context and the allocator's
-gaps are not counted.
+pass. Attention is taken to be fused: it saves no scores. Tensors inside kernels, the CUDA context and the allocator's
+gaps are not counted. Bytes that are "saved" live from the forward to the backward pass.
 """
 
 from collections.abc import Sequence
@@ -21,7 +26,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step is run.
+    """Execution of a step.
 
     strategy    auto (one device), ddp or fsdp
     world       processes
@@ -41,7 +46,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one process holds at the peak of a step.
+    """Memory of one process at the peak of a step.
 
     working      weights in the type computed in, and buffers of FSDP or DDP
     activations  from forward to backward
@@ -146,7 +151,7 @@ def between_params(config: ModelConfig, plan: Plan) -> int:
 
 
 def cast_bytes(stack: StackShape, how: Execution) -> list[int]:
-    """For each block, the copies of its matrices in the type computed in; FSDP gathers them in that type."""
+    """Copies of each layer's matrices in the type computed in; none under FSDP, which gathers them in that type."""
     if how.itemsize == FP32 or how.strategy == "fsdp":
         return [0] * stack.plan.num_layers
     return [how.itemsize * matrices for _, matrices in stack_layer_params(stack)]
@@ -171,10 +176,10 @@ def stack_layer_params(stack: StackShape) -> list[tuple[int, int]]:
 
 
 def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> int:
-    """What a micro-batch keeps from forward to backward, weights and their copies aside.
+    """Bytes that a micro-batch saves, weights and their copies aside.
 
-    Token numbers (8 bytes each), the gradient that the loss has made of the last residual stream, and of each stack
-    `stack_bytes`. Between the decoders of a Block Transformer, the context and what a projection is made of.
+    Token numbers (8 bytes each), the gradient of the last residual stream, which the loss has made, and `stack_bytes`
+    of each stack. In a Block Transformer also an encoder, the input of the embedder's projection, and the context.
     """
     width, stacks = how.itemsize, stack_shapes(config, plan, micro_batch)
     total = 8 * micro_batch * config.size.seq_len + width * stacks[-1].outputs * stacks[-1].config.size.d_model
@@ -191,8 +196,11 @@ def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batc
 
 
 def stack_bytes(stack: StackShape, how: Execution) -> int:
-    """What a stack keeps: rotary tables, the last norm, which is not compiled, and of its blocks `layer_bytes` and
-    `mask_bytes`; or with checkpointing the input of each, the slots that other layers read, and the boolean masks."""
+    """Bytes that a stack saves: rotary tables, the last norm, which is not compiled, and `layer_bytes`, `cross_bytes`
+    and `mask_bytes` of its layers.
+
+    With checkpointing the input of each layer instead, the slots that other layers read, and the boolean masks.
+    """
     config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
     whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {store.rope_key for store in plan.stores})
     whole += stack.outputs * norm_bytes(size)
@@ -210,7 +218,7 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
 
 
 def slots_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-    """What the owner of a store hands to later layers, per token."""
+    """Bytes per token that the owner of a store hands to later layers."""
     return slot_bytes(config, store, how.itemsize) if store.num_slots else how.itemsize * store.slot.elements
 
 
@@ -226,9 +234,9 @@ def rms_norm_bytes(dim: int) -> int:
 
 
 def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> float:
-    """What one block keeps of a token.
+    """Bytes per token that one layer saves.
 
-    Every projection keeps its input: the norms' outputs (D, a `kv_norm`'s and a latent's too), attention's output, and
+    Every projection saves its input: the norms' outputs (D, a `kv_norm`'s and a latent's too), attention's output, and
     the product in the feed-forward layer (F). Further,
 
     uncompiled  two fp32 copies in each norm (`norm_bytes`); gate, silu(gate) and up (F each)
@@ -260,17 +268,17 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
 
 
 def attention_bytes(config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-    """What softmax attention keeps of a token: queries, keys, values, output, and log-sum-exp in fp32.
+    """Bytes per token that softmax attention saves: queries, keys, values, output, and log-sum-exp in fp32.
 
     Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
     appended. All are as wide as the kernel's keys; where heads are narrower, or a sink takes its share afterwards, the
-    output is kept once more. Of bounded stores: as below, and the output.
+    output is saved once more. For bounded stores `reader_bytes`, `owner_bytes` and the output.
     """
     heads, head = config.size.num_heads, head_dim(config.size)
     if store.num_slots:
-        kept = reader_bytes(config, store, how.compiled)
-        kept += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
-        return kept + how.itemsize * heads * head
+        saved = reader_bytes(config, store, how.compiled)
+        saved += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
+        return saved + how.itemsize * heads * head
     appended = store.sinks and how.dense
     wide = -(-(head + store.slot.rope_dim + 2 * appended) // 8) * 8 if how.dense else head + store.slot.rope_dim
     elements = 2 * heads * wide
@@ -284,7 +292,7 @@ def attention_bytes(config: ModelConfig, store: StoreSpec, owner: bool, how: Exe
 
 
 def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
-    """Per token, what the cross-attention of a layer keeps: change with arch/cross_attention.py.
+    """Bytes per token that the cross-attention of a layer saves.
 
     The norm and its output (D), queries and output (N H each), log-sum-exp in fp32, and the share of the token in the
     keys and values of the context.
@@ -302,9 +310,9 @@ def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
 
 
 def encoder_bytes(block: BlockConfig, sequences: int, how: Execution) -> int:
-    """What the encoder of an embedder keeps of `sequences` blocks: change with arch/encoder.py.
+    """Bytes that the encoder of an embedder saves for `sequences` blocks.
 
-    The first norm, and of each layer its input (E), queries, keys, values and output (E each), log-sum-exp in fp32,
+    The first norm, and for each layer its input (E), queries, keys, values and output (E each), log-sum-exp in fp32,
     the input of the MLP (E), its product before and after the GELU (F each), and two LayerNorms.
     """
     encoder, width = block.encoder, how.itemsize
@@ -340,9 +348,9 @@ def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) ->
 
 
 def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execution) -> int:
-    """The largest of what exists for a moment beside all else: in the loss, in a block's backward pass, in FSDP's end.
+    """The largest of three temporary peaks: in the loss, in a layer's backward pass, at FSDP's last reduction.
 
-    Block: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
+    Layer: gradients of gate and up, of the residual stream and a norm's output, of one matrix, as computed and in fp32,
     and of the output matrix where it waits for the embedding's; the last norm is done by then. Where the last layer
     reads a bounded store, that may need more. With checkpointing, also all that the block keeps. FSDP's end: gradients
     of embedding and output, whole, and in fp32 for their reduction.
@@ -374,7 +382,7 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
 
 
 def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
-    """What train/loss.py holds while it makes the gradients, and what is alive around it.
+    """Bytes that train/loss.py needs while it makes the gradients, its inputs included.
 
     The residual stream and its norm [B T, D]; the gradient of the output matrix [V, D] in fp32, a chunk's share of it,
     and the matrix cast; for a chunk the logits, two fp32 copies, and the gradient of the chunk before.
@@ -424,13 +432,13 @@ def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
 
 
 def slot_bytes(config: ModelConfig, store: StoreSpec, itemsize: int) -> float:
-    """What an owner hands to later layers: keys and values, strengths, fading and states in fp32, and the window's."""
+    """Bytes per token that an owner hands to later layers: keys, values, and in fp32 strengths, decay and states."""
     s = sizes(config, store)
     return itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
 
 
 def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize: int) -> float:
-    """What the writer keeps, beside the input of its projections.
+    """Bytes per token that the writer saves, besides the input of its projections.
 
     uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
                 strengths, what they leave and its logarithm's input, the sums' pattern (C); the share of the chunk's
@@ -446,7 +454,7 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
 
 
 def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float:
-    """What the reader keeps, beside the input of its projections.
+    """Bytes per token that the reader saves, besides the input of its projections.
 
     uncompiled  all in fp32: what is left of each token of a chunk in each slot (C M); queries, as products take them,
                 and the sum before its division; products within chunks (N C) twice; products with the state as they
