@@ -189,6 +189,18 @@ class SizeConfig:
     lr: float = 1e-3
 
 
+# Hugging Face's config.json has these fields of a size under other names, which tools look for.
+HF_SIZE_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "seq_len": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
 @dataclass
 class ModelConfig:
     """All that defines a model: a layout at a size."""

@@ -1,38 +1,33 @@
-"""To and from a Hugging Face folder that has the files of `arch` with it: every layout, under our own names."""
+"""To and from a Hugging Face folder that carries the files of `arch`: every layout, under our own names."""
 
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from .block_plan import resolve
-from .config import ModelConfig, from_dict, to_dict
-from .convert import SIZES, UnsupportedModelError, Weight
+from .config import HF_SIZE_KEYS, ModelConfig, from_dict, to_dict
+from .convert import NO_SPECIAL_TOKENS, UnsupportedModelError, Weight, parameter_shapes
 from .footprint import num_params
-from .model import build
 from .plan import LayoutError
 
 MODEL_TYPE = "kvfrontier_shipped"
 ARCHITECTURE = "KVFrontierShippedForCausalLM"
-# The files that hold its classes, which import files of `arch`.
+# The files of train/hf that define its classes; they import files of `arch`.
 FILES = ("configuration_kvfrontier_shipped.py", "modeling_kvfrontier_shipped.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_kvfrontier_shipped.KVFrontierShippedConfig",
     "AutoModel": "modeling_kvfrontier_shipped.KVFrontierShippedModel",
     "AutoModelForCausalLM": f"modeling_kvfrontier_shipped.{ARCHITECTURE}",
 }
-# Keys that say again what the size says, for tools that look for them.
-STANDARD = {theirs: ours for ours, theirs in SIZES.items() if ours not in ("norm_eps", "init_std")}
 PREFIX = "model."
-# Of what somebody else wrote: an item of a pattern, and all that it comes to.
-MOST_REPEATS = 10_000
-MOST_PARAMS = 2**44
+# Limits on a config.json of unknown origin: larger counts describe no model, and would take unbounded time to expand.
+MAX_REPEATS = 10_000
+MAX_PARAMS = 2**44
 
 
-def shipped_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of `config` that is shipped with its code.
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of a model of `config` that is shipped with its code; it repeats HF_SIZE_KEYS of the size.
 
     It names no tensor type and no special token. Raises LayoutError where the layout is impossible.
     """
@@ -41,48 +36,46 @@ def shipped_config(config: ModelConfig) -> dict[str, Any]:
         "architectures": [ARCHITECTURE],
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
-        **{theirs: getattr(config.size, ours) for theirs, ours in STANDARD.items()},
+        **{hf_key: getattr(config.size, key) for key, hf_key in HF_SIZE_KEYS.items()},
         **to_dict(config),
         "block_pad_token": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
+        **NO_SPECIAL_TOKENS,
     }
 
 
-def shipped_model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model that `hf`, such a config.json, describes; `shipped_config` gives it back.
+def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Return the model that `hf`, such a config.json, describes; the inverse of `to_hf_config`.
 
-    Raises UnsupportedModelError where keys are missing, say what cannot be, or contradict each other; LayoutError where
-    the layout is impossible.
+    Raises UnsupportedModelError where keys are missing, have an impossible value or contradict each other, and
+    LayoutError where the layout is impossible.
     """
     parts = {key: hf.get(key) for key in ("arch", "size")}
     missing = [f"{key} is missing; it must be a mapping" for key, part in parts.items() if not isinstance(part, dict)]
     if missing:
         raise UnsupportedModelError(missing)
     repeats = re.findall(r"\sx(\d+)", json.dumps(hf["arch"]))
-    if any(len(number) > 9 or int(number) > MOST_REPEATS for number in repeats):
-        raise UnsupportedModelError([f"arch.pattern repeats an item more than {MOST_REPEATS:,} times"])
+    if any(len(number) > 9 or int(number) > MAX_REPEATS for number in repeats):
+        raise UnsupportedModelError([f"arch.pattern repeats an item more than {MAX_REPEATS:,} times"])
     try:
         config = from_dict(ModelConfig, parts)
-        again = {theirs: getattr(config.size, ours) for theirs, ours in STANDARD.items()}
-        wrong = [f"{key} is {hf.get(key)!r}; size says {own!r}" for key, own in again.items() if hf.get(key) != own]
-        if wrong:
-            raise UnsupportedModelError(wrong)
+        repeated = {hf_key: getattr(config.size, key) for key, hf_key in HF_SIZE_KEYS.items()}
+        contradictions = [
+            f"{key} is {hf.get(key)!r}; size says {value!r}" for key, value in repeated.items() if hf.get(key) != value
+        ]
+        if contradictions:
+            raise UnsupportedModelError(contradictions)
         params = num_params(config, resolve(config))
     except (LayoutError, UnsupportedModelError):
         raise
     except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise UnsupportedModelError([f"arch and size describe no model: {error}"]) from error
-    if params > MOST_PARAMS:
+    if params > MAX_PARAMS:
         raise UnsupportedModelError(
             [f"arch and size describe a model of {params:.1e} parameters; there is none that large"]
         )
     return config
 
 
-def shipped_weights(config: ModelConfig) -> list[Weight]:
-    """Every weight of a model of `config`; theirs are ours."""
-    with torch.device("meta"):
-        parameters = build(config).named_parameters()
-    return [Weight(name, f"{PREFIX}{name}", parameter.shape) for name, parameter in parameters]
+def weights(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
+    """Every parameter of a model of `config`; only the prefix differs there."""
+    return [Weight(name, f"{PREFIX}{name}", shape) for name, shape in parameter_shapes(config).items()]

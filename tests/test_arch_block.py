@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import build, small, tokens
+from conversions import from_neox, from_official
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 from torch import Tensor
@@ -33,9 +34,8 @@ from arch import (
     plan_from_dict,
     resolve,
 )
-from arch.convert import ConversionError, UnsupportedModelError, hf_config
-from arch.convert_block import from_official
-from arch.convert_neox import from_neox
+from arch.convert import ConversionError, UnsupportedModelError
+from arch.convert_stock import to_hf_config
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack
@@ -327,7 +327,7 @@ def test_style_neox_of_every_layout(arch: str) -> None:
         logits = model(torch.tensor([[*prompt, *row[:-1]]]))
         assert logits[0, len(prompt) - 1 :].argmax(dim=-1).tolist() == row
     with pytest.raises(UnsupportedModelError, match=r"size.style: neox"):
-        hf_config(config, model.plan)
+        to_hf_config(config)
 
 
 # name: (width, heads, layers of each decoder, layers only, with expansion and norms, embedder, each table, total)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import tokens
+from conversions import from_official, from_roberta
 from test_arch_block import (
     HEADS,
     LENGTH,
@@ -39,7 +40,6 @@ from arch import (
 from arch.block_plan import KINDS
 from arch.block_transformer import Embedder
 from arch.convert import ConversionError
-from arch.convert_block import from_official, from_roberta
 
 # Recorded from the authors' code (itsnamgyu/block-transformer at 17842dd, transformers 4.39.3) in fp64, with an encoder
 # of 2 layers, width 32, 4 heads, d_ff 48; padded as `padding` says.

@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import build, small, tokens
+from conversions import from_hf, to_hf
 
-from arch import ArchConfig, Decoder, LatentConfig, LayoutError, ModelConfig, StoreConfig, convert, generate, resolve
-from arch.convert import ConversionError, UnsupportedModelError, hf_config, model_config, to_hf
-from arch.hf_import import from_hf
+from arch import (
+    ArchConfig,
+    Decoder,
+    LatentConfig,
+    LayoutError,
+    ModelConfig,
+    StoreConfig,
+    convert_stock,
+    generate,
+)
+from arch.convert import ConversionError, UnsupportedModelError
+from arch.convert_stock import from_hf_config, to_hf_config
 from arch.layers import rope_table
 
 LENGTH = 20  # more than three windows
@@ -84,7 +94,7 @@ def exported(layout: ArchConfig | str, **changes: object) -> tuple[Decoder, dict
     """Three layers of `layout`, with a rotary base and an epsilon unlike any default; and the stock config."""
     config = small(layout, **({"num_layers": 3, "rope_theta": 700.0, "norm_eps": 1e-2} | changes))
     model = randomised(build(config, torch.float32))
-    return model, hf_config(config, model.plan)
+    return model, to_hf_config(config)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +111,13 @@ def exported(layout: ArchConfig | str, **changes: object) -> tuple[Decoder, dict
 )
 def test_export_is_the_stock_model(layout: ArchConfig | str, changes: dict[str, object], tmp_path: Path) -> None:
     model, hf = exported(layout, **changes)
-    weights = to_hf(model.config, model.plan, model.state_dict())
+    weights = to_hf("stock", model.config, model.state_dict())
     theirs = stock(hf, weights, tmp_path)
     assert [type(theirs).__name__] == hf["architectures"]
     assert_same(model, theirs)
     config, back = from_hf(hf, weights)
     assert_equal(back, model.state_dict())
-    assert hf_config(config, resolve(config)) == hf
+    assert to_hf_config(config) == hf
 
 
 def test_rotary_tables_are_theirs_to_the_bit() -> None:
@@ -127,7 +137,7 @@ def test_window_counts_the_current_token_there_too(delta: int, tmp_path: Path) -
     """Parity would not hold with a window one shorter or longer."""
     model, hf = exported("swa")
     hf["sliding_window"] += delta
-    theirs = stock(hf, to_hf(model.config, model.plan, model.state_dict()), tmp_path)
+    theirs = stock(hf, to_hf("stock", model.config, model.state_dict()), tmp_path)
     with torch.no_grad():
         assert (model(tokens(2, LENGTH)) - theirs(tokens(2, LENGTH)).logits).abs().max() > 0.01
 
@@ -149,15 +159,15 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     stores = config.arch.stores.values()
     expected = {"sharing"} if "reuse" in str(config.arch.pattern) else set()
     expected |= {"sinks"} if any(store.sinks for store in stores) else set()
-    expected |= {"slots"} if any(store.num_slots for store in stores) else set()
+    expected |= {"slots"} if any(store.slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
     expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
     if arch in STOCK:
         assert not expected
-        assert hf_config(config, resolve(config))["architectures"] == [STOCK[arch]]
+        assert to_hf_config(config)["architectures"] == [STOCK[arch]]
     else:
         with pytest.raises(UnsupportedModelError) as error:
-            to_hf(config, resolve(config), {})
+            to_hf("stock", config, {})
         assert reasons(error) == expected
 
 
@@ -170,15 +180,15 @@ def test_refused_layouts_that_no_file_has() -> None:
     ):
         config = small(ArchConfig(stores, ["new a", "new b"]))
         with pytest.raises(UnsupportedModelError) as error:
-            hf_config(config, resolve(config))
+            to_hf_config(config)
         assert reasons(error) == expected
 
 
 def test_a_reason_nobody_thought_of_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_not_stock", lambda plan: [])
+    monkeypatch.setattr(convert_stock, "_unsupported", lambda plan: [])
     for name in ("cla2", "swa_sinks", "gemma3"):
         with pytest.raises(UnsupportedModelError, match="layout"):
-            hf_config(small(name), resolve(small(name)))
+            to_hf_config(small(name))
 
 
 WIDTHS = {
@@ -235,9 +245,9 @@ def test_import_is_the_stock_model(name: str, own: dict[str, Any], window: int |
     assert [ours.plan.store(layer).window for layer in range(3)] == windows
     assert config.size.seq_len == 64
     assert_same(ours, theirs)
-    again = to_hf(config, ours.plan, weights)
+    again = to_hf("stock", config, weights)
     if own.get("rope_interleave") is False:  # exported interleaved: the same model, other rows
-        assert_equal(from_hf(hf_config(config, ours.plan), again)[1], weights)
+        assert_equal(from_hf(to_hf_config(config), again)[1], weights)
     else:
         assert_equal(again, tensors)
 
@@ -284,12 +294,12 @@ DEEPSEEK = LLAMA | {"model_type": "deepseek_v3", **LATENT}
 def test_what_a_decoder_cannot_do_is_refused(hf: dict[str, Any], change: dict[str, Any]) -> None:
     """One line, with the key and its value."""
     hf = copy.deepcopy(hf)
-    model_config(hf)
+    from_hf_config(hf)
     key, value = next(iter(change.items()))
     outer, _, inner = key.partition(".")
     hf.update({outer: hf[outer] | {inner: value}} if inner else change)
     with pytest.raises(UnsupportedModelError) as error:
-        model_config(hf)
+        from_hf_config(hf)
     assert len(str(error.value).splitlines()) == 1
     assert str(error.value).startswith(
         f"- {key} is {'missing' if key == 'head_dim' and value is None else repr(value)}"
@@ -298,38 +308,41 @@ def test_what_a_decoder_cannot_do_is_refused(hf: dict[str, Any], change: dict[st
 
 def test_refusals_come_together() -> None:
     with pytest.raises(UnsupportedModelError) as error:
-        model_config(LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic"}})
+        from_hf_config(LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "dynamic"}})
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(UnsupportedModelError) as error:
-        model_config({"model_type": "deepseek_v3", "q_lora_rank": None, "attention_bias": True} | WIDTHS)
-    assert {line.split()[1] for line in str(error.value).splitlines()} == {"attention_bias", *convert.LATENT_WIDTHS}
+        from_hf_config({"model_type": "deepseek_v3", "q_lora_rank": None, "attention_bias": True} | WIDTHS)
+    assert {line.split()[1] for line in str(error.value).splitlines()} == {
+        "attention_bias",
+        *convert_stock.LATENT_WIDTHS,
+    }
     with pytest.raises(LayoutError, match="kv_heads 3 does not divide"):
-        model_config(LLAMA | {"num_key_value_heads": 3})
+        from_hf_config(LLAMA | {"num_key_value_heads": 3})
 
 
 def test_missing_keys_are_the_stock_defaults() -> None:
     """As in configs of early checkpoints, and as the installed classes have it."""
     transformers = pytest.importorskip("transformers")
-    for model_type, names in convert.OWN_DEFAULTS.items():
+    for model_type, names in convert_stock.MODEL_DEFAULTS.items():
         theirs = transformers.AutoConfig.for_model(model_type, hidden_size=32, num_attention_heads=8)
-        for key, value in (convert.DEFAULTS | names).items():
+        for key, value in (convert_stock.DEFAULTS | names).items():
             if key == "rope_theta":
                 assert theirs.rope_parameters["rope_theta"] == value
             elif value is not None:
                 assert getattr(theirs, key) == value, (model_type, key)
-    assert theirs.rope_interleave  # DeepSeek's; `weight_map` counts on it
+    assert theirs.rope_interleave  # DeepSeek's; `weights` counts on it
     old = {key: value for key, value in LLAMA.items() if key != "rope_parameters"} | {"rope_theta": 500.0}
-    assert model_config(old).size.rope_theta == 500.0
-    assert model_config(old).arch.stores["global"].kv_heads == 8
+    assert from_hf_config(old).size.rope_theta == 500.0
+    assert from_hf_config(old).arch.stores["global"].kv_heads == 8
     for key in ("q_lora_rank", "first_k_dense_replace"):
         with pytest.raises(UnsupportedModelError, match=f"^- {key} is "):
             hf = {name: value for name, value in DEEPSEEK.items() if name != key}
-            model_config(hf | {"num_hidden_layers": 4} if key == "first_k_dense_replace" else hf)
+            from_hf_config(hf | {"num_hidden_layers": 4} if key == "first_k_dense_replace" else hf)
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:
     model, hf = exported("mla")
-    weights = to_hf(model.config, model.plan, model.state_dict())
+    weights = to_hf("stock", model.config, model.state_dict())
     del weights["model.norm.weight"]
     weights["model.layers.3.mlp.up_proj.weight"] = torch.zeros(1)
     weights["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(8, 32)
@@ -342,12 +355,12 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     ]
     with pytest.raises(ConversionError, match=r"^- embed.weight is missing\n- _orig_mod.embed.weight is unexpected$"):
         state = model.state_dict()
-        to_hf(model.config, model.plan, state | {"_orig_mod.embed.weight": state.pop("embed.weight")})
+        to_hf("stock", model.config, state | {"_orig_mod.embed.weight": state.pop("embed.weight")})
 
 
 def test_copies_and_tables_in_a_checkpoint_are_passed_over() -> None:
     model, hf = exported("gqa2")
-    weights = to_hf(model.config, model.plan, model.state_dict())
+    weights = to_hf("stock", model.config, model.state_dict())
     more = weights | {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         "lm_head.weight": weights["model.embed_tokens.weight"].clone(),

@@ -16,7 +16,7 @@ from arch.convert import ConversionError
 from arch.convert_block import from_vanilla
 from arch.decoder import Decoder
 from train import checkpoint, uptrain
-from train.import_hf import typed
+from train.import_hf import rename_from_flag
 from train.uptrain import UptrainConfig, blocks, check_halves
 
 Converted = tuple[Decoder, BlockTransformer]
@@ -137,7 +137,7 @@ def test_what_a_decoder_cannot_fill(change: dict[str, object], message: str) -> 
 
 
 def do_uptrain(*arguments: str) -> None:
-    launch_in_process(uptrain.main, "uptrain", UptrainConfig, typed([*arguments]))
+    launch_in_process(uptrain.main, "uptrain", UptrainConfig, rename_from_flag([*arguments]))
 
 
 @pytest.fixture(scope="module")

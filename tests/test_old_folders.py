@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, launch_in_process, run_script, tokens
+from rich.console import Console
 
 from arch import LanguageModel, ModelConfig, build, from_dict, plan_from_dict, resolve
 from eval import pareto
 from train import checkpoint, import_hf
+from train.export import ExportConfig, export
 from train.import_hf import ImportConfig
 
 OLD = ROOT / "tests" / "golden" / "old"
@@ -61,6 +63,17 @@ def test_runs_are_compared(old: Path, capsys: pytest.CaptureFixture) -> None:
     pareto.main([str(old / name) for name in RUNS])
     shown = capsys.readouterr().out
     assert all(name.removeprefix("run-") in shown for name in RUNS)
+
+
+@pytest.mark.parametrize("name", ["mixattention", "bct"])
+def test_a_run_is_exported_to_the_same_files(name: str, old: Path) -> None:
+    """Configuration, tokenizer and weights are those of the earlier export; only the card may read differently."""
+    export(ExportConfig(f"run-{name}", "again", verify=False), Console(quiet=True))
+    before = {path.name: path for path in (old / f"export-{name}").iterdir()}
+    assert before.keys() - {"README.md"} <= {path.name for path in (old / "again").iterdir()}
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((old / "again" / file).read_text()) == json.loads(before[file].read_text()), file
+    assert (old / "again" / "model.safetensors").read_bytes() == before["model.safetensors"].read_bytes()
 
 
 @pytest.mark.parametrize("name", ["mixattention", "bct"])

@@ -38,9 +38,10 @@ from eval.cli import MISTAKES
 from train import checkpoint
 from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export, main
-from train.hub.checkpoint_reader import Source
-from train.hub.run_info import corpus_of
+from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.run_info import load_corpus
 from train.hub.targets import choose
+from train.hub.verify_protocol import Request, Response
 from train.schema import PretrainConfig
 
 QUIET = Console(file=open(os.devnull, "w"), width=140)  # noqa: SIM115  as long as the tests
@@ -60,13 +61,13 @@ def write_checkpoint(folder: Path, layout: ArchConfig | str, **changes: object) 
     return folder
 
 
-def in_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def in_process(folder: Path, request: Request) -> tuple[Response, dict[str, torch.Tensor]]:
     """What the fresh process does, without the seconds that it takes to import transformers."""
     pytest.importorskip("transformers")
     from train.hub.verify_child import examine
 
-    found, held = examine(str(folder), json.loads(json.dumps(asked)))
-    return found | {"ours": []}, held
+    response, logits = examine(str(folder), json.loads(json.dumps(request)))
+    return response | {"imported_packages": []}, logits
 
 
 @pytest.fixture
@@ -213,16 +214,16 @@ def test_shards_of_several_processes_become_the_same_files(gqa: Path, corpus: Pa
 def test_one_weight_in_memory_at_a_time(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that is read, nothing is alive any more when the next weight is; shards hold many."""
     alive, largest = [0], [0]
-    read = Source.read
+    read = CheckpointReader.get
 
-    def counted(self: Source, name: str) -> torch.Tensor:
+    def counted(self: CheckpointReader, name: str) -> torch.Tensor:
         tensor = read(self, name)
         alive[0] += tensor.nbytes
         largest[0] = max(largest[0], alive[0])
         weakref.finalize(tensor.untyped_storage(), lambda size=tensor.nbytes: alive.__setitem__(0, alive[0] - size))
         return tensor
 
-    monkeypatch.setattr(Source, "read", counted)
+    monkeypatch.setattr(CheckpointReader, "get", counted)
     shard(gqa)
     tensors = exported(gqa, corpus)
     assert largest[0] == max(tensor.nbytes for tensor in tensors.values())
@@ -234,7 +235,7 @@ def test_bf16_is_the_rounded_model(gqa: Path, corpus: Path) -> None:
     checks = export(ExportConfig(str(gqa), str(gqa.parent / "out"), prepared=str(corpus), dtype="bf16"), QUIET)
     assert all(check.passed is not False for check in checks)
     (path,) = (gqa.parent / "out").glob("*.safetensors")
-    model = Decoder(Source(gqa).model()[0])
+    model = Decoder(CheckpointReader(gqa).model()[0])
     checkpoint.load(gqa, model)
     assert torch.equal(load_file(path)["lm_head.weight" if model.lm_head else "model.embed_tokens.weight"],
                        model.output_weight.bfloat16())  # fmt: skip
@@ -456,9 +457,9 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
 
 def answer_perplexity(folder: Path, corpus: Path) -> float:
     """exp of minus the mean log-probability of the answers above, by our own model."""
-    model = Decoder(Source(folder).model()[0])
+    model = Decoder(CheckpointReader(folder).model()[0])
     checkpoint.load(folder, model)
-    tokenizer = corpus_of(folder, None, str(corpus), 0).tokenizer
+    tokenizer = load_corpus(folder, None, str(corpus), 0).tokenizer
     total = 0.0
     for n in range(4):
         text = f"def function_{n}(x):\n    return x"

@@ -196,7 +196,10 @@ def test_what_is_wrong_with_a_weight_is_said_by_its_name(folder: Path, corpus: P
         (torch.full((32,), math.nan), "model.norm.weight is not finite; export an earlier checkpoint"),
         (torch.ones(31), "model.norm.weight has the shape [31]; it must be [32]"),
         (torch.ones(32, 2), "model.norm.weight has the shape [32, 2]; it must be [32]"),
-        (torch.ones(32, dtype=torch.int64), "model.norm.weight is of type I64; weights are one of F64, F32, F16, BF16"),
+        (
+            torch.ones(32, dtype=torch.int64),
+            "model.norm.weight has the type torch.int64; it must be one of torch.float64",
+        ),
         (torch.full((32,), 1e300, dtype=torch.float64), "model.norm.weight has elements too large for F32"),
         (None, "model.norm.weight is missing"),
     ):

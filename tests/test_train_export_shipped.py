@@ -30,14 +30,14 @@ from arch import (
     resolve,
 )
 from arch.convert import UnsupportedModelError
-from arch.convert_shipped import FILES, STANDARD, shipped_config, shipped_model_config
+from arch.convert_formats import read_config
+from arch.convert_shipped import FILES, from_hf_config, to_hf_config
 from arch.footprint import allocated_bytes
-from arch.hf_import import source
 from eval.layouts import load_arch
 from train import import_hf
 from train.checkpoint import TrainingError
 from train.export import ExportConfig, export
-from train.hub.checkpoint_reader import Source
+from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.targets import choose
 from train.import_hf import ImportConfig
 
@@ -45,7 +45,6 @@ transformers = pytest.importorskip("transformers", minversion="5.16.1")
 
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from train.hf.configuration_kvfrontier_shipped import STANDARD as STANDARD_THERE
 from train.hf.configuration_kvfrontier_shipped import KVFrontierShippedConfig
 from train.hf.modeling_kvfrontier_shipped import KVFrontierShippedForCausalLM
 from train.hub.verify_child import own_cache, storage_bytes
@@ -81,7 +80,7 @@ def pair(name: str, **more: Any) -> tuple[LanguageModel, Any]:
         for parameter in ours.parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(parameter)))
-    config = KVFrontierShippedConfig(**(shipped_config(ours.config) | more))
+    config = KVFrontierShippedConfig(**(to_hf_config(ours.config) | more))
     theirs = KVFrontierShippedForCausalLM(config).double().eval()
     theirs.model.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -244,7 +243,7 @@ def test_a_first_block_that_is_not_predicted() -> None:
         said = F.cross_entropy(ours(rows, real_BT=real)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
         torch.testing.assert_close(out.loss.double(), said, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="block_pad_token is 61; it is no token of 61"):
-        KVFrontierShippedConfig(**(shipped_config(ours.config) | {"block_pad_token": 61}))
+        KVFrontierShippedConfig(**(to_hf_config(ours.config) | {"block_pad_token": 61}))
 
 
 @pytest.mark.parametrize("name", ["block", "bct_mixed", "neox"])
@@ -317,7 +316,7 @@ def test_in_a_fresh_process(tmp_path: Path, corpus: Path) -> None:
     """With nothing of ours on its path; the card says so."""
     folder = exported("block", tmp_path, corpus)
     assert "| our packages imported | none | none |" in (folder / "README.md").read_text()
-    assert "Needs `transformers` 5.16 or later and `einops`." in (folder / "README.md").read_text()
+    assert "Needs `transformers` 5.16.1 or later and `einops`." in (folder / "README.md").read_text()
 
 
 def test_the_folder(tmp_path: Path, corpus: Path) -> None:
@@ -328,7 +327,7 @@ def test_the_folder(tmp_path: Path, corpus: Path) -> None:
     for name in FILES:
         needed |= {Path(path).name for path in get_relative_import_files(folder / name)}
     assert code == needed
-    assert not code & {"convert.py", "hf_import.py", "footprint.py"}
+    assert not code & {"convert.py", "convert_formats.py", "footprint.py"}
     for name in code:
         assert set(get_imports(folder / name)) <= {"torch", "transformers", "einops"} | sys.stdlib_module_names
         if name not in FILES:
@@ -350,19 +349,20 @@ def test_the_folder(tmp_path: Path, corpus: Path) -> None:
 
     for number, path in enumerate((folder, tmp_path / "again")):
         out = tmp_path / f"ours{number}"
-        launch_in_process(import_hf.main, "import_hf", ImportConfig, import_hf.typed([f"from={path}", f"out={out}"]))
+        launch_in_process(
+            import_hf.main, "import_hf", ImportConfig, import_hf.rename_from_flag([f"from={path}", f"out={out}"])
+        )
         (shard,) = out.glob("*.safetensors")
-        trained = Source(tmp_path / "step-00000003")
+        trained = CheckpointReader(tmp_path / "step-00000003")
         for key, tensor in load_file(shard).items():
-            assert torch.equal(tensor, trained.read(key.removeprefix("model.")))
-        assert Source(out).model() == trained.model()
+            assert torch.equal(tensor, trained.get(key.removeprefix("model.")))
+        assert CheckpointReader(out).model() == trained.model()
 
 
 def test_a_config_is_what_it_says() -> None:
     """Nonsense is refused in words, by the importer and by transformers' class."""
-    assert STANDARD == STANDARD_THERE
-    hf = shipped_config(small("block"))
-    assert shipped_model_config(json.loads(json.dumps(hf))) == small("block")
+    hf = to_hf_config(small("block"))
+    assert from_hf_config(json.loads(json.dumps(hf))) == small("block")
     pattern, odd = hf["arch"] | {"pattern": ["new kv x999999999"]}, hf["arch"] | {"pattern": ["new other"]}
     for changes, message in (
         ({"size": None}, "size is missing"),
@@ -372,22 +372,22 @@ def test_a_config_is_what_it_says() -> None:
         ({"size": hf["size"] | {"d_model": "x"}}, "SizeConfig.d_model is 'x'"),
     ):
         with pytest.raises((UnsupportedModelError, LayoutError), match=message):
-            source(hf | changes)
+            read_config(hf | changes)
         if changes != {"size": None}:
             with pytest.raises(ValueError, match=r"size|arch|SizeConfig"):
                 KVFrontierShippedConfig(**(hf | changes))
     with pytest.raises(UnsupportedModelError, match="repeats an item more than"):
-        source(hf | {"arch": pattern})
+        read_config(hf | {"arch": pattern})
     wide = {"size": hf["size"] | {"d_ff": 10**30}, "intermediate_size": 10**30}
     with pytest.raises(UnsupportedModelError, match=r"a model of .* parameters"):
-        source(hf | wide)
+        read_config(hf | wide)
     for key in ("arch", "size"):
         for inner in hf[key]:
             for value in (None, "x", -1, 0, 1.5, [], ["x"], {}, 10**30, float("nan")):
                 if inner == "num_layers" and value == 10**30:
                     continue
                 try:
-                    resolve(source(hf | {key: hf[key] | {inner: value}}).config)
+                    resolve(read_config(hf | {key: hf[key] | {inner: value}}).config)
                 except (UnsupportedModelError, LayoutError) as error:
                     assert str(error)
 
@@ -410,7 +410,7 @@ def test_lm_eval_scores_the_object(name: str, tmp_path: Path, corpus: Path) -> N
         return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
 
     scores = lm.loglikelihood(asked("loglikelihood", pairs), disable_tqdm=True)
-    ours = build(Source(tmp_path / "step-00000003").model()[0], torch.float32)
+    ours = build(CheckpointReader(tmp_path / "step-00000003").model()[0], torch.float32)
     ours.load_state_dict(model.model.state_dict())
     with torch.no_grad():
         for (context, answer), (score, _) in zip(pairs, scores, strict=True):

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import DECODERS, ROOT, WINDOW, build, small, tokens
+from conversions import from_hf, to_hf
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, StoreConfig, generate, resolve
 from arch.convert import ConversionError, UnsupportedModelError
-from arch.convert_remote import FILES, remote_config, remote_model_config, to_remote
+from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.footprint import kv_bytes
-from arch.hf_import import from_hf
 
 transformers = pytest.importorskip("transformers", minversion="5.16.1")
 
-from train.hf import KVFrontierConfig, KVFrontierForCausalLM, expected_cache_bytes
+from train.hf import KVFrontierConfig, KVFrontierForCausalLM
 
 REFUSED = {"mla": "latent", "bct": "slots", "bct_gated": "slots", "bct_ring": "slots", "bct_mixed": "slots"}
 # Two windows, three numbers of heads, two rotary bases, sinks, a norm, and a reader of what is not the latest.
@@ -53,13 +53,13 @@ def pair(name: str, **changes: Any) -> tuple[Decoder, Any]:
         for parameter in ours.parameters():
             if parameter.ndim == 1:
                 parameter.uniform_(0.5, 1.5, generator=generator)
-    theirs = KVFrontierForCausalLM(KVFrontierConfig(**remote_config(config))).double().eval()
+    theirs = KVFrontierForCausalLM(KVFrontierConfig(**to_hf_config(config))).double().eval()
     load(theirs, config, ours.state_dict())
     return ours, theirs
 
 
 def load(theirs: Any, config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
-    report = theirs.load_state_dict(to_remote(config, weights), strict=False)
+    report = theirs.load_state_dict(to_hf("remote", config, weights), strict=False)
     assert report.missing_keys == (["lm_head.weight"] if config.size.tie_embeddings else [])
     assert not report.unexpected_keys
 
@@ -74,6 +74,24 @@ def storages(kv_cache: Any) -> int:
     """Bytes behind a cache of transformers; layers that reuse have none."""
     held = [(layer.keys, layer.values) for layer in kv_cache.layers if getattr(layer, "keys", None) is not None]
     return sum(tensor.untyped_storage().nbytes() for both in held for tensor in both)
+
+
+def expected_cache_bytes(
+    config: KVFrontierConfig, context: int, batch: int = 1, itemsize: int = 2, new_tokens: int = 1
+) -> int:
+    """Bytes of the storages behind the keys and values that a dynamic cache holds after `context` tokens, the last
+    `new_tokens` of which were given together; of a static cache, with `context` its length.
+
+    A sliding layer of transformers keeps window - 1 positions between two steps, but as a view of the tensor that the
+    last step attended to, which had the new tokens too: after a step of one token that is the window, and after a
+    prompt it is the whole prompt, until the next step.
+    """
+    elements = 0
+    for layer, window in enumerate(config.windows):
+        if config.kv_source_layers[layer] == layer:
+            positions = context if window is None else min(context, window - 1 + new_tokens)
+            elements += config.key_value_heads[layer] * 2 * config.head_dim * positions
+    return batch * itemsize * elements
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -97,7 +115,7 @@ def test_same_model(name: str) -> None:
     assert theirs.config.kv_source_layers == list(ours.plan.owners)
     hf = json.loads(theirs.config.to_json_string())  # as any tool writes it
     config, weights = from_hf(hf, theirs.state_dict())
-    assert remote_config(config) == remote_config(ours.config)
+    assert to_hf_config(config) == to_hf_config(ours.config)
     assert [store.owner for store in resolve(config).stores] == [store.owner for store in ours.plan.stores]
     assert all(torch.equal(weights[key], value) for key, value in ours.state_dict().items())
 
@@ -122,7 +140,7 @@ def test_gradients(name: str) -> None:
 
     ours.zero_grad(set_to_none=True)
     F.cross_entropy(ours(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
-    expected = to_remote(ours.config, {key: parameter.grad for key, parameter in ours.named_parameters()})
+    expected = to_hf("remote", ours.config, {key: parameter.grad for key, parameter in ours.named_parameters()})
     for key, gradient in expected.items():
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-9, atol=1e-12)
 
@@ -216,7 +234,7 @@ def test_outputs_and_labels() -> None:
 
 def test_sinks_are_never_left_out() -> None:
     """torch's sdpa takes none: not chosen by default, refused when asked for, and refused if forced."""
-    config = remote_config(small("swa_sinks"))
+    config = to_hf_config(small("swa_sinks"))
     assert KVFrontierForCausalLM(KVFrontierConfig(**config)).config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         KVFrontierForCausalLM._from_config(KVFrontierConfig(**config), attn_implementation="sdpa")
@@ -283,7 +301,7 @@ def test_readers_have_no_cache_and_kv_sharing_modes_say_so() -> None:
     ],
 )
 def test_impossible_configs_are_refused(change: dict[str, Any], message: str) -> None:
-    config = remote_config(small(MIXED, **WHOLE))
+    config = to_hf_config(small(MIXED, **WHOLE))
     KVFrontierConfig(**config)
     with pytest.raises(ValueError) as error:
         KVFrontierConfig(**(config | change))
@@ -293,9 +311,9 @@ def test_impossible_configs_are_refused(change: dict[str, Any], message: str) ->
 def test_what_it_cannot_hold_is_refused(arch: str) -> None:
     if arch in REFUSED:
         with pytest.raises(UnsupportedModelError, match=f"^- {REFUSED[arch]}: "):
-            remote_config(small(arch))
+            to_hf_config(small(arch))
     with pytest.raises(UnsupportedModelError, match=r"(?m)^- size.style: "):
-        remote_config(small(arch, style="neox"))
+        to_hf_config(small(arch, style="neox"))
 
 
 def test_block_transformers_and_two_reasons_are_refused() -> None:
@@ -304,10 +322,10 @@ def test_block_transformers_and_two_reasons_are_refused() -> None:
     config = small("mha")
     config.arch.block = BlockConfig()
     with pytest.raises(UnsupportedModelError, match=r"^- block: "):
-        remote_config(config)
+        to_hf_config(config)
     both = ArchConfig({"a": StoreConfig(latent=LatentConfig()), "b": StoreConfig(2, window=1)}, ["new a", "new b"])
     with pytest.raises(UnsupportedModelError, match=r"(?s)^- latent: `a`.*\n- window: "):
-        remote_config(small(both))
+        to_hf_config(small(both))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +341,10 @@ def test_block_transformers_and_two_reasons_are_refused() -> None:
     ],
 )
 def test_configs_that_ours_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
-    hf = remote_config(small(MIXED, **WHOLE))
-    assert remote_config(remote_model_config(hf)) == hf
+    hf = to_hf_config(small(MIXED, **WHOLE))
+    assert to_hf_config(from_hf_config(hf)) == hf
     with pytest.raises(ConversionError) as error:
-        remote_model_config(hf | change)
+        from_hf_config(hf | change)
     assert str(error.value).startswith(f"- {message}")
 
 
@@ -364,8 +382,8 @@ def test_fresh_process_without_this_repository(tmp_path: Path) -> None:
         ours, _ = pair(name, tie_embeddings=tied)
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(remote_config(ours.config) | {"dtype": "float64"}))
-        weights = to_remote(ours.config, ours.state_dict())
+        (folder / "config.json").write_text(json.dumps(to_hf_config(ours.config) | {"dtype": "float64"}))
+        weights = to_hf("remote", ours.config, ours.state_dict())
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for file in FILES:
             shutil.copy(ROOT / "train" / "hf" / file, folder)

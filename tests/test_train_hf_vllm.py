@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, build, small, tokens
+from conversions import to_hf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from arch import Decoder, generate
-from arch.convert_remote import FILES, remote_config, to_remote
+from arch.convert_remote import FILES, to_hf_config
 from arch.footprint import kv_bytes
 
 transformers = pytest.importorskip("transformers", minversion="5.16.1")
@@ -173,7 +174,7 @@ def model_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
 
 def engine(ours: Decoder, **changes: Any) -> Any:
     """What of vLLM's configuration the model reads. Another model has registered a layer before."""
-    config = KVFrontierConfig(**remote_config(ours.config))
+    config = KVFrontierConfig(**to_hf_config(ours.config))
     context: dict[str, Any] = {}
     Attention(8, 8, 1.0, num_kv_heads=8, prefix="40.attn", context=context)
     return SimpleNamespace(
@@ -186,7 +187,7 @@ def engine(ours: Decoder, **changes: Any) -> Any:
 
 def serve(model: Any, ours: Decoder, batch: Tensor) -> tuple[Tensor, int]:
     """Logits [T, V] in chunks, and the bytes that its layers have kept."""
-    weights = to_remote(ours.config, ours.state_dict())
+    weights = to_hf("remote", ours.config, ours.state_dict())
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     model.double().load_state_dict(weights)
     positions = torch.arange(len(batch))
@@ -281,8 +282,10 @@ def test_in_vllm(tmp_path: Path) -> None:
     """Greedy tokens of the engine itself. The plugin is found by its entry point, if this repository is installed."""
     vllm = pytest.importorskip("vllm", reason="vLLM has no build for this machine's Python, torch and processor")
     ours = build(small("cla2", d_model=64, num_heads=2, head_dim=32, init_std=0.2), torch.float32)
-    (tmp_path / "config.json").write_text(json.dumps(remote_config(ours.config) | {"dtype": "float32"}))
-    save_file(to_remote(ours.config, ours.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(ours.config) | {"dtype": "float32"}))
+    save_file(
+        to_hf("remote", ours.config, ours.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
     for file in FILES:
         shutil.copy(ROOT / "train" / "hf" / file, tmp_path)
     prompt = tokens(1, 9).tolist()

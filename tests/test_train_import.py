@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, launch_in_process, run_script, tokens, weights
+from conversions import from_hf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
@@ -18,12 +20,12 @@ from test_arch_convert import DEEPSEEK, LATENT, LLAMA, MINISTRAL, WIDTHS, assert
 
 from arch import ArchConfig, LayoutError, ModelConfig, SizeConfig, build, from_dict, generate, plan_from_dict, resolve
 from arch.convert import ConversionError, UnsupportedModelError
-from arch.hf_import import from_hf, source
+from arch.convert_formats import read_config
 from data.cli import UsageError
 from train import checkpoint, import_hf, pretrain
 from train.checkpoint import TrainingError
-from train.hub import checkpoint_writer as weights_module
-from train.hub.folder_reader import INDEX, SINGLE
+from train.hub import checkpoint_writer
+from train.hub.folder_reader import INDEX, SINGLE, HFFolder
 from train.import_hf import ImportConfig
 from train.schema import PretrainConfig
 
@@ -57,7 +59,7 @@ def theirs(family: str, **changes: Any) -> Any:
 
 
 def do_import(*arguments: str) -> None:
-    launch_in_process(import_hf.main, "import_hf", ImportConfig, import_hf.typed([*arguments]))
+    launch_in_process(import_hf.main, "import_hf", ImportConfig, import_hf.rename_from_flag([*arguments]))
 
 
 def ours(folder: Path) -> Any:
@@ -117,22 +119,28 @@ def test_half_precision_is_kept_as_the_same_numbers_in_fp32(dtype: torch.dtype, 
     assert {tensor.dtype for tensor in load_file(shard).values()} == {torch.float32}
 
 
-def test_large_models_are_held_a_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more than a shard's weights between two writes, or a tensor where that alone is larger."""
+def test_large_models_are_held_a_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one is read, nothing is alive of those before it; files have a limit, or one tensor that exceeds it."""
     model = theirs("llama")
     model.save_pretrained(tmp_path / "hf")
-    monkeypatch.setattr(weights_module, "SHARD_BYTES", 8000)
-    written: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(checkpoint_writer, "SHARD_BYTES", 8000)
+    alive, largest, read = [0], [0], HFFolder.get
 
-    def save(held: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        written.append(dict(held))
-        save_file(held, path, metadata)
+    def counted(self: HFFolder, name: str) -> torch.Tensor:
+        tensor = read(self, name)
+        alive[0] += tensor.nbytes
+        largest[0] = max(largest[0], alive[0])
+        weakref.finalize(tensor.untyped_storage(), lambda size=tensor.nbytes: alive.__setitem__(0, alive[0] - size))
+        return tensor
 
-    monkeypatch.setattr(weights_module, "save_file", save)
+    monkeypatch.setattr(HFFolder, "get", counted)
     do_import(f"from={tmp_path / 'hf'}", f"out={tmp_path / 'ours'}")
+    written = [load_file(path) for path in (tmp_path / "ours").glob("*.safetensors")]
     assert len(written) > 4
     for held in written:
         assert len(held) == 1 or sum(4 * tensor.numel() for tensor in held.values()) <= 8000
+    assert largest[0] == max(tensor.nbytes for held in written for tensor in held.values())
+    assert alive[0] == 0
     assert_same(ours(tmp_path / "ours"), model)
 
 
@@ -228,9 +236,9 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     ids=lambda change: next(iter(change)),
 )
 def test_what_style_neox_cannot_do_is_refused(change: dict[str, Any]) -> None:
-    source(PYTHIA)
+    read_config(PYTHIA)
     with pytest.raises(UnsupportedModelError) as error:
-        source(PYTHIA | change)
+        read_config(PYTHIA | change)
     (key,) = change
     assert str(error.value).startswith(f"- {key} is {change[key]!r}; it must be ")
     assert len(str(error.value).splitlines()) == 1
@@ -238,19 +246,19 @@ def test_what_style_neox_cannot_do_is_refused(change: dict[str, Any]) -> None:
 
 def test_where_style_neox_takes_its_rotation_from() -> None:
     new = {key: value for key, value in PYTHIA.items() if not key.startswith("rotary")}
-    assert source(new).config.size.rope_theta == 10000.0
+    assert read_config(new).config.size.rope_theta == 10000.0
     rope = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25}
-    assert source(new | {"rope_parameters": rope}).config.size.rope_theta == 5e4
+    assert read_config(new | {"rope_parameters": rope}).config.size.rope_theta == 5e4
     with pytest.raises(
         UnsupportedModelError, match=r"^- rope_parameters.partial_rotary_factor is 1.0; it must be 0.25$"
     ):
-        source(new | {"rope_parameters": rope | {"partial_rotary_factor": 1.0}})
+        read_config(new | {"rope_parameters": rope | {"partial_rotary_factor": 1.0}})
     with pytest.raises(LayoutError, match="head dimension is 12; style neox rotates a quarter"):
-        source(PYTHIA | {"hidden_size": 96})
+        read_config(PYTHIA | {"hidden_size": 96})
     with pytest.raises(
         UnsupportedModelError, match=r"^- model_type is 'gpt2'; .* llama.*gpt_neox, kvfrontier, kvf\w+$"
     ):
-        source(PYTHIA | {"model_type": "gpt2"})
+        read_config(PYTHIA | {"model_type": "gpt2"})
 
 
 def test_masks_and_tables_of_old_pythia_files_are_passed_over() -> None:
@@ -441,7 +449,7 @@ def test_odd_values_in_a_config(hf: dict[str, Any]) -> None:
             if key == "num_hidden_layers" and value == 10**30:
                 continue  # counted against the tensors first
             try:
-                config = source(changed).config
+                config = read_config(changed).config
             except (UnsupportedModelError, LayoutError) as error:
                 assert str(error)
                 continue

@@ -19,8 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from arch import BlockPlan, Decoder, ModelConfig, Plan, build, resolve
+from arch.convert_formats import read_config
 from arch.footprint import forward_flops, kv_bytes, num_params
-from arch.hf_import import source
 from eval.layouts import CONFIGS, names
 from train.optim import lr_share
 from train.pretrain import main
@@ -220,7 +220,7 @@ PYTHIA_1B = {  # its config.json
 def test_uptraining_is_the_papers() -> None:
     """A tenth of the steps, and the model that the two commands in its comment make of Pythia 1B."""
     config = composed("block_uptrain_1b")
-    target = blocks(source(PYTHIA_1B).config, 4, 2, False)
+    target = blocks(read_config(PYTHIA_1B).config, 4, 2, False)
     assert plan(config) == resolve(target)
     with torch.device("meta"):
         shapes = [

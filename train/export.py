@@ -20,14 +20,16 @@ from eval.units import parse_bytes
 from train import checkpoint
 from train.checkpoint import TrainingError
 from train.hub.card import write_card
-from train.hub.checkpoint_reader import Source
-from train.hub.folder_writer import DTYPES, write_settings, write_tokenizer, write_weights
-from train.hub.run_info import Corpus, corpus_of, run_of, saved_config, training_of
+from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
+from train.hub.records import Check, Corpus, ExportUnderTest
+from train.hub.run_info import describe_training, find_run, load_corpus, load_run_config
 from train.hub.targets import TARGETS, Target, choose
+from train.hub.tensor_files import DTYPES
 from train.hub.upload import check_push, push
-from train.hub.verify import Check, Subject, require_transformers, table, verify
+from train.hub.verify import require_transformers, table, verify
 
-WINDOWS = 4  # of validation text, whose perplexity is compared
+NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
 
 
 @dataclass
@@ -46,7 +48,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """A command line that makes sense."""
+    """A checked command line."""
 
     checkpoint: Path
     out: Path
@@ -55,15 +57,15 @@ class Request:
 
     @property
     def partial(self) -> Path:
-        """Where the folder is until it is complete."""
+        """The name of the folder until it is complete."""
         return self.out.with_name(f"{self.out.name}.partial")
 
 
 def check(options: ExportConfig) -> Request:
-    """Raises UsageError, before any work, where something is missing or wrong."""
-    for key, what in (("checkpoint", "the folder of a run or of a checkpoint"), ("out", "a new folder")):
+    """Check the command line before any work. Raises UsageError where something is missing or wrong."""
+    for key, description in (("checkpoint", "the folder of a run or of a checkpoint"), ("out", "a new folder")):
         if getattr(options, key) is None:
-            raise UsageError(f"give {key}=, {what}")
+            raise UsageError(f"give {key}=, {description}")
     if options.dtype not in DTYPES:
         raise UsageError(f"dtype is {options.dtype}; choose {', '.join(DTYPES)}")
     if options.target != "auto" and options.target not in TARGETS:
@@ -87,31 +89,31 @@ def check(options: ExportConfig) -> Request:
 
 
 def export(options: ExportConfig, console: Console) -> list[Check]:
-    """Write the folder, verify it, and give it its name. The checks, of which none has failed.
+    """Write the folder, verify it, and give it its name. Returns the checks, none of which failed.
 
-    Raises one of cli.MISTAKES where it cannot be exported as asked; ConversionError or TrainingError where the
-    checkpoint is broken, the folder cannot be written (nothing is left of it) or is not the model (it is kept beside
-    `out`).
+    Raises one of cli.MISTAKES where the model cannot be exported like that; ConversionError or TrainingError where the
+    checkpoint is broken, the folder cannot be written (nothing is left of it) or is not the model (it stays, under
+    `Request.partial`).
     """
     request = check(options)
     folder = checkpoint.resolve(request.checkpoint)
-    source = Source(folder)
-    config, plan = source.model()
-    target, passed = choose(config, plan, options.target)
-    source.check(target.weights)
-    run = run_of(folder)
-    asked = saved_config(run)
-    training = training_of(folder, run, asked, source.info)
-    corpus = corpus_of(folder, asked, options.prepared, WINDOWS)
+    reader = CheckpointReader(folder)
+    config, plan = reader.model()
+    target, refused = choose(config, plan, options.target)
+    reader.check(target.weights)
+    run = find_run(folder)
+    run_config = load_run_config(run)
+    training = describe_training(folder, run, run_config, reader.info)
+    corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS)
     console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))
-    for name, reason in passed.items():
+    for name, reason in refused.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)
     console.print(f"target: {target.name}, {target.model_class}; {len(target.weights)} tensors in {options.dtype}")
     dtype, partial = DTYPES[options.dtype], request.partial
     try:
-        write(request, source, target, corpus)
-        subject = Subject(folder, partial, config, target, dtype, corpus.tokenizer, corpus.end, corpus.windows)
-        checks = judged(subject, console) if options.verify else []
+        write(request, reader, target, corpus)
+        exported = ExportUnderTest(folder, partial, config, target, dtype, corpus)
+        checks = run_checks(exported, console) if options.verify else []
         version = f"transformers {installed('transformers')} and torch {installed('torch')}"
         name = options.push_to_hub or request.out.name
         write_card(partial, name, config, plan, target, training, checks, version)
@@ -126,30 +128,30 @@ def export(options: ExportConfig, console: Console) -> list[Check]:
     return checks
 
 
-def write(request: Request, source: Source, target: Target, corpus: Corpus) -> None:
-    """All of the folder but its card. Leaves nothing where that fails."""
+def write(request: Request, reader: CheckpointReader, target: Target, corpus: Corpus) -> None:
+    """Write all of the folder but its card. Leaves nothing if that fails."""
     folder, size, dtype = request.partial, target.config, DTYPES[request.options.dtype]
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_settings(folder, target, dtype, corpus.end)
         write_tokenizer(folder, corpus.tokenizer, corpus.end, size["vocab_size"], size["max_position_embeddings"])
-        write_weights(folder, source, target.weights, dtype, request.shard_bytes)
+        write_weights(folder, reader, target.weights, dtype, request.shard_bytes)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def judged(subject: Subject, console: Console) -> list[Check]:
-    """The checks, shown. Raises TrainingError where one failed; the folder stays for a look at it."""
+def run_checks(exported: ExportUnderTest, console: Console) -> list[Check]:
+    """Verify the folder and print the checks. Raises TrainingError if one failed; the folder stays for inspection."""
     console.print("verifying in a fresh process")
-    checks = verify(subject)
+    checks = verify(exported)
     console.print(table(checks, f"transformers {installed('transformers')}, in a fresh process"))
     failed = [check for check in checks if check.passed is False]
     if failed:
         lines = "\n".join(f"{check.name}: {check.found}, not {check.wanted}" for check in failed)
         raise TrainingError(
-            f"what was written is not the model that was trained; it is kept as {subject.folder}\n{lines}"
+            f"what was written is not the model that was trained; it is kept as {exported.folder}\n{lines}"
         )
     return checks
 

@@ -1,7 +1,7 @@
-"""Make a Hugging Face checkpoint one of ours: `python train/import_hf.py from=FOLDER out=FOLDER`. See --help.
+"""Import a Hugging Face checkpoint: `python train/import_hf.py from=FOLDER out=FOLDER`. See --help.
 
-The model keeps the layout that it has. To change that (grouped heads to CLA, say) is a step of its own, from one of our
-checkpoints to another: uptrain.py is the one there is.
+The model keeps its layout. Another layout (CLA instead of grouped heads, say) is a conversion between two of our own
+checkpoints: see uptrain.py.
 """
 
 import shutil
@@ -19,22 +19,22 @@ from rich.console import Console
 
 from arch import Plan, resolve
 from arch.convert import ConversionError
+from arch.convert_formats import ImportedTensors, read_config
 from arch.footprint import num_params
-from arch.hf_import import convert, source
 from data.cli import UsageError
 from eval.cli import Choices, launch
 from eval.footprint import plan_tables
-from train.hub.checkpoint_writer import command, free, write
-from train.hub.folder_reader import PATTERNS, TOKENIZER, HFFolder
+from train.hub.checkpoint_writer import next_command, require_new_folder, write
+from train.hub.folder_reader import DOWNLOAD_PATTERNS, TOKENIZER_FILES, HFFolder
 
 NAME = "imported"
 
 
 @dataclass
 class ImportConfig:
-    """What to import.
+    """Options of the import.
 
-    source    a folder, or else a name on the hub; on the command line `from=`
+    source    a folder, or a name on the hub; on the command line `from=`
     out       the folder to write
     revision  branch, tag or commit on the hub
     """
@@ -47,27 +47,27 @@ class ImportConfig:
 def main(config: DictConfig, choices: Choices) -> None:
     if not config.source:
         raise UsageError("from= is not set; give a folder, or a name on the hub")
-    out = free(config.out)
+    out = require_new_folder(config.out)
     try:
-        run(local(config.source, config.revision), out, config.source)
+        run(resolve_source(config.source, config.revision), out, config.source)
     except ConversionError as error:
         raise UsageError(f"{config.source} cannot be imported:\n{error}") from error
 
 
 def run(folder: Path, out: Path, name: str) -> None:
-    """Import `folder`, and say what it is. Raises ConversionError or a mistake of the user; then `out` is not there."""
-    with HFFolder(folder) as theirs:
-        depth = theirs.config.get("num_hidden_layers")
-        if isinstance(depth, int) and depth > len(theirs.shapes):
-            raise ConversionError([f"num_hidden_layers is {depth}; there are {len(theirs.shapes)} tensors"])
-        described = source(theirs.config)
-        model, plan = described.config, resolve(described.config)
-        about = {"imported": {"from": name, "architecture": theirs.config.get("architectures")}}
-        write(out, NAME, model, convert(described, theirs.shapes, theirs.get), about)
-    tokenizer = [file for file in TOKENIZER if (folder / file).is_file()]
+    """Import `folder` to `out` and print a summary. Raises ConversionError or one of MISTAKES, and leaves no `out`."""
+    reader = HFFolder(folder)
+    num_layers = reader.config.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > len(reader.shapes):
+        raise ConversionError([f"num_hidden_layers is {num_layers}; there are {len(reader.shapes)} tensors"])
+    hf_model = read_config(reader.config)
+    model, plan = hf_model.config, resolve(hf_model.config)
+    info = {"imported": {"from": name, "architecture": reader.config.get("architectures")}}
+    write(out, NAME, model, ImportedTensors(hf_model, reader), info)
+    tokenizer = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
     for file in tokenizer:
         shutil.copyfile(folder / file, out / file)
-    show(name, plan, model.size.seq_len)
+    print_plan(name, plan, model.size.seq_len)
     print(f"{num_params(model, plan):,} parameters, kept as fp32: {out}")
     print(f"layout and size: {out}/arch/{NAME}.yaml, {out}/size/{NAME}.yaml")
     if "tokenizer.json" in tokenizer:
@@ -75,38 +75,38 @@ def run(folder: Path, out: Path, name: str) -> None:
             f"its tokenizer is beside them; text for it (vocabulary of {model.size.vocab_size:,}):\n"
             f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained tokenizer.name={out} path=DATA"
         )
-    print(f"to train it further:\n  {command(out, NAME)}")
+    print(f"to train it further:\n  {next_command(out, NAME)}")
 
 
-def show(name: str, plan: Plan, context: int) -> None:
-    """The stores of a model, for 16 bits per element."""
+def print_plan(name: str, plan: Plan, context: int) -> None:
+    """Print the stores of a model, for 16 bits per element."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in plan_tables(name, plan, context, 2):
         console.print(table)
 
 
-def local(name: str, revision: str | None) -> Path:
-    """The folder `name`, or where that of the hub was downloaded to. Raises UsageError where there is neither."""
+def resolve_source(name: str, revision: str | None) -> Path:
+    """Return the folder `name`, or download that of the hub. Raises UsageError where there is neither."""
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
         raise UsageError(f"from={name} is a file; give the folder that holds it, with its config.json")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"from={name} is no folder here, and it cannot be downloaded: {reason}\nWithout a network, copy its folder "
-            f"here ({', '.join(PATTERNS[:3])}, tokenizer files) and give that"
+            f"here ({', '.join(DOWNLOAD_PATTERNS[:3])}, tokenizer files) and give that"
         ) from error
 
 
-def typed(arguments: list[str]) -> list[str]:
-    """`from=` is the field `source`: Python has no field of a keyword's name."""
+def rename_from_flag(arguments: list[str]) -> list[str]:
+    """Rename `from=` to the field `source=`: Python has no field of a keyword's name."""
     return [f"source={a.removeprefix('from=')}" if a.startswith("from=") else a for a in arguments]
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = typed(sys.argv[1:])
+    sys.argv[1:] = rename_from_flag(sys.argv[1:])
     launch(main, "import_hf", ImportConfig)

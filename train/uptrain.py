@@ -1,6 +1,6 @@
-"""Make a trained decoder a Block Transformer to train further: `python train/uptrain.py from=RUN out=FOLDER`.
+"""Convert a trained decoder to a Block Transformer to train further: `python train/uptrain.py from=RUN out=FOLDER`.
 
-A conversion of weights from one layout to another, without training; others would stand beside it.
+It converts weights from one layout to another, without training.
 """
 
 import sys
@@ -24,24 +24,24 @@ from arch import (
     from_dict,
     resolve,
 )
-from arch.convert import ConversionError
+from arch.convert import ConversionError, StateDict
 from arch.convert_block import from_vanilla
 from arch.footprint import num_params
 from data.cli import UsageError
 from eval.cli import Choices, launch
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.hub.checkpoint_writer import command, free, write
-from train.import_hf import show, typed
+from train.hub.checkpoint_writer import next_command, require_new_folder, write
+from train.import_hf import print_plan, rename_from_flag
 
 NAME = "uptrained"
 
 
 @dataclass
 class UptrainConfig:
-    """A decoder, and the Block Transformer to make of it.
+    """Options of the conversion.
 
-    source  a run, a checkpoint of one, or what import_hf.py wrote; on the command line `from=`
+    source  a run, a checkpoint of one, or an imported folder; on the command line `from=`
     out     the folder to write
     length  tokens of a block
     prefix  vectors that a block's context is expanded to
@@ -58,7 +58,7 @@ class UptrainConfig:
 def main(config: DictConfig, choices: Choices) -> None:
     if not config.source:
         raise UsageError("from= is not set; give a run, or a checkpoint")
-    out = free(config.out)
+    out = require_new_folder(config.out)
     try:
         folder = checkpoint.resolve(Path(config.source))
         vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
@@ -75,16 +75,16 @@ def main(config: DictConfig, choices: Choices) -> None:
         state = from_vanilla(target, model.state_dict())
     except ConversionError as error:
         raise UsageError(f"{config.source} cannot become a Block Transformer:\n{error}") from error
-    write(out, NAME, target, state.items(), {"uptrained": {"from": str(folder)}})
-    show(config.source, plan, target.size.seq_len)
+    write(out, NAME, target, StateDict(state), {"uptrained": {"from": str(folder)}})
+    print_plan(config.source, plan, target.size.seq_len)
     print(f"{num_params(target, plan):,} parameters, of {num_params(vanilla, resolve(vanilla)):,}: {out}")
-    print(f"to train it further, on a tenth of the tokens as in the paper:\n  {command(out, NAME)}")
+    print(f"to train it further, on a tenth of the tokens as in the paper:\n  {next_command(out, NAME)}")
 
 
 def blocks(vanilla: ModelConfig, length: int, prefix: int, start: bool) -> ModelConfig:
-    """The Block Transformer whose two decoders are the halves of `vanilla`, each with its layout.
+    """Return the Block Transformer whose two decoders are the halves of `vanilla`, each with its layout.
 
-    Windows are kept as they are written: from now on they count blocks, and positions within one.
+    Windows keep their numbers, which now count blocks, and positions within one.
     """
     layout = {key: value for key, value in asdict(vanilla.arch).items() if key != "block"}
     token = from_dict(TokenDecoderConfig, layout | {"prefix": prefix})
@@ -93,7 +93,7 @@ def blocks(vanilla: ModelConfig, length: int, prefix: int, start: bool) -> Model
 
 
 def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
-    """Raises LayoutError with every layer that would not read the store that it reads in the decoder."""
+    """Raise LayoutError with every layer that would not read the store that it reads in the decoder."""
     lower = plan.block.num_layers
     problems = []
     for layer in range(vanilla.num_layers):
@@ -110,5 +110,5 @@ def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = typed(sys.argv[1:])
+    sys.argv[1:] = rename_from_flag(sys.argv[1:])
     launch(main, "uptrain", UptrainConfig)

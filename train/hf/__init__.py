@@ -5,11 +5,11 @@ configuration_kvfrontier.py and modeling_kvfrontier.py are copied into exported 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_kvfrontier import KVFrontierConfig, expected_cache_bytes
+from .configuration_kvfrontier import KVFrontierConfig
 from .modeling_kvfrontier import KVFrontierForCausalLM, KVFrontierModel
 
 AutoConfig.register(KVFrontierConfig.model_type, KVFrontierConfig, exist_ok=True)
 AutoModel.register(KVFrontierConfig, KVFrontierModel, exist_ok=True)
 AutoModelForCausalLM.register(KVFrontierConfig, KVFrontierForCausalLM, exist_ok=True)
 
-__all__ = ["KVFrontierConfig", "KVFrontierForCausalLM", "KVFrontierModel", "expected_cache_bytes"]
+__all__ = ["KVFrontierConfig", "KVFrontierForCausalLM", "KVFrontierModel"]

@@ -123,24 +123,6 @@ class KVFrontierConfig(PreTrainedConfig):
         ]
 
 
-def expected_cache_bytes(
-    config: KVFrontierConfig, context: int, batch: int = 1, itemsize: int = 2, new_tokens: int = 1
-) -> int:
-    """Bytes of the storages behind the keys and values that a dynamic cache holds after `context` tokens, the last
-    `new_tokens` of which were given together; of a static cache, with `context` its length.
-
-    A sliding layer of transformers keeps window - 1 positions between two steps, but as a view of the tensor that the
-    last step attended to, which had the new tokens too: after a step of one token that is the window, and after a
-    prompt it is the whole prompt, until the next step.
-    """
-    elements = 0
-    for layer, window in enumerate(config.windows):
-        if config.kv_source_layers[layer] == layer:
-            positions = context if window is None else min(context, window - 1 + new_tokens)
-            elements += config.key_value_heads[layer] * 2 * config.head_dim * positions
-    return batch * itemsize * elements
-
-
 def _lengths(config: KVFrontierConfig) -> list[str]:
     """What is wrong with the lengths of lists; no list is read before they are right."""
     problems = [

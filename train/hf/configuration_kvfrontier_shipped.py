@@ -9,29 +9,19 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from arch.block_plan import resolve
-from arch.config import ModelConfig, from_dict
+from arch.config import HF_SIZE_KEYS, ModelConfig, from_dict
 
-# What tools look for, and where it comes from.
-STANDARD = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "max_position_embeddings": "seq_len",
-    "tie_word_embeddings": "tie_embeddings",
-}
 ONE_HEAD = {"stores": {"kv": {"kv_heads": 1}}, "pattern": ["new kv"]}
 
 
 class KVFrontierShippedConfig(PreTrainedConfig):
-    """The layout `arch` and the size `size`, as plain data; the keys in STANDARD say again what `size` says.
+    """The layout `arch` and the size `size`, as plain data; the keys in HF_SIZE_KEYS repeat values of `size`.
 
-    block_pad_token  of a Block Transformer that was trained with random padding (data.block_padding) and has no start
-                     context: the token that fills its first block from the left. None: the first block of a text is
-                     not predicted, and a prompt has a block at least
+    block_pad_token  for a Block Transformer without a start context that was trained with random padding
+                     (data.block_padding): the token that fills its first block from the left. None: the first block of
+                     a text is not predicted, and a prompt has at least one block
 
-    Raises ValueError where the layout is impossible or a key says something else than `size`.
+    Raises ValueError where the layout is impossible or a key contradicts `size`.
     """
 
     model_type = "kvfrontier_shipped"
@@ -50,10 +40,10 @@ class KVFrontierShippedConfig(PreTrainedConfig):
         resolve(model)
         if block_pad_token is not None and not 0 <= block_pad_token < model.size.vocab_size:
             raise ValueError(f"block_pad_token is {block_pad_token}; it is no token of {model.size.vocab_size}")
-        for theirs, ours in STANDARD.items():
-            value = getattr(model.size, ours)
-            given = kwargs.pop(theirs, value)
-            if given != value:
-                raise ValueError(f"{theirs} is {given!r} and size.{ours} is {value!r}; they must be the same")
-            setattr(self, theirs, value)
+        for key, hf_key in HF_SIZE_KEYS.items():
+            value = getattr(model.size, key)
+            repeated = kwargs.pop(hf_key, value)
+            if repeated != value:
+                raise ValueError(f"{hf_key} is {repeated!r} and size.{key} is {value!r}; they must be the same")
+            setattr(self, hf_key, value)
         super().__init__(**kwargs)

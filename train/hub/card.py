@@ -1,40 +1,20 @@
-"""The model card of an exported folder: what its cache costs, how it was trained, how to load it."""
+"""The model card of an exported folder: the cost of its cache, its training, and code that loads it."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from arch import ArchConfig, KVPlan, ModelConfig, Plan, StoreConfig, resolve
 from arch.footprint import kv_bytes, num_params
 from eval.plots.pictures import draw_plan
 from eval.units import bytes_text, count_text, number_text
-from train.hub.targets import Target
-from train.hub.verify import Check
+from train.hub.records import Check, Training
+from train.hub.targets import TRANSFORMERS_FLOOR, Target
 
 PICTURE = "architecture.png"
 ITEMSIZE = 2  # a bf16 cache
-FLOOR = "5.16"
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is known of the run; None where it is not.
-
-    name    of the run
-    step    at which the checkpoint was taken
-    tokens  trained on until then
-    val     validation figures of this very step: loss, and ppl and bpb where the run ended here
-    data    where the text came from
-    seed    of weights and order
-    """
-
-    name: str | None
-    step: int | None
-    tokens: int | None = None
-    val: dict[str, float] | None = None
-    data: str | None = None
-    seed: int | None = None
 
 
 def write_card(
@@ -47,7 +27,7 @@ def write_card(
     checks: Sequence[Check],
     version: str,
 ) -> None:
-    """README.md, and the picture in it. `name` is where it will be found: the folder, or its repository."""
+    """Write README.md and its picture. `name` is what users load: the folder, or its repository on the hub."""
     draw_plan(plan, name, config.size.seq_len, ITEMSIZE, folder / PICTURE)
     sections = [
         front_matter(target),
@@ -63,16 +43,8 @@ def write_card(
 
 def front_matter(target: Target) -> str:
     tags = ["kv-cache", *(["custom_code"] if target.code else [])]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags:",
-            *(f"- {t}" for t in tags),
-            "---",
-        ]
-    )
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def summary(config: ModelConfig, plan: Plan, target: Target) -> str:
@@ -95,20 +67,21 @@ def writers(plan: KVPlan) -> str:
 
 
 def kv_table(config: ModelConfig, plan: Plan) -> str:
-    """Of one sequence, beside a model of this size whose layers each cache the keys and values of all heads."""
+    """Return the bytes of one sequence, and of a model of this size with multi-head attention in every layer."""
     full = resolve(ModelConfig(ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"]), config.size))
     rows = []
     for context in (config.size.seq_len, 8192, 32768, 131072):
-        ours, theirs = kv_bytes(plan, context, ITEMSIZE).stored, kv_bytes(full, context, ITEMSIZE).stored
-        rows.append((f"at {context:,} tokens", bytes_text(ours), bytes_text(theirs), share(ours, theirs)))
+        stored, stored_full = kv_bytes(plan, context, ITEMSIZE).stored, kv_bytes(full, context, ITEMSIZE).stored
+        text = (f"at {context:,} tokens", bytes_text(stored), bytes_text(stored_full), percent(stored, stored_full))
+        rows.append(text)
     ours, theirs = kv_bytes(plan, config.size.seq_len, ITEMSIZE), kv_bytes(full, config.size.seq_len, ITEMSIZE)
     slope = (
         "per token",
         f"{number_text(ours.per_token)} B",
         f"{number_text(theirs.per_token)} B",
-        share(ours.per_token, theirs.per_token),
+        percent(ours.per_token, theirs.per_token),
     )
-    constant = (f"constant ({constants(plan)})", bytes_text(ours.constant), "0 B", "")
+    constant = (f"constant ({constant_part(plan)})", bytes_text(ours.constant), "0 B", "")
     lines = markdown(
         ("bytes in bf16", "this model", "MHA of this size", "share"), [slope, constant, *dict.fromkeys(rows)]
     )
@@ -116,8 +89,8 @@ def kv_table(config: ModelConfig, plan: Plan) -> str:
     return f"{lines}\n\nOf one sequence. {longer}"
 
 
-def constants(plan: Plan) -> str:
-    """What does not grow with the context."""
+def constant_part(plan: Plan) -> str:
+    """Name the part of the cache that does not grow with the context."""
     stack, *others = plan.stacks
     if others:
         return f"windows when full, the {others[0].title}"
@@ -125,7 +98,7 @@ def constants(plan: Plan) -> str:
     return "windows and slots, when full" if bounded else "windows, when full"
 
 
-def share(ours: float, theirs: float) -> str:
+def percent(ours: float, theirs: float) -> str:
     return f"{100 * ours / theirs:.3g} %"
 
 
@@ -156,7 +129,7 @@ def training_list(config: ModelConfig, training: Training) -> str:
 
 def usage(name: str, target: Target) -> str:
     trust = ", trust_remote_code=True" if target.code else ""
-    needs = " and ".join((f"`transformers` {FLOOR} or later", *(f"`{name}`" for name in target.packages)))
+    needs = " and ".join((f"`transformers` {TRANSFORMERS_FLOOR} or later", *(f"`{name}`" for name in target.packages)))
     return f"""Needs {needs}.
 
 ```python

@@ -1,111 +1,81 @@
 """A Hugging Face checkpoint on disk: config.json, and safetensors in one file or in several with an index.
 
-Nothing in it is executed, nothing outside the folder is read, and what is malformed is refused by name.
+Nothing in it is executed, nothing outside the folder is read, and whatever is malformed is refused by name.
 """
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from data.cli import UsageError
+from train.hub.tensor_files import Piece, SafetensorsReader, StoredTensor, open_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # fp32 holds the values of each exactly
-TOKENIZER = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-PATTERNS = ["config.json", INDEX, "*.safetensors", *TOKENIZER]
+DOWNLOAD_PATTERNS = ["config.json", INDEX, "*.safetensors", *TOKENIZER_FILES]
 
 
-class HFFolder:
-    """Shapes of all tensors at once, and values one by one; a context manager, which holds the files open.
+class HFFolder(SafetensorsReader):
+    """The tensors of a Hugging Face checkpoint, a TensorReader; `config` is its config.json.
 
-    config  what config.json says
-    shapes  of every tensor, by name
-
-    Raises UsageError, on opening and on reading, with the file or the tensor that is not what it must be.
+    Its types are those whose every value fp32 holds exactly. Raises UsageError, on opening and on reading, with the
+    file or the tensor that is malformed.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.config = _json(path / "config.json")
-        self.shapes: dict[str, list[int]] = {}
-        self._files = ExitStack()
-        self._where: dict[str, Any] = {}
-        try:
-            for file, names in self._listed().items():
-                self._open(file, names)
-        except BaseException:
-            self._files.close()
-            raise
+    error = UsageError
 
-    def __enter__(self) -> "HFFolder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
-
-    def get(self, name: str) -> Tensor:
-        """The tensor `name`, in the type it has there, one of DTYPES."""
-        try:
-            tensor: Tensor = self._where[name].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path}: {name} cannot be read ({error})") from error
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(map(str, DTYPES))
-            raise UsageError(f"{self.path}: {name} has the type {tensor.dtype}; it must be one of {known}")
-        if not tensor.isfinite().all():
-            raise UsageError(f"{self.path}: {name} has values that are not finite")
-        return tensor
-
-    def _listed(self) -> dict[str, set[str] | None]:
-        """Files, and the tensors that the index expects in each; None: whichever are there."""
-        if not (self.path / INDEX).exists():
-            if (self.path / SINGLE).exists():
-                return {SINGLE: None}
-            pickles = sorted(path.name for path in self.path.glob("*.bin"))
-            if pickles:
-                raise UsageError(
-                    f"{self.path} has its weights in {pickles[0]}, a pickle, which can execute code when it is read; "
-                    "where you trust it, convert it: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
-                )
-            raise UsageError(f"{self.path} has neither {SINGLE} nor {INDEX}")
-        weights = _json(self.path / INDEX).get("weight_map")
-        if not isinstance(weights, dict) or not weights:
-            raise UsageError(f"{self.path / INDEX}: weight_map is missing; it names the file of each tensor")
-        files: dict[str, set[str] | None] = {}
-        for name, file in weights.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise UsageError(
-                    f"{self.path / INDEX}: {name} is in {file!r}; it must be a .safetensors file beside it"
-                )
-            names = files.setdefault(file, set())
-            assert names is not None
-            names.add(name)
-        return files
-
-    def _open(self, file: str, expected: set[str] | None) -> None:
-        path = self.path / file
-        try:
-            handle = self._files.enter_context(safe_open(path, framework="pt"))
-            shapes = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118  no mapping
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from error
-        for name in sorted(set(shapes) ^ (set(shapes) if expected is None else expected)):
-            there, listed = ("is", "and not") if name in shapes else ("is not", "but")
-            raise UsageError(f"{path}: {name} {there} in it, {listed} in {INDEX}")
-        self.shapes |= shapes
-        self._where |= dict.fromkeys(shapes, handle)
+    def __init__(self, folder: Path):
+        self.config = _read_json(folder / "config.json")
+        tensors: dict[str, StoredTensor] = {}
+        for file, names in _listed_files(folder).items():
+            tensors |= _tensors_of_file(folder / file, names)
+        super().__init__(folder, tensors)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _listed_files(folder: Path) -> dict[str, set[str] | None]:
+    """Return the files, and the tensors that the index lists for each; None if there is no index."""
+    if not (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            return {SINGLE: None}
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles:
+            raise UsageError(
+                f"{folder} has its weights in {pickles[0]}, a pickle, which can execute code when it is read; "
+                "where you trust it, convert it: AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+            )
+        raise UsageError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{folder / INDEX}: weight_map is missing; it names the file of each tensor")
+    files: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise UsageError(f"{folder / INDEX}: {name} is in {file!r}; it must be a .safetensors file beside it")
+        names = files.setdefault(file, set())
+        assert names is not None
+        names.add(name)
+    return files
+
+
+def _tensors_of_file(path: Path, listed: set[str] | None) -> dict[str, StoredTensor]:
+    try:
+        with open_file(path) as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no mapping
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); it may be truncated: copy it again") from error
+    for name in sorted(set(shapes) ^ (set(shapes) if listed is None else listed)):
+        present, indexed = ("is", "and not") if name in shapes else ("is not", "but")
+        raise UsageError(f"{path}: {name} {present} in it, {indexed} in {INDEX}")
+    return {name: StoredTensor(shape, (Piece(path, 0, shape),)) for name, shape in shapes.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -1,15 +1,14 @@
-"""What else a run knows that an export needs: its text, its tokenizer, and what came out."""
+"""Tokenizer, validation windows and results of a run, for its export."""
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from tokenizers import Tokenizer
 
 from data.cli import UsageError
 from data.files import DataError
@@ -18,50 +17,45 @@ from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
 from train.checkpoint import TrainingError
 from train.datamodule import Data
-from train.hub.card import Training
+from train.hub.records import Corpus, Training
 from train.schema import PretrainConfig
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The tokenizer, the token that ends a text, and validation windows where there are any."""
-
-    tokenizer: Tokenizer
-    end: int
-    windows: list[list[int]]
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run that the checkpoint `folder` lies in; None if it lies somewhere else."""
+def find_run(folder: Path) -> Path | None:
+    """Return the run that the checkpoint `folder` belongs to; None if it lies in no run."""
     run = folder.absolute().parent.parent
     return run if (run / "config.yaml").is_file() else None
 
 
-def saved_config(run: Path | None) -> PretrainConfig | None:
-    """What the run was asked. Raises TrainingError where its config.yaml is none."""
+def load_run_config(run: Path | None) -> PretrainConfig | None:
+    """Load the configuration of `run`. Raises TrainingError where its config.yaml is none."""
     if run is None:
         return None
     try:
         saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
-        config: PretrainConfig = OmegaConf.to_object(saved)
+        config = OmegaConf.to_object(saved)
+        assert isinstance(config, PretrainConfig)
         return config
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
         raise TrainingError(f"{run / 'config.yaml'} is not the configuration of a run: {error}") from error
 
 
-def corpus_of(folder: Path, config: PretrainConfig | None, given: str | None, windows: int) -> Corpus:
-    """From the prepared folder `given`, or from that of the run; else the tokenizer.json beside the weights.
+def load_corpus(folder: Path, config: PretrainConfig | None, prepared: str | None, num_windows: int) -> Corpus:
+    """Load tokenizer and validation windows of the checkpoint `folder`.
+
+    They come from the folder `prepared`, else from the data folder of the run; else there is only the tokenizer.json
+    beside the weights.
 
     Raises UsageError where there is no tokenizer, DataError where the folder is broken.
     """
     beside = folder / "tokenizer.json"
-    if given is not None:
-        return prepared(Path(given), None if config is None else with_data(config, given), windows)
+    if prepared is not None:
+        return load_prepared(Path(prepared), None if config is None else _with_data(config, prepared), num_windows)
     if config is not None:
         data = config.data
         first = Path(next(iter(data.mix))) if data.mix else data.preparation.folder
         if (first / "manifest.json").is_file():
-            return prepared(first, config, windows)
+            return load_prepared(first, config, num_windows)
         where = f"the run's data folder {first} is not here"
     else:
         where = f"{folder} lies in no run"
@@ -71,12 +65,12 @@ def corpus_of(folder: Path, config: PretrainConfig | None, given: str | None, wi
     raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
 
 
-def with_data(config: PretrainConfig, folder: str) -> PretrainConfig:
+def _with_data(config: PretrainConfig, folder: str) -> PretrainConfig:
     return replace(config, data=replace(config.data, path=folder, mix={}))
 
 
-def prepared(folder: Path, config: PretrainConfig | None, windows: int) -> Corpus:
-    """Of a folder of shards; with windows, without a document mask, where the run is known."""
+def load_prepared(folder: Path, config: PretrainConfig | None, num_windows: int) -> Corpus:
+    """Load a folder of shards. Only with the `config` of the run there are windows, without a document mask."""
     manifest = Manifest.load(folder)
     manifest.check_tokenizer(folder)
     tokenizer = pretrained(str(folder / "tokenizer.json"))
@@ -84,17 +78,21 @@ def prepared(folder: Path, config: PretrainConfig | None, windows: int) -> Corpu
         raise DataError(f"{folder}: its tokenizer has no token {manifest.end_of_text}; prepare the folder again")
     if config is None:
         return Corpus(tokenizer, manifest.end_of_text, [])
-    chosen = EvalWindows.of(Data(config).val, windows)
-    return Corpus(tokenizer, manifest.end_of_text, [chosen[i].tolist() for i in range(len(chosen))][:windows])
+    chosen = EvalWindows.of(Data(config).val, num_windows)
+    windows = [chosen[i].tolist() for i in range(len(chosen))][:num_windows]
+    return Corpus(tokenizer, manifest.end_of_text, windows)
 
 
-def training_of(folder: Path, run: Path | None, config: PretrainConfig | None, info: dict[str, Any]) -> Training:
-    """What the card says. The result of the run counts where this is its last checkpoint, else what is known of it."""
+def describe_training(folder: Path, run: Path | None, config: PretrainConfig | None, info: dict[str, Any]) -> Training:
+    """Describe the training up to the checkpoint `folder`.
+
+    Its validation figures are those of the run if this is its last checkpoint, or the loss recorded for its best one.
+    """
     step = info.get("step") if isinstance(info.get("step"), int) else None
     if run is None or config is None or step is None:
         return Training(None, step)
     tokens = step * config.batch_size * config.size.seq_len
-    summary, best = read_json(run / "summary.json"), read_json(run / "checkpoints" / "best.json")
+    summary, best = _read_json(run / "summary.json"), _read_json(run / "checkpoints" / "best.json")
     val = None
     if summary.get("tokens") == tokens:
         val = summary.get("val")
@@ -108,8 +106,8 @@ def training_of(folder: Path, run: Path | None, config: PretrainConfig | None, i
     return Training(config.name, step, tokens, val, data, config.seed)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Empty if there is no such file. Raises TrainingError where it is no JSON object."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, empty if there is no such file. Raises TrainingError where it is something else."""
     try:
         value = json.loads(path.read_text()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -1,17 +1,17 @@
-"""An exported folder on the Hugging Face hub."""
+"""Upload of an exported folder to the Hugging Face hub."""
 
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from data.cli import UsageError
 from train.checkpoint import TrainingError
 
 
 def check_push(repo: str) -> None:
-    """Before any work. Raises UsageError where `repo` is no name, or nobody is logged in."""
+    """Check the name and the login before any work. Raises UsageError where `repo` is no name or there is no login."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -21,7 +21,7 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Its address there. A repository that does not exist yet is made, private.
+    """Upload `folder` and return its address. A repository that does not exist yet is created, private.
 
     Raises TrainingError where the hub cannot be reached or refuses; the folder stays as it is.
     """

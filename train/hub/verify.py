@@ -1,4 +1,4 @@
-"""Is an exported folder the model that was trained? It is loaded in a fresh process and compared, figure by figure.
+"""Verify that an exported folder is the trained model: a fresh process loads it, and every figure is compared.
 
 Shapes: P positions that are compared, T inputs, V vocabulary.
 """
@@ -11,56 +11,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from arch import BlockTransformer, LanguageModel, ModelConfig, Plan, build, generate, generate_blocks
+from arch import BlockTransformer, LanguageModel, Plan, build, generate, generate_blocks
 from arch.footprint import allocated_bytes, kv_bytes, num_params
 from data.cli import UsageError
 from data.tokenizer import Encoder
 from train import checkpoint
 from train.checkpoint import TrainingError
-from train.hub.targets import Target
+from train.hub.records import Check, ExportUnderTest
+from train.hub.verify_protocol import CacheBytes, Request, Response, TokenizerReport
 
 TOLERANCE = 1e-5
-NEW_TOKENS = 16
-COMPARED = 64  # positions of a prompt, spread over it
-TEXTS = ("The quick brown fox", "def f(x):\n    return x ** 2\n", "naïve café: äöü 漢字 🙂", "  two  spaces ")
-
-
-@dataclass(frozen=True)
-class Check:
-    """`passed` is None where a figure is reported and nothing is asked of it."""
-
-    name: str
-    found: str
-    wanted: str
-    passed: bool | None
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is verified: the checkpoint `source`, exported to `folder` as `target` with weights of `dtype`.
-
-    windows  validation windows, one token longer than their inputs; empty where the data is not there
-    """
-
-    source: Path
-    folder: Path
-    config: ModelConfig
-    target: Target
-    dtype: torch.dtype
-    tokenizer: Tokenizer
-    end: int
-    windows: list[list[int]]
+NUM_NEW_TOKENS = 16
+MAX_POSITIONS = 64  # of a prompt whose logits are compared, evenly spaced
+TEXTS = ["The quick brown fox", "def f(x):\n    return x ** 2\n", "naïve café: äöü 漢字 🙂", "  two  spaces "]
 
 
 def require_transformers() -> None:
@@ -68,14 +40,15 @@ def require_transformers() -> None:
         raise UsageError("verification needs transformers: pip install transformers, or give verify=false")
 
 
-def fresh_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """train/hub/verify_child.py in a process that knows the folder and nothing of this repository.
+def fresh_process(folder: Path, request: Request) -> tuple[Response, dict[str, Tensor]]:
+    """Run verify_child.py in a process that knows `folder` and nothing of this repository; return findings and logits.
 
-    Its memory is dirty from the start, so that what is never written shows. Raises TrainingError where it fails.
+    Its memory is dirty from the start, so that reads of memory that is never written show. Raises TrainingError if it
+    fails.
     """
     script = Path(__file__).with_name("verify_child.py")
     with tempfile.TemporaryDirectory() as work:
-        Path(work, "asked.json").write_text(json.dumps(asked))
+        Path(work, "request.json").write_text(json.dumps(request))
         offline = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(work, "modules")), "MALLOC_PERTURB_": "165"}
         done = subprocess.run(
             [sys.executable, "-I", str(script), str(folder.resolve()), work],
@@ -86,73 +59,70 @@ def fresh_process(folder: Path, asked: dict[str, Any]) -> tuple[dict[str, Any], 
         )
         if done.returncode:
             raise TrainingError(f"{folder} cannot be loaded or run by transformers:\n{done.stderr[-3000:]}")
-        return json.loads(Path(work, "found.json").read_text()), load_file(Path(work, "found.safetensors"))
+        return json.loads(Path(work, "response.json").read_text()), load_file(Path(work, "logits.safetensors"))
 
 
-def verify(subject: Subject) -> list[Check]:
-    """Every comparison. Raises TrainingError where the folder cannot be loaded at all."""
-    model = build(subject.config)
-    checkpoint.load(subject.source, model)
+def verify(exported: ExportUnderTest) -> list[Check]:
+    """Compare everything. Raises TrainingError where the folder cannot be loaded at all."""
+    model = build(exported.config)
+    checkpoint.load(exported.source, model)
     model.eval()
-    asked = questions(subject, model)
+    request = make_request(exported, model)
     with torch.inference_mode():
-        trained = [some_logits(model, asked, number) for number in (0, 1)]
-        if subject.dtype != torch.float32:
+        trained = [prompt_logits(model, request, number) for number in (0, 1)]
+        if exported.dtype != torch.float32:
             for parameter in model.parameters():
-                parameter.copy_(parameter.to(subject.dtype))
-        expected = [some_logits(model, asked, number) for number in (0, 1)]
-        loss = nats(model, subject.windows)
-        tokens = [continued(model, prompt) for prompt in asked["prompts"]]
-        found, held = fresh_process(subject.folder, asked)
-        difference = largest_difference(held, expected)
-        allowed = allowance(model, asked, expected, difference)
+                parameter.copy_(parameter.to(exported.dtype))
+        expected = [prompt_logits(model, request, number) for number in (0, 1)]
+        loss = nats(model, exported.corpus.windows)
+        tokens = [continued(model, prompt) for prompt in request["prompts"]]
+        response, logits = fresh_process(exported.folder, request)
+        difference = largest_difference(logits, expected)
+        tolerance = logit_tolerance(model, request, expected, difference)
         return [
-            *check_loading(subject, found, model),
-            Check("logits in fp32, largest difference", f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed),
-            *check_bf16(held, trained),
-            *check_greedy(model, found["greedy"], asked["prompts"], tokens, allowed),
-            *check_cache(subject, found["cache"], model),
-            *check_text(subject, found),
-            *check_loss(subject, found["nats"], loss, allowed, asked["first"]),
+            *check_loading(exported, response, model),
+            Check(
+                "logits in fp32, largest difference", f"{difference:.1e}", f"{tolerance:.1e}", difference <= tolerance
+            ),
+            *check_bf16(logits, trained),
+            *check_greedy(model, response["greedy"], request["prompts"], tokens, tolerance),
+            *check_cache(exported, response["cache"], model),
+            *check_text(exported, response["tokenizer"], response["eos_token_id"]),
+            *check_loss(exported, response["nats"], loss, tolerance, request["first"]),
         ]
 
 
-def questions(subject: Subject, model: LanguageModel) -> dict[str, Any]:
-    """What the other process is to do, as plain data."""
-    size, first = subject.config.size, unpredicted(model)
-    windows = [min(window, size.seq_len) for window in spans(model.plan)]
-    long, short = max(windows, default=32) + 9, first + max(1, min([8, *windows]) - 1)
+def make_request(exported: ExportUnderTest, model: LanguageModel) -> Request:
+    size, first, windows = exported.config.size, unpredicted(model), exported.corpus.windows
+    bounds = [min(bound, size.seq_len) for bound in spans(model.plan)]
+    long, short = max(bounds, default=32) + 9, first + max(1, min([8, *bounds]) - 1)
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(size.vocab_size, (long + NEW_TOKENS,), generator=generator).tolist()
-    if subject.windows:  # what it was trained for, as far as it goes
-        text[: len(subject.windows[0])] = subject.windows[0][: len(text)]
-        text = text[: long + NEW_TOKENS]
+    text: list[int] = torch.randint(size.vocab_size, (long + NUM_NEW_TOKENS,), generator=generator).tolist()
+    if windows:  # text of the kind that it was trained on, as far as it goes
+        text[: len(windows[0])] = windows[0][: len(text)]
+        text = text[: long + NUM_NEW_TOKENS]
     prompts = [text[:short], text[:long]]
-    edges = {edge for window in windows for edge in (window - 1, window, window + 1)}
+    edges = {edge for bound in bounds for edge in (bound - 1, bound, bound + 1)}
     return {
-        "trust_remote_code": bool(subject.target.code),
-        "own_cache": subject.target.own_cache,
+        "trust_remote_code": bool(exported.target.code),
+        "own_cache": exported.target.own_cache,
         "first": first,
         "prompts": prompts,
         "positions": [
-            torch.linspace(first, len(p) - 1, min(len(p) - first, COMPARED)).long().tolist() for p in prompts
+            torch.linspace(first, len(prompt) - 1, min(len(prompt) - first, MAX_POSITIONS)).long().tolist()
+            for prompt in prompts
         ],
-        "new_tokens": NEW_TOKENS,
-        "pad": subject.end,
+        "num_new_tokens": NUM_NEW_TOKENS,
+        "pad": exported.corpus.end,
         "cache_text": text,
         "contexts": sorted(context for context in {1, short, *edges, len(text)} if context > first),
-        "windows": subject.windows,
+        "windows": windows,
         "texts": TEXTS,
     }
 
 
-def spread(first: int, end: int) -> list[int]:
-    """At most COMPARED positions from `first` to the last one before `end`."""
-    return torch.linspace(first, end - 1, min(end - first, COMPARED)).long().tolist()
-
-
 def spans(plan: Plan) -> list[int]:
-    """Numbers of tokens after which the cache, or what is seen, is another: windows, slots, blocks."""
+    """Numbers of tokens at which a cache is full, or a query no longer sees every token: windows, slots, blocks."""
     stack = plan.stacks[0]
     tokens = stack.tokens_per_position
     bounds = [tokens * store.max_positions for store in stack.plan.stores if store.max_positions is not None]
@@ -179,14 +149,14 @@ def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
 
 def continued(model: LanguageModel, prompt: list[int]) -> list[int]:
     if isinstance(model, BlockTransformer):
-        return generate_blocks(model, [prompt], NEW_TOKENS)[0]
-    return generate(model, [prompt], NEW_TOKENS)[0]
+        return generate_blocks(model, [prompt], NUM_NEW_TOKENS)[0]
+    return generate(model, [prompt], NUM_NEW_TOKENS)[0]
 
 
-def some_logits(model: LanguageModel, asked: dict[str, Any], number: int) -> Tensor:
+def prompt_logits(model: LanguageModel, request: Request, number: int) -> Tensor:
     """[P, V]"""
-    places = [place - asked["first"] for place in asked["positions"][number]]
-    return next_logits(model, asked["prompts"][number])[places]
+    places = [place - request["first"] for place in request["positions"][number]]
+    return next_logits(model, request["prompts"][number])[places]
 
 
 def nats(model: LanguageModel, windows: list[list[int]]) -> float:
@@ -197,40 +167,40 @@ def nats(model: LanguageModel, windows: list[list[int]]) -> float:
     return total
 
 
-def check_loading(subject: Subject, found: dict[str, Any], model: LanguageModel) -> list[Check]:
-    report = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in found["report"].items())
-    wanted, params = subject.target.model_class, num_params(subject.config, model.plan)
-    checks = [
-        Check("class", found["class"], wanted, found["class"] == wanted),
+def check_loading(exported: ExportUnderTest, response: Response, model: LanguageModel) -> list[Check]:
+    report = "; ".join(f"{key}: {', '.join(names[:3])}" for key, names in response["loading_report"].items())
+    expected, params = exported.target.model_class, num_params(exported.config, model.plan)
+    packages = response["imported_packages"]
+    return [
+        Check("class", response["model_class"], expected, response["model_class"] == expected),
         Check("weights missing or left over", report or "none", "none", not report),
-        Check("parameters", f"{found['parameters']:,}", f"{params:,}", found["parameters"] == params),
-        Check("our packages imported", ", ".join(found["ours"]) or "none", "none", not found["ours"]),
+        Check("parameters", f"{response['num_parameters']:,}", f"{params:,}", response["num_parameters"] == params),
+        Check("our packages imported", ", ".join(packages) or "none", "none", not packages),
     ]
-    return checks
 
 
-def largest_difference(held: dict[str, Tensor], expected: list[Tensor]) -> float:
-    return max((held[f"fp32.{number}"] - ours).abs().max().item() for number, ours in enumerate(expected))
+def largest_difference(logits: dict[str, Tensor], expected: list[Tensor]) -> float:
+    return max((logits[f"fp32.{number}"] - ours).abs().max().item() for number, ours in enumerate(expected))
 
 
-def allowance(model: LanguageModel, asked: dict[str, Any], expected: list[Tensor], difference: float) -> float:
-    """How far fp32 logits may lie apart: TOLERANCE; where they do not, as far as rounding alone takes two of them.
+def logit_tolerance(model: LanguageModel, request: Request, expected: list[Tensor], difference: float) -> float:
+    """Return how far fp32 logits may lie apart: TOLERANCE, or more if rounding alone takes two computations further.
 
-    That is twice the distance of our own from fp64, which takes some time and twice the memory. Changes `model` to fp64
-    and back.
+    That is twice the distance of ours from fp64, which takes some time and twice the memory, and is computed only if
+    `difference` exceeds TOLERANCE. Changes `model` to fp64 and back.
     """
     if difference <= TOLERANCE:
         return TOLERANCE
     model.double()
-    exact = [some_logits(model, asked, number) for number in (0, 1)]
+    exact = [prompt_logits(model, request, number) for number in (0, 1)]
     model.float()
     rounding = max((a - b).abs().max().item() for a, b in zip(exact, expected, strict=True))
     return max(TOLERANCE, 2 * rounding)
 
 
-def check_bf16(held: dict[str, Tensor], trained: list[Tensor]) -> list[Check]:
-    """Computed in bf16 by them, in fp32 by us with the weights of the run."""
-    theirs, ours = torch.cat([held["bf16.0"], held["bf16.1"]]), torch.cat(trained)
+def check_bf16(logits: dict[str, Tensor], trained: list[Tensor]) -> list[Check]:
+    """Compare the folder computed in bf16 with the trained weights computed in fp32."""
+    theirs, ours = torch.cat([logits["bf16.0"], logits["bf16.1"]]), torch.cat(trained)
     divergence = F.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="batchmean").item()
     agree = (theirs.argmax(-1) == ours.argmax(-1)).double().mean().item()
     return [
@@ -246,74 +216,75 @@ def check_bf16(held: dict[str, Tensor], trained: list[Tensor]) -> list[Check]:
 
 def check_greedy(
     model: LanguageModel,
-    found: dict[str, list[list[int]]],
+    greedy: dict[str, list[list[int]]],
     prompts: list[list[int]],
     ours: list[list[int]],
-    allowed: float,
+    tolerance: float,
 ) -> list[Check]:
-    """Tokens after the prompt shorter and the one longer than the window, which are two rows of each way."""
+    """Compare the tokens after both prompts, for each way of generating."""
     checks = []
-    for way, rows in found.items():
+    for way, rows in greedy.items():
         for name, prompt, theirs, mine in zip(("short", "long"), prompts, rows, ours, strict=True):
-            same = agreement(model, prompt, theirs, mine, allowed)
+            same = agreement(model, prompt, theirs, mine, tolerance)
             text = f"{same} of {len(mine)} tokens"
             checks.append(Check(f"greedy, {way}, {name} prompt", text, f"{len(mine)}", same == len(mine)))
     return checks
 
 
-def agreement(model: LanguageModel, prompt: list[int], theirs: list[int], ours: list[int], allowed: float) -> int:
-    """Tokens that agree from the first on. Past a tie, which logits `allowed` apart cannot decide, all do."""
+def agreement(model: LanguageModel, prompt: list[int], theirs: list[int], ours: list[int], tolerance: float) -> int:
+    """Count the leading tokens that agree. All do where the first difference is a tie within `tolerance`."""
     same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), len(ours))
     if same == len(ours):
         return same
     logits_V = next_logits(model, prompt + ours[:same])[-1]
-    tie = (logits_V[ours[same]] - logits_V[theirs[same]]).item() <= 2 * allowed
+    tie = (logits_V[ours[same]] - logits_V[theirs[same]]).item() <= 2 * tolerance
     return len(ours) if tie else same
 
 
-def check_cache(subject: Subject, found: dict[str, Any], model: LanguageModel) -> list[Check]:
-    """Bytes of one sequence in fp32, exactly."""
-    plan, last = model.plan, max(map(int, found["growing"]))
+def check_cache(exported: ExportUnderTest, cache: CacheBytes, model: LanguageModel) -> list[Check]:
+    """Compare the bytes of one sequence in fp32, exactly."""
+    plan, last = model.plan, max(map(int, cache["growing"]))
     wrong = [
         f"{size:,} at {context}"
-        for context, (size, _) in found["growing"].items()
-        if size != subject.target.cache_bytes(plan, int(context), 4)
+        for context, (size, _) in cache["growing"].items()
+        if size != exported.target.cache_bytes(plan, int(context), 4)
     ]
-    size, storage = found["growing"][str(last)]
-    wanted, ours = subject.target.cache_bytes(plan, last, 4), kv_bytes(plan, last, 4).stored
+    size, storage = cache["growing"][str(last)]
+    expected, ours = exported.target.cache_bytes(plan, last, 4), kv_bytes(plan, last, 4).stored
     shown = "; ".join(wrong) if wrong else f"{size:,}"
     checks = [
-        Check(f"bytes of the cache, to {last} tokens", shown, f"{wanted:,}", not wrong),
+        Check(f"bytes of the cache, to {last} tokens", shown, f"{expected:,}", not wrong),
         Check(f"bytes it keeps alive, {last} tokens", f"{storage:,}", f"{ours:,} (footprint)", storage == ours),
     ]
-    if found["static"] is not None:
-        fixed, allocated = found["static"][1], allocated_bytes(plan, 1, last, 4)
+    if cache["static"] is not None:
+        fixed, allocated = cache["static"][1], allocated_bytes(plan, 1, last, 4)
         checks.append(
             Check("bytes of the static cache", f"{fixed:,}", f"{allocated:,} (footprint)", fixed == allocated)
         )
     return checks
 
 
-def check_text(subject: Subject, found: dict[str, Any]) -> list[Check]:
-    encode: Callable[[list[str]], list[Any]] = Encoder(subject.tokenizer, subject.end)
-    wanted = [row[:-1].tolist() for row in encode(list(TEXTS))]
-    theirs = found["tokenizer"]
-    texts = [subject.tokenizer.decode(row) for row in wanted]
-    equal = sum(a == b and c == d for a, b, c, d in zip(theirs["ids"], wanted, theirs["texts"], texts, strict=True))
-    ends = (theirs["end"], found["generation"]["eos_token_id"])
+def check_text(exported: ExportUnderTest, report: TokenizerReport, eos_token_id: int | None) -> list[Check]:
+    tokenizer, end = exported.corpus.tokenizer, exported.corpus.end
+    encode: Callable[[list[str]], list[Any]] = Encoder(tokenizer, end)
+    rows = [row[:-1].tolist() for row in encode(TEXTS)]
+    expected = [(row, tokenizer.decode(row)) for row in rows]
+    equal = sum(a == b for a, b in zip(zip(report["ids"], report["texts"], strict=True), expected, strict=True))
+    ends = (report["end"], eos_token_id)
     return [
         Check("texts tokenized and back", f"{equal} of {len(TEXTS)}", f"{len(TEXTS)}", equal == len(TEXTS)),
-        Check("end of text", " and ".join(map(str, ends)), str(subject.end), ends == (subject.end, subject.end)),
+        Check("end of text", " and ".join(map(str, ends)), str(end), ends == (end, end)),
     ]
 
 
-def check_loss(subject: Subject, theirs: float, ours: float, allowed: float, first: int) -> list[Check]:
-    count = sum(len(window) - 1 - first for window in subject.windows)
+def check_loss(exported: ExportUnderTest, theirs: float, ours: float, tolerance: float, first: int) -> list[Check]:
+    """Compare the perplexity on the validation windows; `theirs` and `ours` are nats, summed."""
+    count = sum(len(window) - 1 - first for window in exported.corpus.windows)
     if not count:
         return [Check("perplexity on validation text", "not compared: the data is not here", "-", None)]
-    found, wanted = math.exp(theirs / count), math.exp(ours / count)
-    passed = abs(theirs - ours) / count <= allowed
-    return [Check(f"perplexity on {count:,} validation tokens", f"{found:.5f}", f"{wanted:.5f}", passed)]
+    found, expected = math.exp(theirs / count), math.exp(ours / count)
+    passed = abs(theirs - ours) / count <= tolerance
+    return [Check(f"perplexity on {count:,} validation tokens", f"{found:.5f}", f"{expected:.5f}", passed)]
 
 
 def table(checks: list[Check], version: str) -> Table:

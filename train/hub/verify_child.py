@@ -1,49 +1,55 @@
-"""What a stranger gets from an exported folder: run as a script, with torch and transformers and nothing of ours.
+"""Load and run an exported folder as any user would: a script with torch and transformers and nothing of ours.
 
-`python -I verify_child.py FOLDER WORK` reads WORK/asked.json and writes WORK/found.json and WORK/found.safetensors.
+`python -I verify_child.py FOLDER WORK` reads WORK/request.json; it writes WORK/response.json, WORK/logits.safetensors.
 
 Shapes: P positions that are compared, T inputs, V vocabulary.
 """
+
+from __future__ import annotations
 
 import json
 import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, StaticCache, __version__
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, StaticCache
+
+if TYPE_CHECKING:
+    from train.hub.verify_protocol import CacheBytes, Request, Response, TokenizerReport
 
 
-def load(folder: str, asked: dict[str, Any], dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
-    """The model as anybody would load it, and what was wrong with its weights."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+def load(folder: str, request: Request, dtype: torch.dtype) -> tuple[Any, dict[str, list[str]]]:
+    """Load the model as any user would; return it and the report of missing and unexpected weights."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         output_loading_info=True,
         local_files_only=True,
-        trust_remote_code=asked["trust_remote_code"],
+        trust_remote_code=request["trust_remote_code"],
     )
+    model, report = loaded
     return model.eval(), {key: sorted(map(str, value)) for key, value in report.items() if value}
 
 
 def logits(model: Any, prompt: list[int], positions: list[int]) -> torch.Tensor:
-    """[P, V] in fp32."""
-    return model(torch.tensor([prompt])).logits[0, positions].float().contiguous()
+    """Return the logits [P, V] in fp32."""
+    logits_PV: torch.Tensor = model(torch.tensor([prompt])).logits[0, positions]
+    return logits_PV.float().contiguous()
 
 
 def tensors(cache: Any) -> list[torch.Tensor]:
-    """Everything that a cache holds of the text, not its counters."""
+    """List the tensors that a cache holds of the text, without its counters."""
     if not isinstance(cache, Cache):
-        parts = [getattr(cache, name, None) for name in ("blocks", "tokens")]
-        stacks = [cache] if None in parts else parts
+        stacks = [cache.blocks, cache.tokens] if hasattr(cache, "blocks") else [cache]
         return [tensor for stack in stacks for store in (*stack.stores, *stack.context) for tensor in store.tensors]
-    held = (value for layer in cache.layers for value in vars(layer).values())
+    values = (value for layer in cache.layers for value in vars(layer).values())
     return [
-        value for value in held if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+        value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
     ]
 
 
@@ -52,83 +58,85 @@ def cached_bytes(cache: Any) -> int:
 
 
 def storage_bytes(cache: Any) -> int:
-    """Of the storages behind the cache: a view keeps all of its own alive."""
+    """Bytes of the storages behind the cache: a view keeps all of its storage alive."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(cache)}
     return sum(storages.values())
 
 
-def greedy(model: Any, prompts: list[list[int]], asked: dict[str, Any], **options: Any) -> list[list[int]]:
-    """The new tokens of each prompt; shorter ones are padded on the left."""
+def greedy(model: Any, prompts: list[list[int]], request: Request, **options: Any) -> list[list[int]]:
+    """Generate the new tokens of each prompt; shorter prompts are padded on the left."""
     longest = max(map(len, prompts))
     pads = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[asked["pad"]] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
+    ids = torch.tensor([[request["pad"]] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
     seen = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-    count = asked["new_tokens"]
+    count = request["num_new_tokens"]
     rows = model.generate(ids, attention_mask=seen, max_new_tokens=count, do_sample=False, **options)
-    return rows[:, longest:].tolist()
+    new_tokens: list[list[int]] = rows[:, longest:].tolist()
+    return new_tokens
 
 
-def greedy_all_ways(model: Any, asked: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """For the short and the long prompt: by growing cache, without cache, by static cache, and both in one batch.
+def greedy_all_ways(model: Any, request: Request) -> dict[str, list[list[int]]]:
+    """Generate after the short and the long prompt: growing cache, no cache, static cache, and both in one batch.
 
-    Where the cache is the model's own there is one kind of it, and without is a pass for each token.
+    A model with a cache of its own has one kind of cache; without a cache, it takes a pass for each token.
     """
-    prompts, first = asked["prompts"], "own cache" if asked["own_cache"] else "growing cache"
-    found = {
-        first: [greedy(model, [prompt], asked)[0] for prompt in prompts],
-        "padded on the left": greedy(model, prompts, asked),
+    prompts, first = request["prompts"], "own cache" if request["own_cache"] else "growing cache"
+    tokens = {
+        first: [greedy(model, [prompt], request)[0] for prompt in prompts],
+        "padded on the left": greedy(model, prompts, request),
     }
-    if asked["own_cache"]:
-        found["no cache"] = [recomputed(model, prompts[0], asked["new_tokens"])]
+    if request["own_cache"]:
+        tokens["no cache"] = [recomputed(model, prompts[0], request["num_new_tokens"])]
     else:
-        found["no cache"] = [greedy(model, [prompts[0]], asked, use_cache=False)[0]]
-        found["static cache"] = [
-            greedy(model, [prompt], asked, past_key_values=static_cache(model, prompt, asked), disable_compile=True)[0]
-            for prompt in prompts
+        tokens["no cache"] = [greedy(model, [prompts[0]], request, use_cache=False)[0]]
+        caches = [static_cache(model, prompt, request) for prompt in prompts]
+        tokens["static cache"] = [
+            greedy(model, [prompt], request, past_key_values=cache, disable_compile=True)[0]
+            for prompt, cache in zip(prompts, caches, strict=True)
         ]
-    whole = prompts[1] + found[first][1]
+    whole = prompts[1] + tokens[first][1]
     argmax = model(torch.tensor([whole])).logits[0, len(prompts[1]) - 1 : -1].argmax(-1)
-    found["no cache"].append(argmax.tolist())  # one pass over what the cache led to, or it would take a pass per token
-    return found
+    tokens["no cache"].append(argmax.tolist())  # one pass over what the cache led to, or it would take a pass per token
+    return tokens
 
 
 def recomputed(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens, each by a pass over all before it."""
+    """Generate greedy tokens, each by a pass over all before it."""
     row = list(prompt)
     for _ in range(count):
         row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
     return row[len(prompt) :]
 
 
-def static_cache(model: Any, prompt: list[int], asked: dict[str, Any]) -> Any:
-    return StaticCache(config=model.config, max_cache_len=len(prompt) + asked["new_tokens"])
+def static_cache(model: Any, prompt: list[int], request: Request) -> Any:
+    return StaticCache(config=model.config, max_cache_len=len(prompt) + request["num_new_tokens"])
 
 
-def cache_sizes(model: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of the growing cache after each of `contexts` tokens, and of a static one; [bytes, with storages] each.
+def cache_sizes(model: Any, request: Request) -> CacheBytes:
+    """Count the bytes of the growing cache after each of `contexts` tokens, and of a static cache.
 
-    Of the model's own cache, those of what generate() made for so many tokens.
+    A cache of the model's own is counted as generate() allocates it for so many tokens.
     """
-    if asked["own_cache"]:
-        made = {str(context): own_cache(model, asked["cache_text"][:context]) for context in asked["contexts"]}
+    if request["own_cache"]:
+        caches = {str(context): own_cache(model, request["cache_text"][:context]) for context in request["contexts"]}
         return {
-            "growing": {key: [cached_bytes(cache), storage_bytes(cache)] for key, cache in made.items()},
+            "growing": {key: [cached_bytes(cache), storage_bytes(cache)] for key, cache in caches.items()},
             "static": None,
         }
-    text, growing, sizes, done = asked["cache_text"], DynamicCache(config=model.config), {}, 0
-    for context in asked["contexts"]:
+    text, growing, sizes, done = request["cache_text"], DynamicCache(config=model.config), {}, 0
+    for context in request["contexts"]:
         for begin, end in ((done, context - 1), (context - 1, context)):  # the last token alone, as in decoding
             if end > begin:
                 model(torch.tensor([text[begin:end]]), past_key_values=growing, use_cache=True)
         done = context
         sizes[str(context)] = [cached_bytes(growing), storage_bytes(growing)]
-    fixed = StaticCache(config=model.config, max_cache_len=asked["contexts"][-1])
+    fixed = StaticCache(config=model.config, max_cache_len=request["contexts"][-1])
     model(torch.tensor([text[:2]]), past_key_values=fixed, use_cache=True)
     return {"growing": sizes, "static": [cached_bytes(fixed), storage_bytes(fixed)]}
 
 
 def own_cache(model: Any, prompt: list[int]) -> Any:
-    """What generate() allocates for `prompt` and one token after it, which is not fed back."""
+    """Return the cache that generate() allocates for `prompt` and one token after it, which is not fed back."""
     home, made = sys.modules[type(model).__module__], []
     names = {home.generate.__module__: "allocate", home.generate_blocks.__module__: "allocate_blocks"}
     real = {module: getattr(sys.modules[module], name) for module, name in names.items()}
@@ -149,7 +157,7 @@ def own_cache(model: Any, prompt: list[int]) -> Any:
 
 
 def nats(model: Any, windows: list[list[int]], first: int) -> float:
-    """Summed over the targets of `windows`, each of one token more than it has inputs, from input `first` on."""
+    """Sum the loss over the targets of `windows`, each one token longer than its inputs, from input `first` on."""
     total = 0.0
     for window in windows:
         row = torch.tensor([window])
@@ -158,59 +166,49 @@ def nats(model: Any, windows: list[list[int]], first: int) -> float:
     return total
 
 
-def tokenized(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """Without trust in a configuration that is code, transformers asks whoever sits there, and waits."""
-    trust = asked["trust_remote_code"]
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    ids = [tokenizer(text)["input_ids"] for text in asked["texts"]]
-    return {
-        "ids": ids,
-        "texts": [tokenizer.decode(row) for row in ids],
-        "end": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
+def tokenized(folder: str, request: Request) -> TokenizerReport:
+    """Tokenize the texts. Without trust in a configuration that is code, transformers would wait for an answer."""
+    trust = request["trust_remote_code"]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    ids = [tokenizer(text)["input_ids"] for text in request["texts"]]
+    return {"ids": ids, "texts": [tokenizer.decode(row) for row in ids], "end": tokenizer.eos_token_id}
 
 
 @torch.inference_mode()
-def examine(folder: str, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """All that is compared: plain data, and logits."""
-    model, report = load(folder, asked, torch.float32)
-    generation = model.generation_config.to_dict()
-    held = {
-        f"fp32.{number}": logits(model, prompt, asked["positions"][number])
-        for number, prompt in enumerate(asked["prompts"])
+def examine(folder: str, request: Request) -> tuple[Response, dict[str, torch.Tensor]]:
+    """Return all that is compared: plain data, and logits by type and number of the prompt."""
+    model, report = load(folder, request, torch.float32)
+    prompts = list(zip(request["prompts"], request["positions"], strict=True))
+    prompt_logits = {f"fp32.{number}": logits(model, *prompt) for number, prompt in enumerate(prompts)}
+    cache, loss = cache_sizes(model, request), nats(model, request["windows"], request["first"])
+    eos, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    response: Response = {
+        "model_class": type(model).__name__,
+        "loading_report": report,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "eos_token_id": eos,
+        "cache": cache,
+        "greedy": greedy_all_ways(model, request),  # without an end: tokens are compared past the end of a text, too
+        "nats": loss,
+        "tokenizer": tokenized(folder, request),
+        "imported_packages": [],
     }
-    found = {
-        "transformers": __version__,
-        "class": type(model).__name__,
-        "report": report,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "generation": {key: generation.get(key) for key in ("eos_token_id", "pad_token_id")},
-        "cache": cache_sizes(model, asked),
-        "nats": nats(model, asked["windows"], asked["first"]),
-        "tokenizer": tokenized(folder, asked),
-    }
-    model.generation_config.eos_token_id = None  # tokens are compared past the end of a text, too
-    found["greedy"] = greedy_all_ways(model, asked)
     del model
-    low, _ = load(folder, asked, torch.bfloat16)
-    for number, prompt in enumerate(asked["prompts"]):
-        held[f"bf16.{number}"] = logits(low, prompt, asked["positions"][number])
+    low, _ = load(folder, request, torch.bfloat16)
+    prompt_logits |= {f"bf16.{number}": logits(low, *prompt) for number, prompt in enumerate(prompts)}
     del low
-    if asked["trust_remote_code"]:  # some engines start from the model without its head
-        base = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-        found["base class"] = type(base).__name__
-    ours = ("arch", "train", "data", "eval")
-    found["ours"] = [name for name in ours if name in sys.modules]
-    return found, held
+    if request["trust_remote_code"]:  # some engines start from the model without its head: it must load
+        AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+    response["imported_packages"] = [name for name in ("arch", "train", "data", "eval") if name in sys.modules]
+    return response, prompt_logits
 
 
 def main() -> None:
     folder, work = sys.argv[1], Path(sys.argv[2])
-    found, held = examine(folder, json.loads((work / "asked.json").read_text()))
-    assert math.isfinite(found["nats"])
-    save_file(held, work / "found.safetensors")
-    (work / "found.json").write_text(json.dumps(found))
+    response, prompt_logits = examine(folder, json.loads((work / "request.json").read_text()))
+    assert math.isfinite(response["nats"])
+    save_file(prompt_logits, work / "logits.safetensors")
+    (work / "response.json").write_text(json.dumps(response))
 
 
 if __name__ == "__main__":
