@@ -116,13 +116,21 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:
-    """A script's command line, without the seconds that a new process takes to import torch."""
+    """A script's command line, without the seconds that a new process takes to import torch.
+
+    The error of a task that fails is raised as it is.
+    """
+    from data.cli import TaskError
     from eval.cli import launch
 
     argv = sys.argv
     sys.argv = [f"{name}.py", *arguments]
     try:
         launch(task, name, schema)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, TaskError):
+            raise ended.__context__ from None
+        raise
     finally:
         sys.argv = argv
 

@@ -11,14 +11,14 @@ from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
 from data.prepare import prepare
 from data.presets import load
-from train.datamodule import Data, check_limits
+from train.datamodule import TokenDataModule, check_limits
 from train.schema import PretrainConfig
 
 
-def run(data: DataConfig) -> Data:
+def run(data: DataConfig) -> TokenDataModule:
     arch = ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"])
     size = SizeConfig(vocab_size=600, seq_len=16)
-    return Data(PretrainConfig(arch=arch, size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
+    return TokenDataModule(PretrainConfig(arch=arch, size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
 
 
 @pytest.fixture

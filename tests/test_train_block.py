@@ -14,13 +14,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torch.nn import functional as F
 
-from arch import BlockTransformer, ModelConfig, build, plan_from_dict, resolve
+from arch import BlockTransformer, build, plan_from_dict, resolve
 from data.batches import IGNORE
 from eval.footprint import FootprintConfig
 from eval.footprint import main as footprint
 from eval.layouts import CONFIGS
 from eval.pareto import differing, load_run
-from train.datamodule import Data
+from train.datamodule import TokenDataModule
 from train.lit_module import LitModel
 from train.pretrain import main
 from train.run import constants
@@ -53,7 +53,7 @@ def composed(*overrides: str) -> PretrainConfig:
 )
 def test_one_override_changes_the_block_decoder(override: str, plan: str, elements: int) -> None:
     config = composed("+arch=block", override)
-    model = build(ModelConfig(config.arch, config.size))
+    model = build(config.model)
     assert str(model.plan) == f"blocks of 4: {plan}; within one: 0 1"
     assert model.plan.block.stores[0].slot.elements == elements
     model.init_weights()
@@ -76,13 +76,13 @@ def test_the_loss_is_over_the_targets_that_are_said(trained: Path, corpus: Path)
     """Computed again from the checkpoint, the plain way, over whole validation windows."""
     stored = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(trained / "config.yaml"))
     config: PretrainConfig = OmegaConf.to_object(stored)
-    model = build(ModelConfig(config.arch, config.size))
+    model = build(config.model)
     assert isinstance(model, BlockTransformer)
     model.load_state_dict(weights(trained))
     summary = json.loads((trained / "summary.json").read_text())
     skipped = summary["experiment"]["unpredicted"]
     assert skipped == (0 if trained.name == "start" else 4)
-    windows = Data(config).val.corpora[0]
+    windows = TokenDataModule(config).val.corpora[0]
     spread = torch.linspace(0, len(windows) - 1, 256 // 32).round().int().tolist()
     tokens = torch.stack([torch.from_numpy(windows[index][1:].astype("int64")) for index in spread])
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_training_leaves_pads_and_the_unpredicted_out(corpus: Path) -> None:
     """A step's loss is the mean over its real targets, whatever the micro-batches."""
     config = composed("+arch=block", "arch.block.start=false", "data.block_padding=true", f"data.path={corpus}")
     config.trainer.micro_batch = 2
-    data, module = Data(config), LitModel(config, torch.zeros(600))
+    data, module = TokenDataModule(config), LitModel(config, torch.zeros(600))
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=2, strategy=strategy)
     data.trainer = module.trainer = trainer
@@ -129,7 +129,7 @@ def test_what_was_counted_is_printed(tmp_path: Path, corpus: Path, capsys: pytes
 @pytest.mark.parametrize("name", BLOCKS)
 def test_figures_of_a_run_are_those_of_its_plan(name: str) -> None:
     config = composed(f"+arch={name}")
-    model = ModelConfig(config.arch, config.size)
+    model = config.model
     figures = constants(config, resolve(model))
     assert figures["model/params"] == sum(p.numel() for p in build(model).parameters())
     assert all(math.isfinite(value) and value > 0 for value in figures.values())

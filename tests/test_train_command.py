@@ -67,7 +67,7 @@ def test_run_folder(trained: Path) -> None:
     )
     assert (config.size.num_layers, config.tokens, config.name) == (3, 1024, "cla2-tiny")
     plan = KVPlan.from_dict(json.loads((trained / "plan.json").read_text()))
-    assert plan == resolve(ModelConfig(config.arch, config.size))
+    assert plan == resolve(config.model)
     (start,) = json.loads((trained / "run.json").read_text())
     assert start["versions"]["torch"] == torch.__version__
     assert start["from_step"] == 0
@@ -481,6 +481,4 @@ def test_every_arch_composes_at_every_size(size: str) -> None:
             assert config.tokens == config.size.tokens
             assert config.optim.lr == config.size.lr
             assert not problems(config)
-            assert resolve(ModelConfig(config.arch, config.size)) == resolve(
-                ModelConfig(load_arch(name), load_size(size))
-            )
+            assert resolve(config.model) == resolve(ModelConfig(load_arch(name), load_size(size)))

@@ -59,7 +59,7 @@ def composed(recipe: str, *overrides: str) -> PretrainConfig:
 
 
 def model_of(config: PretrainConfig) -> ModelConfig:
-    return ModelConfig(config.arch, config.size)
+    return config.model
 
 
 def plan(config: PretrainConfig) -> Plan:
@@ -127,7 +127,7 @@ def test_mixattention_stages() -> None:
     assert {store.slot.kv_heads for store in plan(first).stores} == {3}
     assert {store.window for store in plan(first).stores} == {None, 1024}
     (written,) = re.findall(r"([\d.]+)B parameters;", text_of("mixattention_stage1"))
-    assert float(written) == round(num_params(ModelConfig(first.arch, first.size), plan(first)) / 1e9, 2)
+    assert float(written) == round(num_params(first.model, plan(first)) / 1e9, 2)
     assert first.optim.lr * first.optim.min_lr == pytest.approx(stages[1].optim.lr)
     baseline = composed("mixattention_stage1", "arch=mha", "arch.stores.kv.kv_heads=3")
     assert [store.slot.kv_heads for store in plan(baseline).stores] == [3] * 24
@@ -136,7 +136,7 @@ def test_mixattention_stages() -> None:
 def test_stage_two_trains_the_attention_weights_and_nothing_else() -> None:
     config = composed("mixattention_stage2")
     with torch.device("meta"):
-        model = Decoder(ModelConfig(config.arch, config.size))
+        model = Decoder(config.model)
     trained = {name for name, _ in model.named_parameters() if re.search(config.train_only, name)}
     assert {name.split(".")[-2] for name in trained} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert len(trained) == 2 * 24 + 2 * len(plan(config).stores)

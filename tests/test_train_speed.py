@@ -12,7 +12,7 @@ import torch
 from conftest import launch_in_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train import callbacks, clock, device, metrics, pretrain
+from train import callbacks, clock, device, lit_module, metrics, pretrain
 from train.clock import Clock
 from train.schema import PretrainConfig
 
@@ -90,7 +90,11 @@ class Times:
 def steps_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """TokenPositions take a second each; the first after a start, validations and checkpoints take a thousand."""
     times, first = Times(monkeypatch), [-1]
-    step, validate, save = pretrain.LitModel.training_step, pretrain.LitModel.validation_step, callbacks.checkpoint.save
+    step, validate, save = (
+        lit_module.LitModel.training_step,
+        lit_module.LitModel.validation_step,
+        callbacks.checkpoint.save,
+    )
 
     def slow_start(self: metrics.Metrics, trainer: L.Trainer, module: Any) -> None:
         first[0] = trainer.global_step
@@ -110,8 +114,8 @@ def steps_of_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
     start = metrics.Metrics.on_train_start
     monkeypatch.setattr(metrics.Metrics, "on_train_start", slow_start)
-    monkeypatch.setattr(pretrain.LitModel, "training_step", slow_step)
-    monkeypatch.setattr(pretrain.LitModel, "validation_step", slow_validation)
+    monkeypatch.setattr(lit_module.LitModel, "training_step", slow_step)
+    monkeypatch.setattr(lit_module.LitModel, "validation_step", slow_validation)
     monkeypatch.setattr(callbacks.checkpoint, "save", slow_save)
 
 
@@ -136,7 +140,7 @@ def test_time_goes_on_over_a_resume(tmp_path: Path, corpus: Path) -> None:
         raise HeldError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.LitModel, "on_validation_epoch_start", fail)
+        patch.setattr(lit_module.LitModel, "on_validation_epoch_start", fail)
         with pytest.raises(HeldError):
             run(folder, corpus, "trainer.checkpoint_every=8", "trainer.log_every=3")
     launch_in_process(pretrain.main, "pretrain", PretrainConfig, [f"resume={folder}"])

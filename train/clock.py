@@ -1,4 +1,4 @@
-"""How long a run has trained."""
+"""Training time of a run."""
 
 import math
 import time
@@ -7,28 +7,29 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds of training, over all starts of a run: what passed between `go_on` and `pause`.
+    """Seconds of training over all starts of a run, counted between `resume` and `pause`.
 
-    seconds      of the wall
-    cpu_seconds  of all threads of this process; on a CPU that does other work too they tell more
+    seconds      wall-clock time
+    cpu_seconds  time of all threads of this process; the better measure on a CPU that does other work too
 
-    Work that is queued on the device counts where the caller has waited for it before `pause` or `read`.
+    Work queued on the device is counted only if the caller waits for it before `pause` or `read`.
     """
 
     def __init__(self) -> None:
-        self.seconds = self.cpu_seconds = 0.0
-        self._since: tuple[float, float] | None = None
+        self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        self._since: tuple[float, float] | None = None  # wall-clock and CPU time up to which both are counted
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._since = time.perf_counter(), time.process_time()
 
     def read(self) -> float:
-        """`seconds`, up to now as `cpu_seconds` is too."""
+        """Bring both counts up to date and return `seconds`."""
         if self._since is not None:
-            before, worked = self._since
-            self.go_on()
-            self.seconds += self._since[0] - before
-            self.cpu_seconds += self._since[1] - worked
+            wall, cpu = self._since
+            self.resume()
+            self.seconds += self._since[0] - wall
+            self.cpu_seconds += self._since[1] - cpu
         return self.seconds
 
     def pause(self) -> None:
@@ -37,18 +38,21 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out what is done inside; a clock that stood before stands after it."""
-        ran = self._since is not None
+        """Leave out the time of the block; a clock that was paused before stays paused."""
+        running = self._since is not None
         self.pause()
         yield
-        if ran:
-            self.go_on()
+        if running:
+            self.resume()
 
     def to_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps; `load` goes on from it."""
+        """The counts for a checkpoint; `load` reads them."""
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
     def load(self, saved: Mapping[str, float] | None) -> None:
-        """Where nothing was saved, by a version before this clock, the time is not known: NaN from here on."""
+        """Continue from the counts of a checkpoint.
+
+        If the checkpoint predates the clock (None), training time is unknown and stays NaN.
+        """
         saved = saved or {"seconds": math.nan, "cpu_seconds": math.nan}
         self.seconds, self.cpu_seconds = saved["seconds"], saved["cpu_seconds"]

@@ -1,4 +1,4 @@
-"""The data of a run: prepared shards, and the batches made of them."""
+"""Data of a run: prepared shards, and the batches made of them."""
 
 import hashlib
 from dataclasses import replace
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arch import ModelConfig, resolve
+from arch import resolve
 from data.batches import EvalBatches, SequenceFormat, TrainBatches
 from data.config import DataConfig
 from data.files import DataError
@@ -21,11 +21,11 @@ from data.writing import differences
 from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
 
 
-class Data(L.LightningDataModule):
-    """Batches of a run: which ones is a function of the configuration and the step alone."""
+class TokenDataModule(L.LightningDataModule):
+    """Batches of a run, a function of the configuration and the step alone."""
 
     def __init__(self, config: PretrainConfig):
-        """Raises DataError where the data is not there, is broken, or does not fit the model."""
+        """Open the prepared folders. Raises DataError if data is missing, broken, or does not fit the model."""
         super().__init__()
         self.config = config
         self.folders = open_data(config.data)
@@ -42,14 +42,14 @@ class Data(L.LightningDataModule):
         self.train, self.val = self._corpora("train"), self._corpora("val")
 
     def _corpora(self, split: str) -> Mixture:
-        """A split of every folder. One folder is a mixture of one."""
+        """One split of every folder; a single folder is a mixture of one."""
         seq_len, mix = self.config.size.seq_len, self.config.data.mix
         corpora = [TokenWindows(folder, manifest, split, seq_len) for folder, manifest in self.folders.items()]
         return Mixture(tuple(corpora), tuple(weights_of(mix).values()) if mix else (1.0,))
 
     @property
     def sequence_format(self) -> SequenceFormat:
-        plan = resolve(ModelConfig(self.config.arch, self.config.size))
+        plan = resolve(self.config.model)
         return sequence_format(plan, self.config.data)
 
     @property

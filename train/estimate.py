@@ -140,7 +140,7 @@ def largest_micro_batch(model: ModelConfig, plan: Plan, how: Execution, share: i
 
 def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
     """Changes, each of which alone makes the run fit; the last resort where none does."""
-    model, how = ModelConfig(config.arch, config.size), execution(config)
+    model, how = config.model, execution(config)
     share = config.batch_size // how.world
     found = []
     if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, share, available)):
@@ -163,7 +163,7 @@ def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
 
 def measured(config: PretrainConfig, choices: Choices, device: Device, folder: Path) -> Speed | None:
     """The fastest measurement of this very model, sequence length, GPU and checkpointing; None where there is none."""
-    model = ModelConfig(config.arch, config.size)
+    model = config.model
     named = load_arch(str(choices.arch)), replace(load_size(str(choices.size)), seq_len=config.size.seq_len)
     if device.gpu is None or (config.arch, replace(config.size, tokens=0, batch_size=0, lr=0)) != (
         named[0],
@@ -208,7 +208,7 @@ def make_plan(
         reserve = parse_bytes(options.reserve)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    model = ModelConfig(config.arch, config.size)
+    model = config.model
     plan, how = resolve(model), execution(config)
     share, available = config.batch_size // how.world, device.memory - reserve
     micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, share, available) or 1

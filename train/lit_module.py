@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,10 +10,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from arch import LanguageModel, ModelConfig, build
+from arch import LanguageModel, build
 from arch.config import to_dict
 from data.batches import IGNORE, Batch, besides
-from train import checkpoint
 from train.checkpoint import TrainingError
 from train.clock import Clock
 from train.loss import cross_entropy_sum
@@ -22,12 +20,11 @@ from train.optim import build_optimizer, schedule
 from train.parallel import parallelize
 from train.schema import PretrainConfig, num_steps
 
-# What to try against a loss or weights that went astray.
-LESS = "lower optim.lr, or warm up longer"
+DIVERGENCE_HINT = "lower optim.lr, or warm up longer"
 
 
 class LitModel(L.LightningModule):
-    """Trains a model on next-token prediction.
+    """Train a model on next-token prediction.
 
     token_bytes  [V] UTF-8 bytes of each token, for bits per byte
     """
@@ -37,20 +34,20 @@ class LitModel(L.LightningModule):
         self.config = config
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.model: LanguageModel | None = None
-        self.last_val: dict[str, float] = {}
+        self.val_metrics: dict[str, float] = {}  # of the last validation
         self.clock = Clock()
-        self.shown: dict[str, float] = {}  # beside the progress bar; `log(prog_bar=True)` would wait at every step
+        self.progress_metrics: dict[str, float] = {}  # for the progress bar; `log(prog_bar=True)` waits at every step
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
 
     def configure_model(self) -> None:
-        """Build on the meta device, shard, then initialise: no process ever holds more than its share."""
+        """Build on the meta device, shard, then initialise: no process ever holds more than its shard."""
         if self.model is not None:
             return
         trainer = self.config.trainer
         device = self.trainer.strategy.root_device
         mesh = self.device_mesh["data_parallel"] if trainer.strategy == "fsdp" else None
         with torch.device("meta"):
-            self.model = build(ModelConfig(self.config.arch, self.config.size), trainer.backend, device.type)
+            self.model = build(self.config.model, trainer.backend, device.type)
         parallelize(
             self.model,
             activation_checkpointing=trainer.activation_checkpointing,
@@ -60,16 +57,14 @@ class LitModel(L.LightningModule):
         )
         self.model.to_empty(device=device)
         self.model.init_weights(self.config.seed)
-        if self.config.init is not None and not checkpoint.checkpoints(Path(self.config.folder)):
-            checkpoint.load(checkpoint.resolve(Path(self.config.init)), self.model)
         if self.config.train_only is not None:
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(re.search(self.config.train_only, name) is not None)
 
     @property
     def compiled(self) -> bool:
-        asked = self.config.trainer.compile
-        return self.trainer.strategy.root_device.type == "cuda" if asked is None else asked
+        setting = self.config.trainer.compile
+        return self.trainer.strategy.root_device.type == "cuda" if setting is None else setting
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -78,30 +73,33 @@ class LitModel(L.LightningModule):
         return torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_cuda) else torch.float32
 
     def forward(self, batch: Batch) -> Tensor:
-        """Summed loss in nats over the real targets of a micro-batch."""
+        """Sum the loss in nats over the real targets (not IGNORE) of a micro-batch; a scalar.
+
+        The head runs inside the model's forward: only there does FSDP2 gather the output matrix.
+        """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             head = cross_entropy_sum(self.model.predicted(batch["targets"]), self.compiled)
             return self.model(batch["inputs"], head=head, **besides(batch))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss over the real targets of the whole optimizer step.
+        """Scale the summed loss to its part of the mean over all real targets of the optimizer step.
 
-        Lightning divides by the micro-batches of the step and averages over processes, which the factor undoes.
+        Lightning divides by the micro-batches of the step and averages over processes; the factor undoes both.
         """
         return self(batch) * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
 
     def on_train_start(self) -> None:
-        """The learning rate is that of the step, also where a run is resumed with other settings."""
+        """Set the learning rate of the step, also when a run is resumed with another schedule."""
         scheduler = self.lr_schedulers()
         scheduler.last_epoch = self.trainer.global_step
-        for group, base, share in zip(
+        for group, base, factor in zip(
             self.optimizers(use_pl_optimizer=False).param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
         ):
-            group["lr"] = base * share(scheduler.last_epoch)
+            group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sharded gradients are reduced once per step, not once per micro-batch."""
+        """Reduce sharded gradients once per step, not once per micro-batch."""
         if isinstance(self.model, FSDPModule):
             last = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
             self.model.set_requires_gradient_sync(last)
@@ -116,44 +114,28 @@ class LitModel(L.LightningModule):
         self.val_sums += torch.stack([self(batch).double(), real.sum().double(), text_bytes.double()])
 
     def on_validation_epoch_end(self) -> None:
-        """Loss in nats per token, perplexity, and bits per UTF-8 byte, over all processes."""
+        """Log loss in nats per token, perplexity, and bits per UTF-8 byte, over all processes."""
         sums = self.trainer.strategy.reduce(self.val_sums, reduce_op="sum")
         nats, tokens, text_bytes = sums.tolist()
         loss = nats / tokens
-        self.last_val = {"loss": loss, "ppl": torch.tensor(loss).exp().item(), "bpb": nats / math.log(2) / text_bytes}
+        self.val_metrics = {
+            "loss": loss,
+            "ppl": torch.tensor(loss).exp().item(),
+            "bpb": nats / math.log(2) / text_bytes,
+        }
         for logger in self.loggers:
-            logger.log_metrics({f"val/{k}": v for k, v in self.last_val.items()}, step=self.trainer.global_step)
-        self.shown["val/ppl"] = self.last_val["ppl"]
+            logger.log_metrics({f"val/{k}": v for k, v in self.val_metrics.items()}, step=self.trainer.global_step)
+        self.progress_metrics["val/ppl"] = self.val_metrics["ppl"]
 
     def check_finite(self) -> None:
         """Raises TrainingError if a weight of any process is not finite."""
         broken = torch.stack([(~local(p).isfinite()).any() for p in self.parameters()]).sum()
         if self.trainer.strategy.reduce(broken.float(), reduce_op="sum").item():
-            raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {LESS}")
+            raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {DIVERGENCE_HINT}")
 
     def describe(self) -> dict[str, Any]:
-        """What the weights belong to, as plain data: the authored configuration and the resolved plan."""
-        config = ModelConfig(self.config.arch, self.config.size)
-        return {"config": to_dict(config), "plan": self.model.plan.to_dict()}
-
-    def go_on_after(self, step: int) -> None:
-        """Set the loop's counters as they are after `step` steps, in as many micro-batches as a step has now.
-
-        Where a validation is due after this step, it comes first: the run may have been stopped before its end.
-        """
-        loop = self.trainer.fit_loop
-        state = loop.state_dict()
-        progress = state["epoch_loop.batch_progress"]
-        for counts in (progress["current"], progress["total"]):
-            counts |= dict.fromkeys(counts, step * self.trainer.accumulate_grad_batches)
-        steps = state["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-        for counts in (steps["current"], steps["total"]):
-            counts |= dict.fromkeys(counts, step)
-        state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
-        begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        state["epoch_loop.val_loop.batch_progress"]["total"] |= begun
-        state["epoch_progress"]["current"] |= begun
-        loop.load_state_dict(state)
+        """Configuration and plan of the model, as plain data."""
+        return {"config": to_dict(self.config.model), "plan": self.model.plan.to_dict()}
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.config.optim)
@@ -162,5 +144,5 @@ class LitModel(L.LightningModule):
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This process' share of a parameter."""
+    """This process' shard of a parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

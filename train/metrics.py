@@ -1,28 +1,32 @@
-"""What a run reports while it trains."""
+"""Metrics of a run while it trains."""
 
 import math
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from train.checkpoint import TrainingError
 from train.device import peak_flops, synchronize
-from train.lit_module import LESS, LitModel
+from train.lightning_private import TrainingProgressBar
+from train.lit_module import DIVERGENCE_HINT, LitModel
 
 
 class Metrics(L.Callback):
-    """Loss, learning rate, tokens/s and the figures of `constants`, every `every` steps and at those of a checkpoint.
+    """Report loss, learning rate, tokens/s and `static_metrics` every `every` steps, and whenever a checkpoint is due.
 
-    Between reports nothing waits for the device. `train/seconds` is the time the run has trained, `train/cpu_seconds`,
-    reported on a CPU, that of the first process' threads: over all starts, without validation, the writing of
-    checkpoints, and the first step after a start, which compiles. tokens/s counts the tokens of all processes since the
-    last report, by the same clock. Where the peak of the device is known, `train/mfu` is the share of it that tokens/s
-    x `model/train_flops_per_token` makes up on each device: forward and backward, what is recomputed not counted.
-    Raises TrainingError, before a checkpoint is saved, when the loss is not finite, or for the second report running is
-    more than `max_rise` nats above the lowest one.
+    Nothing waits for the device between reports.
+
+    train/seconds            training time over all starts, without validation, checkpoints, and the first step after
+                             each start, which compiles
+    train/cpu_seconds        CPU time of rank 0's threads over the same spans; reported on a CPU only
+    train/tokens_per_second  of all processes, since the last report, by the same clock
+    train/mfu                tokens/s per device x `model/train_flops_per_token`, as a fraction of the device's peak if
+                             that is known; recomputed activations are not counted
+
+    Raises TrainingError, before a checkpoint is saved, when the loss is not finite, or exceeds its minimum by more than
+    `max_rise` nats in two consecutive reports.
     """
 
     def __init__(
@@ -31,12 +35,13 @@ class Metrics(L.Callback):
         checkpoint_every: int,
         max_rise: float,
         step_tokens: int,
-        constants: dict[str, float],
+        static_metrics: dict[str, float],
         print_lines: bool,
     ):
         self.every, self.checkpoint_every, self.max_rise = every, checkpoint_every, max_rise
-        self.step_tokens, self.constants, self.print_lines = step_tokens, constants, print_lines
-        self.lowest, self.risen = math.inf, False
+        self.step_tokens, self.static_metrics, self.print_lines = step_tokens, static_metrics, print_lines
+        self.lowest = math.inf
+        self.risen = False  # in the last report
         self.loss: Tensor | float = 0.0
         self.lr = 0.0
         self.step = self.warm = self.reported = 0
@@ -58,7 +63,7 @@ class Metrics(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
         if self.step >= self.warm:
-            module.clock.go_on()
+            module.clock.resume()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +80,7 @@ class Metrics(L.Callback):
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
         if self.step == self.warm:
             synchronize(module.device)
-            module.clock.go_on()
+            module.clock.resume()
 
     def _report(self, trainer: L.Trainer, module: LitModel, loss: float) -> None:
         self._check(loss)
@@ -84,39 +89,38 @@ class Metrics(L.Callback):
         metrics["train/seconds"] = seconds
         if module.device.type == "cpu":
             metrics["train/cpu_seconds"] = module.clock.cpu_seconds
-        module.shown["loss"], line = loss, f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}"
+        module.progress_metrics["loss"] = loss
+        line = f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}"
         if self.step > self.warm:
             speed = (self.step - self.reported) * self.step_tokens / (seconds - self.seconds)
             self.seconds, self.reported = seconds, self.step
             metrics["train/tokens_per_second"] = speed
-            module.shown["tok/s"] = float(round(speed))
+            module.progress_metrics["tok/s"] = float(round(speed))
             line += f"  {speed:,.0f} tok/s"
             if self.peak is not None:
                 per_device = speed / trainer.world_size
-                mfu = per_device * self.constants["model/train_flops_per_token"] / self.peak
+                mfu = per_device * self.static_metrics["model/train_flops_per_token"] / self.peak
                 metrics |= {"train/tokens_per_second_per_device": per_device, "train/mfu": mfu}
                 line += f"  MFU {mfu:.1%}"
         for logger in trainer.loggers:
-            logger.log_metrics(metrics | self.constants, step=self.step)
+            logger.log_metrics(metrics | self.static_metrics, step=self.step)
         if self.print_lines and trainer.is_global_zero:
             print(line, flush=True)
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step}: {LESS}")
+            raise TrainingError(f"the loss is {loss} at step {self.step}: {DIVERGENCE_HINT}")
         rising = loss > self.lowest + self.max_rise
         if rising and self.risen:
-            raise TrainingError(f"the loss exploded, {loss:.3f} at step {self.step} after {self.lowest:.3f}: {LESS}")
+            values = f"{loss:.3f} at step {self.step} after {self.lowest:.3f}"
+            raise TrainingError(f"the loss exploded, {values}: {DIVERGENCE_HINT}")
         self.lowest, self.risen = min(loss, self.lowest), rising
 
 
-class Progress(RichProgressBar):
-    """Lightning's bar with loss, tokens/s, last validation and time left; without what never changes."""
+class ProgressBar(TrainingProgressBar):
+    """Loss, tokens/s, last validation and time left."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics | pl_module.shown
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"
+        return metrics | pl_module.progress_metrics

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from arch import LayoutError, ModelConfig, resolve
+from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from train.run import resumed
@@ -38,7 +38,7 @@ def refuse_impossible(config: PretrainConfig) -> None:
     found = problems(config)
     if found:
         raise LayoutError(found)
-    resolve(ModelConfig(config.arch, config.size))
+    resolve(config.model)
 
 
 def default_name(choices: Choices) -> str:

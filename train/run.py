@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from arch import ModelConfig, Plan
+from arch import Plan
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
@@ -50,7 +50,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[st
 
 def constants(config: PretrainConfig, plan: Plan) -> dict[str, float]:
     """The figures of a run that do not change while it trains, under the names they have in logs and in wandb."""
-    model = ModelConfig(config.arch, config.size)
+    model = config.model
     kv = kv_bytes(plan, config.context, config.kv_itemsize)
     return {
         "kv/bytes_per_token": float(kv.per_token),
@@ -79,7 +79,7 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
         "name": config.name,
         "seed": config.seed,
         "experiment": experiment,
-        "params": num_params(ModelConfig(config.arch, config.size), plan),
+        "params": num_params(config.model, plan),
         "tokens": steps * config.batch_size * config.size.seq_len,
         "seq_len": config.size.seq_len,
         "val": val,

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arch import ArchConfig, Plan, SizeConfig
+from arch import ArchConfig, ModelConfig, Plan, SizeConfig
 from data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -125,6 +125,10 @@ class PretrainConfig:
     init: str | None = None
     train_only: str | None = None
     resume: str | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(self.arch, self.size)
 
 
 def problems(config: PretrainConfig) -> list[str]:
@@ -247,9 +251,9 @@ def num_steps(config: PretrainConfig) -> int:
 
 
 def micro_batch(config: PretrainConfig) -> int:
-    """Sequences per forward pass: as asked, or the largest divisor within 32768 tokens."""
+    """Sequences per forward pass: as configured, or the largest divisor that keeps it within 32768 tokens."""
     if config.trainer.micro_batch:
         return config.trainer.micro_batch
-    share = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)
+    per_rank_batch = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)
     most = max(1, 32768 // config.size.seq_len)
-    return max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    return max(n for n in range(1, per_rank_batch + 1) if per_rank_batch % n == 0 and n <= most)

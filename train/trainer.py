@@ -1,4 +1,4 @@
-"""One training run: checks, trains, validates, and writes the result."""
+"""One training run: check, train, validate, and write the result."""
 
 import re
 import sys
@@ -11,37 +11,38 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from arch import ModelConfig, Plan, build, resolve
+from arch import Plan, build, resolve
 from data.cli import UsageError
 from data.files import DataError, write_json
 from eval.footprint import plan_tables
 from train import checkpoint
-from train.callbacks import Checkpoints, Stop, Stopped
+from train.callbacks import CheckpointCallback, GracefulStop, RunStopped
 from train.checkpoint import TrainingError
-from train.datamodule import Data, check_limits
+from train.datamodule import TokenDataModule, check_limits
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
-from train.metrics import Metrics, Progress
+from train.metrics import Metrics, ProgressBar
 from train.run import constants, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 
 
 def run(config: PretrainConfig) -> None:
-    """Train, validate, and leave everything in `config.folder`.
+    """Train and validate; everything is written to `config.folder`.
 
     Raises one of cli.MISTAKES, before any work, if the configuration cannot be run on this machine; TrainingError if
     the run fails.
     """
-    plan = resolve(ModelConfig(config.arch, config.size))
+    plan = resolve(config.model)
     try:
-        device, attention = check(config)
-        first = rank_zero_only.rank == 0  # which reads every byte of a checkpoint, and tells the others
-        start = checkpoint.latest_valid(Path(config.resume)) if config.resume is not None and first else None
+        device, attention = check_on_device(config)
+        start = None
+        if config.resume is not None and rank_zero_only.rank == 0:  # reads every byte, and broadcasts the answer
+            start = checkpoint.latest_valid(Path(config.resume))
     except TrainingError as error:
         raise UsageError(str(error)) from error
-    data = Data(config)
-    if config.resume is None:  # a resumed run keeps what it began with
+    data = TokenDataModule(config)
+    if config.resume is None:  # a resumed run keeps the limits it started with
         check_limits(config.data, data.folders)
     module = LitModel(config, data.token_bytes())
     folder = Path(config.folder)
@@ -54,8 +55,11 @@ def run(config: PretrainConfig) -> None:
         print(f"attention: {attention}")
     failed = True
     try:
-        trainer = build_trainer(config, folder, plan, device, start)
-        fit(trainer, module, data)
+        options = config.trainer
+        init = None if config.init is None else Path(config.init)
+        checkpoints = CheckpointCallback(folder, options.checkpoint_every, options.keep_checkpoints, start, init)
+        trainer = build_trainer(config, plan, device, checkpoints)
+        fit(trainer, module, data, checkpoints)
         if trainer.is_global_zero:
             finish(trainer, module, config, plan, data.digest)
         failed = False
@@ -63,17 +67,17 @@ def run(config: PretrainConfig) -> None:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
 
 
-def check(config: PretrainConfig) -> tuple[str, str]:
-    """The type of device to run on, and the attention kernels in words.
+def check_on_device(config: PretrainConfig) -> tuple[str, str]:
+    """Return the type of device to run on and a description of the attention kernels.
 
-    Raises UsageError where the model cannot be trained there as asked, TrainingError where `init` is of another.
+    Raises UsageError if the model cannot be trained there as configured, TrainingError if `init` does not match it.
     """
     device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
         with torch.device("meta"):
-            model = build(ModelConfig(config.arch, config.size), config.trainer.backend, device)
+            model = build(config.model, config.trainer.backend, device)
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
@@ -85,26 +89,26 @@ def check(config: PretrainConfig) -> tuple[str, str]:
     return device, attention
 
 
-def fit(trainer: L.Trainer, module: LitModel, data: Data) -> None:
-    """Train to the last step. Where the run is asked to stop it saves its state and ends the process."""
+def fit(trainer: L.Trainer, module: LitModel, data: TokenDataModule, checkpoints: CheckpointCallback) -> None:
+    """Train to the last step. A run that is asked to stop saves its state and ends the process."""
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
     try:
         trainer.fit(module, data)
-        if not module.last_val:  # the run had ended before
+        if not module.val_metrics:  # the run had ended before
             trainer.validate(module, data, verbose=False)
-    except Stopped as stopped:
+    except RunStopped as stopped:
         if trainer.is_global_zero:
-            print(f"{stopped.reason}; resume={module.config.folder} continues", file=sys.stderr)
+            print(f"{stopped.reason}; resume={checkpoints.run} continues", file=sys.stderr)
         raise
     except (TrainingError, DataError, OSError) as error:
-        raise TrainingError(f"{error}. {kept(Path(module.config.folder))}.") from error
+        raise TrainingError(f"{error}. {describe_saved(checkpoints.run)}.") from error
     if trainer.global_step != num_steps(module.config):
         raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
 
 
-def kept(folder: Path) -> str:
-    """What is left of a run that failed."""
+def describe_saved(folder: Path) -> str:
+    """Name the checkpoint from which a failed run can continue."""
     try:
         saved = checkpoint.latest_valid(folder)
     except TrainingError as error:
@@ -115,8 +119,8 @@ def kept(folder: Path) -> str:
 
 
 def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: Plan, data: str) -> None:
-    """Write and show the result."""
-    folder, val, length = Path(config.folder), module.last_val, config.size.seq_len
+    """Write the summary, print it, and log it with a Pareto plot. `data` is the digest of the data."""
+    folder, val, length = Path(config.folder), module.val_metrics, config.size.seq_len
     first = plan.num_unpredicted + 1
     counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
     write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
@@ -128,11 +132,10 @@ def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: P
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
-def build_trainer(config: PretrainConfig, folder: Path, plan: Plan, device: str, start: Path | None) -> L.Trainer:
-    """The trainer of the run, with loggers and callbacks; it continues from the checkpoint `start`."""
-    options = config.trainer
+def build_trainer(config: PretrainConfig, plan: Plan, device: str, checkpoints: CheckpointCallback) -> L.Trainer:
+    """Build the trainer of the run, with its loggers and callbacks."""
+    options, folder = config.trainer, checkpoints.run
     progress = options.progress and sys.stdout.isatty()
-    checkpoints = Checkpoints(folder, options.checkpoint_every, options.keep_checkpoints, start)
     metrics = Metrics(
         options.log_every,
         options.checkpoint_every,
@@ -141,7 +144,7 @@ def build_trainer(config: PretrainConfig, folder: Path, plan: Plan, device: str,
         constants(config, plan),
         print_lines=options.progress and not progress,
     )
-    callbacks = [metrics, checkpoints, Stop(checkpoints, options.max_hours)]
+    callbacks = [metrics, checkpoints, GracefulStop(checkpoints, options.max_hours)]
     if progress:
-        callbacks.append(Progress(leave=True))
+        callbacks.append(ProgressBar(leave=True))
     return lightning_trainer(config, device, loggers(config, folder), callbacks, folder, progress)

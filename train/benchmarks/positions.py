@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ModelConfig, build
+from arch import build
 from data.batches import EvalBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
@@ -48,7 +48,7 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
         raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
     config = OmegaConf.to_object(saved)
-    model = build(ModelConfig(config.arch, config.size))
+    model = build(config.model)
     checkpoint.load(checkpoint.resolve(run), model)
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:

@@ -16,7 +16,7 @@ from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
 from train.checkpoint import TrainingError
-from train.datamodule import Data
+from train.datamodule import TokenDataModule
 from train.hub.records import Corpus, Training
 from train.schema import PretrainConfig
 
@@ -78,7 +78,7 @@ def load_prepared(folder: Path, config: PretrainConfig | None, num_windows: int)
         raise DataError(f"{folder}: its tokenizer has no token {manifest.end_of_text}; prepare the folder again")
     if config is None:
         return Corpus(tokenizer, manifest.end_of_text, [])
-    chosen = EvalWindows.of(Data(config).val, num_windows)
+    chosen = EvalWindows.of(TokenDataModule(config).val, num_windows)
     windows = [chosen[i].tolist() for i in range(len(chosen))][:num_windows]
     return Corpus(tokenizer, manifest.end_of_text, windows)
 
