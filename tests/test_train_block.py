@@ -23,7 +23,7 @@ from eval.pareto import differing, load_run
 from train.datamodule import TokenDataModule
 from train.lit_module import LitModel
 from train.pretrain import main
-from train.run import constants
+from train.run import static_metrics
 from train.schema import PretrainConfig, problems
 
 SMALL = [
@@ -130,7 +130,7 @@ def test_what_was_counted_is_printed(tmp_path: Path, corpus: Path, capsys: pytes
 def test_figures_of_a_run_are_those_of_its_plan(name: str) -> None:
     config = composed(f"+arch={name}")
     model = config.model
-    figures = constants(config, resolve(model))
+    figures = static_metrics(config, resolve(model))
     assert figures["model/params"] == sum(p.numel() for p in build(model).parameters())
     assert all(math.isfinite(value) and value > 0 for value in figures.values())
 

@@ -29,9 +29,9 @@ GROUPS = ("optim", "trainer", "logger")
 
 
 def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[str, Any]) -> None:
-    """All but the results. Each start of the run, `about` it included, is one more entry of run.json.
+    """Write all but the results. Each start of the run adds an entry to run.json, with the items of `about`.
 
-    Raises UsageError where the folder cannot be made or written to.
+    Raises UsageError if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[st
         ) from error
 
 
-def constants(config: PretrainConfig, plan: Plan) -> dict[str, float]:
-    """The figures of a run that do not change while it trains, under the names they have in logs and in wandb."""
+def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
+    """Metrics that do not change while a run trains, by their names in logs and in wandb."""
     model = config.model
     kv = kv_bytes(plan, config.context, config.kv_itemsize)
     return {

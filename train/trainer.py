@@ -128,7 +128,7 @@ def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: P
         f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
         f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {folder}"
     )
-    scalars = {f"final/{name}": value for name, value in val.items()} | constants(config, plan)
+    scalars = {f"final/{name}": value for name, value in val.items()} | static_metrics(config, plan)
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
@@ -141,7 +141,7 @@ def build_trainer(config: PretrainConfig, plan: Plan, device: str, checkpoints: 
         options.checkpoint_every,
         options.max_rise,
         config.batch_size * config.size.seq_len,
-        constants(config, plan),
+        static_metrics(config, plan),
         print_lines=options.progress and not progress,
     )
     callbacks = [metrics, checkpoints, GracefulStop(checkpoints, options.max_hours)]

@@ -76,12 +76,12 @@ def pretrain_config(config: ModelConfig, folder: Path, seed: int) -> PretrainCon
 def validation_loss(config: PretrainConfig, device: str) -> float:
     """Train on one device and return the validation loss in nats. Raises UnavailableError without Lightning."""
     try:
-        from train.datamodule import Data
+        from train.datamodule import TokenDataModule
         from train.lightning_trainer import lightning_trainer
         from train.lit_module import LitModel
     except ImportError as error:
         raise UnavailableError(f"models cannot be trained here: {error}") from error
-    data = Data(config)
+    data = TokenDataModule(config)
     module = LitModel(config, data.token_bytes())
     trainer = lightning_trainer(config, device)
     trainer.fit(module, data)
