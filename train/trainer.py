@@ -23,7 +23,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
-from train.run import constants, summarize, write_start
+from train.run import static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 
 

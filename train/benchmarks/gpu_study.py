@@ -86,7 +86,7 @@ def validation_loss(config: PretrainConfig, device: str) -> float:
     trainer = lightning_trainer(config, device)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)
-    return module.last_val["loss"]
+    return module.val_metrics["loss"]
 
 
 def default_data() -> Path:
