@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import train  # noqa: F401  before torch
+
+# isort: split
 import pytest
 import torch
 from safetensors.torch import load_file

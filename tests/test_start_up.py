@@ -1,5 +1,6 @@
-"""Help, mistakes and footprints are answered before anything heavy is imported."""
+"""Help, mistakes and footprints are answered before anything heavy is imported; how OpenMP's threads wait."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -40,3 +41,14 @@ runpy.run_path({script!r}, run_name="__main__")
     assert done.returncode == code, done.stderr
     assert message in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].strip() == "imported:"
+
+
+def test_waiting_threads_sleep_unless_the_user_chose_otherwise() -> None:
+    assert "OMP_WAIT_POLICY" in os.environ, "tests set it before torch is imported, too"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    program = "import os, sys, train; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    for chosen, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment | chosen
+        )
+        assert done.stdout.strip() == expected, done.stderr

@@ -10,6 +10,7 @@ from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import train  # noqa: F401  before torch
 
 import torch
 from torch import Tensor

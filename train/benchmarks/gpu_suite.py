@@ -20,6 +20,7 @@ from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    import train  # noqa: F401  before torch
 
 import torch
 
