@@ -76,9 +76,9 @@ def require(**chosen: str | None) -> None:
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """A message for each key that its dataclass does not have: `+arch.typo=1` gets past Hydra."""
+    """Yield a message for each key that its dataclass does not have: `+arch.typo=1` passes Hydra."""
     cls = OmegaConf.get_type(config)
-    for key in config:
+    for key in map(str, config):
         if is_dataclass(cls) and key not in cls.__dataclass_fields__:
             yield unknown_key(f"{prefix}{key}", sorted(cls.__dataclass_fields__))
         elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
@@ -86,10 +86,11 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _explain(error: Exception) -> str:
-    """Hydra's or OmegaConf's message; where a key is unknown, what its neighbours are instead."""
+    """Hydra's or OmegaConf's message; for an unknown key, a message with the known ones."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    cls = getattr(cause, "object_type", None)
-    if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
-        return unknown_key(cause.full_key, sorted(cls.__dataclass_fields__))
+    if isinstance(cause, OmegaConfBaseException):
+        cls = cause.object_type
+        if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
+            return unknown_key(str(cause.full_key), sorted(cls.__dataclass_fields__))
     message = str(error).split("Set the environment variable")[0].split("Config search path")[0].strip()
     return message if cause is error else f"{message.splitlines()[0]}: {str(cause).splitlines()[0]}"

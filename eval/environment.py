@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on besides its configuration. Packages that are not installed are left out."""
+    """Everything a result may depend on besides its configuration; only installed packages have a version."""
     return {
         "command": sys.argv,
         "git": git_revision(),

@@ -1,4 +1,4 @@
-"""What every architecture costs at one size: `python eval/footprint.py +size=1b context=32768`. See --help."""
+"""Parameters, FLOPs and KV cache of every layout: `python eval/footprint.py +size=1b context=32768`. See --help."""
 
 import json
 import sys
@@ -144,14 +144,14 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
 
 
 def keeps(store: StoreSpec) -> str:
-    """What a store keeps: `all`, `last 1,024`, `64 slots`, `last 512 + 64 slots`."""
+    """Positions and slots that a store keeps: `all`, `last 1,024`, `64 slots`, `last 512 + 64 slots`."""
     parts = [f"last {store.window:,}"] if store.window else []
     parts += [f"{store.num_slots:,} slots"] if store.num_slots else []
     return " + ".join(parts) or "all"
 
 
 def slot_sizes(store: StoreSpec, itemsize: int) -> str:
-    """Bytes of a position; of a merged slot, which has wider elements, too or instead."""
+    """Bytes of a position, of a merged slot (whose elements are wider), or of both."""
     parts = [slot_bytes(store, itemsize)] if store.window or not store.num_slots else []
     parts += [slot_bytes(store, state_itemsize(itemsize))] if store.num_slots else []
     return " + ".join(f"{size:,}" for size in parts)
@@ -173,7 +173,8 @@ def main(config: DictConfig, choices: Choices) -> None:
     archs: dict[str, Any]
     if choices.arch is None:
         archs = {name: load_arch(name) for name in names("arch")}
-    options: FootprintConfig = OmegaConf.to_object(config)
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, FootprintConfig)
     if choices.arch is not None:
         archs = {choices.arch: options.arch}
     context = options.size.seq_len if options.context is None else options.context
@@ -205,7 +206,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         for each in plan_tables(choices.arch, plan, context, options.itemsize):
             console.print(each)
         if options.picture:
-            from eval.plots.pictures import draw_plan  # matplotlib takes a second to import
+            from eval.plots.plan import draw_plan  # matplotlib takes a second to import
 
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
             try:

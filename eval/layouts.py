@@ -1,4 +1,4 @@
-"""What ships in configs/arch and configs/size, read without Hydra, which a GPU machine may lack."""
+"""The layouts and sizes in configs/arch and configs/size, read without Hydra, which a GPU machine may lack."""
 
 import re
 from pathlib import Path

@@ -113,7 +113,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
 
 def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    from eval.plots.pictures import draw_pareto, plot_pareto_html
+    from eval.plots.pareto import draw_pareto, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
@@ -129,7 +129,7 @@ def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[P
 
 
 def pareto(runs: Sequence[Run], context: int | None, metric: str, itemsize: int) -> tuple[list[Point], int]:
-    """The points and the context they are weighed at: as asked, or what the runs were trained on.
+    """Return the points and their context: `context`, or the sequence length of training if it is None.
 
     Raises RunError where the runs disagree about the latter.
     """

@@ -1,4 +1,4 @@
-"""Loss by position in the sequence: what a model makes of a longer context, and of one longer than it was trained on.
+"""Loss by position in the sequence, within the trained length and beyond it.
 
 Shapes: B sequences, T tokens, D model, V vocabulary, E buckets.
 """
@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from arch import LanguageModel
 from data.batches import IGNORE, Batch, besides
 
-# Positions whose logits exist at one time.
-ROWS = 2048
+MAX_ROWS = 2048  # positions whose logits exist at one time
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,16 @@ class Bucket:
 
 
 def edges(length: int) -> list[int]:
-    """Where buckets begin, and the end: 0, 1, 2, 4, 8, ..., `length`. Each is as wide as all before it."""
+    """Bounds of the buckets: 0, 1, 2, 4, 8, ..., `length`. Each bucket is as wide as all before it."""
     return [0, *(2**power for power in range((length - 1).bit_length())), length]
 
 
 def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A head for a model's forward pass: loss [B, T] in fp32, 0 where the target is IGNORE."""
+    """Build a head for a model's forward pass that returns the loss [B, T] in fp32, 0 where the target is IGNORE."""
 
     def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        chunks = zip(x_BTD.flatten(0, 1).split(ROWS), targets_BT.flatten().split(ROWS), strict=True)
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        chunks = zip(torch.split(x_ND, MAX_ROWS), torch.split(targets_N, MAX_ROWS), strict=True)
         nats = [F.cross_entropy((x @ weight_VD.T).float(), t, reduction="none", ignore_index=IGNORE) for x, t in chunks]
         return torch.cat(nats).view_as(targets_BT)
 
@@ -52,16 +52,17 @@ def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 @torch.no_grad()
 def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Bucket]:
-    """Over sequences of one length, framed for the model. Buckets without a real target are left out."""
-    sums, counts = [], []
+    """Mean loss per bucket over `batches` of sequences of one length. Buckets without a real target are left out."""
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
     for batch in batches:
         targets_BT = batch["targets"]
         nats_BT = model(batch["inputs"], head=token_nats(model.predicted(targets_BT)), **besides(batch))
         nats_BT = F.pad(nats_BT, (targets_BT.shape[1] - nats_BT.shape[1], 0))  # nothing where nothing is predicted
         bounds = edges(targets_BT.shape[1])
         widths = [end - first for first, end in pairwise(bounds)]
-        for values, kept in ((nats_BT.double(), sums), ((targets_BT != IGNORE).double(), counts)):
-            kept.append(torch.stack([part.sum(1) for part in values.split(widths, dim=1)], dim=1))
+        for values, parts in ((nats_BT.double(), sums), ((targets_BT != IGNORE).double(), counts)):
+            parts.append(torch.stack([part.sum(1) for part in torch.split(values, widths, dim=1)], dim=1))
     sums_BE, counts_BE = torch.cat(sums), torch.cat(counts)
     buckets = []
     for (first, end), sum_B, count_B in zip(pairwise(bounds), sums_BE.T, counts_BE.T, strict=True):

@@ -1,5 +1,6 @@
 """Write the README's table of layouts, made from configs/arch: `python eval/readme.py`."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -22,24 +23,25 @@ def layouts() -> str:
     rows = []
     for name in names("arch"):
         kv = kv_bytes(resolve(ModelConfig(load_arch(name), load_size(SIZE))), CONTEXT)
-        cells = (f"`{name}`", about(name), number_text(kv.per_token), bytes_text(kv.stored), bytes_text(kv.read))
+        cells = (f"`{name}`", description(name), number_text(kv.per_token), bytes_text(kv.stored), bytes_text(kv.read))
         rows.append((-kv.stored, "| " + " | ".join(cells) + " |\n"))
     header = f"| `+arch=` | what it is | bytes per token | stored at {CONTEXT:,} tokens | read per decoded token |\n"
     return header + "|---|---|---:|---:|---:|\n" + "".join(row for _, row in sorted(rows))
 
 
-def about(name: str) -> str:
-    """What the first comment of the layout's file says, up to its first stop or colon."""
+def description(name: str) -> str:
+    """The first comment of the layout's file, up to its first stop or colon."""
     text = (CONFIGS / "arch" / f"{name}.yaml").read_text()
-    comment = " ".join(line.removeprefix("#").strip() for line in re.match(r"(#.*\n)+", text)[0].splitlines())
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
     return re.split(r"(?<!\bal)[.:](?= |$)", comment)[0]
 
 
-def renewed(text: str) -> str:
-    """`text` with the table between its two marks."""
+def updated(text: str) -> str:
+    """`text` with a new table between its two marks."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + layouts() + END + rest.split(END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(renewed(README.read_text()))
+    README.write_text(updated(README.read_text()))

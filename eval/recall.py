@@ -25,10 +25,10 @@ Model = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RecallTask:
-    """What the sequences look like. Tokens are numbered noise first, then keys, then values.
+    """Shape of the sequences. Token numbers: noise first, then keys, then values.
 
     length, gap  tokens of a sequence, and those between its last value and its first question
-    noise        different tokens that mean nothing
+    noise        number of different tokens that mean nothing
     joined       a pair is one token instead of two: one layer then suffices, where else a lower one must have told each
                  value its key
     """
@@ -55,11 +55,11 @@ class RecallTask:
 
     @property
     def most_pairs(self) -> int:
-        """The pairs that leave room for a question each, or run out of different keys."""
+        """The largest number of pairs: each needs room for a question, and a key of its own."""
         return max(0, min((self.length - self.gap) // (self.pair_length + 1), self.keys))
 
     def problems(self, pairs: int) -> list[str]:
-        """What is wrong with asking for `pairs` pairs, and the fix."""
+        """Reasons why sequences of `pairs` pairs are impossible, each with the fix."""
         found = [
             f"{name} is {getattr(self, name)}; it must be at least {least}"
             for name, least in (("length", 1), ("gap", 0), ("noise", 1), ("keys", 1), ("values", 1))
@@ -75,7 +75,7 @@ class RecallTask:
 
 @dataclass(frozen=True)
 class Questions:
-    """Inputs [B, T]; targets [B, T], IGNORE where nothing is asked; and where the value asked for stands, [B, T]."""
+    """Inputs, targets (IGNORE where nothing is asked) and positions of the answers among the inputs; all [B, T]."""
 
     inputs_BT: Tensor
     targets_BT: Tensor
@@ -83,12 +83,12 @@ class Questions:
 
     @property
     def asked(self) -> Tensor:
-        """[B, T]."""
+        """True at questions, [B, T]."""
         return self.targets_BT != IGNORE
 
     @property
     def distance(self) -> Tensor:
-        """[B, T] tokens from the value to the question; meaningless where nothing is asked."""
+        """Tokens from the value to the question, [B, T]; meaningless where nothing is asked."""
         return torch.arange(self.inputs_BT.shape[1]) - self.source_BT
 
 
@@ -122,9 +122,9 @@ def questions(task: RecallTask, pairs: int, batch: int, seed: int, number: int) 
 def recall(
     model: Model, task: RecallTask, pairs: tuple[int, ...], sequences: int, seed: int, batch: int = 64
 ) -> dict[int, dict[int, tuple[int, int]]]:
-    """For each number of pairs and distance: (questions answered right, questions asked).
+    """Count (questions answered right, questions asked) for each number of pairs and each distance.
 
-    The distance is that from the value to the question, rounded down to a power of 2.
+    The distance from the value to the question is rounded down to a power of 2.
     """
     counts: dict[int, dict[int, tuple[int, int]]] = {}
     for count in pairs:
@@ -133,13 +133,13 @@ def recall(
             asked = questions(task, count, min(batch, sequences - number * batch), seed, number)
             right = model(asked.inputs_BT).argmax(dim=-1) == asked.targets_BT
             bucket = 2 ** asked.distance[asked.asked].float().log2().floor().int()
-            for distance in bucket.unique().tolist():
+            for distance in sorted(set(bucket.tolist())):
                 here = right[asked.asked][bucket == distance]
                 good, total = found.get(distance, (0, 0))
                 found[distance] = good + int(here.sum()), total + len(here)
     return counts
 
 
-def share(counts: dict[int, tuple[int, int]]) -> float:
-    """Accuracy over all distances."""
+def accuracy(counts: dict[int, tuple[int, int]]) -> float:
+    """Fraction of the questions answered right, over all distances."""
     return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())

@@ -200,13 +200,14 @@ def find_runs(folders: Sequence[Path], *, finished: bool) -> list[Run]:
 def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> dict[str, list[T]]:
     """Group runs of equal `identity`: JSON values, the name first, all that decides a run but its seed.
 
-    The key is the name, with a digest of the identity where several groups have the name.
+    The key is the name, with a digest of the identity where several groups have the name. A null in a mapping counts as
+    absent: the version that wrote it may not have had the key.
     """
     groups: dict[str, list[T]] = {}
     names: dict[str, str] = {}
     for run in runs:
         values = list(identity(run))
-        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_without_nulls(values), sort_keys=True).encode()).hexdigest()
         groups.setdefault(digest, []).append(run)
         names[digest] = values[0]
     common = {name for name in names.values() if list(names.values()).count(name) > 1}
@@ -214,6 +215,12 @@ def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> 
         f"{names[digest]} ({digest[:4]})" if names[digest] in common else names[digest]: group
         for digest, group in groups.items()
     }
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def differing(values: Mapping[str, Sequence[Any]]) -> list[str]:

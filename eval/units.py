@@ -1,4 +1,4 @@
-"""Numbers for people, and back."""
+"""Format bytes and counts for people, and parse amounts of memory."""
 
 import re
 
@@ -31,4 +31,5 @@ def parse_bytes(text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if match is None:
         raise ValueError(f"cannot read {text!r} as an amount of memory; write it like 80GB or 80GiB")
-    return float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    unit: int = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+    return float(match[1]) * unit

@@ -210,7 +210,7 @@ def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> No
 
 def test_labels_do_not_overlap(tmp_path: Path) -> None:
     """A crowd: every name is drawn, none over another."""
-    from eval.plots import pictures
+    from eval.plots import pareto as pictures
 
     for number, name in enumerate(
         ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")
@@ -220,8 +220,8 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
     drawn = {}
     original = pictures._label
 
-    def label(figure, axes, rows):
-        original(figure, axes, rows)
+    def label(figure, axes, rows, legend):
+        original(figure, axes, rows, legend)
         drawn.update({text.get_text(): text.get_window_extent() for text in axes.texts})
 
     pictures._label = label

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from arch import Decoder
 from data.batches import IGNORE, Batch
 from eval.positions import edges, loss_by_position
-from eval.recall import RecallTask, questions, recall, share
+from eval.recall import RecallTask, accuracy, questions, recall
 
 TASK = RecallTask(length=40, gap=10, noise=3, keys=7, values=5)
 
@@ -83,12 +83,12 @@ def test_accuracy_of_known_models() -> None:
         return F.one_hot(targets_BT.clamp(min=0), TASK.vocab_size)
 
     found = recall(knows, TASK, pairs, sequences, seed=9, batch=4)
-    assert {count: share(counts) for count, counts in found.items()} == {1: 1.0, 3: 1.0}
+    assert {count: accuracy(counts) for count, counts in found.items()} == {1: 1.0, 3: 1.0}
     for count, counts in found.items():
         assert sum(total for _, total in counts.values()) == sequences * (TASK.length - 2 * count - TASK.gap)
         assert set(counts) <= {8, 16, 32}, "distances lie between the gap and the length, in powers of 2"
     always = recall(lambda inputs: torch.eye(TASK.vocab_size)[10].expand(*inputs.shape, -1), TASK, (3,), 200, seed=1)
-    assert 0.1 < share(always[3]) < 0.3, "one of five values"
+    assert 0.1 < accuracy(always[3]) < 0.3, "one of five values"
 
 
 @pytest.mark.parametrize(

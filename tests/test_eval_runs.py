@@ -61,6 +61,8 @@ def test_groups() -> None:
     assert list(groups.values()) == [[("a", 1), ("a", 1)], [("a", 2)], [("b", 1)]]
     first, second, third = groups
     assert first.startswith("a (") and second.startswith("a (") and third == "b"
+    old, new = {"lr": 1, "decay": None}, {"lr": 1}
+    assert len(group_by_seed([old, new], lambda run: ["a", run])) == 1, "a key that an earlier version did not have"
 
 
 @pytest.mark.parametrize(

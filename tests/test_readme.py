@@ -11,7 +11,7 @@ import pytest
 from conftest import ARCHS, ROOT, run_script
 
 from data.presets import load
-from eval.readme import renewed
+from eval.readme import updated
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -169,5 +169,5 @@ def test_layouts_shown_are_the_files() -> None:
 
 
 def test_table_of_layouts_is_that_of_the_configs() -> None:
-    assert renewed(TEXT) == TEXT, "run: python eval/readme.py"
+    assert updated(TEXT) == TEXT, "run: python eval/readme.py"
     assert all(f"| `{name}` |" in TEXT for name in ARCHS)

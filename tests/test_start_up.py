@@ -27,6 +27,10 @@ TINY = "+arch=cla2 +size=tiny"
         (f"train/estimate.py {TINY} gpu=h100", 0, "verdict: fits"),
         ("eval/footprint.py +size=1b", 0, "mixattention"),
         (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),
+        ("eval/pareto.py --help", 0, "bytes per element"),
+        ("eval/pareto.py runs metrc=bpb", 2, "did you mean metric?"),
+        ("eval/curves.py --help", 0, "wall, or cpu"),
+        ("eval/curves.py nowhere", 2, "is not a folder"),
     ],
 )
 def test_answers_without_heavy_imports(command: str, code: int, message: str) -> None:

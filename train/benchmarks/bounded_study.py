@@ -41,7 +41,7 @@ from eval.cli import MISTAKES
 from eval.environment import ROOT, git_revision
 from eval.layouts import load_arch
 from eval.positions import loss_by_position
-from eval.recall import RecallTask, questions, recall, share
+from eval.recall import RecallTask, accuracy, questions, recall
 from eval.results import write_result
 from train.benchmarks.bounded_report import report
 from train.datamodule import open_data
@@ -222,8 +222,8 @@ def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> 
     counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)
     long = replace(near, length=LONGER[-1] * near.length)
     by_distance = recall(model, long, pairs[-1:], settings.recall_val, VAL_SEED)[pairs[-1]]
-    accuracy = sum(share(count) for count in counts.values()) / len(counts)
-    return {"accuracy": accuracy, "counts": counts, "by_distance": by_distance}
+    mean = sum(accuracy(count) for count in counts.values()) / len(counts)
+    return {"accuracy": mean, "counts": counts, "by_distance": by_distance}
 
 
 TASKS = {"lm": train_lm, "recall": train_recall}

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from arch import ArchConfig, KVPlan, ModelConfig, Plan, StoreConfig, resolve
 from arch.footprint import kv_bytes, num_params
-from eval.plots.pictures import draw_plan
+from eval.plots.plan import draw_plan
 from eval.units import bytes_text, count_text, number_text
 from train.hub.records import Check, Training
 from train.hub.targets import TRANSFORMERS_FLOOR, Target

@@ -1,0 +1,142 @@
+"""Pareto plot, KV footprint against quality: a picture and an interactive page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from eval.plots.style import BLUE, DARK_INK, DOMINATED, INK, LIGHT_INK, Axes, Figure, common_suffix, plain_axes, plt
+from eval.runs import Point
+from eval.units import bytes_text, number_text
+
+
+def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path) -> None:
+    """Draw bytes (log) against quality (lower is better): the frontier as a staircase, seed ranges as whiskers."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    axes.set_xscale("log", base=2)
+    if len({row.bytes for row in rows}) == 1:
+        axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
+    frontier = [row for row in rows if row.frontier]
+    for row in rows:
+        tint = BLUE if row.frontier else DOMINATED
+        if row.runs > 1:
+            axes.vlines(row.bytes, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2)
+            axes.scatter([row.bytes] * 2, [row.lowest, row.highest], marker="_", color=tint, s=60, zorder=2)
+        face = tint if row.frontier else "white"
+        axes.scatter(row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3)
+    axes.margins(x=0.12, y=0.16)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(f"KV cache of one sequence of {context:,} tokens (log scale)")
+    axes.set_ylabel(f"validation {quality}  (lower is better)")
+    # The staircase goes on to the right: whatever lies above it is dominated.
+    edge = axes.get_xlim()[1]
+    x, y = [*(row.bytes for row in frontier), edge], [*(row.value for row in frontier), frontier[-1].value]
+    axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
+    axes.set_xlim(right=edge)
+    plain_axes(axes)
+    runs = sorted({row.runs for row in rows})
+    spread = "; whiskers: lowest and highest seed" if runs[-1] > 1 else ""
+    handles = [
+        Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
+        Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label="dominated" + spread),
+    ]
+    legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
+    _label(figure, axes, rows, legend)
+    figure.savefig(path, dpi=200, facecolor="white")
+    plt.close(figure)
+
+
+def _label(figure: Figure, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
+    """Name each point at the first place around it where the name touches no other point, name or whisker."""
+    figure.canvas.draw()
+    taken = [legend.get_window_extent()]
+    for row in rows:
+        (x, low), (_, high) = axes.transData.transform([(row.bytes, row.lowest), (row.bytes, row.highest)])
+        taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
+    places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
+    places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
+    common = common_suffix([row.name for row in rows])
+    axes.set_title(common.removeprefix("-"), loc="left", fontsize=10, color=DARK_INK)
+    for row in rows:
+        for x, y, horizontal, vertical in places:
+            text = axes.annotate(
+                row.name.removesuffix(common),
+                (row.bytes, row.value),
+                (x, y),
+                textcoords="offset points",
+                ha=horizontal,
+                va=vertical,
+                fontsize=8.5,
+                color=INK if row.frontier else LIGHT_INK,
+                weight="bold" if row.frontier else "normal",
+            )
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y) == places[-1][:2]:
+                taken.append(box)
+                break
+            text.remove()
+
+
+def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Path) -> None:
+    """Write the same points as one HTML file that needs no network; hovering shows the figures."""
+    import plotly.graph_objects as go
+
+    frontier = [row for row in rows if row.frontier]
+    edge = 1.5 * max(row.bytes for row in rows)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[*(row.bytes for row in frontier), edge],
+        y=[*(row.value for row in frontier), frontier[-1].value],
+        mode="lines",
+        line={"shape": "hv", "color": BLUE, "width": 1.5},
+        name="frontier",
+        hoverinfo="skip",
+    )
+    for name, chosen, tint in (
+        ("on the frontier", frontier, BLUE),
+        ("dominated", [row for row in rows if not row.frontier], DOMINATED),
+    ):
+        figure.add_scatter(
+            x=[row.bytes for row in chosen],
+            y=[row.value for row in chosen],
+            mode="markers+text",
+            text=[row.name for row in chosen],
+            textposition="top right",
+            cliponaxis=False,
+            marker={"size": 10, "color": tint},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [row.highest - row.value for row in chosen],
+                "arrayminus": [row.value - row.lowest for row in chosen],
+            },
+            name=name,
+            hovertext=[
+                f"<b>{row.name}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
+                f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
+                f"{bytes_text(row.kv_constant)}<br>"
+                f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
+                for row in chosen
+            ],
+            hoverinfo="text",
+        )
+    ticks = sorted({2**power for row in rows for power in (row.bytes.bit_length() - 1, row.bytes.bit_length())})
+    figure.update_layout(
+        template="plotly_white",
+        legend={"orientation": "h", "y": 1.08},
+        margin={"t": 40},
+        xaxis={
+            "type": "log",
+            "title": f"KV cache of one sequence of {context:,} tokens (log scale)",
+            "tickvals": ticks,
+            "ticktext": [bytes_text(tick) for tick in ticks],
+        },
+        yaxis={"title": f"validation {quality} (lower is better)"},
+    )
+    figure.write_html(path, include_plotlyjs=True)

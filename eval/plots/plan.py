@@ -1,0 +1,111 @@
+"""Ownership map of a plan: which layer writes which store, and which layers read it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
+
+from arch import KVPlan, Plan, StoreSpec
+from arch.footprint import kv_bytes, slot_bytes, store_bytes
+from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, plt
+from eval.units import bytes_text
+
+
+def draw_plan(plan: Plan, title: str, context: int, itemsize: int, path: Path) -> None:
+    """Draw the layers from left (lowest) to right and above each owner the store it writes, with lines to its readers.
+
+    One map for each stack of the model.
+    """
+    stacks = plan.stacks
+    titles = [f"{title}, {stacks[0].title}".removesuffix(", "), *(stack.title for stack in stacks[1:])]
+    layers = max(stack.plan.num_layers for stack in stacks)
+    figure, rows = plt.subplots(len(stacks), figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(stacks)), squeeze=False)
+    for axes, stack, name in zip(rows[:, 0], stacks, titles, strict=True):
+        _draw_stack(axes, stack.plan, name, stack.num_positions(context), stack.unit, itemsize, layers)
+    figure.subplots_adjust(hspace=0.3)
+    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int) -> None:
+    """Draw one stack. `context` counts in `unit`s: tokens, blocks, or positions within a block."""
+    types = list({store.name: store for store in plan.stores}.values())
+    color = _colors(types)
+    store_y, layer_y, half = 1.35, 0.0, 0.36
+    for layer in range(plan.num_layers):
+        store = plan.store(layer)
+        owner = store.owner == layer
+        tint = color[store.name]
+        _box(axes, layer, layer_y, half, 0.2, face=tint if owner else "white", edge=tint)
+        axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
+        if owner:
+            _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
+            text = (
+                "all" if store.max_positions is None else "+".join(str(n) for n in (store.window, store.num_slots) if n)
+            )
+            axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
+            _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
+        else:
+            _line(axes, (store.owner + 0.12, store_y - 0.2), (layer, layer_y + 0.2), tint, width=0.9, style="-|>")
+    kv = kv_bytes(plan, context, itemsize)
+    stores = f"{len(plan.stores)} stores for {plan.num_layers} layers"
+    axes.text(-0.4, 2.05, f"{title}: {stores}", fontsize=11, weight="bold")
+    figures = (
+        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows and slots; at {context:,} {unit}s "
+        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
+    )
+    axes.text(-0.4, 1.8, figures, fontsize=9, color=DARK_INK)
+    axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions, slots)"], fontsize=9)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_xlim(-0.8, num_layers - 0.2)
+    axes.set_ylim(-0.4, 2.2)
+    axes.spines[:].set_visible(False)
+    handles = [
+        Patch(color=color[store.name], label=f"{store.name}: {_weight(store, context, itemsize)}") for store in types
+    ]
+    handles += [
+        Patch(facecolor=OUTLINE, edgecolor=OUTLINE, label="writes and reads"),
+        Patch(facecolor="white", edgecolor=OUTLINE, label="only reads"),
+    ]
+    axes.legend(
+        handles=handles, ncols=len(handles), loc="upper left", bbox_to_anchor=(0, -0.02), frameon=False, fontsize=8
+    )
+
+
+def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
+    """Bytes per position; for a bounded store, whose slots are larger than its positions, bytes in total."""
+    if store.num_slots:
+        return f"{bytes_text(store_bytes(store, context, itemsize))} at any context"
+    return f"{slot_bytes(store, itemsize):,} B per position"
+
+
+def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
+    """Colour by name: green for latents, purple for bounded stores, orange for windows, blue for stores that keep
+    everything; further types take the remaining colours."""
+    left = [BLUE, ORANGE, GREEN, PURPLE, GREY]
+    result = {}
+    for store in types:
+        kinds = (store.slot.latent_dim, store.num_slots, store.window, True)
+        wanted = next(color for color, kind in zip((GREEN, PURPLE, ORANGE, BLUE), kinds, strict=True) if kind)
+        result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else GREY
+    return result
+
+
+def _box(axes: Axes, x: float, y: float, half: float, half_height: float, *, face: str, edge: str) -> None:
+    corner = (x - half, y - half_height)
+    shape = FancyBboxPatch(
+        corner, 2 * half, 2 * half_height, boxstyle="round,pad=0,rounding_size=0.08", facecolor=face, edgecolor=edge
+    )
+    shape.set_linewidth(1.4)
+    axes.add_patch(shape)
+
+
+def _line(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], tint: str, *, width: float, style: str
+) -> None:
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle=style, mutation_scale=7, color=tint, linewidth=width, shrinkA=0, shrinkB=0
+        )
+    )

@@ -1,0 +1,47 @@
+"""Palette and axes of every picture. Importing it selects the renderer that needs no display."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["Axes", "Figure", "plt"]
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f"
+# Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
+LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+INK, DARK_INK, LIGHT_INK = "#222222", "#555555", "#666666"
+DOMINATED, REFERENCE, OUTLINE, GRID = "#8a8a8a", "#777777", "#999999", "#e4e4e4"
+
+
+class Look(NamedTuple):
+    """Colour and dashes of a line."""
+
+    color: str
+    style: Literal["-", "--", ":"]
+
+
+def line_looks(num_lines: int) -> list[Look]:
+    """A different look for each line, as far as there are any."""
+    colors = len(LINE_COLORS)
+    return [Look(LINE_COLORS[i % colors], LINE_STYLES[i // colors % len(LINE_STYLES)]) for i in range(num_lines)]
+
+
+def plain_axes(axes: Axes) -> None:
+    """Draw a light grid behind the data and no frame above and right of it."""
+    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def common_suffix(names: Sequence[str]) -> str:
+    """The last `-part` (a size) of names that all end with it, to be shown once; empty otherwise and for one name."""
+    endings = {name[name.rfind("-") :] if "-" in name else name for name in names}
+    return endings.pop() if len(endings) == 1 and len(names) > 1 else ""
