@@ -8,7 +8,7 @@ DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention,block,bct
 DEMO_SEEDS ?= 0
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help env demo test bench gpu faults lint clean
+.PHONY: help env demo test pytest bench gpu faults lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,8 +20,7 @@ env: $(BIN)/.ready
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: env
@@ -33,7 +32,10 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+test: env
+	$(MAKE) --jobs=2 lint pytest
+
+pytest: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Peers that are not installed are skipped. litgpt's own requirements contradict constraints.txt, so that it comes bare:

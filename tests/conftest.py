@@ -11,12 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+# Workers share the cores: one thread each, which does not spin while it waits. Also in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import train  # noqa: F401  before torch
 
 # isort: split
 import pytest
 import torch
+from fork_server import connect
 from safetensors.torch import load_file
 
 import data.corpora
@@ -88,6 +94,11 @@ def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(params=DECODERS)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -138,16 +149,37 @@ def launch_in_process(task: Callable, name: str, schema: type, arguments: list[s
         sys.argv = argv
 
 
-def run_script(
-    script: str, *arguments: str, cwd: Path = ROOT, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, as typed."""
-    ours = {"PYTHONPATH", "WANDB_SERVICE", "WANDB_MODE"}  # left by tests that train in this process
-    return subprocess.run(
+def process_environment(**changes: str) -> dict[str, str]:
+    """The environment of a user's shell, without what tests that train in this process leave in it."""
+    ours = {"PYTHONPATH", "PL_GLOBAL_SEED", "WANDB_SERVICE", "WANDB_MODE"}
+    return {key: value for key, value in os.environ.items() if key not in ours} | changes
+
+
+def start_script(
+    script: str | Path,
+    *arguments: str,
+    cwd: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    fresh: bool = False,
+) -> subprocess.Popen[str]:
+    """A script in a process of its own, as typed; with `fresh`, in a new interpreter too, which takes seconds."""
+    start = subprocess.Popen if fresh else connect(process_environment())
+    return start(
         [sys.executable, str(ROOT / script), *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=cwd,
-        timeout=240,
-        env={key: value for key, value in os.environ.items() if key not in ours} | (environment or {}),
+        env=process_environment(**(environment or {})),
     )
+
+
+def run_script(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A script as of `start_script`, until it ends."""
+    with start_script(script, *arguments, **options) as process:
+        try:
+            out, errors = process.communicate(timeout=240)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, weights
+from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, start_script, weights
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -145,9 +145,7 @@ def assert_same_run(whole: Path, other: Path, rel: float = 0) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def start(folder: Path, corpus: Path, *arguments: str) -> subprocess.Popen:
-    """The command in a process of its own, whose steps take a tenth of a second so that a signal can hit one."""
-    code = f"""
+SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from eval.cli import launch
@@ -161,9 +159,14 @@ def slow(self, batch, batch_idx):
 LitModel.training_step = slow
 launch(main, "pretrain", PretrainConfig)
 """
+
+
+def start(folder: Path, corpus: Path, *arguments: str) -> subprocess.Popen:
+    """The command in a process of its own, whose steps take a tenth of a second so that a signal can hit one."""
+    script = folder.parent / "slow.py"
+    script.write_text(SLOW)
     options = [*SMALL, *OPTIONS, f"data.path={corpus}", f"folder={folder}", *arguments]
-    command = [sys.executable, "-c", code, "+arch=mixattention", "+size=tiny", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent)
+    return start_script(script, "+arch=mixattention", "+size=tiny", *options, cwd=folder.parent)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])
