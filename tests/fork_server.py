@@ -17,7 +17,7 @@ from pathlib import Path
 
 PACKAGES = (
     "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-    "lightning.pytorch", "hydra", "matplotlib.pyplot", "plotly.graph_objects", "einops", "rich", "wandb", "tokenizers", "yaml",
+    "lightning.pytorch", "hydra", "wandb", "tokenizers", "einops", "matplotlib.pyplot", "plotly.graph_objects", "rich",
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH", "HF_", "MPL")
