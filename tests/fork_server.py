@@ -20,7 +20,7 @@ PACKAGES = (
     "lightning.pytorch", "hydra", "wandb", "tokenizers", "einops", "matplotlib.pyplot", "plotly.graph_objects", "rich",
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
-AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH", "HF_", "MPL")
+AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
 SUBREAPER = 36  # prctl: whose grandchildren, once orphaned, become its children
 
 
