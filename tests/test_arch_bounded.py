@@ -1,10 +1,13 @@
 """Bounded stores: the parallel form is the recurrence, known special cases, and a capacity that is kept."""
 
 import copy
+import importlib
+import sys
+import types
 
 import pytest
 import torch
-from conftest import build, small, tokens
+from conftest import ROOT, build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
@@ -237,3 +240,14 @@ def test_unknown_backends_are_refused_without_softmax_attention_too() -> None:
     with pytest.raises(ValueError, match="no attention backend 'fast'"):
         Decoder(small("bct"), "fast")
     assert Decoder(small("bct_mixed")).attention().startswith("global, local: sdpa")
+
+
+def test_a_copy_of_the_file_has_operators_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exported folders have one: an operator that is defined again leaves the first one's calls dangling."""
+    package = types.ModuleType("copy_of_arch")
+    package.__path__ = [str(ROOT / "arch")]
+    monkeypatch.setitem(sys.modules, "copy_of_arch", package)
+    other = importlib.import_module("copy_of_arch.bounded")
+    assert other.scan._opoverload.name() != scan._opoverload.name()
+    arguments = (numbers(2, 3, 4).sigmoid(), numbers(2, 3, 4, 5, 6), numbers(2, 4, 5, 6))
+    assert torch.equal(other.scan(*arguments), scan(*arguments))
