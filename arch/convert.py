@@ -154,5 +154,5 @@ def style_problems(size: SizeConfig) -> list[str]:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether `value` is a positive, finite number (and no bool)."""
+    """Test that `value` is a positive, finite number (and no bool)."""
     return type(value) in (int, float) and 0 < value < math.inf

@@ -1,4 +1,4 @@
-"""From GPT-NeoX (Pythia): its config.json, and every weight under both names. Import only.
+"""Import of GPT-NeoX (Pythia): its config.json, and every weight under both names.
 
 GPT-NeoX keeps queries, keys and values in one matrix, head by head. Here they are apart, so that layers can share keys
 and values.

@@ -1,4 +1,4 @@
-"""To and from the remote-code decoder of train/hf, for layouts that no stock class holds: its config.json, and weights.
+"""The remote-code decoder of train/hf, for layouts that no stock class holds: its config.json and weights.
 
 It shares keys and values between layers as the plan does, with windows, heads and rotary bases per store, attention
 sinks, and norms before keys and values. Its weights have Llama's names: they are those of convert_stock.py.

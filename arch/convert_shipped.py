@@ -1,4 +1,4 @@
-"""To and from a Hugging Face folder that carries the files of `arch`: every layout, under our own names."""
+"""Hugging Face folders that carry the files of `arch`: every layout, under our own names."""
 
 import json
 import re

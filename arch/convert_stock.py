@@ -1,4 +1,4 @@
-"""To and from the stock Hugging Face classes: their config.json, and every weight under both names.
+"""The stock Hugging Face classes: their config.json, and every weight under both names.
 
 grouped heads, no window       LlamaForCausalLM (MistralForCausalLM where Llama's config refuses the widths)
 grouped heads, one window size MinistralForCausalLM, each layer sliding or full

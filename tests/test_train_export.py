@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHS, build, launch_in_process, run_script, small, whole_depth
+from conftest import ARCHS, ROOT, build, launch_in_process, run_script, small, whole_depth
 from omegaconf import OmegaConf
 from rich.console import Console
 from safetensors import safe_open
@@ -40,7 +40,7 @@ from train.checkpoint import TrainingError, save
 from train.export import ExportConfig, export, main
 from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.run_info import load_corpus
-from train.hub.targets import choose
+from train.hub.targets import TRANSFORMERS_FLOOR, choose
 from train.hub.verify_protocol import Request, Response
 from train.schema import PretrainConfig
 
@@ -106,6 +106,13 @@ def test_which_target_a_layout_gets(name: str) -> None:
     assert target.model_class == target_of(name)
     before = {"Shipped": ["stock", "remote"], "KVFrontier": ["stock"]}
     assert list(passed) == next((names for part, names in before.items() if part in target.model_class), [])
+
+
+def test_the_oldest_transformers_is_one_number() -> None:
+    """In the model card, where packages are declared, and in the README."""
+    declared = re.findall(r'"transformers>=([^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert set(declared) == {TRANSFORMERS_FLOOR}
+    assert set(re.findall(r"`transformers` >= (\d[\d.]*\d)", (ROOT / "README.md").read_text())) == {TRANSFORMERS_FLOOR}
 
 
 @pytest.mark.usefixtures("here")

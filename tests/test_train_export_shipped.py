@@ -38,10 +38,10 @@ from train import import_hf
 from train.checkpoint import TrainingError
 from train.export import ExportConfig, export
 from train.hub.checkpoint_reader import CheckpointReader
-from train.hub.targets import choose
+from train.hub.targets import TRANSFORMERS_FLOOR, choose
 from train.import_hf import ImportConfig
 
-transformers = pytest.importorskip("transformers", minversion="5.16.1")
+transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
 
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
@@ -316,7 +316,7 @@ def test_in_a_fresh_process(tmp_path: Path, corpus: Path) -> None:
     """With nothing of ours on its path; the card says so."""
     folder = exported("block", tmp_path, corpus)
     assert "| our packages imported | none | none |" in (folder / "README.md").read_text()
-    assert "Needs `transformers` 5.16.1 or later and `einops`." in (folder / "README.md").read_text()
+    assert f"Needs `transformers` {TRANSFORMERS_FLOOR} or later and `einops`." in (folder / "README.md").read_text()
 
 
 def test_the_folder(tmp_path: Path, corpus: Path) -> None:

@@ -21,8 +21,9 @@ from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, StoreConfig, ge
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.footprint import kv_bytes
+from train.hub.targets import TRANSFORMERS_FLOOR
 
-transformers = pytest.importorskip("transformers", minversion="5.16.1")
+transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
 
 from train.hf import KVFrontierConfig, KVFrontierForCausalLM
 

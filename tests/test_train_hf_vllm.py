@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from arch import Decoder, generate
 from arch.convert_remote import FILES, to_hf_config
 from arch.footprint import kv_bytes
+from train.hub.targets import TRANSFORMERS_FLOOR
 
-transformers = pytest.importorskip("transformers", minversion="5.16.1")
+transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
 
 from train.hf import KVFrontierConfig, modeling_kvfrontier, vllm_plugin
 

@@ -84,7 +84,7 @@ class KVFrontierConfig(PreTrainedConfig):
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """For the cache builder of transformers: layers that `reuse` get no cache."""
+        """The role of each layer for the cache builder of transformers: layers that `reuse` get no cache."""
         read = {source for layer, source in enumerate(self.kv_source_layers) if source != layer}
         return [
             "reuse" if source != layer else "store" if layer in read else None
@@ -124,7 +124,7 @@ class KVFrontierConfig(PreTrainedConfig):
 
 
 def _lengths(config: KVFrontierConfig) -> list[str]:
-    """What is wrong with the lengths of lists; no list is read before they are right."""
+    """List wrong lengths of lists; no list is read before they are right."""
     problems = [
         f"{name} is {getattr(config, name)!r}; it must be at least 1"
         for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -139,7 +139,7 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
 
 
 def _shapes(config: KVFrontierConfig) -> list[str]:
-    """What is wrong with heads, layer types and windows."""
+    """List problems of heads, layer types and windows."""
     problems = []
     for layer, heads in enumerate(config.key_value_heads):
         if heads < 1 or config.num_attention_heads % heads:
@@ -172,7 +172,7 @@ def _rotation(config: KVFrontierConfig) -> list[str]:
 
 
 def _sources(config: KVFrontierConfig) -> list[str]:
-    """What is wrong with who reads whom: a reader and its source share one cache, so they see the same of it."""
+    """List problems of sharing: a reader and its source share one cache, so they must see the same of it."""
     problems = []
     for layer, source in enumerate(config.kv_source_layers):
         if not 0 <= source <= layer or config.kv_source_layers[source] != source:

@@ -1,8 +1,8 @@
 """A Llama-style decoder in which layers read keys and values of their own or of an earlier layer.
 
-What a layer reads travels as plain tensors, returned by the layer that computed them and given to those that read them,
-with and without a cache: training and decoding take one path. Only the layer that computes them has weights for them,
-and only it has a cache.
+Keys and values travel as plain tensors, returned by the layer that computes them and passed to the layers that read
+them, with and without a cache: training and decoding take one path. Only the layer that computes them has weights for
+them, and only it has a cache.
 """
 
 import copy
@@ -104,7 +104,7 @@ def eager_attention_forward(
 
 
 class KVFrontierAttention(nn.Module):
-    """Queries of this layer over keys and values that it is given."""
+    """Attention of this layer's queries over keys and values that are passed in."""
 
     def __init__(self, config: KVFrontierConfig, layer_idx: int):
         super().__init__()
@@ -194,9 +194,9 @@ class KVFrontierDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next residual stream, and the keys and values that this layer read: those given, unless it owns some.
+        """Return the next residual stream, and the keys and values that this layer read: its own, or those passed in.
 
-        All three are tensors in a flat tuple, and given by position, as gradient checkpointing wants them.
+        All three are tensors in a flat tuple, and passed by position, as gradient checkpointing requires.
         """
         normed = self.input_layernorm(hidden_states)
         if self.owns_kv:
@@ -392,8 +392,8 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        given = model_kwargs.get("past_key_values")
+        passed = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         built = model_kwargs.get("past_key_values")
-        if built is not None and given is None:
+        if built is not None and passed is None:
             fit_windows(built, self.config)

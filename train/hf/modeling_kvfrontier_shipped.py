@@ -28,14 +28,13 @@ from .configuration_kvfrontier_shipped import KVFrontierShippedConfig
 
 logger = logging.get_logger(__name__)
 
-HONOURED = {
+SUPPORTED_SETTINGS = {
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id", "pad_token_id",
     "return_dict_in_generate",
 }  # fmt: skip
-# Other settings, where they ask for nothing; so does False, but for use_cache. bos_token_id is of empty prompts, which
-# are refused.
-NEUTRAL = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
-UNREAD = {"bos_token_id", "transformers_version"}
+# Values at which other settings change nothing; so does False, except for use_cache.
+NEUTRAL_VALUES = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
+IGNORED_SETTINGS = {"bos_token_id", "transformers_version"}  # the former begins empty prompts, which are refused
 
 
 class KVFrontierShippedPreTrainedModel(PreTrainedModel):
@@ -52,7 +51,7 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As `initialise` in decoder.py, one module at a time and only what is not loaded."""
+        """Initialise one module like init.py does; transformers calls it for parameters that are not loaded."""
         std = self.model.config.size.init_std
         if isinstance(self.model, BlockTransformer) and module in (self.model.expansion, self.model.embedder.proj):
             std = float(module.in_features) ** -0.5
@@ -162,30 +161,30 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """The prompts and what follows, [B, T + new], as generate() of transformers returns it.
+        """Return the prompts and the tokens generated after them, [B, T + new], as generate() of transformers does.
 
-        Of its settings those in HONOURED are read, from `generation_config`, generation_config.json and `kwargs`, by
-        their meaning there; what is not set at all is as if it were off (top_k, too). Sampling draws its seed from
-        torch. Prompts of unequal length are padded on the left. `stopping_criteria` are asked afterwards, of every
-        prefix of what was generated, without scores: the text is the one they would have stopped at.
+        SUPPORTED_SETTINGS are read from `generation_config`, generation_config.json and `kwargs`, with their meaning
+        in transformers; a setting that is nowhere set is off (top_k, too). Sampling draws its seed from torch. Prompts
+        of unequal length are padded on the left. `stopping_criteria` are applied afterwards, without scores, to every
+        prefix of the generated text, which is cut where the first one stops it.
 
-        Raises ValueError with every other setting that asks for something.
+        Raises ValueError with every other setting that would change the text.
         """
         prompt_BT = inputs if input_ids is None else input_ids
         if prompt_BT is None:
             raise ValueError("give input_ids; there is no token that begins a text")
-        asked = self.settings(generation_config, kwargs)
-        new = asked.get("max_new_tokens") or asked.get("max_length", 0) - prompt_BT.shape[1]
+        settings = self.settings(generation_config, kwargs)
+        new = settings.get("max_new_tokens") or settings.get("max_length", 0) - prompt_BT.shape[1]
         if new < 1:
             raise ValueError(f"{new} tokens to generate; give max_new_tokens, or a max_length beyond the prompt's")
         begin_B = first_real(prompt_BT, attention_mask)
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask ends with padding; pad prompts on the left")
         prompts = [row[begin:].tolist() for row, begin in zip(prompt_BT, begin_B.tolist(), strict=True)]
-        sampled, end = asked.get("do_sample", False), one_token(asked.get("eos_token_id"))
+        sampled, end = settings.get("do_sample", False), one_token(settings.get("eos_token_id"))
         how: dict[str, Any] = {
-            "temperature": asked.get("temperature", 1.0) if sampled else 0.0,
-            "top_p": asked.get("top_p", 1.0) if sampled else 1.0,
+            "temperature": settings.get("temperature", 1.0) if sampled else 0.0,
+            "top_p": settings.get("top_p", 1.0) if sampled else 1.0,
             "stop_token": end,
             "seed": int(torch.randint(2**31, ())),
         }
@@ -195,31 +194,34 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
             rows = generate(self.model, prompts, new, **how)
         if end is not None:
             rows = [row if len(row) == new else [*row, end] for row in rows]
-        pad = asked.get("pad_token_id", end or 0)
+        pad = settings.get("pad_token_id", end or 0)
         sequences = joined(prompt_BT, rows, pad, StoppingCriteriaList(stopping_criteria or []))
-        return GenerateDecoderOnlyOutput(sequences=sequences) if asked.get("return_dict_in_generate") else sequences
+        return GenerateDecoderOnlyOutput(sequences=sequences) if settings.get("return_dict_in_generate") else sequences
 
-    def settings(self, given: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What is asked of `generate`. Raises ValueError with everything that it does not do."""
-        blank, asked = GenerationConfig().to_dict(), {}
-        for source in (self.generation_config, given):
+    def settings(self, config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Collect the settings of `generate`. Raises ValueError with every one that it does not support."""
+        blank, settings = GenerationConfig().to_dict(), {}
+        for source in (self.generation_config, config):
             values = {} if source is None else source.to_dict()
-            asked |= {key: value for key, value in values.items() if value != blank.get(key)}
-        asked |= {key: value for key, value in kwargs.items() if value is not None}
-        asked = {key: value for key, value in asked.items() if key not in UNREAD and not key.startswith("_")}
-        refused = {
+            settings |= {key: value for key, value in values.items() if value != blank.get(key)}
+        settings |= {key: value for key, value in kwargs.items() if value is not None}
+        settings = {k: value for k, value in settings.items() if k not in IGNORED_SETTINGS and not k.startswith("_")}
+        unsupported = {
             key: value
-            for key, value in asked.items()
-            if key not in HONOURED and (value is not False or key == "use_cache") and value != NEUTRAL.get(key)
+            for key, value in settings.items()
+            if key not in SUPPORTED_SETTINGS
+            and (value is not False or key == "use_cache")
+            and value != NEUTRAL_VALUES.get(key)
         }
-        if refused:
-            wrong = ", ".join(f"{key}={value!r}"[:80] for key, value in refused.items())
-            raise ValueError(f"generate() of this model does not do {wrong}; it reads {', '.join(sorted(HONOURED))}")
-        return asked
+        if unsupported:
+            wrong = ", ".join(f"{key}={value!r}"[:80] for key, value in unsupported.items())
+            supported = ", ".join(sorted(SUPPORTED_SETTINGS))
+            raise ValueError(f"generate() of this model does not do {wrong}; it reads {supported}")
+        return settings
 
 
 def states_alone(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-    """In place of the product with the output matrix."""
+    """Return the hidden states [B, T, D]: a head that leaves out the product with the output matrix."""
     return x_BTD
 
 

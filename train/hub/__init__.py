@@ -1,1 +1,1 @@
-"""To and from Hugging Face folders: reading, writing, checking."""
+"""Hugging Face folders: reading, writing, verifying."""
