@@ -21,12 +21,12 @@ from .config import (
 from .plan import KVPlan, LayoutError, SlotShape, StackPlan, StoreSpec
 
 if TYPE_CHECKING:
-    from .block_generate import generate_blocks
     from .block_transformer import BlockTransformer, allocate_blocks
     from .cache import Cache, allocate
     from .decoder import Decoder
     from .generation import generate
-    from .model import LanguageModel, build
+    from .language_model import LanguageModel
+    from .model import build
 
 __all__ = [
     "ArchConfig",
@@ -53,7 +53,6 @@ __all__ = [
     "build",
     "from_dict",
     "generate",
-    "generate_blocks",
     "plan_from_dict",
     "resolve",
 ]
@@ -63,12 +62,11 @@ _MODULES = {
     "BlockTransformer": "block_transformer",
     "Cache": "cache",
     "Decoder": "decoder",
-    "LanguageModel": "model",
+    "LanguageModel": "language_model",
     "allocate": "cache",
     "allocate_blocks": "block_transformer",
     "build": "model",
     "generate": "generation",
-    "generate_blocks": "block_generate",
 }
 
 

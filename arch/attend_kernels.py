@@ -139,7 +139,7 @@ class FlashMask(NamedTuple):
 def flash_mask(sequences: Sequences, window: int | None, *, version: int) -> FlashMask:
     functions = flash_functions(version)
     assert isinstance(functions, FlashFunctions), functions
-    if sequences.documents_BT is None:
+    if sequences.segment_ids_BT is None:
         return FlashMask(functions.rows, Packed(None, sequences.length, effective_window(window, sequences.length)))
     return FlashMask(functions.packed, packed(sequences, window))
 

@@ -45,6 +45,11 @@ class BlockPlan:
         return 0 if self.start else self.block_length
 
     @property
+    def min_prompt(self) -> int:
+        """Tokens after which the model can predict the next one, without padding."""
+        return max(1, self.num_unpredicted)
+
+    @property
     def stacks(self) -> tuple[StackPlan, ...]:
         cross = self.num_context_vectors if self.cross else 0
         return (
@@ -84,7 +89,7 @@ def plan_from_dict(values: dict[str, Any]) -> Plan:
         start=values["start"],
         block=KVPlan.from_dict(values["block"]),
         token=KVPlan.from_dict(values["token"]),
-        cross=values["cross"],
+        cross=values.get("cross", False),  # absent in the plans of earlier versions
     )
 
 
@@ -217,6 +222,6 @@ def embed_dim(config: ModelConfig) -> int:
     return config.size.d_model // block.length if block.embedder == "lookup" else block.embed_dim or config.size.d_model
 
 
-def embedded(block: BlockConfig) -> int:
+def num_embedded_vectors(block: BlockConfig) -> int:
     """Vectors of the embedder that stand for a block: of its tokens, or of the CLS tokens."""
     return block.encoder.cls_tokens if block.embedder == "cls" else block.length

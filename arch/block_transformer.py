@@ -1,13 +1,12 @@
 """The Block Transformer (Ho et al. 2024): a decoder over blocks of tokens, and one within a block.
 
-A block's tokens become one vector, the block decoder turns the vectors so far into a context of the next block, and the
-token decoder says that block's tokens from the context and from the block's tokens so far, nothing else.
+A block's tokens become one vector, the block decoder turns the vectors so far into a context for the next block, and
+the token decoder predicts that block's tokens from the context and from the block's tokens so far, nothing else.
 
 Shapes: B batch, T tokens, N blocks, L block length, C vectors of an expanded context, D model, E token embedding of the
 embedder, O vectors of it that stand for a block, V vocabulary; M: blocks of all rows, B N.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,38 +14,50 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .block_plan import BlockPlan, block_config, embed_dim, embedded, has_encoder, resolve_block, split_config
+from .block_plan import (
+    BlockPlan,
+    block_config,
+    embed_dim,
+    has_encoder,
+    num_embedded_vectors,
+    resolve_block,
+    split_config,
+)
 from .cache import Cache, allocate
 from .config import ModelConfig
-from .decoder import Decoder, Stack
+from .decoder import Decoder, Stack, check_segments
 from .encoder import Encoder
-from .init import initialise
+from .language_model import Head, LanguageModel
+
+NO_DOCUMENTS = "a Block Transformer cannot keep packed documents apart, blocks cross their borders"
 
 
 class Embedder(nn.Module):
     """One vector per block: its tokens' embeddings end to end, and a linear map of them where they are projected.
 
     The `lookup` embedder of the paper's 2.2, and its widened form for uptraining; with an encoder before the linear
-    map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but no token of an encoder looks
-    at it.
+    map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but no token of an encoder sees
+    it.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto"):
         super().__init__()
         block, size, width = block_config(config), config.size, embed_dim(config)
-        cls_tokens = embedded(block) if block.embedder == "cls" else 0
+        cls_tokens = num_embedded_vectors(block) if block.embedder == "cls" else 0
         self.length = block.length
         self.embed = nn.Embedding(size.vocab_size, width)
         self.encoder = None
         if has_encoder(block):
             self.encoder = Encoder(block.encoder, block.length, cls_tokens, size.norm_eps, backend)
-        self.proj = None if block.embedder == "lookup" else nn.Linear(embedded(block) * width, size.d_model)
+        self.proj = None if block.embedder == "lookup" else nn.Linear(num_embedded_vectors(block) * width, size.d_model)
 
-    def forward(self, tokens_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """[B, N, D]. `real_BT` is False at padding."""
+    def forward(self, tokens_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
+        """Embed the blocks of `tokens_BT`, [B, N, D]. `segment_ids_BT` is negative at padding."""
         x_MOE: Tensor = self.embed(tokens_BT.reshape(-1, self.length))
         if self.encoder is not None:
-            x_MOE = self.encoder(x_MOE, None if real_BT is None else real_BT.reshape(-1, self.length))
+            x_MOE = self.encoder(
+                x_MOE, None if segment_ids_BT is None else segment_ids_BT.reshape(-1, self.length) >= 0
+            )
         x_BND = rearrange(x_MOE, "(b n) o e -> b n (o e)", b=len(tokens_BT))
         if self.proj is not None:
             x_BND = self.proj(x_BND)
@@ -55,17 +66,29 @@ class Embedder(nn.Module):
 
 @dataclass
 class BlockCache:
-    """`blocks` has a slot for each complete block; `tokens` has the block being said, which the next one overwrites."""
+    """Caches of both decoders, and where in a block the sequences are.
+
+    blocks       a slot for each complete block
+    tokens       the positions of the partial block, overwritten by the next block
+    partial_BL   tokens of the partial block, fewer than L
+    context_BCD  its expanded context; None before the first tokens
+    """
 
     blocks: Cache
     tokens: Cache
+    partial_BL: Tensor
+    context_BCD: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         return self.blocks.nbytes + self.tokens.nbytes
 
+    def pad_left(self, start_B: Tensor | None) -> None:
+        """As Cache.pad_left, in blocks."""
+        self.blocks.pad_left(start_B)
 
-class BlockTransformer(nn.Module):
+
+class BlockTransformer(LanguageModel):
     """A language model of the layout in `config.arch`, which has a section `block`, at the size in `config`.
 
     Raises LayoutError where it is impossible; `backend` and `device_type` as for a Decoder. Parameters are
@@ -74,20 +97,21 @@ class BlockTransformer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu"):
         super().__init__()
-        coarse, fine = split_config(config)
+        configs = split_config(config)
+        block_size, token_size = (part.size for part in configs)
         self.config = config
         self.plan: BlockPlan = resolve_block(config)
         self.kind = block_config(config).token.kind
         self.bos_token = block_config(config).token.bos_token
         self.embedder = Embedder(config, backend)
-        self.start = nn.Parameter(torch.empty(coarse.size.d_model)) if block_config(config).start else None
+        self.start = nn.Parameter(torch.empty(block_size.d_model)) if block_config(config).start else None
         bounded = [any(store.num_slots for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
-        of_blocks = "auto" if backend == "fla" and bounded == [False, True] else backend
-        self.block_decoder = Stack(coarse, of_blocks, device_type)
-        self.expansion = nn.Linear(coarse.size.d_model, self.plan.num_context_vectors * fine.size.d_model)
+        block_backend = "auto" if backend == "fla" and bounded == [False, True] else backend
+        self.block_decoder = Stack(configs[0], block_backend, device_type)
+        self.expansion = nn.Linear(block_size.d_model, self.plan.num_context_vectors * token_size.d_model)
         # Other kernels fill a tile of 128 with each block, and not all take so many rows: in_parts is for sdpa alone.
-        within = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
-        self.token_decoder = Decoder(fine, within, device_type, cross=self.plan.cross)
+        token_backend = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
+        self.token_decoder = Decoder(configs[1], token_backend, device_type, cross=self.plan.cross)
 
     @property
     def stacks(self) -> tuple[Stack | Encoder, ...]:
@@ -95,103 +119,164 @@ class BlockTransformer(nn.Module):
         decoders = self.block_decoder, self.token_decoder
         return decoders if self.embedder.encoder is None else (self.embedder.encoder, *decoders)
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The output matrix [V, D] of the token decoder."""
+        return self.token_decoder.output_weight
+
     def attention(self, documents: bool = False) -> str:
-        """As Decoder.attention. ValueError with `documents`: a block may belong to two."""
+        """As Decoder.attention. Raises ValueError with `documents`: a block may belong to two."""
         if documents:
-            raise ValueError("a Block Transformer cannot keep packed documents apart, blocks cross their borders")
+            raise ValueError(NO_DOCUMENTS)
         return f"blocks: {self.block_decoder.attention()}; within a block: {self.token_decoder.attention()}"
 
     def forward(
-        self, tokens_BT: Tensor, head: Callable[[Tensor, Tensor], Tensor] = F.linear, real_BT: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        cache: BlockCache | None = None,
+        last_only: bool = False,
+        head: Head = F.linear,
+        segment_ids_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T - L, V] of tokens L to T - 1; with a start context [B, T, V], of all of them.
+        """Return the logits [B, T - L, V] of tokens L to T - 1; with a start context [B, T, V], of all of them.
 
-        They are logits of the tokens themselves, not of the next ones: `predicted(tokens_BT)` are their targets.
-        T is a multiple of L. `head` as in Decoder.forward. `real_BT` is False at padding, which is then no key of the
-        token decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
+        They are logits of the tokens themselves: their targets are `select_targets(tokens_BT)`. With `last_only` they
+        are those of the last token. With `cache` and `last_only`, `tokens_BT` of any length continue what the cache
+        holds, are added to it, and the logits [B, 1, V] are those of the token after them.
+        `head` as in Decoder.forward. `segment_ids_BT`: 0, or negative at padding, which is then no key of the token
+        decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
+
+        Raises ValueError unless T is a number of whole blocks and one of them is predicted, with more than one segment,
+        where the cache has no room, and with a cache but not `last_only`.
         """
+        if segment_ids_BT is not None:
+            check_segments(tokens_BT, segment_ids_BT)
+            if bool((segment_ids_BT > 0).any()):  # waits for the device, in training with padding alone
+                raise ValueError(NO_DOCUMENTS)
+        if cache is not None:
+            if not last_only:
+                raise ValueError("over a cache, a Block Transformer has the logits of the next token; give last_only")
+            return self.continue_cache(tokens_BT, cache, head, segment_ids_BT)
         length = self.plan.block_length
-        if tokens_BT.shape[1] % length or tokens_BT.shape[1] < length * (1 if self.start is not None else 2):
+        if tokens_BT.shape[1] % length or tokens_BT.shape[1] < length + self.plan.num_unpredicted:
             raise ValueError(
                 f"{tokens_BT.shape[1]} tokens per row; give a multiple of the block length {length}, and at least one "
                 "block to predict"
             )
-        real_context_BT = None if real_BT is None else real_BT[:, :-length]
-        context_BND = self.encode(tokens_BT[:, :-length], real_BT=real_context_BT)
+        context_ids_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-length]
+        context_BND = self.encode(tokens_BT[:, :-length], segment_ids_BT=context_ids_BT)
         if self.start is not None:
             start_B1D = repeat(self.start.to(context_BND.dtype), "d -> b 1 d", b=len(tokens_BT))
             context_BND = torch.cat((start_B1D, context_BND), dim=1)
         context_MCD = self.expand(context_BND.flatten(0, 1))
-        tokens_ML = self.predicted(tokens_BT).reshape(-1, length)
+        tokens_ML = self.select_targets(tokens_BT).reshape(-1, length)
         x_MSD = self.token_inputs(context_MCD, tokens_ML[:, :-1])
-        real_MS = None
-        if real_BT is not None:
-            real_MS = self.predicted(real_BT).reshape(-1, length)[:, :-1]
-            real_MS = F.pad(real_MS, (x_MSD.shape[1] - length + 1, 0), value=True)
-        out_MSD = self.token_decoder.run(x_MSD, real_BT=real_MS, context_BCD=self.outside(context_MCD))
+        masks = None
+        if segment_ids_BT is not None:
+            ids_ML = self.select_targets(segment_ids_BT).reshape(-1, length)[:, :-1]
+            masks = self.token_decoder.padded_masks(F.pad(ids_ML, (x_MSD.shape[1] - length + 1, 0)))
+        cross_MCD = context_MCD if self.plan.cross else None
+        out_MSD = self.token_decoder.run(x_MSD, masks=masks, context_BCD=cross_MCD)
         x_MLD = self.token_decoder.norm(out_MSD[:, -length:])
         x_BTD = rearrange(x_MLD, "(b n) l d -> b (n l) d", b=len(tokens_BT))
-        return head(x_BTD, self.token_decoder.output_weight)
+        return head(x_BTD[:, -1:] if last_only else x_BTD, self.output_weight)
 
-    def predicted(self, of_tokens_BT: Tensor) -> Tensor:
-        """What `forward` predicts of its tokens, or the same part of anything else there is of each token."""
-        return of_tokens_BT[:, 0 if self.start is not None else self.plan.block_length :]
+    def allocate_cache(
+        self, batch: int, capacity: int, *, dtype: torch.dtype | None = None, start_B: Tensor | None = None
+    ) -> BlockCache:
+        weight = self.output_weight
+        dtype = dtype or weight.dtype
+        return allocate_blocks(self.plan, batch, capacity, dtype=dtype, device=weight.device, start_B=start_B)
 
-    def encode(self, tokens_BT: Tensor, cache: Cache | None = None, real_BT: Tensor | None = None) -> Tensor:
-        """After each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks.
+    def continue_cache(
+        self, tokens_BT: Tensor, cache: BlockCache, head: Head, segment_ids_BT: Tensor | None = None
+    ) -> Tensor:
+        """Add tokens to `cache` and return the logits [B, 1, V] of the next one.
 
-        `real_BT` as in `forward`; with a cache, blocks that are nothing but padding are those before its `start_B`.
+        Every completed block is encoded; what is left begins or continues the partial block.
         """
-        x_BND: Tensor = self.embedder(tokens_BT, real_BT)
+        length, num_partial = self.plan.block_length, cache.partial_BL.shape[1]
+        assert segment_ids_BT is None or not num_partial
+        all_BT = torch.cat((cache.partial_BL, tokens_BT), dim=1)
+        end = all_BT.shape[1] // length * length
+        if end or cache.context_BCD is None:
+            context_ids_BT = None if segment_ids_BT is None else segment_ids_BT[:, :end]
+            cache.context_BCD = self.expand(self.next_context(all_BT[:, :end], cache.blocks, context_ids_BT))
+            logits_B1V = self.start_block(cache.context_BCD, all_BT[:, end:], cache.tokens, head)
+        else:
+            logits_B1V = self.continue_block(cache.context_BCD, tokens_BT, num_partial, cache.tokens, head)
+        cache.partial_BL = all_BT[:, end:]
+        return logits_B1V
+
+    def next_context(self, tokens_BT: Tensor, cache: Cache, segment_ids_BT: Tensor | None) -> Tensor:
+        """Encode complete blocks; return the context [B, D] after them, the start context of a row that has none."""
+        if tokens_BT.shape[1]:
+            context_BD = self.encode(tokens_BT, cache, segment_ids_BT)[:, -1]
+            if self.start is None or cache.start_B is None:
+                return context_BD
+            return torch.where(cache.start_B[:, None] >= cache.length, self.start.to(context_BD.dtype), context_BD)
+        if self.start is None:
+            raise ValueError(
+                f"the first tokens are less than a block of {self.plan.block_length}; give a block or more"
+            )
+        return self.start.expand(len(tokens_BT), -1)
+
+    def encode(self, tokens_BT: Tensor, cache: Cache | None = None, segment_ids_BT: Tensor | None = None) -> Tensor:
+        """Return after each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks.
+
+        `segment_ids_BT` as in `forward`; over a cache, blocks of nothing but padding are those before its `start_B`.
+        """
+        x_BND: Tensor = self.embedder(tokens_BT, segment_ids_BT)
         if not x_BND.shape[1]:
             return x_BND
-        real_BN = None
-        if real_BT is not None and cache is None:
-            real_BN = rearrange(real_BT, "b (n l) -> b n l", l=self.plan.block_length).any(dim=-1)
-        out: Tensor = self.block_decoder.norm(self.block_decoder.run(x_BND, cache, real_BT=real_BN))
-        return out
+        masks = None
+        if segment_ids_BT is not None and cache is None:
+            ids_BN = rearrange(segment_ids_BT, "b (n l) -> b n l", l=self.plan.block_length).amax(dim=-1)
+            masks = self.block_decoder.padded_masks(ids_BN)
+        out_BND: Tensor = self.block_decoder.norm(self.block_decoder.run(x_BND, cache, masks))
+        return out_BND
 
     def expand(self, context_MD: Tensor) -> Tensor:
-        """The context as C vectors of the token decoder's width, [M, C, D]."""
+        """Map contexts [M, D] to C vectors each of the token decoder's width, [M, C, D]."""
         context_MCD: Tensor = rearrange(self.expansion(context_MD), "m (c d) -> m c d", c=self.plan.num_context_vectors)
         return context_MCD
 
     def token_inputs(self, context_MCD: Tensor, tokens_ML: Tensor) -> Tensor:
-        """Inputs of the token decoder from the beginning of a block: context or start token, and its first tokens."""
+        """Return the token decoder's inputs [M, S, D] for a block: its context or start token, and its first tokens."""
         if self.kind == "prefix":
             return torch.cat((context_MCD, self.token_decoder.embed(tokens_ML).to(context_MCD.dtype)), dim=1)
         x_MLD: Tensor = self.token_decoder.embed(F.pad(tokens_ML, (1, 0), value=self.bos_token))
         return context_MCD[:, : x_MLD.shape[1]] + x_MLD if self.kind == "summation" else x_MLD
 
-    def outside(self, context_MCD: Tensor) -> Tensor | None:
-        """What the layers of the token decoder attend to outside of its inputs."""
-        return context_MCD if self.plan.cross else None
+    def start_block(self, context_MCD: Tensor, tokens_ML: Tensor, cache: Cache, head: Head = F.linear) -> Tensor:
+        """Return the logits [M, 1, V] of the token after the first `tokens_ML` of a block, of which there may be none.
 
-    def begin(self, context_MCD: Tensor, tokens_ML: Tensor, cache: Cache) -> Tensor:
-        """Logits [M, V] of the token after `tokens_ML`, the first ones of a block, of which there may be none.
-
-        What the cache held of another block is overwritten.
+        They overwrite the block before in `cache`.
         """
         cache.length = 0
-        return self._say(self.token_inputs(context_MCD, tokens_ML), cache, self.outside(context_MCD))
+        x_MSD = self.token_inputs(context_MCD, tokens_ML)
+        return self._last_logits(x_MSD, cache, head, context_MCD if self.plan.cross else None)
 
-    def step(self, context_MCD: Tensor, tokens_ML: Tensor, before: int, cache: Cache) -> Tensor:
-        """Logits [M, V] of the token after `tokens_ML`, which follow `before` tokens of their block."""
+    def continue_block(
+        self, context_MCD: Tensor, tokens_ML: Tensor, num_before: int, cache: Cache, head: Head = F.linear
+    ) -> Tensor:
+        """Return the logits [M, 1, V] of the token after `tokens_ML`, which follow `num_before` tokens of a block."""
         x_MLD = self.token_decoder.embed(tokens_ML)
         if self.kind == "summation":
-            x_MLD = x_MLD + context_MCD[:, before + 1 : before + 1 + tokens_ML.shape[1]]
-        return self._say(x_MLD, cache)
+            x_MLD = x_MLD + context_MCD[:, num_before + 1 : num_before + 1 + tokens_ML.shape[1]]
+        return self._last_logits(x_MLD, cache, head)
 
-    def _say(self, x_MLD: Tensor, cache: Cache, context_MCD: Tensor | None = None) -> Tensor:
-        x_MD = self.token_decoder.norm(self.token_decoder.run(x_MLD, cache, context_BCD=context_MCD)[:, -1])
-        return F.linear(x_MD, self.token_decoder.output_weight)
+    def _last_logits(self, x_MSD: Tensor, cache: Cache, head: Head, context_MCD: Tensor | None = None) -> Tensor:
+        x_MSD = self.token_decoder.run(x_MSD, cache, context_BCD=context_MCD)
+        return head(self.token_decoder.norm(x_MSD[:, -1:]), self.output_weight)
 
-    def init_weights(self, seed: int = 0) -> None:
-        """As `initialise`; the maps from one decoder to the other keep the scale of what they are given."""
-        own = {"expansion.weight": self.config.size.d_model**-0.5}
+    @property
+    def init_stds(self) -> dict[str, float]:
+        """Of the maps between the decoders, which keep the scale of their inputs."""
+        stds = {"expansion.weight": self.config.size.d_model**-0.5}
         if self.embedder.proj is not None:
-            own["embedder.proj.weight"] = float(self.embedder.proj.in_features) ** -0.5
-        initialise(self, self.config.size.init_std, seed, own)
+            stds["embedder.proj.weight"] = float(self.embedder.proj.in_features) ** -0.5
+        return stds
 
 
 def allocate_blocks(
@@ -203,12 +288,11 @@ def allocate_blocks(
     device: torch.device | str = "cpu",
     start_B: Tensor | None = None,
 ) -> BlockCache:
-    """An empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
+    """Allocate an empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
 
-    Only complete blocks take room that grows. `start_B`: row b is padding before block `start_B[b]`.
+    Only the slots of complete blocks grow with the capacity. `start_B`: row b is padding before block `start_B[b]`.
     """
     blocks = allocate(plan.block, batch, capacity // plan.block_length, dtype=dtype, device=device, start_B=start_B)
-    context = plan.num_context_vectors if plan.cross else 0
-    return BlockCache(
-        blocks, allocate(plan.token, batch, plan.num_positions, dtype=dtype, device=device, context=context)
-    )
+    cross = plan.num_context_vectors if plan.cross else 0
+    tokens = allocate(plan.token, batch, plan.num_positions, dtype=dtype, device=device, num_cross_vectors=cross)
+    return BlockCache(blocks, tokens, torch.empty(batch, 0, dtype=torch.int64, device=device))

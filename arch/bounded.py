@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .buffers import Slots, StateBuffer
 from .config import SizeConfig, head_dim, style_of
 from .layers import Rope, at_least_fp32, rotate
-from .masks import Sequences, document_starts
+from .masks import Sequences, segment_starts
 from .plan import CHUNK, StoreSpec
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
@@ -58,8 +58,8 @@ class TokenPositions(NamedTuple):
 def steps(sequences: Sequences) -> TokenPositions:
     """Of tokens that attend to themselves, without a cache."""
     place_BT = torch.arange(sequences.length, device=sequences.device)[None]
-    if sequences.documents_BT is not None:
-        place_BT = place_BT - document_starts(sequences.documents_BT)
+    if sequences.segment_ids_BT is not None:
+        place_BT = place_BT - segment_starts(sequences.segment_ids_BT)
     return TokenPositions(place_BT)
 
 

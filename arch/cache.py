@@ -17,10 +17,9 @@ from .plan import KVPlan, StoreSpec
 
 @dataclass
 class Cache:
-    """What a decoder remembers of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`.
+    """The slots of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`.
 
-    context  of each layer, keys and values of the vectors outside of the sequence that it attends to
-    origin   the token from which positions count; those before it have position 0 like it
+    cross_buffers  for each layer, keys and values of the vectors that it attends to besides its own sequence
     """
 
     plan: KVPlan
@@ -28,15 +27,20 @@ class Cache:
     capacity: int
     start_B: Tensor | None = None
     length: int = 0
-    context: tuple[AppendBuffer, ...] = ()
-    origin: int = 0
+    cross_buffers: tuple[AppendBuffer, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the cache; a view counts with all of the storage it keeps alive."""
-        tensors = [tensor for store in (*self.stores, *self.context) for tensor in store.tensors]
+        tensors = [tensor for store in (*self.stores, *self.cross_buffers) for tensor in store.tensors]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
+
+    def pad_left(self, start_B: Tensor | None) -> None:
+        """Set `start_B` of an empty cache. Raises ValueError where it is not empty."""
+        if self.length:
+            raise ValueError(f"the cache has {self.length} positions already; prompts need an empty one")
+        self.start_B = start_B
 
     def check(self, plan: KVPlan, batch: int, length: int) -> None:
         """Raises ValueError where `length` more tokens for `batch` sequences of a model of `plan` cannot be added."""
@@ -56,35 +60,33 @@ class Cache:
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
         index = torch.arange(self.length, self.length + length, device=device)
-        if self.start_B is None:
-            return (index - self.origin).clamp(min=0) if self.origin else index
-        return (index - self.start_B[:, None] - self.origin).clamp(min=0)
+        return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
 
     def mask(self, window: int | None, length: int, device: torch.device) -> Dense:
-        """What the next `length` tokens see of the slots that stores of this window hand out.
+        """Mask of the next `length` tokens over the slots that buffers of this window return.
 
-        Always dense: slots of a ring lie in no order that another kernel knows, and the tokens of a step are few.
+        It is always dense: no other kernel knows the order of slots in a ring, and a step has few tokens.
         """
         if self.start_B is None and self.length == 0:
             rows = self.stores[0].tensors[0].shape[0]
             return dense(Sequences(rows, length, None, device), window)
         if self.start_B is None and window is None and length == 1:
             return Dense(causal=False, allowed=None)
-        alike = (s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
-        store = next(s for s in alike if not isinstance(s, StateBuffer))
+        same_window = (s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
+        store = next(s for s in same_window if not isinstance(s, StateBuffer))
         query = torch.arange(self.length, self.length + length, device=device)
         slots = store.indices(self.length, length, device)
         return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
 
-    def steps(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
-        """Where the next `length` tokens stand, for the bounded store `store`."""
-        before = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
-        place = before[None] if self.start_B is None else before - self.start_B[:, None]
+    def token_positions(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
+        """Positions of the next `length` tokens, for the bounded store `store`, with rotary tables of its window."""
+        index = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
+        positions = index[None] if self.start_B is None else index - self.start_B[:, None]
         if store.window is None:
-            return TokenPositions(place, None)
-        past = place[:, : store.window].clamp(min=0)
+            return TokenPositions(positions, None)
+        past = positions[:, : store.window].clamp(min=0)
         rope = rope_table(past[0] if self.start_B is None else past, *store.rope_key)
-        return TokenPositions(place[:, store.window :], rope)
+        return TokenPositions(positions[:, store.window :], rope)
 
 
 def allocate(
@@ -95,12 +97,12 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     start_B: Tensor | None = None,
-    context: int = 0,
+    num_cross_vectors: int = 0,
 ) -> Cache:
-    """An empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
+    """Allocate an empty cache for `batch` sequences of up to `capacity` tokens, `footprint.allocated_bytes` in all.
 
     `start_B`: the batch is padded on the left, row b up to token `start_B[b]`.
-    `context`: vectors outside of the sequence that every layer attends to, whose slots are in no plan.
+    `num_cross_vectors`: as in StackPlan.
     """
 
     def zeros(store: StoreSpec, positions: int) -> Slots:
@@ -115,5 +117,6 @@ def allocate(
             return StateBuffer((state, *tensors) if store.window else (state,))
         return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
 
-    kept = [AppendBuffer(zeros(plan.store(layer), context)) for layer in range(plan.num_layers if context else 0)]
-    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B, context=tuple(kept))
+    layers = range(plan.num_layers if num_cross_vectors else 0)
+    cross_buffers = tuple(AppendBuffer(zeros(plan.store(layer), num_cross_vectors)) for layer in layers)
+    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B, cross_buffers=cross_buffers)

@@ -15,16 +15,16 @@ from .layers import build_norm
 from .plan import StoreSpec
 
 
-class Context(NamedTuple):
-    """What one layer attends to outside of its sequence, every token to all of it.
+class CrossContext(NamedTuple):
+    """Vectors that every token of a layer attends to besides its own sequence.
 
-    vectors_BCD  the vectors; None: `store` has their keys and values
-    store        a cache of those: written where there are vectors, read where there are none; None keeps nothing
-    mask         that hides nothing
+    vectors_BCD  the vectors; None: their keys and values are read from `buffer`
+    buffer       cache of the keys and values, written when there are vectors; None: no cache
+    mask         hides nothing
     """
 
     vectors_BCD: Tensor | None
-    store: AppendBuffer | None
+    buffer: AppendBuffer | None
     mask: Mask
 
 
@@ -45,21 +45,21 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(size.d_model, self.kv_heads * width, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=bias)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """What is to be added to the residual stream `x_BTD`."""
+    def forward(self, x_BTD: Tensor, context: CrossContext) -> Tensor:
+        """Attend from the residual stream [B, T, D] to the context; return what is added to it, [B, T, D]."""
         q_BTNH = rearrange(self.q_proj(self.norm(x_BTD)), "b t (n h) -> b t n h", n=self.num_heads)
         k_BCKH, v_BCKH = (slot.to(q_BTNH.dtype) for slot in self.slots(context))  # a cache may hold another type
         out_BTNH = attend(q_BTNH, k_BCKH, v_BCKH, context.mask, self.scale, None)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
-    def slots(self, context: Context) -> Slots:
-        """Keys and values of the context, made where there are vectors."""
+    def slots(self, context: CrossContext) -> Slots:
+        """Keys and values [B, C, K, H] of the context, computed from its vectors or read from its buffer."""
         if context.vectors_BCD is None:
-            assert context.store is not None
-            return context.store.tensors
-        made = tuple(
+            assert context.buffer is not None
+            return context.buffer.tensors
+        slots = tuple(
             rearrange(proj(context.vectors_BCD), "b c (k h) -> b c k h", k=self.kv_heads)
             for proj in (self.k_proj, self.v_proj)
         )
-        return made if context.store is None else context.store.update(made, 0)
+        return slots if context.buffer is None else context.buffer.update(slots, 0)

@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -16,11 +16,11 @@ from .attention import attention_needs, build_reader, build_writer
 from .bounded import TokenPositions, steps
 from .bounded_fla import BoundedBackend, choose_bounded
 from .buffers import Buffer, Slots
-from .cache import Cache
+from .cache import Cache, allocate
 from .config import ModelConfig, SizeConfig, style_of
-from .cross_attention import Context, CrossAttention
-from .init import initialise
-from .layers import Rope, build_mlp, build_norm, rope_table
+from .cross_attention import CrossAttention, CrossContext
+from .language_model import Head, LanguageModel
+from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table
 from .masks import Dense, Sequences, padded
 from .plan import KVPlan, StoreSpec, resolve_stack
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
     """Pre-norm attention, then the MLP; or, with parallel residuals, both of the same input. The owner of a store also
     writes it.
 
-    With `cross`, attention to what is outside of the sequence comes after that to the sequence.
+    With `cross`, attention to the vectors of a CrossContext comes after that to the sequence.
     """
 
     def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False):
@@ -49,19 +49,19 @@ class Block(nn.Module):
         slots: Slots,
         rope: Rope,
         mask: Mask | TokenPositions,
-        store: Buffer | None = None,
+        buffer: Buffer | None = None,
         offset: int = 0,
-        context: Context | None = None,
+        context: CrossContext | None = None,
     ) -> tuple[Tensor, Slots]:
-        """The next residual stream, and the slots this layer read.
+        """Return the next residual stream [B, T, D], and the slots this layer read.
 
-        `slots` is what an earlier layer wrote, ignored by an owner. With `store`, the cache of what this layer writes,
-        the new slots (of tokens `offset` on) go through it and come back with the ones before.
+        `slots` is what an earlier layer wrote, ignored by an owner. `buffer` caches what an owner writes: the slots of
+        the new tokens, `offset` and later, go into it and come back with the earlier ones.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
-            slots = self.writer(source_BTD, rope, mask, store, offset)
+            slots = self.writer(source_BTD, rope, mask, buffer, offset)
         attended_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
         if self.cross is not None:
             assert context is not None
@@ -76,7 +76,7 @@ class Stack(nn.Module):
     `backend` names an attention backend (`attend.BACKENDS`), or is `auto` or `flash`, decided here for each store and
     the device the model is built on; raises ValueError where it cannot run the layout. Parameters are uninitialised
     until `init_weights` of the whole model. `activation_checkpointing` recomputes each block in the backward pass.
-    With `cross` every layer also attends to vectors that `run` is given.
+    With `cross` every layer also attends to the vectors passed to `run`.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
@@ -100,7 +100,8 @@ class Stack(nn.Module):
         return (self,)
 
     def attention(self, documents: bool = False) -> str:
-        """The backends in use and for which stores, for a log; ValueError where they cannot run packed documents."""
+        """Name the attention backends and their stores, for a log. Raises ValueError where they cannot run `documents`,
+        several in one row."""
         chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
         used: dict[str, dict[str, None]] = {}
         for backend, store in zip(chosen, self.plan.stores, strict=True):
@@ -108,78 +109,75 @@ class Stack(nn.Module):
             used.setdefault(how, {})[store.name] = None
         return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
 
-    def masks(self, x_BTD: Tensor, cache: Cache | None, documents_BT: Tensor | None) -> list[Mask | TokenPositions]:
-        """Of each store, made once for each distinct window and backend; of bounded ones, where tokens stand.
+    def masks(self, x_BTD: Tensor, segment_ids_BT: Tensor | None = None) -> list[Mask | TokenPositions]:
+        """Make one mask per store for `x_BTD` attending to itself; bounded stores get token positions instead.
 
-        Raises as `run` where they cannot be.
+        Raises ValueError where the backend cannot run segments, or computes in another type.
         """
-        packed = documents_BT is not None
-        if packed and cache is not None:
-            raise ValueError("documents_BT cannot be given with a cache, whose rows are one document each; drop one")
-        if documents_BT is not None and documents_BT.shape != x_BTD.shape[:2]:
-            shapes = f"{tuple(documents_BT.shape)}, the tokens {tuple(x_BTD.shape[:2])}"
-            raise ValueError(f"documents_BT has shape {shapes}; give a document number for each token")
-        (batch, length), device, stores = x_BTD.shape[:2], x_BTD.device, self.plan.stores
-        if cache is not None:
-            over = self.dense_masks(lambda window: cache.mask(window, length, device))
-            return [cache.steps(s, length, device) if s.num_slots else over[s.window] for s in stores]
-        if packed not in self.chosen:
-            self.chosen[packed] = choose_backends(self.backend, self.config.size, self.plan, self.device_type, packed)
-        sequences = Sequences(batch, length, documents_BT, device)
-        kinds = [(backend, store.window) for backend, store in zip(self.chosen[packed], stores, strict=True)]
+        segmented = segment_ids_BT is not None
+        if segmented not in self.chosen:
+            self.chosen[segmented] = choose_backends(
+                self.backend, self.config.size, self.plan, self.device_type, segmented
+            )
+        sequences = Sequences(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
+        kinds = [(backend, s.window) for backend, s in zip(self.chosen[segmented], self.plan.stores, strict=True)]
         made = {
-            (b, window): steps(sequences) if b is None else b.mask(sequences, window, x_BTD.dtype)
+            (b, window): steps(sequences) if b is None else b.mask(sequences, window, compute_dtype(x_BTD))
             for b, window in dict.fromkeys(kinds)
         }
         return [made[kind] for kind in kinds]
 
-    def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
-        """For each window of the plan, for a kernel that takes any mask."""
-        return {window: Mask(dense_kernel(self.backend), mask_of(window)) for window in self.plan.windows}
+    def cached_masks(self, cache: Cache, length: int, device: torch.device) -> list[Mask | TokenPositions]:
+        """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
+        mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device))
+        return [
+            cache.token_positions(store, length, device) if store.num_slots else mask_by_window[store.window]
+            for store in self.plan.stores
+        ]
 
-    def padded_masks(self, real_BT: Tensor) -> list[Mask]:
-        """Of each store, where some tokens are padding. Raises ValueError where a store is bounded."""
+    def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
+        """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
         if any(store.num_slots for store in self.plan.stores):
             raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
-        over = self.dense_masks(partial(padded, real_BT))
-        return [over[store.window] for store in self.plan.stores]
+        mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
+        return [mask_by_window[store.window] for store in self.plan.stores]
 
-    def outside(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> Context | None:
-        """What `layer` attends to outside of the sequence, if it does."""
+    def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
+        """For each window of the plan, a mask for a kernel that takes dense ones."""
+        return {window: Mask(dense_kernel(self.backend), mask_of(window)) for window in self.plan.windows}
+
+    def cross_context(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> CrossContext | None:
+        """Vectors, or their cached keys and values, that `layer` attends to besides its sequence; None: it does not."""
         if not self.cross:
             return None
-        store = None if cache is None else cache.context[layer]
-        return Context(context_BCD, store, Mask(dense_kernel(self.backend), Dense(causal=False, allowed=None)))
+        buffer = None if cache is None else cache.cross_buffers[layer]
+        return CrossContext(context_BCD, buffer, Mask(dense_kernel(self.backend), Dense(causal=False, allowed=None)))
 
     def run(
         self,
         x_BTD: Tensor,
         cache: Cache | None = None,
-        documents_BT: Tensor | None = None,
-        real_BT: Tensor | None = None,
+        masks: Sequence[Mask | TokenPositions] | None = None,
         context_BCD: Tensor | None = None,
     ) -> Tensor:
-        """The last residual stream, not normalised, of the first one. Raises as `Decoder.forward`.
+        """Run the layers on `x_BTD` and return the residual stream [B, T, D], before the last norm.
 
-        `real_BT`, without a cache or documents: False where nobody looks; a token that would see nothing sees itself.
-        `context_BCD`: the vectors of a stack with `cross`; None: those that the cache got last.
+        With `cache`, the tokens continue what it holds and are added to it. `masks`: one per store; None: causal.
+        `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. Raises ValueError where
+        the tokens do not fit into the cache, or as `masks`.
         """
         length, device = x_BTD.shape[1], x_BTD.device
-        offset = 0
+        x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
         if cache is None:
-            positions = torch.arange(length, device=device)
+            offset, positions = 0, torch.arange(length, device=device)
+            masks = self.masks(x_BTD) if masks is None else masks
         else:
             cache.check(self.plan, x_BTD.shape[0], length)
-            offset = cache.length
-            positions = cache.positions(length, device)
+            offset, positions = cache.length, cache.positions(length, device)
+            masks = self.cached_masks(cache, length, device) if masks is None else masks
         ropes = {
             key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
         }
-
-        if torch.is_autocast_enabled(device.type):  # the residual stream is of the type that is computed in
-            x_BTD = x_BTD.to(torch.get_autocast_dtype(device.type))
-        assert real_BT is None or (cache is None and documents_BT is None)
-        masks = self.masks(x_BTD, cache, documents_BT) if real_BT is None else self.padded_masks(real_BT)
         written: list[Slots] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -192,7 +190,7 @@ class Stack(nn.Module):
                 masks[read],
                 cache.stores[read] if owner and cache is not None else None,
                 offset,
-                self.outside(context_BCD, cache, layer),
+                self.cross_context(context_BCD, cache, layer),
             )
             if self.activation_checkpointing and self.training:
                 x_BTD, slots = checkpoint(block, *arguments, use_reentrant=False)
@@ -207,8 +205,10 @@ class Stack(nn.Module):
         return x_BTD
 
 
-class Decoder(Stack):
+class Decoder(Stack, LanguageModel):
     """A language model: a stack over embedded tokens, and an output matrix."""
+
+    plan: KVPlan
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
         super().__init__(config, backend, device_type, cross)
@@ -226,37 +226,50 @@ class Decoder(Stack):
         tokens_BT: Tensor,
         cache: Cache | None = None,
         last_only: bool = False,
-        head: Callable[[Tensor, Tensor], Tensor] = F.linear,
-        documents_BT: Tensor | None = None,
+        head: Head = F.linear,
+        segment_ids_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the token after each of `tokens_BT`; [B, 1, V], of the last alone, with `last_only`.
+        """Return the logits [B, T, V] of the token after each of `tokens_BT`; with `last_only` of the last, [B, 1, V].
 
-        With `cache` the tokens continue what it holds and are added to it. Raises ValueError if they do not fit.
-        `head` gets the normalised last residual stream [B, T, D] and the output matrix [V, D]; a loss that never holds
-        all logits takes the place of the product here.
-        With `documents_BT` a row is several documents, each a run of equal numbers, that do not see each other.
-        Positions go on counting through the row: rotary scores depend on distances alone. Not with a cache.
+        With `cache` the tokens continue what it holds and are added to it. `head` gets the normalised last residual
+        stream [B, T, D] and the output matrix [V, D]: a loss that never holds all logits takes the place of the
+        product. `segment_ids_BT`: a run of equal numbers is a segment, and segments, such as documents, do not see each
+        other. Positions go on counting through the row: rotary scores depend on distances alone.
+
+        Raises ValueError where the tokens do not fit into the cache, or with segments of another shape or over a cache.
         """
-        x_BTD = self.run(self.embed(tokens_BT), cache, documents_BT)
+        x_BTD, masks = self.embed(tokens_BT), None
+        if segment_ids_BT is not None:
+            check_segments(tokens_BT, segment_ids_BT)
+            if cache is not None:
+                raise ValueError("segment_ids_BT cannot be given with a cache, whose rows are one segment; drop one")
+            masks = self.masks(x_BTD, segment_ids_BT)
+        x_BTD = self.run(x_BTD, cache, masks)
         if last_only:
             x_BTD = x_BTD[:, -1:]
         return head(self.norm(x_BTD), self.output_weight)
 
-    def predicted(self, of_targets_BT: Tensor) -> Tensor:
-        """The part of the targets, or of anything else there is of each, that `forward` predicts: here all."""
-        return of_targets_BT
+    def allocate_cache(
+        self, batch: int, capacity: int, *, dtype: torch.dtype | None = None, start_B: Tensor | None = None
+    ) -> Cache:
+        weight = self.output_weight
+        dtype = dtype or weight.dtype
+        return allocate(self.plan, batch, capacity, dtype=dtype, device=weight.device, start_B=start_B)
 
-    def init_weights(self, seed: int = 0) -> None:
-        """As `initialise`, with the size's `init_std`."""
-        initialise(self, self.config.size.init_std, seed)
+
+def check_segments(tokens_BT: Tensor, segment_ids_BT: Tensor) -> None:
+    """Raise ValueError unless there is one id per token."""
+    if segment_ids_BT.shape != tokens_BT.shape:
+        shapes = f"{tuple(segment_ids_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
+        raise ValueError(f"segment_ids_BT has shape {shapes}; give the number of a segment for each token")
 
 
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
 ) -> tuple[Backend | BoundedBackend | None, ...]:
-    """Of each store, the attention backend of the layers that read it, with or without packed documents. For bounded
-    stores that is `fla` or none: their rules are plain torch.
+    """Choose, in the order of `plan.stores`, the attention backend of the layers that read each store.
 
+    For a bounded store that is `fla`, or None: its rule runs in plain torch. `documents`: several in one row.
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)

@@ -3,7 +3,6 @@
 Shapes: M sequences, L tokens of one, S positions, CLS tokens and L, E width, O outputs, N heads, H head.
 """
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attend import Mask, attend, dense_kernel
 from .config import EncoderConfig
-from .layers import GeluMLP, LayerNorm
+from .layers import GeluMLP, LayerNorm, compute_dtype
 from .masks import Dense
 
 
@@ -41,8 +40,8 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Outputs at the tokens of short sequences of `length`, or with `cls_tokens` at that many CLS tokens before them.
 
-    Positions are learned, and padding takes one. As all sequences are of one length, what RoBERTa adds to a position
-    besides, its only token type and the embedding of the CLS token, is part of it. Without RoBERTa's dropout.
+    Positions are learned, and padding takes one. All sequences have one length, so the learned positions include what
+    RoBERTa adds to each: its only token type, and the embedding of the CLS token. There is no dropout.
     `activation_checkpointing` recomputes each layer in the backward pass.
     """
 
@@ -55,12 +54,16 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(config.d_model, norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config, norm_eps) for _ in range(config.layers))
 
-    def forward(self, x_MLE: Tensor, real_ML: Tensor | None = None) -> Tensor:
-        """[M, O, E]. Nobody sees a token where `real_ML` is False, unless the sequence has no other."""
+    def forward(self, x_MLE: Tensor, is_token_ML: Tensor | None = None) -> Tensor:
+        """Encode embedded tokens [M, L, E] and return the outputs [M, O, E].
+
+        `is_token_ML` is False at padding, which no token sees, unless the sequence has nothing else.
+        """
         x_MSE = self.norm(F.pad(x_MLE, (0, 0, self.cls_tokens, 0)) + self.position.weight)
-        if torch.is_autocast_enabled(x_MSE.device.type):  # as in Stack.run, and as it is where FSDP casts the embedding
-            x_MSE = x_MSE.to(torch.get_autocast_dtype(x_MSE.device.type))
-        mask = Mask(self.kernel, Dense(causal=False, allowed=None if real_ML is None else self.visible(real_ML)))
+        x_MSE = x_MSE.to(compute_dtype(x_MSE))  # as in Stack.run, and as it is where FSDP casts the embedding
+        mask = Mask(
+            self.kernel, Dense(causal=False, allowed=None if is_token_ML is None else self.visible(is_token_ML))
+        )
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x_MSE = checkpoint(layer, x_MSE, mask, use_reentrant=False)
@@ -69,8 +72,8 @@ class Encoder(nn.Module):
         out_MOE: Tensor = x_MSE[:, : self.cls_tokens or None]
         return out_MOE
 
-    def visible(self, real_ML: Tensor) -> Tensor:
-        """[M, 1, S, S]"""
-        real_MS = F.pad(real_ML, (self.cls_tokens, 0), value=True)
-        shown_MS = real_MS | ~real_MS.any(dim=-1, keepdim=True)
-        return shown_MS[:, None, None].expand(-1, 1, real_MS.shape[1], -1)
+    def visible(self, is_token_ML: Tensor) -> Tensor:
+        """Mask [M, 1, S, S] of the positions that are no padding."""
+        is_token_MS = F.pad(is_token_ML, (self.cls_tokens, 0), value=True)
+        visible_MS = is_token_MS | ~is_token_MS.any(dim=-1, keepdim=True)
+        return visible_MS[:, None, None].expand(-1, 1, is_token_MS.shape[1], -1)

@@ -8,7 +8,7 @@ is `stored` at the full capacity for every sequence of the batch.
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .block_plan import BlockPlan, Plan, block_config, embed_dim, embedded, has_encoder, split_config
+from .block_plan import BlockPlan, Plan, block_config, embed_dim, has_encoder, num_embedded_vectors, split_config
 from .config import BlockConfig, ModelConfig, SizeConfig, head_dim, style_of
 from .plan import CHUNK, KVPlan, StackPlan, StoreSpec
 
@@ -108,7 +108,7 @@ def block_params(config: ModelConfig, plan: BlockPlan) -> int:
     width, d_model = embed_dim(config), coarse.size.d_model
     embedder = config.size.vocab_size * width
     if block.embedder != "lookup":
-        embedder += embedded(block) * width * d_model + d_model
+        embedder += num_embedded_vectors(block) * width * d_model + d_model
     if has_encoder(block):
         embedder += encoder_params(block)
     expansion = plan.num_context_vectors * fine.size.d_model * (d_model + 1)
@@ -202,7 +202,7 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
     predicted = (seq_len - plan.num_unpredicted) // plan.block_length
     total = stack_flops(coarse, plan.block, contexts)
     if block.embedder != "lookup":
-        total += 2 * contexts * embedded(block) * embed_dim(config) * coarse.size.d_model
+        total += 2 * contexts * num_embedded_vectors(block) * embed_dim(config) * coarse.size.d_model
     if has_encoder(block):
         total += contexts * encoder_flops(block)
     if plan.cross:

@@ -1,82 +1,106 @@
-"""Text out: prefill the prompts, then decode token by token over the cache.
+"""Text generation: prefill the prompts, then decode token by token over the cache.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .cache import allocate
-from .decoder import Decoder
+from .block_plan import Plan
+from .language_model import LanguageModel
+
+
+class PromptBatch(NamedTuple):
+    """Prompts as a batch whose blocks begin together. With blocks of one token, `tokens_BT` is all there is.
+
+    tokens_BT       what all rows are prefilled with: complete blocks, padded on the left, and as many of the tokens
+                    after them as every row has
+    start_B         the block at which each row begins; None: at the first
+    segment_ids_BT  negative where `pad_token` fills up the first block of a short prompt; None: nowhere
+    forced_BF       the rest of each prompt, padded on the right: tokens that are not sampled
+    num_forced_B    how many those are
+    """
+
+    tokens_BT: Tensor
+    start_B: Tensor | None
+    segment_ids_BT: Tensor | None
+    forced_BF: Tensor
+    num_forced_B: Tensor
+
+    def capacity(self, max_new_tokens: int) -> int:
+        """Tokens in the cache at the end; the last new one is not fed back."""
+        return self.tokens_BT.shape[1] + self.forced_BF.shape[1] + max_new_tokens - 1
 
 
 @torch.inference_mode()
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     stop_token: int | None = None,
+    pad_token: int | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    cache: Any = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continuations of `prompts`, which may differ in length: up to `max_new_tokens` tokens, without `stop_token`.
+    """Continue `prompts`, which may differ in length, by up to `max_new_tokens` tokens each, without `stop_token`.
 
     temperature    0 takes the most likely token; otherwise logits are divided by it
     top_p          sample from the smallest set of tokens that holds this much probability
+    pad_token      fills up from the left a prompt shorter than `plan.min_prompt`, as in training with random padding
+                   (Block Transformer, appendix H); None: such a prompt is refused
     prefill_chunk  tokens of prompt per forward pass; None takes them all at once
     cache_dtype    type of the cache's elements; None takes that of the weights
+    cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
 
-    Raises ValueError on an empty prompt or an impossible option.
+    Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
     """
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk)
-    weight = model.embed.weight
-    device = weight.device
-    longest = max(map(len, prompts))
-    start_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    tokens_BT = torch.tensor([[0] * (longest - len(p)) + [int(t) for t in p] for p in prompts], device=device)
-    cache = allocate(
-        model.plan,
-        len(prompts),
-        longest + max_new_tokens - 1,  # the last token is not fed back
-        dtype=cache_dtype or weight.dtype,
-        device=device,
-        start_B=start_B if bool(start_B.any()) else None,
-    )
+    device = model.output_weight.device
+    batch = batch_prompts(model.plan, prompts, pad_token, device)
+    num_steps = batch.forced_BF.shape[1] + max_new_tokens
+    if cache is None:
+        cache = model.allocate_cache(len(prompts), batch.capacity(max_new_tokens), dtype=cache_dtype)
+    cache.pad_left(batch.start_B)
     generator = torch.Generator(device=device).manual_seed(seed)
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    new: list[Tensor] = []
-    chunk = prefill_chunk or longest
+    generated: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
-        for begin in range(0, longest, chunk):
-            logits_BTV = model(tokens_BT[:, begin : begin + chunk], cache, last_only=True)
+        logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
         while True:
-            next_B = sample(logits_BTV[:, -1], temperature, top_p, generator)
-            new.append(next_B)
-            if len(new) == max_new_tokens:
+            next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator), len(generated)
+            if number < batch.forced_BF.shape[1]:
+                next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
+            generated.append(next_B)
+            if len(generated) == num_steps:
                 break
             if stop_token is not None:
-                done_B |= next_B == stop_token
+                done_B |= (next_B == stop_token) & (number >= batch.num_forced_B)
+                done_B |= number + 1 >= batch.num_forced_B + max_new_tokens
                 if bool(done_B.all()):
                     break
-            logits_BTV = model(next_B[:, None], cache)
+            logits_B1V = model.decode_step(next_B[:, None], cache)
     finally:
         model.train(was_training)
-    rows: list[list[int]] = torch.stack(new, dim=1).tolist()
-    return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
+    rows = torch.stack(generated, dim=1).tolist()
+    new = [row[skip : skip + max_new_tokens] for row, skip in zip(rows, batch.num_forced_B.tolist(), strict=True)]
+    return [row[: row.index(stop_token)] if stop_token in row else row for row in new]
 
 
 def check_options(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None
 ) -> None:
+    """Raise ValueError if an option of `generate` is impossible."""
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("generate needs a prompt, and in every prompt at least one token (a start token will do)")
     if max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
@@ -85,8 +109,46 @@ def check_options(
         raise ValueError(f"temperature ({temperature}) must be at least 0 and finite, and top_p ({top_p}) in (0, 1]")
 
 
+def batch_prompts(
+    plan: Plan, prompts: Sequence[Sequence[int]], pad_token: int | None, device: torch.device
+) -> PromptBatch:
+    """Batch prompts of any lengths. Raises ValueError if one is shorter than `plan.min_prompt` and has no `pad_token`.
+
+    A prompt need not end with a block: the block is completed by the tokens that are generated.
+    """
+    block, shortest = plan.block_length, min(map(len, prompts))
+    if shortest < plan.min_prompt and pad_token is None:
+        raise ValueError(
+            f"a prompt has {shortest} tokens, less than a block of {block}: this model does not predict the first "
+            "block; give a longer prompt or a pad_token (or train with arch.block.start)"
+        )
+    fill = [max(0, plan.min_prompt - len(prompt)) for prompt in prompts]
+    rows = [[pad_token or 0] * pads + [int(t) for t in prompt] for pads, prompt in zip(fill, prompts, strict=True)]
+    whole = [len(row) // block * block for row in rows]
+    most = max(whole)
+    common = min(len(row) - end for row, end in zip(rows, whole, strict=True))
+    starts = [(most - end) // block for end in whole]
+    forced = [row[end + common :] for row, end in zip(rows, whole, strict=True)]
+    num_forced = max(map(len, forced))
+
+    def tensor(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    tokens = [[0] * (most - end) + row[: end + common] for row, end in zip(rows, whole, strict=True)]
+    segment_ids = [
+        [-1] * (most - end + pads) + [0] * len(row) for row, end, pads in zip(rows, whole, fill, strict=True)
+    ]
+    return PromptBatch(
+        tokens_BT=tensor(tokens),
+        start_B=tensor(starts) if any(starts) else None,
+        segment_ids_BT=tensor([row[: most + common] for row in segment_ids]) if any(fill) else None,
+        forced_BF=tensor([row + [0] * (num_forced - len(row)) for row in forced]).view(len(rows), num_forced),
+        num_forced_B=tensor([len(row) for row in forced]),
+    )
+
+
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per row: the most likely one at temperature 0, else drawn from the nucleus of mass `top_p`."""
+    """Draw one token [B] per row: the most likely one at temperature 0, else from the nucleus of mass `top_p`."""
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow

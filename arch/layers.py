@@ -17,6 +17,12 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that matrix products of `x` compute in: that of autocast where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, computed in at least fp32."""
 

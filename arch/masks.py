@@ -1,7 +1,9 @@
 """What each query sees, and the forms in which kernels want to be told.
 
-A token sees itself and what came before it, within its document and the window. `window` counts the current token.
-`documents_BT` numbers the documents packed into each row: a run of equal numbers is one document.
+A token sees itself and what came before it, within its segment and the window. `window` counts the current token.
+`segment_ids_BT` numbers the segments of each row, such as packed documents: a run of equal numbers is one segment.
+`padded` alone knows padding, negative ids, between the tokens of one segment: then what a query sees is no interval,
+and only a dense mask can say it.
 
 Shapes: B batch, T new tokens, S slots read, I blocks of queries, J blocks of slots.
 """
@@ -16,11 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask
 
 
 class Sequences(NamedTuple):
-    """`batch` rows of `length` tokens that attend to themselves; `documents_BT` None: a row is one document."""
+    """`batch` rows of `length` tokens that attend to themselves; `segment_ids_BT` None: a row is one segment."""
 
     batch: int
     length: int
-    documents_BT: Tensor | None
+    segment_ids_BT: Tensor | None
     device: torch.device
 
 
@@ -49,17 +51,17 @@ class Packed(NamedTuple):
     window: int | None
 
 
-def document_starts(documents_BT: Tensor) -> Tensor:
-    """[B, T] position in the row at which the document of each token begins."""
-    index_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+def segment_starts(segment_ids_BT: Tensor) -> Tensor:
+    """Position in the row [B, T] at which the segment of each token begins."""
+    index_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    begins_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return torch.where(begins_BT, index_T, 0).cummax(dim=1).values
 
 
 def first_visible(sequences: Sequences, window: int | None) -> Tensor | None:
-    """[T], or [B, T] with documents: token t sees the tokens from here to t. None: it sees all before it."""
-    starts_BT = None if sequences.documents_BT is None else document_starts(sequences.documents_BT)
+    """First token [T], or [B, T] with segments, that each token sees. None: it sees all before it."""
+    starts_BT = None if sequences.segment_ids_BT is None else segment_starts(sequences.segment_ids_BT)
     if window is None or window >= sequences.length:
         return starts_BT
     edge_T = (torch.arange(sequences.length, device=sequences.device) - window + 1).clamp(min=0)
@@ -76,10 +78,10 @@ def dense(sequences: Sequences, window: int | None) -> Dense:
 
 
 def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor | None = None) -> Tensor:
-    """Over a cache: [T, S], or [B, 1, T, S] given `start_B`: causal, in the window, filled (index >= 0), not padding.
+    """Mask over a cache, [T, S], or [B, 1, T, S] given `start_B`: causal, in the window, and only filled slots.
 
-    Indices count tokens from the start of the padded sequence; row b is padding before `start_B[b]`, whose queries see
-    themselves alone, since a softmax over nothing is undefined.
+    Indices count tokens from the start of the padded sequence; a slot of negative index is not filled yet. Row b is
+    padding before `start_B[b]`; queries there see themselves alone, since a softmax over nothing is undefined.
     """
     distance = query_T[:, None] - slot_S[None, :]
     allowed = (distance >= 0) & (slot_S >= 0)
@@ -87,27 +89,30 @@ def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor
         allowed &= distance < window
     if start_B is None:
         return allowed
-    real = slot_S[None, :] >= start_B[:, None]
-    return ((allowed & real[:, None, :]) | (distance == 0))[:, None]
+    is_token_BS = slot_S[None, :] >= start_B[:, None]
+    return ((allowed & is_token_BS[:, None, :]) | (distance == 0))[:, None]
 
 
-def padded(real_BT: Tensor, window: int | None) -> Dense:
-    """Causal, in the window, and only tokens that are real; a token that would see nothing sees itself."""
-    index = torch.arange(real_BT.shape[1], device=real_BT.device)
-    allowed_BTS = visible(index, index, window) & real_BT[:, None, :]
+def padded(segment_ids_BT: Tensor, window: int | None) -> Dense:
+    """Mask of one segment per row, with padding (negative ids) anywhere: causal, in the window, no padding as key.
+
+    A query that would see nothing sees itself.
+    """
+    index = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    allowed_BTS = visible(index, index, window) & (segment_ids_BT >= 0)[:, None, :]
     alone_BTS = ~allowed_BTS.any(dim=-1, keepdim=True) & (index == index[:, None])
     return Dense(causal=False, allowed=(allowed_BTS | alone_BTS)[:, None])
 
 
 def packed(sequences: Sequences, window: int | None) -> Packed:
-    """Waits for the device once, to count the documents."""
-    batch, length, documents_BT, device = sequences
+    """Bounds of all segments. Waits for the device once, to count them."""
+    batch, length, segment_ids_BT, device = sequences
     total = batch * length
-    if documents_BT is None:
+    if segment_ids_BT is None:
         starts = torch.arange(0, total, length, device=device)
     else:
         index_BT = torch.arange(total, device=device).view(batch, length)
-        starts = index_BT[document_starts(documents_BT) == index_BT % length]
+        starts = index_BT[segment_starts(segment_ids_BT) == index_BT % length]
     room = 1 << (len(starts) - 1).bit_length()
     bounds = torch.full((room + 1,), total, dtype=torch.int32, device=device)
     bounds[: len(starts)] = starts

@@ -138,6 +138,7 @@ class KVPlan:
     target_offset    a position's target is the token so many after it
     num_unpredicted  targets at the start of a sequence that the model does not predict
     block_length     tokens that one context predicts
+    min_prompt       tokens after which it can predict the next one
     """
 
     stores: tuple[StoreSpec, ...]
@@ -146,6 +147,7 @@ class KVPlan:
     target_offset: ClassVar[int] = 1
     num_unpredicted: ClassVar[int] = 0
     block_length: ClassVar[int] = 1
+    min_prompt: ClassVar[int] = 1
 
     @property
     def stacks(self) -> tuple[StackPlan, ...]:

@@ -22,21 +22,14 @@ Row = dict[str, np.ndarray]
 class Batch(TypedDict):
     """Inputs [B, T], their targets [B, T], and the number of real targets in the whole optimizer step.
 
-    documents_BT  [B, T] number of each input's document within its row, from 0 on, never falling; None without a
-                  document mask. An end of text belongs to the document that it ends.
-    real_BT       [B, T] False at pads; None without padding
+    segment_ids_BT  [B, T] number of each input's document within its row, from 0 on; an end of text belongs to the
+                    document that it ends. With padding, -1 at pads and 0 elsewhere. None: a row is one segment
     """
 
     inputs: Tensor
     targets: Tensor
     step_targets: int
-    documents_BT: Tensor | None
-    real_BT: Tensor | None
-
-
-def besides(batch: Batch) -> dict[str, Tensor]:
-    """What a model is given of a batch besides inputs and targets: of documents and pads, whichever there are."""
-    return {key: batch[key] for key in ("documents_BT", "real_BT") if batch[key] is not None}
+    segment_ids_BT: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class SequenceFormat:
     target_offset    1: inputs are the tokens before their targets; 0: they are the targets themselves, for a model
                      that predicts whole blocks from those before
     num_unpredicted  targets at the start of a row that the model does not predict
-    document_mask    give the document of each input
+    document_mask    documents are segments
     block_padding    a document begins with 0 to block_padding - 1 pads, at random, and is filled up to a multiple of
                      it (Block Transformer, appendix H); what then exceeds the row is cut off. 0: no pads
     """
@@ -106,7 +99,7 @@ class TrainBatches:
                 yield _batch([make(sequence) for sequence in range(first, first + self.micro_batch)], targets)
 
     def _rows(self) -> Callable[[int], Row]:
-        """Sequence g of the run, as `_frame` makes it."""
+        """Sequence g of the run, as `_to_example` makes it."""
         mixture = Mixture.of(self.windows)
         orders: dict[int, tuple[int, np.ndarray]] = {}  # corpus -> its epoch and the order of that
 
@@ -118,7 +111,7 @@ class TrainBatches:
                 orders.pop(corpus, None)  # or two would be held
                 orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
             tokens = windows[int(orders[corpus][1][place])]
-            return _frame(
+            return _to_example(
                 tokens, self.sequence_format, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence))
             )
 
@@ -145,8 +138,8 @@ class EvalBatches:
             real = range(min(first, len(self.windows)), min(first + self.micro_batch, len(self.windows)))
             windows = [self.windows[index] for index in real]
             windows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(real))
-            framed = [_frame(tokens, self.sequence_format, self.windows.end_of_text) for tokens in windows]
-            batch = _batch(framed, len(real) * (self.windows.seq_len - self.sequence_format.num_unpredicted))
+            examples = [_to_example(tokens, self.sequence_format, self.windows.end_of_text) for tokens in windows]
+            batch = _batch(examples, len(real) * (self.windows.seq_len - self.sequence_format.num_unpredicted))
             batch["targets"][len(real) :] = IGNORE
             yield batch
 
@@ -160,9 +153,10 @@ def documents_of(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
 def padded(
     tokens: np.ndarray, end_of_text: int, block: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As many tokens, and which of them are real, each document in whole blocks of its own; pads are `end_of_text`.
+    """Pack `tokens` again so that every document fills whole blocks; return (tokens, segment ids), both [T].
 
-    The first document, which may have begun in another row, has pads at its end alone.
+    Pads are `end_of_text`. The first document, which may have begun in another row, has pads at its end alone. What
+    exceeds T is cut off.
     """
     begins = np.flatnonzero(np.concatenate(([True], tokens[:-1] == end_of_text)))
     lengths = np.diff(begins, append=len(tokens))
@@ -170,28 +164,28 @@ def padded(
     rooms = -(-(left + lengths) // block) * block
     place = np.arange(len(tokens)) + np.repeat(rooms.cumsum() - rooms + left - begins, lengths)
     kept = place < len(tokens)
-    result, real = np.full_like(tokens, end_of_text), np.zeros(len(tokens), dtype=bool)
-    result[place[kept]], real[place[kept]] = tokens[kept], True
-    return result, real
+    result, segment_ids = np.full_like(tokens, end_of_text), np.full(len(tokens), -1)
+    result[place[kept]], segment_ids[place[kept]] = tokens[kept], 0
+    return result, segment_ids
 
 
-def _frame(
+def _to_example(
     tokens: np.ndarray, form: SequenceFormat, end_of_text: int, generator: np.random.Generator | None = None
 ) -> Row:
-    """A row of T + 1 tokens as T inputs, T targets, and the rest of what a Batch has of each input."""
+    """Make T inputs, T targets, and segment ids where there are any, of a row of T + 1 tokens."""
     tokens = tokens.astype(np.int64)
     inputs, targets = tokens[1 - form.target_offset : len(tokens) - form.target_offset], tokens[1:]
     row = {}
     if form.block_padding:
         assert form.target_offset == 0 and generator is not None
-        inputs, row["real_BT"] = padded(inputs, end_of_text, form.block_padding, generator)
-        targets = np.where(row["real_BT"], inputs, IGNORE)
-    if form.document_mask:
-        row["documents_BT"] = documents_of(inputs, end_of_text)
+        inputs, row["segment_ids_BT"] = padded(inputs, end_of_text, form.block_padding, generator)
+        targets = np.where(row["segment_ids_BT"] < 0, IGNORE, inputs)
+    elif form.document_mask:
+        row["segment_ids_BT"] = documents_of(inputs, end_of_text)
     targets = np.concatenate((np.full(form.num_unpredicted, IGNORE), targets[form.num_unpredicted :]))
     return {"inputs": inputs, "targets": targets, **row}
 
 
 def _batch(rows: Sequence[Row], step_targets: int) -> Batch:
     tensors = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
-    return {"documents_BT": None, "real_BT": None, **tensors, "step_targets": step_targets}
+    return {"segment_ids_BT": None, **tensors, "step_targets": step_targets}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arch import LanguageModel
-from data.batches import IGNORE, Batch, besides
+from data.batches import IGNORE, Batch
 
 MAX_ROWS = 2048  # positions whose logits exist at one time
 
@@ -57,7 +57,8 @@ def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Buc
     counts: list[Tensor] = []
     for batch in batches:
         targets_BT = batch["targets"]
-        nats_BT = model(batch["inputs"], head=token_nats(model.predicted(targets_BT)), **besides(batch))
+        head = token_nats(model.select_targets(targets_BT))
+        nats_BT = model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
         nats_BT = F.pad(nats_BT, (targets_BT.shape[1] - nats_BT.shape[1], 0))  # nothing where nothing is predicted
         bounds = edges(targets_BT.shape[1])
         widths = [end - first for first, end in pairwise(bounds)]

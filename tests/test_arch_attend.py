@@ -167,7 +167,7 @@ def test_flex_in_compiled_blocks_meets_new_documents_without_recompiling() -> No
     with torch.no_grad():
         for _ in range(4):
             documents = (torch.rand(2, 150, generator=generator) < 0.05).cumsum(1)
-            ours, exact = (model(batch, documents_BT=documents) for model in models)
+            ours, exact = (model(batch, segment_ids_BT=documents) for model in models)
             torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[0] > 0

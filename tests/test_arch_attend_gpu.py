@@ -144,7 +144,7 @@ def test_models_train_as_the_definition(backend: str, name: str, compiled: bool)
                 block.compile()
         for packed in (None, documents):
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                out = model(batch, documents_BT=packed)
+                out = model(batch, segment_ids_BT=packed)
             torch.nn.functional.cross_entropy(out.float().flatten(0, 1), batch.flatten()).backward()
         gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
     for key, exact in gradients[1].items():

@@ -30,7 +30,6 @@ from arch import (
     TokenDecoderConfig,
     allocate_blocks,
     from_dict,
-    generate_blocks,
     plan_from_dict,
     resolve,
 )
@@ -180,7 +179,7 @@ def test_outputs_of_the_authors_code() -> None:
     near(blocks[0, 0, 0, :4], [-1.831609055, 1.931137008, -0.150539716, -2.825000377])
     near(blocks[1, 4, 3, :4], [2.339381121, 0.916199384, 2.290718690, -1.829690014])
     near(blocks[0, 2, :, 0], [0.591040079, -1.056015210, 2.742378376, 1.624593310])
-    loss = F.cross_entropy(logits.flatten(0, 1), model.predicted(ids).flatten(), reduction="none").view(10, 4)
+    loss = F.cross_entropy(logits.flatten(0, 1), model.select_targets(ids).flatten(), reduction="none").view(10, 4)
     near(loss.mean(), 7.5975505663)
     near(loss.mean(dim=0), [7.52906370, 8.40527820, 6.51074859, 7.94511178])
     # Sums over 3840 logits, each with its 3e-7.
@@ -273,12 +272,12 @@ def test_variants_and_padding_against_a_plain_reference(
         real[0, 4:8] = False  # a whole block
         ids = ids * real
     expected = reference_logits(state, ids, real, kind, prefix).flatten(1, 2)
-    actual = model(ids, real_BT=real) if padding else model(ids)
+    actual = model(ids, segment_ids_BT=segment_ids(real)) if padding else model(ids)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     if padding:
         assert (model(ids) - actual).abs().max() > 1e-2
     else:
-        torch.testing.assert_close(model(ids, real_BT=real), actual, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(ids, segment_ids_BT=segment_ids(real)), actual, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -447,13 +446,18 @@ def test_decoding_gives_the_logits_of_the_parallel_forward(kind: str, coarse: st
     if model.start is not None:
         context = torch.cat((model.start.expand(2, 1, -1), context), dim=1)
     for number in range(expected.shape[1]):
-        block = model.predicted(ids)[:, number * length : (number + 1) * length]
+        block = model.select_targets(ids)[:, number * length : (number + 1) * length]
         vectors = model.expand(context[:, number])
         for begun in (0, length - 1):
-            logits = [model.begin(vectors, block[:, :begun], cache.tokens)]
+            logits = [model.start_block(vectors, block[:, :begun], cache.tokens)]
             for j in range(begun, length - 1):
-                logits.append(model.step(vectors, block[:, j : j + 1], j, cache.tokens))
-            torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, number, begun:], rtol=0, atol=1e-12)
+                logits.append(model.continue_block(vectors, block[:, j : j + 1], j, cache.tokens))
+            torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, number, begun:], rtol=0, atol=1e-12)
+
+
+def segment_ids(real: Tensor | None) -> Tensor | None:
+    """0 where `real`, -1 at padding."""
+    return None if real is None else real.long() - 1
 
 
 PROMPTS = [[7], [1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2], [3] * 11, [4, 4, 60, 1]]
@@ -469,7 +473,7 @@ def greedy(model: BlockTransformer, prompt: list[int], new: int, padding: int = 
         filled = row + [0] * (-(len(row) + 1) % model.plan.block_length + 1)
         real = (torch.arange(len(filled)) >= padding)[None] if padding else None
         with torch.no_grad():
-            logits = model(torch.tensor([filled]), real_BT=real)[0]
+            logits = model(torch.tensor([filled]), segment_ids_BT=segment_ids(real))[0]
         row.append(int(logits[len(row) - len(filled)].argmax()))
     return row[len(prompt) :]
 
@@ -481,21 +485,23 @@ def test_generation_is_the_greedy_choice_of_the_parallel_forward(kind: str, coar
     prompts = [p for p in PROMPTS if model.start is not None or len(p) >= model.plan.block_length]
     expected = [greedy(model, prompt, 10) for prompt in prompts]
     assert len({token for row in expected for token in row}) > 3
-    assert generate_blocks(model, prompts, 10) == expected
+    assert generate(model, prompts, 10) == expected
     for new in (1, 2):
-        assert generate_blocks(model, prompts, new) == [row[:new] for row in expected]
-    assert [generate_blocks(model, [prompt], 10)[0] for prompt in prompts[:2]] == expected[:2]
+        assert generate(model, prompts, new) == [row[:new] for row in expected]
+    assert [generate(model, [prompt], 10)[0] for prompt in prompts[:2]] == expected[:2]
     stop = expected[0][4]
     stopped = [row[: row.index(stop)] if stop in row else row for row in expected]
-    assert generate_blocks(model, prompts, 10, stop_token=stop) == stopped
+    assert generate(model, prompts, 10, stop_token=stop) == stopped
 
 
 def test_generation_ends_when_all_rows_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_block(block_config())
     prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]
     stop = greedy(model, prompts[0], 1)[0]
-    monkeypatch.setattr(model, "step", None)  # the first token is said by `begin`, given what the prompt left over
-    assert generate_blocks(model, prompts, 500, stop_token=stop) == [[], []]
+    monkeypatch.setattr(
+        model, "continue_block", None
+    )  # the first token is said by `start_block`, given what the prompt left over
+    assert generate(model, prompts, 500, stop_token=stop) == [[], []]
 
 
 def test_a_stop_token_in_a_prompt_stops_nothing() -> None:
@@ -504,20 +510,20 @@ def test_a_stop_token_in_a_prompt_stops_nothing() -> None:
     stop = greedy(model, [1, 2, 3, 4], 1)[0]
     expected = greedy(model, [9, 8, 7, 6, stop], 9)
     assert stop not in expected[:3]
-    rows = generate_blocks(model, [[1, 2, 3, 4], [9, 8, 7, 6, stop]], 3, stop_token=stop)
+    rows = generate(model, [[1, 2, 3, 4], [9, 8, 7, 6, stop]], 3, stop_token=stop)
     assert rows == [[], expected[:3]]
 
 
 def test_short_prompts() -> None:
     model = build_block(block_config())
     with pytest.raises(ValueError, match=r"has 2 tokens, less than a block of 4: .* pad_token"):
-        generate_blocks(model, [[1, 2, 3, 4], [1, 2]], 3)
-    assert generate_blocks(model, [[1, 2]], 5, pad_token=9) == [greedy(model, [9, 9, 1, 2], 5)]
+        generate(model, [[1, 2, 3, 4], [1, 2]], 3)
+    assert generate(model, [[1, 2]], 5, pad_token=9) == [greedy(model, [9, 9, 1, 2], 5)]
 
 
 def test_sampling_takes_a_seed() -> None:
     model = build_block(block_config())
-    draw: Callable[[int], list] = lambda seed: generate_blocks(model, [[1] * 6], 12, temperature=1.0, seed=seed)  # noqa: E731
+    draw: Callable[[int], list] = lambda seed: generate(model, [[1] * 6], 12, temperature=1.0, seed=seed)  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
 
 
@@ -547,9 +553,9 @@ def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: 
             block.reader.register_forward_pre_hook(lambda _, args: read.append(sum(slot.nbytes for slot in args[1])))
     context = model.encode(ids[:, (blocks - 1) * length : blocks * length], cache.blocks)[:, -1]
     vectors = model.expand(context)
-    model.begin(vectors, ids[:, :0], cache.tokens)
+    model.start_block(vectors, ids[:, :0], cache.tokens)
     for j in range(length - 1):
-        model.step(vectors, ids[:, j : j + 1], j, cache.tokens)
+        model.continue_block(vectors, ids[:, j : j + 1], j, cache.tokens)
     expected = kv_bytes(model.plan, blocks * length, 8).read * length
     first = model.plan.num_positions - length + 1
     # The first pass of the token decoder has not filled a window yet: a chunk that begins reads its own slots.
@@ -578,12 +584,14 @@ def gradient_by_token(model: BlockTransformer, ids: Tensor, position: int, real:
 
     length = model.plan.block_length
     handles = [m.register_forward_hook(keep) for m in (model.embedder.embed, model.token_decoder.embed)]
-    model(ids, real_BT=real)[0, position - (0 if model.start is not None else length)].square().sum().backward()
+    model(ids, segment_ids_BT=segment_ids(real))[
+        0, position - (0 if model.start is not None else length)
+    ].square().sum().backward()
     for handle in handles:
         handle.remove()
     by_block, by_token = (leaf.grad.abs().sum(-1).flatten() for leaf in leaves)
     gradient[: len(by_block)] += by_block
-    rows = by_token.view(-1, len(by_token) // len(model.predicted(ids)[0].view(-1, length)))[:, -(length - 1) :]
+    rows = by_token.view(-1, len(by_token) // len(model.select_targets(ids)[0].view(-1, length)))[:, -(length - 1) :]
     first = 0 if model.start is not None else 1
     for number, row in enumerate(rows, start=first):
         gradient[number * length : number * length + length - 1] += row
@@ -604,7 +612,7 @@ def test_causal_by_gradient(kind: str) -> None:
 def test_chunked_loss_is_the_loss(kind: str) -> None:
     model = build_block(block_config(kind), torch.float32).train()
     ids = tokens(3, 16)
-    targets = model.predicted(ids)
+    targets = model.select_targets(ids)
     total = model(ids, head=cross_entropy_sum(targets))
     plain = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(total, plain)

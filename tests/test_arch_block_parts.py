@@ -23,13 +23,13 @@ from arch import (
     TokenDecoderConfig,
     allocate_blocks,
     from_dict,
-    generate_blocks,
+    generate,
     plan_from_dict,
     resolve,
 )
 from arch.attend import Mask, reference
 from arch.block_plan import EMBEDDERS, KINDS
-from arch.cross_attention import Context
+from arch.cross_attention import CrossContext
 from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
 from arch.layers import rope_table
 from arch.masks import Dense
@@ -89,13 +89,13 @@ def test_decoding_gives_the_logits_of_the_parallel_forward(kind: str, embedder: 
     if model.start is not None:
         context = torch.cat((model.start.expand(2, 1, -1), context), dim=1)
     for number in range(expected.shape[1]):
-        block = model.predicted(ids)[:, number * length : (number + 1) * length]
+        block = model.select_targets(ids)[:, number * length : (number + 1) * length]
         vectors = model.expand(context[:, number])
         for begun in range(length):
-            logits = [model.begin(vectors, block[:, :begun], cache.tokens)]
+            logits = [model.start_block(vectors, block[:, :begun], cache.tokens)]
             for j in range(begun, length - 1):
-                logits.append(model.step(vectors, block[:, j : j + 1], j, cache.tokens))
-            torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, number, begun:], rtol=0, atol=1e-12)
+                logits.append(model.continue_block(vectors, block[:, j : j + 1], j, cache.tokens))
+            torch.testing.assert_close(torch.cat(logits, dim=1), expected[:, number, begun:], rtol=0, atol=1e-12)
 
 
 @on_off
@@ -108,8 +108,8 @@ def test_generation_is_the_greedy_choice_of_the_parallel_forward(kind: str, embe
         padding = 0 if start else max(0, model.plan.block_length - len(prompt))
         expected.append(greedy(model, [9] * padding + prompt, 6, padding))
     assert len({tuple(row) for row in expected}) == 3
-    assert generate_blocks(model, prompts, 6, pad_token=9) == expected
-    assert generate_blocks(model, prompts[:1], 6, pad_token=9) == expected[:1]
+    assert generate(model, prompts, 6, pad_token=9) == expected
+    assert generate(model, prompts[:1], 6, pad_token=9) == expected[:1]
 
 
 @on_off
@@ -216,9 +216,9 @@ def test_bytes_read_across_are_those_handed_to_attention(monkeypatch: pytest.Mon
     model.encode(ids[:, :4], cache.blocks)
     read.clear()
     vectors = model.expand(model.encode(ids[:, 4:], cache.blocks)[:, -1])
-    model.begin(vectors, ids[:, :0], cache.tokens)
+    model.start_block(vectors, ids[:, :0], cache.tokens)
     for j in range(3):
-        model.step(vectors, ids[:, j : j + 1], j, cache.tokens)
+        model.continue_block(vectors, ids[:, j : j + 1], j, cache.tokens)
     assert sum(read) == kv_bytes(model.plan, 8, 8).read * 4
     assert len(made) == 2
 
@@ -233,7 +233,7 @@ def test_cross_attention_is_what_it_says(embedder: str) -> None:
     store = stack.plan.store(1)
     rope = rope_table(torch.arange(4), *store.rope_key)
     mask = Mask(reference, Dense(True, None))
-    actual, slots = block(x, (), rope, mask, context=Context(context, None, Mask(reference, Dense(False, None))))
+    actual, slots = block(x, (), rope, mask, context=CrossContext(context, None, Mask(reference, Dense(False, None))))
     attended = x + block.reader(block.attn_norm(x), slots, rope, mask)
     cross = block.cross
     q = cross.q_proj(cross.norm(attended)).view(2, 4, 4, 8)

@@ -21,6 +21,7 @@ from test_arch_block import (
     official_model,
     official_state,
     oracle_ids,
+    segment_ids,
 )
 from test_arch_block_parts import ENCODER, build_part, part_config
 from torch import Tensor, nn
@@ -33,12 +34,12 @@ from arch import (
     EncoderConfig,
     ModelConfig,
     SizeConfig,
-    StoreConfig,
     TokenDecoderConfig,
-    generate_blocks,
+    generate,
 )
 from arch.block_plan import KINDS
 from arch.block_transformer import Embedder
+from arch.cache import Cache
 from arch.convert import ConversionError
 
 # Recorded from the authors' code (itsnamgyu/block-transformer at 17842dd, transformers 4.39.3) in fp64, with an encoder
@@ -136,32 +137,55 @@ def test_encoders_give_the_outputs_of_the_authors_code(embedder: str, padded: bo
     first, later, said, loss = RECORDED[embedder, padded]
     real = padding(ids) if padded else torch.ones_like(ids, dtype=torch.bool)
     ids = ids * real
-    vectors = model.embedder(ids, real if padded else None)
+    vectors = model.embedder(ids, segment_ids(real) if padded else None)
     near(vectors[0, 0, :4], first)
     near(vectors[1, 3, :4], later)
-    logits = model(ids, real_BT=real if padded else None)
+    logits = model(ids, segment_ids_BT=segment_ids(real) if padded else None)
     near(logits.view(2, 5, 4, VOCAB)[1, 4, 2, :4], said)
-    targets = model.predicted(ids.masked_fill(~real, -100))
+    targets = model.select_targets(ids.masked_fill(~real, -100))
     near(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), loss)
-    torch.testing.assert_close(model.embedder(ids, real), vectors, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.embedder(ids, segment_ids(real)), vectors, rtol=0, atol=1e-12)
+
+
+class ShippedPositions(Cache):
+    """Positions of the token decoder as the authors' own generate() counts them (commit 17842dd of their code).
+
+    It leaves out the context: vectors of a prefix all have position 0, the t-th token of a block t. Those of a prefix
+    of 2 or more are then not where they were in training.
+    """
+
+    origin = 0
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        return (super().positions(length, device) - self.origin).clamp(min=0)
+
+
+def generate_shipped(
+    model: BlockTransformer, prompts: list[list[int]], new: int, pad_token: int | None = None
+) -> list[list[int]]:
+    length = model.plan.block_length
+    cache = model.allocate_cache(len(prompts), max(map(len, prompts)) + length + new)
+    cache.tokens = ShippedPositions(**vars(cache.tokens))
+    cache.tokens.origin = model.plan.num_positions - length
+    return generate(model, prompts, new, pad_token=pad_token, cache=cache)
 
 
 @pytest.mark.parametrize("embedder", PADDED_TEXT)
 def test_generation_after_padding_is_that_of_the_authors_code(embedder: str) -> None:
     """The tokens of an encoder look at the padding of a short prompt neither there nor here."""
     model = official_encoder_model(embedder)
-    rows = generate_blocks(model, PADDED_PROMPTS, 12, pad_token=0, positions="shipped")
+    rows = generate_shipped(model, PADDED_PROMPTS, 12, pad_token=0)
     assert rows == PADDED_TEXT[embedder]
     ragged = [PADDED_PROMPTS[0], [5] * 9, PADDED_PROMPTS[1]]
-    assert generate_blocks(model, ragged, 12, pad_token=0, positions="shipped")[::2] == rows
+    assert generate_shipped(model, ragged, 12, pad_token=0)[::2] == rows
 
 
 @pytest.mark.parametrize("prefix", SHIPPED_TEXT)
 def test_positions_as_shipped_give_the_text_of_the_authors_generate(prefix: int) -> None:
     model, _ = official_model(prefix)
     prompts = oracle_ids()[:, :8].tolist()
-    assert generate_blocks(model, prompts, 12, positions="shipped") == SHIPPED_TEXT[prefix]
-    assert (generate_blocks(model, prompts, 12) == SHIPPED_TEXT[prefix]) == (prefix == 1)
+    assert generate_shipped(model, prompts, 12) == SHIPPED_TEXT[prefix]
+    assert (generate(model, prompts, 12) == SHIPPED_TEXT[prefix]) == (prefix == 1)
 
 
 @contextmanager
@@ -186,21 +210,13 @@ def test_positions(kind: str) -> None:
     config.arch.block.token.prefix = 3
     model = build_block(config)
     prefix = 3 if kind == "prefix" else 1
-    for positions, shift in (("training", 0), ("shipped", prefix - 1)):
+    for run, shift in ((generate, 0), (generate_shipped, prefix - 1)):
         for prompt in ([1, 2], [1, 2, 3]):
             with keys_rotated(model) as seen:
-                generate_blocks(model, [prompt], 4 - len(prompt), positions=positions)
+                run(model, [prompt], 4 - len(prompt))
             calls = torch.cat([part.flatten() for part in seen])
             assert calls.tolist() == [max(0, index - shift) for index in range(prefix + 1)]
             assert len(seen) == 4 - len(prompt)
-
-
-def test_impossible_positions() -> None:
-    with pytest.raises(ValueError, match="positions is 'official'; it is training or shipped"):
-        generate_blocks(build_part("prefix", "lookup"), [[1] * 4], 2, positions="official")
-    bounded = {"kv": StoreConfig(kv_heads=2, slots=2, rule="gated")}, ["new kv"]
-    with pytest.raises(ValueError, match="the token decoder has a bounded store"):
-        generate_blocks(build_part("prefix", "lookup", fine=bounded), [[1] * 4], 2, positions="shipped")
 
 
 @pytest.mark.parametrize("embedder", ["encoder", "cls"])
@@ -237,7 +253,7 @@ def test_the_encoder_is_the_stock_roberta(embedder: str) -> None:
         seen = F.pad((real if mask is not None else torch.ones_like(real)).view(-1, 4), (cls_tokens, 0), value=True)
         expected = stock(blocks, attention_mask=seen.long()).last_hidden_state
         expected = (expected[:, :cls_tokens] if cls_tokens else expected).reshape(3, 2, -1)
-        torch.testing.assert_close(model(ids, mask), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(ids, segment_ids(mask)), expected, rtol=0, atol=1e-12)
 
 
 def test_unknown_and_missing_weights_of_an_encoder() -> None:
@@ -255,4 +271,4 @@ def test_a_block_of_nothing_but_padding_sees_itself() -> None:
     model = build_part("prefix", "encoder")
     ids, real = tokens(1, 8), torch.ones(1, 8, dtype=torch.bool)
     real[0, :4] = False
-    torch.testing.assert_close(model.embedder(ids, real), model.embedder(ids), rtol=0, atol=1e-12)
+    torch.testing.assert_close(model.embedder(ids, segment_ids(real)), model.embedder(ids), rtol=0, atol=1e-12)

@@ -158,7 +158,7 @@ def test_what_is_missing_is_said(calls: list[SimpleNamespace], monkeypatch: pyte
 def test_documents_are_refused(calls: list[SimpleNamespace]) -> None:
     model = Decoder(layout(), "fla", "cuda")
     with pytest.raises(ValueError, match="fla lacks documents"):
-        model(tokens(1, 8), documents_BT=torch.tensor([[0] * 3 + [1] * 5]))
+        model(tokens(1, 8), segment_ids_BT=torch.tensor([[0] * 3 + [1] * 5]))
 
 
 @pytest.mark.parametrize("name", ["auto", "reference", "flash"])

@@ -8,7 +8,7 @@ from conftest import build, small, tokens
 
 from arch import Decoder, allocate
 from arch.attend import BACKENDS, Needs, choose
-from arch.masks import Sequences, blocks, dense, document_starts, packed
+from arch.masks import Sequences, blocks, dense, packed, segment_starts
 
 # Two rows, cut at different places; windows are 6 tokens, so documents are longer and shorter than that.
 DOCUMENTS = torch.tensor([[7] * 3 + [2] * 9 + [4] + [5] * 4, [1] * 17])
@@ -23,7 +23,7 @@ def spans(row: torch.Tensor) -> list[slice]:
 def test_packed_documents_are_separate_forwards(arch: str, backend: str) -> None:
     model, batch = build(small(arch), backend=backend), tokens(2, 17)
     with torch.no_grad():
-        together = model(batch, documents_BT=DOCUMENTS)
+        together = model(batch, segment_ids_BT=DOCUMENTS)
         for row in range(2):
             for span in spans(DOCUMENTS[row]):
                 alone = model(batch[row : row + 1, span])
@@ -35,7 +35,7 @@ def test_gradients_stay_in_their_document(arch: str) -> None:
     model, batch = build(small(arch)), tokens(2, 17)
     embedded = []
     model.embed.register_forward_hook(lambda module, inputs, output: embedded.append(output) or output.retain_grad())
-    model(batch, documents_BT=DOCUMENTS)[0, 3:12].square().sum().backward()
+    model(batch, segment_ids_BT=DOCUMENTS)[0, 3:12].square().sum().backward()
     gradient = embedded[0].grad.abs().amax(dim=-1)
     assert (gradient[0, 3:12] > 0).all()
     gradient[0, 3:12] = 0
@@ -45,7 +45,9 @@ def test_gradients_stay_in_their_document(arch: str) -> None:
 def test_one_document_is_no_mask(arch: str) -> None:
     model, batch = build(small(arch)), tokens(2, 17)
     with torch.no_grad():
-        torch.testing.assert_close(model(batch, documents_BT=torch.zeros_like(batch)), model(batch), rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            model(batch, segment_ids_BT=torch.zeros_like(batch)), model(batch), rtol=0, atol=1e-11
+        )
 
 
 def test_documents_that_cannot_be_honoured_are_refused() -> None:
@@ -53,10 +55,10 @@ def test_documents_that_cannot_be_honoured_are_refused() -> None:
     with torch.no_grad():
         cache = allocate(model.plan, 2, 20, dtype=torch.float64)
         with pytest.raises(ValueError, match="cannot be given with a cache"):
-            model(batch, cache, documents_BT=DOCUMENTS)
+            model(batch, cache, segment_ids_BT=DOCUMENTS)
         assert cache.length == 0
         with pytest.raises(ValueError, match=r"shape \(2, 16\), the tokens \(2, 17\)"):
-            model(batch, documents_BT=DOCUMENTS[:, 1:])
+            model(batch, segment_ids_BT=DOCUMENTS[:, 1:])
 
 
 def test_a_backend_without_documents_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +68,7 @@ def test_a_backend_without_documents_refuses_them(monkeypatch: pytest.MonkeyPatc
     with torch.no_grad():
         model(batch)
         with pytest.raises(ValueError, match="poor lacks documents"):
-            model(batch, documents_BT=DOCUMENTS)
+            model(batch, segment_ids_BT=DOCUMENTS)
     with pytest.raises(ValueError, match="poor lacks documents"):
         model.attention(documents=True)
 
@@ -76,15 +78,15 @@ def test_checkpointed_training_with_documents() -> None:
     results = []
     for model.activation_checkpointing in (False, True):
         model.zero_grad()
-        model(batch, documents_BT=DOCUMENTS).square().sum().backward()
+        model(batch, segment_ids_BT=DOCUMENTS).square().sum().backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_starts_are_those_of_runs() -> None:
-    assert document_starts(DOCUMENTS)[0].tolist() == [0] * 3 + [3] * 9 + [12] + [13] * 4
+    assert segment_starts(DOCUMENTS)[0].tolist() == [0] * 3 + [3] * 9 + [12] + [13] * 4
     again = torch.tensor([[1, 1, 2, 1]])  # a number that comes back is another document
-    assert document_starts(again).tolist() == [[0, 0, 2, 3]]
+    assert segment_starts(again).tolist() == [[0, 0, 2, 3]]
     assert dense(Sequences(1, 4, again, again.device), None).allowed[0, 0, 3].tolist() == [False, False, False, True]
 
 
@@ -140,7 +142,7 @@ def test_the_masks_of_a_new_batch_compile_nothing(with_documents: bool, monkeypa
     def run(length: int, seed: int) -> None:
         cut = torch.rand(2, length, generator=torch.Generator().manual_seed(seed)) < 0.02
         with torch.no_grad():
-            model(tokens(2, length), documents_BT=cut.cumsum(1) if with_documents else None)
+            model(tokens(2, length), segment_ids_BT=cut.cumsum(1) if with_documents else None)
 
     run(300, seed=0)
     with torch.compiler.set_stance("fail_on_recompile"):

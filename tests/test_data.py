@@ -106,12 +106,12 @@ def test_documents_of_a_row_follow_from_the_offsets(folder: Path) -> None:
 def test_document_numbers_are_in_the_batches(folder: Path) -> None:
     with_mask = TrainBatches(windows(folder, 64), 0, 2, 4, 2, sequence_format=SequenceFormat(document_mask=True))
     for batch in with_mask:
-        assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
-        assert batch["documents_BT"].shape == batch["inputs"].shape and batch["documents_BT"].max() > 0
-    assert next(iter(replace(with_mask, sequence_format=SequenceFormat())))["documents_BT"] is None
+        assert batch["segment_ids_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
+        assert batch["segment_ids_BT"].shape == batch["inputs"].shape and batch["segment_ids_BT"].max() > 0
+    assert next(iter(replace(with_mask, sequence_format=SequenceFormat())))["segment_ids_BT"] is None
     chosen = EvalWindows.of(windows(folder, 64, "val"), 3)
     batch = next(iter(EvalBatches(chosen, 4, sequence_format=SequenceFormat(document_mask=True))))
-    assert batch["documents_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
+    assert batch["segment_ids_BT"].numpy().tolist() == documents_of(batch["inputs"].numpy(), 0).tolist()
 
 
 def test_batches_for_whole_blocks(folder: Path) -> None:
@@ -136,13 +136,15 @@ def test_documents_in_whole_blocks(folder: Path) -> None:
     plain = TrainBatches(read, 3, 40, 4, 2, sequence_format=SequenceFormat(target_offset=0))
     begun, targets = [0] * 4, 0
     for number, (batch, whole) in enumerate(zip(made, plain, strict=True)):
-        assert batch["inputs"].shape == batch["real_BT"].shape == (2, 64)
-        assert torch.equal(batch["targets"][:, 4:] != IGNORE, batch["real_BT"][:, 4:])
+        assert batch["inputs"].shape == batch["segment_ids_BT"].shape == (2, 64)
+        assert batch["segment_ids_BT"].unique().tolist() == [-1, 0]
+        real_BT = batch["segment_ids_BT"] == 0
+        assert torch.equal(batch["targets"][:, 4:] != IGNORE, real_BT[:, 4:])
         targets += int((batch["targets"] != IGNORE).sum())
         if number % made.accumulate == made.accumulate - 1:
             assert batch["step_targets"] == targets
             targets = 0
-        for row, real, tokens in zip(batch["inputs"], batch["real_BT"], whole["inputs"], strict=True):
+        for row, real, tokens in zip(batch["inputs"], real_BT, whole["inputs"], strict=True):
             text = row[real].tolist()
             assert text == tokens.tolist()[: len(text)] and len(text) > 32
             assert (row[~real] == 0).all()

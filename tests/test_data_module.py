@@ -45,7 +45,7 @@ def test_a_mixture_is_other_data(corpus: Path, tmp_path: Path) -> None:
     mixed.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0)
     assert len(mixed.val_dataloader().windows) == 10
     batch = next(iter(mixed.train_dataloader()))
-    assert batch["inputs"].shape == batch["documents_BT"].shape == (8, 16)
+    assert batch["inputs"].shape == batch["segment_ids_BT"].shape == (8, 16)
 
 
 def test_data_that_a_run_refuses(corpus: Path, bytes_folder: Path) -> None:

@@ -110,8 +110,7 @@ def batch_of(inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> Batch:
         "inputs": inputs_BT,
         "targets": targets_BT,
         "step_targets": targets_BT.numel(),
-        "documents_BT": None,
-        "real_BT": None,
+        "segment_ids_BT": None,
     }
 
 

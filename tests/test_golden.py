@@ -21,7 +21,7 @@ from conftest import ARCHS, documents, small
 
 from arch import ModelConfig, build, resolve
 from arch.config import EncoderConfig
-from data.batches import TrainBatches, besides
+from data.batches import TrainBatches
 from data.config import DataConfig
 from eval.layouts import load_arch
 from train.loss import cross_entropy_sum
@@ -80,7 +80,8 @@ def measure(config: ModelConfig) -> dict[str, object]:
     for batch in TrainBatches(
         Text(), 0, STEPS, BATCH, BATCH, sequence_format=sequence_format(resolve(config), DataConfig())
     ):
-        loss = model(batch["inputs"], head=cross_entropy_sum(model.predicted(batch["targets"])), **besides(batch))
+        head = cross_entropy_sum(model.select_targets(batch["targets"]))
+        loss = model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
         loss = loss / batch["step_targets"]
         optimizer.zero_grad()
         loss.backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import launch_in_process, small
 
-from arch import ModelConfig, generate, generate_blocks, resolve
+from arch import ModelConfig, generate, resolve
 from arch.footprint import num_params
 from eval.layouts import load_arch, load_size
 from train.benchmarks import gpu_decode
@@ -86,7 +86,7 @@ def test_what_decodes_is_what_generates(arch: str) -> None:
                 tokens = decode(tokens)[:, -1].argmax(dim=-1, keepdim=True)
                 decoded.append(tokens)
         prompts = random_batch(61, 2, length, CPU, seed=length)[0].tolist()
-        generated = (generate_blocks if arch == "block" else generate)(model, prompts, 9)
+        generated = generate(model, prompts, 9)
         assert torch.cat(decoded, dim=1).tolist() == generated
 
 

@@ -104,9 +104,10 @@ def test_training_leaves_pads_and_the_unpredicted_out(corpus: Path) -> None:
     first, second, *_ = data.train_dataloader()
     total, targets = 0.0, 0
     for batch in (first, second):
-        real = batch["real_BT"]
+        segment_ids = batch["segment_ids_BT"]
+        real = segment_ids == 0
         assert not real.all() and torch.equal(batch["targets"][:, 4:] != IGNORE, real[:, 4:])
-        logits = module.model(batch["inputs"], real_BT=real)
+        logits = module.model(batch["inputs"], segment_ids_BT=segment_ids)
         wanted = batch["targets"][:, 4:].flatten()
         total += F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORE, reduction="sum").item()
         targets += int((wanted != IGNORE).sum())

@@ -133,7 +133,7 @@ def total(tensors: Iterator[torch.Tensor]) -> int:
 def loss(model: torch.nn.Module, vocab_size: int, bf16: bool = True) -> torch.Tensor:
     tokens = torch.randint(vocab_size, (BATCH, 256), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        return model(tokens, head=cross_entropy_sum(model.predicted(tokens)))
+        return model(tokens, head=cross_entropy_sum(model.select_targets(tokens)))
 
 
 @pytest.mark.parametrize("bf16", [True, False])

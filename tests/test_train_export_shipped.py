@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from arch import (
     LayoutError,
     StoreConfig,
     generate,
-    generate_blocks,
     resolve,
 )
 from arch.convert import UnsupportedModelError
@@ -88,12 +86,11 @@ def pair(name: str, **more: Any) -> tuple[LanguageModel, Any]:
 
 def least(model: LanguageModel) -> int:
     """Tokens that a prompt needs."""
-    return model.plan.block_length if isinstance(model, BlockTransformer) and model.start is None else 1
+    return model.plan.min_prompt
 
 
 def continued(model: LanguageModel, prompts: list[list[int]], count: int, **how: Any) -> list[list[int]]:
-    run: Callable[..., list[list[int]]] = generate_blocks if isinstance(model, BlockTransformer) else generate
-    return run(model, prompts, count, **how)
+    return generate(model, prompts, count, **how)
 
 
 def ragged(lengths: list[int]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
@@ -236,11 +233,11 @@ def test_a_first_block_that_is_not_predicted() -> None:
         filled = pair("block_unpredicted", block_pad_token=5)[1]
         rows = F.pad(text, (length - 1, 1), value=5)
         real = torch.arange(rows.shape[1]).expand_as(rows) >= length - 1
-        torch.testing.assert_close(filled(text).logits, ours(rows, real_BT=real), rtol=0, atol=1e-12)
-        expected = generate_blocks(ours, short.tolist(), 3, pad_token=5)
+        torch.testing.assert_close(filled(text).logits, ours(rows, segment_ids_BT=real.long() - 1), rtol=0, atol=1e-12)
+        expected = generate(ours, short.tolist(), 3, pad_token=5)
         assert filled.generate(short, max_new_tokens=3)[:, short.shape[1] :].tolist() == expected
         out = filled(text, labels=text)
-        said = F.cross_entropy(ours(rows, real_BT=real)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+        said = F.cross_entropy(ours(rows, segment_ids_BT=real.long() - 1)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
         torch.testing.assert_close(out.loss.double(), said, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="block_pad_token is 61; it is no token of 61"):
         KVFrontierShippedConfig(**(to_hf_config(ours.config) | {"block_pad_token": 61}))
@@ -306,7 +303,7 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
             exported("latents", tmp_path / file, corpus, f"wrong_{file}")
         return str(error.value)
 
-    message = differing("generation.py", "longest + max_new_tokens - 1,", "longest + max_new_tokens,")
+    message = differing("generation.py", "+ max_new_tokens - 1\n", "+ max_new_tokens\n")
     assert re.findall(r"^(bytes|greedy|logits)", message, re.MULTILINE) == ["bytes", "bytes"]
     assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", "input_ids)\n", "input_ids.flip(1))\n")
 
@@ -416,7 +413,7 @@ def test_lm_eval_scores_the_object(name: str, tmp_path: Path, corpus: Path) -> N
         for (context, answer), (score, _) in zip(pairs, scores, strict=True):
             start, ids = len(tokenizer(context)["input_ids"]), tokenizer(context + answer)["input_ids"]
             said = train.hub.verify.next_logits(ours, ids[:-1]).log_softmax(-1)
-            first = train.hub.verify.unpredicted(ours)
+            first = ours.plan.min_prompt - 1
             expected = sum(said[place - 1 - first, ids[place]].item() for place in range(start, len(ids)))
             assert score == pytest.approx(expected, abs=1e-4)
         options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}

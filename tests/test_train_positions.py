@@ -91,7 +91,7 @@ def test_a_block_transformer_by_position(tmp_path: Path, corpus: Path) -> None:
         windows = TokenWindows(corpus, Manifest.load(corpus), "val", 16)
         rows = [torch.from_numpy(row[1:].astype("int64")) for row in EvalWindows.of(windows, 4)]
         tokens = torch.stack(rows)
-        wanted = model.predicted(tokens)
+        wanted = model.select_targets(tokens)
         expected = F.cross_entropy(model(tokens).flatten(0, 1), wanted.flatten()).item()
         mean = sum(bucket["nats"] * bucket["targets"] for bucket in buckets) / wanted.numel()
         assert mean == pytest.approx(expected, rel=1e-5)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from arch import LanguageModel, build
 from arch.config import to_dict
-from data.batches import IGNORE, Batch, besides
+from data.batches import IGNORE, Batch
 from train.checkpoint import TrainingError
 from train.clock import Clock
 from train.loss import cross_entropy_sum
@@ -79,8 +79,8 @@ class LitModel(L.LightningModule):
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            head = cross_entropy_sum(self.model.predicted(batch["targets"]), self.compiled)
-            return self.model(batch["inputs"], head=head, **besides(batch))
+            head = cross_entropy_sum(self.model.select_targets(batch["targets"]), self.compiled)
+            return self.model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Scale the summed loss to its part of the mean over all real targets of the optimizer step.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arch.attend import BACKENDS, Needs, attend, reference
 from arch.footprint import visible_pairs
-from arch.masks import Sequences, dense, document_starts
+from arch.masks import Sequences, dense, segment_starts
 from train.benchmarks.timing import milliseconds
 
 # Query heads, key heads, key width, value width.
@@ -105,9 +105,9 @@ def run_case(case: AttentionCase) -> dict[str, Any]:
         inputs["sinks"] = normal(case.heads).requires_grad_()
     weight = normal(*rows, case.heads, case.value_width).to(case.dtype)
     cuts = None if case.documents is None else torch.rand(rows, generator=generator, device=case.device)
-    documents_BT = None if cuts is None else (cuts < 1 / case.documents).cumsum(1)
+    segment_ids_BT = None if cuts is None else (cuts < 1 / case.documents).cumsum(1)
     device = torch.device(case.device)
-    sequences = Sequences(*rows, documents_BT, device)
+    sequences = Sequences(*rows, segment_ids_BT, device)
     backend, scale = BACKENDS[case.backend], case.width**-0.5
     mask = backend.mask(sequences, case.window, case.dtype)
 
@@ -133,9 +133,9 @@ def run_case(case: AttentionCase) -> dict[str, Any]:
 
 def pairs(sequences: Sequences, window: int | None) -> int:
     """Number of visible (query, key) pairs of the batch."""
-    if sequences.documents_BT is None:
+    if sequences.segment_ids_BT is None:
         return sequences.batch * visible_pairs(sequences.length, window)
-    starts = document_starts(sequences.documents_BT)
+    starts = segment_starts(sequences.segment_ids_BT)
     seen = torch.arange(sequences.length, device=starts.device) - starts + 1
     return int(seen.clamp(max=window or sequences.length).sum())
 
@@ -149,7 +149,7 @@ def definition(
     exact |= {name: torch.zeros_like(tensor) for name, tensor in doubles.items()}
     group = case.heads // case.kv_heads
     for row in range(case.batch):
-        documents = None if sequences.documents_BT is None else sequences.documents_BT[row : row + 1]
+        documents = None if sequences.segment_ids_BT is None else sequences.segment_ids_BT[row : row + 1]
         mask = dense(Sequences(1, case.length, documents, sequences.device), case.window)
         for head in range(case.kv_heads):
             queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)

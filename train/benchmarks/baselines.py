@@ -65,7 +65,7 @@ def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Bas
     model.init_weights(0)
 
     def loss(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        predicted_BT = model.predicted(targets_BT if model.plan.target_offset else inputs_BT)
+        predicted_BT = model.select_targets(targets_BT if model.plan.target_offset else inputs_BT)
         total: Tensor = model(inputs_BT, head=cross_entropy_sum(predicted_BT, compiled))
         return total / predicted_BT.numel()
 

@@ -1,16 +1,15 @@
 """Greedy decoding over a cache, one token of each sequence per call, the same for every kind of model.
 
-Shapes: B batch, T tokens, C vectors of an expanded context, D model, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arch import BlockTransformer, LanguageModel, ModelConfig, allocate, allocate_blocks, build
-from arch.block_transformer import BlockCache
-from arch.cache import Cache
+from arch import LanguageModel, ModelConfig, build
 
 # Feeds tokens [B, T] to a model with a cache and returns the logits [B, 1, V] of the last.
 DecodeFn = Callable[[Tensor], Tensor]
@@ -25,39 +24,13 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     return model
 
 
-def decode_fn(model: LanguageModel, batch: int, capacity: int) -> tuple[DecodeFn, Cache | BlockCache]:
+def decode_fn(model: LanguageModel, batch: int, capacity: int) -> tuple[DecodeFn, Any]:
     """A function that feeds an empty cache of the weights' type, and the cache.
 
-    The first call of a Block Transformer's needs at least a block of tokens.
+    The first call needs at least `plan.min_prompt` tokens.
     """
-    weight = next(model.parameters())
-    if isinstance(model, BlockTransformer):
-        blocks = allocate_blocks(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
-        return BlockDecoder(model, blocks), blocks
-    cache = allocate(model.plan, batch, capacity, dtype=weight.dtype, device=weight.device)
-    return lambda tokens: model(tokens, cache, last_only=True), cache
-
-
-class BlockDecoder:
-    """Feeds a Block Transformer token by token: a completed block is encoded and the next one begun."""
-
-    def __init__(self, model: BlockTransformer, cache: BlockCache):
-        self.model, self.cache = model, cache
-        self.begun_BT: Tensor | None = None  # tokens of the unfinished block
-        self.context_BCD: Tensor | None = None  # its context
-
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        model, length = self.model, self.model.plan.block_length
-        seen_BT = tokens_BT if self.begun_BT is None else torch.cat((self.begun_BT, tokens_BT), dim=1)
-        whole = seen_BT.shape[1] // length * length
-        if whole:
-            self.context_BCD = model.expand(model.encode(seen_BT[:, :whole], self.cache.blocks)[:, -1])
-            logits_BV = model.begin(self.context_BCD, seen_BT[:, whole:], self.cache.tokens)
-        else:
-            assert self.context_BCD is not None and self.begun_BT is not None
-            logits_BV = model.step(self.context_BCD, tokens_BT, self.begun_BT.shape[1], self.cache.tokens)
-        self.begun_BT = seen_BT[:, whole:]
-        return logits_BV[:, None]
+    cache = model.allocate_cache(batch, capacity)
+    return lambda tokens_BT: model(tokens_BT, cache, last_only=True), cache
 
 
 @torch.inference_mode()

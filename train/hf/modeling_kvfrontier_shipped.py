@@ -17,10 +17,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple, logging
 
-from arch.block_generate import generate_blocks
-from arch.block_transformer import BlockTransformer
 from arch.config import ModelConfig, from_dict
-from arch.generation import generate
+from arch.generation import batch_prompts, generate
 from arch.layers import LayerNorm, RMSNorm
 from arch.model import build
 
@@ -52,9 +50,10 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module like init.py does; transformers calls it for parameters that are not loaded."""
-        std = self.model.config.size.init_std
-        if isinstance(self.model, BlockTransformer) and module in (self.model.expansion, self.model.embedder.proj):
-            std = float(module.in_features) ** -0.5
+        model, std = self.model, self.model.config.size.init_std
+        for name, own_std in model.init_stds.items():
+            if model.get_submodule(name.removesuffix(".weight")) is module:
+                std = own_std
         for name, parameter in module.named_parameters(recurse=False):
             if name == "weight" and isinstance(module, nn.Linear | nn.Embedding):
                 init.normal_(parameter, 0.0, std)
@@ -64,10 +63,9 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
                 init.zeros_(parameter)
 
     @property
-    def unpredicted(self) -> int:
+    def num_unpredicted(self) -> int:
         """First tokens of a text that are not predicted; every model needs one before it predicts any."""
-        plan = self.model.plan
-        return 1 if self.config.block_pad_token is not None else max(1, plan.num_unpredicted + plan.target_offset)
+        return 1 if self.config.block_pad_token is not None else self.model.plan.min_prompt
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, D] whose product with the output matrix are the logits of the token after each of `input_ids`; zeros
@@ -84,26 +82,22 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
         return x_BTD.take_along_dim((back_BT % input_ids.shape[1]).unsqueeze(-1), dim=1)
 
     def _states(self, tokens_BT: Tensor) -> Tensor:
-        model = self.model
-        if not isinstance(model, BlockTransformer):
-            return model(tokens_BT, head=states_alone)
-        length, pad_token = model.plan.block_length, self.config.block_pad_token
-        batch, tokens = tokens_BT.shape
-        fill = length - 1 if model.start is None and pad_token is not None else 0
-        whole = -(-(fill + tokens + 1) // length) * length  # the token after the last one belongs to the last block
-        skip = fill + 1 - (0 if model.start is not None else length)
-        if skip < 0:
+        model, pad_token, num_tokens = self.model, self.config.block_pad_token, tokens_BT.shape[1]
+        num_zeros = self.num_unpredicted - 1
+        if num_zeros:
             logger.warning_once(
-                f"the first block of a text, {length} tokens, is not predicted: logits there are all 0, which is the "
-                "uniform distribution; the loss leaves them out"
+                f"the first block of a text, {num_zeros + 1} tokens, is not predicted: logits there are all 0, which "
+                "is the uniform distribution; the loss leaves them out"
             )
-        if whole == length and model.start is None:
-            embed = model.token_decoder.embed.weight
-            return embed.new_zeros(batch, tokens, embed.shape[1])
-        padded_BT = F.pad(tokens_BT, (fill, whole - fill - tokens), value=pad_token or 0)
-        real_BT = (torch.arange(whole, device=tokens_BT.device) >= fill).expand(batch, whole) if fill else None
-        x_BTD: Tensor = model(padded_BT, head=states_alone, real_BT=real_BT)
-        return F.pad(x_BTD[:, max(skip, 0) : skip + tokens], (0, 0, max(-skip, 0), 0))
+        if num_tokens <= num_zeros:
+            weight = model.output_weight
+            return weight.new_zeros(*tokens_BT.shape, weight.shape[1])
+        segment_ids_BT = None
+        if num_fill := model.plan.min_prompt - 1 - num_zeros:
+            segment_ids_BT = F.pad(torch.zeros_like(tokens_BT), (num_fill, 0), value=-1)
+            tokens_BT = F.pad(tokens_BT, (num_fill, 0), value=pad_token)
+        x_BTD = model.next_token_logits(tokens_BT, states_alone, segment_ids_BT)
+        return F.pad(x_BTD, (0, 0, num_zeros, 0))
 
 
 class KVFrontierShippedModel(KVFrontierShippedPreTrainedModel):
@@ -135,13 +129,12 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
             raise ValueError("forward keeps no cache; generate() does, or leave out use_cache")
         states_BTD = self.states(input_ids, attention_mask)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        decoder = self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
-        logits_BTV = F.linear(states_BTD[:, kept], decoder.output_weight)
+        logits_BTV = F.linear(states_BTD[:, kept], self.model.output_weight)
         loss = None
         if labels is not None:
             place_BT = torch.arange(input_ids.shape[1], device=input_ids.device)
             place_BT = place_BT - first_real(input_ids, attention_mask)[:, None]
-            labels = labels.masked_fill((place_BT >= 0) & (place_BT < self.unpredicted), -100)
+            labels = labels.masked_fill((place_BT >= 0) & (place_BT < self.num_unpredicted), -100)
             loss = self.loss_function(
                 logits=logits_BTV,
                 labels=labels,
@@ -188,15 +181,17 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
             "stop_token": end,
             "seed": int(torch.randint(2**31, ())),
         }
-        if isinstance(self.model, BlockTransformer):
-            rows = generate_blocks(self.model, prompts, new, pad_token=self.config.block_pad_token, **how)
-        else:
-            rows = generate(self.model, prompts, new, **how)
+        model, fill = self.model, self.config.block_pad_token
+        batch = batch_prompts(model.plan, prompts, fill, model.output_weight.device)
+        cache = model.allocate_cache(len(prompts), batch.capacity(new))
+        rows = generate(model, prompts, new, pad_token=fill, cache=cache, **how)
         if end is not None:
             rows = [row if len(row) == new else [*row, end] for row in rows]
         pad = settings.get("pad_token_id", end or 0)
         sequences = joined(prompt_BT, rows, pad, StoppingCriteriaList(stopping_criteria or []))
-        return GenerateDecoderOnlyOutput(sequences=sequences) if settings.get("return_dict_in_generate") else sequences
+        if settings.get("return_dict_in_generate"):
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        return sequences
 
     def settings(self, config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Collect the settings of `generate`. Raises ValueError with every one that it does not support."""
@@ -240,11 +235,11 @@ def first_real(tokens_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask.shape != tokens_BT.shape:
         shapes = f"{tuple(attention_mask.shape)}, the tokens {tuple(tokens_BT.shape)}"
         raise ValueError(f"attention_mask has the shape {shapes}; give 1 for each token and 0 for padding")
-    real_BT = attention_mask.bool()
-    begin_B = real_BT.int().argmax(dim=1)
+    is_token_BT = attention_mask.bool()
+    begin_B = is_token_BT.int().argmax(dim=1)
     place_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) - begin_B[:, None]
-    whole_BT = (place_BT >= 0) & (place_BT < real_BT.sum(dim=1, keepdim=True))
-    if not torch.equal(real_BT, whole_BT):
+    whole_BT = (place_BT >= 0) & (place_BT < is_token_BT.sum(dim=1, keepdim=True))
+    if not torch.equal(is_token_BT, whole_BT):
         raise ValueError("attention_mask has padding between tokens; a row is one run of tokens")
     return begin_B
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from arch import BlockTransformer, LanguageModel, Plan, build, generate, generate_blocks
+from arch import LanguageModel, Plan, build, generate
 from arch.footprint import allocated_bytes, kv_bytes, num_params
 from data.cli import UsageError
 from data.tokenizer import Encoder
@@ -75,7 +75,7 @@ def verify(exported: ExportUnderTest) -> list[Check]:
                 parameter.copy_(parameter.to(exported.dtype))
         expected = [prompt_logits(model, request, number) for number in (0, 1)]
         loss = nats(model, exported.corpus.windows)
-        tokens = [continued(model, prompt) for prompt in request["prompts"]]
+        tokens = [generate(model, [prompt], NUM_NEW_TOKENS)[0] for prompt in request["prompts"]]
         response, logits = fresh_process(exported.folder, request)
         difference = largest_difference(logits, expected)
         tolerance = logit_tolerance(model, request, expected, difference)
@@ -93,7 +93,7 @@ def verify(exported: ExportUnderTest) -> list[Check]:
 
 
 def make_request(exported: ExportUnderTest, model: LanguageModel) -> Request:
-    size, first, windows = exported.config.size, unpredicted(model), exported.corpus.windows
+    size, first, windows = exported.config.size, model.plan.min_prompt - 1, exported.corpus.windows
     bounds = [min(bound, size.seq_len) for bound in spans(model.plan)]
     long, short = max(bounds, default=32) + 9, first + max(1, min([8, *bounds]) - 1)
     generator = torch.Generator().manual_seed(0)
@@ -129,41 +129,17 @@ def spans(plan: Plan) -> list[int]:
     return bounds if tokens == 1 else [tokens, *bounds]
 
 
-def unpredicted(model: LanguageModel) -> int:
-    """The first input after which a token is predicted: 0, but where a first block has no context."""
-    return max(0, model.plan.num_unpredicted + model.plan.target_offset - 1)
-
-
-def next_logits(model: LanguageModel, tokens: list[int]) -> Tensor:
-    """[T, V] of the token after each of `tokens`, from `unpredicted` on."""
-    if not isinstance(model, BlockTransformer):
-        logits_TV: Tensor = model(torch.tensor([tokens]))[0]
-        return logits_TV
-    whole = [
-        *tokens,
-        *[0] * (model.plan.block_length - len(tokens) % model.plan.block_length),
-    ]  # nothing looks at what is added
-    said_TV: Tensor = model(torch.tensor([whole]))[0]
-    return said_TV[1 if model.start is not None else 0 :][: len(tokens) - unpredicted(model)]
-
-
-def continued(model: LanguageModel, prompt: list[int]) -> list[int]:
-    if isinstance(model, BlockTransformer):
-        return generate_blocks(model, [prompt], NUM_NEW_TOKENS)[0]
-    return generate(model, [prompt], NUM_NEW_TOKENS)[0]
-
-
 def prompt_logits(model: LanguageModel, request: Request, number: int) -> Tensor:
     """[P, V]"""
     places = [place - request["first"] for place in request["positions"][number]]
-    return next_logits(model, request["prompts"][number])[places]
+    return model.next_token_logits(torch.tensor([request["prompts"][number]]))[0, places]
 
 
 def nats(model: LanguageModel, windows: list[list[int]]) -> float:
     total = 0.0
     for window in windows:
-        targets_T = torch.tensor(window[unpredicted(model) + 1 :])
-        total += F.cross_entropy(next_logits(model, window[:-1]), targets_T, reduction="sum").item()
+        logits_TV = model.next_token_logits(torch.tensor([window[:-1]]))[0]
+        total += F.cross_entropy(logits_TV, torch.tensor(window[model.plan.min_prompt :]), reduction="sum").item()
     return total
 
 
@@ -236,7 +212,7 @@ def agreement(model: LanguageModel, prompt: list[int], theirs: list[int], ours: 
     same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), len(ours))
     if same == len(ours):
         return same
-    logits_V = next_logits(model, prompt + ours[:same])[-1]
+    logits_V = model.next_token_logits(torch.tensor([prompt + ours[:same]]))[0, -1]
     tie = (logits_V[ours[same]] - logits_V[theirs[same]]).item() <= 2 * tolerance
     return len(ours) if tie else same
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,8 @@ def tensors(cache: Any) -> list[torch.Tensor]:
     """List the tensors that a cache holds of the text, without its counters."""
     if not isinstance(cache, Cache):
         stacks = [cache.blocks, cache.tokens] if hasattr(cache, "blocks") else [cache]
-        return [tensor for stack in stacks for store in (*stack.stores, *stack.context) for tensor in store.tensors]
+        buffers = [buffer for stack in stacks for buffer in (*stack.stores, *stack.cross_buffers)]
+        return [tensor for buffer in buffers for tensor in buffer.tensors]
     values = (value for layer in cache.layers for value in vars(layer).values())
     return [
         value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
@@ -137,23 +137,8 @@ def cache_sizes(model: Any, request: Request) -> CacheBytes:
 
 def own_cache(model: Any, prompt: list[int]) -> Any:
     """Return the cache that generate() allocates for `prompt` and one token after it, which is not fed back."""
-    home, made = sys.modules[type(model).__module__], []
-    names = {home.generate.__module__: "allocate", home.generate_blocks.__module__: "allocate_blocks"}
-    real = {module: getattr(sys.modules[module], name) for module, name in names.items()}
-
-    def recorded(module: str, *arguments: Any, **options: Any) -> Any:
-        made.append(real[module](*arguments, **options))
-        return made[-1]
-
-    for module, name in names.items():
-        setattr(sys.modules[module], name, partial(recorded, module))
-    try:
-        model.generate(torch.tensor([prompt]), max_new_tokens=1, do_sample=False)
-    finally:
-        for module, name in names.items():
-            setattr(sys.modules[module], name, real[module])
-    (cache,) = made
-    return cache
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+    return model.generate(torch.tensor([prompt]), **options).past_key_values
 
 
 def nats(model: Any, windows: list[list[int]], first: int) -> float:
