@@ -14,8 +14,8 @@ gaps are not counted. Bytes that are "saved" live from the forward to the backwa
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from arch import BlockConfig, BlockPlan, KVPlan, ModelConfig, Plan, StoreSpec
-from arch.block_plan import block_config, embed_dim, embedded, has_encoder, split_config
+from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
+from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
 from arch.plan import CHUNK
@@ -86,21 +86,22 @@ class StackShape:
 
 def stack_shapes(config: ModelConfig, plan: Plan, micro_batch: int) -> list[StackShape]:
     """The decoders of a model, the one with the loss last; `encoder_bytes` has the encoder of an embedder."""
-    if isinstance(plan, KVPlan):
-        return [StackShape(config, plan, micro_batch, micro_batch * config.size.seq_len)]
-    coarse, fine = split_config(config)
-    contexts = config.size.seq_len // plan.block_length - 1
-    rows = micro_batch * (contexts + plan.start)
+    seq_len = config.size.seq_len
+    stack, *others = plan.stacks
+    if not others:
+        return [StackShape(config, stack.plan, micro_batch, micro_batch * seq_len)]
+    (block_decoder, token_decoder), (token,) = split_config(config), others
+    rows = micro_batch * ((seq_len - plan.num_unpredicted) // plan.block_length)
+    contexts = with_length(block_decoder, seq_len // plan.block_length - 1)
+    positions = with_length(token_decoder, token.num_positions(seq_len))
     return [
-        StackShape(replace(coarse, size=replace(coarse.size, seq_len=contexts)), plan.block, micro_batch, rows),
-        StackShape(
-            replace(fine, size=replace(fine.size, seq_len=plan.num_positions)),
-            plan.token,
-            rows,
-            rows * plan.block_length,
-            plan.num_context_vectors if plan.cross else 0,
-        ),
+        StackShape(contexts, stack.plan, micro_batch, rows),
+        StackShape(positions, token.plan, rows, rows * plan.block_length, token.num_cross_vectors),
     ]
+
+
+def with_length(config: ModelConfig, seq_len: int) -> ModelConfig:
+    return replace(config, size=replace(config.size, seq_len=seq_len))
 
 
 def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
@@ -137,17 +138,19 @@ def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
         whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
         return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
     casts = 0 if how.checkpointing else all_cast_bytes(config, stacks, how)
-    between = how.itemsize * between_params(config, plan) if how.itemsize < FP32 else 0
+    between = how.itemsize * between_params(config) if how.itemsize < FP32 else 0
     return casts + between + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
 
 
-def between_params(config: ModelConfig, plan: Plan) -> int:
+def between_params(config: ModelConfig) -> int:
     """Elements of the matrices that a Block Transformer has outside of its stacks, the tables of tokens aside."""
-    if isinstance(plan, KVPlan):
+    block = config.arch.block
+    if block is None:
         return 0
-    (coarse, fine), block = split_config(config), block_config(config)
-    projection = 0 if block.embedder == "lookup" else embedded(block) * embed_dim(config)
-    return coarse.size.d_model * (projection + plan.num_context_vectors * fine.size.d_model)
+    block_decoder, token_decoder = split_config(config)
+    projection = 0 if block.embedder == "lookup" else num_embedded_vectors(block) * embed_dim(config)
+    expansion = resolve_block(config).num_context_vectors * token_decoder.size.d_model
+    return block_decoder.size.d_model * (projection + expansion)
 
 
 def cast_bytes(stack: StackShape, how: Execution) -> list[int]:
@@ -183,14 +186,14 @@ def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batc
     """
     width, stacks = how.itemsize, stack_shapes(config, plan, micro_batch)
     total = 8 * micro_batch * config.size.seq_len + width * stacks[-1].outputs * stacks[-1].config.size.d_model
-    if isinstance(plan, BlockPlan):
-        block, (coarse, _) = block_config(config), stacks
-        total += 8 * coarse.positions * plan.block_length + width * coarse.outputs * coarse.config.size.d_model
+    block, outer = config.arch.block, stacks[0]
+    if block is not None:
+        total += 8 * outer.positions * plan.block_length + width * outer.outputs * outer.config.size.d_model
         if block.embedder != "lookup":  # of an encoder with CLS tokens all outputs, of which they are a view
             vectors = encoder_positions(block) if has_encoder(block) else plan.block_length
-            total += width * coarse.positions * vectors * embed_dim(config)
+            total += width * outer.positions * vectors * embed_dim(config)
         if has_encoder(block):
-            total += encoder_bytes(block, coarse.positions, how)
+            total += encoder_bytes(block, outer.positions, how)
         total += width * stacks[-1].rows * stacks[-1].cross_vectors * stacks[-1].config.size.d_model
     return total + sum(stack_bytes(stack, how) for stack in stacks)
 
