@@ -1,7 +1,7 @@
 """The two plans of a Block Transformer (Ho et al. 2024), and `resolve`, which tells them from the one of a decoder.
 
-A coarse plan over blocks of `length` tokens, and a fine one over the positions of a single block: its context, then its
-tokens. The last token of a block is no input.
+The block decoder has a plan over blocks of `block_length` tokens, and the token decoder one over the positions of a
+single block: its context, then its tokens. The last token of a block is no input.
 """
 
 import re
@@ -95,11 +95,11 @@ def plan_from_dict(values: dict[str, Any]) -> Plan:
 
 def resolve_block(config: ModelConfig) -> BlockPlan:
     """The plans of `config`; raises LayoutError with every problem."""
-    coarse, fine = split_config(config)
+    block_decoder, token_decoder = split_config(config)
     block = block_config(config)
     context = block.token.prefix if block.token.kind == "prefix" else block.length
     slots = block.length + (context - 1 if block.token.kind == "prefix" else 0)
-    plans = resolve_stack(coarse), resolve_stack(fine)
+    plans = resolve_stack(block_decoder), resolve_stack(token_decoder)
     return BlockPlan(block.length, context, slots, block.start, *plans, cross=block.token.kind == "cross")
 
 
@@ -127,18 +127,18 @@ def split_config(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
         if getattr(block.token, name) is not None
     }
     layout, token = config.arch, block.token
-    coarse = ModelConfig(
+    block_decoder = ModelConfig(
         ArchConfig(deepcopy(layout.stores), list(layout.pattern), layout.short_group),
         replace(size, num_layers=size.num_layers - layers, seq_len=max(1, size.seq_len // max(1, block.length))),
     )
-    fine = ModelConfig(
+    token_decoder = ModelConfig(
         ArchConfig(deepcopy(token.stores), list(token.pattern), token.short_group),
         replace(size, num_layers=layers, **widths),
     )
-    of_coarse, of_fine = _problems(coarse), _problems(fine)
-    problems += of_coarse
-    for problem in of_fine:
-        if "arch." not in problem and problem in of_coarse:
+    block_problems, token_problems = _problems(block_decoder), _problems(token_decoder)
+    problems += block_problems
+    for problem in token_problems:
+        if "arch." not in problem and problem in block_problems:
             continue  # a width that both take from the size
         where = re.sub(r"\barch\.", "arch.block.token.", problem)
         for name in widths:
@@ -146,7 +146,7 @@ def split_config(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
         problems.append(f"token decoder: {where}")
     if problems:
         raise LayoutError(problems)
-    return coarse, fine
+    return block_decoder, token_decoder
 
 
 def _problems(config: ModelConfig) -> list[str]:
@@ -158,7 +158,7 @@ def _problems(config: ModelConfig) -> list[str]:
 
 
 def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
-    """What is wrong with the section `arch.block` itself."""
+    """List the problems of the section `arch.block` itself."""
     problems = []
     for name, value in (("length", block.length), ("token.prefix", block.token.prefix)):
         if value < 1:

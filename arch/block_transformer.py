@@ -84,7 +84,7 @@ class BlockCache:
         return self.blocks.nbytes + self.tokens.nbytes
 
     def pad_left(self, start_B: Tensor | None) -> None:
-        """As Cache.pad_left, in blocks."""
+        """Set the block at which each row begins, as Cache.pad_left."""
         self.blocks.pad_left(start_B)
 
 
@@ -125,7 +125,7 @@ class BlockTransformer(LanguageModel):
         return self.token_decoder.output_weight
 
     def attention(self, documents: bool = False) -> str:
-        """As Decoder.attention. Raises ValueError with `documents`: a block may belong to two."""
+        """Name the attention backends of both decoders. Raises ValueError with `documents`: a block may be in two."""
         if documents:
             raise ValueError(NO_DOCUMENTS)
         return f"blocks: {self.block_decoder.attention()}; within a block: {self.token_decoder.attention()}"
@@ -272,7 +272,7 @@ class BlockTransformer(LanguageModel):
 
     @property
     def init_stds(self) -> dict[str, float]:
-        """Of the maps between the decoders, which keep the scale of their inputs."""
+        """Standard deviations for the maps between the decoders, which keep the scale of their inputs."""
         stds = {"expansion.weight": self.config.size.d_model**-0.5}
         if self.embedder.proj is not None:
             stds["embedder.proj.weight"] = float(self.embedder.proj.in_features) ** -0.5

@@ -143,7 +143,7 @@ class Stack(nn.Module):
         return [mask_by_window[store.window] for store in self.plan.stores]
 
     def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
-        """For each window of the plan, a mask for a kernel that takes dense ones."""
+        """Make a dense mask for each window of the plan."""
         return {window: Mask(dense_kernel(self.backend), mask_of(window)) for window in self.plan.windows}
 
     def cross_context(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> CrossContext | None:

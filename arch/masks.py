@@ -1,4 +1,4 @@
-"""What each query sees, and the forms in which kernels want to be told.
+"""Attention masks: the slots that each query sees, in the form that each kernel takes.
 
 A token sees itself and what came before it, within its segment and the window. `window` counts the current token.
 `segment_ids_BT` numbers the segments of each row, such as packed documents: a run of equal numbers is one segment.
@@ -27,7 +27,7 @@ class Sequences(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """For kernels that take a mask of every pair, or a flag.
+    """Mask for kernels that take every pair, or a flag.
 
     causal   slot s is visible to query t iff s <= t; requires S == T, and `allowed` is then None
     allowed  [T, S] or [B, 1, T, S], True where visible; None: no restriction but `causal`
@@ -38,7 +38,7 @@ class Dense(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """For kernels that take sequences of several lengths end to end.
+    """Mask for kernels that take sequences of several lengths end to end.
 
     bounds   int32, the first token of each sequence among all B * T, then B * T; None: each row is one sequence.
              Filled up with empty sequences to a power of two, so that compiled code meets few lengths
@@ -128,11 +128,11 @@ BLOCK = 128
 
 
 def blocks(sequences: Sequences, window: int | None) -> BlockMask:
-    """For FlexAttention: which blocks of pairs are visible in part, which in whole.
+    """Block mask for FlexAttention: the blocks of pairs that are visible in part, and those in whole.
 
-    What a token sees is an interval whose ends never go back from one token to the next. So the first query of a block
-    that is not before the slots decides whether any is visible, and the first and last whether all are: no mask of
-    every pair is made, as torch's create_block_mask does.
+    A token sees an interval, whose ends never go back from one token to the next. So the first query of a block that is
+    not before the slots decides whether any is visible, and the first and last whether all are. Unlike torch's
+    create_block_mask, this makes no mask of every pair.
     """
     length, device = sequences.length, sequences.device
     first = first_visible(sequences, window)
@@ -156,7 +156,7 @@ def blocks(sequences: Sequences, window: int | None) -> BlockMask:
 
 
 def _in_order(chosen_BIJ: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each block of queries has, and which, those first: int32, with an axis for heads."""
+    """Count the chosen blocks of each block of queries, and list them first: int32, with an axis for heads."""
     chosen = rearrange(chosen_BIJ, "b i j -> b 1 i j").to(torch.int32)
     return chosen.sum(dim=-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 

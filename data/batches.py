@@ -34,7 +34,7 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """How a row of T + 1 tokens becomes the inputs and targets of a model.
+    """Rules by which a row of T + 1 tokens becomes the inputs and targets of a model.
 
     target_offset    1: inputs are the tokens before their targets; 0: they are the targets themselves, for a model
                      that predicts whole blocks from those before
@@ -145,7 +145,7 @@ class EvalBatches:
 
 
 def documents_of(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
-    """How many documents of a row have ended before each token. The end of text is nowhere but at documents' ends."""
+    """Number the documents of a row of tokens from 0, [T]. An end of text stands only at the end of a document."""
     ended = (tokens == end_of_text).astype(np.int64)
     return ended.cumsum(-1) - ended
 
@@ -162,10 +162,10 @@ def padded(
     lengths = np.diff(begins, append=len(tokens))
     left = np.concatenate(([0], generator.integers(block, size=len(lengths) - 1)))
     rooms = -(-(left + lengths) // block) * block
-    place = np.arange(len(tokens)) + np.repeat(rooms.cumsum() - rooms + left - begins, lengths)
-    kept = place < len(tokens)
+    position = np.arange(len(tokens)) + np.repeat(rooms.cumsum() - rooms + left - begins, lengths)
+    fits = position < len(tokens)
     result, segment_ids = np.full_like(tokens, end_of_text), np.full(len(tokens), -1)
-    result[place[kept]], segment_ids[place[kept]] = tokens[kept], 0
+    result[position[fits]], segment_ids[position[fits]] = tokens[fits], 0
     return result, segment_ids
 
 
