@@ -7,6 +7,7 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -73,6 +74,16 @@ def require(**chosen: str | None) -> None:
     missing = [group for group, choice in chosen.items() if choice is None]
     if missing:
         raise UsageError("\n".join(f"choose +{group}= one of: {', '.join(names(group))}" for group in missing))
+
+
+def require_new_folder(out: str) -> Path:
+    """Return the folder `out`. Raises UsageError where it is empty or names something that exists."""
+    if not out:
+        raise UsageError("out= is not set; give the folder to write")
+    path = Path(out)
+    if path.exists():
+        raise UsageError(f"out={out} is there already; give a new folder")
+    return path
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

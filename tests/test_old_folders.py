@@ -12,7 +12,8 @@ from rich.console import Console
 from arch import LanguageModel, ModelConfig, build, from_dict, plan_from_dict, resolve
 from eval import pareto
 from train import checkpoint, import_hf
-from train.export import ExportConfig, export
+from train.export import export
+from train.hub.request import ExportConfig
 from train.import_hf import ImportConfig
 
 OLD = ROOT / "tests" / "golden" / "old"

@@ -25,6 +25,15 @@ TINY = "+arch=cla2 +size=tiny"
         ("train/estimate.py --help", 0, "Does a training run fit"),
         (f"train/estimate.py {TINY} gpu=abacus", 2, "does not know its peak"),
         (f"train/estimate.py {TINY} gpu=h100", 0, "verdict: fits"),
+        ("train/export.py --help", 0, "Hugging Face"),
+        ("train/export.py", 2, "give checkpoint="),
+        ("train/export.py checkpoint=arch out=nowhere dtype=fp8", 2, "choose fp32, bf16"),
+        ("train/export.py checkpoint=arch out=nowhere target=gguf", 2, "choose auto, stock, remote, shipped"),
+        ("train/import_hf.py --help", 0, "Hugging Face"),
+        ("train/import_hf.py from=somewhere out=arch", 2, "is there already"),
+        ("train/uptrain.py --help", 0, "Block Transformer"),
+        ("train/uptrain.py out=nowhere", 2, "from= is not set"),
+        ("data/prepare.py --help", 0, "Turn text into token shards"),
         ("eval/footprint.py +size=1b", 0, "mixattention"),
         (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),
         ("eval/pareto.py --help", 0, "bytes per element"),
@@ -45,6 +54,13 @@ runpy.run_path({script!r}, run_name="__main__")
     assert done.returncode == code, done.stderr
     assert message in done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].strip() == "imported:"
+
+
+def test_names_checked_early_are_those_of_the_export() -> None:
+    from train.hub import request, targets, tensor_files
+
+    assert tuple(targets.TARGETS) == request.TARGET_NAMES
+    assert tuple(tensor_files.DTYPES) == request.DTYPE_NAMES
 
 
 def test_waiting_threads_sleep_unless_the_user_chose_otherwise() -> None:

@@ -26,6 +26,7 @@ from test_train_command import SMALL
 
 import train.export
 import train.hub.checkpoint_reader
+import train.hub.exporter
 import train.hub.upload
 import train.hub.verify
 from arch import ArchConfig, Decoder, generate, resolve
@@ -37,8 +38,9 @@ from data.prepare import prepare
 from eval.cli import MISTAKES
 from train import checkpoint
 from train.checkpoint import TrainingError, save
-from train.export import ExportConfig, export, main
+from train.export import export, main
 from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.request import ExportConfig
 from train.hub.run_info import load_corpus
 from train.hub.targets import TRANSFORMERS_FLOOR, choose
 from train.hub.verify_protocol import Request, Response
@@ -282,14 +284,14 @@ def test_a_tokenizer_adds_nothing_that_training_did_not(gqa: Path, corpus: Path)
 def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window that is one too short, a weight that is another: nothing is deleted, and nothing has the asked name."""
     source = write_checkpoint(tmp_path / "step-00000003", "swa")
-    write = train.export.write
+    write = train.hub.exporter.write
 
     def broken(change: Callable[[Path], None]) -> list[str]:
         def wrong(request: Any, *rest: Any) -> None:
             write(request, *rest)
             change(request.partial)
 
-        monkeypatch.setattr(train.export, "write", wrong)
+        monkeypatch.setattr(train.hub.exporter, "write", wrong)
         with pytest.raises(TrainingError, match="is not the model that was trained; it is kept") as error:
             export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
         assert not (tmp_path / "out").exists()
@@ -313,7 +315,7 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
         "bytes of the static cache",
     ]
     assert broken(other_weight) == ["logits in fp32, largest difference"]
-    monkeypatch.setattr(train.export, "write", write)
+    monkeypatch.setattr(train.hub.exporter, "write", write)
     export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
     assert not (tmp_path / "out.partial").exists()
 
@@ -393,7 +395,7 @@ def test_disk_full_and_folders_that_cannot_be_written(gqa: Path, corpus: Path, m
 
     for function in ("write_weights", "write_card"):
         with monkeypatch.context() as patch:
-            patch.setattr(train.export, function, full)
+            patch.setattr(train.hub.exporter, function, full)
             message = refused(gqa, data=corpus)
         assert re.search("cannot write .*out: No space left on device; give another folder with out=", message)
     assert {path.name for path in gqa.parent.iterdir()} == {"file", gqa.name}

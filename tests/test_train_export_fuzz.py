@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_train_export import QUIET, REFUSALS, shard, sign, write_checkpoint
 
-from train.export import ExportConfig, export
+from train.export import export
+from train.hub.request import ExportConfig
 
 HUGE = (0, -1, 1, 7, 2**31, 2**40, 2**62, 2**64 - 1, 10**30)
 

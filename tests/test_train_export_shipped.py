@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train_export import QUIET, in_process, write_checkpoint
 from torch.nn import functional as F
 
-import train.export
+import train.hub.exporter
 import train.hub.verify
 from arch import (
     ArchConfig,
@@ -34,8 +34,9 @@ from arch.footprint import allocated_bytes
 from eval.layouts import load_arch
 from train import import_hf
 from train.checkpoint import TrainingError
-from train.export import ExportConfig, export
+from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.request import ExportConfig
 from train.hub.targets import TRANSFORMERS_FLOOR, choose
 from train.import_hf import ImportConfig
 
@@ -289,7 +290,7 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
 ) -> None:
     """One that allocates a position too many, one that looks a position too far: each is found, by what it did."""
     monkeypatch.setattr(train.hub.verify, "fresh_process", in_process)
-    write = train.export.write
+    write = train.hub.exporter.write
 
     def differing(file: str, old: str, new: str) -> str:
         def wrong(request: Any, *rest: Any) -> None:
@@ -298,7 +299,7 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
             assert old in code
             (request.partial / file).write_text(code.replace(old, new))
 
-        monkeypatch.setattr(train.export, "write", wrong)
+        monkeypatch.setattr(train.hub.exporter, "write", wrong)
         with pytest.raises(TrainingError, match="is not the model that was trained") as error:
             exported("latents", tmp_path / file, corpus, f"wrong_{file}")
         return str(error.value)

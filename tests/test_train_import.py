@@ -24,7 +24,7 @@ from arch.convert_formats import read_config
 from data.cli import UsageError
 from train import checkpoint, import_hf, pretrain
 from train.checkpoint import TrainingError
-from train.hub import checkpoint_writer
+from train.hub import checkpoint_writer, importer
 from train.hub.folder_reader import INDEX, SINGLE, HFFolder
 from train.import_hf import ImportConfig
 from train.schema import PretrainConfig
@@ -202,7 +202,7 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
             raise LocalEntryNotFoundError("no network, nothing cached")
         return str(tmp_path / "hf")
 
-    monkeypatch.setattr(import_hf, "snapshot_download", download)
+    monkeypatch.setattr(importer, "snapshot_download", download)
     do_import("from=someone/pythia", "revision=step3000", f"out={tmp_path / 'ours'}")
     assert [request[:2] for request in asked] == [("someone/pythia", "step3000")]
     assert not [pattern for pattern in asked[0][2] if "py" in pattern or "bin" in pattern or pattern == "*"]
@@ -390,7 +390,7 @@ def test_what_is_malformed_is_refused_by_name(
 def attempt(folder: Path, out: Path) -> bool:
     """Whether `folder` is imported; what is not is refused in words."""
     try:
-        import_hf.run(folder, out, "fuzzed")
+        importer.run(folder, out, "fuzzed")
     except (UsageError, ConversionError, LayoutError) as error:
         assert str(error)
         assert not out.exists()
@@ -460,7 +460,7 @@ def test_odd_values_in_a_config(hf: dict[str, Any]) -> None:
 
 def test_what_checkpoints_are_is_still_checked(saved: dict[str, Path], tmp_path: Path) -> None:
     """An imported folder is one like any other: altered, it is refused; of another size, too."""
-    import_hf.run(saved["single"], tmp_path / "ours", "single")
+    importer.run(saved["single"], tmp_path / "ours", "single")
     config = from_dict(ModelConfig, checkpoint.load_info(tmp_path / "ours")["config"])
     config.size.d_ff += 8
     with pytest.raises(TrainingError, match=r"is of another model: model.layers.0.mlp.gate_proj.weight"):

@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from arch import (
     BlockConfig,
     BlockPlan,
-    Decoder,
     KVPlan,
     LayoutError,
     ModelConfig,
@@ -24,15 +23,9 @@ from arch import (
     from_dict,
     resolve,
 )
-from arch.convert import ConversionError, StateDict
-from arch.convert_block import from_vanilla
-from arch.footprint import num_params
 from data.cli import UsageError
-from eval.cli import Choices, launch
-from train import checkpoint
-from train.checkpoint import TrainingError
-from train.hub.checkpoint_writer import next_command, require_new_folder, write
-from train.import_hf import print_plan, rename_from_flag
+from eval.cli import Choices, launch, require_new_folder
+from train.import_hf import rename_from_flag
 
 NAME = "uptrained"
 
@@ -59,6 +52,21 @@ def main(config: DictConfig, choices: Choices) -> None:
     if not config.source:
         raise UsageError("from= is not set; give a run, or a checkpoint")
     out = require_new_folder(config.out)
+    convert(config, out)
+
+
+def convert(config: DictConfig, out: Path) -> None:
+    """Convert the weights and print what came out. Raises UsageError or LayoutError if the model does not allow it."""
+    # These bring torch, which a mistake on the command line need not wait for.
+    from arch import Decoder
+    from arch.convert import ConversionError, StateDict
+    from arch.convert_block import from_vanilla
+    from arch.footprint import num_params
+    from train import checkpoint
+    from train.checkpoint import TrainingError
+    from train.hub.checkpoint_writer import next_command, write
+    from train.hub.importer import print_plan
+
     try:
         folder = checkpoint.resolve(Path(config.source))
         vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])

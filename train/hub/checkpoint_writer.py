@@ -25,16 +25,6 @@ from train.hub.tensor_files import write_shards
 SHARD_BYTES = 2**30  # of one file
 
 
-def require_new_folder(out: str) -> Path:
-    """Return the folder `out`. Raises UsageError where it is empty or names something that exists."""
-    if not out:
-        raise UsageError("out= is not set; give the folder to write")
-    path = Path(out)
-    if path.exists():
-        raise UsageError(f"out={out} is there already; give a new folder")
-    return path
-
-
 def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info: Mapping[str, Any]) -> None:
     """Write the checkpoint `out` of the model of `config` with `tensors`, as fp32; whole or not at all.
 

@@ -3,7 +3,6 @@
 Shapes: P positions that are compared, T inputs, V vocabulary.
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 
 from arch import LanguageModel, Plan, build, generate
 from arch.footprint import allocated_bytes, kv_bytes, num_params
-from data.cli import UsageError
 from data.tokenizer import Encoder
 from train import checkpoint
 from train.checkpoint import TrainingError
@@ -33,11 +31,6 @@ TOLERANCE = 1e-5
 NUM_NEW_TOKENS = 16
 MAX_POSITIONS = 64  # of a prompt whose logits are compared, evenly spaced
 TEXTS = ["The quick brown fox", "def f(x):\n    return x ** 2\n", "naïve café: äöü 漢字 🙂", "  two  spaces "]
-
-
-def require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise UsageError("verification needs transformers: pip install transformers, or give verify=false")
 
 
 def fresh_process(folder: Path, request: Request) -> tuple[Response, dict[str, Tensor]]:

@@ -1,0 +1,92 @@
+"""Export of one checkpoint: write the folder, verify it in a fresh process, and give it its name."""
+
+import shutil
+
+from rich.console import Console
+
+from eval.environment import installed
+from eval.footprint import plan_tables
+from train import checkpoint
+from train.checkpoint import TrainingError
+from train.hub.card import write_card
+from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
+from train.hub.records import Check, Corpus, ExportUnderTest
+from train.hub.request import ExportRequest
+from train.hub.run_info import describe_training, find_run, load_corpus, load_run_config
+from train.hub.targets import Target, choose
+from train.hub.tensor_files import DTYPES
+from train.hub.upload import check_push, push
+from train.hub.verify import table, verify
+
+NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
+
+
+def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
+    """Write the folder, verify it, and give it its name. Returns the checks, none of which failed.
+
+    Raises one of cli.MISTAKES where the model cannot be exported like that; ConversionError or TrainingError where the
+    checkpoint is broken, the folder cannot be written (nothing is left of it) or is not the model (it stays, under
+    `ExportRequest.partial`).
+    """
+    options = request.options
+    if options.push_to_hub is not None:
+        check_push(options.push_to_hub)
+    folder = checkpoint.resolve(request.checkpoint)
+    reader = CheckpointReader(folder)
+    config, plan = reader.model()
+    target, refused = choose(config, plan, options.target)
+    reader.check(target.weights)
+    run = find_run(folder)
+    run_config = load_run_config(run)
+    training = describe_training(folder, run, run_config, reader.info)
+    corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS)
+    console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))
+    for name, reason in refused.items():
+        console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)
+    console.print(f"target: {target.name}, {target.model_class}; {len(target.weights)} tensors in {options.dtype}")
+    dtype, partial = DTYPES[options.dtype], request.partial
+    try:
+        write(request, reader, target, corpus)
+        exported = ExportUnderTest(folder, partial, config, target, dtype, corpus)
+        checks = run_checks(exported, console) if options.verify else []
+        version = f"transformers {installed('transformers')} and torch {installed('torch')}"
+        name = options.push_to_hub or request.out.name
+        write_card(partial, name, config, plan, target, training, checks, version)
+        partial.rename(request.out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or str(error)
+        raise TrainingError(f"cannot write {request.out}: {reason}; give another folder with out=") from error
+    console.print(f"exported: {request.out}", soft_wrap=True)
+    if options.push_to_hub is not None:
+        console.print(f"pushed: {push(request.out, options.push_to_hub)}", soft_wrap=True)
+    return checks
+
+
+def write(request: ExportRequest, reader: CheckpointReader, target: Target, corpus: Corpus) -> None:
+    """Write all of the folder but its card. Leaves nothing if that fails."""
+    folder, size, dtype = request.partial, target.config, DTYPES[request.options.dtype]
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_settings(folder, target, dtype, corpus.end)
+        write_tokenizer(folder, corpus.tokenizer, corpus.end, size["vocab_size"], size["max_position_embeddings"])
+        write_weights(folder, reader, target.weights, dtype, request.shard_bytes)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def run_checks(exported: ExportUnderTest, console: Console) -> list[Check]:
+    """Verify the folder and print the checks. Raises TrainingError if one failed; the folder stays for inspection."""
+    console.print("verifying in a fresh process")
+    checks = verify(exported)
+    console.print(table(checks, f"transformers {installed('transformers')}, in a fresh process"))
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        lines = "\n".join(f"{check.name}: {check.found}, not {check.wanted}" for check in failed)
+        raise TrainingError(
+            f"what was written is not the model that was trained; it is kept as {exported.folder}\n{lines}"
+        )
+    return checks

@@ -1,0 +1,66 @@
+"""Options of an export, checked without the imports that the export itself needs."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.cli import UsageError
+from eval.units import parse_bytes
+
+TARGET_NAMES = ("stock", "remote", "shipped")  # as in train/hub/targets.py
+DTYPE_NAMES = ("fp32", "bf16")  # as in train/hub/tensor_files.py
+
+
+@dataclass
+class ExportConfig:
+    """The command line; `configs/export.yaml` explains the keys."""
+
+    checkpoint: str | None = None
+    out: str | None = None
+    target: str = "auto"
+    dtype: str = "fp32"
+    max_shard_size: str = "5GB"
+    prepared: str | None = None
+    verify: bool = True
+    push_to_hub: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """A checked command line."""
+
+    checkpoint: Path
+    out: Path
+    options: ExportConfig
+    shard_bytes: float
+
+    @property
+    def partial(self) -> Path:
+        """The name of the folder until it is complete."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+
+def check(options: ExportConfig) -> ExportRequest:
+    """Check the command line before any work. Raises UsageError where something is missing or wrong."""
+    for key, description in (("checkpoint", "the folder of a run or of a checkpoint"), ("out", "a new folder")):
+        if getattr(options, key) is None:
+            raise UsageError(f"give {key}=, {description}")
+    assert options.checkpoint is not None and options.out is not None
+    if options.dtype not in DTYPE_NAMES:
+        raise UsageError(f"dtype is {options.dtype}; choose {', '.join(DTYPE_NAMES)}")
+    if options.target != "auto" and options.target not in TARGET_NAMES:
+        raise UsageError(f"target is {options.target}; choose auto, {', '.join(TARGET_NAMES)}")
+    try:
+        shard_bytes = parse_bytes(options.max_shard_size)
+    except ValueError as error:
+        raise UsageError(f"max_shard_size: {error}") from error
+    if shard_bytes <= 0:
+        raise UsageError(f"max_shard_size is {options.max_shard_size}; it must be more than nothing")
+    out = Path(options.out).absolute()
+    if out.exists():
+        raise UsageError(f"{options.out} is there already; give another folder with out=, or delete it")
+    if not Path(options.checkpoint).is_dir():
+        raise UsageError(f"checkpoint={options.checkpoint} is not there; give the folder of a run or of a checkpoint")
+    if options.verify and importlib.util.find_spec("transformers") is None:
+        raise UsageError("verification needs transformers: pip install transformers, or give verify=false")
+    return ExportRequest(Path(options.checkpoint), out, options, shard_bytes)
