@@ -26,7 +26,7 @@ from eval.cli import Choices
 from eval.hardware import find_gpu
 from eval.layouts import load_arch, load_size
 from train import estimate as script
-from train.estimate import EstimateConfig, make_plan
+from train.estimate import EstimateConfig, make_estimate
 from train.estimates.memory import (
     Execution,
     activation_bytes,
@@ -290,7 +290,7 @@ def test_parts_add_up() -> None:
 
 
 def planned(arch: str = "cla2", size: str = "1b", results: Path = Path("/nowhere"), **changes: Any) -> dict[str, Any]:
-    return make_plan(plan_config(arch, size, **changes), Choices(arch, size), results)
+    return make_estimate(plan_config(arch, size, **changes), Choices(arch, size), results)
 
 
 def plan_config(arch: str, size: str, **changes: Any) -> EstimateConfig:
@@ -383,15 +383,15 @@ def test_measured_speed_is_preferred(tmp_path: Path) -> None:
     changed.d_ff = 4096
     for other in ({"size": changed}, {"arch": load_arch("mqa")}, {"gpu": "b200"}):
         options = {"gpu": "h200", "gpus": 8, "results": tmp_path} | other
-        assert "assumed" in make_plan_with(options)["source"], other
+        assert "assumed" in make_estimate_with(options)["source"], other
 
 
-def make_plan_with(changes: dict[str, Any]) -> dict[str, Any]:
+def make_estimate_with(changes: dict[str, Any]) -> dict[str, Any]:
     """Under the names cla2 and 1b, whatever has been changed."""
     options = plan_config("cla2", "1b")
     for key, value in changes.items():
         setattr(options, key, value)
-    return make_plan(options, Choices("cla2", "1b"), changes["results"])
+    return make_estimate(options, Choices("cla2", "1b"), changes["results"])
 
 
 def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:

@@ -60,7 +60,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Speed:
-    """Per GPU, and where it is from."""
+    """Training speed of one GPU; `source` says whether it is measured or assumed."""
 
     tokens_per_second: float
     mfu: float
@@ -68,30 +68,29 @@ class Speed:
 
 
 def pretrain_config(options: EstimateConfig) -> PretrainConfig:
-    """The run that is planned, as train/pretrain.py would get it. Raises LayoutError where that would refuse it."""
-    asked, world = options.trainer, options.gpus * options.nodes
+    """The configuration that train/pretrain.py would get. Raises LayoutError where that would refuse it."""
+    requested, world = options.trainer, options.gpus * options.nodes
     trainer = replace(
-        asked,
+        requested,
         accelerator="cuda",
         devices=options.gpus,
         num_nodes=options.nodes,
-        strategy="fsdp" if asked.strategy == "auto" and world > 1 else asked.strategy,
-        precision="bf16" if asked.precision == "auto" else asked.precision,
-        compile=True if asked.compile is None else asked.compile,
+        strategy="fsdp" if requested.strategy == "auto" and world > 1 else requested.strategy,
+        precision="bf16" if requested.precision == "auto" else requested.precision,
+        compile=True if requested.compile is None else requested.compile,
     )
     config = PretrainConfig(**{key.name: getattr(options, key.name) for key in fields(PretrainConfig)})
     config.trainer = trainer
     found = problems(config)
     if found:
-        ours = {"trainer.devices": "gpus", "trainer.num_nodes": "nodes"}
-        for theirs, name in ours.items():
-            found = [problem.replace(theirs, name) for problem in found]
+        for key, option in (("trainer.devices", "gpus"), ("trainer.num_nodes", "nodes")):
+            found = [problem.replace(key, option) for problem in found]
         raise LayoutError(found)
     return config
 
 
 def find_device(options: EstimateConfig) -> Device:
-    """The GPU that was named, or this machine's. Raises UsageError where its memory or peak is not known."""
+    """The GPU of `gpu=`, or this machine's. Raises UsageError if its memory or peak is not known."""
     precision, peak_tflops = options.trainer.precision, options.trainer.peak_tflops
     name = options.gpu or local_gpu()
     if name is None:
@@ -130,27 +129,29 @@ def execution(config: PretrainConfig) -> Execution:
     )
 
 
-def largest_micro_batch(model: ModelConfig, plan: Plan, how: Execution, share: int, available: float) -> int | None:
-    """The largest divisor of a process' `share` of a step that fits into `available` bytes; None if 1 does not."""
-    for candidate in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
-        if step_memory(model, plan, replace(how, accumulate=share // candidate), candidate).total <= available:
+def largest_micro_batch(
+    model: ModelConfig, plan: Plan, how: Execution, per_rank_batch: int, available: float
+) -> int | None:
+    """The largest divisor of `per_rank_batch` that fits into `available` bytes; None if 1 does not."""
+    for candidate in sorted((n for n in range(1, per_rank_batch + 1) if per_rank_batch % n == 0), reverse=True):
+        if step_memory(model, plan, replace(how, accumulate=per_rank_batch // candidate), candidate).total <= available:
             return candidate
     return None
 
 
 def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
-    """Changes, each of which alone makes the run fit; the last resort where none does."""
+    """Changes, each of which alone makes the run fit; general advice if none does."""
     model, how = config.model, execution(config)
-    share = config.batch_size // how.world
+    per_rank_batch = config.batch_size // how.world
     found = []
-    if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, share, available)):
+    if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, per_rank_batch, available)):
         found.append(f"trainer.micro_batch={fits}")
     changes = {
         "trainer.activation_checkpointing=true": replace(how, checkpointing=True),
         "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
     }
     for name, other in changes.items():
-        if other != how and (fits := largest_micro_batch(model, plan, other, share, available)):
+        if other != how and (fits := largest_micro_batch(model, plan, other, per_rank_batch, available)):
             found.append(f"{name} (trainer.micro_batch={fits})")
     worlds = [n for n in range(how.world + 1, config.batch_size + 1) if config.batch_size % n == 0]
     for world in worlds:
@@ -197,7 +198,7 @@ def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mf
     return Speed(mfu * device.peak / flops, mfu, source)
 
 
-def make_plan(
+def make_estimate(
     options: EstimateConfig, choices: Choices, results: Path = RESULTS, typed: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of cli.MISTAKES."""
@@ -210,9 +211,9 @@ def make_plan(
         raise UsageError(str(error)) from error
     model = config.model
     plan, how = resolve(model), execution(config)
-    share, available = config.batch_size // how.world, device.memory - reserve
-    micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, share, available) or 1
-    memory = step_memory(model, plan, replace(how, accumulate=share // micro), micro)
+    per_rank_batch, available = config.batch_size // how.world, device.memory - reserve
+    micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, per_rank_batch, available) or 1
+    memory = step_memory(model, plan, replace(how, accumulate=per_rank_batch // micro), micro)
     flops = train_flops_per_token(model, plan)
     speed = measured(config, choices, device, results) or assumed(config, plan, flops, device, options.mfu)
     steps, rate = num_steps(config), speed.tokens_per_second * how.world
@@ -230,7 +231,7 @@ def make_plan(
         "strategy": how.strategy,
         "micro_batch": micro,
         "default_micro_batch": micro_batch(config),
-        "accumulate": share // micro,
+        "accumulate": per_rank_batch // micro,
         "memory": asdict(memory) | {"reserve": int(reserve), "total": int(memory.total + reserve)},
         "gpu_memory": int(device.memory),
         "fits": fits,
@@ -297,8 +298,9 @@ def time_table(found: dict[str, Any]) -> Table:
 
 def main(config: DictConfig, choices: Choices) -> None:
     require(arch=choices.arch, size=choices.size)
-    options: EstimateConfig = OmegaConf.to_object(config)
-    found = make_plan(options, choices, typed=list(HydraConfig.get().overrides.task))
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, EstimateConfig)
+    found = make_estimate(options, choices, typed=list(HydraConfig.get().overrides.task))
     if options.json:
         print(json.dumps(found, indent=1))
         return

@@ -104,8 +104,10 @@ def run_case(case: AttentionCase) -> dict[str, Any]:
     if case.sinks:
         inputs["sinks"] = normal(case.heads).requires_grad_()
     weight = normal(*rows, case.heads, case.value_width).to(case.dtype)
-    cuts = None if case.documents is None else torch.rand(rows, generator=generator, device=case.device)
-    segment_ids_BT = None if cuts is None else (cuts < 1 / case.documents).cumsum(1)
+    segment_ids_BT = None
+    if case.documents is not None:
+        cuts = torch.rand(rows, generator=generator, device=case.device)
+        segment_ids_BT = (cuts < 1 / case.documents).cumsum(1)
     device = torch.device(case.device)
     sequences = Sequences(*rows, segment_ids_BT, device)
     backend, scale = BACKENDS[case.backend], case.width**-0.5

@@ -94,7 +94,7 @@ def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> B
                 rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
                 tie_word_embeddings=size.tie_embeddings,
                 initializer_range=size.init_std,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # type: ignore[call-arg]
             )
         )
     model.train()
@@ -218,7 +218,7 @@ class Step:
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with self.precision():
             loss = self.baseline.loss(inputs_BT, targets_BT)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from eval.units import bytes_text
@@ -48,7 +49,7 @@ def best_runs(cells: Iterable[Result], task: str) -> dict[str, list[Result]]:
 
 
 def mean(runs: list[Result], key: str) -> float:
-    return statistics.mean(run[key] for run in runs)
+    return float(statistics.mean(run[key] for run in runs))
 
 
 def mean_range(values: list[float], form: str) -> str:
@@ -59,12 +60,12 @@ def mean_range(values: list[float], form: str) -> str:
 def mean_nats(run: Result, length: str, first: int) -> float:
     """Mean loss at positions from `first` on."""
     buckets = [bucket for bucket in run["positions"][length] if bucket["first"] >= first]
-    return sum(b["nats"] * b["targets"] for b in buckets) / sum(b["targets"] for b in buckets)
+    return float(sum(b["nats"] * b["targets"] for b in buckets) / sum(b["targets"] for b in buckets))
 
 
 def accuracy(run: Result, pairs: int) -> float:
     counts = run["counts"][str(pairs)].values()
-    return sum(right for right, _ in counts) / sum(total for _, total in counts)
+    return float(sum(right for right, _ in counts) / sum(total for _, total in counts))
 
 
 def row(cells: list[str]) -> str:
@@ -117,13 +118,13 @@ def recall_table(result: Result, runs: dict[str, list[Result]]) -> str:
     return "\n".join(lines)
 
 
-def clean_axes(axes: plt.Axes) -> None:
+def clean_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
-def annotate_line(axes: plt.Axes, x: float, text: str, height: float = 1.0) -> None:
+def annotate_line(axes: Axes, x: float, text: str, height: float = 1.0) -> None:
     """Draw a vertical line at `x`, labelled at a fraction `height` of the axes."""
     axes.axvline(x, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.annotate(
@@ -138,7 +139,7 @@ def annotate_line(axes: plt.Axes, x: float, text: str, height: float = 1.0) -> N
     )
 
 
-def plot_band(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+def plot_band(axes: Axes, rule: str, x: Sequence[float], seeds: list[list[float]], label: str = "") -> None:
     """Plot the mean over seeds, and a band from the lowest to the highest."""
     columns = list(zip(*seeds, strict=True))
     low, high = [min(c) for c in columns], [max(c) for c in columns]
@@ -146,14 +147,14 @@ def plot_band(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]
     plot_mean(axes, rule, x, seeds, label)
 
 
-def plot_seeds(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str = "") -> None:
+def plot_seeds(axes: Axes, rule: str, x: Sequence[float], seeds: list[list[float]], label: str = "") -> None:
     """Plot the mean over seeds, and each seed as a thin line, where seeds either learn the task or do not."""
     for values in seeds:
         axes.plot(x, values, color=STYLES[rule][0], linewidth=0.8, alpha=0.45, zorder=1)
     plot_mean(axes, rule, x, seeds, label)
 
 
-def plot_mean(axes: plt.Axes, rule: str, x: list[float], seeds: list[list[float]], label: str) -> None:
+def plot_mean(axes: Axes, rule: str, x: Sequence[float], seeds: list[list[float]], label: str) -> None:
     color, marker, dashes = STYLES[rule]
     means = [statistics.mean(column) for column in zip(*seeds, strict=True)]
     axes.plot(x, means, color=color, marker=marker, linestyle=dashes, markersize=4.5, linewidth=1.6, label=label)

@@ -30,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig, resolve
+from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig
 from arch.footprint import kv_bytes, num_params, state_itemsize
+from arch.plan import resolve_stack
 from data.batches import EvalBatches, TrainBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
@@ -157,9 +158,9 @@ def model_config(task: str, rule: str, settings: Settings) -> ModelConfig:
 def describe_rule(task: str, rule: str, settings: Settings) -> dict[str, Any]:
     """Costs of a rule: parameters, state bytes, and the difference of these to the window's in percent."""
     config = model_config(task, rule, settings)
-    plan = resolve(config)
+    plan = resolve_stack(config)
     state_bytes = _state_bytes(plan, settings)
-    window_bytes = _state_bytes(resolve(model_config(task, "window", settings)), settings)
+    window_bytes = _state_bytes(resolve_stack(model_config(task, "window", settings)), settings)
     store = plan.stores[0]
     return {
         "arch": RULES[rule],
@@ -182,7 +183,7 @@ def fit(model: Decoder, losses: Iterator[Tensor], lr: float, steps: int, tick: T
     optimizer = build_optimizer(model, config)
     scheduler = schedule(optimizer, config, steps)
     for loss in losses:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         scheduler.step()

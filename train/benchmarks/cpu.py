@@ -24,6 +24,7 @@ from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
 from data.cli import UsageError
+from data.config import DataConfig
 from eval.cli import Choices, launch, require
 from eval.environment import hardware
 from eval.results import write_result
@@ -40,7 +41,6 @@ from train.benchmarks.baselines import (
 from train.benchmarks.peak_memory import peak_memory
 from train.benchmarks.timing import summary_stats, time_ratios
 from train.datamodule import open_data
-from train.schema import DataConfig
 
 LOSS_TOLERANCE = 1e-4  # of the first loss, in nats; fp32 and other orders of summation
 
@@ -62,7 +62,8 @@ class BenchConfig:
 
 def main(config: DictConfig, choices: Choices) -> None:
     require(arch=choices.arch, size=choices.size)
-    options: BenchConfig = OmegaConf.to_object(config)
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, BenchConfig)
     for name in ("batch_size", "repeats", "documents", "loader_repeats"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} is {getattr(options, name)}; it must be at least 1")
@@ -73,7 +74,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         raise UsageError(f"+arch={choices.arch}: {error}") from error
     if options.threads:
         torch.set_num_threads(options.threads)
-    result = {
+    result: dict[str, Any] = {
         "model": f"{choices.arch}-{choices.size}",
         "batch_size": options.batch_size,
         "seq_len": options.size.seq_len,

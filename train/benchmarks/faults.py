@@ -86,7 +86,7 @@ class FaultRun:
         self.folder, self.options = folder, options
         self.expected: dict[int, float] = {}
 
-    def start(self, *options: str, **environment: str) -> subprocess.Popen:
+    def start(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         """Start train/pretrain.py with nothing but `options`."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PYTHONPATH"))}
         return subprocess.Popen(
@@ -98,17 +98,17 @@ class FaultRun:
             env=inherited | {"OMP_NUM_THREADS": "1"} | environment,
         )
 
-    def begin(self, *options: str, **environment: str) -> subprocess.Popen:
+    def begin(self, *options: str, **environment: str) -> subprocess.Popen[str]:
         """Start the run from nothing."""
         return self.start(*RUN, *self.options, f"folder={self.folder}", *options, **environment)
 
-    def end(self, process: subprocess.Popen, code: int) -> str:
+    def end(self, process: subprocess.Popen[str], code: int) -> str:
         """Wait for the process, which must end with exit code `code`, and return its stderr."""
         stderr: str = process.communicate(timeout=200)[1]
         check(process.returncode == code, f"exit code {process.returncode}, not {code}: {stderr[-2000:]}")
         return stderr
 
-    def wait_for_step(self, process: subprocess.Popen, step: int) -> None:
+    def wait_for_step(self, process: subprocess.Popen[str], step: int) -> None:
         """Wait until `step` has been logged."""
         while max(self.losses(), default=0) < step:
             check(process.poll() is None, f"ended before step {step}")

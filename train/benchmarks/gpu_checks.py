@@ -20,10 +20,11 @@ TESTS = 420  # seconds that the tests may take
 def ceilings(options: Options) -> list[Case]:
     """The rates that the device reaches at best: products of random matrices, copies within its memory."""
     sizes = [64] if options.toy else [4096, 8192, 16384]
-    products = [
-        Case(f"matmul-bf16-{n}", 5, lambda n=n: matmul(n, options), lambda r: f"{r['tflops']['median']:.0f} TFLOP/s")
-        for n in sizes
-    ]
+
+    def line(result: dict[str, Any]) -> str:
+        return f"{result['tflops']['median']:.0f} TFLOP/s"
+
+    products = [Case(f"matmul-bf16-{n}", 5, functools.partial(matmul, n, options), line) for n in sizes]
     return [*products, Case("copy", 5, lambda: copy(options), lambda r: f"{r['gb_per_second']['median']:.0f} GB/s")]
 
 

@@ -89,7 +89,12 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
 def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> list[float]:
     """Seconds per step, over as many steps at a time as a block has tokens: one of them runs the block decoder."""
     length = plan.block_length
-    return [seconds(lambda: [step() for _ in range(length)], device) / length for _ in range(STEPS // length)]
+
+    def steps() -> None:
+        for _ in range(length):
+            step()
+
+    return [seconds(steps, device) / length for _ in range(STEPS // length)]
 
 
 def our_sessions(config: ModelConfig, batch: int, capacity: int, device: torch.device) -> Callable[[], Session]:
@@ -107,11 +112,11 @@ def hugging_face_sessions(
     config: ModelConfig, batch: int, capacity: int, device: torch.device
 ) -> Callable[[], Session]:
     """Sessions of transformers' Llama over its DynamicCache, with the steps that its `generate` takes."""
-    model = hugging_face(config, device, False).model.to(torch.bfloat16).eval()
+    model: Any = hugging_face(config, device, False).model.to(torch.bfloat16).eval()
     from transformers import DynamicCache
 
     def start() -> Session:
-        cache = DynamicCache(config=model.config)
+        cache: Any = DynamicCache(config=model.config)
         return Session(
             lambda tokens: model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits,
             lambda: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),

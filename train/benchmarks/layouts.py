@@ -62,7 +62,8 @@ class LayoutsConfig:
 
 def main(config: DictConfig, choices: Choices) -> None:
     require(size=choices.size)
-    options: LayoutsConfig = OmegaConf.to_object(config)
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, LayoutsConfig)
     check(options)
     models = equal_param_models(options)
     if options.threads:
@@ -114,13 +115,13 @@ def equal_param_models(options: LayoutsConfig) -> dict[str, ModelConfig]:
     models = {first: ModelConfig(load_arch(first), options.size)}
     target = params(models[first])
     for arch in others:
-        found = match_params(ModelConfig(load_arch(arch), options.size), target)
-        if abs(params(found) / target - 1) > TOLERANCE:
+        model = match_params(ModelConfig(load_arch(arch), options.size), target)
+        if abs(params(model) / target - 1) > TOLERANCE:
             raise UsageError(
-                f"{arch} has {params(found):,} parameters at d_ff {found.size.d_ff}, {first} has {target:,}: no d_ff "
+                f"{arch} has {params(model):,} parameters at d_ff {model.size.d_ff}, {first} has {target:,}: no d_ff "
                 f"makes them equal within {TOLERANCE:.0%}; compare others, or another size"
             )
-        models[arch] = found
+        models[arch] = model
     return models
 
 
@@ -147,13 +148,13 @@ def training(models: dict[str, ModelConfig], options: LayoutsConfig) -> dict[str
     """Time one optimizer step of each in turn, as cpu.py does. `flops` are per token, over the first's."""
     baselines = {arch: kvfrontier(config, CPU, False) for arch, config in models.items()}
     turns, losses = train_in_turns(baselines, options.size, options.batch_size, options.repeats)
-    found = compare(turns, options.batch_size * options.size.seq_len)
+    results = compare(turns, options.batch_size * options.size.seq_len)
     flops = {arch: describe(config)["train_flops_per_token"] for arch, config in models.items()}
-    for arch, values in found.items():
+    for arch, values in results.items():
         values["flops"] = flops[arch] / flops[options.archs[0]]
         values["flops_per_second"] = values["cpu"] * values["flops"]
         values["losses"] = losses[arch]
-    return found
+    return results
 
 
 def decoding(models: dict[str, ModelConfig], batch: int, options: LayoutsConfig) -> dict[str, Any]:
@@ -176,16 +177,16 @@ def decoding(models: dict[str, ModelConfig], batch: int, options: LayoutsConfig)
 
     for arch, config in models.items():
         calls[arch], cache_bytes[arch] = decoder(config)
-    found = compare(take_turns(calls, options.repeats, warmup=1), batch * tokens)
+    results = compare(take_turns(calls, options.repeats, warmup=1), batch * tokens)
     for arch, config in models.items():
         kv = kv_bytes(resolve(config), total, ITEMSIZE)
-        found[arch] |= {
+        results[arch] |= {
             "context": total,
             "kv_bytes_stored": kv.stored,
             "kv_bytes_read": kv.read,
             "cache_bytes": cache_bytes[arch] // batch,
         }
-    return found
+    return results
 
 
 def compare(turns: Turns, tokens: int) -> dict[str, dict[str, Any]]:
@@ -206,16 +207,16 @@ def compare(turns: Turns, tokens: int) -> dict[str, dict[str, Any]]:
 def show(result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     first, models, options = result["reference"], result["models"], result["options"]
-    parts = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
-    parts |= {f"decoding, batch {batch}": found for batch, found in result["decoding"].items()}
-    for title, found in parts.items():
+    sections = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
+    sections |= {f"decoding, batch {batch}": results for batch, results in result["decoding"].items()}
+    for title, results in sections.items():
         table = Table("", title=f"{result['size']}, {title}, fp32, {hardware()}")
         for column in ("params", "tokens/s", "tokens/CPU s", f"speed / {first}", "in CPU s", "by round"):
             table.add_column(column, justify="right")
-        trained = "flops" in found[first]
+        trained = "flops" in results[first]
         for column in ("FLOPs", "FLOP/s") if trained else ("KV stored", "KV read"):
             table.add_column(column, justify="right")
-        for arch, values in found.items():
+        for arch, values in results.items():
             if trained:
                 last = [f"{values[key]:.2f}" for key in ("flops", "flops_per_second")]
             else:

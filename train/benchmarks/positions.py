@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from arch import build
-from data.batches import EvalBatches
+from data.batches import Batch, EvalBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
 from data.shards import TokenWindows
@@ -43,16 +43,17 @@ class PositionsConfig:
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
-    """For each length. Raises UsageError where there is no such run, TrainingError where it has no sound checkpoint."""
+    """Loss by position for each length. Raises UsageError if `run` is no run, TrainingError without a sound checkpoint."""
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
     config = OmegaConf.to_object(saved)
+    assert isinstance(config, PretrainConfig)
     model = build(config.model)
     checkpoint.load(checkpoint.resolve(run), model)
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
-        batches = []
+        batches: list[Batch] = []
         form = replace(sequence_format(model.plan, config.data), block_padding=0)
         for folder, manifest in open_data(config.data).items():
             windows = TokenWindows(folder, manifest, "val", length)

@@ -306,7 +306,7 @@ def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
     wide = -(-head // 8) * 8 if how.dense else head
     elements = size.d_model + size.num_heads * (2 * wide + (head if wide > head else 0))
     elements += 2 * kv_heads * wide * stack.cross_vectors / size.seq_len
-    norm = norm_bytes(size)
+    norm: float = norm_bytes(size)
     if how.compiled:  # made again from the residual stream
         norm = how.itemsize * size.d_model + (2 if style_of(size).norm == "layernorm" else 1) * FP32
     return how.itemsize * elements + FP32 * size.num_heads + norm
