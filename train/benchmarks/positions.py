@@ -43,7 +43,7 @@ class PositionsConfig:
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
-    """Loss by position for each length. Raises UsageError if `run` is no run, TrainingError without a sound checkpoint."""
+    """Loss by position at each length. Raises UsageError if `run` is no run, TrainingError if it has no checkpoint."""
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
     saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
