@@ -304,7 +304,7 @@ def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
         return 0
     size, kv_heads, head = stack.config.size, stack.plan.store(layer).slot.kv_heads, head_dim(stack.config.size)
     wide = -(-head // 8) * 8 if how.dense else head
-    elements = size.d_model + size.num_heads * (2 * wide + (head if wide > head else 0))
+    elements: float = size.d_model + size.num_heads * (2 * wide + (head if wide > head else 0))
     elements += 2 * kv_heads * wide * stack.cross_vectors / size.seq_len
     norm: float = norm_bytes(size)
     if how.compiled:  # made again from the residual stream
