@@ -286,7 +286,7 @@ def test_parts_add_up() -> None:
     assert sum(cast_bytes(part, Execution(itemsize=4))) == 0
     few, many = (loss_bytes(model_config, Execution(), tokens) for tokens in (4096, 8192))
     assert many - few == 2 * 4096 * 2 * 64, "beyond a chunk, only the residual stream and its norm grow"
-    assert temporary_bytes([part], Execution()) >= loss_bytes(model_config, Execution(), BATCH * 256)
+    assert temporary_bytes(model_config, [part], Execution()) >= loss_bytes(model_config, Execution(), BATCH * 256)
 
 
 def planned(arch: str = "cla2", size: str = "1b", results: Path = Path("/nowhere"), **changes: Any) -> dict[str, Any]:
