@@ -19,7 +19,8 @@ from data.batches import IGNORE
 from eval.footprint import FootprintConfig
 from eval.footprint import main as footprint
 from eval.layouts import CONFIGS
-from eval.pareto import differing, load_run
+from eval.pareto import differences
+from eval.runs import finished_run
 from train.datamodule import TokenDataModule
 from train.lit_module import LitModel
 from train.pretrain import main
@@ -89,7 +90,7 @@ def test_the_loss_is_over_the_targets_that_are_said(trained: Path, corpus: Path)
         logits = model(tokens)
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, skipped:].flatten()).item()
     assert summary["val"]["loss"] == pytest.approx(expected, rel=1e-5)
-    assert plan_from_dict(json.loads((trained / "plan.json").read_text())) == model.plan == load_run(trained).plan
+    assert plan_from_dict(json.loads((trained / "plan.json").read_text())) == model.plan == finished_run(trained).plan
 
 
 def test_training_leaves_pads_and_the_unpredicted_out(corpus: Path) -> None:
@@ -122,9 +123,9 @@ def test_what_was_counted_is_printed(tmp_path: Path, corpus: Path, capsys: pytes
         pretrain("+arch=block", f"data.path={corpus}", f"folder={tmp_path / name}", f"arch.block.start={option}")
         said = "of targets 5 to 32 of each 32" in capsys.readouterr().out
         assert said == (name == "paper")
-        runs.append(load_run(tmp_path / name))
-    assert differing(runs) == ["the positions that are predicted (arch.block.start=true predicts all)"]
-    assert differing(runs[:1] * 2) == []
+        runs.append(finished_run(tmp_path / name))
+    assert differences(runs) == ["the positions that are predicted (arch.block.start=true predicts all)"]
+    assert differences(runs[:1] * 2) == []
 
 
 @pytest.mark.parametrize("name", BLOCKS)
