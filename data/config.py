@@ -141,29 +141,29 @@ class DataConfig:
 def problems(config: PrepareConfig) -> list[str]:
     """Values that no preparation can use, each with the fix."""
     source, tokenizer = config.source, config.tokenizer
-    found: list[str] = []
+    errors: list[str] = []
     if source.corpus and source.dataset:
-        found.append("source.corpus and source.dataset are both set; choose one")
+        errors.append("source.corpus and source.dataset are both set; choose one")
     elif not source.corpus and not source.train:
-        found.append(
+        errors.append(
             "source.train is not set; give files, folders or globs: source.train='[books/*.jsonl.xz]'"
             if not source.dataset
             else f"source.train is not set; name the split of {source.dataset}: source.train=train"
         )
     shares = (source.val_share, source.test_share)
     if not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
-        found.append(f"source.val_share and source.test_share are {shares}; they are at least 0 and together below 1")
+        errors.append(f"source.val_share and source.test_share are {shares}; they are at least 0 and together below 1")
     for split, share in zip(("val", "test"), shares, strict=True):
         if share and (getattr(source, split) or source.corpus):
-            found.append(f"source.{split}_share is {share}, and the split has text of its own; choose one")
+            errors.append(f"source.{split}_share is {share}, and the split has text of its own; choose one")
     if tokenizer.kind not in ("bpe", "bytes", "pretrained"):
-        found.append(f"tokenizer.kind is {tokenizer.kind}; choose bpe, bytes, pretrained")
+        errors.append(f"tokenizer.kind is {tokenizer.kind}; choose bpe, bytes, pretrained")
     if tokenizer.kind == "bpe" and not 257 <= tokenizer.vocab_size <= 2**20:
-        found.append(f"tokenizer.vocab_size is {tokenizer.vocab_size}; choose 257 to {2**20}")
+        errors.append(f"tokenizer.vocab_size is {tokenizer.vocab_size}; choose 257 to {2**20}")
     if tokenizer.kind == "pretrained" and not tokenizer.name:
-        found.append("tokenizer.name is not set; name a tokenizer of the hub, or its folder")
+        errors.append("tokenizer.name is not set; name a tokenizer of the hub, or its folder")
     for key in (*LIMITS, "workers"):
         value = getattr(config, key)
         if value is not None and value < 1:
-            found.append(f"{key} is {value}; it must be at least 1")
-    return found
+            errors.append(f"{key} is {value}; it must be at least 1")
+    return errors
