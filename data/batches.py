@@ -14,7 +14,7 @@ from torch import Tensor
 from .mixture import EvalWindows, Mixture
 from .shards import TokenWindows
 
-# Target of a position that is no real text, or that the model does not predict: no loss, not counted.
+# Target at pads and at positions that the model does not predict: no loss, not counted.
 IGNORE = -100
 Row = dict[str, np.ndarray]
 
@@ -51,7 +51,7 @@ class SequenceFormat:
 
 
 def order(num_windows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarray:
-    """The windows of one pass over a corpus, shuffled; 4 bytes each: 195 MB for 100B tokens in windows of 2048."""
+    """Shuffled window numbers of one epoch of a corpus, [num_windows]; 195 MB for 100B tokens in windows of 2048."""
     windows = np.arange(num_windows, dtype=np.uint32)
     np.random.default_rng((seed, epoch, corpus)).shuffle(windows)
     return windows
@@ -61,10 +61,10 @@ def order(num_windows: int, seed: int, epoch: int, corpus: int = 0) -> np.ndarra
 class TrainBatches:
     """The micro-batches of one process from step `start_step` on.
 
-    Sequence g of the run is number k of a corpus, as the mixture says (g itself where there is one corpus): window
-    `order(epoch)[k mod num_windows]`. Step s takes the batch_size sequences from s * batch_size on, which the processes
-    share out micro-batch by micro-batch. The length counts all micro-batches of the run, those before `start_step`
-    too, because the loop's restored counter runs against it.
+    The mixture maps sequence g of the run to number k of a corpus (g itself if there is one corpus), which is window
+    `order(epoch)[k mod num_windows]`. Step s takes the batch_size sequences from s * batch_size on; processes take
+    micro-batches of them in turn. The length counts all micro-batches of the run, also those before `start_step`,
+    because the restored counter of the training loop is compared with it.
     """
 
     windows: TokenWindows | Mixture
@@ -90,25 +90,24 @@ class TrainBatches:
         for step in range(self.start_step, self.steps):
             sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
             make, targets = row, self.batch_size * (self.windows.seq_len - self.sequence_format.num_unpredicted)
-            if (
-                self.sequence_format.block_padding
-            ):  # a row shows its pads when it is made: every process makes all, to count
+            if self.sequence_format.block_padding:
+                # The number of pads is known once a row is made, so every process makes all rows of the step.
                 made = {sequence: row(sequence) for sequence in sequences}
                 make, targets = made.__getitem__, sum(int((r["targets"] != IGNORE).sum()) for r in made.values())
             for first in sequences[self.rank * self.micro_batch :: self.micro_batch * self.world]:
                 yield _batch([make(sequence) for sequence in range(first, first + self.micro_batch)], targets)
 
     def _rows(self) -> Callable[[int], Row]:
-        """Sequence g of the run, as `_to_example` makes it."""
+        """The function from the number of a sequence of the run to its example."""
         mixture = Mixture.of(self.windows)
-        orders: dict[int, tuple[int, np.ndarray]] = {}  # corpus -> its epoch and the order of that
+        orders: dict[int, tuple[int, np.ndarray]] = {}  # corpus -> its epoch and the order of its windows
 
         def row(sequence: int) -> Row:
             corpus, number = mixture.locate(sequence, self.seed)
             windows = mixture.corpora[corpus]
             epoch, place = divmod(number, len(windows))
             if orders.get(corpus, (-1,))[0] != epoch:
-                orders.pop(corpus, None)  # or two would be held
+                orders.pop(corpus, None)  # frees it before the next is made
                 orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
             tokens = windows[int(orders[corpus][1][place])]
             return _to_example(
@@ -120,8 +119,10 @@ class TrainBatches:
 
 @dataclass(frozen=True)
 class EvalBatches:
-    """Windows shared out so that every process makes equally many batches of equal size; what is missing at the end is
-    padded with ignored targets."""
+    """Validation windows, divided so that every process makes the same number of batches of equal size.
+
+    Missing windows at the end are zeros with ignored targets.
+    """
 
     windows: EvalWindows
     micro_batch: int
@@ -146,8 +147,9 @@ class EvalBatches:
 
 def documents_of(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
     """Number the documents of a row of tokens from 0, [T]. An end of text stands only at the end of a document."""
-    ended = (tokens == end_of_text).astype(np.int64)
-    return ended.cumsum(-1) - ended
+    ends = (tokens == end_of_text).astype(np.int64)
+    numbers: np.ndarray = ends.cumsum(-1) - ends
+    return numbers
 
 
 def padded(
@@ -188,4 +190,9 @@ def _to_example(
 
 def _batch(rows: Sequence[Row], step_targets: int) -> Batch:
     tensors = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
-    return {"segment_ids_BT": None, **tensors, "step_targets": step_targets}
+    return {
+        "inputs": tensors["inputs"],
+        "targets": tensors["targets"],
+        "step_targets": step_targets,
+        "segment_ids_BT": tensors.get("segment_ids_BT"),
+    }
