@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Workers share the cores: one thread each, which does not spin while it waits. Also in the processes that tests start.
+# Workers share the cores: one thread each, also in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import train  # noqa: F401  before torch
 

@@ -39,6 +39,7 @@ def test_nothing_in_the_readme_is_left_out() -> None:
         assert command.startswith(kinds + by_hand), command
 
 
+@pytest.mark.slow
 def test_prepare_train_and_compare(tmp_path: Path) -> None:
     """In the README's order and from a folder of the user's own: prepare, train, sweep, shard, resume, compare."""
     (tmp_path / "books").mkdir()
@@ -68,18 +69,18 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
         resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))
     (command,) = of("python eval/pareto.py")
     _, script, *arguments = shlex.split(command)
-    done = run_script(script, *arguments, cwd=tmp_path)
+    done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "context=4096" in command
     assert (tmp_path / "runs" / "pareto.png").exists()
     (command,) = of("python eval/curves.py")
     _, script, *arguments = shlex.split(command)
-    done = run_script(script, *arguments, cwd=tmp_path)
+    done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     (command,) = of("python train/export.py")
     _, script, checkpoint, *arguments = shlex.split(command)
     assert checkpoint.endswith("/cla2-tiny-seed0")
-    done = run_script(script, f"checkpoint={resumable}", *arguments, cwd=tmp_path)
+    done = run_script(script, f"checkpoint={resumable}", *arguments, cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "exported" / "cla2" / "modeling_kvfrontier.py").exists()
 
@@ -92,7 +93,7 @@ def test_import_and_uptrain(tmp_path: Path) -> None:
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "EleutherAI" / "pythia-70m")
     for command in (*of("python train/import_hf.py"), *of("python train/uptrain.py")):
         _, script, *arguments = shlex.split(command)
-        done = run_script(script, *arguments, cwd=tmp_path)
+        done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
         assert done.returncode == 0, done.stderr
         assert "python train/pretrain.py" in done.stdout
     assert (tmp_path / "uptrained" / "pythia-70m" / "checkpoint.json").exists()
