@@ -18,7 +18,8 @@ from .config import (
     TokenDecoderConfig,
     from_dict,
 )
-from .plan import KVPlan, LayoutError, SlotShape, StackPlan, StoreSpec
+from .plan import KVPlan, StackPlan
+from .stores import LayoutError, SlotShape, StoreSpec
 
 if TYPE_CHECKING:
     from .block_transformer import BlockTransformer, allocate_blocks

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attend_kernels import flash, flash_mask, flash_missing, flex, varlen
-from .layers import at_least_fp32
 from .masks import Dense, Sequences, blocks, dense, packed, visible
+from .precision import at_least_fp32
 
 # (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
 Kernel = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor | None], Tensor]
@@ -69,29 +69,29 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 # Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder has one for each block.
-MOST_ROWS = 65535
+MAX_ROWS = 65535
 # Elements of a gradient of queries in fp32, as FlashAttention's backward pass accumulates it: in whole tiles of 128
 # queries and of 32 coordinates. Its indices end at 1 << 31 (Dao-AILab/flash-attention#1500); a quarter is 2 GiB.
-MOST_ELEMENTS = 1 << 29
+MAX_ELEMENTS = 1 << 29
 
 
-def most_rows(heads: int, length: int, width: int) -> int:
+def max_batch_rows(heads: int, length: int, width: int) -> int:
     """Rows of a batch that one call of any fused kernel takes, forward and backward."""
     of_row = heads * (-(-length // 128) * 128) * (-(-width // 32) * 32)
-    return max(1, min(MOST_ROWS, MOST_ELEMENTS // of_row))
+    return max(1, min(MAX_ROWS, MAX_ELEMENTS // of_row))
 
 
-def in_parts(
+def sdpa_batched(
     rows: int, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
-    """As `sdpa`, `rows` of the batch at a time."""
+    """[B, T, N, V] `sdpa` over at most `rows` rows of the batch per call."""
     starts = range(0, q_BTNH.shape[0], rows)
-    allowed, parts = mask.allowed, []
+    allowed, outputs = mask.allowed, []
     for q, k, v, start in zip(*(torch.split(x, rows) for x in (q_BTNH, k_BSKH, v_BSKV)), starts, strict=True):
         if allowed is not None and allowed.ndim == 4 and allowed.shape[0] > 1:
             mask = mask._replace(allowed=allowed[start : start + rows])
-        parts.append(sdpa(q, k, v, mask, scale, sinks_N))
-    return torch.cat(parts)
+        outputs.append(sdpa(q, k, v, mask, scale, sinks_N))
+    return torch.cat(outputs)
 
 
 def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
@@ -101,8 +101,8 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
     """
     batch, length, heads, width = q_BTNH.shape
-    if q_BTNH.is_cuda and batch > (rows := most_rows(heads, length, max(width, v_BSKV.shape[-1]))):
-        return in_parts(rows, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
+    if q_BTNH.is_cuda and batch > (rows := max_batch_rows(heads, length, max(width, v_BSKV.shape[-1]))):
+        return sdpa_batched(rows, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     value_width, slots = v_BSKV.shape[-1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
@@ -153,8 +153,8 @@ def _sink_as_slot(
     return q, k, v, Dense(causal=False, allowed=allowed)
 
 
-def dense_kernel(name: str) -> Kernel:
-    """What takes any mask, in a model of the backend `name`."""
+def dense_backend(name: str) -> Kernel:
+    """The kernel that accepts a dense mask when the model runs backend `name`."""
     return reference if name == "reference" else sdpa
 
 
@@ -196,17 +196,17 @@ class Backend:
     uneven_value_width: bool = True
     unusable: Callable[[], str | None] = lambda: None
 
-    def missing(self, needs: Needs, device: str) -> list[str]:
+    def unsupported(self, needs: Needs, device: str) -> list[str]:
         """What of `needs` and of `device` this backend does not claim, or why it cannot run here."""
-        lacking = [feature for feature in sorted(needs.features) if not getattr(self, feature)]
+        reasons = [feature for feature in sorted(needs.features) if not getattr(self, feature)]
         if any(width not in self.widths for width in needs.widths):
             most, step = self.widths[-1], self.widths.step
             takes = f"{self.widths[0]} to {most}" + (f" in steps of {step}" if step > 1 else "")
-            lacking.append(f"head width {', '.join(map(str, dict.fromkeys(needs.widths)))} (it takes {takes})")
+            reasons.append(f"head width {', '.join(map(str, dict.fromkeys(needs.widths)))} (it takes {takes})")
         if self.devices and device not in self.devices:
-            return [*lacking, f"device {device}"]
-        reason = self.unusable()
-        return lacking if reason is None else [*lacking, f"a way to run: {reason}"]
+            return [*reasons, f"device {device}"]
+        broken = self.unusable()
+        return reasons if broken is None else [*reasons, f"a way to run: {broken}"]
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> Mask:
         """For attention of `sequences` to themselves, to make outside of compiled code; raises as `check_dtype`."""
@@ -269,7 +269,7 @@ BACKENDS = {
 }
 
 
-def candidates(name: str, needs: Needs, device: str) -> list[str]:
+def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
     """The backends that `name` may stand for, best first.
 
     auto   on CUDA, FlexAttention for whatever is not plainly causal: a dense mask costs 14 to 51 times as much there
@@ -286,21 +286,21 @@ def candidates(name: str, needs: Needs, device: str) -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError where `name` is neither a backend, of attention or of bounded stores (gsa.py), nor stands for
-    some."""
+    """Raises ValueError unless `name` is a backend, of attention or of bounded stores (bounded_fla.py), or stands for
+    several."""
     if name not in ("auto", "flash", "fla", *BACKENDS):
         raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash, fla")
 
 
-def choose(name: str, needs: Needs, device: str) -> Backend:
+def select_backend(name: str, needs: Needs, device: str) -> Backend:
     """The backend `name`, or for `auto` and `flash` the first of what they stand for that claims `needs` on `device`.
 
     Raises ValueError where there is none: nothing falls back at run time.
     """
     check_name(name)
-    tried = [BACKENDS[candidate] for candidate in candidates(name, needs, device)]
+    tried = [BACKENDS[candidate] for candidate in candidate_backends(name, needs, device)]
     for backend in tried:
-        if not backend.missing(needs, device):
+        if not backend.unsupported(needs, device):
             return backend
-    reasons = "; ".join(f"{b.name} lacks {', '.join(b.missing(needs, device))}" for b in tried)
+    reasons = "; ".join(f"{b.name} lacks {', '.join(b.unsupported(needs, device))}" for b in tried)
     raise ValueError(f"no attention backend for this layout on {device}: {reasons}; choose another backend or auto")

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from .config import ArchConfig, BlockConfig, EncoderConfig, ModelConfig
-from .plan import KVPlan, LayoutError, StackPlan, resolve_stack, share_of
+from .plan import KVPlan, StackPlan, resolve_stack
+from .stores import LayoutError, share_of
 
 EMBEDDERS = ("lookup", "projection", "encoder", "cls")
 KINDS = ("prefix", "summation", "cross")

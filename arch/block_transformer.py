@@ -105,11 +105,11 @@ class BlockTransformer(LanguageModel):
         self.bos_token = block_config(config).token.bos_token
         self.embedder = Embedder(config, backend)
         self.start = nn.Parameter(torch.empty(block_size.d_model)) if block_config(config).start else None
-        bounded = [any(store.num_slots for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
+        bounded = [not all(store.masked for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
         block_backend = "auto" if backend == "fla" and bounded == [False, True] else backend
         self.block_decoder = Stack(configs[0], block_backend, device_type)
         self.expansion = nn.Linear(block_size.d_model, self.plan.num_context_vectors * token_size.d_model)
-        # Other kernels fill a tile of 128 with each block, and not all take so many rows: in_parts is for sdpa alone.
+        # Other kernels fill a tile of 128 with each block, and not all take so many rows (attend.MAX_ROWS).
         token_backend = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
         self.token_decoder = Decoder(configs[1], token_backend, device_type, cross=self.plan.cross)
 

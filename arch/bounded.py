@@ -21,7 +21,6 @@ K key/value heads, G query heads per key/value head, H head, M slots, W window, 
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +28,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .buffers import Slots, StateBuffer
+from .buffers import StateBuffer, Tensors
 from .config import SizeConfig, head_dim, style_of
-from .layers import Rope, at_least_fp32, rotate
-from .masks import Sequences, segment_starts
-from .plan import CHUNK, StoreSpec
+from .grouped import GroupedKV
+from .layers import Rope, rotate
+from .positions import TokenPositions
+from .precision import at_least_fp32, no_autocast
+from .stores import CHUNK, BoundedSpec, StoreSpec
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
@@ -42,36 +43,10 @@ SHARPNESS = 2.0
 RING_LOGIT = 0.0
 
 
-class TokenPositions(NamedTuple):
-    """Where the new tokens stand.
-
-    place_BT   [1 or B, T] tokens before each in its document; negative: padding, which writes nothing
-    kept_rope  rotary tables of the W positions that a cache keeps before the new tokens; None without a cache
-    kernel     (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
-    """
-
-    place_BT: Tensor
-    kept_rope: Rope | None = None
-    kernel: Callable[..., Tensor] | None = None
-
-
-def steps(sequences: Sequences) -> TokenPositions:
-    """Of tokens that attend to themselves, without a cache."""
-    place_BT = torch.arange(sequences.length, device=sequences.device)[None]
-    if sequences.segment_ids_BT is not None:
-        place_BT = place_BT - segment_starts(sequences.segment_ids_BT)
-    return TokenPositions(place_BT)
-
-
 # --- the parallel form: chunks of C tokens
 #
 # A token's share of a slot, e^{G_i - G_j} p_j, is never more than 1 where it counts, and is made as one exponential:
 # products of its parts would overflow.
-
-
-def exact(like: Tensor) -> torch.autocast:
-    """Nothing is cast inside: states and decays stay as they are."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,13 +54,9 @@ def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)
 
 
-# Exported folders carry a copy of this file. An operator that two copies define would leave the first one's dangling.
-NAMESPACE = __name__.replace(".", "_")
-
-
-@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
-def scan(held_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
-    """[B, Z + 1, M, K, E] s_0 = start, s_z+1 = held_z s_z + written_z.
+@torch.library.custom_op("kvfrontier::scan", mutates_args=())
+def scan(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
+    """[B, Z + 1, M, K, E] s_0 = start, s_z+1 = decay_z s_z + written_z.
 
     One operator, so that no compiler unrolls the loop, and of all its steps the backward pass keeps the result alone.
     """
@@ -93,35 +64,35 @@ def scan(held_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
     states = written_BZMKE.new_empty(batch, length + 1, *tail)
     states[:, 0] = start_BMKE
     for z in range(length):
-        torch.addcmul(written_BZMKE[:, z], held_BZM[:, z, :, None, None], states[:, z], out=states[:, z + 1])
+        torch.addcmul(written_BZMKE[:, z], decay_BZM[:, z, :, None, None], states[:, z], out=states[:, z + 1])
     return states
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
-def scan_backward(gradient: Tensor, held_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `held`, `written` and `start`, given that of the states."""
+@torch.library.custom_op("kvfrontier::scan_backward", mutates_args=())
+def scan_backward(gradient: Tensor, decay_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `decay`, `written` and `start`, given that of the states."""
     sums = gradient.clone(memory_format=torch.contiguous_format)  # of all that comes from a state
-    for z in reversed(range(held_BZM.shape[1])):
-        sums[:, z].addcmul_(held_BZM[:, z, :, None, None], sums[:, z + 1])
-    held = (sums[:, 1:] * states[:, :-1]).sum(dim=(-2, -1))
+    for z in reversed(range(decay_BZM.shape[1])):
+        sums[:, z].addcmul_(decay_BZM[:, z, :, None, None], sums[:, z + 1])
+    decay = (sums[:, 1:] * states[:, :-1]).sum(dim=(-2, -1))
     dense = torch.contiguous_format  # copies: outputs of an operator may not share a storage
-    return held, sums[:, 1:].clone(memory_format=dense), sums[:, 0].clone(memory_format=dense)
+    return decay, sums[:, 1:].clone(memory_format=dense), sums[:, 0].clone(memory_format=dense)
 
 
 @scan.register_fake
-def _(held_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
+def _(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
     batch, length, *tail = written_BZMKE.shape
     return written_BZMKE.new_empty(batch, length + 1, *tail)
 
 
 @scan_backward.register_fake
-def _(gradient: Tensor, held_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, decay_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, *tail = gradient.shape
     written = gradient.new_empty(batch, length - 1, *tail)
-    return held_BZM.new_empty(held_BZM.shape), written, gradient.new_empty(batch, *tail)
+    return decay_BZM.new_empty(decay_BZM.shape), written, gradient.new_empty(batch, *tail)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], output)
 
 
@@ -130,22 +101,22 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-scan.register_autograd(_backward, setup_context=_keep)
+scan.register_autograd(_backward, setup_context=_save)
 
 
 class Chunks:
-    """Tokens in chunks of `plan.CHUNK`, the last one filled up with tokens that write nothing."""
+    """Tokens in chunks of `stores.CHUNK`, the last one filled up with tokens that write nothing."""
 
-    def __init__(self, place_BT: Tensor):
-        self.length = place_BT.shape[1]
+    def __init__(self, position_BT: Tensor):
+        self.length = position_BT.shape[1]
         self.size = min(CHUNK, self.length)
         self.fill = -self.length % self.size
-        self.index = torch.arange(self.size, device=place_BT.device)
-        more = torch.arange(1, self.fill + 1, device=place_BT.device)
-        place_BT = torch.cat((place_BT, place_BT[:, -1:] + more), dim=1)
-        self.place_BZC = rearrange(place_BT, "b (z c) -> b z c", c=self.size)
+        self.index = torch.arange(self.size, device=position_BT.device)
+        more = torch.arange(1, self.fill + 1, device=position_BT.device)
+        position_BT = torch.cat((position_BT, position_BT[:, -1:] + more), dim=1)
+        self.position_BZC = rearrange(position_BT, "b (z c) -> b z c", c=self.size)
         distance = self.index[:, None] - self.index
-        self.seen_BZCC = (distance >= 0) & (distance <= self.place_BZC.unsqueeze(-1))
+        self.seen_BZCC = (distance >= 0) & (distance <= self.position_BZC.unsqueeze(-1))
 
     def split(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.fill)) if self.fill else x
@@ -162,9 +133,9 @@ class Chunks:
         # Not a cumulative sum, which would carry another document's rounding.
         return self.seen_BZCC.to(p_BTM.dtype) @ left_BZCM.log()
 
-    def held(self, decay_BZCM: Tensor, reads: slice = slice(None)) -> Tensor:
+    def decay_from_state(self, decay_BZCM: Tensor, reads: slice = slice(None)) -> Tensor:
         """[B, Z, i, M] what tokens `reads` of each chunk find of the state before it: nothing of another document."""
-        begun_BZC = self.place_BZC[:, :, reads] > self.index[reads]
+        begun_BZC = self.position_BZC[:, :, reads] > self.index[reads]
         return decay_BZCM[:, :, reads].masked_fill(~begun_BZC.unsqueeze(-1), -math.inf).exp()
 
     def written(self, p_BTM: Tensor, decay_BZCM: Tensor, reads: slice = slice(None)) -> Tensor:
@@ -182,8 +153,30 @@ class Chunks:
         share_BZCM = self.written(p_BTM, decay_BZCM, last).squeeze(2)
         written = torch.einsum("bzjm,bzjke->bzmke", share_BZCM, kv_BZCKE)
         start = torch.zeros_like(written[:, 0]) if start is None else start.to(written.dtype)
-        states: Tensor = scan(self.held(decay_BZCM, last).squeeze(2), written, start)
+        states: Tensor = scan(self.decay_from_state(decay_BZCM, last).squeeze(2), written, start)
         return states
+
+
+class ChunkStates(NamedTuple):
+    """How slots fade within chunks, and the states before each chunk and after the last, keys beside values."""
+
+    decay_BZCM: Tensor
+    state_BZMKE: Tensor
+
+
+class BoundedKV(NamedTuple):
+    """What is written to the slots at each token, and with which strength.
+
+    In rule `ring_slots` that is the token that leaves the window, and `window` has the window's rotated keys and its
+    values, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes the place of the
+    chunk form.
+    """
+
+    k_BTKH: Tensor
+    v_BTKH: Tensor
+    p_BTM: Tensor
+    chunks: ChunkStates | None = None
+    window: GroupedKV | None = None
 
 
 class SlotRead:
@@ -192,13 +185,14 @@ class SlotRead:
     Its rows are [B, Z, C, K, G]. `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all.
     """
 
-    def __init__(self, slots: Slots, place_BT: Tensor, seen_BTM: Tensor | None):
-        k_BTKH, v_BTKH, p_BTM, decay_BZCM, states = slots[:5]
-        self.chunks, dtype = Chunks(place_BT), p_BTM.dtype
-        self.k_BZCKH, self.v_BZCKH = (self.chunks.split(x.to(dtype)) for x in (k_BTKH, v_BTKH))
-        self.state_k, self.state_v = states[:, :-1].chunk(2, dim=-1)
-        self.share_BZCCM = self.chunks.written(p_BTM, decay_BZCM)
-        self.held = rearrange(self.chunks.held(decay_BZCM), "b z i m -> b z i 1 1 m")
+    def __init__(self, kv: BoundedKV, position_BT: Tensor, seen_BTM: Tensor | None):
+        assert kv.chunks is not None
+        decay_BZCM, state_BZMKE = kv.chunks
+        self.chunks, dtype = Chunks(position_BT), kv.p_BTM.dtype
+        self.k_BZCKH, self.v_BZCKH = (self.chunks.split(x.to(dtype)) for x in (kv.k_BTKH, kv.v_BTKH))
+        self.state_k, self.state_v = state_BZMKE[:, :-1].chunk(2, dim=-1)
+        self.share_BZCCM = self.chunks.written(kv.p_BTM, decay_BZCM)
+        self.state_share = rearrange(self.chunks.decay_from_state(decay_BZCM), "b z i m -> b z i 1 1 m")
         self.bias = None
         if seen_BTM is not None:
             self.bias = rearrange(self.chunks.split(bias_of(seen_BTM, dtype)), "b z i m -> b z i 1 1 m")
@@ -214,14 +208,14 @@ class SlotRead:
         q = self.rows(q_BTNH)
         pair = torch.einsum("bzikgh,bzjkh->bzikgj", q, self.k_BZCKH)
         new = torch.einsum("bzikgj,bzijm->bzikgm", pair, self.share_BZCCM)
-        score = torch.addcmul(new, torch.einsum("bzikgh,bzmkh->bzikgm", q, self.state_k), self.held)
+        score = torch.addcmul(new, torch.einsum("bzikgh,bzmkh->bzikgm", q, self.state_k), self.state_share)
         return score if self.bias is None else score.add_(self.bias)
 
     def values(self, weight: Tensor) -> Tensor:
         """[B, T, N, H] weight S^v, of weights that are rows of M."""
         pair = torch.einsum("bzikgm,bzijm->bzikgj", weight, self.share_BZCCM)
         new = torch.einsum("bzikgj,bzjkh->bzikgh", pair, self.v_BZCKH)
-        return self.tokens(new + torch.einsum("bzikgm,bzmkh->bzikgh", weight * self.held, self.state_v))
+        return self.tokens(new + torch.einsum("bzikgm,bzmkh->bzikgh", weight * self.state_share, self.state_v))
 
 
 class WindowRead:
@@ -231,17 +225,17 @@ class WindowRead:
     half for whole windows, and copy a key three times.
     """
 
-    def __init__(self, k_BSKH: Tensor, v_BSKH: Tensor, place_BT: Tensor, window: int, dtype: torch.dtype):
-        self.length, past = place_BT.shape[1], k_BSKH.shape[1] - place_BT.shape[1]
+    def __init__(self, k_BSKH: Tensor, v_BSKH: Tensor, position_BT: Tensor, window: int, dtype: torch.dtype):
+        self.length, past = position_BT.shape[1], k_BSKH.shape[1] - position_BT.shape[1]
         self.block = min(-(-window // 2), self.length)
         self.kv_heads, self.fill = k_BSKH.shape[2], -self.length % self.block
         front = window if not past and self.length > self.block else 0
         before = past + front
         padded = (F.pad(x.to(dtype), (0, 0, 0, 0, front, self.fill)) for x in (k_BSKH, v_BSKH))
         self.k, self.v = (x.unfold(1, before + self.block, self.block) for x in padded)  # [B, Z, K, H, L]
-        index = torch.arange(self.block, device=place_BT.device)[:, None]
-        distance = index + before - torch.arange(before + self.block, device=place_BT.device)
-        place = rearrange(F.pad(place_BT, (0, self.fill)).clamp(min=0), "b (z c) -> b z c 1", c=self.block)
+        index = torch.arange(self.block, device=position_BT.device)[:, None]
+        distance = index + before - torch.arange(before + self.block, device=position_BT.device)
+        place = rearrange(F.pad(position_BT, (0, self.fill)).clamp(min=0), "b (z c) -> b z c 1", c=self.block)
         seen_BZCL = (distance >= 0) & (distance < window) & (distance <= place)
         self.bias = rearrange(bias_of(seen_BZCL, dtype), "b z c l -> b z 1 c 1 l")
 
@@ -293,24 +287,25 @@ class Router(nn.Module):
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
+        assert isinstance(store, BoundedSpec)
         width = store.address_dim
         self.query_proj = None if store.window else nn.Linear(size.d_model, width, bias=False)
         self.slot_keys = nn.Linear(width, store.num_slots, bias=False)  # M_K
         self.gate = nn.Parameter(torch.empty(width))
         self.gate_bias = nn.Parameter(torch.empty(store.num_slots))
 
-    def forward(self, source: Tensor, place_BT: Tensor) -> Tensor:
+    def forward(self, source: Tensor, position_BT: Tensor) -> Tensor:
         """[B, T, M] strengths, in at least fp32, of tokens given by [B, T, D], or [B, T, A] in rule `ring_slots`."""
         a_BTA = source if self.query_proj is None else self.query_proj(source)
         dtype = at_least_fp32(a_BTA.dtype)
-        with exact(a_BTA):
+        with no_autocast(a_BTA):
             a_BTA = a_BTA.to(dtype)
             unit_BTA, keys_MA = (F.normalize(x, dim=-1) for x in (a_BTA, self.slot_keys.weight.to(dtype)))
             score_BTM = F.linear(unit_BTA, keys_MA) * SHARPNESS * math.sqrt(a_BTA.shape[-1])
             gate_BTM = (a_BTA * self.gate.to(dtype)).sum(-1, keepdim=True) + self.gate_bias.to(dtype)
-            return self.strengths(score_BTM, gate_BTM, place_BT) * (place_BT >= 0).unsqueeze(-1)
+            return self.strengths(score_BTM, gate_BTM, position_BT) * (position_BT >= 0).unsqueeze(-1)
 
-    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, place_BT: Tensor) -> Tensor:
+    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
         return gate_BTM.sigmoid() * score_BTM.softmax(dim=-1)
 
 
@@ -320,31 +315,25 @@ class RingRouter(Router):
     lambda = 1 is a sliding window of M. Until the ring has come round, slots it has not reached are not written.
     """
 
-    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, place_BT: Tensor) -> Tensor:
-        ring_BTM = F.one_hot(place_BT % score_BTM.shape[-1], score_BTM.shape[-1]).to(score_BTM.dtype)
-        reached_BTM = reached(place_BT, score_BTM.shape[-1])
-        content_BTM = score_BTM.masked_fill(~reached_BTM, -math.inf).softmax(dim=-1)
+    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
+        ring_BTM = F.one_hot(position_BT % score_BTM.shape[-1], score_BTM.shape[-1]).to(score_BTM.dtype)
+        written_BTM = written_slots(position_BT, score_BTM.shape[-1])
+        content_BTM = score_BTM.masked_fill(~written_BTM, -math.inf).softmax(dim=-1)
         share_BTM = (gate_BTM + RING_LOGIT).sigmoid()
         return share_BTM * ring_BTM + (1 - share_BTM) * content_BTM
 
 
-def reached(place_BT: Tensor, slots: int) -> Tensor:
+def written_slots(position_BT: Tensor, num_slots: int) -> Tensor:
     """[B, T, M] slots that a ring has written by then."""
-    return torch.arange(slots, device=place_BT.device) <= place_BT.clamp(min=0).unsqueeze(-1)
+    return torch.arange(num_slots, device=position_BT.device) <= position_BT.clamp(min=0).unsqueeze(-1)
 
 
 class BoundedWriter(nn.Module):
-    """Keys and values, where they are written, and the states between chunks.
-
-    The slots it hands to readers: what is written at each token (k [B, T, K, H], v, p [B, T, M]), and, where no other
-    kernel takes the place of the chunk form, how slots fade within chunks (G [B, Z, C, M]), and the states before each
-    chunk and after the last, keys beside values ([B, Z + 1, M, K, 2H]). In rule `ring_slots`, reading C, what is
-    written at a token is the one that leaves the window with it; then also the window's rotated keys and its values
-    ([B, T, K, H], or [B, W + T, K, H] over a cache).
-    """
+    """Projects the residual stream to keys and values, and decides how strongly each slot is overwritten by them."""
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
+        assert isinstance(store, BoundedSpec)
         slot = store.slot
         self.kv_heads, self.window = slot.kv_heads, store.window
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
@@ -352,47 +341,62 @@ class BoundedWriter(nn.Module):
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
     def forward(
-        self, x_BTD: Tensor, rope: Rope, steps: TokenPositions, store: StateBuffer | None = None, offset: int = 0
-    ) -> Slots:
-        """What readers get. A cache has then what is left after these tokens."""
-        kept = () if store is None else store.tensors
-        slots, after = self.write(x_BTD, rope, steps, kept)
-        if store is not None:
-            store.keep(after)
-        return slots
-
-    def write(self, x_BTD: Tensor, rope: Rope, steps: TokenPositions, kept: Slots) -> tuple[Slots, Slots]:
-        """What readers get, and what a cache that had `kept` keeps."""
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        positions: TokenPositions,
+        buffer: StateBuffer | None = None,
+        offset: int = 0,
+    ) -> BoundedKV:
+        """What readers need of the tokens [B, T, D]. With a buffer, they follow what it holds, and it then holds the
+        state after them."""
         k, v = (rearrange(proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads) for proj in (self.k_proj, self.v_proj))
-        place_BT, state = steps.place_BT, kept[0] if kept else None
-        if self.window is None:
-            p_BTM = self.router(x_BTD, place_BT)
-            if steps.kernel is not None:
-                return (k, v, p_BTM), ()
-            decay, states = bring_up(k, v, p_BTM, place_BT, state)
-            return (k, v, p_BTM, decay, states), (states[:, -1],)
-        length = x_BTD.shape[1]
-        live_k, live_v, turned = k, v, rotate(k, rope)
-        if kept:
-            assert steps.kept_rope is not None
-            past_k, past_v = (tensor.to(k.dtype) for tensor in kept[1:])
-            live_k, live_v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
-            turned = torch.cat((rotate(past_k, steps.kept_rope), turned), dim=1)
-        # Over a cache the first of the live ones is what leaves the window with the first new token.
-        shift = 0 if kept else self.window
-        left_k, left_v = (F.pad(x, (0, 0, 0, 0, shift, 0))[:, :length] for x in (live_k, live_v))
-        p_BTM = self.router(left_k.flatten(2), place_BT - self.window)
-        decay, states = bring_up(left_k, left_v, p_BTM, place_BT, state)
-        after = (states[:, -1], live_k[:, -self.window :], live_v[:, -self.window :])
-        return (left_k, left_v, p_BTM, decay, states, turned, live_v), after
+        cached = None if buffer is None else buffer.tensors
+        if self.window is not None:
+            kv, after = self.write_evicted(k, v, rope, positions, cached)
+        else:
+            kv = self.write(k, v, self.router(x_BTD, positions.position_BT), positions, cached)
+            after = ()
+        if buffer is not None:
+            assert kv.chunks is not None
+            buffer.replace((kv.chunks.state_BZMKE[:, -1], *after))
+        return kv
+
+    def write(
+        self, k: Tensor, v: Tensor, p_BTM: Tensor, positions: TokenPositions, cached: Tensors | None
+    ) -> BoundedKV:
+        """Write k and v [B, T, K, H] to the slots, of which `cached` has the state."""
+        if positions.kernel is not None:
+            return BoundedKV(k, v, p_BTM)
+        state = None if cached is None else cached[0]
+        return BoundedKV(k, v, p_BTM, chunk_states(k, v, p_BTM, positions.position_BT, state))
+
+    def write_evicted(
+        self, k: Tensor, v: Tensor, rope: Rope, positions: TokenPositions, cached: Tensors | None
+    ) -> tuple[BoundedKV, Tensors]:
+        """Write the tokens that leave the window; also return the keys, not rotated, and values of the window then."""
+        assert self.window is not None
+        length, rotated_k, visible_k, visible_v = k.shape[1], rotate(k, rope), k, v
+        if cached is not None:
+            assert positions.window_rope is not None
+            past_k, past_v = (tensor.to(k.dtype) for tensor in cached[1:])
+            visible_k, visible_v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
+            rotated_k = torch.cat((rotate(past_k, positions.window_rope), rotated_k), dim=1)
+        # With a cache, the first visible token is the one that leaves the window with the first new token.
+        shift = self.window if cached is None else 0
+        evicted_k, evicted_v = (F.pad(x, (0, 0, 0, 0, shift, 0))[:, :length] for x in (visible_k, visible_v))
+        p_BTM = self.router(evicted_k.flatten(2), positions.position_BT - self.window)
+        kv = self.write(evicted_k, evicted_v, p_BTM, positions, cached)
+        window = visible_k[:, -self.window :], visible_v[:, -self.window :]
+        return kv._replace(window=GroupedKV(rotated_k, visible_v)), window
 
 
-def bring_up(k: Tensor, v: Tensor, p_BTM: Tensor, place_BT: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """How slots fade in each chunk, and the states between chunks, from the state `start`."""
-    with exact(k):
-        chunks = Chunks(place_BT)
+def chunk_states(k: Tensor, v: Tensor, p_BTM: Tensor, position_BT: Tensor, start: Tensor | None) -> ChunkStates:
+    """How slots fade in each chunk, and the states between chunks, from the state `start` [B, M, K, 2H]."""
+    with no_autocast(k):
+        chunks = Chunks(position_BT)
         decay_BZCM = chunks.decay(p_BTM)
-        return decay_BZCM, chunks.states(k, v, p_BTM, decay_BZCM, start)
+        return ChunkStates(decay_BZCM, chunks.states(k, v, p_BTM, decay_BZCM, start))
 
 
 # --- reading
@@ -412,26 +416,29 @@ class BoundedReader(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
-    def forward(self, x_BTD: Tensor, slots: Slots, rope: Rope, steps: TokenPositions) -> Tensor:
+    def forward(self, x_BTD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
+        """[B, T, D] for the residual stream."""
         q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
-        with exact(x_BTD):
-            if steps.kernel is None:
-                out_BTNH = self.read(q_BTNH, slots, rope, steps.place_BT)
+        with no_autocast(x_BTD):
+            if positions.kernel is None:
+                out_BTNH = self.read(q_BTNH, kv, rope, positions.position_BT)
             else:
-                out_BTNH = steps.kernel(q_BTNH, *slots, scale=self.scale)
+                out_BTNH = positions.kernel(q_BTNH, kv.k_BTKH, kv.v_BTKH, kv.p_BTM, scale=self.scale)
         out: Tensor = self.o_proj(rearrange(out_BTNH.to(q_BTNH.dtype), "b t n h -> b t (n h)"))
         return out
 
-    def read(self, q_BTNH: Tensor, slots: Slots, rope: Rope, place_BT: Tensor) -> Tensor:
-        dtype, slot_count, seen_BTM = slots[2].dtype, slots[2].shape[-1], None
+    def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, position_BT: Tensor) -> Tensor:
+        """[B, T, N, H] in the type of the strengths, by the chunk form."""
+        dtype, num_slots, seen_BTM = kv.p_BTM.dtype, kv.p_BTM.shape[-1], None
         if self.ring:
-            seen_BTM = reached(place_BT, slot_count)
+            seen_BTM = written_slots(position_BT, num_slots)
         if self.window is not None:
-            seen_BTM = (place_BT >= self.window).unsqueeze(-1)
+            seen_BTM = (position_BT >= self.window).unsqueeze(-1)
         q_BTNH = q_BTNH.to(dtype) * self.scale
-        reads: list[tuple[SlotRead | WindowRead, Tensor]] = [(SlotRead(slots, place_BT, seen_BTM), q_BTNH)]
+        reads: list[tuple[SlotRead | WindowRead, Tensor]] = [(SlotRead(kv, position_BT, seen_BTM), q_BTNH)]
         if self.window is not None:
-            near = WindowRead(slots[5], slots[6], place_BT, self.window, dtype)
-            reads.append((near, rotate(q_BTNH, rope)))
+            assert kv.window is not None
+            window_read = WindowRead(*kv.window, position_BT, self.window, dtype)
+            reads.append((window_read, rotate(q_BTNH, rope)))
         sinks_BTN = None if self.sinks is None else self.sinks.to(dtype).expand(q_BTNH.shape[:3])
         return softmax_read(reads, sinks_BTN)

@@ -16,13 +16,14 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from .bounded import TokenPositions, steps
+from .config import SizeConfig
 from .masks import Sequences
-from .plan import StoreSpec
+from .positions import TokenPositions, token_positions
+from .stores import StoreSpec
 
 INSTALL = 'pip install -e ".[fla]"'
 # More slots than the kernel has one tile for, or numbers it pads, are not tried.
-SLOTS = (16, 32, 64, 128, 256)
+NUM_SLOTS = (16, 32, 64, 128, 256)
 
 
 @functools.cache
@@ -61,42 +62,57 @@ def gsa(
 
 @dataclass(frozen=True)
 class BoundedBackend:
-    """What the reader of a bounded store runs in place of the chunk form."""
+    """What the readers of a bounded store run on tokens that attend to themselves: the chunk form in plain torch."""
+
+    name: str = "chunks"
+    about: str = "bounded, plain torch"
+
+    def unsupported(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
+        """What of `store` and of `device` it does not have, or why it cannot run here."""
+        return []
+
+    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
+        """Positions of the tokens, called as `attend.Backend.mask`."""
+        return token_positions(sequences)
+
+
+@dataclass(frozen=True)
+class FlaBackend(BoundedBackend):
+    """The kernel of flash-linear-attention in place of the chunk form."""
 
     name: str = "fla"
     about: str = "flash-linear-attention's gated slot attention"
 
-    def missing(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
-        """What of `store` and of `device` the kernel does not have, or why it cannot run here."""
-        lacking = []
+    def unsupported(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
+        reasons = []
         if store.rule != "gated":
-            lacking.append(f"rule {store.rule}")
+            reasons.append(f"rule {store.rule}")
         if store.sinks:
-            lacking.append("sinks")
-        if store.num_slots not in SLOTS:
-            lacking.append(f"{store.num_slots} slots (it takes {', '.join(map(str, SLOTS))})")
+            reasons.append("sinks")
+        if store.num_slots not in NUM_SLOTS:
+            reasons.append(f"{store.num_slots} slots (it takes {', '.join(map(str, NUM_SLOTS))})")
         if documents:
-            lacking.append("documents")
+            reasons.append("documents")
         if device != "cuda":
-            return [*lacking, f"device {device}"]
+            return [*reasons, f"device {device}"]
         found = chunk_gsa()
-        return [*lacking, f"a way to run: {found}"] if isinstance(found, str) else lacking
+        return [*reasons, f"a way to run: {found}"] if isinstance(found, str) else reasons
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
-        """Where tokens stand, and the kernel, as `attend.Backend.mask`."""
-        return steps(sequences)._replace(kernel=kernel())
+        """Positions of the tokens, together with the kernel to run."""
+        return token_positions(sequences)._replace(kernel=kernel())
 
 
-def choose_bounded(name: str, store: StoreSpec, device: str, documents: bool) -> BoundedBackend | None:
-    """For the backend `name`, what runs a bounded store; None: the chunk form, in plain torch, for all but `fla`.
+def select_bounded_backend(
+    name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool
+) -> BoundedBackend:
+    """`fla` where the backend `name` is that, the chunk form for any other.
 
-    Raises ValueError where `fla` cannot: nothing falls back at run time.
+    Raises ValueError where `fla` cannot run: nothing falls back at run time.
     """
-    if name != "fla":
-        return None
-    backend = BoundedBackend()
-    if lacking := backend.missing(store, device, documents):
+    backend = FlaBackend() if name == "fla" else BoundedBackend()
+    if reasons := backend.unsupported(store, device, documents):
         raise ValueError(
-            f"arch.stores.{store.name} on {device}: fla lacks {', '.join(lacking)}; choose another backend or auto"
+            f"arch.stores.{store.name} on {device}: fla lacks {', '.join(reasons)}; choose another backend or auto"
         )
     return backend

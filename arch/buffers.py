@@ -1,23 +1,29 @@
-"""What the cache of one store holds, and how it takes in new tokens. Writers hand their slots to it.
+"""Buffers: the cache of one store, and how it takes in new tokens. Writers pass their keys and values through them.
 
 Shapes: B batch, T new tokens, S slots read, K key/value heads, H head, M slots, W window.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-# The tensors of a store, each [B, S, ...]; passed between layers as explicit arguments and results.
-Slots = tuple[Tensor, ...]
+from .precision import at_least_fp32
+from .stores import StoreSpec
+
+# What a writer hands to readers, as explicit arguments and results: a NamedTuple for each kind of store.
+KV = tuple[Any, ...]
+Tensors = tuple[Tensor, ...]
 
 
 class AppendBuffer:
-    """Keeps every position, in order."""
+    """Holds every position, in order. Its tensors are [B, capacity, ...]."""
 
-    def __init__(self, tensors: Slots):
+    def __init__(self, tensors: Tensors):
         self.tensors = tensors
 
-    def update(self, new: Slots, offset: int) -> Slots:
-        """Write the slots of tokens `offset`, `offset` + 1, ...; return all that the new tokens may read."""
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        """Write the slots [B, T, ...] of tokens `offset`, `offset` + 1, ...; return all [B, S, ...] up to the last."""
         end = offset + new[0].shape[1]
         for tensor, value in zip(self.tensors, new, strict=True):
             tensor[:, offset:end] = value
@@ -29,48 +35,64 @@ class AppendBuffer:
 
 
 class RingBuffer:
-    """Keeps the last `size` positions: token i lies in slot i mod size."""
+    """Holds the last `size` positions: token i lies in slot i mod size. Its tensors are [B, size, ...]."""
 
-    def __init__(self, tensors: Slots):
+    def __init__(self, tensors: Tensors):
         self.tensors = tensors
         self.size = tensors[0].shape[1]
 
-    def update(self, new: Slots, offset: int) -> Slots:
-        """As in AppendBuffer. A chunk reads what was kept before it and itself; then its own last slots are kept."""
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        """Return the cached window followed by the new slots, then overwrite the ring with the newest of them.
+
+        At offset 0 only the new slots are returned; for a single token the ring itself, which then includes it.
+        """
         length = new[0].shape[1]
         if offset == 0:
-            live = new
+            visible = new
         elif length == 1:
-            live = self.tensors
+            visible = self.tensors
         else:
-            live = tuple(torch.cat((t, n.to(t.dtype)), dim=1) for t, n in zip(self.tensors, new, strict=True))
-        kept = min(length, self.size)
-        where = torch.arange(offset + length - kept, offset + length, device=new[0].device) % self.size
+            visible = tuple(torch.cat((t, n.to(t.dtype)), dim=1) for t, n in zip(self.tensors, new, strict=True))
+        newest = min(length, self.size)
+        index = torch.arange(offset + length - newest, offset + length, device=new[0].device) % self.size
         for tensor, value in zip(self.tensors, new, strict=True):
-            tensor[:, where] = value[:, length - kept :].to(tensor.dtype)
-        return live
+            tensor[:, index] = value[:, length - newest :].to(tensor.dtype)
+        return visible
 
     def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
-        """As in AppendBuffer; negative for a slot that holds nothing yet."""
+        """[S] token index of each slot that `update` returns; negative for a slot that holds nothing yet."""
         new = torch.arange(offset, offset + length, device=device)
         if offset == 0:
             return new
         last = offset if length == 1 else offset - 1
-        kept = last - (last - torch.arange(self.size, device=device)) % self.size
-        return kept if length == 1 else torch.cat((kept, new))
+        cached = last - (last - torch.arange(self.size, device=device)) % self.size
+        return cached if length == 1 else torch.cat((cached, new))
 
 
 class StateBuffer:
-    """A bounded store: the state [B, M, K, 2H], in at least fp32; and its last W positions, in order, where it has a
-    window: keys without positions, and values, [B, W, K, H] each."""
+    """Holds the state of a store that merges positions: [B, M, K, 2H], in at least fp32; and its last W positions, in
+    order, where it has a window: keys without positions, and values, [B, W, K, H] each."""
 
-    def __init__(self, tensors: Slots):
+    def __init__(self, tensors: Tensors):
         self.tensors = tensors
 
-    def keep(self, after: Slots) -> None:
-        """Replace what is held by what the writer says is left after new tokens."""
-        for tensor, value in zip(self.tensors, after, strict=True):
+    def replace(self, tensors: Tensors) -> None:
+        """Overwrite all tensors with those after new tokens."""
+        for tensor, value in zip(self.tensors, tensors, strict=True):
             tensor.copy_(value)
 
 
 Buffer = AppendBuffer | RingBuffer | StateBuffer
+
+
+def allocate_buffer(
+    store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> Buffer:
+    """An empty buffer of `store` for `batch` sequences of up to `capacity` tokens."""
+    tensors = tuple(
+        torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
+        for shape, accumulates in store.cache_tensors(capacity)
+    )
+    if not store.masked:
+        return StateBuffer(tensors)
+    return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)

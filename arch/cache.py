@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bounded import TokenPositions
-from .buffers import AppendBuffer, Buffer, RingBuffer, Slots, StateBuffer
-from .layers import at_least_fp32, rope_table
+from .buffers import AppendBuffer, Buffer, StateBuffer, allocate_buffer
+from .layers import rope_table
 from .masks import Dense, Sequences, dense, visible
-from .plan import KVPlan, StoreSpec
+from .plan import KVPlan
+from .positions import TokenPositions
+from .stores import StoreSpec
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Cache:
     """
 
     plan: KVPlan
-    stores: tuple[Buffer, ...]
+    buffers: tuple[Buffer, ...]
     capacity: int
     start_B: Tensor | None = None
     length: int = 0
@@ -32,7 +33,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the cache; a view counts with all of the storage it keeps alive."""
-        tensors = [tensor for store in (*self.stores, *self.cross_buffers) for tensor in store.tensors]
+        tensors = [tensor for buffer in (*self.buffers, *self.cross_buffers) for tensor in buffer.tensors]
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
@@ -48,7 +49,7 @@ class Cache:
             raise ValueError("the cache was allocated for another layout; allocate it from the model's own plan")
         if torch.is_grad_enabled():
             raise ValueError("a cache keeps no gradients; decode under torch.no_grad() or torch.inference_mode()")
-        rows = self.stores[0].tensors[0].shape[0]
+        rows = self.buffers[0].tensors[0].shape[0]
         if batch != rows:
             raise ValueError(f"the cache was allocated for {rows} sequences, the batch has {batch}")
         if self.length + length > self.capacity:
@@ -68,22 +69,23 @@ class Cache:
         It is always dense: no other kernel knows the order of slots in a ring, and a step has few tokens.
         """
         if self.start_B is None and self.length == 0:
-            rows = self.stores[0].tensors[0].shape[0]
+            rows = self.buffers[0].tensors[0].shape[0]
             return dense(Sequences(rows, length, None, device), window)
         if self.start_B is None and window is None and length == 1:
             return Dense(causal=False, allowed=None)
-        same_window = (s for s, spec in zip(self.stores, self.plan.stores, strict=True) if spec.window == window)
-        store = next(s for s in same_window if not isinstance(s, StateBuffer))
+        stores = zip(self.plan.stores, self.buffers, strict=True)
+        buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
+        assert not isinstance(buffer, StateBuffer)
         query = torch.arange(self.length, self.length + length, device=device)
-        slots = store.indices(self.length, length, device)
+        slots = buffer.indices(self.length, length, device)
         return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
 
     def token_positions(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
-        """Positions of the next `length` tokens, for the bounded store `store`, with rotary tables of its window."""
+        """Positions of the next `length` tokens, for a store not read by a mask, with rotary tables of its window."""
         index = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
         positions = index[None] if self.start_B is None else index - self.start_B[:, None]
         if store.window is None:
-            return TokenPositions(positions, None)
+            return TokenPositions(positions)
         past = positions[:, : store.window].clamp(min=0)
         rope = rope_table(past[0] if self.start_B is None else past, *store.rope_key)
         return TokenPositions(positions[:, store.window :], rope)
@@ -105,18 +107,10 @@ def allocate(
     `num_cross_vectors`: as in StackPlan.
     """
 
-    def zeros(store: StoreSpec, positions: int) -> Slots:
-        shapes = ((batch, positions, *tail) for tail in store.slot.shapes)
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-
-    def make(store: StoreSpec) -> Buffer:
-        tensors = zeros(store, store.positions(capacity) - store.num_slots)
-        if store.num_slots:
-            heads, width = store.slot.kv_heads, store.slot.k_dim + store.slot.v_dim
-            state = torch.zeros(batch, store.num_slots, heads, width, dtype=at_least_fp32(dtype), device=device)
-            return StateBuffer((state, *tensors) if store.window else (state,))
-        return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
-
-    layers = range(plan.num_layers if num_cross_vectors else 0)
-    cross_buffers = tuple(AppendBuffer(zeros(plan.store(layer), num_cross_vectors)) for layer in layers)
-    return Cache(plan, tuple(make(store) for store in plan.stores), capacity, start_B, cross_buffers=cross_buffers)
+    buffers = tuple(allocate_buffer(store, batch, capacity, dtype, device) for store in plan.stores)
+    cross = [
+        [torch.zeros((batch, num_cross_vectors, *shape), dtype=dtype, device=device) for shape in store.position_shapes]
+        for store in map(plan.store, range(plan.num_layers if num_cross_vectors else 0))
+    ]
+    cross_buffers = tuple(AppendBuffer(tuple(tensors)) for tensors in cross)
+    return Cache(plan, buffers, capacity, start_B, cross_buffers=cross_buffers)

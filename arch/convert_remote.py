@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
 from .convert import NO_SPECIAL_TOKENS, SIZE_KEYS, UnsupportedModelError, style_problems
 from .convert_stock import TIED, weights
-from .plan import KVPlan, StoreSpec, resolve_stack
+from .plan import KVPlan, resolve_stack
+from .stores import StoreSpec
 
 __all__ = ["TIED", "from_hf_config", "to_hf_config", "weights"]
 
@@ -79,11 +80,12 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
 
     problems = style_problems(size)
-    if latent := [store for store in plan.stores if store.slot.latent_dim]:
-        problems.append(f"latent: {names(latent)} holds latents; the remote decoder has key/value heads alone")
-    if bounded := [store for store in plan.stores if store.num_slots]:
-        problems.append(f"slots: {names(bounded)} is bounded; the caches of transformers merge nothing")
-    if any(store.window == 1 for store in plan.stores if not store.num_slots):
+    for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind != "grouped"):
+        stores = names(store for store in plan.stores if type(store) is kind)
+        problems.append(
+            f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
+        )
+    if any(store.window == 1 for store in plan.stores if store.kind == "grouped"):
         problems.append("window: the caches of transformers do not drop positions for a window of 1")
     return problems
 

@@ -23,7 +23,8 @@ from .convert import (
     style_problems,
     value_problems,
 )
-from .plan import KVPlan, StoreSpec, resolve_stack
+from .plan import KVPlan, resolve_stack
+from .stores import StoreSpec
 
 # The class of each model_type.
 ARCHITECTURES = {
@@ -167,11 +168,12 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
     if sinks := [store for store in plan.stores if store.sinks]:
         problems.append(f"sinks: {names(sinks)} has attention sinks")
-    if bounded := [store for store in plan.stores if store.num_slots]:
-        problems.append(f"slots: {names(bounded)} is bounded; stock caches merge nothing")
+    for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
+        stores = names([store for store in plan.stores if type(store) is kind])
+        problems.append(f"{kind.key}: {stores} {kind.summary}; stock classes cache every position or a window")
     if norms := [store for store in plan.stores if store.kv_norm]:
         problems.append(f"kv_norm: {names(norms)} has a norm of its own")
-    if any(store.window and store.slot.latent_dim for store in plan.stores):
+    if any(store.window and store.kind == "latent" for store in plan.stores):
         problems.append("window: latents are kept whole in the stock DeepSeek classes")
     if len({store.slot for store in plan.stores}) > 1:
         problems.append(f"kv_heads, latent: {names(plan.stores)} hold slots of different shapes")

@@ -9,10 +9,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, attend
-from .buffers import AppendBuffer, Slots
+from .buffers import AppendBuffer
 from .config import SizeConfig, head_dim, style_of
+from .grouped import GroupedKV
 from .layers import build_norm
-from .plan import StoreSpec
+from .stores import StoreSpec
 
 
 class CrossContext(NamedTuple):
@@ -36,7 +37,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
-        assert not store.slot.latent_dim
+        assert store.slot.kv_heads
         self.num_heads, self.kv_heads, width = size.num_heads, store.slot.kv_heads, head_dim(size)
         self.scale, bias = width**-0.5, style_of(size).bias
         self.norm = build_norm(size)
@@ -48,18 +49,21 @@ class CrossAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: CrossContext) -> Tensor:
         """Attend from the residual stream [B, T, D] to the context; return what is added to it, [B, T, D]."""
         q_BTNH = rearrange(self.q_proj(self.norm(x_BTD)), "b t (n h) -> b t n h", n=self.num_heads)
-        k_BCKH, v_BCKH = (slot.to(q_BTNH.dtype) for slot in self.slots(context))  # a cache may hold another type
+        kv = self.context_kv(context)
+        k_BCKH, v_BCKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type
         out_BTNH = attend(q_BTNH, k_BCKH, v_BCKH, context.mask, self.scale, None)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
-    def slots(self, context: CrossContext) -> Slots:
+    def context_kv(self, context: CrossContext) -> GroupedKV:
         """Keys and values [B, C, K, H] of the context, computed from its vectors or read from its buffer."""
         if context.vectors_BCD is None:
             assert context.buffer is not None
-            return context.buffer.tensors
-        slots = tuple(
-            rearrange(proj(context.vectors_BCD), "b c (k h) -> b c k h", k=self.kv_heads)
-            for proj in (self.k_proj, self.v_proj)
+            return GroupedKV(*context.buffer.tensors)
+        kv = GroupedKV(
+            *(
+                rearrange(proj(context.vectors_BCD), "b c (k h) -> b c k h", k=self.kv_heads)
+                for proj in (self.k_proj, self.v_proj)
+            )
         )
-        return slots if context.buffer is None else context.buffer.update(slots, 0)
+        return kv if context.buffer is None else GroupedKV(*context.buffer.update(kv, 0))

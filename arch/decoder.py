@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Backend, Mask, check_name, choose, dense_kernel
-from .attention import attention_needs, build_reader, build_writer
-from .bounded import TokenPositions, steps
-from .bounded_fla import BoundedBackend, choose_bounded
-from .buffers import Buffer, Slots
+from .attend import Mask, dense_backend
+from .attention import build_reader, build_writer, choose_backends
+from .buffers import KV, Buffer
 from .cache import Cache, allocate
 from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table
 from .masks import Dense, Sequences, padded
-from .plan import KVPlan, StoreSpec, resolve_stack
+from .plan import KVPlan, resolve_stack
+from .positions import TokenPositions
+from .stores import StoreSpec
 
 
 class Block(nn.Module):
@@ -34,6 +34,7 @@ class Block(nn.Module):
 
     def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False):
         super().__init__()
+        self.masked = store.masked
         self.parallel_residual = style_of(size).parallel_residual
         self.attn_norm = build_norm(size)
         self.kv_norm = build_norm(size) if owner and store.kv_norm else None
@@ -46,28 +47,30 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        slots: Slots,
+        kv: KV,
         rope: Rope,
-        mask: Mask | TokenPositions,
+        visibility: Mask | TokenPositions,
         buffer: Buffer | None = None,
         offset: int = 0,
         context: CrossContext | None = None,
-    ) -> tuple[Tensor, Slots]:
-        """Return the next residual stream [B, T, D], and the slots this layer read.
+    ) -> tuple[Tensor, KV]:
+        """Return the next residual stream [B, T, D], and the keys and values this layer read.
 
-        `slots` is what an earlier layer wrote, ignored by an owner. `buffer` caches what an owner writes: the slots of
-        the new tokens, `offset` and later, go into it and come back with the earlier ones.
+        `kv` is what an earlier layer wrote, ignored by an owner. `visibility` is a mask, or token positions where the
+        store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
+        go into it and come back with the earlier ones.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
-            slots = self.writer(source_BTD, rope, mask, buffer, offset)
-        attended_BTD = x_BTD + self.reader(h_BTD, slots, rope, mask)
+            positions = () if self.masked else (visibility,)
+            kv = self.writer(source_BTD, rope, *positions, buffer, offset)
+        attended_BTD = x_BTD + self.reader(h_BTD, kv, rope, visibility)
         if self.cross is not None:
             assert context is not None
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
         x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
-        return x_BTD, slots
+        return x_BTD, kv
 
 
 class Stack(nn.Module):
@@ -105,8 +108,7 @@ class Stack(nn.Module):
         chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
         used: dict[str, dict[str, None]] = {}
         for backend, store in zip(chosen, self.plan.stores, strict=True):
-            how = "chunks (bounded, plain torch)" if backend is None else f"{backend.name} ({backend.about})"
-            used.setdefault(how, {})[store.name] = None
+            used.setdefault(f"{backend.name} ({backend.about})", {})[store.name] = None
         return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
 
     def masks(self, x_BTD: Tensor, segment_ids_BT: Tensor | None = None) -> list[Mask | TokenPositions]:
@@ -122,8 +124,8 @@ class Stack(nn.Module):
         sequences = Sequences(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
         kinds = [(backend, s.window) for backend, s in zip(self.chosen[segmented], self.plan.stores, strict=True)]
         made = {
-            (b, window): steps(sequences) if b is None else b.mask(sequences, window, compute_dtype(x_BTD))
-            for b, window in dict.fromkeys(kinds)
+            (backend, window): backend.mask(sequences, window, compute_dtype(x_BTD))
+            for backend, window in dict.fromkeys(kinds)
         }
         return [made[kind] for kind in kinds]
 
@@ -131,27 +133,27 @@ class Stack(nn.Module):
         """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
         mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device))
         return [
-            cache.token_positions(store, length, device) if store.num_slots else mask_by_window[store.window]
+            mask_by_window[store.window] if store.masked else cache.token_positions(store, length, device)
             for store in self.plan.stores
         ]
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
         """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
-        if any(store.num_slots for store in self.plan.stores):
+        if not all(store.masked for store in self.plan.stores):
             raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
         mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
         return [mask_by_window[store.window] for store in self.plan.stores]
 
     def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
         """Make a dense mask for each window of the plan."""
-        return {window: Mask(dense_kernel(self.backend), mask_of(window)) for window in self.plan.windows}
+        return {window: Mask(dense_backend(self.backend), mask_of(window)) for window in self.plan.windows}
 
     def cross_context(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> CrossContext | None:
         """Vectors, or their cached keys and values, that `layer` attends to besides its sequence; None: it does not."""
         if not self.cross:
             return None
         buffer = None if cache is None else cache.cross_buffers[layer]
-        return CrossContext(context_BCD, buffer, Mask(dense_kernel(self.backend), Dense(causal=False, allowed=None)))
+        return CrossContext(context_BCD, buffer, Mask(dense_backend(self.backend), Dense(causal=False, allowed=None)))
 
     def run(
         self,
@@ -178,7 +180,7 @@ class Stack(nn.Module):
         ropes = {
             key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
         }
-        written: list[Slots] = []
+        written: list[KV] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
             spec = self.plan.stores[read]
@@ -188,16 +190,16 @@ class Stack(nn.Module):
                 () if owner else written[read],
                 ropes[spec.rope_key],
                 masks[read],
-                cache.stores[read] if owner and cache is not None else None,
+                cache.buffers[read] if owner and cache is not None else None,
                 offset,
                 self.cross_context(context_BCD, cache, layer),
             )
             if self.activation_checkpointing and self.training:
-                x_BTD, slots = checkpoint(block, *arguments, use_reentrant=False)
+                x_BTD, kv = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x_BTD, slots = block(*arguments)
+                x_BTD, kv = block(*arguments)
             if owner:
-                written.append(slots)
+                written.append(kv)
             if layer == self.plan.readers(spec)[-1]:
                 written[read] = ()  # checkpointing would keep them for nobody
         if cache is not None:
@@ -262,22 +264,3 @@ def check_segments(tokens_BT: Tensor, segment_ids_BT: Tensor) -> None:
     if segment_ids_BT.shape != tokens_BT.shape:
         shapes = f"{tuple(segment_ids_BT.shape)}, the tokens {tuple(tokens_BT.shape)}"
         raise ValueError(f"segment_ids_BT has shape {shapes}; give the number of a segment for each token")
-
-
-def choose_backends(
-    name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
-) -> tuple[Backend | BoundedBackend | None, ...]:
-    """Choose, in the order of `plan.stores`, the attention backend of the layers that read each store.
-
-    For a bounded store that is `fla`, or None: its rule runs in plain torch. `documents`: several in one row.
-    Raises ValueError where the backend `name` cannot run them.
-    """
-    check_name(name)
-    if name == "fla" and not any(store.num_slots for store in plan.stores):
-        raise ValueError("backend fla is for bounded stores, and the layout has none; choose another backend or auto")
-    return tuple(
-        choose_bounded(name, store, device_type, documents)
-        if store.num_slots
-        else choose(name, attention_needs(size, store, documents), device_type)
-        for store in plan.stores
-    )

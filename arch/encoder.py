@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Mask, attend, dense_kernel
+from .attend import Mask, attend, dense_backend
 from .config import EncoderConfig
 from .layers import GeluMLP, LayerNorm, compute_dtype
 from .masks import Dense
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, length: int, cls_tokens: int, norm_eps: float, backend: str = "auto"):
         super().__init__()
         self.cls_tokens = cls_tokens
-        self.kernel = dense_kernel(backend)
+        self.kernel = dense_backend(backend)
         self.activation_checkpointing = False
         self.position = nn.Embedding(cls_tokens + length, config.d_model)
         self.norm = LayerNorm(config.d_model, norm_eps)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from .block_plan import BlockPlan, Plan, block_config, embed_dim, has_encoder, num_embedded_vectors, split_config
 from .config import BlockConfig, ModelConfig, SizeConfig, head_dim, style_of
-from .plan import CHUNK, KVPlan, StackPlan, StoreSpec
+from .plan import KVPlan, StackPlan
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
     if isinstance(plan, BlockPlan):
         return block_kv_bytes(plan, context, itemsize)
     return KVBytes(
-        per_token=sum(slot_bytes(s, itemsize) for s in plan.stores if s.max_positions is None),
-        constant=sum(store_bytes(s, s.max_positions, itemsize) for s in plan.stores if s.max_positions is not None),
-        stored=sum(store_bytes(s, context, itemsize) for s in plan.stores),
-        read=sum(store_bytes(plan.store(i), context, itemsize) for i in range(plan.num_layers)),
+        per_token=sum(s.nbytes(1, itemsize) for s in plan.stores if s.max_positions is None),
+        constant=sum(s.nbytes(s.max_positions, itemsize) for s in plan.stores if s.max_positions is not None),
+        stored=sum(s.nbytes(context, itemsize) for s in plan.stores),
+        read=sum(plan.store(i).nbytes(context, itemsize) for i in range(plan.num_layers)),
     )
 
 
@@ -55,37 +55,21 @@ def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
     steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.num_positions + 1))
     across = cross_bytes(plan.stacks[1], itemsize)
     return KVBytes(
-        per_token=_whole(Fraction(block.per_token) / plan.block_length),
+        per_token=as_int_if_whole(Fraction(block.per_token) / plan.block_length),
         constant=block.constant + token.stored + across,
         stored=block.stored + token.stored + across,
-        read=_whole(Fraction(block.read + steps) / plan.block_length + across),
+        read=as_int_if_whole(Fraction(block.read + steps) / plan.block_length + across),
     )
 
 
 def cross_bytes(stack: StackPlan, itemsize: int = 2) -> int:
     """Keys and values of the vectors that the layers of `stack` attend to besides their own sequence."""
     layers = range(stack.plan.num_layers)
-    return stack.num_cross_vectors * sum(slot_bytes(stack.plan.store(layer), itemsize) for layer in layers)
+    return stack.num_cross_vectors * itemsize * sum(stack.plan.store(layer).slot.elements for layer in layers)
 
 
-def _whole(value: Fraction) -> int | float:
+def as_int_if_whole(value: Fraction) -> int | float:
     return int(value) if value.denominator == 1 else float(value)
-
-
-def store_bytes(store: StoreSpec, context: int, itemsize: int = 2) -> int:
-    """Bytes of one store after `context` tokens."""
-    whole = store.positions(context) - store.num_slots
-    return slot_bytes(store, itemsize) * whole + slot_bytes(store, state_itemsize(itemsize)) * store.num_slots
-
-
-def slot_bytes(store: StoreSpec, itemsize: int = 2) -> int:
-    """Bytes of one position; of a merged slot, given `state_itemsize`."""
-    return store.slot.elements * itemsize
-
-
-def state_itemsize(itemsize: int) -> int:
-    """Bytes per element of merged slots: sums over all that was written, hence at least fp32."""
-    return max(4, itemsize)
 
 
 def allocated_bytes(plan: Plan, batch: int, capacity: int, itemsize: int = 2) -> int:
@@ -154,31 +138,16 @@ def norm_params(size: SizeConfig) -> int:
 
 def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
     """(parameters, those that are factors of a matrix product) of one layer."""
-    size, store = config.size, plan.store(layer)
-    slot, heads, width = store.slot, config.size.num_heads, head_dim(config.size)
-    query_dim = width + slot.rope_dim
-    matrices = size.d_model * heads * query_dim + heads * width * size.d_model
-    mlp_up = 1 if style_of(size).mlp == "gelu" else 2
-    matrices += (mlp_up + 1) * size.d_model * size.d_ff
-    others = 2 * norm_params(size) + (heads if store.sinks else 0)
-    if style_of(size).bias:
-        others += heads * query_dim + size.d_model + mlp_up * size.d_ff + size.d_model
-        others += slot.elements if store.owner == layer else 0
-    if slot.latent_dim:
-        matrices += slot.latent_dim * heads * 2 * width  # from the latent to keys and values, in every reader
+    size, store, style = config.size, plan.store(layer), style_of(config.size)
+    hidden = size.d_ff * (1 if style.mlp == "gelu" else 2)
+    matrices = size.d_model * (hidden + size.d_ff)
+    others = 2 * norm_params(size) + (hidden + size.d_model if style.bias else 0)
+    counts = [store.reader_params(size)]
     if store.owner == layer:
-        matrices += size.d_model * slot.elements
-        others += (norm_params(size) if store.kv_norm else 0) + slot.latent_dim
-        if store.num_slots:  # the router: a write query where it does not read the keys, addresses, and the gate
-            matrices += store.address_dim * (store.num_slots + (0 if store.window else size.d_model))
-            others += store.address_dim + store.num_slots
-    return matrices + others, matrices
-
-
-def visible_pairs(seq_len: int, window: int | None) -> int:
-    """Pairs (query, key) that causal attention over `seq_len` tokens looks at."""
-    full = min(seq_len, window or seq_len)
-    return full * (full + 1) // 2 + (seq_len - full) * full
+        counts.append(store.writer_params(size))
+        others += norm_params(size) if store.kv_norm else 0
+    matrices += sum(count.matrices for count in counts)
+    return matrices + others + sum(count.others for count in counts), matrices
 
 
 def forward_flops(config: ModelConfig, plan: Plan, seq_len: int) -> int:
@@ -223,41 +192,17 @@ def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int) -> int:
     """`forward_flops` of the cross-attention of one layer of the token decoder `config` over one block."""
     of_tokens, of_context = cross_matrices(config, plan.token, layer)
     products = 2 * plan.num_positions * of_tokens + 2 * plan.num_context_vectors * of_context
-    return products + attention_flops(config, plan.token, layer, plan.num_positions * plan.num_context_vectors)
+    return products + plan.token.store(layer).pair_flops(config.size) * plan.num_positions * plan.num_context_vectors
 
 
 def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
     """`forward_flops` of the layers alone."""
     total = 0
     for layer in range(plan.num_layers):
-        total += 2 * seq_len * layer_params(config, plan, layer)[1]
         store = plan.store(layer)
-        if store.num_slots:
-            total += bounded_flops(config, plan, layer, seq_len)
-        if store.window or not store.num_slots:
-            total += attention_flops(config, plan, layer, visible_pairs(seq_len, store.window))
+        total += 2 * seq_len * layer_params(config, plan, layer)[1]
+        total += store.attention_flops(config.size, seq_len, store.owner == layer)
     return total
-
-
-def bounded_flops(config: ModelConfig, plan: KVPlan, layer: int, seq_len: int) -> int:
-    """FLOPs of one layer's slots over one sequence, in the form that trains: M slots, chunks of C tokens, heads of H.
-
-    Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what those
-    weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks, and 2 C M. Whole
-    chunks and all pairs in them are computed and counted, unlike the pairs of softmax attention.
-    """
-    store, heads = plan.store(layer), config.size.num_heads
-    chunk, slots, width = min(CHUNK, seq_len), store.num_slots, store.slot.k_dim
-    total = heads * 4 * (slots * width + chunk * width + chunk * slots)
-    if store.owner == layer:
-        total += store.slot.kv_heads * 4 * slots * width + 2 * chunk * slots  # the sums of log(1 - p)
-    return total * chunk * -(-seq_len // chunk)
-
-
-def attention_flops(config: ModelConfig, plan: KVPlan, layer: int, pairs: int) -> int:
-    """FLOPs of scores and weighted values of one layer over `pairs` (query, key) pairs."""
-    width = head_dim(config.size)
-    return 2 * config.size.num_heads * (2 * width + plan.store(layer).slot.rope_dim) * pairs
 
 
 def train_flops_per_token(config: ModelConfig, plan: Plan, seq_len: int | None = None) -> float:

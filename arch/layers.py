@@ -8,13 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SizeConfig, style_of
+from .precision import at_least_fp32
 
 Rope = tuple[Tensor, Tensor]
-
-
-def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute in where half precision would lose too much: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,103 +10,11 @@ Everything that depends on a layout (weights, data flow, masks, cache, bytes, ex
 
 import math
 import re
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from .config import MLPS, NORMS, STYLES, ModelConfig, SizeConfig, StoreConfig, head_dim, style_of
-
-# Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
-# Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
-RULES = {"gated": False, "ring_slots": True, "ring_router": False}
-# Tokens that the parallel form of a bounded store takes at a time.
-CHUNK = 16
-
-
-class LayoutError(ValueError):
-    """A layout or size that cannot be built. The message lists every problem found, each with its fix."""
-
-    def __init__(self, problems: list[str]):
-        super().__init__("\n".join(f"- {problem}" for problem in problems))
-        self.problems = problems
-
-
-@dataclass(frozen=True)
-class SlotShape:
-    """Elements that one cached position holds: keys and values per head, or a latent and a rotary key for all heads."""
-
-    kv_heads: int = 0
-    k_dim: int = 0
-    v_dim: int = 0
-    latent_dim: int = 0
-    rope_dim: int = 0
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of each tensor of the slot, for one position."""
-        if self.latent_dim:
-            return ((self.latent_dim,), (self.rope_dim,))
-        return ((self.kv_heads, self.k_dim), (self.kv_heads, self.v_dim))
-
-    @property
-    def elements(self) -> int:
-        return self.kv_heads * (self.k_dim + self.v_dim) + self.latent_dim + self.rope_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        """Width of the rotated part of a key."""
-        return self.rope_dim if self.latent_dim else self.k_dim
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """The slots that layer `owner` writes. `window` counts the current position; None keeps every position.
-
-    A bounded store merges positions into `num_slots` slots by `rule`; its window, if any, keeps the last positions
-    whole beside them.
-    `rotary_dim`: leading elements of a key that are rotated; None: all that the slot allows.
-    """
-
-    name: str
-    owner: int
-    slot: SlotShape
-    window: int | None
-    sinks: bool
-    kv_norm: bool
-    rope_theta: float
-    rotary_dim: int | None = None
-    num_slots: int = 0
-    rule: str | None = None
-
-    @property
-    def rope_key(self) -> tuple[int, float]:
-        """What decides the rotary table of its keys: (width, base)."""
-        return self.rotary_dim or self.slot.rotary_dim, self.rope_theta
-
-    @property
-    def max_positions(self) -> int | None:
-        """Positions and slots it never holds more of; None: it grows with the context."""
-        return self.num_slots + (self.window or 0) if self.num_slots else self.window
-
-    @property
-    def address_dim(self) -> int:
-        """Width of what a bounded store's router reads: a write query, or the kept keys of all heads."""
-        return self.slot.kv_heads * self.slot.k_dim if self.window else self.slot.k_dim
-
-    def positions(self, context: int) -> int:
-        """Cached positions after `context` tokens. A bounded state is there whole from the first token on."""
-        if self.max_positions is None or self.num_slots:
-            return self.max_positions or context
-        return min(context, self.max_positions)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, under the names that plan.json and checkpoint.json have always had."""
-        return {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "StoreSpec":
-        fields = {"num_slots" if key == "slots" else key: value for key, value in values.items()}
-        return cls(**{**fields, "slot": SlotShape(**values["slot"])})
+from .config import MLPS, NORMS, STYLES, ModelConfig, SizeConfig, head_dim, style_of
+from .stores import LayoutError, StoreSpec, resolve_store, share_of
 
 
 class StackPlan(NamedTuple):
@@ -164,8 +72,8 @@ class KVPlan:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of stores that are not bounded, in order of first use."""
-        return tuple(dict.fromkeys(store.window for store in self.stores if not store.num_slots))
+        """The distinct windows of stores that are read by a mask, in order of first use."""
+        return tuple(dict.fromkeys(store.window for store in self.stores if store.masked))
 
     def store(self, layer: int) -> StoreSpec:
         """The store that `layer` reads."""
@@ -187,10 +95,8 @@ class KVPlan:
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
         for bounded stores."""
-        marks = (
-            "b" if store.num_slots else "s" if store.window else "" for store in map(self.store, range(len(self.reads)))
-        )
-        return " ".join(f"{owner}{mark}" for owner, mark in zip(self.owners, marks, strict=True))
+        stores = map(self.store, range(self.num_layers))
+        return " ".join(f"{store.owner}{store.mark}" for store in stores)
 
 
 def resolve_stack(config: ModelConfig) -> KVPlan:
@@ -203,7 +109,7 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
         problems.append("arch.block makes this a Block Transformer, no decoder: build it with arch.build")
     if problems:
         raise LayoutError(problems)
-    types = {name: _resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
+    types = {name: resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
     items = _expand(config, problems)
     if problems:
         raise LayoutError(problems)
@@ -214,7 +120,7 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     for layer, (verb, name) in enumerate(items):
         if verb == "new":
             latest[name] = len(stores)
-            stores.append(StoreSpec(owner=layer, **types[name]))
+            stores.append(replace(types[name], owner=layer))
         elif name not in latest:
             problems.append(
                 f"layer {layer}: `reuse {name}` has nothing to reuse, no layer below it writes a {name} store; "
@@ -270,95 +176,6 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
             f"embeddings need an even number: take a multiple of {2 / style.rotary_fraction:g} as head dimension"
         )
     return problems
-
-
-def _resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> dict[str, Any]:
-    """The fields of `StoreSpec` that do not depend on the layer. Adds to `problems` what is wrong with them."""
-    where = f"arch.stores.{name}"
-    width, heads, rotary = head_dim(size), size.num_heads, style_of(size).rotary_fraction
-    slot = SlotShape()
-    if (store.kv_heads is None) == (store.latent is None):
-        problems.append(f"{where} needs either kv_heads or latent, and not both")
-    elif store.latent is not None:
-        latent_dim = _share(f"{where}.latent.dim", store.latent.dim, width, "the head dimension", problems)
-        rope_dim = _share(f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems)
-        if rope_dim % 2:
-            problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
-        slot = SlotShape(latent_dim=latent_dim, rope_dim=rope_dim)
-    else:
-        wanted = "1/1" if store.kv_heads == "all" else store.kv_heads
-        kv_heads = _share(f"{where}.kv_heads", wanted, heads, "the query heads", problems)
-        if kv_heads and heads % kv_heads:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            problems.append(f"{where}.kv_heads {kv_heads} does not divide the {heads} query heads; choose {divisors}")
-        slot = SlotShape(kv_heads=kv_heads, k_dim=width, v_dim=width)
-    window = store.window
-    if window is not None and window < 1:
-        problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
-    if window is None and store.slots is None and store.sinks:
-        problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
-    _check_bounded(where, store, problems)
-    if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
-        problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
-    if window is not None and size.max_window is not None:
-        window = min(window, size.max_window)
-    return {
-        "name": name,
-        "slot": slot,
-        "window": window,
-        "sinks": store.sinks,
-        "kv_norm": store.kv_norm,
-        "rope_theta": float(store.rope_theta or size.rope_theta),
-        "num_slots": min(store.slots or 0, size.max_window or store.slots or 0),
-        "rule": store.rule,
-        "rotary_dim": round(rotary * width) if slot.k_dim and rotary < 1 else None,
-    }
-
-
-def _check_bounded(where: str, store: StoreConfig, problems: list[str]) -> None:
-    """Adds to `problems` what is wrong with the slots and the rule of a bounded store."""
-    rules = ", ".join(RULES)
-    if store.slots is None:
-        if store.rule is not None:
-            problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
-        return
-    if store.slots < 1:
-        problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
-    if store.latent is not None:
-        problems.append(f"{where}.slots cannot hold a latent; write kv_heads instead")
-    if store.rule not in RULES:
-        problems.append(f"{where}.rule is {store.rule!r}; stores with slots need one of {rules}")
-    elif RULES[store.rule] and store.window is None:
-        problems.append(f"{where}.rule {store.rule} needs a window: the last positions, kept whole beside the slots")
-    elif not RULES[store.rule]:
-        for key in ("window", "rope_theta"):
-            if getattr(store, key) is not None:
-                problems.append(
-                    f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
-                    "leave it out, or choose ring_slots"
-                )
-
-
-def _share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:
-    """`value` as a count: itself, or the share `a/b` of `whole`. Adds to `problems` and returns 0 if it is neither."""
-    amount = share_of(value, whole)
-    if amount is None:
-        problems.append(f"{where} is {value!r}; write a number, or a share of {of} such as 1/4")
-        return 0
-    if amount < 1 or amount.denominator != 1:
-        problems.append(
-            f"{where} is {value}, {amount} with {whole} as {of}; it must come to a whole number, at least 1"
-        )
-        return 0
-    return int(amount)
-
-
-def share_of(value: Any, whole: int) -> Fraction | None:
-    """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
-    if match is None:
-        return None
-    return Fraction(int(match[1]), int(match[2])) * whole if match[2] else Fraction(int(match[1]))
 
 
 Item = tuple[str, str]

@@ -13,15 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, LayoutError, ModelConfig, Plan, SizeConfig, StackPlan, StoreSpec, resolve
+from arch import ArchConfig, LayoutError, ModelConfig, Plan, SizeConfig, StackPlan, resolve
 from arch.footprint import (
     cross_bytes,
     kv_bytes,
     max_batch,
     num_params,
-    slot_bytes,
-    state_itemsize,
-    store_bytes,
     train_flops_per_token,
 )
 from data.cli import UsageError
@@ -128,33 +125,16 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
     for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
         result.add_column(column, justify="right" if "bytes" in column else "left")
     for store in plan.stores:
-        slot = store.slot
         result.add_row(
             store.name,
             str(store.owner),
             ranges(plan.readers(store)),
-            keeps(store),
-            f"latent {slot.latent_dim} + rope {slot.rope_dim}"
-            if slot.latent_dim
-            else f"{slot.kv_heads} x ({slot.k_dim} + {slot.v_dim})",
-            slot_sizes(store, itemsize),
-            bytes_text(store_bytes(store, context, itemsize)),
+            " + ".join(text for text, _ in store.retention) or "all",
+            store.slot_text,
+            " + ".join(f"{size:,}" for size in store.slot_bytes(itemsize)),
+            bytes_text(store.nbytes(context, itemsize)),
         )
     return result
-
-
-def keeps(store: StoreSpec) -> str:
-    """Positions and slots that a store keeps: `all`, `last 1,024`, `64 slots`, `last 512 + 64 slots`."""
-    parts = [f"last {store.window:,}"] if store.window else []
-    parts += [f"{store.num_slots:,} slots"] if store.num_slots else []
-    return " + ".join(parts) or "all"
-
-
-def slot_sizes(store: StoreSpec, itemsize: int) -> str:
-    """Bytes of a position, of a merged slot (whose elements are wider), or of both."""
-    parts = [slot_bytes(store, itemsize)] if store.window or not store.num_slots else []
-    parts += [slot_bytes(store, state_itemsize(itemsize))] if store.num_slots else []
-    return " + ".join(f"{size:,}" for size in parts)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ import torch
 from conftest import build, small, tokens
 
 from arch import Decoder
-from arch.attend import BACKENDS, Backend, Needs, attend, choose, in_parts, reference, sdpa
+from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
 from arch.masks import Dense, Sequences, dense, visible
@@ -313,22 +313,22 @@ def test_compiled_code_breaks_around_flash_attn(documents: torch.Tensor | None, 
 
 def test_flash_is_the_newest_that_fits(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert choose("flash", needs("windows", "sinks"), "cuda").name == "flash4"
+    assert select_backend("flash", needs("windows", "sinks"), "cuda").name == "flash4"
     monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
     flash_functions.cache_clear()
-    assert choose("flash", needs("windows"), "cuda").name == "flash3"
+    assert select_backend("flash", needs("windows"), "cuda").name == "flash3"
     with pytest.raises(ValueError, match=r'flash4 lacks .*pip install -e "\.\[kernels\]"; flash3 lacks sinks; flash2'):
-        choose("flash", needs("sinks"), "cuda")
+        select_backend("flash", needs("sinks"), "cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
-    assert choose("flash", needs("windows"), "cuda").name == "flash2"
+    assert select_backend("flash", needs("windows"), "cuda").name == "flash2"
 
 
 def test_an_empty_namespace_is_no_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     flash_functions.cache_clear()
     with pytest.raises(ValueError, match=r"flash-attn 2 cannot be loaded .*flash_attn_func"):
-        choose("flash2", needs(), "cuda")
+        select_backend("flash2", needs(), "cuda")
     flash_functions.cache_clear()
 
 
@@ -340,21 +340,21 @@ def test_what_is_not_claimed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="poor lacks device cpu"):
         Decoder(small("mha"), "poor")
     with pytest.raises(ValueError, match="no attention backend 'fast'; choose auto, sdpa, reference, flex, varlen"):
-        choose("fast", needs(), "cpu")
+        select_backend("fast", needs(), "cpu")
     with pytest.raises(ValueError, match=r"varlen lacks sinks, uneven_value_width, head width 20 \(it takes 8 to 256"):
-        choose("varlen", needs("sinks", "uneven_value_width", width=20), "cuda")
+        select_backend("varlen", needs("sinks", "uneven_value_width", width=20), "cuda")
     with pytest.raises(ValueError, match="flash4 lacks device cpu; flash3 lacks device cpu"):
-        choose("flash", needs(), "cpu")
+        select_backend("flash", needs(), "cpu")
     with pytest.raises(ValueError, match="varlen takes bfloat16, float16; the model computes in float32"):
         Decoder(small("mha"), "varlen", "cuda")(tokens(1, 4))
 
 
 def test_auto() -> None:
     for features in ((), ("gqa",), ("uneven_value_width",)):
-        assert choose("auto", needs(*features), "cuda").name == "sdpa"
+        assert select_backend("auto", needs(*features), "cuda").name == "sdpa"
     for features in (("windows",), ("sinks",), ("documents", "gqa")):
-        assert choose("auto", needs(*features), "cuda").name == "flex"
-        assert choose("auto", needs(*features), "cpu").name == "sdpa"
+        assert select_backend("auto", needs(*features), "cuda").name == "flex"
+        assert select_backend("auto", needs(*features), "cpu").name == "sdpa"
 
 
 def test_needs_come_from_the_plan() -> None:
@@ -391,7 +391,7 @@ def test_sinks_take_weight_away() -> None:
 
 
 @pytest.mark.parametrize("shape", [None, (6, 6), (1, 1, 6, 6), (7, 1, 6, 6)])
-def test_a_batch_in_parts(shape: tuple[int, ...] | None) -> None:
+def test_a_batch_sdpa_batched(shape: tuple[int, ...] | None) -> None:
     """What more rows than a CUDA grid has come to: a batch cut up, and a mask with it where it has the batch's rows."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(7, 6, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
@@ -399,7 +399,7 @@ def test_a_batch_in_parts(shape: tuple[int, ...] | None) -> None:
     sinks = torch.randn(4, dtype=torch.float64, generator=generator)
     for mask, sink in ((Dense(allowed is None, allowed), None), (Dense(allowed is None, allowed), sinks)):
         whole = sdpa(q, k, v, mask, 0.3, sink)
-        torch.testing.assert_close(in_parts(3, q, k, v, mask, 0.3, sink), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sdpa_batched(3, q, k, v, mask, 0.3, sink), whole, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

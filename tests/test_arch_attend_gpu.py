@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arch import Decoder, resolve
 from arch.attend import BACKENDS, Backend, attend, reference, sdpa
-from arch.decoder import choose_backends
+from arch.attention import choose_backends
 from arch.masks import Dense, Sequences, dense, visible
 
 pytestmark = [

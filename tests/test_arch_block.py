@@ -35,9 +35,10 @@ from arch import (
 )
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_stock import to_hf_config
-from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
+from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params
 from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack
+from arch.stores import visible_pairs
 from train.loss import cross_entropy_sum
 
 MHA = {"kv": StoreConfig(kv_heads="all")}
@@ -418,7 +419,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
     for stack, slots, rows in ((model.block_decoder, 3, 1), (model.token_decoder, model.plan.num_positions, predicted)):
         for layer in range(stack.plan.num_layers):
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
-            hidden += rows * attention_flops(stack.config, stack.plan, layer, pairs)
+            hidden += rows * stack.plan.store(layer).pair_flops(stack.config.size) * pairs
     assert counter.get_total_flops() == forward_flops(config, model.plan, length) + hidden
 
 
@@ -560,13 +561,13 @@ def test_bytes_read_are_those_handed_to_attention(kind: str, coarse: str, fine: 
     first = model.plan.num_positions - length + 1
     # The first pass of the token decoder has not filled a window yet: a chunk that begins reads its own slots.
     extra = sum(
-        (first - store.positions(first)) * store.slot.elements * 8
+        (first - store.num_positions(first)) * store.slot.elements * 8
         for store in map(model.token_decoder.plan.store, range(model.token_decoder.plan.num_layers))
     )
     # A ring that is not full yet is handed over whole.
     for seen in range(first + 1, model.plan.num_positions + 1):
         extra += sum(
-            (min(store.window, model.plan.num_positions) - store.positions(seen)) * store.slot.elements * 8
+            (min(store.window, model.plan.num_positions) - store.num_positions(seen)) * store.slot.elements * 8
             for store in map(model.token_decoder.plan.store, range(model.token_decoder.plan.num_layers))
             if store.window is not None
         )

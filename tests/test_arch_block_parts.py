@@ -30,9 +30,10 @@ from arch import (
 from arch.attend import Mask, reference
 from arch.block_plan import EMBEDDERS, KINDS
 from arch.cross_attention import CrossContext
-from arch.footprint import allocated_bytes, attention_flops, forward_flops, kv_bytes, num_params, visible_pairs
+from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params
 from arch.layers import rope_table
 from arch.masks import Dense
+from arch.stores import visible_pairs
 from eval.footprint import plan_tables
 
 COMBINATIONS = [(kind, embedder) for kind in KINDS for embedder in EMBEDDERS]
@@ -170,7 +171,7 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, embedder: str, s
     ):
         for layer in range(stack.plan.num_layers):
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
-            hidden += rows * attention_flops(stack.config, stack.plan, layer, pairs)
+            hidden += rows * stack.plan.store(layer).pair_flops(stack.config.size) * pairs
     assert counter.get_total_flops() == forward_flops(config, plan, 16) + hidden
 
 

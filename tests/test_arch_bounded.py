@@ -11,10 +11,11 @@ from conftest import ROOT, build, small, tokens
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, TokenPositions, WindowRead, reached, scan, softmax_read, steps
+from arch.bounded import RingRouter, WindowRead, scan, softmax_read, written_slots
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
-from arch.plan import RULES
+from arch.positions import TokenPositions, token_positions
+from arch.stores import RULES
 
 KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
 BOUNDED = ["bct", "bct_gated", "bct_ring", "bct_mixed"]
@@ -59,11 +60,12 @@ def test_parallel_form_is_the_recurrence(rule: str, length: int) -> None:
     block = one_layer(store(rule)).layers[0]
     x, place = numbers(2, length, 32), places(length)
     with torch.no_grad():
-        k, v, p, *rest = block.writer(x, (), TokenPositions(place, None))
+        kv = block.writer(x, (), TokenPositions(place, None))
+        k, v, p = kv.k_BTKH, kv.v_BTKH, kv.p_BTM
         q = block.reader.q_proj(x).view(2, length, HEADS, WIDTH)
-        empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~reached(place, SLOTS).expand_as(p)
+        empty = torch.zeros_like(p, dtype=torch.bool) if rule == "gated" else ~written_slots(place, SLOTS).expand_as(p)
         expected = block.reader.o_proj(recurrence(q, k, v, p, empty).flatten(2))
-        ours = block.reader(x, (k, v, p, *rest), (), TokenPositions(place, None))
+        ours = block.reader(x, kv, (), TokenPositions(place, None))
     assert (p >= 0).all() and (p.sum(-1) <= 1 + 1e-12).all() and p.max() > 2 * p.median()
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
@@ -115,7 +117,7 @@ def test_a_ring_that_only_overwrites_is_a_sliding_window(length: int) -> None:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
         expected = block.reader.o_proj(out.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(slots[2], F.one_hot(place % SLOTS, SLOTS).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(slots.p_BTM, F.one_hot(place % SLOTS, SLOTS).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
@@ -135,7 +137,7 @@ def test_nothing_has_left_the_window_yet(length: int) -> None:
 @pytest.mark.parametrize("window", [1, 3, 8, 40])
 def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     length, documents = 23, torch.tensor([[0] * 5 + [1] * 18, [3] * 23])
-    place = steps(Sequences(2, length, documents, documents.device)).place_BT
+    place = token_positions(Sequences(2, length, documents, documents.device)).position_BT
     k, v, q = (numbers(2, length, n, 4, seed=n) for n in (2, 2, 6))
     read = WindowRead(k, v, place, window, torch.float64)
     distance = torch.arange(length)[:, None] - torch.arange(length)
@@ -154,7 +156,7 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
     block = one_layer(store(rule, slots=1 if rule != "ring_router" else 3, window=2)).layers[0]
     torch.nn.init.constant_(block.writer.router.gate_bias, bias)
     place, rope = places(35), (torch.ones(35, 4), torch.zeros(35, 4))
-    p = block.writer(numbers(1, 35, 32), rope, TokenPositions(place, None))[2]
+    p = block.writer(numbers(1, 35, 32), rope, TokenPositions(place, None)).p_BTM
     assert bias <= 0 or p.max() > 1 - 1e-5
     if rule != "ring_router":  # where the bias moves what is overwritten to the ring, and back to content
         assert bias >= 0 or 0 < p.max() < 1e-10
@@ -233,7 +235,7 @@ def test_ring_slots_that_were_not_reached_are_neither_written_nor_read() -> None
     assert isinstance(router, RingRouter)
     with torch.no_grad():
         p = router(numbers(1, 9, 32), places(9))
-    assert torch.equal(p[0] > 0, reached(places(9), SLOTS)[0])
+    assert torch.equal(p[0] > 0, written_slots(places(9), SLOTS)[0])
 
 
 def test_unknown_backends_are_refused_without_softmax_attention_too() -> None:

@@ -80,7 +80,7 @@ def test_stores_are_per_owner(arch: str) -> None:
 
 def test_latent_cache_holds_nothing_expanded() -> None:
     plan = resolve(small("mla"))
-    for store in allocate(plan, 2, 10, dtype=torch.float32).stores:
+    for store in allocate(plan, 2, 10, dtype=torch.float32).buffers:
         assert [tuple(tensor.shape) for tensor in store.tensors] == [(2, 10, 32), (2, 10, 4)]
 
 

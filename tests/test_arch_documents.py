@@ -7,7 +7,7 @@ import torch
 from conftest import build, small, tokens
 
 from arch import Decoder, allocate
-from arch.attend import BACKENDS, Needs, choose
+from arch.attend import BACKENDS, Needs, select_backend
 from arch.masks import Sequences, blocks, dense, packed, segment_starts
 
 # Two rows, cut at different places; windows are 6 tokens, so documents are longer and shorter than that.
@@ -121,9 +121,9 @@ def test_bounds_of_packed_sequences() -> None:
 
 
 def test_auto_for_documents() -> None:
-    assert choose("auto", Needs(frozenset({"documents"}), (64,)), "cpu").name == "sdpa"
-    assert choose("auto", Needs(frozenset({"documents"}), (64,)), "cuda").name == "flex"
-    assert choose("auto", Needs(frozenset({"documents"}), (8,)), "cuda").name == "sdpa"  # too narrow for flex
+    assert select_backend("auto", Needs(frozenset({"documents"}), (64,)), "cpu").name == "sdpa"
+    assert select_backend("auto", Needs(frozenset({"documents"}), (64,)), "cuda").name == "flex"
+    assert select_backend("auto", Needs(frozenset({"documents"}), (8,)), "cuda").name == "sdpa"  # too narrow for flex
     model = Decoder(small("mixattention", head_dim=16), "auto", "cuda")
     assert model.attention().startswith("global: sdpa (")
     assert "local: flex (" in model.attention()

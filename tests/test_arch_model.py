@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
-from arch.footprint import attention_flops, forward_flops, num_params, train_flops_per_token, visible_pairs
+from arch.footprint import forward_flops, num_params, train_flops_per_token
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
+from arch.stores import visible_pairs
 from eval.layouts import load_arch, load_size
 
 
@@ -113,7 +114,7 @@ def test_flops(arch: str) -> None:
             computed = -(-length // block) * block * (store.window + block) if store.window else 0
         if computed:
             pairs = computed - visible_pairs(length, store.window)
-            expected += attention_flops(config, model.plan, layer, pairs)
+            expected += store.pair_flops(config.size) * pairs
     assert counter.get_total_flops() == expected
     assert train_flops_per_token(config, model.plan, length) == 3 * forward_flops(config, model.plan, length) / length
 

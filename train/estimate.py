@@ -191,7 +191,7 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
 def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
     """The speed at an assumed MFU; recomputation by checkpointing, a quarter of all work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
-    if any(store.num_slots for stack in plan.stacks for store in stack.plan.stores):
+    if not all(store.masked for stack in plan.stacks for store in stack.plan.stores):
         source += ", which bounded stores, in plain torch, will not reach"
     if config.trainer.activation_checkpointing:
         mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from arch import KVPlan, Plan, StoreSpec
-from arch.footprint import kv_bytes, slot_bytes, store_bytes
+from arch.footprint import kv_bytes
 from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, plt
 from eval.units import bytes_text
 
@@ -27,6 +27,10 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int, path: Path) -
     plt.close(figure)
 
 
+# Of a kind that is not here, a colour that is left.
+KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE}
+
+
 def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int) -> None:
     """Draw one stack. `context` counts in `unit`s: tokens, blocks, or positions within a block."""
     types = list({store.name: store for store in plan.stores}.values())
@@ -40,9 +44,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = (
-                "all" if store.max_positions is None else "+".join(str(n) for n in (store.window, store.num_slots) if n)
-            )
+            text = "+".join(str(number) for _, number in store.retention) or "all"
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
         else:
@@ -75,9 +77,9 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
 
 def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
     """Bytes per position; for a bounded store, whose slots are larger than its positions, bytes in total."""
-    if store.num_slots:
-        return f"{bytes_text(store_bytes(store, context, itemsize))} at any context"
-    return f"{slot_bytes(store, itemsize):,} B per position"
+    if not store.grows:
+        return f"{bytes_text(store.nbytes(context, itemsize))} at any context"
+    return f"{sum(store.slot_bytes(itemsize)):,} B per position"
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
@@ -86,8 +88,9 @@ def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
     left = [BLUE, ORANGE, GREEN, PURPLE, GREY]
     result = {}
     for store in types:
-        kinds = (store.slot.latent_dim, store.num_slots, store.window, True)
-        wanted = next(color for color, kind in zip((GREEN, PURPLE, ORANGE, BLUE), kinds, strict=True) if kind)
+        wanted = KIND_COLORS.get(store.kind)
+        if store.kind == "grouped" and store.window:
+            wanted = ORANGE
         result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else GREY
     return result
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from arch.attend import BACKENDS, Needs, attend, reference
-from arch.footprint import visible_pairs
 from arch.masks import Sequences, dense, segment_starts
+from arch.stores import visible_pairs
 from train.benchmarks.timing import milliseconds
 
 # Query heads, key heads, key width, value width.

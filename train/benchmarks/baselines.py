@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arch import ModelConfig, SizeConfig, build, resolve
 from arch.config import head_dim
-from arch.plan import SlotShape
+from arch.stores import SlotShape
 from train.benchmarks.timing import Series, Turns, take_turns
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
@@ -48,7 +48,7 @@ def llama_slot(config: ModelConfig) -> SlotShape:
     plan = stack.plan
     slot = plan.stores[0].slot
     plain = all(
-        store.max_positions is None and not store.slot.latent_dim and not store.kv_norm and store.slot == slot
+        store.kind == "grouped" and store.window is None and not store.kv_norm and store.slot == slot
         for store in plan.stores
     )
     if not plain or len(plan.stores) != plan.num_layers:

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig
-from arch.footprint import kv_bytes, num_params, state_itemsize
+from arch.footprint import kv_bytes, num_params
 from arch.plan import resolve_stack
+from arch.stores import state_itemsize
 from data.batches import EvalBatches, TrainBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows

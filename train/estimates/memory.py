@@ -18,7 +18,7 @@ from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
 from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
-from arch.plan import CHUNK
+from arch.stores import CHUNK, BoundedSpec
 from train.schema import LOSS_ROWS
 
 FP32 = 4
@@ -215,14 +215,11 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
         return (
             whole + round(stack.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
         )
-    shared = sum(slots_bytes(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1)
+    shared = sum(
+        ACTIVATIONS[store.kind].shared(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1
+    )
     masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
     return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
-
-
-def slots_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-    """Bytes per token that the owner of a store hands to later layers."""
-    return slot_bytes(config, store, how.itemsize) if store.num_slots else how.itemsize * store.slot.elements
 
 
 def norm_bytes(size: SizeConfig) -> int:
@@ -250,48 +247,21 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
     Compiled, this is measured to 3 % for the preset styles, and to 12 % where their properties are mixed.
     """
     size, store, width = config.size, plan.store(layer), how.itemsize
-    dim, latent, rope = size.d_model, store.slot.latent_dim, store.slot.rope_dim
+    dim = size.d_model
     owner, style = store.owner == layer, style_of(size)
-    total = attention_bytes(config, store, owner, how)
+    total = ACTIVATIONS[store.kind].attention(config, store, owner, how)
     if how.compiled:
         total += width * (4 * dim + (2 if style.mlp == "gelu" else 3) * size.d_ff)
         total += (4 if style.norm == "layernorm" else 2) * FP32
-        kv_norm, latent_norm = 0, width * (latent + rope) + FP32
+        kv_norm = 0
     else:
         shared_input = FP32 * dim if width == FP32 else 0  # not cast: norms of one input keep it once
         total += width * (2 * dim + (2 if style.mlp == "gelu" else 4) * size.d_ff)
         total += 2 * norm_bytes(size) - style.parallel_residual * shared_input
         kv_norm = norm_bytes(size) - shared_input
-        latent_norm = rms_norm_bytes(latent)
     if owner and store.kv_norm:
         total += width * dim + kv_norm
-    if owner and latent:
-        total += width * latent + latent_norm
     return total
-
-
-def attention_bytes(config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-    """Bytes per token that softmax attention saves: queries, keys, values, output, and log-sum-exp in fp32.
-
-    Keys and values belong to the owner of the store, unless the layer makes its own: a latent expanded, or a sink
-    appended. All are as wide as the kernel's keys; where heads are narrower, or a sink takes its share afterwards, the
-    output is saved once more. For bounded stores `reader_bytes`, `owner_bytes` and the output.
-    """
-    heads, head = config.size.num_heads, head_dim(config.size)
-    if store.num_slots:
-        saved = reader_bytes(config, store, how.compiled)
-        saved += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
-        return saved + how.itemsize * heads * head
-    appended = store.sinks and how.dense
-    wide = -(-(head + store.slot.rope_dim + 2 * appended) // 8) * 8 if how.dense else head + store.slot.rope_dim
-    elements = 2 * heads * wide
-    if store.slot.latent_dim:
-        elements += 2 * heads * wide
-    elif owner or appended:
-        elements += 2 * store.slot.kv_heads * wide
-    if wide > head or store.sinks:
-        elements += heads * head
-    return how.itemsize * elements + FP32 * heads
 
 
 def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
@@ -340,14 +310,9 @@ def encoder_layer_params(config: ModelConfig) -> list[int]:
 
 
 def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
-    """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
-    store, length = plan.store(layer), config.size.seq_len
-    if store.rule == "ring_router" and store.owner == layer and not how.compiled:
-        return length * store.num_slots * (FP32 + 1)  # its pattern, the same for each sequence
-    if not how.dense or store.num_slots:
-        return 0
-    dense = store.sinks or (store.window is not None and store.window < length)
-    return how.itemsize * length * (length + store.sinks) if dense else 0
+    """What does not grow with the number of sequences: masks, kept by each layer."""
+    store = plan.store(layer)
+    return ACTIVATIONS[store.kind].masks(config, store, store.owner == layer, how)
 
 
 def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execution) -> int:
@@ -364,13 +329,14 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
     loss, matrix = loss_bytes(config, how, stack.outputs), size.vocab_size * size.d_model
     block = tokens * (width * 2 * (size.d_ff + size.d_model) - rms_norm_bytes(size.d_model))
     last = plan.store(plan.num_layers - 1)
-    if last.num_slots:  # by then what the feed-forward layer kept is gone
-        freed = width * (size.d_model + 3 * size.d_ff)
-        block = max(block, round(tokens * (gradient_bytes(config, last) - freed)))
+    freed = width * (
+        size.d_model + 3 * size.d_ff
+    )  # what the feed-forward layer kept is gone when attention's turn comes
+    block = max(block, round(tokens * (ACTIVATIONS[last.kind].gradients(config, last) - freed)))
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
-        loss += round(tokens * slots_bytes(config, plan.store(plan.num_layers - 1), how))  # what the last layer read
+        loss += round(tokens * ACTIVATIONS[last.kind].shared(config, last, how))  # what the last layer read
         loss += (
             0 if how.compiled else all_cast_bytes(model, stacks, how)
         )  # autocast's cache lives to the end of the forward pass
@@ -396,6 +362,90 @@ def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
     softmax = rows * vocab * (width * (2 if tokens > rows else 1) + FP32 * (2 if width < FP32 else 1))
     product = rows * vocab * width + matrix * width
     return 2 * tokens * width * config.size.d_model + FP32 * matrix + cast + max(softmax, product)
+
+
+# --- what the layers of each kind of store keep; elements and bytes are per token
+
+
+class MaskedActivations:
+    """Of stores that are read by softmax attention, in arch/grouped.py and the kernels."""
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """Keys and values that the owner hands to later layers."""
+        return how.itemsize * store.slot.elements
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        """Queries, keys, values, output, and log-sum-exp in fp32.
+
+        Keys and values belong to the owner of the store, unless a sink is appended to them. All are as wide as the
+        kernel's keys; where heads are narrower, or a sink takes its share afterwards, the output is kept once more.
+        """
+        heads, appended, wide = config.size.num_heads, store.sinks and how.dense, self.width(config, store, how)
+        elements = 2 * heads * wide
+        if owner or appended or self.expands:
+            elements += 2 * store.kernel_heads(config.size).kv_heads * wide
+        if wide > head_dim(config.size) or store.sinks:
+            elements += heads * head_dim(config.size)
+        return how.itemsize * elements + FP32 * heads
+
+    expands = False  # whether every layer makes keys and values of its own from the slots
+
+    def width(self, config: ModelConfig, store: StoreSpec, how: Execution) -> int:
+        """Width of the kernel's keys."""
+        width = store.kernel_heads(config.size).k_dim
+        return -(-(width + 2 * (store.sinks and how.dense)) // 8) * 8 if how.dense else width
+
+    def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
+        length = config.size.seq_len
+        if not how.dense or not (store.sinks or (store.window is not None and store.window < length)):
+            return 0
+        return how.itemsize * length * (length + store.sinks)
+
+    def gradients(self, config: ModelConfig, store: StoreSpec) -> float:
+        """Gradients alive at a time in the reader's backward pass, where they may be more than the block's."""
+        return 0
+
+
+class LatentActivations(MaskedActivations):
+    """Of arch/latent.py: the same of expanded keys and values; in the owner also the latent and what its norm saves."""
+
+    expands = True
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        latent, rope = store.slot.latent_dim, store.slot.rope_dim
+        norm = how.itemsize * (latent + rope) + FP32 if how.compiled else rms_norm_bytes(latent)
+        return super().attention(config, store, owner, how) + (how.itemsize * latent + norm if owner else 0)
+
+
+class BoundedActivations:
+    """Of arch/bounded.py in the chunk form."""
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """Keys and values, strengths, fading and states in fp32, and the window's keys and values."""
+        s = sizes(config, store)
+        return how.itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        """What reader and writer keep, and the output."""
+        total = reader_bytes(config, store, how.compiled)
+        total += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
+        return total + how.itemsize * config.size.num_heads * head_dim(config.size)
+
+    def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        """The pattern of a ring, the same for each sequence."""
+        ring = store.rule == "ring_router" and owner and not how.compiled
+        return config.size.seq_len * store.num_slots * (FP32 + 1) if ring else 0
+
+    def gradients(self, config: ModelConfig, store: StoreSpec) -> float:
+        return gradient_bytes(config, store)
+
+
+ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations] = {
+    "grouped": MaskedActivations(),
+    "latent": LatentActivations(),
+    "bounded": BoundedActivations(),
+}
 
 
 # --- bounded stores, in the chunk form of arch/bounded.py
@@ -434,12 +484,6 @@ def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
     return Sizes(keys, config.size.num_heads * head_dim(config.size), chunk, store.num_slots, states, copies, looked)
 
 
-def slot_bytes(config: ModelConfig, store: StoreSpec, itemsize: int) -> float:
-    """Bytes per token that an owner hands to later layers: keys, values, and in fp32 strengths, decay and states."""
-    s = sizes(config, store)
-    return itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
-
-
 def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize: int) -> float:
     """Bytes per token that the writer saves, besides the input of its projections.
 
@@ -448,6 +492,7 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
                 last token, keys and values, and the states
     compiled    strengths are made again from the address, which is kept in the type computed in
     """
+    assert isinstance(store, BoundedSpec)
     s, address = sizes(config, store), store.address_dim
     if compiled:
         exact = address + 1 + (4 + 1 / s.chunk) * s.slots + 2 * s.keys + s.states

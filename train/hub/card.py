@@ -94,8 +94,8 @@ def constant_part(plan: Plan) -> str:
     stack, *others = plan.stacks
     if others:
         return f"windows when full, the {others[0].title}"
-    bounded = any(store.num_slots for store in stack.plan.stores)
-    return "windows and slots, when full" if bounded else "windows, when full"
+    slots = not all(store.grows for store in stack.plan.stores)
+    return "windows and slots, when full" if slots else "windows, when full"
 
 
 def percent(ours: float, theirs: float) -> str:

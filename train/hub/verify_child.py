@@ -45,7 +45,7 @@ def tensors(cache: Any) -> list[torch.Tensor]:
     """List the tensors that a cache holds of the text, without its counters."""
     if not isinstance(cache, Cache):
         stacks = [cache.blocks, cache.tokens] if hasattr(cache, "blocks") else [cache]
-        buffers = [buffer for stack in stacks for buffer in (*stack.stores, *stack.cross_buffers)]
+        buffers = [buffer for stack in stacks for buffer in (*stack.buffers, *stack.cross_buffers)]
         return [tensor for buffer in buffers for tensor in buffer.tensors]
     values = (value for layer in cache.layers for value in vars(layer).values())
     return [

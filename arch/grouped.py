@@ -1,0 +1,66 @@
+"""Stores of keys and values per head: their writer and reader.
+
+Shapes: B batch, T new tokens, S slots read, D model, N query heads, K key/value heads, H head.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attend import Mask, attend
+from .buffers import AppendBuffer, RingBuffer
+from .config import SizeConfig, head_dim, style_of
+from .layers import Rope, rotate
+from .stores import StoreSpec
+
+
+class GroupedKV(NamedTuple):
+    """Keys, rotated where they are of the sequence, and values."""
+
+    k_BSKH: Tensor
+    v_BSKH: Tensor
+
+
+class GroupedWriter(nn.Module):
+    """Projects the residual stream [B, T, D] to rotated keys and values; with a buffer, those before come first."""
+
+    def __init__(self, size: SizeConfig, store: StoreSpec):
+        super().__init__()
+        slot = store.slot
+        self.kv_heads = slot.kv_heads
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        buffer: AppendBuffer | RingBuffer | None = None,
+        offset: int = 0,
+    ) -> GroupedKV:
+        k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
+        v_BTKH = rearrange(self.v_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
+        kv = GroupedKV(rotate(k_BTKH, rope), v_BTKH)
+        return kv if buffer is None else GroupedKV(*buffer.update(kv, offset))
+
+
+class GroupedReader(nn.Module):
+    """Queries of this layer over shared keys and values."""
+
+    def __init__(self, size: SizeConfig, store: StoreSpec):
+        super().__init__()
+        self.num_heads, width = size.num_heads, head_dim(size)
+        self.scale = width**-0.5
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
+        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
+
+    def forward(self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
+        """[B, T, D] for the residual stream."""
+        q_BTNH = rotate(rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads), rope)
+        k_BSKH, v_BSKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
+        out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
+        return out

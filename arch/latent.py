@@ -1,0 +1,95 @@
+"""Latent stores (multi-head latent attention, DeepSeek-V2, section 2.1): their writer and reader.
+
+Shapes: B batch, T new tokens, S slots read, D model, N query heads, H head, R latent, P rotary part.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attend import Mask, attend
+from .buffers import AppendBuffer, RingBuffer
+from .config import SizeConfig, head_dim, style_of
+from .layers import RMSNorm, Rope, rotate
+from .stores import StoreSpec
+
+# Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
+LATENT_NORM_EPS = 1e-6
+
+
+class LatentKV(NamedTuple):
+    """The normalised latent and the rotated key, both for all heads."""
+
+    latent_BSR: Tensor
+    k_rope_BSP: Tensor
+
+
+class LatentWriter(nn.Module):
+    """Projects [B, T, D] to a latent and a rotated key for all heads; with a buffer, those before come first."""
+
+    def __init__(self, size: SizeConfig, store: StoreSpec):
+        super().__init__()
+        self.widths = [store.slot.latent_dim, store.slot.rope_dim]
+        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=style_of(size).bias)
+        self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        buffer: AppendBuffer | RingBuffer | None = None,
+        offset: int = 0,
+    ) -> LatentKV:
+        latent_BTR, k_rope_BTP = self.kv_down_proj(x_BTD).split(self.widths, dim=-1)
+        kv = LatentKV(self.latent_norm(latent_BTR), rotate(k_rope_BTP.unsqueeze(2), rope).squeeze(2))
+        return kv if buffer is None else LatentKV(*buffer.update(kv, offset))
+
+
+class LatentReader(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1).
+
+    Over the tokens at hand it expands the latents to keys and values of every head. Over a cache it never does: the key
+    expansion is absorbed into the query and the value expansion into the output, so that attention is multi-query
+    over latents of width R + P. For that the expansion has no bias in any style.
+    """
+
+    def __init__(self, size: SizeConfig, store: StoreSpec):
+        super().__init__()
+        self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
+        self.scale = (self.width + self.rope_dim) ** -0.5
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=style_of(size).bias)
+        self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=style_of(size).bias)
+        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
+
+    def forward(self, x_BTD: Tensor, kv: LatentKV, rope: Rope, mask: Mask) -> Tensor:
+        """[B, T, D] for the residual stream."""
+        q = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
+        q_BTNH, q_rope_BTNP = q.split([self.width, self.rope_dim], dim=-1)
+        read = self.expanded if kv.latent_BSR.shape[1] == x_BTD.shape[1] else self.absorbed
+        kv = LatentKV(*(tensor.to(q.dtype) for tensor in kv))  # a cache may hold another type
+        out_BTNH = read(q_BTNH, rotate(q_rope_BTNP, rope), kv, mask)
+        out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
+        return out
+
+    def expanded(self, q_BTNH: Tensor, q_rope_BTNP: Tensor, kv: LatentKV, mask: Mask) -> Tensor:
+        """[B, T, N, H] attention to keys and values of every head, expanded from the latents."""
+        latent_BSR, k_rope_BSP = kv
+        expanded = rearrange(self.kv_up_proj(latent_BSR), "b s (n h) -> b s n h", n=self.num_heads)
+        k_BSNH, v_BSNH = expanded.chunk(2, dim=-1)
+        k_rope_BSNP = k_rope_BSP.unsqueeze(2).expand(-1, -1, self.num_heads, -1)
+        q = torch.cat((q_BTNH, q_rope_BTNP), dim=-1)
+        k = torch.cat((k_BSNH, k_rope_BSNP), dim=-1)
+        return attend(q, k, v_BSNH, mask, self.scale, self.sinks)
+
+    def absorbed(self, q_BTNH: Tensor, q_rope_BTNP: Tensor, kv: LatentKV, mask: Mask) -> Tensor:
+        """[B, T, N, H] attention to the latents, with both expansions applied on the side of the queries."""
+        latent_BSR, k_rope_BSP = kv
+        up_NHR, up_v_NHR = rearrange(self.kv_up_proj.weight, "(n h) r -> n h r", n=self.num_heads).chunk(2, dim=1)
+        q_BTNR = torch.einsum("btnh,nhr->btnr", q_BTNH, up_NHR.to(q_BTNH.dtype))
+        q = torch.cat((q_BTNR, q_rope_BTNP), dim=-1)
+        k = torch.cat((latent_BSR, k_rope_BSP), dim=-1).unsqueeze(2)
+        out_BTNR = attend(q, k, latent_BSR.unsqueeze(2), mask, self.scale, self.sinks)
+        return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))

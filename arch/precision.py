@@ -1,0 +1,14 @@
+"""Types to compute in where half precision would lose too much."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    """A context in which autocast changes no type, on the device of `like`."""
+    return torch.autocast(like.device.type, enabled=False)

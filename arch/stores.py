@@ -1,0 +1,434 @@
+"""Kinds of store, without torch: how a configuration asks for one, what one holds, what it costs, what it is called.
+
+Everything else asks the methods of StoreSpec. A new kind is a subclass here, listed in KINDS; its keys
+in config.StoreConfig; a module with its writer and reader, listed in attention.STORE_MODULES; and the bytes that its
+layers save for the backward pass, listed in train/estimates/memory.py.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, NamedTuple
+
+from .config import SizeConfig, StoreConfig, head_dim, style_of
+
+# Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
+# Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
+RULES = {"gated": False, "ring_slots": True, "ring_router": False}
+# Tokens that the parallel form of a bounded store takes at a time.
+CHUNK = 16
+
+
+class LayoutError(ValueError):
+    """A layout or size that cannot be built. The message lists every problem found, each with its fix."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """Elements of one cached position: keys and values per head, or a latent and a rotary key for all heads."""
+
+    kv_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    latent_dim: int = 0
+    rope_dim: int = 0
+
+    @property
+    def elements(self) -> int:
+        return self.kv_heads * (self.k_dim + self.v_dim) + self.latent_dim + self.rope_dim
+
+
+class CacheTensor(NamedTuple):
+    """A tensor of a store's cache: its shape for one sequence, and whether it holds sums, in at least fp32."""
+
+    shape: tuple[int, ...]
+    accumulates: bool = False
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes, where other elements have `itemsize` bytes."""
+        return math.prod(self.shape) * (state_itemsize(itemsize) if self.accumulates else itemsize)
+
+
+class HeadShape(NamedTuple):
+    """Key/value heads and widths that the attention kernel gets."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+class ParamCount(NamedTuple):
+    """Parameters that are factors of a matrix product, and the others (biases, norms, sinks, gates)."""
+
+    matrices: int
+    others: int
+
+
+def state_itemsize(itemsize: int) -> int:
+    """Bytes per element of merged slots: sums over all that was written, hence at least fp32."""
+    return max(4, itemsize)
+
+
+def visible_pairs(seq_len: int, window: int | None) -> int:
+    """Pairs (query, key) that causal attention over `seq_len` tokens looks at."""
+    full = min(seq_len, window or seq_len)
+    return full * (full + 1) // 2 + (seq_len - full) * full
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """The store that layer `owner` writes. `window` counts the current position; None keeps every position.
+
+    rotary_dim  leading elements of a key that are rotated; None: all that the slot allows
+    num_slots   of a bounded store, the slots into which positions are merged by `rule`; its window, if any, keeps the
+                last positions unmerged beside them
+
+    kind        name of the kind
+    key         the key of StoreConfig that asks for it
+    summary     completes "the store ..."
+    masked      readers run an attention backend over slots that a mask selects; otherwise they take token positions
+    grows       bytes depend on the context
+    """
+
+    name: str
+    owner: int
+    slot: SlotShape
+    window: int | None
+    sinks: bool
+    kv_norm: bool
+    rope_theta: float
+    rotary_dim: int | None = None
+    num_slots: int = 0
+    rule: str | None = None
+
+    kind: ClassVar[str]
+    key: ClassVar[str]
+    summary: ClassVar[str]
+    masked: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        """The slot's shape. Adds to `problems` what is wrong with the keys that decide it."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
+        """Adds to `problems` what else is wrong with the keys of this kind."""
+        if store.window is None and store.sinks:
+            problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
+        if store.rule is not None:
+            problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
+
+    @property
+    def slot_rotary_dim(self) -> int:
+        """Width of the part of a key that can be rotated."""
+        return self.slot.k_dim
+
+    @property
+    def rope_key(self) -> tuple[int, float]:
+        """(width, base) of the rotary table of its keys."""
+        return self.rotary_dim or self.slot_rotary_dim, self.rope_theta
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most positions and slots it holds; None: it grows with the context."""
+        return self.window
+
+    def num_positions(self, context: int) -> int:
+        """Unmerged positions in the cache after `context` tokens."""
+        return context if self.window is None else min(context, self.window)
+
+    @property
+    def position_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each tensor of one cached position."""
+        return ((self.slot.kv_heads, self.slot.k_dim), (self.slot.kv_heads, self.slot.v_dim))
+
+    def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
+        """Tensors that the cache of one sequence of `context` tokens consists of."""
+        positions = self.num_positions(context)
+        return tuple(CacheTensor((positions, *shape)) for shape in self.position_shapes)
+
+    def nbytes(self, context: int, itemsize: int) -> int:
+        """Bytes after `context` tokens."""
+        return sum(tensor.nbytes(itemsize) for tensor in self.cache_tensors(context))
+
+    def slot_bytes(self, itemsize: int) -> tuple[int, ...]:
+        """Bytes of one position; where positions are merged, of a slot besides or instead."""
+        return (self.slot.elements * itemsize,)
+
+    def kernel_heads(self, size: SizeConfig) -> HeadShape:
+        """What an attention kernel gets in training."""
+        return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim)
+
+    def reader_params(self, size: SizeConfig) -> ParamCount:
+        """Queries, output and sinks of each layer that reads the store."""
+        heads, width = size.num_heads, head_dim(size)
+        queries = heads * (width + self.slot.rope_dim)
+        biases = queries + size.d_model if style_of(size).bias else 0
+        return ParamCount(size.d_model * (queries + heads * width), biases + (heads if self.sinks else 0))
+
+    def writer_params(self, size: SizeConfig) -> ParamCount:
+        """What the owner needs to write the store, a norm of its own aside."""
+        return ParamCount(size.d_model * self.slot.elements, self.slot.elements if style_of(size).bias else 0)
+
+    def pair_flops(self, size: SizeConfig) -> int:
+        """FLOPs of one layer for the scores and weighted values of one (query, key) pair."""
+        return 2 * size.num_heads * (2 * head_dim(size) + self.slot.rope_dim)
+
+    def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
+        """Forward FLOPs of attention over one sequence in one layer, the owner or another; projections aside."""
+        return self.pair_flops(size) * visible_pairs(seq_len, self.window)
+
+    @property
+    def mark(self) -> str:
+        """Letter in a layout's map of owners."""
+        return "s" if self.window else ""
+
+    @property
+    def slot_text(self) -> str:
+        """The slot's elements for tables."""
+        return f"{self.slot.kv_heads} x ({self.slot.k_dim} + {self.slot.v_dim})"
+
+    @property
+    def retention(self) -> tuple[tuple[str, int], ...]:
+        """(text, number) of what is retained, as ("last 1,024", 1024); empty: every position."""
+        return ((f"last {self.window:,}", self.window),) if self.window else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, under the names that plan.json and checkpoint.json have always had."""
+        return {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        """Whether `fields`, those of a spec, are of this kind."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "StoreSpec":
+        """Raises KeyError or TypeError where `values` are not those of a spec."""
+        fields = {"num_slots" if key == "slots" else key: value for key, value in values.items()}
+        fields["slot"] = SlotShape(**values["slot"])
+        return next(kind for kind in KINDS if kind.describes(fields))(**fields)
+
+
+class GroupedSpec(StoreSpec):
+    """Keys and values per head, of every position or of a window."""
+
+    kind, key, summary = "grouped", "kv_heads", "has keys and values per head"
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        heads, width = size.num_heads, head_dim(size)
+        share = "1/1" if store.kv_heads == "all" else store.kv_heads
+        kv_heads = resolve_share(f"{where}.kv_heads", share, heads, "the query heads", problems)
+        if kv_heads and heads % kv_heads:
+            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            problems.append(f"{where}.kv_heads {kv_heads} does not divide the {heads} query heads; choose {divisors}")
+        return SlotShape(kv_heads=kv_heads, k_dim=width, v_dim=width)
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        return True
+
+
+class LatentSpec(StoreSpec):
+    """A latent and a rotary key for all heads (DeepSeek-V2, section 2.1), of every position or of a window."""
+
+    kind, key, summary = "latent", "latent", "holds latents"
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        assert store.latent is not None
+        width = head_dim(size)
+        latent_dim = resolve_share(f"{where}.latent.dim", store.latent.dim, width, "the head dimension", problems)
+        rope_dim = resolve_share(
+            f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems
+        )
+        if rope_dim % 2:
+            problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
+        return SlotShape(latent_dim=latent_dim, rope_dim=rope_dim)
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        return bool(fields["slot"].latent_dim)
+
+    @property
+    def slot_rotary_dim(self) -> int:
+        return self.slot.rope_dim
+
+    @property
+    def position_shapes(self) -> tuple[tuple[int, ...], ...]:
+        return ((self.slot.latent_dim,), (self.slot.rope_dim,))
+
+    def kernel_heads(self, size: SizeConfig) -> HeadShape:
+        """Latents are expanded to keys and values of every query head."""
+        return HeadShape(size.num_heads, head_dim(size) + self.slot.rope_dim, head_dim(size))
+
+    def reader_params(self, size: SizeConfig) -> ParamCount:
+        """Also the expansion of latents to keys and values."""
+        matrices, others = super().reader_params(size)
+        return ParamCount(matrices + self.slot.latent_dim * size.num_heads * 2 * head_dim(size), others)
+
+    def writer_params(self, size: SizeConfig) -> ParamCount:
+        """Also the norm of the latent."""
+        matrices, others = super().writer_params(size)
+        return ParamCount(matrices, others + self.slot.latent_dim)
+
+    @property
+    def slot_text(self) -> str:
+        return f"latent {self.slot.latent_dim} + rope {self.slot.rope_dim}"
+
+
+class BoundedSpec(GroupedSpec):
+    """Keys and values of all positions merged into `num_slots` slots, and in some rules those of a window."""
+
+    kind, key, summary = "bounded", "slots", "is bounded"
+    masked, grows = False, False
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        if store.latent is not None:
+            return SlotShape()  # reported by `check`
+        return super().resolve_slot(where, store, size, problems)
+
+    @classmethod
+    def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
+        assert store.slots is not None
+        if store.slots < 1:
+            problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
+        if store.latent is not None:
+            problems.append(f"{where}.slots cannot hold a latent; write kv_heads instead")
+        if store.rule not in RULES:
+            problems.append(f"{where}.rule is {store.rule!r}; stores with slots need one of {', '.join(RULES)}")
+        elif RULES[store.rule] and store.window is None:
+            problems.append(
+                f"{where}.rule {store.rule} needs a window: the last positions, kept whole beside the slots"
+            )
+        elif not RULES[store.rule]:
+            problems += [
+                f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
+                "leave it out, or choose ring_slots"
+                for key in ("window", "rope_theta")
+                if getattr(store, key) is not None
+            ]
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        return bool(fields.get("num_slots"))
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.num_slots + (self.window or 0)
+
+    @property
+    def address_dim(self) -> int:
+        """Width of what the router reads: a write query, or the merged keys of all heads."""
+        return self.slot.kv_heads * self.slot.k_dim if self.window else self.slot.k_dim
+
+    def num_positions(self, context: int) -> int:
+        """The window, which is there in full from the first token on."""
+        return self.window or 0
+
+    def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
+        """The state, keys beside values, and the window where there is one."""
+        state = CacheTensor((self.num_slots, self.slot.kv_heads, self.slot.k_dim + self.slot.v_dim), True)
+        return (state, *super().cache_tensors(context)) if self.window else (state,)
+
+    def slot_bytes(self, itemsize: int) -> tuple[int, ...]:
+        positions = super().slot_bytes(itemsize) if self.window else ()
+        return (*positions, *super().slot_bytes(state_itemsize(itemsize)))
+
+    def writer_params(self, size: SizeConfig) -> ParamCount:
+        """Also the router: a write query where it does not read the keys, addresses, and the gate."""
+        matrices, others = super().writer_params(size)
+        query = 0 if self.window else size.d_model
+        return ParamCount(
+            matrices + self.address_dim * (self.num_slots + query), others + self.address_dim + self.num_slots
+        )
+
+    def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
+        """In the form that trains: M slots, chunks of C tokens, heads of H.
+
+        Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what
+        those weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks, and
+        2 C M for the sums of log(1 - p). Whole chunks and all pairs in them are computed and counted, unlike the pairs
+        of softmax attention.
+        """
+        chunk, slots, width = min(CHUNK, seq_len), self.num_slots, self.slot.k_dim
+        per_token = size.num_heads * 4 * (slots * width + chunk * width + chunk * slots)
+        if owner:
+            per_token += self.slot.kv_heads * 4 * slots * width + 2 * chunk * slots
+        total = per_token * chunk * -(-seq_len // chunk)
+        return total + (super().attention_flops(size, seq_len, owner) if self.window else 0)
+
+    @property
+    def mark(self) -> str:
+        return "b"
+
+    @property
+    def retention(self) -> tuple[tuple[str, int], ...]:
+        return (*super().retention, (f"{self.num_slots:,} slots", self.num_slots))
+
+
+# In this order: the first kind whose key a configuration sets is the store's.
+KINDS: tuple[type[StoreSpec], ...] = (BoundedSpec, LatentSpec, GroupedSpec)
+
+
+def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> StoreSpec:
+    """The store of an owner yet unknown (-1). Adds to `problems` what is wrong with it."""
+    where = f"arch.stores.{name}"
+    kind = next((kind for kind in KINDS if getattr(store, kind.key) is not None), GroupedSpec)
+    slot = SlotShape()
+    if (store.kv_heads is None) == (store.latent is None):
+        problems.append(f"{where} needs either kv_heads or latent, and not both")
+    else:
+        slot = kind.resolve_slot(where, store, size, problems)
+    window = store.window
+    if window is not None and window < 1:
+        problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
+    kind.check(where, store, problems)
+    if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
+        problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
+    if window is not None and size.max_window is not None:
+        window = min(window, size.max_window)
+    rotary = style_of(size).rotary_fraction
+    return kind(
+        name=name,
+        owner=-1,
+        slot=slot,
+        window=window,
+        sinks=store.sinks,
+        kv_norm=store.kv_norm,
+        rope_theta=float(store.rope_theta or size.rope_theta),
+        num_slots=min(store.slots or 0, size.max_window or store.slots or 0),
+        rule=store.rule,
+        rotary_dim=round(rotary * slot.k_dim) if slot.k_dim and rotary < 1 else None,
+    )
+
+
+def resolve_share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:
+    """`value` as a count: itself, or the share `a/b` of `whole`. Adds to `problems` and returns 0 if it is neither."""
+    amount = share_of(value, whole)
+    if amount is None:
+        problems.append(f"{where} is {value!r}; write a number, or a share of {of} such as 1/4")
+        return 0
+    if amount < 1 or amount.denominator != 1:
+        problems.append(
+            f"{where} is {value}, {amount} with {whole} as {of}; it must come to a whole number, at least 1"
+        )
+        return 0
+    return int(amount)
+
+
+def share_of(value: Any, whole: int) -> Fraction | None:
+    """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
+    if match is None:
+        return None
+    return Fraction(int(match[1]), int(match[2])) * whole if match[2] else Fraction(int(match[1]))
