@@ -75,7 +75,7 @@ def test_left_padding_changes_nothing(arch: str) -> None:
 def test_stores_are_per_owner(arch: str) -> None:
     plan = resolve(small(arch))
     cache = allocate(plan, 1, 10, dtype=torch.float32)
-    assert len(cache.stores) == len(plan.stores) == len(set(plan.owners))
+    assert len(cache.buffers) == len(plan.stores) == len(set(plan.owners))
 
 
 def test_latent_cache_holds_nothing_expanded() -> None:
