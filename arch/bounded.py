@@ -54,7 +54,11 @@ def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)
 
 
-@torch.library.custom_op("kvfrontier::scan", mutates_args=())
+# Exported folders carry a copy of this file. An operator that two copies define would leave the first one's dangling.
+NAMESPACE = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
 def scan(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
     """[B, Z + 1, M, K, E] s_0 = start, s_z+1 = decay_z s_z + written_z.
 
@@ -68,7 +72,7 @@ def scan(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor
     return states
 
 
-@torch.library.custom_op("kvfrontier::scan_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
 def scan_backward(gradient: Tensor, decay_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `decay`, `written` and `start`, given that of the states."""
     sums = gradient.clone(memory_format=torch.contiguous_format)  # of all that comes from a state
