@@ -8,6 +8,7 @@ import torch
 from conftest import build, small, tokens
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from arch import Decoder
 from train.parallel import parallelize
@@ -81,7 +82,7 @@ def test_owner_gradients_come_from_all_readers(arch: str) -> None:
     for store in shared:
         reader = model.plan.readers(store)[-1]
         handle = model.layers[reader].register_forward_pre_hook(
-            lambda _, inputs: (inputs[0], tuple(slot.detach() for slot in inputs[1]), *inputs[2:])
+            lambda _, inputs: (inputs[0], tree_map(torch.Tensor.detach, inputs[1]), *inputs[2:])
         )
         cut = gradients(model)
         handle.remove()
