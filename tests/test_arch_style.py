@@ -7,11 +7,10 @@ import pytest
 import torch
 from conftest import build, small, tokens
 
-from arch import LayoutError, ModelConfig, SizeConfig, allocate, from_dict, resolve
+from arch import LayoutError, ModelConfig, SizeConfig, allocate, convert_shipped, convert_stock, from_dict, resolve
 from arch import build as build_model
 from arch.config import STYLE_KEYS, STYLES, to_dict
-from arch.convert import UnsupportedModelError, hf_config
-from arch.convert_shipped import shipped_config, shipped_model_config
+from arch.convert import UnsupportedModelError
 from arch.footprint import num_params
 from arch.layers import GeluMLP, LayerNorm, SwiGLU
 
@@ -78,14 +77,16 @@ def test_properties_that_are_null_are_not_written() -> None:
     old = small("gqa2", style="neox")
     written = json.loads(json.dumps(to_dict(old)))
     assert not set(STYLE_KEYS) & set(written["size"])
-    assert from_dict(ModelConfig, written) == old == shipped_model_config(shipped_config(old))
+    assert from_dict(ModelConfig, written) == old == convert_shipped.from_hf_config(convert_shipped.to_hf_config(old))
     assert set(asdict(SizeConfig())) - set(written["size"]) == set(STYLE_KEYS)
     new = small("gqa2", bias=True, rotary_fraction=0.5)
-    assert from_dict(ModelConfig, to_dict(new)) == new == shipped_model_config(shipped_config(new))
+    assert (
+        from_dict(ModelConfig, to_dict(new)) == new == convert_shipped.from_hf_config(convert_shipped.to_hf_config(new))
+    )
 
 
 def test_only_the_llama_preset_is_a_stock_class() -> None:
     spelt = small("gqa2", style="neox", **asdict(STYLES["llama"]))
-    assert hf_config(spelt, resolve(spelt)) == hf_config(small("gqa2"), resolve(small("gqa2")))
+    assert convert_stock.to_hf_config(spelt) == convert_stock.to_hf_config(small("gqa2"))
     with pytest.raises(UnsupportedModelError, match=r"size\.style: llama, bias True is not exported"):
-        hf_config(small("gqa2", bias=True), resolve(small("gqa2", bias=True)))
+        convert_stock.to_hf_config(small("gqa2", bias=True))

@@ -72,7 +72,7 @@ def cases(device: str) -> list[AttentionCase]:
                 for name, backend in BACKENDS.items():
                     limits = (window if windowed else None, documents if cut else None)
                     case = AttentionCase(name, shape, *sizes, batch, length, *limits, sinks, dtype, device)
-                    claimed = not backend.missing(case.needs, device) and (
+                    claimed = not backend.unsupported(case.needs, device) and (
                         not backend.dtypes or dtype in backend.dtypes
                     )
                     if claimed and not (real and name == "reference"):
