@@ -1,4 +1,4 @@
-"""Softmax attention over slots: one function, several backends, each of which says what it can do.
+"""Softmax attention over slots: one function and several backends, each of which declares what it supports.
 
 A backend makes a mask in the form its kernel takes, once per forward pass and distinct window. The mask carries the
 kernel, so that layers, which are handed masks, know nothing of backends.
@@ -35,9 +35,9 @@ class Mask(NamedTuple):
 
 
 def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
-    """softmax(q k * scale) v over the slots that `mask` shows, [B, T, N, V]; query head n reads key head n // (N / K).
+    """Compute softmax(q k * scale) v over the slots visible in `mask`; [B, T, N, V].
 
-    A sink is one more score per query head, of a slot that is worth nothing.
+    Query head n reads key head n // (N / K). `sinks_N` adds one score per query head, of a slot whose value is zero.
     """
     return mask.kernel(q_BTNH, k_BSKH, v_BSKV, mask.form, scale, sinks_N)
 
@@ -45,7 +45,8 @@ def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: fl
 def reference(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
-    """The definition, in fp32 (fp64 for fp64 inputs). Slow and exact; the other backends are tested against it."""
+    """`attend` by its definition, in fp32 (fp64 for fp64 inputs); [B, T, N, V]. Slow: the other backends are tested
+    against it."""
     dtype = at_least_fp32(q_BTNH.dtype)
     group = q_BTNH.shape[2] // k_BSKH.shape[2]
     k = repeat(k_BSKH.to(dtype), "b s k h -> b (k g) s h", g=group)
@@ -76,7 +77,7 @@ MAX_ELEMENTS = 1 << 29
 
 
 def max_batch_rows(heads: int, length: int, width: int) -> int:
-    """Rows of a batch that one call of any fused kernel takes, forward and backward."""
+    """Largest number of batch rows that one call of any fused kernel accepts, forward and backward."""
     of_row = heads * (-(-length // 128) * 128) * (-(-width // 32) * 32)
     return max(1, min(MAX_ROWS, MAX_ELEMENTS // of_row))
 
@@ -84,7 +85,7 @@ def max_batch_rows(heads: int, length: int, width: int) -> int:
 def sdpa_batched(
     rows: int, q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
-    """[B, T, N, V] `sdpa` over at most `rows` rows of the batch per call."""
+    """`sdpa` over at most `rows` rows of the batch per call; [B, T, N, V]."""
     starts = range(0, q_BTNH.shape[0], rows)
     allowed, outputs = mask.allowed, []
     for q, k, v, start in zip(*(torch.split(x, rows) for x in (q_BTNH, k_BSKH, v_BSKV)), starts, strict=True):
@@ -95,10 +96,10 @@ def sdpa_batched(
 
 
 def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
-    """torch's fused attention. All but the plain causal mask is a dense one, which is slow on CUDA.
+    """`attend` by torch's fused kernels; [B, T, N, V]. Masks other than plain causal are dense: slow on CUDA.
 
-    What torch would quietly give to its slowest kernel is put in a form that the fused ones take: keys and values of
-    one width, a multiple of 8, and no grouped heads together with a mask (or, on CUDA, with fp32).
+    Inputs that torch would silently hand to its slowest kernel are first brought into a form that the fused ones
+    accept: keys and values of one width, a multiple of 8, and no grouped heads with a mask (or, on CUDA, with fp32).
     """
     batch, length, heads, width = q_BTNH.shape
     if q_BTNH.is_cuda and batch > (rows := max_batch_rows(heads, length, max(width, v_BSKV.shape[-1]))):
@@ -159,7 +160,7 @@ def dense_backend(name: str) -> Kernel:
 
 
 class Needs(NamedTuple):
-    """What a layer asks of its backend.
+    """Requirements of a layer on its backend.
 
     features  of windows, documents, sinks, gqa (fewer key than query heads), uneven_value_width
     widths    of its queries, keys and values
@@ -197,7 +198,7 @@ class Backend:
     unusable: Callable[[], str | None] = lambda: None
 
     def unsupported(self, needs: Needs, device: str) -> list[str]:
-        """What of `needs` and of `device` this backend does not claim, or why it cannot run here."""
+        """List what `needs` and `device` require and this backend lacks, or why it cannot run; empty if it can."""
         reasons = [feature for feature in sorted(needs.features) if not getattr(self, feature)]
         if any(width not in self.widths for width in needs.widths):
             most, step = self.widths[-1], self.widths.step
@@ -209,7 +210,7 @@ class Backend:
         return reasons if broken is None else [*reasons, f"a way to run: {broken}"]
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> Mask:
-        """For attention of `sequences` to themselves, to make outside of compiled code; raises as `check_dtype`."""
+        """Make the mask of `sequences` attending to themselves, outside of compiled code. Raises as `check_dtype`."""
         self.check_dtype(dtype)
         return Mask(self.kernel, self.form(sequences, window))
 

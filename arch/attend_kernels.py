@@ -1,7 +1,7 @@
 """Attention kernels for CUDA: torch's FlexAttention and varlen_attn, and the flash-attn packages.
 
-Each takes a mask in its own form (masks.py), and says in attend.py what it can do. All windows of flash-attn's
-convention, (left, right), leave the current token out.
+Each takes a mask in its own form (masks.py); attend.py lists what it supports. Windows in flash-attn's convention,
+(left, right), do not count the current token.
 
 Shapes: as in attend.py.
 """
@@ -19,22 +19,26 @@ from .masks import Packed, Sequences, effective_window, packed
 
 
 def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
-    """Attention over the slots alone, and over the slots and one sink per head that is worth nothing: the slots keep
-    sum(exp(score)) / (sum(exp(score)) + exp(sink)) of the weight, which is sigmoid(lse - sink)."""
+    """Turn attention without sinks into attention with one sink per head, whose value is zero; [B, T, N, V].
+
+    The slots keep sum(exp(score)) / (sum(exp(score)) + exp(sink)) of the weight, which is sigmoid(lse - sink).
+    """
     share_BNT = torch.sigmoid(lse_BNT - sinks_N[:, None].to(lse_BNT.dtype))
     return (out_BTNV * rearrange(share_BNT, "b n t -> b t n 1")).to(out_BTNV.dtype)
 
 
 @functools.cache
 def compiled_flex() -> Any:
-    return torch.compile(flex_attention, fullgraph=True)  # past its limit of variants it fails, and says so
+    return torch.compile(flex_attention, fullgraph=True)  # an error beyond the recompile limit, not silent eager code
 
 
 def flex(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
-    """Blocks that nobody sees are skipped. Outside of a compiled block the kernel is compiled by itself, on the CPU it
-    is not (and has no backward pass)."""
+    """`attend` by FlexAttention, which skips blocks without a visible pair; [B, T, N, V].
+
+    Outside of compiled code the kernel is compiled by itself on CUDA. On the CPU it is not, and has no backward pass.
+    """
     plain = torch.compiler.is_compiling() or q_BTNH.device.type == "cpu"
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
     result = (flex_attention if plain else compiled_flex())(
@@ -56,7 +60,10 @@ VARLEN_TAKES_GQA = torch.__version__ >= "2.12"
 def varlen(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Packed, scale: float, sinks_N: Tensor | None
 ) -> Tensor:
-    """The flash kernel that torch brings, over sequences end to end. Its logsumexp has no gradient, hence no sinks."""
+    """`attend` by the flash kernel of torch, over sequences end to end; [B, T, N, V].
+
+    Its log-sum-exp has no gradient, hence no sinks.
+    """
     from torch.nn.attention.varlen import varlen_attn  # seconds to import
 
     assert sinks_N is None and mask.bounds is not None
@@ -74,7 +81,7 @@ def varlen(
 
 
 class FlashPackage(NamedTuple):
-    """Where a version of flash-attn is found, the major compute capabilities it has kernels for, and how to get it."""
+    """A version of flash-attn: its modules, the major compute capabilities it has kernels for, how to install it."""
 
     modules: tuple[str, ...]
     capabilities: frozenset[int]
@@ -93,7 +100,7 @@ FLASH = {
 
 
 class FlashFunctions(NamedTuple):
-    """For whole rows, and for sequences end to end."""
+    """The two entry points of flash-attn: for whole rows, and for sequences end to end."""
 
     rows: Any
     packed: Any
@@ -101,10 +108,9 @@ class FlashFunctions(NamedTuple):
 
 @functools.cache
 def flash_functions(version: int) -> FlashFunctions | str:
-    """The entry points of an installed flash-attn, or why there are none. A compiled block breaks around them, since
-    the compiler does not know them.
+    """Find the entry points of an installed flash-attn, or return why there are none. Compiled code breaks around them.
 
-    The module alone proves nothing: where only version 4 is installed, `flash_attn` is an empty namespace.
+    An importable module proves nothing: where only version 4 is installed, `flash_attn` is an empty namespace.
     """
     reasons = []
     for name in FLASH[version].modules:
@@ -119,7 +125,7 @@ def flash_functions(version: int) -> FlashFunctions | str:
 
 
 def flash_missing(version: int) -> str | None:
-    """Why flash-attn `version` cannot run here; None if it can."""
+    """Explain why flash-attn `version` cannot run here; None if it can."""
     functions = flash_functions(version)
     if isinstance(functions, str):
         return functions
@@ -130,13 +136,14 @@ def flash_missing(version: int) -> str | None:
 
 
 class FlashMask(NamedTuple):
-    """The function to call, since looking it up is nothing to compile, and what it takes."""
+    """The function to call, looked up outside of compiled code, and its sequences."""
 
     function: Any
     packed: Packed
 
 
 def flash_mask(sequences: Sequences, window: int | None, *, version: int) -> FlashMask:
+    """Make the mask of `flash`; only on a machine where `flash_missing` returns None."""
     functions = flash_functions(version)
     assert isinstance(functions, FlashFunctions), functions
     if sequences.segment_ids_BT is None:
@@ -154,7 +161,7 @@ def flash(
     *,
     version: int,
 ) -> Tensor:
-    """One of the flash-attn packages. Only version 4 has a gradient of the logsumexp, hence sinks."""
+    """`attend` by a flash-attn package; [B, T, N, V]. Only version 4 has a gradient of the log-sum-exp, hence sinks."""
     assert sinks_N is None or version == 4
     bounds, longest, window = mask.packed
     unlimited = None if version == 4 else -1

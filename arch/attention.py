@@ -24,7 +24,7 @@ StoreBackend = Backend | BoundedBackend
 
 
 class StoreModules(NamedTuple):
-    """What a kind of store needs of torch.
+    """The torch side of a kind of store.
 
     select_backend  (backend name, size, store, device type, with documents) -> the backend of its readers; raises
                     ValueError where the named one cannot run the store

@@ -162,18 +162,18 @@ class Chunks:
 
 
 class ChunkStates(NamedTuple):
-    """How slots fade within chunks, and the states before each chunk and after the last, keys beside values."""
+    """Log decay of the slots within chunks, and the states before each chunk and after the last, keys beside values."""
 
     decay_BZCM: Tensor
     state_BZMKE: Tensor
 
 
 class BoundedKV(NamedTuple):
-    """What is written to the slots at each token, and with which strength.
+    """Keys and values written to the slots at each token, and the strengths of the writes.
 
-    In rule `ring_slots` that is the token that leaves the window, and `window` has the window's rotated keys and its
-    values, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes the place of the
-    chunk form.
+    In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
+    values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
+    the place of the chunk form.
     """
 
     k_BTKH: Tensor
@@ -352,8 +352,10 @@ class BoundedWriter(nn.Module):
         buffer: StateBuffer | None = None,
         offset: int = 0,
     ) -> BoundedKV:
-        """What readers need of the tokens [B, T, D]. With a buffer, they follow what it holds, and it then holds the
-        state after them."""
+        """Return what readers need of the tokens [B, T, D].
+
+        With `buffer` the tokens continue the state it holds, which is replaced by the state after them.
+        """
         k, v = (rearrange(proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads) for proj in (self.k_proj, self.v_proj))
         cached = None if buffer is None else buffer.tensors
         if self.window is not None:
@@ -396,7 +398,7 @@ class BoundedWriter(nn.Module):
 
 
 def chunk_states(k: Tensor, v: Tensor, p_BTM: Tensor, position_BT: Tensor, start: Tensor | None) -> ChunkStates:
-    """How slots fade in each chunk, and the states between chunks, from the state `start` [B, M, K, 2H]."""
+    """Compute the decay within chunks and the states between them, from the state `start` [B, M, K, 2H]."""
     with no_autocast(k):
         chunks = Chunks(position_BT)
         decay_BZCM = chunks.decay(p_BTM)

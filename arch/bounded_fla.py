@@ -62,13 +62,13 @@ def gsa(
 
 @dataclass(frozen=True)
 class BoundedBackend:
-    """What the readers of a bounded store run on tokens that attend to themselves: the chunk form in plain torch."""
+    """The kernel of a bounded store's readers, for tokens that attend to themselves: the chunk form in plain torch."""
 
     name: str = "chunks"
     about: str = "bounded, plain torch"
 
     def unsupported(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
-        """What of `store` and of `device` it does not have, or why it cannot run here."""
+        """List what `store` and `device` require and it lacks, and why it cannot run here; empty if it can."""
         return []
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:

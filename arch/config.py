@@ -101,7 +101,7 @@ class EncoderConfig:
 
 @dataclass
 class BlockConfig:
-    """What makes a Block Transformer (Ho et al. 2024) of a layout, which then is that of its block decoder.
+    """Options of a Block Transformer (Ho et al. 2024). With them, the enclosing layout is that of the block decoder.
 
     length     tokens of a block
     embedder   `lookup`: embeddings of width d_model / length, end to end; `projection`: embeddings of width

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, training FLOPs, and bytes of KV cache stored, read and allocated.
+"""The costs of a model: parameters, training FLOPs, and bytes of KV cache stored, read and allocated.
 
 Pure functions of the configuration and its plan. Bytes of cache are three figures, never one: `stored` grows by a slope
 per token up to a constant share, `read` is what decoding one token fetches (sharing does not reduce it), and allocation
@@ -17,7 +17,7 @@ from .plan import KVPlan, StackPlan
 class KVBytes:
     """KV cache of one sequence, in bytes.
 
-    per_token  what each further token adds, once all windows are full; of a Block Transformer on average
+    per_token  added by each further token, once all windows are full; of a Block Transformer on average
     constant   windowed stores when full, and bounded ones; a Block Transformer's token decoder
     stored     the whole cache after `context` tokens
     read       fetched from it to decode the token at `context` (that token included), over all layers; of a Block

@@ -1,4 +1,4 @@
-"""From a written layout to the resolved one: which layer writes which store, and which store each layer reads.
+"""Resolve a written layout: which layer writes which store, and which store each layer reads.
 
 slot   what one cached position holds
 store  the slots that exactly one owner layer writes, with a retention: all of them, a window, or a bounded state
@@ -67,7 +67,7 @@ class KVPlan:
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """For each layer, the layer whose keys and values it reads."""
+        """The owner of the store that each layer reads; one layer index per layer."""
         return tuple(self.stores[read].owner for read in self.reads)
 
     @property

@@ -1,4 +1,4 @@
-"""Kinds of store, without torch: how a configuration asks for one, what one holds, what it costs, what it is called.
+"""Kinds of store, without torch: their configuration keys, cached tensors, parameters, FLOPs and labels.
 
 Everything else asks the methods of StoreSpec. A new kind is a subclass here, listed in KINDS; its keys
 in config.StoreConfig; a module with its writer and reader, listed in attention.STORE_MODULES; and the bytes that its
@@ -163,18 +163,18 @@ class StoreSpec:
         return (self.slot.elements * itemsize,)
 
     def kernel_heads(self, size: SizeConfig) -> HeadShape:
-        """What an attention kernel gets in training."""
+        """Heads and widths of the keys and values that an attention kernel gets in training."""
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim)
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
-        """Queries, output and sinks of each layer that reads the store."""
+        """Parameters of queries, output and sinks in each layer that reads the store."""
         heads, width = size.num_heads, head_dim(size)
         queries = heads * (width + self.slot.rope_dim)
         biases = queries + size.d_model if style_of(size).bias else 0
         return ParamCount(size.d_model * (queries + heads * width), biases + (heads if self.sinks else 0))
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """What the owner needs to write the store, a norm of its own aside."""
+        """Parameters with which the owner writes the store, without a norm of its own."""
         return ParamCount(size.d_model * self.slot.elements, self.slot.elements if style_of(size).bias else 0)
 
     def pair_flops(self, size: SizeConfig) -> int:
@@ -206,7 +206,7 @@ class StoreSpec:
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:
-        """Whether `fields`, those of a spec, are of this kind."""
+        """Return whether `fields`, those of a spec, are of this kind."""
         raise NotImplementedError
 
     @staticmethod

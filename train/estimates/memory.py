@@ -310,7 +310,7 @@ def encoder_layer_params(config: ModelConfig) -> list[int]:
 
 
 def mask_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -> int:
-    """What does not grow with the number of sequences: masks, kept by each layer."""
+    """Bytes of the masks that a layer saves, the same for any number of sequences."""
     store = plan.store(layer)
     return ACTIVATIONS[store.kind].masks(config, store, store.owner == layer, how)
 
@@ -368,7 +368,7 @@ def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
 
 
 class MaskedActivations:
-    """Of stores that are read by softmax attention, in arch/grouped.py and the kernels."""
+    """Activations saved by layers that read their store by softmax attention (arch/grouped.py and the kernels)."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Keys and values that the owner hands to later layers."""
@@ -408,7 +408,7 @@ class MaskedActivations:
 
 
 class LatentActivations(MaskedActivations):
-    """Of arch/latent.py: the same of expanded keys and values; in the owner also the latent and what its norm saves."""
+    """Activations saved by arch/latent.py: the expanded keys and values, and in the owner the latent and its norm's."""
 
     expands = True
 
@@ -419,7 +419,7 @@ class LatentActivations(MaskedActivations):
 
 
 class BoundedActivations:
-    """Of arch/bounded.py in the chunk form."""
+    """Activations saved by arch/bounded.py in the chunk form."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Keys and values, strengths, fading and states in fp32, and the window's keys and values."""
@@ -427,7 +427,7 @@ class BoundedActivations:
         return how.itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-        """What reader and writer keep, and the output."""
+        """Tensors that reader and writer save, and the output."""
         total = reader_bytes(config, store, how.compiled)
         total += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
         return total + how.itemsize * config.size.num_heads * head_dim(config.size)
