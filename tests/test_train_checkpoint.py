@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import train.trainer
+import train.training
 from train.benchmarks.faults import cut_in_half, flip_a_byte
-from train.checkpoint import TrainingError, checkpoints, load, resolve, save, verify_checksums
+from train.checkpoint import checkpoints, load, resolve, save, verify_checksums
+from train.errors import TrainingError
 from train.lit_module import LitModel
 
 
@@ -107,13 +108,13 @@ def test_broken_checkpoints_do_not_crowd_out_good_ones(
 def test_a_signal_before_training_has_begun_stops_it(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = train.trainer.fit
+    fit = train.training.fit
 
     def signalled(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         fit(*args)
 
-    monkeypatch.setattr(train.trainer, "fit", signalled)
+    monkeypatch.setattr(train.training, "fit", signalled)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit) as stopped:

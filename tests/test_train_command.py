@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
 from eval.layouts import CONFIGS, load_arch, load_size
-from train.checkpoint import TrainingError, checkpoints, load_info
+from train.checkpoint import checkpoints, load_info
+from train.errors import TrainingError
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import OptimConfig, PretrainConfig, problems

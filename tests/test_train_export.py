@@ -37,7 +37,8 @@ from data.files import sha256
 from data.prepare import prepare
 from eval.cli import MISTAKES
 from train import checkpoint
-from train.checkpoint import TrainingError, save
+from train.checkpoint import save
+from train.errors import TrainingError
 from train.export import export, main
 from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.request import ExportConfig

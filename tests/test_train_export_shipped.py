@@ -33,7 +33,7 @@ from arch.convert_shipped import FILES, from_hf_config, to_hf_config
 from arch.footprint import allocated_bytes
 from eval.layouts import load_arch
 from train import import_hf
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.request import ExportConfig

@@ -23,7 +23,7 @@ from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_formats import read_config
 from data.cli import UsageError
 from train import checkpoint, import_hf, pretrain
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 from train.hub import checkpoint_writer, importer
 from train.hub.folder_reader import INDEX, SINGLE, HFFolder
 from train.import_hf import ImportConfig

@@ -253,7 +253,7 @@ def test_sweep_is_the_papers_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rates = [3e-4, 4.5e-4, 6.75e-4, 1e-3, 1.5e-3, 2.25e-3]
     assert all(1.47 < b / a < 1.53 for a, b in pairwise(rates))
     ran: list[tuple[str, float, str]] = []
-    monkeypatch.setattr("train.trainer.run", lambda config: ran.append((config.name, config.optim.lr, config.folder)))
+    monkeypatch.setattr("train.training.run", lambda config: ran.append((config.name, config.optim.lr, config.folder)))
     sweep = f"hydra.sweep.dir={tmp_path}"
     launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=lr_sweep", "+arch=mqa", "+size=1b", sweep])
     assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-1b-lr{lr}", lr) for lr in rates]
@@ -279,7 +279,7 @@ def test_sweep_is_the_papers_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_name_of_a_run(arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    monkeypatch.setattr("train.trainer.run", lambda config: ran.append(config.name))
+    monkeypatch.setattr("train.training.run", lambda config: ran.append(config.name))
     launch_in_process(main, "pretrain", PretrainConfig, [*arguments, f"folder={tmp_path / 'run'}"])
     assert ran == [name]
 

@@ -26,16 +26,12 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 
-from data.cli import TaskError
 from data.files import sha256, write_json
+from train.errors import TrainingError
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 INFO = "checkpoint.json"
-
-
-class TrainingError(TaskError):
-    """A run that cannot go on; the message says why and what is left of it."""
 
 
 def distributed() -> bool:

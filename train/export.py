@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from eval.cli import Choices, launch
+from train.errors import TrainingError
 from train.hub.request import ExportConfig, check
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ def main(config: DictConfig, choices: Choices) -> None:
     options: ExportConfig = OmegaConf.to_object(config)
     check(options)
     from arch.convert import ConversionError
-    from train.checkpoint import TrainingError
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:

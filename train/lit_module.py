@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from arch import LanguageModel, build
 from arch.config import to_dict
 from data.batches import IGNORE, Batch
-from train.checkpoint import TrainingError
 from train.clock import Clock
+from train.errors import TrainingError
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.parallel import parallelize

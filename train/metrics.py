@@ -7,8 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from train.checkpoint import TrainingError
 from train.device import peak_flops, synchronize
+from train.errors import TrainingError
 from train.lightning_private import TrainingProgressBar
 from train.lit_module import DIVERGENCE_HINT, LitModel
 

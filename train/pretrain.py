@@ -10,25 +10,25 @@ if not __package__:  # run as a script
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
-from train.run import resumed
+from train.run import resumed, to_object
 from train.schema import PretrainConfig, problems
 
 
 def main(config: DictConfig, choices: Choices) -> None:
-    if config.resume is None:
+    if config.resume is not None:
+        options = resumed(Path(config.resume), list(HydraConfig.get().overrides.task))
+    else:
         require(arch=choices.arch, size=choices.size)
         config.name = config.name or default_name(choices)
         config.folder = str(free_folder(config))
-    else:
-        config = resumed(config, list(HydraConfig.get().overrides.task))
-    options: PretrainConfig = OmegaConf.to_object(config)
+        options = to_object(config)
     refuse_impossible(options)
-    from train.trainer import run  # torch, Lightning and wandb: seconds, which a mistake need not wait for
+    from train.training import run  # torch, Lightning and wandb: seconds, which a mistake need not wait for
 
     run(options)
 

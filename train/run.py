@@ -1,4 +1,4 @@
-"""Write the folder of a run (eval/runs.py reads it), and resume from one.
+"""Write the folder of a run (eval/runs.py reads it), and load its configuration.
 
 config.yaml    the resolved configuration; resume=FOLDER starts from it
 plan.json      the resolved KV layout
@@ -12,7 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from arch import Plan
 from arch.config import to_dict
@@ -21,6 +23,7 @@ from data.cli import UsageError
 from data.files import write_json
 from eval.environment import environment
 from eval.runs import KEYS, deciding_values
+from train.errors import TrainingError
 from train.schema import PretrainConfig
 
 # Keys that a resumed run cannot change; of GROUPS it can change single keys.
@@ -87,20 +90,36 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
     }
 
 
-def resumed(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the run `config.resume`, changed by what else was given on the command line.
+def load_config(run: Path) -> PretrainConfig:
+    """Load the configuration of a run, of this version or an earlier one.
 
-    Raises UsageError where there is no such run, or where `overrides` would change what decides its course.
+    Raises UsageError if the folder `run` holds no run, TrainingError if its config.yaml is none.
     """
-    folder = Path(config.resume)
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"resume={folder}: no run there, config.yaml is missing; give the folder of a run")
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
+    try:
+        return to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(path)))
+    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+        raise TrainingError(f"{path} is not the configuration of a run: {error}") from error
+
+
+def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
+    """Load the configuration of `run` to continue it, changed by the other `overrides` of the command line.
+
+    Raises as `load_config`, and UsageError where `overrides` would change what decides the course of the run.
+    """
+    config = OmegaConf.structured(load_config(run))
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
         key = change.lstrip("+~").partition("=")[0]
         if change[0] in "+~" or key in GROUPS or f"{key}.".startswith(tuple(f"{fixed}." for fixed in FIXED)):
             raise UsageError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
-    saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(folder / "config.yaml"))
-    result = OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": str(folder), "folder": str(folder)})
-    assert isinstance(result, DictConfig)
+    return to_object(OmegaConf.merge(config, OmegaConf.from_dotlist(changes), {"resume": str(run), "folder": str(run)}))
+
+
+def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
+    """Resolve a configuration of this schema, and return it as an object."""
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, PretrainConfig)
     return result

@@ -25,6 +25,7 @@ from arch import (
 )
 from data.cli import UsageError
 from eval.cli import Choices, launch, require_new_folder
+from train.errors import TrainingError
 from train.import_hf import rename_from_flag
 
 NAME = "uptrained"
@@ -63,7 +64,6 @@ def convert(config: DictConfig, out: Path) -> None:
     from arch.convert_block import from_vanilla
     from arch.footprint import num_params
     from train import checkpoint
-    from train.checkpoint import TrainingError
     from train.hub.checkpoint_writer import next_command, write
     from train.hub.importer import print_plan
 

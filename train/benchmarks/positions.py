@@ -10,7 +10,6 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -24,9 +23,10 @@ from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
 from eval.runs import folders_of
 from train import checkpoint
-from train.checkpoint import TrainingError
 from train.datamodule import open_data
-from train.schema import PretrainConfig, sequence_format
+from train.errors import TrainingError
+from train.run import load_config
+from train.schema import sequence_format
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class PositionsConfig:
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
-    """Loss by position at each length. Raises UsageError if `run` is no run, TrainingError if it has no checkpoint."""
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
-    saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
-    config = OmegaConf.to_object(saved)
-    assert isinstance(config, PretrainConfig)
+    """Loss by position at each length. Raises as `load_config`, and TrainingError if the run has no checkpoint."""
+    config = load_config(run)
     model = build(config.model)
     checkpoint.load(checkpoint.resolve(run), model)
     found = {}

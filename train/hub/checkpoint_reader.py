@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from arch import ModelConfig, Plan, from_dict, resolve
 from arch.convert import ConversionError, Weight, tensor_problems
 from arch.footprint import num_params
-from train.checkpoint import INFO, TrainingError, load_info
+from train.checkpoint import INFO, load_info
+from train.errors import TrainingError
 from train.hub.tensor_files import Piece, SafetensorsReader, StoredTensor, open_file
 
 PREFIX = "model."

@@ -7,17 +7,18 @@ from rich.console import Console
 from eval.environment import installed
 from eval.footprint import plan_tables
 from train import checkpoint
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 from train.hub.card import write_card
 from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
 from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
-from train.hub.run_info import describe_training, find_run, load_corpus, load_run_config
+from train.hub.run_info import describe_training, find_run, load_corpus
 from train.hub.targets import Target, choose
 from train.hub.tensor_files import DTYPES
 from train.hub.upload import check_push, push
 from train.hub.verify import table, verify
+from train.run import load_config
 
 NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
 
@@ -38,7 +39,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     target, refused = choose(config, plan, options.target)
     reader.check(target.weights)
     run = find_run(folder)
-    run_config = load_run_config(run)
+    run_config = None if run is None else load_config(run)
     training = describe_training(folder, run, run_config, reader.info)
     corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS)
     console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))

@@ -6,17 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from data.cli import UsageError
 from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
-from train.checkpoint import TrainingError
 from train.datamodule import TokenDataModule
+from train.errors import TrainingError
 from train.hub.records import Corpus, Training
 from train.schema import PretrainConfig
 
@@ -25,19 +21,6 @@ def find_run(folder: Path) -> Path | None:
     """Return the run that the checkpoint `folder` belongs to; None if it lies in no run."""
     run = folder.absolute().parent.parent
     return run if (run / "config.yaml").is_file() else None
-
-
-def load_run_config(run: Path | None) -> PretrainConfig | None:
-    """Load the configuration of `run`. Raises TrainingError where its config.yaml is none."""
-    if run is None:
-        return None
-    try:
-        saved = OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(run / "config.yaml"))
-        config = OmegaConf.to_object(saved)
-        assert isinstance(config, PretrainConfig)
-        return config
-    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
-        raise TrainingError(f"{run / 'config.yaml'} is not the configuration of a run: {error}") from error
 
 
 def load_corpus(folder: Path, config: PretrainConfig | None, prepared: str | None, num_windows: int) -> Corpus:

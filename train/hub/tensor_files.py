@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arch.convert import TensorReader
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that can be written
 HEADER_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}

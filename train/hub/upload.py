@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from data.cli import UsageError
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 
 
 def check_push(repo: str) -> None:

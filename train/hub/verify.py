@@ -23,7 +23,7 @@ from arch import LanguageModel, Plan, build, generate
 from arch.footprint import allocated_bytes, kv_bytes, num_params
 from data.tokenizer import Encoder
 from train import checkpoint
-from train.checkpoint import TrainingError
+from train.errors import TrainingError
 from train.hub.records import Check, ExportUnderTest
 from train.hub.verify_protocol import CacheBytes, Request, Response, TokenizerReport
 

@@ -17,8 +17,8 @@ from data.files import DataError, write_json
 from eval.footprint import plan_tables
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop, RunStopped
-from train.checkpoint import TrainingError
 from train.datamodule import TokenDataModule, check_limits
+from train.errors import TrainingError
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record

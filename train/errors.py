@@ -1,0 +1,7 @@
+"""Errors of training. They are apart from the code that raises them, so that nobody imports torch to catch one."""
+
+from data.cli import TaskError
+
+
+class TrainingError(TaskError):
+    """A run that cannot go on; the message says why and what is left of it."""
