@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,8 @@ def test_names_shadow_nothing() -> None:
 
 
 def test_packages_are_those_of_this_repository() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert sorted(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == sorted(PACKAGES)
     for package in PACKAGES:
         module = __import__(package)
         assert Path(module.__file__).parent == ROOT / package

@@ -360,7 +360,7 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert taken.is_dir()
     small_vocabulary = write_checkpoint(tmp_path / "step-00000004", "gqa2", vocab_size=61)
     assert "the tokenizer has 600 tokens, the model 61" in refused(small_vocabulary, data=corpus)
-    monkeypatch.setattr(train.hub.verify.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="verification needs transformers: pip install"):
         export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
 
