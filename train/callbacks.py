@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data.files import DataError, write_json
 from train import checkpoint
 from train.lightning_private import disable_signal_handling, set_loop_step
-from train.lit_module import LitModel
+from train.lit_module import LitModel, lit_model
 
 
 class CheckpointCallback(L.Callback):
@@ -36,10 +36,11 @@ class CheckpointCallback(L.Callback):
     def best_file(self) -> Path:
         return self.run / "checkpoints" / "best.json"
 
-    def setup(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.run, self.start = trainer.strategy.broadcast((self.run, self.start))
 
-    def on_fit_start(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = lit_model(pl_module)
         if self.start is None:
             if self.init is not None:
                 checkpoint.load(checkpoint.resolve(self.init), module.model)
@@ -54,25 +55,26 @@ class CheckpointCallback(L.Callback):
                 self.best = best["val_loss"]
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every == 0:
-            self.save(trainer, module)
+            self.save(trainer, lit_model(pl_module))
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = lit_model(pl_module)
         if module.val_metrics["loss"] < self.best:
             self.best = module.val_metrics["loss"]
             self.save(trainer, module)
             if trainer.is_global_zero:
                 write_json(self.best_file, {"checkpoint": folder_name(self.step), "val_loss": self.best})
 
-    def on_train_end(self, trainer: L.Trainer, module: LitModel) -> None:
-        self.save(trainer, module)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer, lit_model(pl_module))
 
-    def on_exception(self, trainer: L.Trainer, module: LitModel, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what was trained when the data fails. With several processes the others would wait for this one."""
         if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step:
-            self.save(trainer, module)
+            self.save(trainer, lit_model(pl_module))
 
     def save(self, trainer: L.Trainer, module: LitModel) -> None:
         """Save the state after the last whole step, unless it is saved already."""
@@ -134,14 +136,14 @@ class GracefulStop(L.Callback):
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.previous_handlers = {number: signal.signal(number, self._receive) for number in signals}
 
-    def setup(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         disable_signal_handling(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
 
-    def teardown(self, trainer: L.Trainer, module: LitModel, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
@@ -150,12 +152,22 @@ class GracefulStop(L.Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
-        self._stop_if_requested(trainer, module)
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_if_requested(trainer, lit_model(pl_module))
 
-    def on_validation_batch_end(self, trainer: L.Trainer, module: LitModel, *_: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if self.group is not None or trainer.world_size == 1:
-            self._stop_if_requested(trainer, module)
+            self._stop_if_requested(trainer, lit_model(pl_module))
 
     def _stop_if_requested(self, trainer: L.Trainer, module: LitModel) -> None:
         reason = self.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)

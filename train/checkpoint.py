@@ -1,11 +1,11 @@
 """Checkpoints: folders of safetensors that any number of processes, sharded or not, can write and read.
 
-checkpoints/step-00000200/   complete or not there: written under another name, flushed, and renamed
-  *.safetensors              weights and optimizer state by parameter name; each process writes its own share
+checkpoints/step-00000200/   complete or absent: written under another name, flushed, and renamed
+  *.safetensors              weights and optimizer state by parameter name; each process writes its own shard
   checkpoint.json            step, the model they belong to, and size and sha256 of every file; nothing is pickled
 checkpoints/best.json        which of them had the lowest validation loss
 
-The position in the data and in every schedule is a function of the step, so that nothing else is needed to go on.
+The position in the data and in every schedule is a function of the step, so a run needs nothing else to continue.
 """
 
 import json
@@ -48,7 +48,10 @@ def barrier() -> None:
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """What a checkpoint holds: `model.<name>` and `optimizer.<key>.<name>` for every parameter of `model`."""
+    """Return all tensors of a checkpoint: `model.<name>` and `optimizer.<key>.<name>` for every parameter of `model`.
+
+    Without an optimizer, those of the model alone. The tensors share memory with the parameters and the state.
+    """
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
@@ -58,9 +61,9 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]) -> None:
-    """Write `folder`; all processes call this together. `about` is plain data that goes into checkpoint.json.
+    """Write the checkpoint `folder`; all processes call this together. `about`: plain data for checkpoint.json.
 
-    Raises TrainingError, and leaves nothing of it, where it cannot be written.
+    Raises TrainingError if it cannot be written; nothing of it is left then.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass alone the root is still gathered, in tensors the optimizer does not know
@@ -85,9 +88,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 
 
 def check_matches(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """What `folder` says of each tensor.
+    """Return size and type of each tensor in `folder`, by name.
 
-    Raises TrainingError where it cannot be read, or its names or shapes are not those of `model`.
+    Raises TrainingError if it cannot be read, or its names or shapes are not those of `model`.
     """
     try:
         saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -122,7 +125,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
 
 
 def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Empty state for every trained parameter, of the names and types in `saved`."""
+    """Allocate optimizer state, all zeros, for every trained parameter, with the names and types in `saved`.
+
+    Raises TrainingError if `saved` has state of another model, or none for a trained parameter.
+    """
     by_name = dict(model.named_parameters())
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for entry in (name for name in saved if name.startswith("optimizer.")):
@@ -141,7 +147,7 @@ def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimi
 
 
 def load_info(folder: Path) -> dict[str, Any]:
-    """checkpoint.json. Raises TrainingError where it is missing, is not one, or names files outside of `folder`."""
+    """Read checkpoint.json. Raises TrainingError if it is missing, is not one, or names files outside of `folder`."""
     try:
         info: dict[str, Any] = json.loads((folder / INFO).read_text())
         if info["format"] != FORMAT:
@@ -155,7 +161,7 @@ def load_info(folder: Path) -> dict[str, Any]:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Raises TrainingError, naming the file, unless every file is there as it was written, and no other."""
+    """Raise TrainingError, naming the file, unless exactly the files that were written are there, unchanged."""
     files = load_info(folder)["files"]
     for path in folder.glob("*.safetensors"):
         if path.name not in files:
@@ -177,7 +183,7 @@ def verify_checksums(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
+    """List the checkpoints of a run, newest first."""
     return sorted((run / "checkpoints").glob("step-????????"), reverse=True)
 
 
@@ -186,9 +192,9 @@ def step_of(folder: Path) -> int:
 
 
 def latest_valid(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is intact; None if it has saved none yet.
+    """Find the newest intact checkpoint of a run; None if it has saved none yet.
 
-    Says on stderr which ones it passes over. Raises TrainingError where all of them are broken.
+    Names the broken ones that it skips on stderr. Raises TrainingError if all of them are broken.
     """
     broken = []
     for folder in checkpoints(run):
@@ -206,7 +212,10 @@ def latest_valid(run: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """`path` if it is a checkpoint, the newest intact one if it is a run. Raises TrainingError if it is neither."""
+    """Return `path` if it is a checkpoint, or the newest intact one if it is a run.
+
+    Raises TrainingError if it is neither, or broken.
+    """
     if (path / INFO).is_file():
         verify_checksums(path)
         return path
@@ -217,7 +226,7 @@ def resolve(path: Path) -> Path:
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """The union over all processes."""
+    """Return the union of the dictionaries of all processes."""
     if not distributed():
         return mine
     parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
@@ -229,8 +238,8 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _cause(error: Exception) -> str:
-    """The message of what went wrong in some process."""
+def _cause(error: BaseException) -> str:
+    """Return the message of an error; of a CheckpointException, those of the processes that failed."""
     if isinstance(error, CheckpointException):
         return "; ".join(dict.fromkeys(str(failure[0]) for failure in error.failures.values()))
     return str(error)

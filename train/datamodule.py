@@ -22,7 +22,7 @@ from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
 
 
 class TokenDataModule(L.LightningDataModule):
-    """Batches of a run, a function of the configuration and the step alone."""
+    """Batches of a run; they depend on the configuration and the step only."""
 
     def __init__(self, config: PretrainConfig):
         """Open the prepared folders. Raises DataError if data is missing, broken, or does not fit the model."""
@@ -42,7 +42,7 @@ class TokenDataModule(L.LightningDataModule):
         self.train, self.val = self._corpora("train"), self._corpora("val")
 
     def _corpora(self, split: str) -> Mixture:
-        """One split of every folder; a single folder is a mixture of one."""
+        """Return one split of every folder; a single folder is a mixture of one."""
         seq_len, mix = self.config.size.seq_len, self.config.data.mix
         corpora = [TokenWindows(folder, manifest, split, seq_len) for folder, manifest in self.folders.items()]
         return Mixture(tuple(corpora), tuple(weights_of(mix).values()) if mix else (1.0,))
@@ -54,8 +54,7 @@ class TokenDataModule(L.LightningDataModule):
 
     @property
     def digest(self) -> str:
-        """One checksum of what the model sees: that of the folder, or of the mixture; another with a document mask or
-        pads."""
+        """Checksum of the data: that of the folder, or of the mixture; a document mask or pads change it."""
         parts = [manifest.digest for manifest in self.folders.values()]
         options = [name for name in ("document_mask", "block_padding") if getattr(self.config.data, name)]
         if len(parts) == 1 and not options:
@@ -65,11 +64,12 @@ class TokenDataModule(L.LightningDataModule):
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def token_bytes(self) -> Tensor:
-        """[V] UTF-8 bytes that each token stands for."""
+        """Load the number of UTF-8 bytes of each token, [V]."""
         return torch.from_numpy(np.load(self.folder / "token_bytes.npy").astype(np.int64))
 
     def train_dataloader(self) -> TrainBatches:
         trainer, config = self.trainer, self.config
+        assert trainer is not None
         return TrainBatches(
             self.train,
             seed=config.seed,
@@ -84,15 +84,17 @@ class TokenDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> EvalBatches:
         trainer, config = self.trainer, self.config
+        assert trainer is not None
         windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
         unpadded = replace(self.sequence_format, block_padding=0)
         return EvalBatches(windows, micro_batch(config), trainer.global_rank, trainer.world_size, unpadded)
 
 
 def open_data(config: DataConfig) -> dict[Path, Manifest]:
-    """The prepared folders: those of `mix`, the one named, or the data set's own.
+    """Open the prepared folders: those of `mix`, the one named, or the data set's own.
 
-    A corpus that is on every machine is prepared now if it is not there; anything else is refused with the command.
+    A corpus that is on every machine is prepared now if it is missing. Raises DataError, with the command that prepares
+    it, if another one is missing, or if a folder was prepared from another source.
     """
     if config.mix:
         if config.path:
@@ -115,9 +117,9 @@ def open_data(config: DataConfig) -> dict[Path, Manifest]:
 
 
 def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
-    """Refuse limits that somebody set for this run and that a folder was not prepared with: they change nothing.
+    """Check that the folders were prepared with the limits set for this run, which cannot change prepared data.
 
-    Raises DataError with the key and the command that prepares such data.
+    Raises DataError with the key, and the command that prepares such data, if one was not.
     """
     limits = changed_limits(config.preparation)
     for folder, manifest in folders.items():

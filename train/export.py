@@ -27,7 +27,8 @@ def export(options: ExportConfig, console: Console) -> "list[Check]":
 
 
 def main(config: DictConfig, choices: Choices) -> None:
-    options: ExportConfig = OmegaConf.to_object(config)
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, ExportConfig)
     check(options)
     from arch.convert import ConversionError
 

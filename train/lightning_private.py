@@ -14,8 +14,8 @@ def disable_signal_handling(trainer: L.Trainer) -> None:
     waits for the device in every micro-batch to agree on SIGTERM. Read in trainer/connectors/signal_connector.py and
     loops/training_epoch_loop.py.
     """
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def set_loop_step(trainer: L.Trainer, step: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from train.schema import PretrainConfig, micro_batch, num_steps
 
@@ -30,16 +30,16 @@ def lightning_trainer(
     world = options.devices * options.num_nodes
     accumulate = config.batch_size // (micro_batch(config) * world)
     val_every = options.val_every or -(-steps // 4)
-    strategy = {
+    strategies: dict[str, str | Strategy] = {
         "auto": "auto",
         "ddp": "ddp",
         "fsdp": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
-    }[options.strategy]
+    }
     return L.Trainer(
         accelerator=device,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=strategy,
+        strategy=strategies[options.strategy],
         precision="32-true",
         max_steps=steps,
         max_epochs=1,

@@ -6,9 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from arch import LanguageModel, build
 from arch.config import to_dict
@@ -29,11 +32,14 @@ class LitModel(L.LightningModule):
     token_bytes  [V] UTF-8 bytes of each token, for bits per byte
     """
 
+    model: LanguageModel  # from `configure_model` on
+    token_bytes: Tensor
+    val_sums: Tensor  # nats, targets and bytes of this validation so far
+
     def __init__(self, config: PretrainConfig, token_bytes: Tensor):
         super().__init__()
         self.config = config
         self.register_buffer("token_bytes", token_bytes, persistent=False)
-        self.model: LanguageModel | None = None
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self.clock = Clock()
         self.progress_metrics: dict[str, float] = {}  # for the progress bar; `log(prog_bar=True)` waits at every step
@@ -41,11 +47,14 @@ class LitModel(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build on the meta device, shard, then initialise: no process ever holds more than its shard."""
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         trainer = self.config.trainer
         device = self.trainer.strategy.root_device
-        mesh = self.device_mesh["data_parallel"] if trainer.strategy == "fsdp" else None
+        mesh = None
+        if trainer.strategy == "fsdp":
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
         with torch.device("meta"):
             self.model = build(self.config.model, trainer.backend, device.type)
         parallelize(
@@ -80,22 +89,23 @@ class LitModel(L.LightningModule):
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             head = cross_entropy_sum(self.model.select_targets(batch["targets"]), self.compiled)
-            return self.model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
+            loss: Tensor = self.model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
+        return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Scale the summed loss to its part of the mean over all real targets of the optimizer step.
 
         Lightning divides by the micro-batches of the step and averages over processes; the factor undoes both.
         """
-        return self(batch) * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
+        loss: Tensor = self(batch)
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / batch["step_targets"])
 
     def on_train_start(self) -> None:
         """Set the learning rate of the step, also when a run is resumed with another schedule."""
-        scheduler = self.lr_schedulers()
+        scheduler, optimizer = self.lr_schedulers(), self.optimizers(use_pl_optimizer=False)
+        assert isinstance(scheduler, LambdaLR) and isinstance(optimizer, Optimizer)
         scheduler.last_epoch = self.trainer.global_step
-        for group, base, factor in zip(
-            self.optimizers(use_pl_optimizer=False).param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -137,12 +147,18 @@ class LitModel(L.LightningModule):
         """Configuration and plan of the model, as plain data."""
         return {"config": to_dict(self.config.model), "plan": self.model.plan.to_dict()}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.config.optim)
         scheduler = schedule(optimizer, self.config.optim, num_steps(self.config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def lit_model(module: L.LightningModule) -> LitModel:
+    """Narrow the type of the module that Lightning passes to callbacks."""
+    assert isinstance(module, LitModel)
+    return module
+
+
 def local(parameter: Tensor) -> Tensor:
-    """This process' shard of a parameter."""
+    """Return the shard of a parameter that this process has."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,4 +1,4 @@
-"""Where a run is logged, and where it stands at its end among the runs beside it."""
+"""Loggers of a run, and the Pareto picture that compares it with its neighbours when it ends."""
 
 import os
 import sys
@@ -10,24 +10,24 @@ from urllib.parse import urlparse
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from eval.pareto import METRICS, points, write
 from eval.runs import Point, Run, RunError, finished_run
+from train.run import launched_rank
 from train.schema import PretrainConfig
 
 
 def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
-    """CSV always, in a new subfolder each time the run is started; wandb if asked for."""
+    """Build the loggers: CSV always, in a new subfolder each time the run is started; wandb if it is switched on."""
     starts = len(list((folder / "metrics").glob("*"))) if config.resume else 0
     result: list[Logger] = [CSVLogger(folder, name="metrics", version=str(starts), flush_logs_every_n_steps=1)]
-    if config.logger.wandb and os.environ.get("WANDB_MODE") != "disabled" and rank_zero_only.rank == 0:
+    if config.logger.wandb and os.environ.get("WANDB_MODE") != "disabled" and launched_rank() == 0:
         result.append(wandb_logger(config, folder))
     return result
 
 
 def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
-    """A started wandb run; offline without a key, and, said once, where the server cannot be reached."""
+    """Start a wandb run; offline without a key, and, with a message on stderr, where the server cannot be reached."""
     identity = folder / "wandb-id.txt"  # a resumed run continues the same curves
     if not identity.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
 
 
 def wandb_key() -> bool:
-    """Whether this machine has a key for wandb's server: WANDB_BASE_URL's, or one of the public ones."""
+    """Tell whether this machine has a key for wandb's server: that of WANDB_BASE_URL, or a public one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     asked = os.environ.get("WANDB_BASE_URL")
@@ -72,9 +72,9 @@ def wandb_key() -> bool:
 
 
 def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int, loggers: Sequence[Logger]) -> None:
-    """Put a finished run's `scalars` into its wandb summary, and a Pareto picture of it and its neighbours beside it.
+    """Write the Pareto picture of a finished run and its neighbours, and log it to wandb; add `scalars` to the summary.
 
-    The summary holds them as plain scalars, so that wandb's scatter panel can draw the curve across runs.
+    They are plain scalars there, so wandb's scatter panel can draw the curve across runs.
     """
     runs = finished_neighbours(folder)
     rows = points(runs, context, "ppl", itemsize)
@@ -86,7 +86,7 @@ def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int,
 
 
 def finished_neighbours(folder: Path) -> list[Run]:
-    """The run in `folder` and the finished runs next to it; anything else there is skipped."""
+    """Read the run in `folder` and the finished runs next to it; anything else there is skipped."""
     runs = []
     for path in sorted(folder.resolve().parent.iterdir()):
         try:
@@ -97,6 +97,7 @@ def finished_neighbours(folder: Path) -> list[Run]:
 
 
 def wandb_table(rows: Sequence[Point]) -> wandb.Table:
+    """Convert the points of a Pareto picture to a table with a row for each."""
     columns = ["name", "bytes", "value", "lowest", "highest", "runs", "frontier"]
     data = [[getattr(row, column) for column in columns] for row in rows]
     shown = {"bytes": "kv/bytes_stored", "value": METRICS["ppl"]}

@@ -10,7 +10,7 @@ from torch import Tensor
 from train.device import peak_flops, synchronize
 from train.errors import TrainingError
 from train.lightning_private import TrainingProgressBar
-from train.lit_module import DIVERGENCE_HINT, LitModel
+from train.lit_module import DIVERGENCE_HINT, LitModel, lit_model
 
 
 class Metrics(L.Callback):
@@ -48,26 +48,32 @@ class Metrics(L.Callback):
         self.seconds = 0.0  # at the last report
         self.peak: float | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = lit_model(pl_module)
         self.step = trainer.global_step
         self.warm = self.reported = self.step + 1
         self.seconds = module.clock.seconds
         self.peak = peak_flops(module.device, module.compute_dtype, module.config.trainer.peak_tflops)
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: LitModel, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
 
-    def on_validation_start(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = lit_model(pl_module)
         synchronize(module.device)  # for the training steps that are queued
         module.clock.pause()
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitModel) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = lit_model(pl_module)
         if self.step >= self.warm:
             module.clock.resume()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitModel, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        module = lit_model(pl_module)
         self.loss = self.loss + outputs["loss"]
         if trainer.global_step == self.step:  # within a step that accumulates
             return
@@ -120,7 +126,9 @@ class Metrics(L.Callback):
 class ProgressBar(TrainingProgressBar):
     """Loss, tokens/s, last validation and time left."""
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics | pl_module.progress_metrics
+        return metrics | lit_model(pl_module).progress_metrics

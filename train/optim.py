@@ -13,9 +13,9 @@ from train.schema import OptimConfig
 
 
 class MuonAdamW(Optimizer):
-    """Muon on the groups marked `muon`, fused AdamW on the others: one optimizer, as Lightning's loop takes but one.
+    """Muon on the groups marked `muon`, fused AdamW on the others, as one optimizer: Lightning's loop takes only one.
 
-    Both work on this object's groups and state, so that schedules, clipping and checkpoints see nothing unusual.
+    Both work on this object's groups and state, so schedules, clipping and checkpoints treat it as any optimizer.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):
@@ -24,12 +24,13 @@ class MuonAdamW(Optimizer):
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part, muon in ((self.muon, True), (self.adamw, False)):
+        parts: tuple[tuple[Optimizer, bool], ...] = ((self.muon, True), (self.adamw, False))
+        for part, muon in parts:
             # Handed over at every step, because loading a checkpoint replaces both.
             part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
             part.state = self.state
@@ -38,7 +39,7 @@ class MuonAdamW(Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer of `config` for the parameters of `model` that are trained.
+    """Build the optimizer of `config` for the trained parameters of `model`.
 
     Matrices and embeddings decay; norms, biases and sinks (one axis) do not. Muon takes the hidden matrices: not the
     embedding, and not the output matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
@@ -61,7 +62,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def group_options(config: OptimConfig) -> list[dict[str, Any]]:
-    """What `config` says of each parameter group, in the order of `build_optimizer`.
+    """Return the options of each parameter group, in the order of `build_optimizer`.
 
     One learning rate serves both optimizers: Muon's updates are scaled by 0.2 sqrt(max(rows, columns)) to the root mean
     square that AdamW's have (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
@@ -75,11 +76,12 @@ def group_options(config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
+    """Build the scheduler that multiplies the learning rate of each group by `lr_share`."""
     return LambdaLR(optimizer, lambda step: lr_share(step, steps, config))
 
 
 def lr_share(step: int, steps: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `step` of 0 .. steps - 1: linear warm-up, then as `config.schedule` says.
+    """Fraction of the peak learning rate at `step` of 0 .. steps - 1: a linear warm-up, then `config.schedule`.
 
     cosine    from the peak, at the first step after the warm-up, to `min_lr`, at the last one
     constant  the peak

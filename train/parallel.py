@@ -1,8 +1,9 @@
-"""Applied to a model from outside, in this order: activation checkpointing, compilation, sharding."""
+"""Activation checkpointing, compilation and sharding of a model, applied in this order."""
 
 import warnings
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -17,14 +18,16 @@ def parallelize(
     mesh: DeviceMesh | None,
     dtype: torch.dtype,
 ) -> None:
-    """Change `model` in place. With a mesh, each block and then the rest become units of FSDP2.
+    """Change `model` in place. With a mesh, FSDP2 shards each block, then the rest, as units that compute in `dtype`.
 
-    Keys and values cross blocks as arguments and results, so that a unit is one layer and sharing costs nothing extra.
-    Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.
+    Keys and values cross blocks as arguments and results, so a unit is one layer, and sharing them between layers adds
+    no communication. Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.
     """
-    blocks = [block for stack in model.stacks for block in stack.layers]
+    blocks: list[nn.Module] = []
     for stack in model.stacks:
-        stack.activation_checkpointing = activation_checkpointing
+        assert isinstance(stack.layers, nn.ModuleList)
+        blocks += stack.layers
+        stack.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
     if compile_blocks:
         # All blocks share one code object: each kind of block, with and without gradients, is one more variant of it.
         # Past the limit torch would go on uncompiled and say nothing, hence the error.

@@ -1,6 +1,5 @@
 """Pretrain a model: `python train/pretrain.py +arch=cla2 +size=tiny`. See --help."""
 
-import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from omegaconf import DictConfig
 from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
-from train.run import resumed, to_object
+from train.run import launched_rank, resumed, to_object
 from train.schema import PretrainConfig, problems
 
 
@@ -48,7 +47,8 @@ def default_name(choices: Choices) -> str:
     if experiment is None:
         return f"{choices.arch}-{choices.size}"
     given = {override.lstrip("+").partition("=")[0] for override in hydra.overrides.task}
-    beside = [choice for group, choice in (("arch", choices.arch), ("size", choices.size)) if group in given]
+    pairs = ("arch", choices.arch), ("size", choices.size)
+    beside = [choice for group, choice in pairs if choice is not None and group in given]
     return "-".join([*beside, experiment])
 
 
@@ -70,12 +70,6 @@ def free_folder(config: DictConfig) -> Path:
     base = Path(parent) / f"{config.name}-seed{config.seed}"
     candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
     return next(path for path in candidates if not path.exists())
-
-
-def launched_rank() -> int:
-    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    return int(next((rank for rank in ranks if rank is not None), 0))
 
 
 if __name__ == "__main__":

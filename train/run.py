@@ -9,6 +9,7 @@ summary.json   the result, written when training ends
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ GROUPS = ("optim", "trainer", "logger")
 
 
 def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[str, Any]) -> None:
-    """Write all but the results. Each start of the run adds an entry to run.json, with the items of `about`.
+    """Write all files but the results. Each start of the run adds an entry to run.json, with the items of `about`.
 
     Raises UsageError if the folder cannot be created or written to.
     """
@@ -52,7 +53,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[st
 
 
 def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
-    """Metrics that do not change while a run trains, by their names in logs and in wandb."""
+    """Compute the metrics that do not change while a run trains, by their names in logs and in wandb."""
     model = config.model
     kv = kv_bytes(plan, config.context, config.kv_itemsize)
     return {
@@ -66,10 +67,10 @@ def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
 
 
 def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: dict[str, float]) -> dict[str, Any]:
-    """summary.json of a run of `steps` steps on the data of checksum `data`: what a Pareto plot needs.
+    """Build the summary.json of a run of `steps` steps on the data of checksum `data`: all that a Pareto plot needs.
 
-    `experiment` is all that decides the result except the seed. `unpredicted`: targets at the start of each sequence
-    that the model does not predict; neither trained on nor in any loss.
+    `experiment` holds everything that decides the result except the seed. `unpredicted`: number of targets at the start
+    of each sequence that the model does not predict; they are neither trained on nor in any loss.
     """
     experiment = deciding_values(to_dict(config), "result")
     for key in ("data", "tokens"):  # the checksum and the steps stand for them
@@ -123,3 +124,9 @@ def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
     result = OmegaConf.to_object(config)
     assert isinstance(result, PretrainConfig)
     return result
+
+
+def launched_rank() -> int:
+    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+    return int(next((rank for rank in ranks if rank is not None), 0))

@@ -1,5 +1,7 @@
-"""The typed schema of `train/pretrain.py`: every key of its command line stands here with what it means, or, of `arch`,
-`size` and `data`, in arch/config.py and data/config.py."""
+"""Schema of `train/pretrain.py`: every key of its command line, with its meaning.
+
+The keys of `arch` and `size` are in arch/config.py, those of `data` in data/config.py.
+"""
 
 import math
 import re
@@ -17,7 +19,7 @@ LOSS_ROWS = 2048
 
 
 def same_as(key: str) -> Any:
-    """The value of another key, resolved when the command line is composed: OmegaConf's `II`, needed without it."""
+    """Refer to the value of another key, resolved when the command line is composed: OmegaConf's `II` without it."""
     return "${" + key + "}"
 
 
@@ -51,7 +53,7 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """How the run is executed; nothing here changes what is learned, up to rounding.
+    """Execution of the run; nothing here changes what is learned, up to rounding.
 
     accelerator  cpu, cuda, or auto: cuda where there is one, else cpu
     strategy     auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
@@ -60,7 +62,7 @@ class TrainerConfig:
     compile      torch.compile each block; null: on CUDA
     backend      attention backend: auto, or a name from arch/attend.py
     val_every    steps between validations; null: four in the run
-    checkpoint_every, keep_checkpoints   steps between checkpoints, and how many of the newest are kept beside the best
+    checkpoint_every, keep_checkpoints   steps between checkpoints, and the number of newest ones to keep, with the best
     max_rise     the run ends where the loss stays more than this many nats above its lowest
     max_hours    save and end after this many hours (leave room for one checkpoint); null: no limit
     peak_tflops  dense TFLOP/s of one device, for MFU; null: of its data sheet (eval/hardware.py), no MFU if unknown
@@ -103,10 +105,10 @@ class PretrainConfig:
     kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
     name        null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the seed
                 are one point of a Pareto plot
-    folder      where the run is kept; null: runs/<time>/<name>-seed<seed>
+    folder      folder to write the run to; null: runs/<time>/<name>-seed<seed>
     init        run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
     train_only  regular expression: only parameters in whose name it is found are trained; null: all
-    resume      folder of a run to continue; its own configuration is used, keys given beside it change that
+    resume      folder of a run to continue; its own configuration is used, other keys on the command line change it
     """
 
     arch: ArchConfig = field(default_factory=ArchConfig)
@@ -132,7 +134,7 @@ class PretrainConfig:
 
 
 def problems(config: PretrainConfig) -> list[str]:
-    """What is wrong with the run besides its layout, each with the fix."""
+    """List what is wrong with the run apart from its layout, each with the fix."""
     found = value_problems(config)
     if found:
         return found
@@ -156,7 +158,7 @@ def problems(config: PretrainConfig) -> list[str]:
 
 
 def block_problems(config: PretrainConfig) -> list[str]:
-    """What a Block Transformer cannot be trained on, or nothing else can."""
+    """List the options that a Block Transformer cannot be trained with, or only it can."""
     block, data = config.arch.block, config.data
     if block is None:
         return ["data.block_padding is for a Block Transformer; choose one, or leave it out"] * data.block_padding
@@ -174,7 +176,7 @@ def block_problems(config: PretrainConfig) -> list[str]:
 
 
 def value_problems(config: PretrainConfig) -> list[str]:
-    """Values that make no sense by themselves."""
+    """List the values that make no sense by themselves."""
     trainer, found = config.trainer, []
     for name, value, choices in (
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
@@ -183,7 +185,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
     ):
         if value not in choices:
             found.append(f"trainer.{name} is {value}; choose {', '.join(choices)}")
-    for name, value in (
+    for name, count in (
         ("trainer.devices", trainer.devices),
         ("trainer.num_nodes", trainer.num_nodes),
         ("trainer.log_every", trainer.log_every),
@@ -195,8 +197,8 @@ def value_problems(config: PretrainConfig) -> list[str]:
         ("context", config.context),
         ("kv_itemsize", config.kv_itemsize),
     ):
-        if value is not None and value < 1:
-            found.append(f"{name} is {value}; it must be at least 1")
+        if count is not None and count < 1:
+            found.append(f"{name} is {count}; it must be at least 1")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
     for name in ("max_rise", "max_hours", "peak_tflops"):
@@ -214,7 +216,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
 
 
 def optim_problems(optim: OptimConfig) -> list[str]:
-    """What is wrong with optimizer and schedule, each with the fix."""
+    """List what is wrong with optimizer and schedule, each with the fix."""
     found = []
     for name, choices in (("name", ("adamw", "muon")), ("schedule", ("cosine", "wsd", "constant"))):
         if getattr(optim, name) not in choices:
@@ -234,7 +236,7 @@ def optim_problems(optim: OptimConfig) -> list[str]:
 
 
 def sequence_format(plan: Plan, data: DataConfig) -> "SequenceFormat":
-    """How a row of tokens becomes the inputs and targets of a model of `plan`."""
+    """Describe how a row of tokens becomes the inputs and targets of a model of `plan`."""
     from data.batches import SequenceFormat  # which imports torch
 
     return SequenceFormat(
@@ -246,12 +248,13 @@ def sequence_format(plan: Plan, data: DataConfig) -> "SequenceFormat":
 
 
 def num_steps(config: PretrainConfig) -> int:
-    """Optimizer steps of the run."""
+    """Number of optimizer steps of the run."""
     return config.tokens // (config.batch_size * config.size.seq_len)
 
 
 def micro_batch(config: PretrainConfig) -> int:
-    """Sequences per forward pass: as configured, or the largest divisor that keeps it within 32768 tokens."""
+    """Number of sequences per forward pass: as configured, or the largest divisor of a rank's batch that stays within
+    32768 tokens."""
     if config.trainer.micro_batch:
         return config.trainer.micro_batch
     per_rank_batch = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)

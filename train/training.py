@@ -3,11 +3,11 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
 import wandb
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
-from train.run import static_metrics, summarize, write_start
+from train.run import launched_rank, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 
 
@@ -33,11 +33,12 @@ def run(config: PretrainConfig) -> None:
     Raises one of cli.MISTAKES, before any work, if the configuration cannot be run on this machine; TrainingError if
     the run fails.
     """
-    plan = resolve(config.model)
+    assert config.name is not None and config.folder is not None  # pretrain.py chooses them
+    plan, folder = resolve(config.model), Path(config.folder)
     try:
-        device, attention = check_on_device(config)
+        device, attention = check_on_device(config, folder)
         start = None
-        if config.resume is not None and rank_zero_only.rank == 0:  # reads every byte, and broadcasts the answer
+        if config.resume is not None and launched_rank() == 0:  # reads every byte, and broadcasts the answer
             start = checkpoint.latest_valid(Path(config.resume))
     except TrainingError as error:
         raise UsageError(str(error)) from error
@@ -45,8 +46,7 @@ def run(config: PretrainConfig) -> None:
     if config.resume is None:  # a resumed run keeps the limits it started with
         check_limits(config.data, data.folders)
     module = LitModel(config, data.token_bytes())
-    folder = Path(config.folder)
-    if rank_zero_only.rank == 0:
+    if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
         write_start(folder, config, plan, {"from_step": step, "attention": attention})
         console = Console(width=None if sys.stdout.isatty() else 140)
@@ -61,14 +61,14 @@ def run(config: PretrainConfig) -> None:
         trainer = build_trainer(config, plan, device, checkpoints)
         fit(trainer, module, data, checkpoints)
         if trainer.is_global_zero:
-            finish(trainer, module, config, plan, data.digest)
+            finish(trainer, module, folder, plan, data.digest)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
 
 
-def check_on_device(config: PretrainConfig) -> tuple[str, str]:
-    """Return the type of device to run on and a description of the attention kernels.
+def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str]:
+    """Return the type of device that the run in `folder` trains on, and a description of the attention kernels.
 
     Raises UsageError if the model cannot be trained there as configured, TrainingError if `init` does not match it.
     """
@@ -84,15 +84,16 @@ def check_on_device(config: PretrainConfig) -> tuple[str, str]:
     names = [name for name, _ in model.named_parameters()]
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
         raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
-    if config.init is not None and not checkpoint.checkpoints(Path(config.folder)):
+    if config.init is not None and not checkpoint.checkpoints(folder):
         checkpoint.check_matches(checkpoint.resolve(Path(config.init)), model)
     return device, attention
 
 
 def fit(trainer: L.Trainer, module: LitModel, data: TokenDataModule, checkpoints: CheckpointCallback) -> None:
     """Train to the last step. A run that is asked to stop saves its state and ends the process."""
+    hyperparameters = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
+        logger.log_hyperparams(hyperparameters)
     try:
         trainer.fit(module, data)
         if not module.val_metrics:  # the run had ended before
@@ -118,9 +119,10 @@ def describe_saved(folder: Path) -> str:
     return f"The last good checkpoint is {saved}; resume={folder} continues from it"
 
 
-def finish(trainer: L.Trainer, module: LitModel, config: PretrainConfig, plan: Plan, data: str) -> None:
+def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data: str) -> None:
     """Write the summary, print it, and log it with a Pareto plot. `data` is the digest of the data."""
-    folder, val, length = Path(config.folder), module.val_metrics, config.size.seq_len
+    config, val = module.config, module.val_metrics
+    length = config.size.seq_len
     first = plan.num_unpredicted + 1
     counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
     write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))

@@ -76,6 +76,7 @@ def convert(config: DictConfig, out: Path) -> None:
         raise UsageError(f"from={config.source} is a Block Transformer already: pretrain.py init= goes on from it")
     target = blocks(vanilla, config.length, config.prefix, config.start)
     plan = resolve(target)
+    assert isinstance(plan, BlockPlan)
     model = Decoder(vanilla)
     check_halves(model.plan, plan)
     checkpoint.load(folder, model)
