@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 PACKAGES = (
@@ -21,6 +22,8 @@ PACKAGES = (
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
+SERVER = os.getpid()
+SHARED_FOLDERS: list[tempfile.TemporaryDirectory] = []  # made by packages as they are imported (wandb makes two)
 SUBREAPER = 36  # prctl: whose grandchildren, once orphaned, become its children
 
 
@@ -73,6 +76,9 @@ def receive(line: socket.socket) -> tuple[dict, list[int]]:
     """The next job and its streams. Ends the process where none can come any more."""
     message, streams, *_ = socket.recv_fds(line, 2**20, 3)
     if not message:
+        if os.getpid() == SERVER:
+            for folder in SHARED_FOLDERS:
+                folder.cleanup()
         os._exit(0)
     return json.loads(message), streams
 
@@ -144,6 +150,9 @@ def second(job: dict) -> None:
 if __name__ == "__main__":
     for package in PACKAGES:
         importlib.import_module(package)
+    SHARED_FOLDERS += [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
+    for folder in SHARED_FOLDERS:
+        folder._finalizer.atexit = False  # or the fork that ends first deletes it for all
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
     job = serve(socket.socket(fileno=int(sys.argv[1])))
