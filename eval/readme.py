@@ -10,6 +10,7 @@ if not __package__:  # run as a script
 
 from arch import ModelConfig, resolve
 from arch.footprint import kv_bytes
+from data.cli import fail
 from eval.layouts import CONFIGS, load_arch, load_size, names
 from eval.units import bytes_text, number_text
 
@@ -44,4 +45,8 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text()))
+    if sys.argv[1:]:
+        fail(f"{__doc__} It takes no arguments")
+    before = README.read_text()
+    README.write_text(updated(before))
+    print(f"{README.name}: {'as it was' if README.read_text() == before else 'a new table of layouts'}")

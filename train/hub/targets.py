@@ -5,7 +5,8 @@ remote   the decoder of train/hf, whose two files go into the folder: layouts th
 shipped  the files of arch/ themselves, behind two thin ones of train/hf: every layout
 
 A target is refused, never approximated. Config and weights of each come from the format of its name in
-arch/convert_formats.py. To add a target, add its format there and a function (config, plan) -> Target to TARGETS here.
+arch/convert_formats.py. To add a target, add its format there, a function (config, plan) -> Target to TARGETS
+here, and its name to TARGET_NAMES of request.py.
 
 One duplicate is deliberate: train/hf/modeling_kvfrontier.py implements the decoder (norms, rotary embedding, SwiGLU,
 the loop over layers) a second time. Only a model written against the interfaces of transformers gets its growing and
