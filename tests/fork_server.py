@@ -4,6 +4,7 @@ A server imports them once and then forks: each fork becomes one command, with a
 signals and exit code of its own. It imports this repository itself, so that a missing import still shows.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -153,6 +154,7 @@ if __name__ == "__main__":
     SHARED_FOLDERS += [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
     for folder in SHARED_FOLDERS:
         folder._finalizer.atexit = False  # or the fork that ends first deletes it for all
+        atexit.unregister(folder.cleanup)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
     job = serve(socket.socket(fileno=int(sys.argv[1])))
