@@ -230,7 +230,8 @@ def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.Cap
 def test_picture(vals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows where validation is compared; a legend where names at the ends of lines would overlap."""
     drawn = []
-    monkeypatch.setattr(curves_picture.plt, "close", drawn.append)
+    draw = curves_picture.draw_curves
+    monkeypatch.setattr(curves_picture, "draw_curves", lambda *arguments: drawn.append(draw(*arguments)))
     for arch, last in (("mha", 4.0), ("cla2", 4.5 if vals == 8 else 4.01)):
         for seed in (0, 1):
             make_run(tmp_path / "runs", arch, line(last + 2, 0.01), seed=seed, vals=vals)

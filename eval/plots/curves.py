@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from eval.plots.style import DARK_INK, REFERENCE, Axes, Figure, Look, common_suffix, line_looks, plain_axes, plt
+from eval.plots.style import DARK_INK, REFERENCE, Axes, Look, Picture, common_suffix, line_looks, plain_axes
 from eval.runs import Curve
 from eval.units import count_text
 
@@ -15,14 +15,16 @@ EARLY = 0.05  # fraction of a run whose losses, falling from chance, do not set 
 TITLES = {"val": "validation loss", "train": "training loss"}
 
 
-def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path) -> None:
-    """Draw a column each for tokens, seconds and FLOPs; validation above training if validation losses are compared."""
+def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path | None = None) -> Picture:
+    """Draw a column each for tokens, seconds and FLOPs; validation above training if validation losses are compared.
+
+    With a `path` the picture is also written there.
+    """
     rows = ["val", "train"] if result["which"] == "val" else ["train"]
     unit = "CPU seconds" if result["clock"] == "cpu" else "seconds"
     columns = {"tokens": "training tokens", "seconds": f"{unit} of training", "flops": "training FLOPs"}
-    figure, grid = plt.subplots(
-        len(rows), 3, figsize=(11, 3.1 * len(rows) + 0.5), sharey="row", sharex="col", squeeze=False
-    )
+    figure = Picture(figsize=(11, 3.1 * len(rows) + 0.5))
+    grid = figure.subplots(len(rows), 3, sharey="row", sharex="col", squeeze=False)
     looks = line_looks(len(curves))
     for which, line in zip(rows, grid, strict=True):
         for (key, label), axes in zip(columns.items(), line, strict=True):
@@ -35,8 +37,8 @@ def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path) -> 
         line[0].set_ylabel(f"{TITLES[which]}, nats per token")
     figure.tight_layout(rect=(0, 0, 0.9, 0.98))
     _name(figure, grid[0][-1], curves, looks, rows[0])
-    figure.savefig(path, dpi=160, facecolor="white")
-    plt.close(figure)
+    figure.write(path, dpi=160)
+    return figure
 
 
 def _draw(axes: Axes, curve: Curve, which: str, key: str, look: Look) -> None:
@@ -80,7 +82,7 @@ def _limits(curves: Sequence[Curve], which: str, target: float) -> tuple[float, 
 
 
 def _name(
-    figure: Figure,
+    figure: Picture,
     last: Axes,
     curves: Sequence[Curve],
     looks: Sequence[Look],

@@ -8,14 +8,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from eval.plots.style import BLUE, DARK_INK, DOMINATED, INK, LIGHT_INK, Axes, Figure, common_suffix, plain_axes, plt
+from eval.plots.style import BLUE, DARK_INK, DOMINATED, INK, LIGHT_INK, Axes, Picture, common_suffix, plain_axes
 from eval.runs import Point
 from eval.units import bytes_text, number_text
 
 
-def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path) -> None:
-    """Draw bytes (log) against quality (lower is better): the frontier as a staircase, seed ranges as whiskers."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
+    """Draw bytes (log) against quality (lower is better): the frontier as a staircase, seed ranges as whiskers.
+
+    With a `path` the picture is also written there.
+    """
+    figure = Picture(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
     axes.set_xscale("log", base=2)
     if len({row.bytes for row in rows}) == 1:
         axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
@@ -47,11 +51,11 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path) -
     ]
     legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
     _label(figure, axes, rows, legend)
-    figure.savefig(path, dpi=200, facecolor="white")
-    plt.close(figure)
+    figure.write(path, dpi=200)
+    return figure
 
 
-def _label(figure: Figure, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
+def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
     """Name each point at the first place around it where the name touches no other point, name or whisker."""
     figure.canvas.draw()
     taken = [legend.get_window_extent()]

@@ -7,24 +7,25 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from arch import KVPlan, Plan, StoreSpec
 from arch.footprint import kv_bytes
-from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, plt
+from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, Picture
 from eval.units import bytes_text
 
 
-def draw_plan(plan: Plan, title: str, context: int, itemsize: int, path: Path) -> None:
+def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Path | None = None) -> Picture:
     """Draw the layers from left (lowest) to right and above each owner the store it writes, with lines to its readers.
 
-    One map for each stack of the model.
+    One map for each stack of the model. With a `path` the picture is also written there.
     """
     stacks = plan.stacks
     titles = [f"{title}, {stacks[0].title}".removesuffix(", "), *(stack.title for stack in stacks[1:])]
     layers = max(stack.plan.num_layers for stack in stacks)
-    figure, rows = plt.subplots(len(stacks), figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(stacks)), squeeze=False)
+    figure = Picture(figsize=(max(7.0, 0.42 * layers + 1.5), 3.6 * len(stacks)))
+    rows = figure.subplots(len(stacks), squeeze=False)
     for axes, stack, name in zip(rows[:, 0], stacks, titles, strict=True):
         _draw_stack(axes, stack.plan, name, stack.num_positions(context), stack.unit, itemsize, layers)
     figure.subplots_adjust(hspace=0.3)
-    figure.savefig(path, dpi=160, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
+    figure.write(path, dpi=160, bbox_inches="tight")
+    return figure
 
 
 # Of a kind that is not here, a colour that is left.

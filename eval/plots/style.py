@@ -1,17 +1,15 @@
-"""Palette and axes of every picture. Importing it selects the renderer that needs no display."""
+"""Figure, palette and axes of every picture; none of them needs a display."""
 
+import io
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["Axes", "Figure", "plt"]
+__all__ = ["Axes"]
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f"
 # Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
@@ -19,6 +17,24 @@ LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00",
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 INK, DARK_INK, LIGHT_INK = "#222222", "#555555", "#666666"
 DOMINATED, REFERENCE, OUTLINE, GRID = "#8a8a8a", "#777777", "#999999", "#e4e4e4"
+
+
+class Picture(Figure):
+    """A figure that a notebook shows where it is the value of a cell, whatever backend matplotlib has there."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        FigureCanvasAgg(self)
+
+    def write(self, path: Path | None, **options: Any) -> None:
+        """Save the picture on white, with `options` of savefig; do nothing without a path."""
+        if path is not None:
+            self.savefig(path, facecolor="white", **options)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110, facecolor="white", bbox_inches="tight")
+        return buffer.getvalue()
 
 
 class Look(NamedTuple):
