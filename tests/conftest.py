@@ -31,6 +31,7 @@ from data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from eval.layouts import load_arch, names
 from train.checkpoint import checkpoints
+from train.parallel import keep_einops_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = names("arch")
@@ -43,6 +44,7 @@ WINDOW = 6
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
+keep_einops_whole()  # in blocks that tests compile, as in training
 
 
 def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: object) -> ModelConfig:
