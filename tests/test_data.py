@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from data.batches import IGNORE, EvalBatches, SequenceFormat, TrainBatches, documents_of, order
-from data.files import DataError
+from data.files import DataError, sha256
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.shards import Manifest, TokenWindows, read_offsets
-from data.verify import verify
+from data.verify import verify, verify_once
 
 
 @pytest.fixture
@@ -238,6 +238,141 @@ def test_broken_folders_are_refused(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"holds no prepared data; run data/prepare.py"):
         Manifest.load(copy)
+
+
+def of_type(path: str, value: object):
+    """A change of the value at `path` in a manifest."""
+
+    def change(values: dict) -> None:
+        *parents, key = path.split(".")
+        for parent in parents:
+            values = values[parent] if isinstance(values, dict) else values[int(parent)]
+        values[key] = value
+
+    return change
+
+
+SHARD = "splits.train.shards.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (of_type(f"{SHARD}.tokens", 5.0), "tokens of a shard of train is '5.0'"),
+        (of_type(f"{SHARD}.tokens", "5"), "tokens of a shard of train is '5'"),
+        (of_type(f"{SHARD}.tokens", True), "tokens of a shard of train is 'True'"),
+        (of_type(f"{SHARD}.tokens", -1), "tokens of a shard of train is '-1'"),
+        (of_type(f"{SHARD}.documents", 2**70), "documents of a shard of train is '1180"),
+        (of_type(f"{SHARD}.sha256", 5), "sha256 of a shard of train is '5'"),
+        (of_type(f"{SHARD}.offsets_sha256", "abc"), "offsets_sha256 of a shard of train is 'abc'"),
+        (of_type(f"{SHARD}.more", 1), "a shard of train has an unknown key more"),
+        (of_type(SHARD.removesuffix(".0"), {}), "split train has no list of shards"),
+        (of_type("splits.train", []), "train is no object"),
+        (of_type("splits.train.bytes", None), "bytes of split train is 'None'"),
+        (of_type("splits", 3), "splits is no object"),
+        (of_type("recipe", []), "recipe is no object"),
+        (of_type("recipe.source", None), "source is no object"),
+        (of_type("vocab_size", None), "vocab_size of it is 'None'"),
+        (of_type("vocab_size", 2**16 + 1), "end of text 0 in a vocabulary of 65537"),
+        (of_type("end_of_text", 600), "end of text 600 in a vocabulary of 600"),
+        (of_type("tokenizer_sha256", 7), "tokenizer_sha256 of it is '7'"),
+        (of_type("dtype", "O"), "dtype 'O'"),
+        (of_type("sources", 3), "sources of it is '3'"),
+        (lambda values: values.pop("dtype"), "it lacks a key"),
+        (lambda values: values["splits"].update(val=values["splits"]["train"]), "one file in two places"),
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(copy: Path, change, message: str) -> None:
+    values = json.loads((copy / "manifest.json").read_text())
+    change(values)
+    (copy / "manifest.json").write_text(json.dumps(values))
+    for read in (Manifest.load, verify):
+        with pytest.raises(DataError) as caught:
+            read(copy)
+        assert "is not a manifest" in str(caught.value) and message in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_manifest_that_cannot_be_read(copy: Path) -> None:
+    path = copy / "manifest.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(DataError, match="is not a manifest"):
+        Manifest.load(copy)
+    path.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(DataError, match="is not a manifest"):
+        Manifest.load(copy)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"cannot read .*manifest.json: Is a directory"):
+        Manifest.load(copy)
+    with pytest.raises(DataError, match=r"cannot read .*manifest.json: File name too long"):
+        Manifest.load(copy / ("x" * 300))
+    with pytest.raises(DataError, match="holds no prepared data"):
+        Manifest.load(copy / "tokenizer.json")
+
+
+@pytest.mark.parametrize("keep", [20, 60, 100, 127])
+def test_offsets_whose_header_is_cut(copy: Path, keep: int) -> None:
+    path = copy / "train-00000.offsets.npy"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:keep].replace(b"}", b" ").ljust(128) + raw[128:])
+    with pytest.raises(DataError, match=r"offsets.npy is altered or cut short"):
+        windows(copy)
+    with pytest.raises(DataError, match=r"offsets.npy is altered"):
+        verify(copy)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_when_it_is_read(copy: Path) -> None:
+    overwrite(copy / "train-00000.bin", b"\xff\x7f", 2 * 3500)
+    read = windows(copy)
+    with pytest.raises(
+        DataError, match=r"train-00000.bin is altered: position 3500 has token 32767 in a vocabulary of"
+    ):
+        [read[index] for index in range(len(read))]
+
+
+def test_the_bytes_of_tokens_are_checked(copy: Path) -> None:
+    manifest = Manifest.load(copy)
+    assert manifest.token_bytes(copy).tolist() == np.load(copy / "token_bytes.npy").tolist()
+    for wrong in (np.zeros(3, int), np.zeros(600), np.zeros((600, 1), int), np.array([{}] * 600)):
+        np.save(copy / "token_bytes.npy", wrong)
+        with pytest.raises(DataError, match=r"token_bytes.npy"):
+            manifest.token_bytes(copy)
+
+
+def test_shards_are_compared_once(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stamp is trusted while the file's inode, size and times are those of the stamp, and only then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read: list[str] = []
+    checksum = sha256
+    monkeypatch.setattr("data.verify.sha256", lambda path: read.append(path.name) or checksum(path))
+    manifest, shard, said = Manifest.load(copy), copy / "train-00000.bin", []
+
+    def check() -> list[str]:
+        read.clear()
+        verify_once(copy, manifest, say=said.append)
+        return sorted(read)
+
+    both = ["train-00000.bin", "val-00000.bin"]
+    assert check() == check() == both and not said and not (tmp_path / "cache").exists(), "a small folder has no stamp"
+    monkeypatch.setattr("data.verify.SMALL", 100)
+    assert check() == both and "comparing 2 shards" in said[0]
+    assert check() == [] and len(said) == 1
+    before, raw = shard.stat(), shard.read_bytes()
+    overwrite(shard, b"\x07\x00", 7000)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"train-00000.bin is altered: its checksum is not that of the manifest"):
+        check()
+    shard.write_bytes(raw)
+    assert check() == ["train-00000.bin"] and check() == []
+    (stamp,) = (tmp_path / "cache" / "kvfrontier" / "verified").iterdir()
+    stamp.write_text("[" * 100_000)
+    assert check() == both
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shard))  # a cache that cannot be written
+    assert check() == check() == both and "cannot write" in said[-1]
+    shard.unlink()
+    with pytest.raises(DataError, match=r"cannot read .*train-00000.bin: No such file"):
+        check()
 
 
 def overwrite(path: Path, raw: bytes, at: int) -> None:

@@ -65,7 +65,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def token_bytes(self) -> Tensor:
         """Load the number of UTF-8 bytes of each token, [V]."""
-        return torch.from_numpy(np.load(self.folder / "token_bytes.npy").astype(np.int64))
+        return torch.from_numpy(self.folders[self.folder].token_bytes(self.folder).astype(np.int64))
 
     def train_dataloader(self) -> TrainBatches:
         trainer, config = self.trainer, self.config
