@@ -17,7 +17,7 @@ def keep_einops_whole() -> None:
     It would trace their parsing of patterns in Python, which is four fifths of the time that tracing a block takes.
     """
     for function in (einops.rearrange, einops.repeat):
-        torch.compiler.allow_in_graph(function)
+        torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
 def parallelize(
