@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,40 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file and the fix."""
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` atomically; the content is on the disk before it gets its name."""
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` atomically: content, then name, are on the disk when this returns. Nothing is left on an error."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or folder, replacing a file, and wait until the name is on the disk."""
+    os.replace(old, new)
+    sync_folder(new.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk, where its file system can tell."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems that cannot flush a folder keep names safe in their own way, or not at all
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

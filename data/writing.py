@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .files import DataError, sha256, write_json
+from .files import DataError, sha256, sync_folder, write_json
 from .shards import Shard
 from .sources import Position
 
@@ -139,6 +139,7 @@ class SplitWriter:
             np.save(file, np.concatenate([[0], ends[:-1] + 1]).astype(np.int64))
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(self.folder)  # before the progress file or the manifest names them
         self.progress.shards.append(
             Shard(
                 file=self.path.name,
