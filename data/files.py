@@ -38,11 +38,21 @@ def rename(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, or what is in its place, to a free name beside it, and return that."""
+    names = ["damaged", *(f"damaged-{number}" for number in range(2, 10_000))]
+    free = next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
+    rename(path, free)
+    return free
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in `folder` are on the disk, where its file system can tell."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # file systems that cannot flush a folder keep names safe in their own way, or not at all
+        with suppress(
+            OSError
+        ):  # file systems that cannot flush a folder keep names safe in their own way, or not at all
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -4,19 +4,20 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 
-from data.files import DataError, write_json
+from data.files import DataError, set_aside, write_json
 from train import checkpoint
 from train.lightning_private import disable_signal_handling, set_loop_step
 from train.lit_module import LitModel, lit_model
+from train.signals import RunStopped, Signals
 
 
 class CheckpointCallback(L.Callback):
@@ -31,6 +32,8 @@ class CheckpointCallback(L.Callback):
         self.start, self.init = start, init
         self.best = math.inf
         self.step = 0  # of the newest checkpoint
+        self.broken: set[str] = set()  # names of checkpoints that were found so; they count as none
+        self.loaded = False  # nothing that was read is in doubt any more
 
     @property
     def best_file(self) -> Path:
@@ -41,18 +44,37 @@ class CheckpointCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = lit_model(pl_module)
-        if self.start is None:
-            if self.init is not None:
-                checkpoint.load(checkpoint.resolve(self.init), module.model)
-            return
-        checkpoint.load(self.start, module.model, trainer.optimizers[0])
-        self.step = checkpoint.step_of(self.start)
-        set_loop_step(trainer, self.step)
-        module.clock.load(checkpoint.load_info(self.start).get("clock"))
-        if self.best_file.is_file():
+        if self.start is not None:
+            checkpoint.load(self.start, module.model, trainer.optimizers[0])
+            self.step = checkpoint.step_of(self.start)
+            set_loop_step(trainer, self.step)
+            module.clock.load(checkpoint.load_info(self.start).get("clock"))
+            saved = checkpoint.checkpoints(self.run)
+            self.broken = {path.name for path in saved[: saved.index(self.start)]}
+            best = self.read_best() if trainer.is_global_zero else None
+            _, self.best = trainer.strategy.broadcast(best) or ("", math.inf)
+        elif self.init is not None:
+            checkpoint.load(checkpoint.resolve(self.init), module.model)
+        self.loaded = True
+
+    def read_best(self) -> tuple[str, float] | None:
+        """Name and validation loss of the best checkpoint; None where there is none that is not broken.
+
+        A damaged best.json is renamed, with a warning.
+        """
+        try:
             best = json.loads(self.best_file.read_text())
-            if best["checkpoint"] <= self.start.name:  # a later one was broken
-                self.best = best["val_loss"]
+            name, loss = str(best["checkpoint"]), best["val_loss"]
+            if type(loss) not in (int, float) or not math.isfinite(loss):
+                raise ValueError(f"val_loss is {str(loss)[:80]}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            aside = set_aside(self.best_file)
+            print(f"{self.best_file} is damaged ({error!r:.200}); it is now {aside.name}", file=sys.stderr)
+            return None
+        there = (self.run / "checkpoints" / name) in checkpoint.checkpoints(self.run)
+        return (name, float(loss)) if there and name not in self.broken else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,50 +113,40 @@ class CheckpointCallback(L.Callback):
                 self.prune()
 
     def prune(self) -> None:
-        """Delete all but the newest `keep` checkpoints and the best.
+        """Delete all but the newest `keep` checkpoints and the best; those that are broken count as none.
 
-        Checkpoints after this step were broken when the run was resumed and go too. A folder that cannot be deleted,
-        because another program reads it, is tried again with the next checkpoint.
+        A folder that cannot be deleted, because another program reads it, is tried again with the next checkpoint.
         """
         saved = checkpoint.checkpoints(self.run)
-        newest = [path for path in saved if checkpoint.step_of(path) <= self.step][: self.keep]
-        retained = {path.name for path in newest}
-        if self.best_file.is_file():
-            retained.add(json.loads(self.best_file.read_text())["checkpoint"])
-        for path in [*saved, *(self.run / "checkpoints").glob("step-*.partial")]:
+        self.broken.discard(folder_name(self.step))
+        retained = {path.name for path in [path for path in saved if path.name not in self.broken][: self.keep]}
+        best = self.read_best()
+        if best is not None:
+            retained.add(best[0])
+        for path in saved:
             if path.name not in retained:
-                shutil.rmtree(path, ignore_errors=True)
+                checkpoint.delete(path)
+        for path in (self.run / "checkpoints").glob("step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-class RunStopped(SystemExit):
-    """A run that stopped on request and has saved its state."""
-
-    def __init__(self, reason: str, code: int):
-        super().__init__(code)
-        self.reason = reason
-
-
 class GracefulStop(L.Callback):
     """Save and end the run after the micro-batch in which any process got a signal, or the time limit passed.
 
-    Signals are SIGTERM, SIGUSR1 and Ctrl-C; a second Ctrl-C interrupts at once. Replaces Lightning's handlers.
-    Processes agree through a process group on the CPU, which waits for no device.
+    Signals are those of train/signals.py. Processes agree through a process group on the CPU, which waits for no
+    device.
     """
 
     TIME_IS_UP = 1000
 
-    def __init__(self, checkpoints: CheckpointCallback, max_hours: float | None):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: CheckpointCallback, signals: Signals, max_hours: float | None):
+        self.checkpoints, self.signals = checkpoints, signals
         self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
-        self.received = 0
         self.group: dist.ProcessGroup | None = None
-        # Now and not in `setup`: the first process starts the others before, and they would outlive it.
-        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self.previous_handlers = {number: signal.signal(number, self._receive) for number in signals}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         disable_signal_handling(trainer)
@@ -142,15 +154,13 @@ class GracefulStop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
+        self.signals.begin()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.training = False
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.signals.training = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,7 +180,7 @@ class GracefulStop(L.Callback):
             self._stop_if_requested(trainer, lit_model(pl_module))
 
     def _stop_if_requested(self, trainer: L.Trainer, module: LitModel) -> None:
-        reason = self.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
+        reason = self.signals.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
         if trainer.world_size > 1:
             flag = torch.tensor([reason])
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)

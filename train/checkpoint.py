@@ -10,24 +10,30 @@ The position in the data and in every schedule is a function of the step, so a r
 
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
+from torch.futures import Future
 
-from data.files import sha256, write_json
+from data.files import rename, sha256, sync_folder, write_json
 from train.errors import TrainingError
+from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
@@ -40,11 +46,6 @@ def distributed() -> bool:
 
 def rank() -> int:
     return dist.get_rank() if distributed() else 0
-
-
-def barrier() -> None:
-    if distributed():
-        dist.barrier()
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -60,48 +61,108 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
     return tensors
 
 
+class TensorWriter(HuggingFaceStorageWriter):
+    """Write the files of the base class without its copies of all tensors: one after the other, hashed on the way."""
+
+    files: dict[str, Any]  # size and sha256 of those that this process has written
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), save_distributed=True)
+        self.folder, self.files = folder, {}
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what `plan` gives this process. Larger types come first, which keeps all tensors aligned."""
+        pieces = {}
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None and item.index.fqn not in pieces, item  # rows of this process are one piece
+            layout = Layout(data.properties.dtype, data.chunk.sizes, data.chunk.offsets)
+            pieces[item.index.fqn] = layout, item
+        pieces = dict(sorted(pieces.items(), key=lambda entry: (-entry[1][0].dtype.itemsize, entry[0])))
+        layouts = {name: layout for name, (layout, _) in pieces.items()}
+        places = {name: {"saved_offsets": layout.offsets} for name, layout in layouts.items()}
+        metadata = {SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+        if pieces:
+            name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            tensors = (cast(Tensor, planner.resolve_data(item)) for _, item in pieces.values())
+            self.files[name] = write_file(self.folder / name, layouts, tensors, metadata)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(MetadataIndex(name), layout.num_bytes, None) for name, layout in layouts.items()])
+        return done
+
+
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]) -> None:
     """Write the checkpoint `folder`; all processes call this together. `about`: plain data for checkpoint.json.
 
-    Raises TrainingError if it cannot be written; nothing of it is left then.
+    Beside the tensors themselves it takes a few parts of them of memory (train/tensor_pieces.py).
+
+    Raises TrainingError, in all processes, if it cannot be written; nothing of it is left then.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass alone the root is still gathered, in tensors the optimizer does not know
     partial = folder.with_name(f"{folder.name}.partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    barrier()
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        _on_rank_0(lambda: _make_empty(partial))
+        writer = TensorWriter(partial)
         dcp.save(named_tensors(model, optimizer), storage_writer=writer, no_dist=not distributed())
-        files = _gather({path.name: _describe(path) for path in partial.glob(f"shard-{rank() + 1:05d}-*")})
-        if rank() == 0:
-            info = {"format": FORMAT, "step": step, **about, "files": files}
-            write_json(partial / INFO, info)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
+        info = {"format": FORMAT, "step": step, **about, "files": _gather(writer.files)}
+        _on_rank_0(lambda: _complete(partial, folder, info))
     except (OSError, CheckpointException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(f"cannot save {folder}: {_cause(error)}") from error
-    barrier()
 
 
-def check_matches(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Return size and type of each tensor in `folder`, by name.
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _complete(partial: Path, folder: Path, info: Mapping[str, Any]) -> None:
+    """Give the checkpoint its name, in the place of one that was there."""
+    write_json(partial / INFO, info)
+    delete(folder)
+    rename(partial, folder)
+    sync_folder(folder.parent.parent)  # it may be the first checkpoint
+
+
+def _on_rank_0(task: Callable[[], None]) -> None:
+    """Run `task` on rank 0 while the others wait. Raises its OSError on all of them."""
+    failed: list[OSError | None] = [None]
+    if rank() == 0:
+        try:
+            task()
+        except OSError as error:
+            failed = [error]
+    if distributed():
+        dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def delete(folder: Path) -> None:
+    """Delete a checkpoint, if it is there; under another name first, so that no part of it ever looks like one.
+
+    Does nothing where the folder cannot be renamed.
+    """
+    doomed = folder.with_name(f"{folder.name}.deleted.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def check_matches(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:
+    """Return the tensors in `folder`, by name, without reading their values.
 
     Raises TrainingError if it cannot be read, or its names or shapes are not those of `model`.
     """
-    try:
-        saved: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"cannot read {folder}: {error}") from error
+    saved = stored_tensors(folder)
     tensors = named_tensors(model, None)
     unknown = sorted(name for name in saved if name.startswith("model.") and name not in tensors)
     wrong = [
-        f"{name} {list(tensor.shape)} here, {list(saved[name].size) if name in saved else 'not'} there"
+        f"{name} {list(tensor.shape)} here, {list(saved[name].shape) if name in saved else 'not'} there"
         for name, tensor in tensors.items()
-        if name not in saved or saved[name].size != tensor.shape
+        if name not in saved or saved[name].shape != tuple(tensor.shape)
     ] + [f"{name} there only" for name in unknown]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -124,7 +185,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
 
 
-def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _make_state(
+    folder: Path, saved: Mapping[str, StoredTensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     """Allocate optimizer state, all zeros, for every trained parameter, with the names and types in `saved`.
 
     Raises TrainingError if `saved` has state of another model, or none for a trained parameter.
@@ -132,9 +195,9 @@ def _make_state(folder: Path, saved: Mapping[str, Any], model: nn.Module, optimi
     by_name = dict(model.named_parameters())
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for entry in (name for name in saved if name.startswith("optimizer.")):
-        _, key, name = entry.split(".", 2)
+        _, key, name = entry.split(".", 2) if entry.count(".") > 1 else (*entry.split("."), "")
         parameter = by_name.get(name)
-        size, dtype = saved[entry].size, saved[entry].properties.dtype
+        size, dtype = torch.Size(saved[entry].shape), DTYPES[saved[entry].dtype]
         if parameter is None or size not in (parameter.shape, torch.Size()):
             raise TrainingError(f"{folder} is of another model: it has {entry} {list(size)}")
         if id(parameter) in trained:
@@ -152,7 +215,9 @@ def load_info(folder: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads((folder / INFO).read_text())
         if info["format"] != FORMAT:
             raise TrainingError(f"{folder} has format {info['format']}, this version reads {FORMAT}")
-        for name in dict(info["files"]):
+        if not isinstance(info["files"], dict):
+            raise ValueError("files is no mapping")
+        for name in info["files"]:
             if Path(name).name != name or Path(name).suffix != ".safetensors":
                 raise ValueError(f"files has {name!r}, which is no .safetensors file in this folder")
         return info
@@ -161,7 +226,10 @@ def load_info(folder: Path) -> dict[str, Any]:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Raise TrainingError, naming the file, unless exactly the files that were written are there, unchanged."""
+    """Raise TrainingError, naming the file, unless exactly the files that were written are there, unchanged.
+
+    Their headers must make sense, too: who forges a file can forge its checksum.
+    """
     files = load_info(folder)["files"]
     for path in folder.glob("*.safetensors"):
         if path.name not in files:
@@ -180,11 +248,13 @@ def verify_checksums(folder: Path) -> None:
             raise TrainingError(f"{path} cannot be read ({error})") from error
         if found != written:
             raise TrainingError(f"{path} has been altered: its checksum is not the one written")
+    stored_tensors(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
-    return sorted((run / "checkpoints").glob("step-????????"), reverse=True)
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:

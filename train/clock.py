@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class Clock:
@@ -16,21 +17,27 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self.cpu_seconds = 0.0
-        self._since: tuple[float, float] | None = None  # wall-clock and CPU time up to which both are counted
+        self.earlier = self.now = (0.0, 0.0)  # wall-clock and CPU seconds: of earlier starts of the run, of this one
+        self._since: tuple[float, float] | None = None  # the times up to which they are counted
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier[0] + self.now[0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.earlier[1] + self.now[1]
 
     def resume(self) -> None:
         self._since = time.perf_counter(), time.process_time()
 
     def read(self) -> float:
-        """Bring both counts up to date and return `seconds`."""
+        """Bring all counts up to date and return the wall-clock seconds of this start."""
         if self._since is not None:
             wall, cpu = self._since
             self.resume()
-            self.seconds += self._since[0] - wall
-            self.cpu_seconds += self._since[1] - cpu
-        return self.seconds
+            self.now = self.now[0] + self._since[0] - wall, self.now[1] + self._since[1] - cpu
+        return self.now[0]
 
     def pause(self) -> None:
         self.read()
@@ -49,10 +56,16 @@ class Clock:
         """The counts for a checkpoint; `load` reads them."""
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
-    def load(self, saved: Mapping[str, float] | None) -> None:
-        """Continue from the counts of a checkpoint.
+    def load(self, saved: Any) -> None:
+        """Continue from the counts that a checkpoint has under `clock`.
 
-        If the checkpoint predates the clock (None), training time is unknown and stays NaN.
+        A count that is none is unknown, and stays NaN: the checkpoint predates the clock, or was edited.
         """
-        saved = saved or {"seconds": math.nan, "cpu_seconds": math.nan}
-        self.seconds, self.cpu_seconds = saved["seconds"], saved["cpu_seconds"]
+        saved = saved if isinstance(saved, Mapping) else {}
+        wall, cpu = (_count(saved.get(name)) for name in ("seconds", "cpu_seconds"))
+        self.earlier = wall, cpu
+
+
+def _count(value: Any) -> float:
+    known = type(value) in (int, float) and 0 <= value < 1e15  # JSON has whole numbers that no float holds
+    return float(value) if known else math.nan

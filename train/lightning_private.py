@@ -3,8 +3,11 @@
 Each was read in Lightning 2.6.6; with another version, read it again.
 """
 
+from subprocess import Popen
+
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 
 def disable_signal_handling(trainer: L.Trainer) -> None:
@@ -16,6 +19,15 @@ def disable_signal_handling(trainer: L.Trainer) -> None:
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def launched_processes(trainer: L.Trainer) -> list[Popen[bytes]]:
+    """The processes that Lightning has started beside this one: the list that it watches.
+
+    Read in fabric/strategies/launchers/subprocess_script.py and its namesake under pytorch.
+    """
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def set_loop_step(trainer: L.Trainer, step: int) -> None:

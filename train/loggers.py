@@ -1,6 +1,7 @@
 """Loggers of a run, and the Pareto picture that compares it with its neighbours when it ends."""
 
 import os
+import re
 import sys
 import uuid
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from data.files import set_aside, write_text
 from eval.pareto import METRICS, points, write
 from eval.runs import Point, Run, RunError, finished_run
 from train.run import launched_rank
@@ -19,8 +21,12 @@ from train.schema import PretrainConfig
 
 def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
     """Build the loggers: CSV always, in a new subfolder each time the run is started; wandb if it is switched on."""
-    starts = len(list((folder / "metrics").glob("*"))) if config.resume else 0
-    result: list[Logger] = [CSVLogger(folder, name="metrics", version=str(starts), flush_logs_every_n_steps=1)]
+    metrics = folder / "metrics"
+    if launched_rank() == 0 and os.path.lexists(metrics) and not metrics.is_dir():
+        print(f"{metrics} is no folder; it is now {set_aside(metrics).name}", file=sys.stderr)
+    earlier = [int(path.name) for path in metrics.glob("*") if re.fullmatch("[0-9]{1,9}", path.name)]
+    start = str(max(earlier, default=-1) + 1)
+    result: list[Logger] = [CSVLogger(folder, name="metrics", version=start, flush_logs_every_n_steps=1)]
     if config.logger.wandb and os.environ.get("WANDB_MODE") != "disabled" and launched_rank() == 0:
         result.append(wandb_logger(config, folder))
     return result
@@ -28,15 +34,12 @@ def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
 
 def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
     """Start a wandb run; offline without a key, and, with a message on stderr, where the server cannot be reached."""
-    identity = folder / "wandb-id.txt"  # a resumed run continues the same curves
-    if not identity.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        identity.write_text(uuid.uuid4().hex[:12])
+    identity = wandb_id(folder)
 
     def start(offline: bool) -> WandbLogger:
         logger = WandbLogger(
             name=folder.name,
-            id=identity.read_text(),
+            id=identity,
             resume="allow",
             group=config.name,
             project=config.logger.project,
@@ -58,6 +61,29 @@ def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
         return start(offline=True)
 
 
+def wandb_id(folder: Path) -> str:
+    """Read the identity of a run, with which it continues its curves when it is resumed; make one if there is none.
+
+    A damaged one is renamed, with a warning.
+    """
+    path = folder / "wandb-id.txt"
+    try:
+        identity = path.read_text().strip()
+        if re.fullmatch(r"[\w-]{1,64}", identity, re.ASCII):
+            return identity
+        reason = "it holds no identity of a run"
+    except FileNotFoundError:
+        reason = None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = str(error)
+    if reason is not None:
+        aside = set_aside(path)
+        print(f"{path} is damaged ({reason}); it is now {aside.name}, and wandb shows a new run", file=sys.stderr)
+    identity = uuid.uuid4().hex[:12]
+    write_text(path, identity)
+    return identity
+
+
 def wandb_key() -> bool:
     """Tell whether this machine has a key for wandb's server: that of WANDB_BASE_URL, or a public one."""
     if os.environ.get("WANDB_API_KEY"):
@@ -72,27 +98,35 @@ def wandb_key() -> bool:
 
 
 def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int, loggers: Sequence[Logger]) -> None:
-    """Write the Pareto picture of a finished run and its neighbours, and log it to wandb; add `scalars` to the summary.
+    """Add `scalars` to wandb's summary; write the Pareto picture of a finished run and its neighbours, and log it.
 
-    They are plain scalars there, so wandb's scatter panel can draw the curve across runs.
+    They are plain scalars there, so wandb's scatter panel can draw the curve across runs. The run has ended: a picture
+    that cannot be made is a line on stderr.
     """
-    runs = finished_neighbours(folder)
-    rows = points(runs, context, "ppl", itemsize)
-    picture = write(rows, context, "ppl", folder / "pareto")[0]
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(scalars)
+    logging = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    for logger in logging:
+        logger.experiment.summary.update(scalars)
+    try:
+        rows = points(finished_neighbours(folder), context, "ppl", itemsize)
+        picture = write(rows, context, "ppl", folder / "pareto")[0]
+        for logger in logging:
             logger.experiment.log({"pareto/picture": wandb.Image(str(picture)), "pareto/table": wandb_table(rows)})
+    except Exception as error:  # of other folders, the disk, or a package that draws: nothing that this run has done
+        print(f"no Pareto picture: {error or type(error).__name__}; eval/pareto.py makes it", file=sys.stderr)
 
 
 def finished_neighbours(folder: Path) -> list[Run]:
-    """Read the run in `folder` and the finished runs next to it; anything else there is skipped."""
-    runs = []
-    for path in sorted(folder.resolve().parent.iterdir()):
+    """Read the run in `folder` and the finished runs next to it.
+
+    Folders that hold no run are skipped, and those that cannot be read are named on stderr.
+    """
+    runs = [finished_run(folder.resolve())]
+    for path in sorted(path for path in folder.resolve().parent.iterdir() if path != folder.resolve()):
         try:
-            runs.append(finished_run(path))
-        except RunError:
-            continue
+            if (path / "summary.json").exists():
+                runs.append(finished_run(path))
+        except (RunError, OSError) as error:
+            print(f"left out of the Pareto picture: {error}", file=sys.stderr)
     return runs
 
 

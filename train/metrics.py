@@ -19,7 +19,7 @@ class Metrics(L.Callback):
     Nothing waits for the device between reports.
 
     train/seconds            training time over all starts, without validation, checkpoints, and the first step after
-                             each start, which compiles
+                             each start, which compiles; NaN where that of an earlier start is not known
     train/cpu_seconds        CPU time of rank 0's threads over the same spans; reported on a CPU only
     train/tokens_per_second  of all processes, since the last report, by the same clock
     train/mfu                tokens/s per device x `model/train_flops_per_token`, as a fraction of the device's peak if
@@ -45,14 +45,14 @@ class Metrics(L.Callback):
         self.loss: Tensor | float = 0.0
         self.lr = 0.0
         self.step = self.warm = self.reported = 0
-        self.seconds = 0.0  # at the last report
+        self.seconds = 0.0  # of this start of the run, at the last report
         self.peak: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = lit_model(pl_module)
         self.step = trainer.global_step
         self.warm = self.reported = self.step + 1
-        self.seconds = module.clock.seconds
+        self.seconds = module.clock.read()
         self.peak = peak_flops(module.device, module.compute_dtype, module.config.trainer.peak_tflops)
 
     def on_before_optimizer_step(
@@ -92,7 +92,7 @@ class Metrics(L.Callback):
         self._check(loss)
         metrics = {"train/loss": loss, "train/lr": self.lr, "train/tokens": float(self.step * self.step_tokens)}
         seconds = module.clock.read()
-        metrics["train/seconds"] = seconds
+        metrics["train/seconds"] = module.clock.seconds
         if module.device.type == "cpu":
             metrics["train/cpu_seconds"] = module.clock.cpu_seconds
         module.progress_metrics["loss"] = loss

@@ -1,8 +1,10 @@
 """Pretrain a model: `python train/pretrain.py +arch=cla2 +size=tiny`. See --help."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,21 +17,50 @@ from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from train.run import launched_rank, resumed, to_object
+from train.run_folder import locked, new_folder
 from train.schema import PretrainConfig, problems
+
+T = TypeVar("T")
 
 
 def main(config: DictConfig, choices: Choices) -> None:
+    refuse_empty(config)
     if config.resume is not None:
         options = resumed(Path(config.resume), list(HydraConfig.get().overrides.task))
-    else:
-        require(arch=choices.arch, size=choices.size)
-        config.name = config.name or default_name(choices)
-        config.folder = str(free_folder(config))
-        options = to_object(config)
+        refuse_impossible(options)
+        with claimed(locked(Path(config.resume)), None):
+            train(options)
+        return
+    require(arch=choices.arch, size=choices.size)
+    config.name = config.name or default_name(choices)
+    base = first_folder(config)
+    numbered = config.folder is None
+    options = to_object(config)
     refuse_impossible(options)
+    with claimed(new_folder(base, numbered), base) as folder:
+        options.folder = str(folder)
+        train(options)
+
+
+def train(config: PretrainConfig) -> None:
     from train.training import run  # torch, Lightning and wandb: seconds, which a mistake need not wait for
 
-    run(options)
+    run(config)
+
+
+def claimed(folder: AbstractContextManager[T], otherwise: T) -> AbstractContextManager[T]:
+    """`folder` for the first process of a run. The others, which the first has started or tells, have it from that."""
+    return folder if launched_rank() == 0 else nullcontext(otherwise)
+
+
+def refuse_empty(config: DictConfig) -> None:
+    """Raises UsageError where a path is empty, as from a shell variable that is not set, or the name is a path."""
+    for key in ("folder", "resume", "init"):
+        if config[key] is not None and not config[key].strip():
+            raise UsageError(f"{key}= is empty; give a folder, or leave {key}= out")
+    name = config.name
+    if name and ("/" in name or not name.isprintable()):
+        raise UsageError(f"name is {name!r}; it must be one word of a path, without / and control characters")
 
 
 def refuse_impossible(config: PretrainConfig) -> None:
@@ -52,24 +83,19 @@ def default_name(choices: Choices) -> str:
     return "-".join([*beside, experiment])
 
 
-def free_folder(config: DictConfig) -> Path:
-    """`folder=`, or `<name>-seed<seed>` in runs/<time> or in the folder of the sweep, numbered where that is taken.
+def first_folder(config: DictConfig) -> Path:
+    """`folder=`, or `<name>-seed<seed>` in runs/<time> or in the folder of the sweep, where others may be already.
 
-    Raises UsageError where `folder=` holds a run already, or would be that of every run of a sweep.
+    Raises UsageError where `folder=` would be that of every run of a sweep.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN
     if config.folder is not None:
         if sweep:
             raise UsageError("folder= is one folder for all runs of a sweep; set hydra.sweep.dir= instead")
-        # The other processes of the run are started when the first has written it.
-        if launched_rank() == 0 and (Path(config.folder) / "config.yaml").exists():
-            raise UsageError(f"{config.folder} holds a run already: resume={config.folder} continues it")
         return Path(config.folder)
     parent = hydra.sweep.dir if sweep else f"runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    base = Path(parent) / f"{config.name}-seed{config.seed}"
-    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
+    return Path(parent) / f"{config.name}-seed{config.seed}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ summary.json   the result, written when training ends
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from arch import Plan
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
-from data.files import write_json
+from data.files import set_aside, write_json, write_text
 from eval.environment import environment
 from eval.runs import KEYS, deciding_values
 from train.errors import TrainingError
@@ -40,16 +41,28 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[st
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
-        write_json(path, [*starts, {**about, **environment()}])
+        write_json(path, [*_starts(path), {**about, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
-        partial = folder / "config.yaml.partial"
-        OmegaConf.save(OmegaConf.structured(config), partial)
-        partial.replace(folder / "config.yaml")  # last: from now on the folder holds a run
+        # Last: from now on the folder holds a run.
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:
         raise UsageError(
             f"cannot write to the run folder {folder} ({error.strerror}); give another with folder="
         ) from error
+
+
+def _starts(path: Path) -> list[Any]:
+    """Read run.json; an empty list if there is none. A damaged one is renamed, with a warning: no run needs it."""
+    try:
+        starts = json.loads(path.read_text())
+        if not isinstance(starts, list):
+            raise ValueError("it holds no list")
+        return starts
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        print(f"{path} is damaged ({error}); it is now {set_aside(path).name}", file=sys.stderr)
+        return []
 
 
 def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
@@ -127,6 +140,11 @@ def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
 
 
 def launched_rank() -> int:
-    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one."""
+    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one.
+
+    Where each machine was started by hand (NODE_RANK), it is the rank within the machine, or if that is the first, the
+    machine's.
+    """
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    return int(next((rank for rank in ranks if rank is not None), 0))
+    rank = int(next((rank for rank in ranks if rank is not None), 0))
+    return rank or int(os.environ.get("NODE_RANK", 0) if "RANK" not in os.environ else 0)

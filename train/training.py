@@ -2,6 +2,9 @@
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +19,17 @@ from data.cli import UsageError
 from data.files import DataError, write_json
 from eval.footprint import plan_tables
 from train import checkpoint
-from train.callbacks import CheckpointCallback, GracefulStop, RunStopped
+from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
 from train.errors import TrainingError
+from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
 from train.run import launched_rank, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
+from train.signals import RunStopped, Signals
 
 
 def run(config: PretrainConfig) -> None:
@@ -53,18 +58,21 @@ def run(config: PretrainConfig) -> None:
         for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
             console.print(table)
         print(f"attention: {attention}")
+    options = config.trainer
+    signals = Signals(folder, peers=options.devices * options.num_nodes > 1, rank=launched_rank())
     failed = True
     try:
-        options = config.trainer
         init = None if config.init is None else Path(config.init)
         checkpoints = CheckpointCallback(folder, options.checkpoint_every, options.keep_checkpoints, start, init)
-        trainer = build_trainer(config, plan, device, checkpoints)
-        fit(trainer, module, data, checkpoints)
-        if trainer.is_global_zero:
-            finish(trainer, module, folder, plan, data.digest)
+        with naming_the_last_checkpoint(checkpoints):
+            trainer = build_trainer(config, plan, device, checkpoints, signals)
+            fit(trainer, module, data)
+            if trainer.is_global_zero:
+                finish(trainer, module, checkpoints.run, plan, data.digest)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
+        signals.restore()
 
 
 def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str]:
@@ -89,34 +97,45 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str]:
     return device, attention
 
 
-def fit(trainer: L.Trainer, module: LitModel, data: TokenDataModule, checkpoints: CheckpointCallback) -> None:
-    """Train to the last step. A run that is asked to stop saves its state and ends the process."""
-    hyperparameters = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
-    for logger in trainer.loggers:
-        logger.log_hyperparams(hyperparameters)
+@contextmanager
+def naming_the_last_checkpoint(checkpoints: CheckpointCallback) -> Iterator[None]:
+    """Report a run that is asked to stop, and one that fails, with the checkpoint from which it can continue.
+
+    Raises TrainingError for what fails in training, in reading data and in writing.
+    """
     try:
-        trainer.fit(module, data)
-        if not module.val_metrics:  # the run had ended before
-            trainer.validate(module, data, verbose=False)
+        yield
     except RunStopped as stopped:
-        if trainer.is_global_zero:
+        if launched_rank() == 0:
             print(f"{stopped.reason}; resume={checkpoints.run} continues", file=sys.stderr)
         raise
     except (TrainingError, DataError, OSError) as error:
-        raise TrainingError(f"{error}. {describe_saved(checkpoints.run)}.") from error
+        raise TrainingError(f"{error}. {describe_saved(checkpoints)}.") from error
+
+
+def fit(trainer: L.Trainer, module: LitModel, data: TokenDataModule) -> None:
+    """Train to the last step."""
+    hyperparameters = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hyperparameters)
+    trainer.fit(module, data)
+    if not module.val_metrics:  # the run had ended before
+        trainer.validate(module, data, verbose=False)
     if trainer.global_step != num_steps(module.config):
         raise TrainingError(f"training ended at step {trainer.global_step} of {num_steps(module.config)}")
 
 
-def describe_saved(folder: Path) -> str:
-    """Name the checkpoint from which a failed run can continue."""
+def describe_saved(checkpoints: CheckpointCallback) -> str:
+    """Name the checkpoint from which a failed run can continue; none where it was one that could not be loaded."""
     try:
-        saved = checkpoint.latest_valid(folder)
+        saved = checkpoint.latest_valid(checkpoints.run)
     except TrainingError as error:
         return str(error)
     if saved is None:
         return "There was no checkpoint yet"
-    return f"The last good checkpoint is {saved}; resume={folder} continues from it"
+    if saved == checkpoints.start and not checkpoints.loaded:
+        return f"Delete {saved} to continue from the one before"
+    return f"The last good checkpoint is {saved}; resume={checkpoints.run} continues from it"
 
 
 def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data: str) -> None:
@@ -134,7 +153,9 @@ def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data:
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
-def build_trainer(config: PretrainConfig, plan: Plan, device: str, checkpoints: CheckpointCallback) -> L.Trainer:
+def build_trainer(
+    config: PretrainConfig, plan: Plan, device: str, checkpoints: CheckpointCallback, signals: Signals
+) -> L.Trainer:
     """Build the trainer of the run, with its loggers and callbacks."""
     options, folder = config.trainer, checkpoints.run
     progress = options.progress and sys.stdout.isatty()
@@ -146,7 +167,9 @@ def build_trainer(config: PretrainConfig, plan: Plan, device: str, checkpoints: 
         static_metrics(config, plan),
         print_lines=options.progress and not progress,
     )
-    callbacks = [metrics, checkpoints, GracefulStop(checkpoints, options.max_hours)]
+    callbacks = [metrics, checkpoints, GracefulStop(checkpoints, signals, options.max_hours)]
     if progress:
         callbacks.append(ProgressBar(leave=True))
-    return lightning_trainer(config, device, loggers(config, folder), callbacks, folder, progress)
+    trainer = lightning_trainer(config, device, loggers(config, folder), callbacks, folder, progress)
+    signals.children = partial(launched_processes, trainer)
+    return trainer

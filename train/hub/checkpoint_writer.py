@@ -4,7 +4,6 @@ OUT/checkpoint.json, *.safetensors   as in train/checkpoint.py: no optimizer sta
 OUT/arch/NAME.yaml, OUT/size/NAME.yaml   the model, for `pretrain.py --config-dir=OUT +arch=NAME +size=NAME init=OUT`
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from arch import ModelConfig, build, resolve
 from arch.config import to_dict
 from arch.convert import TensorReader
 from data.cli import UsageError
-from data.files import sha256, write_json
+from data.files import rename, sha256, write_json
 from train.checkpoint import FORMAT, INFO, check_matches
 from train.hub.checkpoint_reader import PREFIX
 from train.hub.tensor_files import write_shards
@@ -45,7 +44,7 @@ def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info
         paths = [partial / file for file in files]
         described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
         write_json(partial / INFO, {"format": FORMAT, "step": 0, **model, **info, "files": described})
-        os.rename(partial, out)
+        rename(partial, out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror or error}; give another folder with out=") from error
     finally:

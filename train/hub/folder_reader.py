@@ -10,7 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from data.cli import UsageError
-from train.hub.tensor_files import Piece, SafetensorsReader, StoredTensor, open_file
+from train.hub.tensor_files import SafetensorsReader
+from train.tensor_pieces import Piece, StoredTensor, open_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

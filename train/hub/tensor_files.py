@@ -1,44 +1,24 @@
 """Safetensors files, read and written with one tensor in memory at a time.
 
 Readers fulfil `arch.convert.TensorReader`. CheckpointReader (checkpoint_reader.py) and HFFolder (folder_reader.py) find
-and check the files of their kind of folder; how a tensor is read is here, once, as is how files are written.
+and check the files of their kind of folder; train/tensor_pieces.py has the format of one file.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from arch.convert import TensorReader
 from train.errors import TrainingError
+from train.tensor_pieces import DTYPE_NAMES, Layout, StoredTensor, open_file, write_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that can be written
-HEADER_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of a tensor from `first_row` on, as one file has them."""
-
-    file: Path
-    first_row: int
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor: its pieces are its rows in order."""
-
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
 
 
 class SafetensorsReader:
@@ -94,11 +74,6 @@ def _join_rows(stored: StoredTensor, slices: Iterable[Any]) -> Tensor:
     return whole
 
 
-def open_file(path: Path) -> Any:
-    """Open a safetensors file. Raises OSError or SafetensorError."""
-    return safe_open(path, framework="pt")
-
-
 def write_shards(
     folder: Path,
     tensors: TensorReader,
@@ -123,38 +98,14 @@ def write_shards(
     written = {}
     for number, names in enumerate(shards, start=1):
         path = folder / file_name(number, len(shards))
-        with path.open("wb") as file:
-            file.write(_header({f"{prefix}{name}": layout[name] for name in names}))
-            for name in names:
-                _write_tensor(file, name, tensors.get(name), layout[name])
-            file.flush()
-            os.fsync(file.fileno())
-        written[path.name] = [f"{prefix}{name}" for name in names]
+        pieces = {f"{prefix}{name}": Layout(dtype, tensors.shapes[name], ()) for name in names}
+        write_file(path, pieces, (_converted(name, tensors.get(name), dtype) for name in names), {"format": "pt"})
+        written[path.name] = list(pieces)
     return written
 
 
-def _header(layout: Mapping[str, Tensor]) -> bytes:
-    """The beginning of a safetensors file: length of the header, header. The tensors follow, one after the other.
-
-    Written here because the writer of the library takes all tensors of a file at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in layout.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": HEADER_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, layout: Tensor) -> None:
-    assert tensor.shape == layout.shape, name
-    tensor = tensor.to(layout.dtype).contiguous()
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.to(dtype)
     if not tensor.isfinite().all():
-        raise TrainingError(f"{name} has elements too large for {HEADER_NAMES[tensor.dtype]}")
-    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        raise TrainingError(f"{name} has elements too large for {DTYPE_NAMES[dtype]}")
+    return tensor

@@ -1,0 +1,104 @@
+"""Take the folder of a run: the process that makes a new one has it, and every one is locked while it is used."""
+
+import errno
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data.cli import UsageError
+from data.files import write_json
+
+LOCK = "run.lock"
+HOLDER = "run.lock.json"  # who has the lock
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that knows none
+
+
+@contextmanager
+def new_folder(base: Path, numbered: bool) -> Iterator[Path]:
+    """Make and lock the folder of a new run: `base`, or if `numbered`, `base` with the first number that is free.
+
+    A run that is refused before it has written anything leaves no folder behind.
+
+    Raises UsageError if `base` cannot be written to and, unless `numbered`, if it holds a run or is in use.
+    """
+    folder, made = _make(base, numbered)
+    try:
+        with locked(folder):
+            if os.path.lexists(folder / "config.yaml"):
+                raise UsageError(f"{folder} holds a run already: resume={folder} continues it")
+            yield folder
+    finally:
+        with suppress(OSError):
+            if made[:1] == [folder] and os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+            for path in made:
+                path.rmdir()
+
+
+def _make(base: Path, numbered: bool) -> tuple[Path, list[Path]]:
+    """Return the folder, and which of it and its parents were made, the innermost first."""
+    try:
+        made = [path for path in base.parents if not path.exists()]
+        base.parent.mkdir(parents=True, exist_ok=True)
+        if not numbered:
+            made = made if base.exists() else [base, *made]
+            base.mkdir(exist_ok=True)
+            return base, made
+        for folder in (base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder, [folder, *made]
+        raise UsageError(f"{base} and all of its numbers are taken; give another with folder=")
+    except OSError as error:
+        raise _not_writable(base, error) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder of a run. The system releases the lock of a process that dies.
+
+    Raises UsageError, naming the process that has it, if it is locked, and if it cannot be written to.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+        write_json(folder / HOLDER, {"process": os.getpid(), "host": socket.gethostname(), "since": _now()})
+    except Timeout:
+        raise UsageError(
+            f"{folder} is in use by {_holder(folder)}; wait until it ends, or stop it, or give another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        lock.release()
+        if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            raise _not_writable(folder, error) from error
+        print(f"{folder} cannot be locked ({error}): start nothing else in it", file=sys.stderr)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / HOLDER).unlink()
+        lock.release()
+
+
+def _now() -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / HOLDER).read_text())
+        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
+        return "another process"
+
+
+def _not_writable(folder: Path, error: OSError) -> UsageError:
+    reason = error.strerror or str(error)
+    return UsageError(f"cannot write to the run folder {folder} ({reason}); give another with folder=")
