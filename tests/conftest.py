@@ -68,13 +68,13 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
 
 
 @cache
-def whole_depth(name: str) -> int:
-    """At least 7 layers, which few tiles divide, and as many as it takes until every item of the pattern occurs."""
+def whole_depth(name: str, least: int = 7) -> int:
+    """At least `least` layers (few tiles divide 7), and as many as it takes until every item of the pattern occurs."""
     arch = load_arch(name)
     if name in BLOCKS:
-        return 6
+        return least // 2 * 2
     wanted = {(match[1], match[2]) for match in re.finditer(r"(new|reuse) (\w+)", str(arch.pattern))}
-    for depth in range(7, 40):
+    for depth in range(least, 40):
         plan = resolve(ModelConfig(arch, SizeConfig(num_layers=depth)))
         found = {
             ("new" if owner == layer else "reuse", plan.store(layer).name) for layer, owner in enumerate(plan.owners)

@@ -111,8 +111,8 @@ def test_slots_are_the_owners_tensors_not_copies(arch: str) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_over_layouts_stays_compiled() -> None:
-    """All blocks share one code object, and torch gives up on one after eight variants: not here, where three layouts make
-    twenty. A change of length or batch is slow to trace in bounded blocks and is left out there."""
+    """All blocks share one code object, and torch gives up on one after eight variants: not here, where three layouts
+    make twenty. A change of length or batch is slow to trace in bounded blocks and is left out there."""
     executed, variants = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:

@@ -1,17 +1,14 @@
 """Two gloo processes do what one does, for every layout: DDP and FSDP2, with and without activation checkpointing."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ARCHS, ROOT, build, run_script, small, tokens
+from conftest import ARCHS, build, run_script, small, start_script, tokens
 from torch.nn.parallel import DistributedDataParallel
 
 from arch import Decoder, ModelConfig, from_dict
@@ -25,14 +22,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_gradients_of_every_layout() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(ROOT / "tests" / "parallel_worker.py")],
-        capture_output=True, text=True, timeout=280, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{len(ARCHS)} layouts agree" in done.stdout
+def test_gradients_of_every_layout(tmp_path: Path) -> None:
+    both = [start_script("tests/parallel_worker.py", str(rank), str(tmp_path / "store")) for rank in range(2)]
+    for process in both:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        assert f"{len(ARCHS)} layouts agree" in out
 
 
 def column(folder: Path, name: str, start: int = 0) -> list[float]:
