@@ -14,7 +14,11 @@ from .stores import LayoutError
 MODEL_TYPE = "kvfrontier_shipped"
 ARCHITECTURE = "KVFrontierShippedForCausalLM"
 # The files of train/hf that define its classes; they import files of `arch`.
-FILES = ("configuration_kvfrontier_shipped.py", "modeling_kvfrontier_shipped.py")
+FILES = (
+    "configuration_kvfrontier_shipped.py",
+    "modeling_kvfrontier_shipped.py",
+    "generation_kvfrontier_shipped.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_kvfrontier_shipped.KVFrontierShippedConfig",
     "AutoModel": "modeling_kvfrontier_shipped.KVFrontierShippedModel",

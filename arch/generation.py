@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +43,11 @@ def generate(
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     stop_token: int | None = None,
+    on_step: Callable[[Tensor], bool] | None = None,
     pad_token: int | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: torch.dtype | None = None,
@@ -54,7 +57,10 @@ def generate(
     """Continue `prompts`, which may differ in length, by up to `max_new_tokens` tokens each, without `stop_token`.
 
     temperature    0 takes the most likely token; otherwise logits are divided by it
-    top_p          sample from the smallest set of tokens that holds this much probability
+    top_k          sample from so many of the most likely tokens, and any as likely as the last of them; None: all
+    top_p          sample from the smallest set of tokens that holds this much probability, after `top_k`
+    min_p          sample from tokens at least this share as likely as the most likely one
+    on_step        is given the tokens [B] of each step as it is made, forced ones included; True ends generation
     pad_token      fills up from the left a prompt shorter than `plan.min_prompt`, as in training with random padding
                    (Block Transformer, appendix H); None: such a prompt is refused
     prefill_chunk  tokens of prompt per forward pass; None takes them all at once
@@ -63,7 +69,7 @@ def generate(
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
     """
-    check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk)
+    check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
     device = model.output_weight.device
     batch = batch_prompts(model.plan, prompts, pad_token, device)
     num_steps = batch.forced_BF.shape[1] + max_new_tokens
@@ -78,11 +84,11 @@ def generate(
     try:
         logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
         while True:
-            next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator), len(generated)
+            next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
             if number < batch.forced_BF.shape[1]:
                 next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
             generated.append(next_B)
-            if len(generated) == num_steps:
+            if (on_step is not None and on_step(next_B)) or len(generated) == num_steps:
                 break
             if stop_token is not None:
                 done_B |= (next_B == stop_token) & (number >= batch.num_forced_B)
@@ -98,7 +104,13 @@ def generate(
 
 
 def check_options(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, prefill_chunk: int | None
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    prefill_chunk: int | None,
+    top_k: int | None,
+    min_p: float,
 ) -> None:
     """Raise ValueError if an option of `generate` is impossible."""
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
@@ -107,6 +119,8 @@ def check_options(
         raise ValueError(f"max_new_tokens ({max_new_tokens}) and prefill_chunk ({prefill_chunk}) must be at least 1")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature ({temperature}) must be at least 0 and finite, and top_p ({top_p}) in (0, 1]")
+    if (top_k is not None and top_k < 1) or not 0 <= min_p <= 1:
+        raise ValueError(f"top_k ({top_k}) must be at least 1, or None, and min_p ({min_p}) in [0, 1]")
 
 
 def batch_prompts(
@@ -147,13 +161,28 @@ def batch_prompts(
     )
 
 
-def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Draw one token [B] per row: the most likely one at temperature 0, else from the nucleus of mass `top_p`."""
+def sample(
+    logits_BV: Tensor,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+    top_k: int | None = None,
+    min_p: float = 0.0,
+) -> Tensor:
+    """Draw one token [B] per row: the most likely one at temperature 0, else one that the options of `generate` leave.
+
+    They apply in the order of transformers: temperature, `top_k`, `top_p` of what is left, `min_p`.
+    """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
     probability_BV, token_BV = (logits_BV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    if top_k is not None and top_k < logits_BV.shape[1]:
+        probability_BV = probability_BV.masked_fill(probability_BV < probability_BV[:, top_k - 1 : top_k], 0.0)
+        probability_BV = probability_BV / probability_BV.sum(dim=-1, keepdim=True)
     before_BV = probability_BV.cumsum(dim=-1) - probability_BV
     nucleus_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
+    if min_p > 0:
+        nucleus_BV = nucleus_BV.masked_fill(probability_BV < min_p * probability_BV[:, :1], 0.0)
     rank_B = torch.multinomial(nucleus_BV, 1, generator=generator)
     return token_BV.gather(1, rank_B).squeeze(1)

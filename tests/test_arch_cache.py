@@ -8,7 +8,8 @@ from arch import allocate, generate, resolve
 from arch.footprint import allocated_bytes, kv_bytes
 
 
-@pytest.mark.parametrize(("length", "batch"), [(1, 3), (WINDOW - 1, 1), (WINDOW, 3), (WINDOW + 1, 1), (3 * WINDOW, 3)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_bytes(arch: str, length: int, batch: int) -> None:
     """Allocated for `length` tokens and filled with them, the storages weigh what the formula says."""
     model = build(small(arch), torch.float32)
@@ -142,12 +143,12 @@ def greedy(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
     return row[len(prompt) :]
 
 
-def test_greedy_generation_of_a_ragged_batch(arch: str) -> None:
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_greedy_generation_of_a_ragged_batch(arch: str, chunk: int | None) -> None:
     model = build(small(arch))
     prompts = [tokens(1, length)[0].tolist() for length in (2, 9, 1, 14)]
-    alone = [greedy(model, prompt, 10) for prompt in prompts]
-    for chunk in (None, 3):
-        assert generate(model, prompts, 10, prefill_chunk=chunk) == alone
+    together = generate(model, prompts, 10, prefill_chunk=chunk)
+    assert together == [greedy(model, prompt, 10) for prompt in prompts]
 
 
 def test_generation_stops_and_samples() -> None:
@@ -170,6 +171,24 @@ def test_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
     drawn = sample(logits, 1.0, 0.75, generator).bincount(minlength=4) / 4000
     assert drawn[2:].sum() == 0
     assert abs(drawn[0] - 0.5 / 0.8) < 0.03
+
+
+def test_top_k_and_min_p_leave_what_transformers_leaves() -> None:
+    """Ties with the last of top_k stay; top_p is of what top_k leaves; min_p is a share of the most likely one."""
+    from arch.generation import sample
+
+    logits = torch.tensor([[0.4, 0.2, 0.2, 0.15, 0.05]]).log().repeat(2000, 1)
+
+    def drawn(**how: float) -> set[int]:
+        given = {"temperature": 1.0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0)} | how
+        return set(sample(logits, **given).tolist())
+
+    assert drawn() == drawn(top_k=99) == {0, 1, 2, 3, 4}
+    assert drawn(top_k=1) == drawn(min_p=1.0) == {0}
+    assert drawn(top_k=2) == {0, 1, 2}
+    assert drawn(top_k=3, top_p=0.45) == {0}, "0.4 is half of the 0.8 that top_k leaves"
+    assert drawn(min_p=0.37) == {0, 1, 2, 3}
+    assert drawn(min_p=0.4) == {0, 1, 2}
 
 
 def test_temperature_flattens() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHS, BLOCKS, build, launch_in_process, small, tokens
+from conftest import ARCHS, build, launch_in_process, small, tokens, whole_depth
 from safetensors.torch import load_file
-from test_train_export import QUIET, in_process, write_checkpoint
+from test_train_export import QUIET, SHIPPED, in_process, no_picture, write_checkpoint  # noqa: F401  a fixture
 from torch.nn import functional as F
 
 import train.hub.exporter
@@ -60,7 +60,7 @@ def block(**changes: Any) -> ArchConfig:
 
 LATENTS = ArchConfig({"latent": StoreConfig(latent=LatentConfig())}, ["new latent", "reuse latent"])
 LAYOUTS: dict[str, tuple[ArchConfig | str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (*BLOCKS, *(name for name in ARCHS if name.startswith("bct")))},
+    **{name: (name, {"num_layers": whole_depth(name, least=3)}) for name in ARCHS if name in SHIPPED},
     "block_unpredicted": (block(start=False), {"num_layers": 2}),
     "block_encoder": (block(embedder="encoder", length=3), {"num_layers": 2}),
     "latents": (LATENTS, {"num_layers": 3}),
@@ -192,7 +192,10 @@ def test_what_generate_cannot_do_is_refused_by_name() -> None:
     prompt = tokens(1, 4)
     for how, message in (
         ({"num_beams": 3}, "does not do num_beams=3"),
-        ({"top_k": 50, "repetition_penalty": 1.2}, "does not do top_k=50, repetition_penalty=1.2"),
+        ({"top_k": 50, "repetition_penalty": 1.2, "typical_p": 0.9}, "does not do repetition_penalty=1.2, typical_p=0"),
+        ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
+        ({"top_k": -1, "do_sample": True}, r"top_k \(-1\) must be at least 1"),
+        ({"min_p": 1.5, "do_sample": True}, r"min_p \(1.5\) in \[0, 1\]"),
         ({"use_cache": False}, "use_cache=False"),
         ({"past_key_values": 1}, "past_key_values=1"),
         ({"streamer": print}, "streamer="),
@@ -206,6 +209,14 @@ def test_what_generate_cannot_do_is_refused_by_name() -> None:
             theirs.generate(prompt, **({"max_new_tokens": 2} | how))
     neutral = {"num_beams": 1, "use_cache": True, "top_k": 0, "repetition_penalty": 1.0, "output_scores": False}
     assert torch.equal(theirs.generate(prompt, max_new_tokens=2, **neutral), theirs.generate(prompt, max_new_tokens=2))
+    from train.hf.generation_kvfrontier_shipped import NEUTRAL_VALUES
+
+    assert torch.equal(
+        theirs.generate(prompt, max_new_tokens=2, **NEUTRAL_VALUES), theirs.generate(prompt, max_new_tokens=2)
+    )
+    for how in ({"inputs_embeds": torch.ones(1, 4, 32)}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=f"takes no {next(iter(how))}"):
+            theirs(prompt, **how)
     with pytest.raises(ValueError, match="-4 tokens to generate; give max_new_tokens"):
         theirs.generate(prompt)
     with pytest.raises(ValueError, match="give input_ids"):
@@ -267,6 +278,144 @@ def test_it_trains_as_ours_does(name: str) -> None:
         assert other.mean().item() == pytest.approx(parameter.mean().item(), abs=0.1), key
 
 
+def test_the_loss_counts_what_a_row_alone_counts() -> None:
+    """Padding on the left or the right, each ignored by its label: the mean over the predictions of the rows alone.
+
+    Nothing comes before a row's first token. A stock class counts there what it predicts from the padding."""
+    _, theirs = pair("bct")
+    prompts, rows, mask = ragged([5, 9])
+    alone = [theirs(torch.tensor([prompt]), labels=torch.tensor([prompt])).loss for prompt in prompts]
+    expected = (4 * alone[0] + 8 * alone[1]) / 12
+    right = torch.tensor([prompts[0] + [7] * 4, prompts[1]])
+    for text, keep in ((rows, mask), (right, torch.stack([mask[0].flip(0), mask[1]]))):
+        loss = theirs(text, attention_mask=keep, labels=text.masked_fill(keep == 0, -100)).loss
+        torch.testing.assert_close(loss, expected)
+
+
+class Streamer:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+@pytest.mark.parametrize("name", ["bct", "block"])
+def test_tokens_are_streamed_and_criteria_asked_as_they_are_made(name: str) -> None:
+    _, theirs = pair(name)
+    prompt, streamer = tokens(1, 6), Streamer()
+    text = theirs.generate(prompt, max_new_tokens=5, streamer=streamer)
+    assert streamer.seen == [prompt.tolist(), *([token] for token in text[0, 6:].tolist()), "end"]
+    asked: list[int] = []
+
+    def criterion(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        asked.append(ids.shape[1])
+        return torch.tensor([ids.shape[1] >= 7, ids.shape[1] >= 8])
+
+    rows = tokens(2, 6)
+    text = theirs.generate(rows, max_new_tokens=9, stopping_criteria=[criterion], pad_token_id=60)
+    assert asked == [7, 8]
+    whole = theirs.generate(rows, max_new_tokens=2)
+    assert text.tolist() == [[*whole[0, :7].tolist(), 60], whole[1].tolist()]
+
+
+def test_stop_strings_and_choices_of_a_token(corpus: Path) -> None:
+    _, theirs = pair("neox")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(corpus / "tokenizer.json"))
+    prompt = tokens(1, 6)
+    free = theirs.generate(prompt, max_new_tokens=6)
+    word = tokenizer.decode(free[0, 8:9])
+    first = next(end for end in range(7, 13) if word in tokenizer.decode(free[0, 6:end]))
+    stopped = theirs.generate(prompt, max_new_tokens=6, stop_strings=[word], tokenizer=tokenizer)
+    assert stopped.tolist() == free[:, :first].tolist()
+    for how in ({"top_k": 1}, {"min_p": 1.0}, {"top_k": 5, "top_p": 1e-9}):
+        assert torch.equal(theirs.generate(prompt, max_new_tokens=6, do_sample=True, **how), free)
+    assert torch.equal(theirs.generate(prompt, max_new_tokens=6, prefill_chunk_size=2), free)
+
+
+@pytest.mark.parametrize("name", ["bct", "block", "block_unpredicted"])
+def test_hidden_states(name: str) -> None:
+    """One more than layers, the last of which the output matrix takes; of padded rows those of the rows alone."""
+    _, theirs = pair(name)
+    prompts, rows, mask = ragged([5, 9])
+    with torch.no_grad():
+        padded = theirs(rows, attention_mask=mask, output_hidden_states=True)
+        assert len(padded.hidden_states) == len(theirs.decoder.layers) + 1
+        assert torch.equal(padded.hidden_states[-1] @ theirs.model.output_weight.T, padded.logits)
+        for row, prompt in enumerate(prompts):
+            alone = theirs(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+            for both in zip(padded.hidden_states, alone, strict=True):
+                torch.testing.assert_close(both[0][row, -len(prompt) :], both[1][0], rtol=0, atol=1e-12)
+    if name == "bct":
+        embedded = theirs.get_input_embeddings()(torch.tensor(prompts[1]))
+        assert torch.equal(padded.hidden_states[0][1], embedded)
+    assert theirs(rows).hidden_states is None
+
+
+class Adapter(torch.nn.Module):
+    """A linear module with a low-rank term beside it, as LoRA puts in its place."""
+
+    def __init__(self, base: torch.nn.Module):
+        super().__init__()
+        self.base_layer, (rows, columns) = base, base.weight.shape
+        self.lora_A, self.lora_B = (torch.nn.Parameter(torch.randn(*s).double() / 9) for s in ((2, columns), (rows, 2)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def adapted(model: Any, *names: str) -> Any:
+    model = copy.deepcopy(model).requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if path.endswith(names):
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, Adapter(module))
+    return model
+
+
+@pytest.mark.parametrize("name", ["bct", "block", "latents"])
+def test_adapters_train_and_generate(name: str) -> None:
+    """Called as peft calls a model; with recomputed layers the same gradients; what would be left out is refused."""
+    _, theirs = pair(name)
+    model, batch = adapted(theirs, "q_proj", "o_proj").train(), tokens(2, 12)
+    how = {"inputs_embeds": None, "output_attentions": None, "output_hidden_states": None, "return_dict": None}
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            model.gradient_checkpointing_enable()
+            assert all(stack.activation_checkpointing for stack in model.model.stacks)
+        model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch, **how).loss.backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad(set_to_none=True)
+    assert found[0] and all(
+        gradient.abs().max() > 0 and torch.equal(found[1][k], gradient) for k, gradient in found[0].items()
+    )
+    model.gradient_checkpointing_disable()
+    assert not any(stack.activation_checkpointing for stack in model.model.stacks)
+    text = model.eval().generate(batch, max_new_tokens=3)
+    assert torch.equal(text[:, 12:13], model(batch).logits[:, -1:].argmax(-1))
+    with pytest.raises(ValueError, match=r"adapters on .* would be left out"):
+        adapted(theirs, "kv_up_proj" if name == "latents" else "slot_keys" if name == "bct" else "token_decoder.embed")(
+            batch
+        )
+
+
+@pytest.mark.parametrize("name", ["bct", "block", "neox"])
+def test_embeddings_are_found_and_keep_their_size(name: str) -> None:
+    """Among the modules, where peft looks for them; tied ones are one."""
+    _, theirs = pair(name)
+    first, last = theirs.get_input_embeddings(), theirs.get_output_embeddings()
+    assert {first, last} <= set(theirs.modules())
+    assert (first is last) == theirs.config.tie_word_embeddings
+    assert last.weight is theirs.model.output_weight
+    assert theirs.resize_token_embeddings(61) is first
+    with pytest.raises(ValueError, match="has 61 tokens, part of its size, and cannot be resized to 70"):
+        theirs.resize_token_embeddings(70)
+
+
 def exported(name: str, folder: Path, corpus: Path, out: str = "out", **options: Any) -> Path:
     """A process takes the code of folders of one name to be one: who changes it gives another `out`."""
     layout, changes = LAYOUTS[name]
@@ -281,6 +430,7 @@ def test_layouts_that_no_file_has_are_verified(
 ) -> None:
     """Those of configs/arch: test_train_export.py."""
     monkeypatch.setattr(train.hub.verify, "fresh_process", in_process)
+    monkeypatch.setattr(train.hub.verify, "NUM_NEW_TOKENS", 5)
     folder = exported(name, tmp_path, corpus)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "kvfrontier_shipped"
 
@@ -306,20 +456,16 @@ def test_it_is_the_code_in_the_folder_that_is_verified(
 
     message = differing("generation.py", "+ max_new_tokens - 1\n", "+ max_new_tokens\n")
     assert re.findall(r"^(bytes|greedy|logits)", message, re.MULTILINE) == ["bytes", "bytes"]
-    assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", "input_ids)\n", "input_ids.flip(1))\n")
-
-
-@pytest.mark.slow
-def test_in_a_fresh_process(tmp_path: Path, corpus: Path) -> None:
-    """With nothing of ours on its path; the card says so."""
-    folder = exported("block", tmp_path, corpus)
-    assert "| our packages imported | none | none |" in (folder / "README.md").read_text()
-    assert f"Needs `transformers` {TRANSFORMERS_FLOOR} or later and `einops`." in (folder / "README.md").read_text()
+    before = "self._states(input_ids, with_hidden)\n"
+    after = before.replace("input_ids", "input_ids.flip(1)")
+    assert "logits in fp32" in differing("modeling_kvfrontier_shipped.py", before, after)
 
 
 def test_the_folder(tmp_path: Path, corpus: Path) -> None:
-    """Its files are all that its code needs; saved again and imported back it is the same model."""
+    """Its files are all that its code needs; saved again and imported back it is the same model. In a process with
+    nothing of ours on its path: test_train_hf_decoder.py."""
     folder = exported("bct_mixed", tmp_path, corpus, verify=False)
+    assert f"Needs `transformers` {TRANSFORMERS_FLOOR} or later and `einops`." in (folder / "README.md").read_text()
     code = {path.name for path in folder.glob("*.py")}
     needed = set(FILES)
     for name in FILES:

@@ -5,46 +5,49 @@ Whatever the layout, `generate` decodes over the cache that the layout promises;
 Shapes: B batch, T tokens, D model, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import einops  # noqa: F401  transformers names what this file imports and is not installed; the files beside it need it
 import torch
+from einops import rearrange  # transformers says what this file imports and is not installed; files beside it need it
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers import initialization as init
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple, logging
 
+from arch.block_transformer import BlockTransformer
 from arch.config import ModelConfig, from_dict
+from arch.decoder import Decoder
 from arch.generation import batch_prompts, generate
 from arch.layers import LayerNorm, RMSNorm
 from arch.model import build
 
 from .configuration_kvfrontier_shipped import KVFrontierShippedConfig
+from .generation_kvfrontier_shipped import Follower, one_token, read_settings, sampling, stop_criteria
 
 logger = logging.get_logger(__name__)
 
-SUPPORTED_SETTINGS = {
-    "max_new_tokens", "max_length", "do_sample", "temperature", "top_p", "eos_token_id", "pad_token_id",
-    "return_dict_in_generate",
-}  # fmt: skip
-# Values at which other settings change nothing; so does False, except for use_cache.
-NEUTRAL_VALUES = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "top_k": 0}
-IGNORED_SETTINGS = {"bos_token_id", "transformers_version"}  # the former begins empty prompts, which are refused
+# Modules whose weights are used without calling them: an adapter in front of one would be left out, in silence.
+NOT_CALLED = ("lm_head", "kv_up_proj", "slot_keys", "position")
 
 
 class KVFrontierShippedPreTrainedModel(PreTrainedModel):
     config: KVFrontierShippedConfig
     config_class = KVFrontierShippedConfig
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Decoder", "BlockTransformer"]  # noqa: RUF012  layers hand each other keys and values
 
     def __init__(self, config: KVFrontierShippedConfig):
         super().__init__(config)
         # From plain data: transformers may have loaded the configuration's file, and all it imports, a second time.
         self.model = build(from_dict(ModelConfig, {"arch": config.arch, "size": config.size}))
+        self.gradient_checkpointing = False
         self.post_init()
 
     @torch.no_grad()
@@ -67,21 +70,75 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
         """First tokens of a text that are not predicted; every model needs one before it predicts any."""
         return 1 if self.config.block_pad_token is not None else self.model.plan.min_prompt
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, every_n_layers: int = 1, **__: Any) -> None:
+        """Recompute every layer in the backward pass, as in training: without reentry, whatever is asked for."""
+        if enable and every_n_layers != 1:
+            raise ValueError(f"every_n_layers is {every_n_layers}; this model recomputes every layer, or none")
+        self.gradient_checkpointing = enable
+        for stack in self.model.stacks:
+            stack.activation_checkpointing = enable
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that predicts tokens."""
+        return self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the tokens that the decoder sees. A Block Transformer's embedder has one of its own."""
+        return self.decoder.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight is the output matrix: the embedding where the two are tied."""
+        return self.decoder.embed if self.decoder.lm_head is None else self.decoder.lm_head
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Return the embedding. Raises ValueError for another number of tokens, which is part of `config.size`."""
+        held, wanted = self.config.vocab_size, new_num_tokens or self.config.vocab_size
+        if -(-wanted // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1) != held:
+            raise ValueError(f"this model has {held} tokens, part of its size, and cannot be resized to {wanted}")
+        return self.get_input_embeddings()
+
+    def check_adapters(self) -> None:
+        """Raise ValueError where an adapter, such as LoRA's, would be left out."""
+        used = [(name, module) for name, module in self.model.named_modules() if hasattr(module, "base_layer")]
+        tied = self.config.tie_word_embeddings
+        names = [name for name, _ in used if name.endswith(NOT_CALLED) or (tied and name.endswith("embed"))]
+        if names:
+            raise ValueError(
+                f"adapters on {', '.join(names)} would be left out, their weights are used directly; leave them out of "
+                "target_modules"
+            )
+
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, D] whose product with the output matrix are the logits of the token after each of `input_ids`; zeros
         where that token is not predicted.
+        """
+        return self.all_states(input_ids, attention_mask)[-1]
 
+    def all_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, with_hidden: bool = False
+    ) -> tuple[Tensor, ...]:
+        """`states`; with `with_hidden`, before them what enters the first layer and what leaves each but the last.
+
+        All are [B, T, D]. Those of a Block Transformer are of its token decoder, at the places from which it predicts.
         Rows are turned until their padding is on the right, where no earlier token sees it.
         """
+        self.check_adapters()
         begin_B = first_real(input_ids, attention_mask)
         if not begin_B.any():
-            return self._states(input_ids)
+            return self._states(input_ids, with_hidden)
         index_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         there_BT, back_BT = (index_BT + by for by in (begin_B[:, None], -begin_B[:, None]))
-        x_BTD = self._states(input_ids.gather(1, there_BT % input_ids.shape[1]))
-        return x_BTD.take_along_dim((back_BT % input_ids.shape[1]).unsqueeze(-1), dim=1)
+        turned = self._states(input_ids.gather(1, there_BT % input_ids.shape[1]), with_hidden)
+        back_BT1 = (back_BT % input_ids.shape[1]).unsqueeze(-1)
+        return tuple(x_BTD.take_along_dim(back_BT1, dim=1) for x_BTD in turned)
 
-    def _states(self, tokens_BT: Tensor) -> Tensor:
+    def _states(self, tokens_BT: Tensor, with_hidden: bool) -> tuple[Tensor, ...]:
         model, pad_token, num_tokens = self.model, self.config.block_pad_token, tokens_BT.shape[1]
         num_zeros = self.num_unpredicted - 1
         if num_zeros:
@@ -91,20 +148,37 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
             )
         if num_tokens <= num_zeros:
             weight = model.output_weight
-            return weight.new_zeros(*tokens_BT.shape, weight.shape[1])
+            zeros_BTD = weight.new_zeros(*tokens_BT.shape, weight.shape[1])
+            return (zeros_BTD,) * (len(self.decoder.layers) + 1 if with_hidden else 1)
         segment_ids_BT = None
         if num_fill := model.plan.min_prompt - 1 - num_zeros:
             segment_ids_BT = F.pad(torch.zeros_like(tokens_BT), (num_fill, 0), value=-1)
             tokens_BT = F.pad(tokens_BT, (num_fill, 0), value=pad_token)
-        x_BTD = model.next_token_logits(tokens_BT, states_alone, segment_ids_BT)
-        return F.pad(x_BTD, (0, 0, num_zeros, 0))
+        with residual_streams(self.decoder) if with_hidden else no_streams() as streams:
+            x_BTD = model.next_token_logits(tokens_BT, states_alone, segment_ids_BT)
+        if isinstance(model, BlockTransformer):  # what it predicts of each block, from the first that is asked for
+            length, first = model.plan.block_length, model.plan.min_prompt - model.plan.num_unpredicted
+            streams = [
+                rearrange(x[:, -length:], "(b n) l d -> b (n l) d", b=len(tokens_BT))[:, first:] for x in streams
+            ]
+        kept = (*(x[:, : x_BTD.shape[1]] for x in streams[:-1]), x_BTD)
+        return tuple(F.pad(x, (0, 0, num_zeros, 0)) for x in kept)
 
 
 class KVFrontierShippedModel(KVFrontierShippedPreTrainedModel):
     @can_return_tuple
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutput:
         """The last hidden states, normalised: `states`."""
-        return BaseModelOutput(last_hidden_state=self.states(input_ids, attention_mask))
+        refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions)
+        hidden = self.all_states(input_ids, attention_mask, bool(output_hidden_states))
+        return BaseModelOutput(last_hidden_state=hidden[-1], hidden_states=hidden if output_hidden_states else None)
 
 
 class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationMixin):
@@ -117,19 +191,25 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutput:
         """Logits [B, T, V] of the token after each of `input_ids`, of any length; with `labels` the loss.
 
         A Block Transformer predicts the tokens of a block from the blocks before it, hence without a start context
-        nothing of the first block: there all logits are 0, the uniform distribution, and labels do not count.
+        nothing of the first block: there all logits are 0, the uniform distribution, and labels do not count. Nor does
+        the label of a row's first token, which nothing comes before: the loss is the same with padding on the left, on
+        the right, or none. (Stock classes count there, with padding on the left, what they predict from the padding.)
         `logits_to_keep`: of the last so many positions (0: all; a tensor: those positions). Padding may be on the left
         or the right, never between tokens. Raises ValueError with `use_cache`: the cache is that of `generate`.
         """
         if use_cache:
             raise ValueError("forward keeps no cache; generate() does, or leave out use_cache")
-        states_BTD = self.states(input_ids, attention_mask)
+        refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions)
+        hidden = self.all_states(input_ids, attention_mask, bool(output_hidden_states))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = F.linear(states_BTD[:, kept], self.model.output_weight)
+        logits_BTV = F.linear(hidden[-1][:, kept], self.model.output_weight)
         loss = None
         if labels is not None:
             place_BT = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -141,7 +221,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutput(loss=loss, logits=logits_BTV)
+        return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if output_hidden_states else None)
 
     @torch.no_grad()
     def generate(
@@ -152,21 +232,26 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Return the prompts and the tokens generated after them, [B, T + new], as generate() of transformers does.
 
-        SUPPORTED_SETTINGS are read from `generation_config`, generation_config.json and `kwargs`, with their meaning
-        in transformers; a setting that is nowhere set is off (top_k, too). Sampling draws its seed from torch. Prompts
-        of unequal length are padded on the left. `stopping_criteria` are applied afterwards, without scores, to every
-        prefix of the generated text, which is cut where the first one stops it.
+        The settings in SUPPORTED_SETTINGS (generation_kvfrontier_shipped.py) are read from `generation_config`,
+        generation_config.json and `kwargs`, with their meaning in transformers; one that is nowhere set is off (top_k,
+        too). Sampling draws its seed from torch. Prompts of unequal length are padded on the left.
+        `stopping_criteria`, without scores, and `streamer` are given each token as it is made, or all of them
+        afterwards where rows of a Block Transformer begin at different places of a block. `tokenizer` is for the
+        setting stop_strings.
 
         Raises ValueError with every other setting that would change the text.
         """
         prompt_BT = inputs if input_ids is None else input_ids
         if prompt_BT is None:
             raise ValueError("give input_ids; there is no token that begins a text")
-        settings = self.settings(generation_config, kwargs)
+        self.check_adapters()
+        settings = read_settings([self.generation_config, generation_config], kwargs)
         new = settings.get("max_new_tokens") or settings.get("max_length", 0) - prompt_BT.shape[1]
         if new < 1:
             raise ValueError(f"{new} tokens to generate; give max_new_tokens, or a max_length beyond the prompt's")
@@ -174,58 +259,60 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask ends with padding; pad prompts on the left")
         prompts = [row[begin:].tolist() for row, begin in zip(prompt_BT, begin_B.tolist(), strict=True)]
-        sampled, end = settings.get("do_sample", False), one_token(settings.get("eos_token_id"))
-        how: dict[str, Any] = {
-            "temperature": settings.get("temperature", 1.0) if sampled else 0.0,
-            "top_p": settings.get("top_p", 1.0) if sampled else 1.0,
-            "stop_token": end,
-            "seed": int(torch.randint(2**31, ())),
-        }
+        end, criteria = one_token(settings.get("eos_token_id")), stop_criteria(stopping_criteria, settings, tokenizer)
+        follower = Follower(prompt_BT, end, settings.get("pad_token_id", end or 0), criteria, streamer)
         model, fill = self.model, self.config.block_pad_token
         batch = batch_prompts(model.plan, prompts, fill, model.output_weight.device)
         cache = model.allocate_cache(len(prompts), batch.capacity(new))
-        rows = generate(model, prompts, new, pad_token=fill, cache=cache, **how)
-        if end is not None:
-            rows = [row if len(row) == new else [*row, end] for row in rows]
-        pad = settings.get("pad_token_id", end or 0)
-        sequences = joined(prompt_BT, rows, pad, StoppingCriteriaList(stopping_criteria or []))
+        together = not batch.forced_BF.shape[1]
+        rows = generate(
+            model,
+            prompts,
+            new,
+            **sampling(settings),
+            stop_token=None if together else end,
+            on_step=follower if together else None,
+            pad_token=fill,
+            prefill_chunk=settings.get("prefill_chunk_size"),
+            cache=cache,
+            seed=int(torch.randint(2**31, ())),
+        )
+        if not together:
+            follower.replay([row if len(row) == new else [*row, end] for row in rows])
+        sequences = follower.finish()
         if settings.get("return_dict_in_generate"):
             return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
         return sequences
 
-    def settings(self, config: GenerationConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Collect the settings of `generate`. Raises ValueError with every one that it does not support."""
-        blank, settings = GenerationConfig().to_dict(), {}
-        for source in (self.generation_config, config):
-            values = {} if source is None else source.to_dict()
-            settings |= {key: value for key, value in values.items() if value != blank.get(key)}
-        settings |= {key: value for key, value in kwargs.items() if value is not None}
-        settings = {k: value for k, value in settings.items() if k not in IGNORED_SETTINGS and not k.startswith("_")}
-        unsupported = {
-            key: value
-            for key, value in settings.items()
-            if key not in SUPPORTED_SETTINGS
-            and (value is not False or key == "use_cache")
-            and value != NEUTRAL_VALUES.get(key)
-        }
-        if unsupported:
-            wrong = ", ".join(f"{key}={value!r}"[:80] for key, value in unsupported.items())
-            supported = ", ".join(sorted(SUPPORTED_SETTINGS))
-            raise ValueError(f"generate() of this model does not do {wrong}; it reads {supported}")
-        return settings
+
+def refuse(**given: Any) -> None:
+    """Raise ValueError where an argument that the model does not have is more than None or False."""
+    wrong = [name for name, value in given.items() if value is not None and value is not False]
+    if wrong:
+        raise ValueError(f"this model takes no {', '.join(wrong)}; give input_ids, and leave it out")
+
+
+@contextmanager
+def residual_streams(decoder: Decoder) -> Iterator[list[Tensor]]:
+    """Collect what enters the first layer of `decoder` and what leaves each, [B, T, D]."""
+    streams: list[Tensor] = []
+    first = decoder.layers[0].register_forward_pre_hook(lambda _, arguments: streams.append(arguments[0]))
+    hooks = [layer.register_forward_hook(lambda _, __, out: streams.append(out[0])) for layer in decoder.layers]
+    try:
+        yield streams
+    finally:
+        for hook in (first, *hooks):
+            hook.remove()
+
+
+@contextmanager
+def no_streams() -> Iterator[list[Tensor]]:
+    yield []
 
 
 def states_alone(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
     """Return the hidden states [B, T, D]: a head that leaves out the product with the output matrix."""
     return x_BTD
-
-
-def one_token(eos: Any) -> int | None:
-    """The one token of eos_token_id, which may be a list. Raises ValueError where there are several."""
-    tokens = [] if eos is None else [int(token) for token in torch.as_tensor(eos).reshape(-1)]
-    if len(tokens) > 1:
-        raise ValueError(f"eos_token_id is {tokens}; generate() stops at one token: give one, or stopping_criteria")
-    return tokens[0] if tokens else None
 
 
 def first_real(tokens_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -242,17 +329,3 @@ def first_real(tokens_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not torch.equal(is_token_BT, whole_BT):
         raise ValueError("attention_mask has padding between tokens; a row is one run of tokens")
     return begin_B
-
-
-def joined(prompt_BT: Tensor, rows: list[list[int]], pad: int, criteria: StoppingCriteriaList) -> Tensor:
-    """The prompts with their rows after them, each up to where it stops, filled up with `pad`."""
-    longest = max(map(len, rows))
-    new_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=prompt_BT.device)
-    sequences_BT = torch.cat((prompt_BT, new_BT.to(prompt_BT.dtype)), dim=1)
-    end_B = torch.tensor([prompt_BT.shape[1] + len(row) for row in rows], device=prompt_BT.device)
-    if criteria:
-        for end in range(prompt_BT.shape[1] + 1, sequences_BT.shape[1] + 1):
-            stopped_B = criteria(sequences_BT[:, :end], ()).to(end_B.device)
-            end_B = torch.where(stopped_B & (end_B > end), end, end_B)
-    index_T = torch.arange(sequences_BT.shape[1], device=prompt_BT.device)
-    return sequences_BT.masked_fill(index_T >= end_B[:, None], pad)[:, : int(end_B.max())]
