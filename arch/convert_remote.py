@@ -25,6 +25,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_kvfrontier.KVFrontierConfig",
     "AutoModel": "modeling_kvfrontier.KVFrontierModel",
     "AutoModelForCausalLM": f"modeling_kvfrontier.{ARCHITECTURE}",
+    "AutoModelForSequenceClassification": "modeling_kvfrontier.KVFrontierForSequenceClassification",
 }
 # Keys that do not describe what the model computes.
 IGNORED_KEYS = ("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id")

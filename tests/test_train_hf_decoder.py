@@ -12,15 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DECODERS, ROOT, WINDOW, build, small, tokens
+from conftest import DECODERS, ROOT, WINDOW, build, small, tokens, whole_depth
 from conversions import from_hf, to_hf
 from safetensors.torch import save_file
+from test_train_export import QUIET, write_checkpoint
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, StoreConfig, generate, resolve
+from arch import build as build_model
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.footprint import kv_bytes
+from train import checkpoint
+from train.export import export
+from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.request import ExportConfig
 from train.hub.targets import TRANSFORMERS_FLOOR
 
 transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
@@ -44,10 +50,15 @@ LENGTH = 10  # of the prompt; more than any window
 STEPS = 2 * WINDOW + 3
 
 
+def depth(name: str) -> dict[str, int]:
+    """The least number of layers, from four on, that shows all of a pattern."""
+    return {"num_layers": whole_depth(name, least=4)}
+
+
 @cache
 def pair(name: str, **changes: Any) -> tuple[Decoder, Any]:
     """Ours and theirs with the same weights, in fp64, no two norms or sinks alike."""
-    config = small(MIXED, **(WHOLE | changes)) if name == "mixed" else small(name, **changes)
+    config = small(MIXED, **(WHOLE | changes)) if name == "mixed" else small(name, **(depth(name) | changes))
     ours = build(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -148,20 +159,14 @@ def test_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_generation(name: str) -> None:
-    """Greedy tokens of every cache are those without one; and after each step the cache has the bytes of the plan."""
+    """Greedy tokens of every cache, of prompts shorter and longer than the window, alone and padded to one batch."""
     ours, theirs = pair(name)
-    for length in (3, LENGTH):  # shorter and longer than the window
-        prompt = tokens(2, length)
-        expected = generate(ours, prompt.tolist(), STEPS)
-        assert greedy(theirs, prompt) == expected
-        assert greedy(theirs, prompt, cache_implementation="static", disable_compile=True) == expected
-    assert greedy(theirs, prompt, use_cache=False) == expected
-
-    padded = torch.cat((torch.full((2, 5), 7), prompt), dim=1)
+    short, padded = tokens(1, 3), torch.full((2, LENGTH), 7)
+    padded[0, LENGTH - 3 :], padded[1] = short[0], tokens(1, LENGTH)[0]
     mask = torch.ones_like(padded)
-    mask[0, :5] = 0
-    padded[1] = tokens(1, LENGTH + 5)
-    expected = [expected[0], generate(ours, padded[1:].tolist(), STEPS)[0]]
+    mask[0, : LENGTH - 3] = 0
+    expected = generate(ours, [short[0].tolist(), padded[1].tolist()], STEPS)
+    assert greedy(theirs, short) == expected[:1]
     assert greedy(theirs, padded, attention_mask=mask) == expected
     assert greedy(theirs, padded, attention_mask=mask, cache_implementation="static", disable_compile=True) == expected
 
@@ -188,10 +193,14 @@ def test_cache_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixattention", "mixed"])
 def test_other_ways_to_generate(name: str) -> None:
-    """Beams, chunked prefill, going on with a cache."""
+    """Without a cache, in batches without padding, beams, chunked prefill, going on with a cache."""
     ours, theirs = pair(name)
-    prompt = tokens(2, LENGTH)
-    expected = generate(ours, prompt.tolist(), STEPS)
+    for length in (3, LENGTH):
+        prompt = tokens(2, length)
+        expected = generate(ours, prompt.tolist(), STEPS)
+        assert greedy(theirs, prompt) == expected
+        assert greedy(theirs, prompt, cache_implementation="static", disable_compile=True) == expected
+    assert greedy(theirs, prompt, use_cache=False) == expected
     assert greedy(theirs, prompt, num_beams=2) == greedy(theirs, prompt, num_beams=2, use_cache=False)
     assert greedy(theirs, prompt, prefill_chunk_size=4) == expected
     how = {"return_dict_in_generate": True, "do_sample": False}
@@ -249,7 +258,7 @@ def test_sinks_are_never_left_out() -> None:
 
 def test_sinks_that_a_checkpoint_lacks_are_zero(tmp_path: Path) -> None:
     """Not whatever the memory held."""
-    _, theirs = pair("swa_sinks")
+    _, theirs = pair("swa_sinks", num_layers=7)
     weights = theirs.state_dict().items()
     kept = {name: tensor for name, tensor in weights if "sinks" not in name and "lm_head" not in name}
     theirs.config.save_pretrained(tmp_path)
@@ -353,8 +362,7 @@ FRESH = """
 import json, sys, torch
 junk = [torch.randn(1 << 16) for _ in range(64)]  # so that memory nobody wrote to holds no zeros
 del junk
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-assert not any(name.partition(".")[0] in ("arch", "train") for name in sys.modules)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 for folder in sys.argv[1:]:
     torch.manual_seed(0)
     batch, expected = (torch.load(f"{folder}/{name}.pt", weights_only=True) for name in ("batch", "logits"))
@@ -365,20 +373,36 @@ for folder in sys.argv[1:]:
         with torch.no_grad():
             torch.testing.assert_close(model.eval()(batch).logits, expected, rtol=0, atol=1e-12)
             base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-            torch.testing.assert_close(base(batch).last_hidden_state @ model.lm_head.weight.T, expected)
+            states = base(batch).last_hidden_state
+            torch.testing.assert_close(states @ model.get_output_embeddings().weight.T, expected)
         if attempt == 1:  # as somebody does who trained it further
             folder += "-again"
             model.save_pretrained(folder)
             torch.save(batch, f"{folder}/batch.pt"), torch.save(expected, f"{folder}/logits.pt")
-    assert sorted(AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map) == [
-        "AutoConfig", "AutoModel", "AutoModelForCausalLM"
-    ]
+    auto_map = AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map
+    more = [] if "block" in folder else ["AutoModelForSequenceClassification"]
+    assert sorted(auto_map) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM", *more]
+    if more:
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+        assert classifier(batch[:1]).logits.shape == (1, 3)
+assert not any(name.partition(".")[0] in ("arch", "train") for name in sys.modules)
 print("same")
 """
 
 
-def test_fresh_process_without_this_repository(tmp_path: Path) -> None:
-    """From a folder, twice, and from what `save_pretrained` makes of it; no tensor missing or left over."""
+def test_fresh_process_without_this_repository(tmp_path: Path, corpus: Path) -> None:
+    """From a folder, twice, and from what `save_pretrained` makes of it; no tensor missing or left over. The target
+    that ships the files of arch, too."""
+    source = write_checkpoint(tmp_path / "step-00000003", "block", num_layers=4)
+    export(ExportConfig(str(source), str(tmp_path / "block"), prepared=str(corpus), verify=False), QUIET)
+    config = json.loads((tmp_path / "block" / "config.json").read_text())
+    (tmp_path / "block" / "config.json").write_text(json.dumps(config | {"dtype": "float64", "torch_dtype": "float64"}))
+    shipped = build_model(CheckpointReader(source).model()[0])
+    checkpoint.load(source, shipped)
+    batch = tokens(2, LENGTH + 1)
+    torch.save(batch[:, :-1], tmp_path / "block" / "batch.pt")
+    with torch.no_grad():
+        torch.save(shipped.double().next_token_logits(batch[:, :-1]), tmp_path / "block" / "logits.pt")
     for name, tied in (("mixed", True), ("tail_sharing", False)):
         ours, _ = pair(name, tie_embeddings=tied)
         folder = tmp_path / name
@@ -394,7 +418,7 @@ def test_fresh_process_without_this_repository(tmp_path: Path) -> None:
             torch.save(ours(batch), folder / "logits.pt")
     installed = str(Path(transformers.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(tmp_path / "mixed"), str(tmp_path / "tail_sharing")],
+        [sys.executable, "-c", FRESH, *(str(tmp_path / name) for name in ("mixed", "tail_sharing", "block"))],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -97,7 +97,7 @@ class TransformersForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__()
-        self.config = config = vllm_config.hf_config
+        self.config = config = vllm_config.model_config.hf_config
         config._attn_implementation = "vllm"
         self.model = transformers.AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -175,11 +175,11 @@ def model_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
 
 def engine(ours: Decoder, **changes: Any) -> Any:
     """What of vLLM's configuration the model reads. Another model has registered a layer before."""
-    config = KVFrontierConfig(**to_hf_config(ours.config))
+    config = KVFrontierConfig(**to_hf_config(ours.config), vllm_cache=changes.pop("vllm_cache", None))
     context: dict[str, Any] = {}
     Attention(8, 8, 1.0, num_kv_heads=8, prefix="40.attn", context=context)
     return SimpleNamespace(
-        hf_config=config,
+        model_config=SimpleNamespace(hf_config=config),
         stage=changes.pop("stage", range(config.num_hidden_layers)),
         compilation_config=SimpleNamespace(static_forward_context=context),
         cache_config=SimpleNamespace(cache_dtype=changes.pop("cache_dtype", "auto")),
@@ -200,7 +200,8 @@ def serve(model: Any, ours: Decoder, batch: Tensor) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("name", ["cla2", "mixattention", "tail_sharing", "yoco", "characterai", "gemma3"])
 def test_sharing_layers_have_one_cache(name: str, model_class: type) -> None:
-    """The logits of ours with the plugin and without; the bytes of our plan with it alone, windows aside."""
+    """The logits of ours with the plugin and without, where that is accepted; the bytes of our plan with it alone,
+    windows aside."""
     ours = build(small(name))
     batch = tokens(1, LENGTH)[0]
     with torch.no_grad():
@@ -209,7 +210,7 @@ def test_sharing_layers_have_one_cache(name: str, model_class: type) -> None:
     logits, kept = serve(model_class(vllm_config=engine(ours)), ours, batch)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     assert kept == unbounded
-    logits, kept = serve(TransformersForCausalLM(vllm_config=engine(ours)), ours, batch)
+    logits, kept = serve(TransformersForCausalLM(vllm_config=engine(ours, vllm_cache="per_layer")), ours, batch)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
     assert kept == unbounded * ours.plan.num_layers // len(ours.plan.stores)
 
@@ -218,7 +219,7 @@ def test_cla2_has_twice_the_blocks(model_class: type) -> None:
     ours = build(small("cla2", num_layers=8))
     batch = tokens(1, LENGTH)[0]
     _, shared = serve(model_class(vllm_config=engine(ours)), ours, batch)
-    _, apart = serve(TransformersForCausalLM(vllm_config=engine(ours)), ours, batch)
+    _, apart = serve(TransformersForCausalLM(vllm_config=engine(ours, vllm_cache="per_layer")), ours, batch)
     assert apart == 2 * shared == 2 * kv_bytes(ours.plan, LENGTH, 8).stored
 
 
@@ -237,6 +238,35 @@ def test_what_vllm_would_get_wrong_is_refused(
         model_class(vllm_config=engine(build(small(name)), **changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "accepted", "message"),
+    [
+        ("cla2", None, r"a copy of the keys and values for each of 3 layers .* pip install .* --hf-overrides '{\"vllm"),
+        ("cla2", "yes", "a copy of the keys and values for each of 3 layers"),
+        ("swa_sinks", "per_layer", "may leave out attention sinks, and the plugin of kvfrontier is not there"),
+        ("gqa2", None, None),
+    ],
+)
+@pytest.mark.usefixtures("model_class")
+def test_without_the_plugin_the_model_itself_refuses(name: str, accepted: str | None, message: str | None) -> None:
+    """vLLM goes on without a plugin that cannot be imported; the exported model is then built all the same."""
+    vllm_config = engine(build(small(name)), vllm_cache=accepted)
+    if message is None:
+        TransformersForCausalLM(vllm_config=vllm_config)
+        return
+    with pytest.raises(ValueError, match=message):
+        TransformersForCausalLM(vllm_config=vllm_config)
+
+
+def test_windows_and_heads_that_differ_are_refused_with_and_without_it(model_class: type) -> None:
+    layers = {"num_hidden_layers": 2, "num_key_value_heads": 4, "layer_key_value_heads": [4, 2]}
+    for kind in (model_class, TransformersForCausalLM):
+        vllm_config = engine(build(small("gqa2")), vllm_cache="per_layer")
+        vllm_config.model_config.hf_config = KVFrontierConfig(**layers, vllm_cache="per_layer")
+        with pytest.raises(ValueError, match="cannot serve this model: layer_key_value_heads differ"):
+            kind(vllm_config=vllm_config)
+
+
 def test_layers_that_differ_are_refused(model_class: type) -> None:
     config = KVFrontierConfig(num_hidden_layers=2, num_key_value_heads=4, layer_key_value_heads=[4, 2])
     layers = {layer: Attention(8, 96, 1.0, prefix=f"{layer}.attn", context={}) for layer in range(2)}
@@ -253,8 +283,35 @@ def test_importing_the_plugin_starts_nothing() -> None:
     assert "vllm" not in sys.modules
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
     path, _, name = group["kvfrontier"].partition(":")
-    assert getattr(importlib.import_module(path), name) is vllm_plugin.register
+    assert (path, getattr(vllm_plugin, name)) == ("kvfrontier_hf.vllm_plugin", vllm_plugin.register)
     assert "vllm" not in sys.modules
+
+
+def test_a_train_of_the_server_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files as a wheel has them, an editable one too: under a name of their own, importing nothing of `train`."""
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for source, place in files["force-include"].items():
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / source, tmp_path / place)
+    assert {path.parent.name for path in tmp_path.rglob("*.py")} == {"kvfrontier_hf"}
+    for name in [name for name in sys.modules if name.partition(".")[0] == "train"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "train", ModuleType("train"))  # a server's own file, say
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setattr(sys.modules["vllm"], "ModelRegistry", ModelRegistry, raising=False)
+    monkeypatch.setattr(ModelRegistry, "models", {})
+    try:
+        importlib.import_module("kvfrontier_hf.vllm_plugin").register()
+        assert ModelRegistry.models == {ARCHITECTURE: f"kvfrontier_hf.vllm_model:{ARCHITECTURE}"}
+        assert transformers.AutoConfig.for_model("kvfrontier").__module__.startswith("kvfrontier_hf.")
+        (module,) = [name for name in files["force-include"].values() if name.endswith("vllm_model.py")]
+        imported = re.findall(r"^(?:from|import) (\w+)", (tmp_path / module).read_text(), re.MULTILINE)
+        assert set(imported) == {"typing", "vllm"}
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "kvfrontier_hf"]:
+            del sys.modules[name]
+        transformers.AutoConfig.register("kvfrontier", KVFrontierConfig, exist_ok=True)
 
 
 def test_source_is_what_engines_look_for() -> None:

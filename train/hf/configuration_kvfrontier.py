@@ -23,6 +23,8 @@ class KVFrontierConfig(PreTrainedConfig):
                            then is the largest window, the most heads, and the first layer's base
     layer_sinks            whether it has a learned attention-sink logit for each query head
     layer_kv_norms         whether it computes its keys and values from a norm of their own
+    vllm_cache             how vLLM keeps what layers share, which must be said there: `joined`, as its plugin says, or
+                           `per_layer`, a copy for each layer, where somebody accepts that
 
     A list that is None says the same of all layers: no sharing, full attention, the single value, no sinks, no norms.
     Raises ValueError with everything that is wrong.
@@ -52,6 +54,7 @@ class KVFrontierConfig(PreTrainedConfig):
         layer_rope_thetas: list[float] | None = None,
         layer_sinks: list[bool] | None = None,
         layer_kv_norms: list[bool] | None = None,
+        vllm_cache: str | None = None,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
         **kwargs: Any,
@@ -75,6 +78,7 @@ class KVFrontierConfig(PreTrainedConfig):
         self.layer_rope_thetas = layer_rope_thetas
         self.layer_sinks = layer_sinks
         self.layer_kv_norms = layer_kv_norms
+        self.vllm_cache = vllm_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
         problems = _lengths(self) or _shapes(self) + _rotation(self) + _sources(self)
@@ -121,6 +125,24 @@ class KVFrontierConfig(PreTrainedConfig):
             kind if window in (None, self.sliding_window) else f"{kind}_{window}"
             for kind, window in zip(self.layer_types, self.windows, strict=True)
         ]
+
+
+def check_vllm(config: KVFrontierConfig) -> None:
+    """Raise ValueError where vLLM would run the model wrongly, or keep a copy per layer that nobody asked for."""
+    unlike = [key for key in ("layer_sliding_windows", "layer_key_value_heads") if getattr(config, key) is not None]
+    if unlike:
+        raise ValueError(f"vLLM cannot serve this model: {', '.join(unlike)} differ, and it builds all layers alike")
+    shared = sum(source != layer for layer, source in enumerate(config.kv_source_layers))
+    if config.vllm_cache == "joined" or not (shared or any(config.sinks)):
+        return
+    plugin = "the plugin of kvfrontier is not there: pip install its checkout where vLLM runs"
+    if any(config.sinks):
+        raise ValueError(f"vLLM may leave out attention sinks, and {plugin}; it finds out")
+    if config.vllm_cache != "per_layer":
+        raise ValueError(
+            f"vLLM would keep a copy of the keys and values for each of {shared} layers that share them, and {plugin}; "
+            """or accept the copies: --hf-overrides '{"vllm_cache": "per_layer"}'"""
+        )
 
 
 def _lengths(config: KVFrontierConfig) -> list[str]:

@@ -15,14 +15,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_kvfrontier import KVFrontierConfig
+from .configuration_kvfrontier import KVFrontierConfig, check_vllm
 
 Rope = tuple[Tensor, Tensor]
 
@@ -284,6 +284,8 @@ def fit_windows(cache: Cache, config: KVFrontierConfig) -> None:
 class KVFrontierModel(KVFrontierPreTrainedModel):
     def __init__(self, config: KVFrontierConfig):
         super().__init__(config)
+        if self.config._attn_implementation == "vllm":
+            check_vllm(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(KVFrontierDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -397,3 +399,14 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
         built = model_kwargs.get("past_key_values")
         if built is not None and passed is None:
             fit_windows(built, self.config)
+
+
+class KVFrontierForSequenceClassification(GenericForSequenceClassification, KVFrontierPreTrainedModel):
+    """A linear map of the last hidden state at the last token of each row, [batch, config.num_labels]."""
+
+    def __init__(self, config: KVFrontierConfig):
+        KVFrontierPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = KVFrontierModel(config)  # the class above would ask AutoModel, which may not know of this one
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()

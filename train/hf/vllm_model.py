@@ -18,6 +18,7 @@ class KVFrontierForCausalLM(TransformersForCausalLM):
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        vllm_config.model_config.hf_config.vllm_cache = "joined"
         registered = vllm_config.compilation_config.static_forward_context
         others = set(registered)
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -1,6 +1,8 @@
 """Entry point of vLLM's group `vllm.general_plugins`: exported models that share keys and values save memory there too.
 
-vLLM runs the remote decoder without this too, correctly, but gives every layer a cache of its own.
+An installation has these files as the package `kvfrontier_hf` (pyproject.toml), since a server has its own working
+directory, and a file `train.py` in it would hide the package `train`. vLLM goes on when a plugin cannot be imported:
+then the exported model itself refuses to load (`configuration_kvfrontier.check_vllm`).
 """
 
 
@@ -14,4 +16,4 @@ def register() -> None:
 
     name = "KVFrontierForCausalLM"
     if name not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(name, f"train.hf.vllm_model:{name}")
+        ModelRegistry.register_model(name, f"{__package__}.vllm_model:{name}")

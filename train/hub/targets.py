@@ -92,15 +92,18 @@ STOCK_NOTES = {
 REMOTE_NOTES = (
     f"The two Python files in this folder are the model: `transformers` >= {TRANSFORMERS_FLOOR} runs them with "
     "`trust_remote_code=True`.",
-    "Layers that share keys and values keep them once in the caches of `transformers`. vLLM keeps a copy per layer, "
-    "unless the plugin of kvfrontier is installed; continuous batching in `transformers` does too.",
+    "Layers that share keys and values keep them once in the caches of `transformers`; continuous batching there keeps "
+    "a copy per layer. vLLM needs the plugin of kvfrontier (`pip install` its checkout where vLLM runs): without it a "
+    "model that shares does not load, rather than keep copies.",
+    'LoRA: `LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])`; `peft` knows no defaults for it.',
 )
 
 SHIPPED_NOTES = (
     "The Python files in this folder are the code that trained the model, behind an interface to `transformers` >= "
     f"{TRANSFORMERS_FLOOR}, which runs them with `trust_remote_code=True`; they need `einops`.",
-    "It generates with `generate()`, greedily or by sampling (`temperature`, `top_p`), over a cache of its own, which "
-    "has the bytes above. `forward` keeps no cache. vLLM, SGLang and llama.cpp do not run it.",
+    "It generates with `generate()`, greedily or by sampling (`temperature`, `top_k`, `top_p`, `min_p`), with "
+    "streamers, stopping criteria and stop strings, over a cache of its own, which has the bytes above. `forward` keeps "
+    "no cache. vLLM, SGLang and llama.cpp do not run it.",
 )
 BLOCK_NOTE = "A prompt need not end with a block. Rows of a batch are padded on the left, and may have any lengths."
 UNPREDICTED_NOTE = (
