@@ -5,9 +5,12 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -25,6 +28,7 @@ from test_arch_convert import INTERLEAVED, STOCK, randomised
 from test_train_command import SMALL
 
 import train.export
+import train.hub.card
 import train.hub.checkpoint_reader
 import train.hub.exporter
 import train.hub.upload
@@ -71,6 +75,12 @@ def in_process(folder: Path, request: Request) -> tuple[Response, dict[str, torc
 
     response, logits = examine(str(folder), json.loads(json.dumps(request)))
     return response | {"imported_packages": []}, logits
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of a run exported as typed has one; drawing it takes longer than the rest of an export."""
+    monkeypatch.setattr(train.hub.card, "draw_plan", lambda plan, name, context, itemsize, path: path.touch())
 
 
 @pytest.fixture
@@ -120,9 +130,13 @@ def test_the_oldest_transformers_is_one_number() -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("layout", [*ARCHS, INTERLEAVED], ids=[*ARCHS, "interleaved"])
-def test_every_layout_comes_back_the_same(layout: ArchConfig | str, tmp_path: Path, corpus: Path) -> None:
-    """By the target that `auto` takes, at a depth that shows all of its pattern; of stock layouts three layers do."""
-    depth = whole_depth(layout) if isinstance(layout, str) and layout not in STOCK else 3
+def test_every_layout_comes_back_the_same(
+    layout: ArchConfig | str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the target that `auto` takes, at the least depth that shows all of its pattern; of stock layouts three layers
+    do. Prompts are shorter and longer than a window, so that a few tokens after them show what a cache does."""
+    monkeypatch.setattr(train.hub.verify, "NUM_NEW_TOKENS", 5)
+    depth = whole_depth(layout, least=3) if isinstance(layout, str) and layout not in STOCK else 3
     source = write_checkpoint(tmp_path / "step-00000003", layout, tie_embeddings=layout != "gqa4", num_layers=depth)
     checks = export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
     assert {check.name: check.passed for check in checks if check.passed is not True}.keys() == {
@@ -159,6 +173,7 @@ def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
     card = (out / "README.md").read_text()
+    assert "| our packages imported | none | none |" in card
     summary = json.loads((run / "summary.json").read_text())
     assert f"validation perplexity: {summary['val']['ppl']:.3f}" in card
     assert "- tokens: 1,024, in sequences of 32" in card
@@ -166,13 +181,8 @@ def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
     assert (out / "architecture.png").read_bytes().startswith(b"\x89PNG")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert 'from_pretrained("mine"' in code
-    shown = subprocess.run(
-        [sys.executable, "-I", "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    (tmp_path / "card.py").write_text(code)
+    shown = fork_script([str(tmp_path / "card.py")], str(tmp_path), {})
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("Once upon a time")
 
@@ -321,9 +331,34 @@ def test_what_differs_is_named_and_kept(tmp_path: Path, corpus: Path, monkeypatc
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_folder_that_does_not_load_says_why(gqa: Path, corpus: Path) -> None:
-    """By the fresh process itself, without a traceback of ours."""
+def fork_script(command: list[str], cwd: str, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a Python script in a fork of this process, which has imported all that it needs."""
+    script = next(number for number, word in enumerate(command) if word.endswith(".py"))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                sys.argv, sys.stdout, sys.stderr = command[script:], out, errors
+                os.chdir(cwd)
+                os.environ.update(env)
+                runpy.run_path(command[script], run_name="__main__")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                out.flush()
+                errors.flush()
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        texts = [stream.seek(0) or stream.read() for stream in (out, errors)]
+    return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *texts)
+
+
+def test_a_folder_that_does_not_load_says_why(gqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the other process itself, without a traceback of ours."""
     pytest.importorskip("transformers")
+    monkeypatch.setattr(train.hub.verify.subprocess, "run", fork_script)
     (gqa.parent / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(TrainingError, match=r"cannot be loaded or run by transformers:[^$]*model.safetensors"):
         train.hub.verify.fresh_process(gqa.parent, {"trust_remote_code": False})
