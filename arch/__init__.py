@@ -1,6 +1,6 @@
-"""Language models whose KV layout is written once and read by everything.
+"""Language models whose KV layout is written once and read by everything: `arch.build("cla2", "tiny")`.
 
-Layouts, plans and footprints come without torch; the models, and torch with them, when the first of them is used.
+Layouts, plans and counts come without torch; the models, and torch with them, when the first of them is used.
 """
 
 from importlib import import_module
@@ -18,6 +18,16 @@ from .config import (
     TokenDecoderConfig,
     from_dict,
 )
+from .footprint import (
+    KVBytes,
+    allocated_bytes,
+    forward_flops,
+    kv_bytes,
+    max_batch,
+    num_params,
+    train_flops_per_token,
+)
+from .named import load_arch, load_size, model_config, names
 from .plan import KVPlan, StackPlan
 from .stores import LayoutError, SlotShape, StoreSpec
 
@@ -37,6 +47,7 @@ __all__ = [
     "Cache",
     "Decoder",
     "EncoderConfig",
+    "KVBytes",
     "KVPlan",
     "LanguageModel",
     "LatentConfig",
@@ -51,11 +62,21 @@ __all__ = [
     "TokenDecoderConfig",
     "allocate",
     "allocate_blocks",
+    "allocated_bytes",
     "build",
+    "forward_flops",
     "from_dict",
     "generate",
+    "kv_bytes",
+    "load_arch",
+    "load_size",
+    "max_batch",
+    "model_config",
+    "names",
+    "num_params",
     "plan_from_dict",
     "resolve",
+    "train_flops_per_token",
 ]
 
 # The module of each name that needs torch.
@@ -69,6 +90,10 @@ _MODULES = {
     "build": "model",
     "generate": "generation",
 }
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

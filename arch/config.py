@@ -203,10 +203,17 @@ HF_SIZE_KEYS = {
 
 @dataclass
 class ModelConfig:
-    """All that defines a model: a layout at a size."""
+    """All that defines a model: a layout at a size. `model_config` makes one from names."""
 
     arch: ArchConfig = field(default_factory=ArchConfig)
     size: SizeConfig = field(default_factory=SizeConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arch, str) or isinstance(self.size, str):
+            raise TypeError(
+                f"ModelConfig takes an ArchConfig and a SizeConfig; by name it is "
+                f"arch.model_config({self.arch!r}, {self.size!r})"
+            )
 
 
 def head_dim(size: SizeConfig) -> int:

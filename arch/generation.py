@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ class PromptBatch(NamedTuple):
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
@@ -56,6 +56,7 @@ def generate(
 ) -> list[list[int]]:
     """Continue `prompts`, which may differ in length, by up to `max_new_tokens` tokens each, without `stop_token`.
 
+    prompts        lists of tokens, one-dimensional tensors, or one tensor [B, T]
     temperature    0 takes the most likely token; otherwise logits are divided by it
     top_k          sample from so many of the most likely tokens, and any as likely as the last of them; None: all
     top_p          sample from the smallest set of tokens that holds this much probability, after `top_k`
@@ -69,6 +70,7 @@ def generate(
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
     """
+    prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
     device = model.output_weight.device
     batch = batch_prompts(model.plan, prompts, pad_token, device)
@@ -101,6 +103,14 @@ def generate(
     rows = torch.stack(generated, dim=1).tolist()
     new = [row[skip : skip + max_new_tokens] for row, skip in zip(rows, batch.num_forced_B.tolist(), strict=True)]
     return [row[: row.index(stop_token)] if stop_token in row else row for row in new]
+
+
+def token_lists(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of tokens. Raises ValueError where they are one prompt, not a batch of them."""
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    if not all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
+        raise ValueError("generate takes a batch of prompts: a list of lists of tokens, or a tensor [B, T]")
+    return [[int(token) for token in row] for row in rows]
 
 
 def check_options(

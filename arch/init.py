@@ -21,7 +21,7 @@ def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float]
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
         module = model.get_submodule(owner)
-        full = torch.zeros(parameter.shape)
+        full = torch.zeros(parameter.shape, device="cpu")
         if kind == "weight" and isinstance(module, nn.Linear | nn.Embedding):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             full.normal_(0.0, (own or {}).get(name, std), generator=generator)

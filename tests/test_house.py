@@ -94,7 +94,7 @@ def test_arch_imports_with_torch_and_einops_alone() -> None:
 import sys
 class Block:
     names = {{"lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich",
-             "pandas", "datasets", "train", "data", "eval"}}
+             "pandas", "datasets", "yaml", "train", "data", "eval"}}
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:
             raise ImportError(name)

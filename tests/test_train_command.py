@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, start_script, weights
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,7 +23,7 @@ from train.checkpoint import checkpoints, load_info
 from train.errors import TrainingError
 from train.optim import lr_share
 from train.pretrain import main
-from train.schema import OptimConfig, PretrainConfig, problems
+from train.schema import LoggerConfig, OptimConfig, PretrainConfig, problems
 
 SMALL = [
     "size.num_layers=3",
@@ -388,6 +389,27 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path)
     assert done.returncode == 1
     assert "There was no checkpoint yet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_wandb_gets_what_the_user_names_and_warns_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    from train.loggers import wandb_logger
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    named = LoggerConfig(project="caches", entity="lab", group="sweep", tags=["cla", "short"], notes="first try")
+    for options, expected in ((named, ("lab", "sweep", ("cla", "short"), "first try")), (LoggerConfig(), None)):
+        config = PretrainConfig(load_arch("cla2"), load_size("tiny"), logger=options, name="cla2-tiny")
+        logger = wandb_logger(config, tmp_path / options.project)
+        try:
+            run = logger.experiment
+            assert (run.project, run.name) == (options.project, options.project)
+            found = (run.entity, run.group, run.tags, run.notes)
+            assert found == expected if expected else found[1:] == ("cla2-tiny", (), None)
+        finally:
+            wandb.finish()
+        assert list((tmp_path / options.project / "wandb").glob("offline-run-*")), "what `wandb sync` is given"
+    assert "WARNING" not in "".join(capfd.readouterr())
 
 
 def test_a_failed_run_of_a_sweep_keeps_its_wandb_run_to_itself(tmp_path: Path, corpus: Path) -> None:

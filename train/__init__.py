@@ -5,3 +5,19 @@ import os
 # OpenMP's threads spin while they wait, unless told otherwise: on a machine that does other work too, they take the
 # cores from the very threads they wait for. torch's OpenMP library reads the variable when it is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# isort: split
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from train.loading import load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load":  # which brings torch
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from train.loading import load
+
+    return load

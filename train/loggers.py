@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import uuid
 from collections.abc import Sequence
@@ -37,25 +38,32 @@ def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
     identity = wandb_id(folder)
 
     def start(offline: bool) -> WandbLogger:
-        logger = WandbLogger(
+        # Not by the logger, which sets `anonymous` too, and so makes wandb warn of a setting that nobody chose.
+        options = config.logger
+        run = wandb.init(
             name=folder.name,
             id=identity,
             resume="allow",
-            group=config.name,
-            project=config.logger.project,
-            save_dir=folder,
-            offline=offline,
+            project=options.project,
+            entity=options.entity,
+            group=options.group or config.name,
+            tags=options.tags or None,
+            notes=options.notes,
+            dir=folder,
+            mode="offline" if offline else "online",
             settings=wandb.Settings(init_timeout=30, silent=offline),
         )
-        logger.experiment  # noqa: B018  the run starts when it is first looked at
-        return logger
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return WandbLogger(experiment=run, save_dir=folder)
 
     if os.environ.get("WANDB_MODE", "online") != "online" or not wandb_key():
         return start(offline=True)
     try:
         return start(offline=False)
     except wandb.errors.CommError as error:
-        print(f"wandb cannot be reached ({error}); logging offline, `wandb sync` sends it later", file=sys.stderr)
+        later = f"wandb sync {shlex.quote(str(folder))}/wandb/offline-run-*"
+        print(f"wandb cannot be reached ({error}); logging offline. To send it later:\n  {later}", file=sys.stderr)
         wandb.teardown()  # forgets the run that did not start
         os.environ["WANDB_MODE"] = "offline"
         return start(offline=True)

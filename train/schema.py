@@ -89,10 +89,22 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """CSV always; wandb online where a key is set (WANDB_API_KEY or `wandb login`), offline elsewhere."""
+    """CSV always; wandb online where a key is set (WANDB_API_KEY or `wandb login`), offline elsewhere.
+
+    wandb    log to wandb too
+    project  of wandb
+    entity   user or team of wandb; null: the one that the key belongs to
+    group    runs that wandb shows together; null: the name of the run, which seeds share
+    tags     words to filter runs by: logger.tags=[sweep,cla]
+    notes    a text beside the run
+    """
 
     wandb: bool = True
     project: str = "kvfrontier"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
 
 
 @dataclass

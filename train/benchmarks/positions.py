@@ -13,7 +13,6 @@ if not __package__:  # run as a script
 from rich.console import Console
 from rich.table import Table
 
-from arch import build
 from data.batches import Batch, EvalBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
@@ -22,10 +21,9 @@ from eval.cli import MISTAKES
 from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
 from eval.runs import folders_of
-from train import checkpoint
 from train.datamodule import open_data
 from train.errors import TrainingError
-from train.run import load_config
+from train.loading import load
 from train.schema import sequence_format
 
 
@@ -43,10 +41,11 @@ class PositionsConfig:
 
 
 def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket]]:
-    """Loss by position at each length. Raises as `load_config`, and TrainingError if the run has no checkpoint."""
-    config = load_config(run)
-    model = build(config.model)
-    checkpoint.load(checkpoint.resolve(run), model)
+    """Loss by position at each length. Raises as `load`, and UsageError for a checkpoint that belongs to no run."""
+    loaded = load(run)
+    model, config = loaded.model, loaded.config
+    if config is None:
+        raise UsageError(f"{run}: no run there; give the folder of a run")
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
         batches: list[Batch] = []

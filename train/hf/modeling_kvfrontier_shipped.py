@@ -46,7 +46,8 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
     def __init__(self, config: KVFrontierShippedConfig):
         super().__init__(config)
         # From plain data: transformers may have loaded the configuration's file, and all it imports, a second time.
-        self.model = build(from_dict(ModelConfig, {"arch": config.arch, "size": config.size}))
+        # `post_init` draws the weights that are not loaded.
+        self.model = build(from_dict(ModelConfig, {"arch": config.arch, "size": config.size}), init=False)
         self.gradient_checkpointing = False
         self.post_init()
 

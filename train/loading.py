@@ -1,0 +1,159 @@
+"""Trained models for use: `model, tokenizer = load("runs/mine")`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from tokenizers import Tokenizer
+
+from arch import LanguageModel, ModelConfig, build, from_dict, generate
+from data.cli import UsageError
+from data.shards import Manifest
+from data.tokenizer import Encoder, end_token, pretrained
+from train import checkpoint
+from train.errors import TrainingError
+from train.run import load_config
+from train.schema import PretrainConfig
+
+
+class Text:
+    """A tokenizer between text and lists of tokens; `end` is the token that ends a document."""
+
+    def __init__(self, tokenizer: Tokenizer, end: int):
+        self.tokenizer, self.end = tokenizer, end
+        self._encoder = Encoder(tokenizer, end)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text` as in training, without an end: a special token spelled out is ordinary text."""
+        tokens: list[int] = self._encoder([text])[0][:-1].tolist()
+        return tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`, without special tokens."""
+        text: str = self.tokenizer.decode(list(tokens))
+        return text
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model in eval mode and its tokenizer, into which it unpacks.
+
+    checkpoint  the folder that the weights come from
+    config      the configuration of its run; None for a checkpoint that belongs to no run, as an imported one
+    """
+
+    model: LanguageModel
+    checkpoint: Path
+    config: PretrainConfig | None
+    prepared: Path | None = field(repr=False, default=None)
+
+    @cached_property
+    def tokenizer(self) -> Text:
+        """Read on first use. Raises UsageError where it is not on this machine, DataError where it is damaged."""
+        return find_tokenizer(self.checkpoint, self.config, self.prepared)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    @overload
+    def generate(self, prompts: str, max_new_tokens: int = 100, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 100, **options: Any) -> list[str]: ...
+    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 100, **options: Any) -> str | list[str]:
+        """Continue a text, or each of several, up to the end of the text; `options` as of `arch.generate`.
+
+        An empty text is begun as documents are: after the end of another. A text shorter than a block is filled up
+        from the left where the model was trained so (`data.block_padding`).
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = [self.tokenizer.encode(text) or [self.tokenizer.end] for text in texts]
+        if self.config is not None and self.config.data.block_padding:
+            options = {"pad_token": self.tokenizer.end, **options}
+        options = {"stop_token": self.tokenizer.end, **options}
+        found = [self.tokenizer.decode(row) for row in generate(self.model, tokens, max_new_tokens, **options)]
+        return found[0] if isinstance(prompts, str) else found
+
+
+def load(
+    path: str | Path,
+    *,
+    which: str = "newest",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    prepared: str | Path | None = None,
+) -> LoadedModel:
+    """Load the model of a run, or of a checkpoint: one of a run, an imported or an uptrained one.
+
+    which     of a run's checkpoints the `newest` intact one, or the `best` by validation loss
+    device    cpu, cuda, ...
+    dtype     type of the weights
+    prepared  the folder of data that the tokenizer comes from; None: that of the run
+
+    Raises UsageError where `path` is neither a run nor a checkpoint, TrainingError where its files are damaged.
+    """
+    path = Path(path)
+    if (path / checkpoint.INFO).is_file():
+        run = run_of(path)
+        config = None if run is None else load_config(run)
+    else:
+        run, config = path, load_config(path)
+    folder = choose_checkpoint(path, which)
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = build(model_config(folder) if config is None else config.model, device_type=device.type, init=False)
+    model = model.to(dtype).to_empty(device=device)
+    checkpoint.load(folder, model)
+    return LoadedModel(model.eval().requires_grad_(False), folder, config, None if prepared is None else Path(prepared))
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that the checkpoint `folder` belongs to; None if it lies in no run."""
+    run = folder.absolute().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
+def model_config(folder: Path) -> ModelConfig:
+    """The model of the checkpoint `folder` by its own record. Raises TrainingError where it describes none."""
+    try:
+        return from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{folder / checkpoint.INFO} describes no model: {error!r}") from error
+
+
+def choose_checkpoint(path: Path, which: str) -> Path:
+    """The checkpoint `path`, or `which` of those of the run `path`. Raises as `checkpoint.resolve`."""
+    if which not in ("newest", "best"):
+        raise UsageError(f"which is {which!r}; choose newest or best")
+    if which == "best" and not (path / checkpoint.INFO).is_file():
+        record = path / "checkpoints" / "best.json"
+        try:
+            path = record.with_name(Path(json.loads(record.read_text())["checkpoint"]).name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{record} names no checkpoint ({error!r}); take the newest") from error
+    return checkpoint.resolve(path)
+
+
+def find_tokenizer(folder: Path, config: PretrainConfig | None, prepared: Path | None) -> Text:
+    """The tokenizer of the checkpoint `folder`, from `prepared`, or the data folder of its run, or beside its weights.
+
+    Raises UsageError where there is none, DataError where it is not the one that made the data.
+    """
+    where = f"{folder} lies in no run"
+    if prepared is None and config is not None:
+        data = config.data
+        prepared = Path(next(iter(data.mix))) if data.mix else data.preparation.folder
+        where = f"the run's data folder {prepared} is not here"
+        if not (prepared / "manifest.json").is_file():
+            prepared = None
+    if prepared is not None:
+        manifest = Manifest.load(prepared)
+        manifest.check_tokenizer(prepared)
+        return Text(pretrained(str(prepared / "tokenizer.json")), manifest.end_of_text)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = pretrained(str(folder / "tokenizer.json"))
+        return Text(tokenizer, end_token(tokenizer, None))
+    raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
