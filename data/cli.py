@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -23,9 +24,10 @@ class TaskError(RuntimeError):
 def parse(schema: type[T], arguments: Sequence[str], positional: str | None = None) -> T:
     """Build `schema`, a dataclass with defaults, from `key=value` words.
 
-    Fields may be str, int, float, bool, Path, a tuple of one of them (`1,2,3`), or optional (`null`). Words without `=`
-    go into the field `positional`, a tuple of str. `--help`, or no word where there is a positional field, prints the
-    docstrings of the schema's module and of the schema, and exits.
+    Fields may be str, int, float, bool, Path, a tuple of one of them (`1,2,3`), or optional (`null`). Words without
+    `=`, and those that are a path or can only be one (`./lr=1e-3`), go into the field `positional`, a tuple of str.
+    `--help`, or no word where there is a positional field, prints the docstrings of the schema's module and of the
+    schema, and exits.
 
     Raises UsageError on an unknown key and on a value of another type.
     """
@@ -37,6 +39,9 @@ def parse(schema: type[T], arguments: Sequence[str], positional: str | None = No
     words = []
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        if positional and (os.path.lexists(argument) or "/" in key):
+            words.append(argument)
+            continue
         if equals and key not in hints:
             raise UsageError(unknown_key(key, list(hints)))
         if equals and text:

@@ -1,7 +1,8 @@
 """Training compared: `python eval/curves.py runs/* reference=mha-tiny`. Loss against tokens, seconds and FLOPs.
 
-Folders are runs, finished or not, or hold runs at any depth; runs that differ in nothing but the seed are one curve,
-the mean of them. Prints what each takes to the reference's final loss, writes curves.png and curves.json.
+Folders are runs, or hold runs at any depth; runs that differ in nothing but the seed are one curve, the mean of them.
+Prints what each takes to the reference's final loss, writes curves.png and curves.json. Runs that have not ended are
+left out by name; with unfinished=true they are compared too, at the tokens that all have reached.
 
 The loss is that of validation where every run has four or more, interpolated linearly, and else the training loss,
 smoothed. Learning rates fall towards the end of a run: one planned to end where this one passes the loss may be earlier
@@ -19,23 +20,13 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from data.cli import UsageError, fail, parse
+from eval.console import PlainConsole, visible
+from eval.histories import CLOCKS, Array, Curve, History, load_history
 from eval.results import write_result
-from eval.runs import (
-    CLOCKS,
-    Array,
-    Curve,
-    History,
-    deciding_values,
-    differing,
-    find_runs,
-    folders_of,
-    group_by_seed,
-    load_history,
-)
+from eval.runs import RunError, deciding_values, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import count_text
 
 LOSSES = {"val": "validation loss", "train": "smoothed training loss"}
@@ -46,24 +37,49 @@ MIN_VALIDATIONS = 4  # to interpolate between them
 class CurvesConfig:
     """Options.
 
-    reference  name of the run that the others are compared with; null: the first
-    clock      wall, or cpu: CPU seconds of the process, which only runs on a CPU have
-    out        folder for the files; null: the folder of the runs, or the one that contains all of them
+    reference   name of the run that the others are compared with; null: the first
+    clock       wall, or cpu: CPU seconds of the process, which only runs on a CPU have
+    unfinished  whether runs that have not ended are compared too; they are if none has
+    out         folder for the files; null: the folder of the runs, or the one that contains all of them
     """
 
     folders: tuple[str, ...] = ()
     reference: str | None = None
     clock: str = "wall"
+    unfinished: bool = False
     out: Path | None = None
 
 
-def find_curves(folders: Sequence[Path], clock: str) -> list[Curve]:
+def find_curves(folders: Sequence[Path], clock: str, unfinished: bool = False) -> list[Curve]:
     """One curve for each set of runs in and below `folders` that differ in nothing but the seed.
 
-    Raises RunError where there is no run, or one that makes no curve.
+    Names on stderr the runs that make no curve, and those that have not ended: they are left out unless `unfinished`,
+    or if none has ended. Raises RunError where no run is left.
     """
-    runs = [load_history(run, clock) for run in find_runs(folders, finished=False)]
-    return [Curve(name, tuple(group)) for name, group in group_by_seed(runs, identity).items()]
+    found = look_for_runs(folders, finished=False)
+    histories, unusable = [], found.unreadable
+    for run in found.runs:
+        try:
+            histories.append(load_history(run, clock))
+        except RunError as error:
+            unusable.append(str(error))
+    if not histories:
+        raise RunError("\n".join(unusable))
+    warn(unusable)
+    ended = [history for history in histories if history.ended]
+    open_runs = [history for history in histories if not history.ended]
+    if open_runs:
+        left_out = bool(ended) and not unfinished
+        fate = "left out; unfinished=true compares all" if left_out else "losses are taken where all have arrived"
+        warn([f"not ended, {fate}: {', '.join(map(progress, open_runs))}"])
+        histories = ended if left_out else histories
+    return [Curve(name, tuple(group)) for name, group in group_by_seed(histories, identity).items()]
+
+
+def progress(history: History) -> str:
+    """A run that has not ended, and how far it is."""
+    done, planned = (count_text(step * history.step_tokens) for step in (history.steps[-1], history.last_step))
+    return f"{history.run.folder} ({done} of {planned} tokens)"
 
 
 def identity(history: History) -> list[Any]:
@@ -110,35 +126,42 @@ def first_crossing(steps: Array, losses: Array, target: float) -> float | None:
 
 
 def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, Any]:
-    """Costs of each curve up to the reference's final loss, absolute and relative to the reference's own.
+    """Losses of all curves, and the costs of each up to the reference's final loss, absolute and relative to its own.
 
-    `seconds_by_seed` has the ratio of seconds for each seed that both have, up to the final loss of the reference's run
-    of that seed.
+    Losses are final, or, if a run has not ended, those at the tokens that all curves have reached; `loss_tokens` says
+    where. So is the target if the reference has not ended. `seconds_by_seed` has the ratio of seconds for each seed
+    that both have, up to the final loss of the reference's run of that seed.
     """
     series = "val" if min(len(curve.mean("val")[0]) for curve in curves) >= MIN_VALIDATIONS else "train"
-    steps, losses, _, _ = reference.mean(series)
-    target, whole = float(losses[-1]), reference.axes(float(steps[-1]))
+    common = None
+    if not all(curve.ended for curve in curves):
+        common = min(float(curve.mean(series)[0][-1]) * curve.step_tokens for curve in curves)
+    target_tokens, target, _, _ = loss_at(reference, series, None if reference.ended else common)
+    whole = reference.axes(target_tokens / reference.step_tokens)
     reference_runs = {history.seed: history for history in reference.runs}
     rows = []
     for curve in curves:
-        steps, losses, lowest, highest = curve.mean(series)
+        steps, losses, _, _ = curve.mean(series)
         step = first_crossing(steps, losses, target)
         at_target = None if step is None else {key: float(value) for key, value in curve.axes(step).items()}
         relative = None if at_target is None else {key: value / float(whole[key]) for key, value in at_target.items()}
         end = curve.axes(float(steps[-1]))
         pairs = [(history, reference_runs[history.seed]) for history in curve.runs if history.seed in reference_runs]
+        loss_tokens, loss, lowest, highest = loss_at(curve, series, common)
         rows.append(
             {
                 "name": curve.name,
                 "seeds": sorted(history.seed for history in curve.runs),
                 "params": curve.runs[0].params,
                 "flops_per_token": curve.runs[0].flops_per_token,
+                "ended": curve.ended,
                 "tokens": end["tokens"],
                 "seconds": float(end["seconds"]),
                 "tokens_per_second": float(end["tokens"] / end["seconds"]),
-                "loss": float(losses[-1]),
-                "lowest": float(lowest[-1]),
-                "highest": float(highest[-1]),
+                "loss_tokens": loss_tokens,
+                "loss": loss,
+                "lowest": lowest,
+                "highest": highest,
                 "to_target": at_target,
                 "relative": relative,
                 "seconds_by_seed": [_ratio(*pair, series) for pair in pairs] if curve is not reference else [],
@@ -146,7 +169,15 @@ def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, 
             }
         )
     result = {"reference": reference.name, "loss": LOSSES[series], "which": series, "clock": clock, "target": target}
-    return result | {"curves": rows}
+    return result | {"target_tokens": target_tokens, "final": common is None, "curves": rows}
+
+
+def loss_at(curve: Curve, series: str, tokens: float | None) -> tuple[float, float, float, float]:
+    """(tokens, mean, lowest and highest loss) after so many tokens, linear between measurements; None: at the end."""
+    steps, *losses = curve.mean(series)
+    step = float(steps[-1]) if tokens is None else tokens / curve.step_tokens
+    mean, lowest, highest = (float(np.interp(step, steps, values)) for values in losses)
+    return step * curve.step_tokens, mean, lowest, highest
 
 
 def _ratio(history: History, reference: History, series: str) -> float | None:
@@ -163,17 +194,20 @@ def _points(curve: Curve, series: str) -> dict[str, list[float]]:
 
 
 def table(result: dict[str, Any]) -> Table:
+    at = count_text(result["target_tokens"])
     shown = Table(
-        title=f"To the final {result['loss']} of {result['reference']}, {result['target']:.4f}", title_justify="left"
+        title=f"To the {result['loss']} of {result['reference']} at {at} tokens, {result['target']:.4f}",
+        title_justify="left",
     )
-    shown.add_column("run", style="bold")
+    shown.add_column("run", style="bold", overflow="fold")
     unit = "CPU s" if result["clock"] == "cpu" else "s"
-    columns = ("runs", "params", "FLOPs/token", f"tokens/{unit}", "final loss", "spread")
+    loss = "final loss" if result["final"] else "loss"
+    columns = ("runs", "params", "FLOPs/token", f"tokens/{unit}", loss, "at tokens", "spread")
     for column in (*columns, "tokens to it", "FLOPs to it", f"{unit} to it", "of reference", "by seed"):
         shown.add_column(column, justify="right")
     for row in result["curves"]:
         at, ratios = row["to_target"], row["seconds_by_seed"]
-        reached = ["not reached", "", "", ""]
+        reached = ["not reached" if row["ended"] else "not yet", "", "", ""]
         if at is not None:
             reached = [count_text(at["tokens"]), f"{at['flops']:.3g}", f"{at['seconds']:,.0f}"]
             reached.append(f"{row['relative']['seconds']:.2f}")
@@ -184,6 +218,7 @@ def table(result: dict[str, Any]) -> Table:
             count_text(row["flops_per_token"]),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['loss']:.4f}",
+            count_text(row["loss_tokens"]),
             f"{row['highest'] - row['lowest']:.4f}" if len(row["seeds"]) > 1 else "-",
             *reached,
             ", ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios) if len(ratios) > 1 else "",
@@ -196,16 +231,16 @@ def main(arguments: Sequence[str]) -> None:
     if options.clock not in CLOCKS:
         raise UsageError(f"clock is {options.clock}; choose {', '.join(CLOCKS)}")
     folders = folders_of(options.folders)
-    curves = find_curves(folders, options.clock)
+    curves = find_curves(folders, options.clock, options.unfinished)
     by_name = {curve.name: curve for curve in curves}
     if options.reference and options.reference not in by_name:
         raise UsageError(f"reference is {options.reference}; the runs are {', '.join(by_name)}")
     reference = by_name[options.reference or curves[0].name]
     curves = [reference, *(curve for curve in curves if curve is not reference)]
     result = compare(curves, reference, options.clock)
-    Console(width=None if sys.stdout.isatty() else 160).print(table(result))
+    PlainConsole().print(table(result))
     if others := differences(curves):
-        print(f"warning: the runs differ in {', '.join(others)}: judge by that", file=sys.stderr)
+        warn([f"the runs differ in {', '.join(others)}: judge by that"])
     out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
     try:
         write(curves, result, out)
@@ -221,7 +256,7 @@ def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
     write_result(out / "curves.json", result)
     draw_curves(curves, result, out / "curves.png")
     for name in ("curves.png", "curves.json"):
-        print(out / name)
+        print(visible(str(out / name)))
 
 
 if __name__ == "__main__":

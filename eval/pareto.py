@@ -8,19 +8,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from arch.footprint import kv_bytes
 from data.cli import UsageError, fail, parse
-from eval.runs import Point, Run, RunError, differing, find_runs, folders_of, group_by_seed
+from eval.checks import is_finite
+from eval.console import PlainConsole
+from eval.runs import Point, Run, RunError, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
@@ -44,9 +46,12 @@ class ParetoConfig:
 
 
 def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> list[Point]:
-    """One point per experiment, fewest bytes first; on the frontier if none with at most its bytes is as good."""
+    """One point per experiment, fewest bytes first; on the frontier if none with at most its bytes is as good.
+
+    Runs whose metric is not finite are passed over; `not_finite` names them.
+    """
     rows = []
-    for name, group in group_by_seed(runs, experiment).items():
+    for name, group in group_by_seed(filter(lambda run: has_finite(run, metric), runs), experiment).items():
         values = [run.summary["val"][metric] for run in group]
         kv = kv_bytes(group[0].plan, context, itemsize)
         rows.append(
@@ -71,6 +76,21 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
     return result
 
 
+def has_finite(run: Run, metric: str) -> bool:
+    """Tell whether the run's `metric` is a finite number: of a run that diverged it may not be."""
+    return is_finite(run.summary["val"].get(metric))
+
+
+def not_finite(runs: Sequence[Run], metric: str) -> list[str]:
+    """A line for each run that `points` passes over."""
+    return [
+        f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']}) is passed over: its {METRICS[metric]} is "
+        f"{run.summary['val'].get(metric)}"
+        for run in runs
+        if not has_finite(run, metric)
+    ]
+
+
 def experiment(run: Run) -> list[Any]:
     """All that decides a run but its seed, the name first."""
     return [run.summary["name"], run.summary["experiment"]]
@@ -91,7 +111,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
     result = Table(
         title=f"KV cache of one sequence of {context:,} tokens against {METRICS[metric]}", title_justify="left"
     )
-    result.add_column("run", style="bold")
+    result.add_column("run", style="bold", overflow="fold")
     for column in ("KV stored", "per token", "constant", "KV read", METRICS[metric], "spread", "runs", "params"):
         result.add_column(column, justify="right")
     result.add_column("frontier")
@@ -106,7 +126,7 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
             f"{row.highest - row.lowest:.3f}" if row.runs > 1 else "-",
             str(row.runs),
             count_text(row.params),
-            "[green]yes[/green]" if row.frontier else "",
+            Text("yes", style="green") if row.frontier else "",
         )
     return result
 
@@ -120,11 +140,12 @@ def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[P
     draw_pareto(rows, context, METRICS[metric], paths[0])
     plot_pareto_html(rows, context, METRICS[metric], paths[1])
     records = [{"context": context, "metric": metric, **asdict(row)} for row in rows]
-    with paths[2].open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0].keys())
+    columns = ["context", "metric", *(field.name for field in fields(Point))]
+    with paths[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(records)
-    paths[3].write_text(json.dumps(records, indent=1))
+    paths[3].write_text(json.dumps(records, indent=1, allow_nan=False))
     return paths
 
 
@@ -149,13 +170,18 @@ def main(arguments: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{key} is {value}; it is a whole number, at least 1")
     folders = folders_of(options.folders)
-    runs = find_runs(folders, finished=True)
+    found = look_for_runs(folders, finished=True)
+    warn(found.unreadable)
+    if found.unfinished:
+        warn([f"not ended, left out: {', '.join(str(run.folder) for run in found.unfinished)}"])
+    runs = found.runs
     rows, context = pareto(runs, options.context, options.metric, options.itemsize)
+    warn(not_finite(runs, options.metric))
     out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     console.print(table(rows, context, options.metric))
     if others := differences(runs):
-        print(f"warning: the runs differ in {', '.join(others)}: their values hardly compare", file=sys.stderr)
+        warn([f"the runs differ in {', '.join(others)}: their values hardly compare"])
     try:
         paths = write(rows, context, options.metric, out)
     except OSError as error:

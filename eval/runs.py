@@ -8,25 +8,22 @@ import csv
 import glob
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from arch import Plan, plan_from_dict
 from data.cli import UsageError
+from eval.checks import check_plain, check_plan, check_summary
+from eval.console import visible
 
 T = TypeVar("T")
-Array = npt.NDArray[np.float64]
-
-CLOCKS = {"wall": "train/seconds", "cpu": "train/cpu_seconds"}
-SUMMARY_KEYS = {"name", "seed", "seq_len", "experiment", "val", "params", "tokens"}
-SMOOTHING = 1 / 12  # fraction of a whole run that the smoothed loss averages over
 
 
 class Key(NamedTuple):
@@ -111,7 +108,7 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        plan: Plan = self._read("plan.json", lambda text: plan_from_dict(json.loads(text)), object)
+        plan: Plan = self._read("plan.json", _parse_plan, object)
         return plan
 
     @cached_property
@@ -122,49 +119,77 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "summary.json").is_file()
+        return os.path.isfile(self.folder / "summary.json")
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """summary.json, with at least SUMMARY_KEYS."""
-        if not self.finished:
-            raise RunError(f"{self.folder} holds no finished run: {self.folder / 'summary.json'} is missing")
-        summary: dict[str, Any] = self._read("summary.json", json.loads, dict)
-        if missing := SUMMARY_KEYS - set(summary):
-            raise RunError(f"{self.folder}/summary.json lacks {', '.join(sorted(missing))}")
+        """summary.json, with at least the keys of checks.SUMMARY_TYPES."""
+        summary: dict[str, Any] = self._read("summary.json", json.loads, dict, check_summary)
         return summary
 
     @cached_property
     def metrics(self) -> list[dict[str, str]]:
         """The rows of all starts that have a loss; where a start repeats steps of the one before, its rows count."""
         rows: list[dict[str, str]] = []
-        for path in sorted((self.folder / "metrics").glob("*/metrics.csv"), key=lambda path: int(path.parent.name)):
-            with path.open(newline="") as file:
-                new = [row for row in csv.DictReader(file) if row["train/loss"] or row.get("val/loss")]
-            if new:
-                first = min(int(row["step"]) for row in new)
+        starts = (path for path in (self.folder / "metrics").glob("*/metrics.csv") if path.parent.name.isdecimal())
+        for path in sorted(starts, key=lambda path: int(path.parent.name)):
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    new = [row for row in csv.DictReader(file) if row["train/loss"] or row.get("val/loss")]
+                first = min((int(row["step"]) for row in new), default=None)
+            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+                raise RunError(f"{self.folder} holds no readable run: {path}: {_reason(error)}") from error
+            if first is not None:
                 rows = [row for row in rows if int(row["step"]) < first] + new
         return rows
 
-    def _read(self, name: str, parse: Callable[[str], Any], kind: type) -> Any:
+    def _read(
+        self, name: str, parse: Callable[[str], Any], kind: type, check: Callable[[Any], None] | None = None
+    ) -> Any:
         try:
-            value = parse((self.folder / name).read_text())
+            value = parse((self.folder / name).read_text(encoding="utf-8"))
+            if isinstance(value, kind) and check is not None:
+                check(value)
         except FileNotFoundError as error:
-            raise RunError(f"{self.folder} holds no run: {error.filename} is missing") from error
-        except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
-            raise RunError(f"{self.folder} holds no readable run: {name}: {error!r}") from error
+            what = "finished run" if name == "summary.json" else "run"
+            raise RunError(f"{self.folder} holds no {what}: {error.filename} is missing") from error
+        except OSError as error:
+            raise RunError(f"{self.folder} holds no readable run: {name}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+            raise RunError(f"{self.folder} holds no readable run: {name}: {_reason(error)}") from error
         if not isinstance(value, kind):
             raise RunError(f"{self.folder} holds no readable run: {name} has no {kind.__name__}")
         return value
 
 
-def folders_of(patterns: Sequence[str]) -> list[Path]:
-    """The folders that `patterns` (paths or globs) name. Files are skipped: `runs/*` also matches our own pictures.
+def _parse_plan(text: str) -> Plan:
+    values = json.loads(text)
+    check_plain(values)
+    plan = plan_from_dict(values)
+    check_plan(plan)
+    return plan
 
-    Raises UsageError where there is none.
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if type(error) is ValueError:
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def folders_of(patterns: Sequence[str]) -> list[Path]:
+    """The folders that `patterns` name: a path that exists is itself, anything else a glob.
+
+    Files are skipped: `runs/*` also matches our own pictures. Raises UsageError where there is none.
     """
-    paths = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
-    folders = [path for path in paths if not path.is_file()]
+    paths = [
+        Path(path)
+        for pattern in patterns
+        for path in ([pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern)) or [pattern])
+    ]
+    folders = [path for path in paths if not os.path.isfile(path)]
     if not folders:
         raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     return folders
@@ -177,24 +202,70 @@ def finished_run(folder: Path) -> Run:
     return run
 
 
-def find_runs(folders: Sequence[Path], *, finished: bool) -> list[Run]:
+class FoundRuns(NamedTuple):
+    """The runs in some folders, and what was found beside them.
+
+    unfinished  runs that have no result yet; empty where those are among the runs
+    unreadable  a line for each folder that holds no readable run, or cannot be looked into
+    """
+
+    runs: list[Run]
+    unfinished: list[Run]
+    unreadable: list[str]
+
+
+def look_for_runs(folders: Sequence[Path], *, finished: bool) -> FoundRuns:
     """The runs in and below `folders`, each once; all that have started, or only the finished ones.
 
-    Raises RunError where there is none, and where a finished one is not readable.
+    Raises RunError where there is none.
     """
     found: dict[Path, Run] = {}
+    unfinished: dict[Path, Run] = {}
+    unreadable: list[str] = []
+
+    def cannot_look(error: OSError) -> None:
+        unreadable.append(f"{error.filename} cannot be looked into: {error.strerror}")
+
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise RunError(f"{folder} is not a folder; give run folders, or a folder that holds runs")
-        for path in sorted(folder.rglob("summary.json" if finished else "run.json")):
-            load = finished_run if finished else Run
-            found.setdefault(path.parent.resolve(), load(path.parent))
+        places = {Path(path): {*inner, *files} for path, inner, files in os.walk(folder, onerror=cannot_look)}
+        for path in sorted(places):
+            if not places[path] & ({"run.json", "summary.json"} if finished else {"run.json"}):
+                continue
+            real = Path(os.path.realpath(path))
+            try:
+                if not finished:
+                    found.setdefault(real, Run(path))
+                elif "summary.json" in places[path]:
+                    found.setdefault(real, finished_run(path))
+                else:
+                    unfinished.setdefault(real, Run(path))
+            except RunError as error:
+                unreadable.append(str(error))
     if not found:
-        names = ", ".join(map(str, folders))
-        if finished:
-            raise RunError(f"no finished run in {names}: a run writes summary.json when its training ends")
-        raise RunError(f"no run in {names}: a run writes run.json when it starts")
-    return list(found.values())
+        shown = ", ".join(map(str, folders))
+        missing = (
+            f"no finished run in {shown}: a run writes summary.json when its training ends"
+            if finished
+            else f"no run in {shown}: a run writes run.json when it starts"
+        )
+        raise RunError("\n".join([missing, *unreadable]))
+    return FoundRuns(list(found.values()), list(unfinished.values()), list(dict.fromkeys(unreadable)))
+
+
+def find_runs(folders: Sequence[Path], *, finished: bool) -> list[Run]:
+    """The runs of `look_for_runs`. Raises RunError also where a finished one is not readable."""
+    found = look_for_runs(folders, finished=finished)
+    if found.unreadable:
+        raise RunError("\n".join(found.unreadable))
+    return found.runs
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print each of `lines` as a warning."""
+    for line in lines:
+        print(f"warning: {visible(line)}", file=sys.stderr)
 
 
 def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> dict[str, list[T]]:
@@ -244,114 +315,3 @@ class Point:
     kv_per_token: float
     kv_constant: int
     kv_read: float
-
-
-@dataclass(frozen=True)
-class History:
-    """The course of one run, finished or not.
-
-    steps, seconds, raw, train  by report: training time without validation, training loss as measured and smoothed
-    val_steps, val              by validation
-    """
-
-    run: Run
-    seed: int
-    num_unpredicted: int
-    hardware: str
-    params: int
-    step_tokens: float
-    flops_per_token: float
-    steps: Array
-    seconds: Array
-    raw: Array
-    train: Array
-    val_steps: Array
-    val: Array
-
-    def losses(self, series: str) -> tuple[Array, Array]:
-        """(steps, losses) of `val`, `train` or `raw`."""
-        if series == "val":
-            return self.val_steps, self.val
-        return self.steps, {"train": self.train, "raw": self.raw}[series]
-
-    def seconds_at(self, step: Array | float) -> Any:
-        """Seconds of training up to `step`, linear between reports."""
-        return np.interp(step, [0, *self.steps], [0.0, *self.seconds])
-
-
-def load_history(run: Run, clock: str) -> History:
-    """Read the metrics of a run, with seconds of `clock`. Raises RunError where they cannot make a curve."""
-    try:
-        plan, rows = run.plan, run.metrics
-        train = [row for row in rows if row["train/loss"]]
-        if len(train) < 2:
-            count = f"has reported {len(train)} times so far, a curve needs 2"
-            raise RunError(f"{run.folder} {count}: leave it out, or wait")
-        column = CLOCKS[clock]
-        if column not in train[0]:
-            why = "it ran on no CPU" if clock == "cpu" else "it is of a version that logged none"
-            raise RunError(f"{run.folder} has no {column}, {why}: leave it out, or train it again")
-        steps, seconds, raw = np.array([[float(row[key]) for key in ("step", column, "train/loss")] for row in train]).T
-        if not np.isfinite(seconds).all():
-            raise RunError(
-                f"{run.folder}: its time is not known, it began with a version that logged none; leave it out"
-            )
-        val = [(float(row["step"]), float(row["val/loss"])) for row in rows if row.get("val/loss")]
-        val_steps, val_losses = np.array([row for row in val if row[0] <= steps[-1]]).reshape(-1, 2).T
-        step_tokens = float(train[-1]["train/tokens"]) / steps[-1]
-        num_reports = run.config["tokens"] / step_tokens / (steps[-1] / len(steps))  # of the whole run
-        return History(
-            run,
-            seed=run.config["seed"],
-            num_unpredicted=plan.num_unpredicted,
-            hardware=json.dumps(run.starts[-1]["hardware"]),
-            params=int(float(train[0]["model/params"])),
-            step_tokens=step_tokens,
-            flops_per_token=float(train[0]["model/train_flops_per_token"]),
-            steps=steps,
-            seconds=seconds,
-            raw=raw,
-            train=ema(raw, SMOOTHING * num_reports),
-            val_steps=val_steps,
-            val=val_losses,
-        )
-    except RunError:  # a ValueError as well
-        raise
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunError(f"{run.folder} holds no readable run: {error!r}") from error
-
-
-def ema(losses: Array, span: float) -> Array:
-    """Exponential moving average over about `span` of the losses, without bias towards the first."""
-    decay = 1 - 1 / max(1.0, span)
-    total = weight = 0.0
-    averages = []
-    for loss in losses:
-        total, weight = decay * total + loss, decay * weight + 1
-        averages.append(total / weight)
-    return np.array(averages)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Runs that differ in nothing but the seed. Their mean is over the steps that all of them have reported."""
-
-    name: str
-    runs: tuple[History, ...]
-
-    def mean(self, series: str) -> tuple[Array, Array, Array, Array]:
-        """(steps, mean, lowest and highest loss) of `val`, `train` or `raw`."""
-        losses = [run.losses(series) for run in self.runs]
-        steps = reduce(np.intersect1d, [steps for steps, _ in losses])
-        common = np.stack([values[np.isin(of, steps)] for of, values in losses])
-        return steps, common.mean(axis=0), common.min(axis=0), common.max(axis=0)
-
-    def axes(self, steps: Array | float) -> dict[str, Any]:
-        """Tokens, seconds and training FLOPs after `steps`, the seconds on average."""
-        tokens = steps * self.runs[0].step_tokens
-        seconds = np.mean([run.seconds_at(steps) for run in self.runs], axis=0)
-        return {"tokens": tokens, "seconds": seconds, "flops": tokens * self.runs[0].flops_per_token}
-
-    def by_seed(self) -> "list[Curve]":
-        """Each run as a curve of its own."""
-        return [Curve(self.name, (run,)) for run in self.runs]

@@ -33,3 +33,13 @@ def parse_bytes(text: str) -> float:
         raise ValueError(f"cannot read {text!r} as an amount of memory; write it like 80GB or 80GiB")
     unit: int = (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
     return float(match[1]) * unit
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 store`, `2 stores`."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
+
+
+def times(number: int) -> str:
+    """`once`, `2 times`."""
+    return "once" if number == 1 else f"{number:,} times"

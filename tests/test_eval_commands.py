@@ -1,7 +1,10 @@
 """`eval/footprint.py` and `eval/pareto.py` as their users meet them."""
 
 import csv
+import html
 import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto
 from eval.pareto import experiment, points
-from eval.runs import RunError, find_runs, finished_run
+from eval.runs import RunError, find_runs, finished_run, look_for_runs
 from eval.units import bytes_text, count_text, parse_bytes
 
 KEYS = {
@@ -203,9 +206,193 @@ def test_default_place_and_context(runs: Path) -> None:
 
 
 def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> None:
+    """An empty frame says so, as at the end of a run that diverged."""
     run = make_run(tmp_path, "mha", 0, float("inf"))
     pareto.main([str(run)])
     assert (run / "pareto.png").exists()
+    assert json.loads((run / "pareto.json").read_text()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_enters_no_frontier(value: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arch, seed, ppl in (("mqa", 0, 120.0), ("gqa2", 0, value), ("gqa4", 0, 100.0), ("gqa4", 1, value)):
+        make_run(tmp_path, arch, seed, ppl)
+    make_run(tmp_path, "mha", 0, 50.0)
+    pareto.main([str(tmp_path)])
+    text = (tmp_path / "pareto.json").read_text()
+    assert not {"NaN", "Infinity"} & set(text.replace("-", " ").replace(",", " ").split())
+    rows = {row["name"]: row for row in json.loads(text)}
+    assert {name: (row["value"], row["runs"], row["frontier"]) for name, row in rows.items()} == {
+        "mqa": (120.0, 1, True),
+        "gqa4": (100.0, 1, True),
+        "mha": (50.0, 1, True),
+    }
+    errors = capsys.readouterr().err.splitlines()
+    assert [f"({name}, seed {seed}) is passed over: its perplexity is {value}" in "".join(errors) for name, seed in
+            (("gqa2", 0), ("gqa4", 1))] == [True, True]  # fmt: skip
+
+
+SUMMARY = {"name": "x", "seed": 0, "seq_len": 32, "experiment": {}, "val": {"ppl": 2.0}, "params": 1, "tokens": 1}
+NESTED = json.loads("[" * 500 + "]" * 500)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("summary.json", SUMMARY | change) for change in (
+            {"val": {}}, {"val": None}, {"val": "x"}, {"val": {"ppl": "2"}}, {"val": {"ppl": True}}, {"val": [1]},
+            {"name": 5}, {"name": None}, {"seed": True}, {"seed": "0"}, {"seq_len": 0}, {"seq_len": 2.5},
+            {"experiment": []}, {"experiment": NESTED}, {"params": None}, {"params": 10**30}, {"tokens": "many"},
+        )),
+        ("summary.json", []),
+        ("summary.json", b"\xff\xfe{}"),
+        ("summary.json", b""),
+        ("summary.json", None),
+        ("plan.json", None),
+        ("plan.json", b"[" * 10**5),
+        ("plan.json", NESTED),
+        ("plan.json", {"stores": "kv", "reads": [0]}),
+        ("plan.json", {"stores": [], "reads": [0]}),
+        ("plan.json", {"reads": [0]}),
+        ("plan.json", {"block": 5}),
+        ("plan.json.window", "64"),
+        ("plan.json.window", True),
+        ("plan.json.window", 2**80),
+        ("plan.json.owner", 99),
+        ("plan.json.owner", -1),
+        ("plan.json.slot", {"kv_heads": "8"}),
+        ("plan.json.slot", 7),
+        ("plan.json.name", None),
+    ],
+)  # fmt: skip
+def test_a_neighbour_that_cannot_be_read_is_passed_over(
+    file: str, content: object, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """None stands for a folder of the file's name."""
+    broken = make_run(runs, "swa", 7, 1.0)
+    name, _, key = file.partition("json.")
+    path = broken / (f"{name}json" if key else file)
+    if key:
+        plan = json.loads(path.read_text())
+        plan["stores"][0][key] = content
+        content = plan
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    monkey: list = []
+    original = pareto.write
+    pareto.write = lambda rows, *_: monkey.extend(rows) or []
+    try:
+        pareto.main([str(runs)])
+    finally:
+        pareto.write = original
+    assert [row.name for row in monkey if row.name == "x" or row.value == 1.0] == []
+    assert len(monkey) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {broken} holds no readable run: {path.name}: ")
+
+
+def test_folders_that_cannot_be_looked_into_are_named(
+    runs: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's folder, and another user's file."""
+    closed, run = runs / "closed", next(runs.glob("mqa*"))
+    closed.mkdir()
+    scandir, read_text = os.scandir, Path.read_text
+
+    def refuse(path: Path, inside: Path, call, *arguments, **options):
+        if Path(path).is_relative_to(inside):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, closed, scandir))
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **o: refuse(path, run, read_text, *a, **o))
+    found = look_for_runs([runs], finished=True)
+    assert len(found.runs) == 6
+    assert found.unreadable == [
+        f"{closed} cannot be looked into: Permission denied",
+        f"{run} holds no readable run: summary.json: Permission denied",
+    ]
+
+
+def test_unfinished_runs_are_named(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a", "b"):
+        (runs / name).mkdir()
+        (runs / name / "run.json").write_text("[]")
+    pareto.main([str(runs)])
+    assert f"warning: not ended, left out: {runs / 'a'}, {runs / 'b'}\n" == capsys.readouterr().err
+
+
+MARKUP = [
+    "cla2[v2]-tiny", "cla2[lr=3e-4]-tiny", "[/]", "[red]x[/bold]", "[link=x]y[/link]", ":smile:", "a$x$b", "c$$d",
+    "$x^2", "a_b^c", r"back\slash \frac{1}{2}", "_under", "<b>bold</b>", "a<br>b", "</script>", "&amp;", "{braces}",
+    "%d %{x}", "'single' \"double\"", "~#!", "naïve é 中", "two words", "-dash", "__init__",
+]  # fmt: skip
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Table, pictures and page: what rich, matplotlib and plotly read as markup."""
+    from eval.plots import pareto as pictures
+
+    archs = ("mha", "gqa4", "mqa", "cla2")
+    for number, name in enumerate(MARKUP):
+        path = make_run(tmp_path, archs[number % 4], number, 20.0 + number, name="run")
+        summary = json.loads((path / "summary.json").read_text())
+        (path / "summary.json").write_text(json.dumps(summary | {"name": name}))
+    texts = []
+    original = pictures._label
+
+    def label(figure, axes, rows, legend):
+        original(figure, axes, rows, legend)
+        texts.extend(axes.texts)
+
+    pictures._label = label
+    try:
+        pareto.main([str(tmp_path)])
+    finally:
+        pictures._label = original
+    out = capsys.readouterr().out
+    assert all(f"│ {name} " in out for name in MARKUP)
+    assert {text.get_text() for text in texts} == set(MARKUP)
+    assert not any(text.get_parse_math() or text.get_usetex() for text in texts)
+    data = (tmp_path / "pareto.html").read_text().rpartition("Plotly.newPlot(")[2]
+    shown = set(html.unescape(json.loads(f'"{text}"')) for text in re.findall(r'"((?:[^"\\]|\\.)*)"', data))
+    assert set(MARKUP) <= shown
+    assert not re.search(r"<b>bold|<br>b|\$x\$", data.encode().decode("unicode_escape", "ignore"))
+    with (tmp_path / "pareto.csv").open(encoding="utf-8") as file:
+        assert {row["name"] for row in csv.DictReader(file)} == set(MARKUP)
+
+
+def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_run(tmp_path, "mha", 0, 20.0, name="plain")
+    path = next(tmp_path.glob("plain*")) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "a\x1b[31m\ud800b"}))
+    pareto.main([str(tmp_path)])
+    assert r"a\x1b[31m\ud800b" in capsys.readouterr().out
+
+
+def test_the_folder_that_was_named_is_the_one_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that exists is no glob and no option."""
+    for name in ("exp[1]", "exp1", "lr=1e-3", "what?", "star*"):
+        make_run(tmp_path / name, "mha", 0, 20.0, name=f"in {name}")
+    monkeypatch.chdir(tmp_path)
+
+    def read(*words: str) -> set[str]:
+        pareto.main([*words, "out=out"])
+        capsys.readouterr()
+        return {row["name"] for row in json.loads(Path("out/pareto.json").read_text())}
+
+    for name in ("exp[1]", "lr=1e-3", "./lr=1e-3", "what?", "star*"):
+        assert read(name) == {f"in {name.removeprefix('./')}"}
+    assert read("exp*") == {"in exp[1]", "in exp1"}
+    assert read("./lr=*") == {"in lr=1e-3"}
+    assert len(read(*(f"./{path.name}" for path in tmp_path.iterdir() if path.name != "out"))) == 5
+    with pytest.raises(UsageError, match="no/lr=3 is not a folder"):
+        read("no/lr=3")
 
 
 def test_labels_do_not_overlap(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from arch import resolve
 from data.cli import UsageError
-from eval import curves
+from eval import curves, histories
 from eval.plots import curves as curves_picture
 from eval.runs import Run
 from train.schema import PretrainConfig
@@ -145,11 +145,46 @@ def test_runs_of_one_name_that_differ_are_two_curves(tmp_path: Path) -> None:
     assert all(curve.name.startswith("mha-tiny (") for curve in found)
 
 
-def test_a_run_that_is_on_its_way(runs: Path, tmp_path: Path) -> None:
-    make_run(runs, "gqa4", line(5.5, 0.01), until=105)
-    found = result(tmp_path, str(runs), "reference=mha-tiny")["curves"]["gqa4-tiny"]
+def test_a_run_that_is_on_its_way(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Left out by name, or compared at the tokens that all have reached."""
+    path = make_run(runs, "gqa4", line(5.5, 0.01), until=105)
+    assert "gqa4-tiny" not in result(tmp_path, str(runs), "reference=mha-tiny")["curves"]
+    captured = capsys.readouterr()
+    assert f"not ended, left out; unfinished=true compares all: {path} (6.4K of 12.8K tokens)" in captured.err
+    assert "loss of mha-tiny at 12.8K tokens, 4.0000" in captured.out
+    all_of_them = result(tmp_path, str(runs), "reference=mha-tiny", "unfinished=true")
+    found = all_of_them["curves"]["gqa4-tiny"]
     assert (found["loss"], found["to_target"]) == (pytest.approx(4.5), None)
     assert found["seconds"] == pytest.approx(50.0), "at its last validation"
+    mha = all_of_them["curves"]["mha-tiny"]
+    assert (mha["loss"], mha["loss_tokens"]) == (pytest.approx(5.0), 6400), "where gqa4 is"
+    assert all_of_them["target"] == pytest.approx(4.0), "the final one, of a run that has ended"
+    alone = result(tmp_path, str(path))
+    assert (alone["target"], alone["final"]) == (pytest.approx(4.5), False), "none has ended"
+
+
+def test_a_seed_that_is_on_its_way_does_not_shorten_the_curve(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "mha", line(6, 0.01))
+    make_run(tmp_path / "runs", "mha", line(6.2, 0.01), seed=1, until=50)
+    (curve,) = curves.find_curves([tmp_path], "wall")
+    assert [run.seed for run in curve.runs] == [0]
+
+
+def test_runs_that_make_no_curve_are_passed_over(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    diverged = make_run(runs, "gqa4", lambda step: float("nan") if step > 100 else 5.0)
+    broken = {
+        "mqa": ("config.yaml", "name: [a]\nseed: 0\ntokens: 1\nbatch_size: 1\ndata: {}\nsize: {seq_len: 1}\n"),
+        "gqa2": ("plan.json", '{"stores": [], "reads": []}'),
+        "ma": ("metrics/0/metrics.csv", "step,train/loss\nfirst,5\n"),
+    }
+    for arch, (name, text) in broken.items():
+        (make_run(runs, arch, line(6, 0.01)) / name).write_text(text)
+    assert set(result(tmp_path, str(runs))["curves"]) == {"mha-tiny", "cla2-tiny", "swa-tiny"}
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 4
+    assert any(f"{diverged}: its training loss is nan at step 110; leave it out" in line for line in errors)
+    for arch, (name, _) in broken.items():
+        assert any(f"{runs / arch}-seed0" in line and name.split("/")[0] in line for line in errors), arch
 
 
 def test_a_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
@@ -205,7 +240,7 @@ def test_mistakes(arguments: list[str], message: str, runs: Path, tmp_path: Path
         ({"drop": ("train/seconds",)}, "wall", "has no train/seconds, it is of a version that logged none"),
         ({"drop": ("train/cpu_seconds",)}, "cpu", "has no train/cpu_seconds, it ran on no CPU"),
         ({"step_seconds": float("nan")}, "wall", "its time is not known"),
-        ({"until": 15}, "wall", "has reported 1 times so far"),
+        ({"until": 15}, "wall", "has reported once so far"),
     ],
 )
 def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, tmp_path: Path) -> None:
@@ -215,7 +250,7 @@ def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, t
     assert str(path) in str(caught.value)
     (path / "plan.json").unlink()
     with pytest.raises(UsageError, match=r"plan\.json is missing"):
-        curves.load_history(Run(path), clock)
+        histories.load_history(Run(path), clock)
 
 
 def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from eval.runs import KEYS, Run, RunError, deciding_values, find_runs, group_by_seed, load_history
+from eval.histories import load_history
+from eval.runs import KEYS, Run, RunError, deciding_values, find_runs, group_by_seed
 from train.schema import PretrainConfig
 
 OLD = ROOT / "tests" / "golden" / "old"

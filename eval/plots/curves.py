@@ -7,14 +7,26 @@ from typing import Any
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from eval.plots.style import DARK_INK, REFERENCE, Axes, Look, Picture, common_suffix, line_looks, plain_axes
-from eval.runs import Curve
+from eval.console import visible
+from eval.histories import Curve
+from eval.plots.style import (
+    DARK_INK,
+    REFERENCE,
+    Axes,
+    Look,
+    Picture,
+    common_suffix,
+    line_looks,
+    literal_text,
+    plain_axes,
+)
 from eval.units import count_text
 
 EARLY = 0.05  # fraction of a run whose losses, falling from chance, do not set the scale
 TITLES = {"val": "validation loss", "train": "training loss"}
 
 
+@literal_text
 def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path | None = None) -> Picture:
     """Draw a column each for tokens, seconds and FLOPs; validation above training if validation losses are compared.
 
@@ -91,10 +103,10 @@ def _name(
     """Name the lines at their ends right of the last column, or in a legend above if the names would overlap."""
     common = common_suffix([curve.name for curve in curves])
     names = [
-        curve.name.removesuffix(common) + (f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else "")
+        visible(curve.name.removesuffix(common)) + (f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else "")
         for curve in curves
     ]
-    figure.suptitle(common.removeprefix("-"), x=0.01, y=0.985, ha="left", fontsize=10, color=DARK_INK)
+    figure.suptitle(visible(common.removeprefix("-")), x=0.01, y=0.985, ha="left", fontsize=10, color=DARK_INK)
     texts = []
     for curve, name, (color, _) in zip(curves, names, looks, strict=True):
         loss = curve.mean(which)[1][-1]

@@ -8,11 +8,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from eval.plots.style import BLUE, DARK_INK, DOMINATED, INK, LIGHT_INK, Axes, Picture, common_suffix, plain_axes
+from eval.console import visible
+from eval.plots.style import (
+    BLUE,
+    DARK_INK,
+    DOMINATED,
+    INK,
+    LIGHT_INK,
+    Axes,
+    Picture,
+    common_suffix,
+    html_text,
+    literal_text,
+    plain_axes,
+)
 from eval.runs import Point
 from eval.units import bytes_text, number_text
 
 
+@literal_text
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
     """Draw bytes (log) against quality (lower is better): the frontier as a staircase, seed ranges as whiskers.
 
@@ -39,12 +53,13 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | 
     axes.set_ylabel(f"validation {quality}  (lower is better)")
     # The staircase goes on to the right: whatever lies above it is dominated.
     edge = axes.get_xlim()[1]
-    x, y = [*(row.bytes for row in frontier), edge], [*(row.value for row in frontier), frontier[-1].value]
+    x, y = _staircase(frontier, edge)
     axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
     axes.set_xlim(right=edge)
     plain_axes(axes)
-    runs = sorted({row.runs for row in rows})
-    spread = "; whiskers: lowest and highest seed" if runs[-1] > 1 else ""
+    if not rows:
+        axes.text(0.5, 0.5, f"no run with a finite {quality}", transform=axes.transAxes, ha="center", color=DARK_INK)
+    spread = "; whiskers: lowest and highest seed" if any(row.runs > 1 for row in rows) else ""
     handles = [
         Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
         Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label="dominated" + spread),
@@ -53,6 +68,12 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | 
     _label(figure, axes, rows, legend)
     figure.write(path, dpi=200)
     return figure
+
+
+def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], list[float]]:
+    """The points of the frontier, and where it meets the `edge` of the picture on the right."""
+    x, y = [float(row.bytes) for row in frontier], [row.value for row in frontier]
+    return [*x, edge] if x else [], [*y, *y[-1:]]
 
 
 def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
@@ -65,11 +86,11 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -
     places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
     places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
     common = common_suffix([row.name for row in rows])
-    axes.set_title(common.removeprefix("-"), loc="left", fontsize=10, color=DARK_INK)
+    axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
     for row in rows:
         for x, y, horizontal, vertical in places:
             text = axes.annotate(
-                row.name.removesuffix(common),
+                visible(row.name.removesuffix(common)),
                 (row.bytes, row.value),
                 (x, y),
                 textcoords="offset points",
@@ -92,11 +113,11 @@ def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Pa
     import plotly.graph_objects as go
 
     frontier = [row for row in rows if row.frontier]
-    edge = 1.5 * max(row.bytes for row in rows)
+    x, y = _staircase(frontier, 1.5 * max((row.bytes for row in rows), default=1))
     figure = go.Figure()
     figure.add_scatter(
-        x=[*(row.bytes for row in frontier), edge],
-        y=[*(row.value for row in frontier), frontier[-1].value],
+        x=x,
+        y=y,
         mode="lines",
         line={"shape": "hv", "color": BLUE, "width": 1.5},
         name="frontier",
@@ -110,7 +131,7 @@ def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Pa
             x=[row.bytes for row in chosen],
             y=[row.value for row in chosen],
             mode="markers+text",
-            text=[row.name for row in chosen],
+            text=[html_text(row.name) for row in chosen],
             textposition="top right",
             cliponaxis=False,
             marker={"size": 10, "color": tint},
@@ -122,7 +143,7 @@ def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Pa
             },
             name=name,
             hovertext=[
-                f"<b>{row.name}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
+                f"<b>{html_text(row.name)}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
                 f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
                 f"{bytes_text(row.kv_constant)}<br>"
                 f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"

@@ -7,10 +7,11 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from arch import KVPlan, Plan, StoreSpec
 from arch.footprint import kv_bytes
-from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, Picture
+from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, Picture, literal_text
 from eval.units import bytes_text
 
 
+@literal_text
 def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Path | None = None) -> Picture:
     """Draw the layers from left (lowest) to right and above each owner the store it writes, with lines to its readers.
 

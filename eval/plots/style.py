@@ -1,15 +1,21 @@
 """Figure, palette and axes of every picture; none of them needs a display."""
 
+import functools
+import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from eval.console import visible
+
 __all__ = ["Axes"]
+P, T = ParamSpec("P"), TypeVar("T")
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f"
 # Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
@@ -35,6 +41,22 @@ class Picture(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png", dpi=110, facecolor="white", bbox_inches="tight")
         return buffer.getvalue()
+
+
+def literal_text(draw: Callable[P, T]) -> Callable[P, T]:
+    """Make `draw` a function whose texts are shown as they are: dollars are no formulas."""
+
+    @functools.wraps(draw)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with rc_context({"text.parse_math": False, "text.usetex": False}):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+def html_text(text: str) -> str:
+    """`text` for a page of plotly, which reads tags, entities and formulas."""
+    return html.escape(visible(text), quote=False).replace("$", "&#36;")
 
 
 class Look(NamedTuple):
