@@ -51,6 +51,7 @@ class StoreConfig:
 class LayoutConfig:
     """A KV layout: named store types, and who writes and who reads them, from the bottom layer up.
 
+    stores       name -> type of store; arch/config.py has its keys
     pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
                  items for the eye. Or a list of sections `{layers: 2 | 1/2, pattern: [...]}`: each takes that many
                  layers (a share is rounded down; what the depth cannot hold is cut, last section first), the one
@@ -122,7 +123,10 @@ class BlockConfig:
 
 @dataclass
 class ArchConfig(LayoutConfig):
-    """The layout of a decoder; with `block`, that of a Block Transformer's block decoder: windows count blocks."""
+    """The layout of a decoder; with `block`, that of a Block Transformer's block decoder: windows count blocks.
+
+    block        options of a Block Transformer; null: a decoder
+    """
 
     block: BlockConfig | None = None
 
@@ -151,6 +155,18 @@ STYLE_KEYS = tuple(field.name for field in fields(Style))
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
+    num_layers         layers; of a Block Transformer, of both decoders together
+    d_model            width of the residual stream
+    num_heads          query heads
+    head_dim           null: d_model / num_heads
+    d_ff               width of the MLP's hidden layer
+    vocab_size         tokens of the vocabulary, at least those of the data
+    seq_len            tokens per training sequence
+    tie_embeddings     use the embeddings as output projection too
+    rope_theta         base of rotary embeddings
+    norm_eps           added to the variance in norms
+    init_std           standard deviation of new weights
+    max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
     style              preset of the next five keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated)
@@ -159,11 +175,9 @@ class SizeConfig:
     bias               whether projections of attention and MLP have biases
     parallel_residual  whether attention and MLP read the same residual stream, and are added to it together
     rotary_fraction    leading share of each head that is rotated; latent stores have `latent.rope_dim` instead
-    head_dim           null: d_model / num_heads
-    max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
-    seq_len            tokens per training sequence
+    tokens             training tokens: like the next two, a default of the trainer, never read by the model
     batch_size         sequences per optimizer step
-    tokens, lr         training tokens and peak learning rate: defaults of the trainer, never read by the model
+    lr                 peak learning rate
     """
 
     num_layers: int = 12

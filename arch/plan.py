@@ -122,6 +122,7 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
             latest[name] = len(stores)
             stores.append(replace(types[name], owner=layer))
         elif name not in latest:
+            latest[name] = 0  # reported once; the plan is not built
             problems.append(
                 f"layer {layer}: `reuse {name}` has nothing to reuse, no layer below it writes a {name} store; "
                 f"put a `new {name}` at or below layer {layer}"
@@ -198,7 +199,7 @@ def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
         )
         return []
 
-    layers = _allot(sections, depth, problems)
+    layers = allot_layers(sections, depth, problems)
     items: list[Item] = []
     mentioned: set[str] = set()
     for number, section in enumerate(sections):
@@ -224,7 +225,7 @@ def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
     return items
 
 
-def _allot(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> list[int]:
+def allot_layers(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> list[int]:
     """Layers of each section: counts and shares in order while the depth lasts, the rest to the section without."""
     layers = [0] * len(sections)
     left = depth

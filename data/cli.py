@@ -3,6 +3,8 @@
 import difflib
 import inspect
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -61,7 +63,7 @@ def parse(schema: type[T], arguments: Sequence[str], positional: str | None = No
 def usage(schema: type, positional: str | None = None) -> str:
     """The help text of a command whose options are `schema`."""
     defaults = [
-        f"{item.name}={_text(item.default)}"
+        f"{item.name}={value_text(item.default)}"
         for item in fields(schema)
         if item.name != positional and item.default is not MISSING
     ]
@@ -80,6 +82,38 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The end of a clause about the unknown `word`: the nearest of `known`, or a full stop."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else "."
+
+
+def word(key: str, value: object) -> str:
+    """`key=value` to be pasted into a shell, for a command with Hydra that is to read `value` as this very text."""
+    return shlex.quote(f"{key}={hydra_value(str(value))}")
+
+
+def hydra_value(text: str) -> str:
+    """`text` in Hydra's grammar: in quotes, unless it is plain.
+
+    In quotes, backslashes before a quote are doubled and the quote gets one; so are those before `${`, which OmegaConf
+    would interpolate.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", text) and not _is_typed(text):
+        return text
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return "'" + re.sub(r"(\\*)('|$(?![\s\S]))", _escape_quote, literal) + "'"
+
+
+def _escape_quote(match: re.Match[str]) -> str:
+    return 2 * match[1] + ("\\'" if match[2] else "")
+
+
+def _is_typed(text: str) -> bool:
+    """Whether Hydra reads `text` as a number, a truth value or null."""
+    if text.lower() in ("null", "true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -119,7 +153,8 @@ def _describe(hint: Any) -> str:
     return NAMES[hint]
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """`value` as it is written on a command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return ",".join(map(_text, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(value_text, value)) if isinstance(value, tuple) else str(value)

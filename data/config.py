@@ -111,6 +111,7 @@ class DataConfig:
     Without `path` or `mix`, the folder follows from the keys of PrepareConfig. A corpus found on every machine is
     prepared at first use; any other folder must exist.
 
+    path           prepared folder; null: data/prepared/<name>-<tokenizer>
     mix            prepared folder -> weight: its fraction of the training sequences, after division by the sum.
                    Each folder is shuffled and repeated on its own; validation windows have the same proportions
     document_mask  restrict attention to the document of the query

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from .cli import value_text
 from .files import DataError, sha256, sync_folder, write_json
 from .shards import Shard
 from .sources import Position
@@ -191,7 +192,11 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> str:
             for key in sorted(old.keys() | new.keys()):
                 compare(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
         elif old != new:
-            changes.append("other source files" if prefix == "files" else f"{prefix}={old} instead of {new}")
+            changes.append(
+                "other source files"
+                if prefix == "files"
+                else f"{prefix}={value_text(old)} instead of {value_text(new)}"
+            )
 
     compare("", recorded, json.loads(json.dumps(requested)))
     return ", ".join(changes)

@@ -38,7 +38,7 @@ def check_summary(summary: dict[str, Any]) -> None:
 def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError unless `config` has the values of a config.yaml by which training curves are compared."""
     if missing := CONFIG_TYPES.keys() - config.keys():
-        raise ValueError(f"config.yaml lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     check_plain(config)
     _check_types(config, CONFIG_TYPES)
     for key, value in (("tokens", config["tokens"]), ("size.seq_len", config["size"].get("seq_len"))):

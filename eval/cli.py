@@ -4,22 +4,30 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 `name_schema`. `task` gets a typed object, whose `arch` and `size` are filled in from `+arch=X +size=Y`.
 """
 
+import argparse
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
-from data.cli import TaskError, UsageError, fail, unknown_key
+from data.cli import TaskError, UsageError, did_you_mean, fail, unknown_key, word
 from data.files import DataError
+from eval.console import visible
+from eval.help import help_text
 from eval.layouts import CONFIGS, names
+from eval.overrides import WORD, as_typed, sweep_size
 
 MISTAKES = (UsageError, LayoutError, DataError)
 
@@ -36,33 +44,77 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
     A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback, and the process ends with code
-    2; so is a TaskError, with code 1. The script of a task imports what takes seconds (torch, Lightning) inside the
-    task, after its own checks, so that help and mistakes are answered at once.
+    2; so is a TaskError, with code 1, and Ctrl-C, with 130. Each run of a sweep is announced. The script of a task
+    imports what takes seconds (torch, Lightning) inside the task, after its own checks, so that help and mistakes are
+    answered at once.
     """
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    typed, crashed = sys.argv, False
+    words: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def job(config: DictConfig) -> None:
-        picked = HydraConfig.get().runtime.choices
+        nonlocal crashed
+        sys.argv, picked = typed, HydraConfig.get()
+        choices = picked.runtime.choices
         try:
             unknown = list(unknown_keys(config))
             if unknown:
                 raise UsageError("\n".join(unknown))
-            task(config, Choices(picked.get("arch"), picked.get("size")))
+            if picked.mode == RunMode.MULTIRUN:
+                total = sweep_size(words, picked.sweeper.params or {})
+                print(f"run {picked.job.num + 1} of {total}: {visible(' '.join(picked.overrides.task))}", flush=True)
+            task(config, Choices(choices.get("arch"), choices.get("size")))
         except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
             fail(str(error))
+        except OmegaConfBaseException as error:
+            fail(explain(error))
         except TaskError as error:
             fail(str(error), code=1)
+        except Exception:
+            crashed = True
+            raise
 
     try:
+        flags, options, words = read_flags(typed[1:])
+        words = as_typed(words, schema, sweep=options.multirun)
+        if options.help:
+            print(help_text(name, schema, words, options.config_dir))
+            return
+        sys.argv = [typed[0], *flags, *words]
         job()
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error))
-    except (AssertionError, AttributeError) as error:
-        if not any(text in str(error) for text in NULL_PARENT):
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+    except UsageError as error:
+        fail(str(error))
+    except Exception as error:
+        if crashed:
             raise
-        fail("a key on the command line lies under one that is null, which OmegaConf cannot fill; write it in a file")
+        fail(explain(error))  # Hydra's, about the command line: no task has raised it
+    finally:
+        sys.argv = typed
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
+    """Split a command line into Hydra's flags, as they stand and as read, and the other words, in any order.
+
+    Raises UsageError on a flag that is not Hydra's.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; options are written key=value, --help lists them")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        refuse(f"no flag {unknown[0]}")
+    words, flags = [*options.overrides, *rest], list(arguments)
+    for argument in words:
+        flags.remove(argument)
+    return flags, options, words
 
 
 # What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
@@ -87,21 +139,54 @@ def require_new_folder(out: str) -> Path:
 
 
 def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each key that its dataclass does not have: `+arch.typo=1` passes Hydra."""
+    """Yield a message for each key that its dataclass does not have (`+arch.typo=1` passes Hydra), and for each section
+    that an interpolation has made a scalar."""
     cls = OmegaConf.get_type(config)
+    hints = get_type_hints(cls) if is_dataclass(cls) else {}
     for key in map(str, config):
         if is_dataclass(cls) and key not in cls.__dataclass_fields__:
             yield unknown_key(f"{prefix}{key}", sorted(cls.__dataclass_fields__))
-        elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
+        elif OmegaConf.is_interpolation(config, key):
+            if is_section(hints.get(key)) and not OmegaConf.is_config(config[key]) and config[key] is not None:
+                yield f"{prefix}{key} is {config[key]!r}; it must be a section or a list"
+        elif isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
 
 
-def _explain(error: Exception) -> str:
-    """Hydra's or OmegaConf's message; for an unknown key, a message with the known ones."""
+def is_section(hint: Any) -> bool:
+    """Tell whether a field of the type `hint` holds a mapping or a list."""
+    return any(is_dataclass(option) or get_origin(option) in (dict, list) for option in (hint, *get_args(hint)))
+
+
+def explain(error: Exception) -> str:
+    """The message of Hydra or OmegaConf about a command line, in one line; for an unknown name, with the known ones."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         cls = cause.object_type
         if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
             return unknown_key(str(cause.full_key), sorted(cls.__dataclass_fields__))
-    message = str(error).split("Set the environment variable")[0].split("Config search path")[0].strip()
-    return message if cause is error else f"{message.splitlines()[0]}: {str(cause).splitlines()[0]}"
+        place = str(error).splitlines()[0] if cause is not error else str(cause.full_key or "the configuration")
+        return f"{place}: {str(cause).splitlines()[0]}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        near = did_you_mean(choice, error.options).rstrip(".")
+        return f"Could not find '{error.missing_cfg_file}'{near or ';'} {group} is one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return _unreadable(error.override)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, AssertionError | AttributeError) and any(text in str(error) for text in NULL_PARENT):
+        return "a key on the command line lies under one that is null, which OmegaConf cannot fill; write it in a file"
+    message = str(error).split("Set the environment variable")[0].split("Config search path")[0]
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _unreadable(override: str) -> str:
+    """The message for a word that Hydra cannot parse."""
+    match = WORD.fullmatch(override)
+    if match is None:
+        return f"cannot read {override!r}; write key=value, +group=name or ~key"
+    return (
+        f"cannot read {override}: brackets, quotes and braces come in pairs, a list is [a,b]; to have the value taken "
+        f"as it stands, write {word(match['key'], match['text'])}"
+    )

@@ -20,6 +20,16 @@ class PlainConsole(Console):
         width = None if sys.stdout.isatty() else FILE_WIDTH
         super().__init__(width=width, markup=False, highlight=False, emoji=False)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            super().print(*objects, **options)
+            return
+        with self.capture() as printed:
+            super().print(*objects, **options)
+        text = "\n".join(line.rstrip() for line in printed.get().split("\n"))  # rich fills lines up to the width
+        self.file.write(text)
+        self.file.flush()
+
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 

@@ -39,15 +39,15 @@ class CurvesConfig:
 
     reference   name of the run that the others are compared with; null: the first
     clock       wall, or cpu: CPU seconds of the process, which only runs on a CPU have
-    unfinished  whether runs that have not ended are compared too; they are if none has
     out         folder for the files; null: the folder of the runs, or the one that contains all of them
+    unfinished  compare runs that have not ended, too; they are compared anyway if none has
     """
 
     folders: tuple[str, ...] = ()
     reference: str | None = None
     clock: str = "wall"
-    unfinished: bool = False
     out: Path | None = None
+    unfinished: bool = False
 
 
 def find_curves(folders: Sequence[Path], clock: str, unfinished: bool = False) -> list[Curve]:

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,9 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
-from arch import ArchConfig, LayoutError, ModelConfig, Plan, SizeConfig, StackPlan, resolve
+from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, Plan, SizeConfig, StackPlan, StoreSpec, resolve
 from arch.footprint import (
     cross_bytes,
     kv_bytes,
@@ -23,8 +23,18 @@ from arch.footprint import (
 )
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
+from eval.console import PlainConsole
+from eval.fit import remarks
 from eval.layouts import load_arch, names
-from eval.units import bytes_text, count_text, number_text, parse_bytes
+from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
+
+PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder
+MEANING = """\
+KV per token: bytes that each further token adds. KV constant: what no context changes, once windows are full.
+KV stored: the cache of one sequence. KV read: what decoding one token fetches from it, over all layers."""
+STORES_MEANING = """\
+A layer writes a store; layers that reuse it read the same one. Slot: elements of one position, heads x (keys + values);
+where slots are counted, positions are merged into that many."""
 
 
 @dataclass
@@ -37,7 +47,7 @@ class FootprintConfig:
     memory: str = "80GB"
     itemsize: int = 2
     json: bool = False
-    picture: str | None = "<arch>-<size>.png"
+    picture: str | None = PICTURE
 
 
 @dataclass(frozen=True)
@@ -115,26 +125,43 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
     plan, unit, context = stack.plan, stack.unit, stack.num_positions(context)
     kv = kv_bytes(plan, context, itemsize)
     title = (
-        f"{title}: {len(plan.stores)} stores for {plan.num_layers} layers, {kv.per_token:,} B per {unit}, "
-        f"{bytes_text(kv.stored)} at {context:,} {unit}s"
+        f"{title}: {counted(len(plan.stores), 'store')} for {counted(plan.num_layers, 'layer')}, "
+        f"{kv.per_token:,} B per {unit}, {bytes_text(kv.stored)} at {counted(context, unit)}"
     )
     if stack.num_cross_vectors:
         cross = bytes_text(cross_bytes(stack, itemsize))
         title = f"keys and values of a block's context, all layers: {cross}\n{title}"
     result = Table(title=title, title_justify="left")
-    for column in ("store", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"):
-        result.add_column(column, justify="right" if "bytes" in column else "left")
-    for store in plan.stores:
+    rows = fold(plan)
+    columns = ["store", "number", "written by", "read by", "keeps", "slot", "bytes/slot", f"bytes at {context:,}"]
+    sinks = any(store.sinks for store in plan.stores)
+    for column in [*columns, *["sinks"] * sinks]:
+        result.add_column(column, justify="right" if "bytes" in column or column == "number" else "left")
+    for stores in rows:
+        store, owners = stores[0], tuple(store.owner for store in stores)
+        alone = all(plan.readers(store) == (store.owner,) for store in stores)
+        readers = ranges(owners) if alone else "; ".join(ranges(plan.readers(store)) for store in stores)
         result.add_row(
             store.name,
-            str(store.owner),
-            ranges(plan.readers(store)),
+            str(len(stores)),
+            ranges(owners),
+            readers,
             " + ".join(text for text, _ in store.retention) or "all",
             store.slot_text,
             " + ".join(f"{size:,}" for size in store.slot_bytes(itemsize)),
-            bytes_text(store.nbytes(context, itemsize)),
+            bytes_text(len(stores) * store.nbytes(context, itemsize)),
+            *["yes" if store.sinks else "-"] * sinks,
         )
     return result
+
+
+def fold(plan: KVPlan) -> list[list[StoreSpec]]:
+    """The stores of `plan`, those that differ in nothing but their layers together."""
+    rows: dict[tuple[StoreSpec, tuple[int, ...]], list[StoreSpec]] = {}
+    for store in plan.stores:
+        readers = tuple(reader - store.owner for reader in plan.readers(store))
+        rows.setdefault((replace(store, owner=0), readers), []).append(store)
+    return list(rows.values())
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
@@ -166,9 +193,11 @@ def main(config: DictConfig, choices: Choices) -> None:
         raise UsageError(str(error)) from error
 
     rows, refused = [], []
+    found: dict[str, list[str]] = {}
     for name, arch in archs.items():
         try:
             rows.append(measure(name, ModelConfig(arch, options.size), context, memory, options.itemsize))
+            found[name] = remarks(ModelConfig(arch, options.size))
         except LayoutError as error:
             if choices.arch is not None:
                 raise
@@ -179,21 +208,41 @@ def main(config: DictConfig, choices: Choices) -> None:
         return
     if not rows:
         raise LayoutError(["no architecture is possible at this size"])
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     console.print(table(rows, str(choices.size), options.memory, options.size.seq_len))
+    console.print(MEANING)
+    console.print("\n".join(by_remark(found)), end="\n" if any(found.values()) else "")
     if choices.arch is not None:
         plan = resolve(ModelConfig(options.arch, options.size))
         for each in plan_tables(choices.arch, plan, context, options.itemsize):
             console.print(each)
+        console.print(STORES_MEANING)
         if options.picture:
-            from eval.plots.plan import draw_plan  # matplotlib takes a second to import
-
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
-            try:
-                draw_plan(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path)
-            except OSError as error:
-                raise UsageError(f"cannot write {path} ({error.strerror}); give another file with picture=") from error
+            draw(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path, options.picture == PICTURE)
             console.print(f"ownership map: {path}")
+
+
+def by_remark(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each remark about a layout, with the layouts that it is true of."""
+    names: dict[str, list[str]] = {}
+    for name, lines in found.items():
+        for line in lines:
+            names.setdefault(line, []).append(name)
+    return [f"{', '.join(of)}: {line}" for line, of in names.items()]
+
+
+def draw(plan: Plan, title: str, context: int, itemsize: int, path: Path, new_folder: bool) -> None:
+    """Draw the ownership map. Raises UsageError where `path` cannot be written."""
+    from eval.plots.plan import draw_plan  # matplotlib takes a second to import
+
+    try:
+        if new_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        draw_plan(plan, title, context, itemsize, path)
+    except (OSError, ValueError) as error:  # an ending that is no format of pictures
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot write {path} ({reason}); give another file with picture=") from error
 
 
 if __name__ == "__main__":

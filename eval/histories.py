@@ -60,9 +60,13 @@ class History:
 
 def load_history(run: Run, clock: str) -> History:
     """Read the metrics of a run, with seconds of `clock`. Raises RunError where they cannot make a curve."""
+    config = run.config
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise RunError(f"{run.folder} holds no readable run: config.yaml: {error}") from error
     try:
         plan, rows = run.plan, run.metrics
-        check_config(run.config)
         train = [row for row in rows if row["train/loss"]]
         if len(train) < 2:
             count = f"has reported {times(len(train))} so far, a curve needs 2"

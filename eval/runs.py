@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from arch import Plan, plan_from_dict
-from data.cli import UsageError
+from data.cli import UsageError, value_text
 from eval.checks import check_plain, check_plan, check_summary
 from eval.console import visible
 
 T = TypeVar("T")
+MAX_NOTE = 40  # characters that tell runs of one name apart
+MAX_VALUE = 12  # of a value among them
 
 
 class Key(NamedTuple):
@@ -271,21 +273,53 @@ def warn(lines: Iterable[str]) -> None:
 def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> dict[str, list[T]]:
     """Group runs of equal `identity`: JSON values, the name first, all that decides a run but its seed.
 
-    The key is the name, with a digest of the identity where several groups have the name. A null in a mapping counts as
-    absent: the version that wrote it may not have had the key.
+    The key is the name; where several groups have it, with the settings in which they differ (`cla2 (kv_heads=2)`), or
+    if those are many, a digest of the identity. A null in a mapping counts as absent: the version that wrote it may not
+    have had the key.
     """
     groups: dict[str, list[T]] = {}
-    names: dict[str, str] = {}
+    identities: dict[str, list[Any]] = {}
     for run in runs:
-        values = list(identity(run))
-        digest = hashlib.sha256(json.dumps(_without_nulls(values), sort_keys=True).encode()).hexdigest()
+        values = _without_nulls(list(identity(run)))
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         groups.setdefault(digest, []).append(run)
-        names[digest] = values[0]
-    common = {name for name in names.values() if list(names.values()).count(name) > 1}
-    return {
-        f"{names[digest]} ({digest[:4]})" if names[digest] in common else names[digest]: group
-        for digest, group in groups.items()
-    }
+        identities[digest] = values
+    names = {digest: values[0] for digest, values in identities.items()}
+    labels: dict[str, str] = {}
+    for name in dict.fromkeys(names.values()):
+        same = [digest for digest in names if names[digest] == name]
+        notes = _distinctions([identities[digest][1:] for digest in same])
+        if len(set(notes)) < len(same) or max(map(len, notes)) > MAX_NOTE:
+            notes = [digest[:4] for digest in same]
+        labels |= {digest: f"{name} ({note})" for digest, note in zip(same, notes, strict=True)}
+        if len(same) == 1:
+            labels[same[0]] = name
+    return {labels[digest]: group for digest, group in groups.items()}
+
+
+def _distinctions(values: Sequence[Any]) -> list[str]:
+    """For each of `values`, plain data, the settings that it does not share with all others, as `lr=3, window=64`."""
+    flat = [dict(_leaves("", value)) for value in values]
+    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if differing({key: _column(flat, key)})]
+    short = {key: key.rpartition(".")[2] for key in keys}
+    shown = {key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in keys}
+    return [", ".join(f"{shown[key]}={value_text(each.get(key))[:MAX_VALUE]}" for key in keys) for each in flat]
+
+
+def _column(flat: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    return [each.get(key) for each in flat]
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The scalars of plain data by dotted key; lists of scalars are one value."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else str(key), item)
+    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+        for number, item in enumerate(value):
+            yield from _leaves(f"{prefix}.{number}" if prefix and not isinstance(item, Mapping) else prefix, item)
+    else:
+        yield prefix, json.dumps(value) if isinstance(value, list) else value
 
 
 def _without_nulls(value: Any) -> Any:

@@ -43,3 +43,14 @@ def counted(number: int, noun: str) -> str:
 def times(number: int) -> str:
     """`once`, `2 times`."""
     return "once" if number == 1 else f"{number:,} times"
+
+
+def duration_text(seconds: float) -> str:
+    """`90` as `2 min`, `4000` as `1 h 07 min`: to a minute, and below one to a second."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

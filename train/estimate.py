@@ -37,7 +37,17 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 @dataclass
 class EstimateConfig(PretrainConfig):
-    """The command line of train/pretrain.py, and the machine to run on; `configs/estimate.yaml` explains the keys."""
+    """The command line of train/pretrain.py, and the machine to run on.
+
+    gpu      h100, h200, b200, a100-80, ...: the short names in eval/hardware.py; null: the GPU of this machine. For any
+             other, set memory= and trainer.peak_tflops= too
+    gpus     GPUs per node; several use fsdp unless trainer.strategy= is set
+    nodes    machines, of gpus= GPUs each
+    mfu      assumed model FLOPs utilization, if docs/results has no measurement of exactly this run
+    reserve  memory left for the CUDA context, NCCL and fragmentation
+    memory   memory of one GPU, as 80GB; null: that of the data sheet
+    json     print a JSON object instead of the tables
+    """
 
     gpu: str | None = None
     gpus: int = 1

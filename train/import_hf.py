@@ -21,8 +21,8 @@ from eval.cli import Choices, launch, require_new_folder
 class ImportConfig:
     """Options of the import.
 
-    source    a folder, or a name on the hub; on the command line `from=`
-    out       the folder to write
+    source    output of save_pretrained (config.json and safetensors), or a name on the hub; on the command line `from=`
+    out       a new folder, written completely or not at all
     revision  branch, tag or commit on the hub
     """
 

@@ -27,14 +27,17 @@ def same_as(key: str) -> Any:
 class OptimConfig:
     """Optimizer and learning-rate schedule; matrices and embeddings decay, norms and other vectors do not.
 
-    name        adamw, or muon: Muon for the hidden matrices, AdamW for the rest
-    lr          peak learning rate, of both
-    momentum    of Muon
-    schedule    after the warm-up: cosine, wsd (stable, then decay) or constant
-    warmup      share of all steps over which the learning rate rises linearly
-    decay       share of all steps, the last ones, over which it falls under wsd
-    min_lr      learning rate at the last step under cosine and wsd, as a share of the peak
-    clip        largest gradient norm
+    name          adamw, or muon: Muon for the hidden matrices, AdamW for the rest
+    lr            peak learning rate, of both
+    beta1, beta2  decay of AdamW's moments
+    eps           added to the root of AdamW's second moment
+    weight_decay  decay per step, times the learning rate
+    momentum      of Muon
+    schedule      after the warm-up: cosine, wsd (stable, then decay) or constant
+    warmup        share of all steps over which the learning rate rises linearly
+    decay         share of all steps, the last ones, over which it falls under wsd
+    min_lr        learning rate at the last step under cosine and wsd, as a share of the peak
+    clip          largest gradient norm
     """
 
     name: str = "adamw"
@@ -55,17 +58,23 @@ class OptimConfig:
 class TrainerConfig:
     """Execution of the run; nothing here changes what is learned, up to rounding.
 
-    accelerator  cpu, cuda, or auto: cuda where there is one, else cpu
-    strategy     auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
-    precision    fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
-    micro_batch  sequences per forward pass; null: the most that keep it within 32768 tokens
-    compile      torch.compile each block; null: on CUDA
-    backend      attention backend: auto, or a name from arch/attend.py
-    val_every    steps between validations; null: four in the run
-    checkpoint_every, keep_checkpoints   steps between checkpoints, and the number of newest ones to keep, with the best
-    max_rise     the run ends where the loss stays more than this many nats above its lowest
-    max_hours    save and end after this many hours (leave room for one checkpoint); null: no limit
-    peak_tflops  dense TFLOP/s of one device, for MFU; null: of its data sheet (eval/hardware.py), no MFU if unknown
+    accelerator       cpu, cuda, or auto: cuda where there is one, else cpu
+    devices           processes per node, one device each
+    num_nodes         machines
+    strategy          auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
+    precision         fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
+    micro_batch       sequences per forward pass; null: the most that keep it within 32768 tokens
+    compile           torch.compile each block; null: on CUDA
+    activation_checkpointing  compute activations again in the backward pass, which saves memory
+    backend           attention backend: auto, or a name from arch/attend.py
+    log_every         steps between reports
+    val_every         steps between validations; null: four in the run
+    checkpoint_every  steps between checkpoints
+    keep_checkpoints  number of newest checkpoints to keep, with the best
+    max_rise          the run ends where the loss stays more than this many nats above its lowest
+    max_hours         save and end after this many hours (leave room for one checkpoint); null: no limit
+    peak_tflops       dense TFLOP/s of one device, for MFU; null: of its data sheet, no MFU if unknown
+    progress          show reports: as a bar on a terminal, else as lines; validations are shown anyway
     """
 
     accelerator: str = "auto"
@@ -111,16 +120,17 @@ class LoggerConfig:
 class PretrainConfig:
     """One training run.
 
-    tokens      training tokens, rounded down to whole steps
-    batch_size  sequences per optimizer step, over all processes and micro-batches
-    context     tokens at which the KV footprint is logged
-    kv_itemsize bytes per cache element in what is logged: 2 for a bf16 cache
-    name        null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the seed
-                are one point of a Pareto plot
-    folder      folder to write the run to; null: runs/<time>/<name>-seed<seed>
-    init        run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
-    train_only  regular expression: only parameters in whose name it is found are trained; null: all
-    resume      folder of a run to continue; its own configuration is used, other keys on the command line change it
+    name         null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the
+                 seed are one point of a Pareto plot
+    folder       folder to write the run to; null: runs/<time>/<name>-seed<seed>
+    tokens       training tokens, rounded down to whole steps
+    batch_size   sequences per optimizer step, over all processes and micro-batches
+    context      tokens at which the KV footprint is logged
+    kv_itemsize  bytes per cache element in what is logged: 2 for a bf16 cache
+    seed         of the weights and of the order of the data
+    init         run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
+    train_only   regular expression: only parameters in whose name it is found are trained; null: all
+    resume       folder of a run to continue; its own configuration is used, other keys on the command line change it
     """
 
     arch: ArchConfig = field(default_factory=ArchConfig)

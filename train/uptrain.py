@@ -36,10 +36,10 @@ class UptrainConfig:
     """Options of the conversion.
 
     source  a run, a checkpoint of one, or an imported folder; on the command line `from=`
-    out     the folder to write
+    out     a new folder, written completely or not at all
     length  tokens of a block
     prefix  vectors that a block's context is expanded to
-    start   predict the first block too, from a context that begins as zero
+    start   predict the first block too, from a context that begins as zero; false as in the paper
     """
 
     source: str = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
 from eval.console import visible
 from eval.plots.style import (
@@ -25,6 +25,8 @@ from eval.plots.style import (
 from eval.runs import Point
 from eval.units import bytes_text, number_text
 
+MARKER = 13  # width of a point with room around it, in pixels
+
 
 @literal_text
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
@@ -38,13 +40,8 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | 
     if len({row.bytes for row in rows}) == 1:
         axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
     frontier = [row for row in rows if row.frontier]
-    for row in rows:
-        tint = BLUE if row.frontier else DOMINATED
-        if row.runs > 1:
-            axes.vlines(row.bytes, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2)
-            axes.scatter([row.bytes] * 2, [row.lowest, row.highest], marker="_", color=tint, s=60, zorder=2)
-        face = tint if row.frontier else "white"
-        axes.scatter(row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3)
+    for values in ([row.lowest for row in rows], [row.highest for row in rows]):  # sets the limits
+        axes.plot([float(row.bytes) for row in rows], values, linestyle="")
     axes.margins(x=0.12, y=0.16)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
@@ -56,7 +53,19 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | 
     x, y = _staircase(frontier, edge)
     axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
     axes.set_xlim(right=edge)
+    axes.set_ylim(axes.get_ylim())
     plain_axes(axes)
+    figure.canvas.draw()  # places what follows is measured in
+    for row, place in zip(rows, _places(figure, axes, rows), strict=True):
+        tint = BLUE if row.frontier else DOMINATED
+        if row.runs > 1:
+            axes.vlines(row.bytes, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2, transform=place)
+            ends = [row.lowest, row.highest]
+            axes.scatter([row.bytes] * 2, ends, marker="_", color=tint, s=60, zorder=2, transform=place)
+        face = tint if row.frontier else "white"
+        axes.scatter(
+            row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3, transform=place
+        )
     if not rows:
         axes.text(0.5, 0.5, f"no run with a finite {quality}", transform=axes.transAxes, ha="center", color=DARK_INK)
     spread = "; whiskers: lowest and highest seed" if any(row.runs > 1 for row in rows) else ""
@@ -76,23 +85,48 @@ def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], lis
     return [*x, edge] if x else [], [*y, *y[-1:]]
 
 
+def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transform]:
+    """For each point, the coordinates in which it is drawn: points that would hide each other stand side by side."""
+    spots = [axes.transData.transform([(row.bytes, row.lowest), (row.bytes, row.highest)]) for row in rows]
+    clusters: list[list[int]] = []
+    for number, ((x, low), (_, high)) in enumerate(spots):
+        for cluster in clusters:
+            others = [spots[other] for other in cluster]
+            if any(
+                abs(x - left) < MARKER and low < top + MARKER and high > bottom - MARKER
+                for (left, bottom), (_, top) in others
+            ):
+                cluster.append(number)
+                break
+        else:
+            clusters.append([number])
+    shifts = [0.0] * len(rows)
+    for cluster in clusters:
+        for place, number in enumerate(cluster):
+            shifts[number] = MARKER * (place - (len(cluster) - 1) / 2)
+    inch = figure.dpi_scale_trans
+    return [axes.transData + ScaledTranslation(shift / figure.dpi, 0, inch) for shift in shifts]
+
+
 def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
     """Name each point at the first place around it where the name touches no other point, name or whisker."""
     figure.canvas.draw()
     taken = [legend.get_window_extent()]
-    for row in rows:
-        (x, low), (_, high) = axes.transData.transform([(row.bytes, row.lowest), (row.bytes, row.highest)])
+    drawn = _places(figure, axes, rows)
+    for row, transform in zip(rows, drawn, strict=True):
+        (x, low), (_, high) = transform.transform([(row.bytes, row.lowest), (row.bytes, row.highest)])
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
     places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
     places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
     common = common_suffix([row.name for row in rows])
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
-    for row in rows:
+    for row, transform in zip(rows, drawn, strict=True):
         for x, y, horizontal, vertical in places:
             text = axes.annotate(
                 visible(row.name.removesuffix(common)),
                 (row.bytes, row.value),
                 (x, y),
+                xycoords=transform,
                 textcoords="offset points",
                 ha=horizontal,
                 va=vertical,

@@ -2,13 +2,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from arch import KVPlan, Plan, StoreSpec
 from arch.footprint import kv_bytes
-from eval.plots.style import BLUE, DARK_INK, GREEN, GREY, INK, ORANGE, OUTLINE, PURPLE, Axes, Picture, literal_text
-from eval.units import bytes_text
+from eval.console import visible
+from eval.plots.style import (
+    BLUE,
+    DARK_INK,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    STORE_COLORS,
+    Axes,
+    Picture,
+    literal_text,
+)
+from eval.units import bytes_text, counted
+
+KEY = "#444444"  # in the legend, of what every store type has; no type has it
+SINK: dict[str, Any] = {"marker": "v", "markersize": 5}
 
 
 @literal_text
@@ -31,6 +48,7 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 
 # Of a kind that is not here, a colour that is left.
 KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE}
+LEGEND_COLUMNS = 4
 
 
 def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int) -> None:
@@ -49,11 +67,13 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
             text = "+".join(str(number) for _, number in store.retention) or "all"
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
+            if store.sinks:
+                axes.plot(layer, store_y + 0.28, **SINK, color=tint)
         else:
             _line(axes, (store.owner + 0.12, store_y - 0.2), (layer, layer_y + 0.2), tint, width=0.9, style="-|>")
     kv = kv_bytes(plan, context, itemsize)
-    stores = f"{len(plan.stores)} stores for {plan.num_layers} layers"
-    axes.text(-0.4, 2.05, f"{title}: {stores}", fontsize=11, weight="bold")
+    stores = f"{counted(len(plan.stores), 'store')} for {counted(plan.num_layers, 'layer')}"
+    axes.text(-0.4, 2.05, visible(f"{title}: {stores}"), fontsize=11, weight="bold")
     figures = (
         f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows and slots; at {context:,} {unit}s "
         f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
@@ -65,15 +85,23 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
     axes.set_xlim(-0.8, num_layers - 0.2)
     axes.set_ylim(-0.4, 2.2)
     axes.spines[:].set_visible(False)
-    handles = [
-        Patch(color=color[store.name], label=f"{store.name}: {_weight(store, context, itemsize)}") for store in types
+    handles: list[Any] = [
+        Patch(color=color[store.name], label=visible(f"{store.name}: {_weight(store, context, itemsize)}"))
+        for store in types
     ]
     handles += [
-        Patch(facecolor=OUTLINE, edgecolor=OUTLINE, label="writes and reads"),
-        Patch(facecolor="white", edgecolor=OUTLINE, label="only reads"),
+        Patch(facecolor=KEY, edgecolor=INK, label="layer that writes a store and reads it"),
+        Patch(facecolor="white", edgecolor=INK, label="layer that only reads"),
     ]
+    if any(store.sinks for store in types):
+        handles.append(Line2D([], [], **SINK, linestyle="", color=INK, label="with attention sinks"))
     axes.legend(
-        handles=handles, ncols=len(handles), loc="upper left", bbox_to_anchor=(0, -0.02), frameon=False, fontsize=8
+        handles=handles,
+        ncols=min(len(handles), LEGEND_COLUMNS),
+        loc="upper left",
+        bbox_to_anchor=(0, -0.02),
+        frameon=False,
+        fontsize=8,
     )
 
 
@@ -85,16 +113,17 @@ def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
-    """Colour by name: green for latents, purple for bounded stores, orange for windows, blue for stores that keep
-    everything; further types take the remaining colours."""
-    left = [BLUE, ORANGE, GREEN, PURPLE, GREY]
+    """Colour by name, a different one for each while there are any: green for latents, purple for bounded stores, orange
+    for windows, blue for stores that keep everything; further types take the remaining colours."""
+    left = list(STORE_COLORS)
     result = {}
     for store in types:
-        wanted = KIND_COLORS.get(store.kind)
-        if store.kind == "grouped" and store.window:
-            wanted = ORANGE
-        result[store.name] = left.pop(left.index(wanted)) if wanted in left else left.pop() if left else GREY
-    return result
+        wanted = ORANGE if store.kind == "grouped" and store.window else KIND_COLORS.get(store.kind)
+        if wanted in left:
+            result[store.name] = left.pop(left.index(wanted))
+    for number, store in enumerate(store for store in types if store.name not in result):
+        result[store.name] = left[number] if number < len(left) else STORE_COLORS[number % len(STORE_COLORS)]
+    return {store.name: result[store.name] for store in types}
 
 
 def _box(axes: Axes, x: float, y: float, half: float, half_height: float, *, face: str, edge: str) -> None:

@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from eval.console import visible
 
 __all__ = ["Axes"]
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#7f7f7f"
+BLUE, ORANGE, GREEN, PURPLE = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c"
+# Of store types, told apart by every kind of colour vision as far as eight can be; no grey, which means nothing here.
+STORE_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c0392b", "#1f9fa8", "#7a5230", "#d977b5")
 # Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
 LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")

@@ -13,7 +13,19 @@ DTYPE_NAMES = ("fp32", "bf16")  # as in train/hub/tensor_files.py
 
 @dataclass
 class ExportConfig:
-    """The command line; `configs/export.yaml` explains the keys."""
+    """The command line.
+
+    checkpoint      a run (its newest checkpoint) or one checkpoint, sharded or not
+    out             a new folder, which appears under this name once it is complete and verified
+    target          export format; auto: the first that represents the model exactly, of stock (a class of
+                    transformers), remote (a decoder with its code: sharing, mixed windows, sinks) and shipped (the code
+                    of arch/ itself: Block Transformers, bounded caches, every other layout)
+    dtype           dtype of the saved weights: fp32, as trained, or bf16, rounded
+    max_shard_size  largest size of a weight file
+    prepared        prepared data of the run (tokenizer, validation text), if it has moved
+    verify          compare logits, tokens, cache bytes and perplexity with ours; false skips this
+    push_to_hub     upload the folder to this repository of the Hugging Face hub; a new one is private
+    """
 
     checkpoint: str | None = None
     out: str | None = None

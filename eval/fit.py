@@ -1,0 +1,49 @@
+"""Differences between a layout as it is written and as it is at a size: what was cut, and what coincides."""
+
+from collections.abc import Iterator
+
+from arch import KVPlan, ModelConfig
+from arch.block_plan import split_config
+from arch.plan import allot_layers, resolve_stack
+from arch.stores import share_of
+from eval.units import counted
+
+
+def remarks(config: ModelConfig) -> list[str]:
+    """A line for each window, slots or section that `size` cuts, each store type that no layer writes, and key/value
+    heads that a layout gives as fewer than the query heads and are as many. `config` can be resolved."""
+    if config.arch.block is None:
+        return list(_of_stack(config))
+    stacks = zip(("block decoder: ", "token decoder: "), split_config(config), strict=True)
+    return [f"{title}{line}" for title, stack in stacks for line in _of_stack(stack)]
+
+
+def _of_stack(config: ModelConfig) -> Iterator[str]:
+    most, plan = config.size.max_window, resolve_stack(config)
+    for name, store in config.arch.stores.items():
+        for what, number in (("window", store.window), ("slots", store.slots)):
+            if number is not None and most is not None and number > most:
+                yield f"{what} {number:,} of {name} cut to {most:,} by size.max_window"
+    yield from _sections(config)
+    yield from _store_types(config, plan)
+
+
+def _sections(config: ModelConfig) -> Iterator[str]:
+    sections = [entry for entry in config.arch.pattern if isinstance(entry, dict)]
+    depth = config.size.num_layers
+    for number, layers in enumerate(allot_layers(sections, depth, [])):
+        wanted = share_of(sections[number].get("layers"), depth)
+        if wanted is None and layers == 0:
+            yield f"section {number}, the rest of {counted(depth, 'layer')}, has none"
+        elif wanted is not None and layers < int(wanted):
+            yield f"section {number} cut from {counted(int(wanted), 'layer')} to {layers} by size.num_layers {depth}"
+
+
+def _store_types(config: ModelConfig, plan: KVPlan) -> Iterator[str]:
+    written = {store.name: store for store in plan.stores}
+    for name, store in config.arch.stores.items():
+        heads = config.size.num_heads
+        if name not in written:
+            yield f"no layer writes {name} at size.num_layers {config.size.num_layers}"
+        elif store.kv_heads not in (None, "all", "1/1") and heads > 1 and written[name].slot.kv_heads == heads:
+            yield f"{name} has {heads} key/value heads for {heads} query heads: multi-head attention, as kv_heads=all"
