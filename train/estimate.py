@@ -13,13 +13,13 @@ if not __package__:  # run as a script
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from arch import LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
-from data.cli import UsageError
+from data.cli import UsageError, did_you_mean
 from eval.cli import Choices, launch, require
+from eval.console import PlainConsole
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.layouts import load_arch, load_size
 from eval.results import training_speeds
@@ -114,9 +114,10 @@ def find_device(options: EstimateConfig) -> Device:
         raise UsageError(str(error)) from error
     if memory is None or peak is None:
         lacking = " and ".join(["memory="] * (memory is None) + ["trainer.peak_tflops="] * (peak is None))
+        shorts = [gpu.short for gpu in GPUS]
         raise UsageError(
-            f"gpu={name}: eval/hardware.py does not know its peak in {precision} or its memory; give {lacking}, "
-            f"or choose {', '.join(gpu.short for gpu in GPUS)}"
+            f"gpu={name}: eval/hardware.py does not know its peak in {precision} or its memory"
+            f"{did_you_mean(name, shorts).rstrip('.') or ';'} give {lacking}, or choose {', '.join(shorts)}"
         )
     return Device(name, memory, peak, gpu)
 
@@ -314,7 +315,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = PlainConsole()
     console.print(
         f"{found['arch']} at {found['size']}, {count_text(found['params'])} parameters, on {found['world']} x "
         f"{found['gpu']}, micro_batch {found['micro_batch']} x {found['seq_len']:,} tokens"

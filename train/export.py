@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from eval.cli import Choices, launch
+from eval.console import PlainConsole
 from train.errors import TrainingError
 from train.hub.request import ExportConfig, check
 
@@ -32,7 +33,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     check(options)
     from arch.convert import ConversionError
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = PlainConsole()
     try:
         export(options, console)
     except ConversionError as error:

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from eval.units import duration_text
 from train.device import peak_flops, synchronize
 from train.errors import TrainingError
 from train.lightning_private import TrainingProgressBar
@@ -36,10 +37,12 @@ class Metrics(L.Callback):
         max_rise: float,
         step_tokens: int,
         static_metrics: dict[str, float],
-        print_lines: bool,
+        print_reports: bool,
+        print_validations: bool,
     ):
         self.every, self.checkpoint_every, self.max_rise = every, checkpoint_every, max_rise
-        self.step_tokens, self.static_metrics, self.print_lines = step_tokens, static_metrics, print_lines
+        self.step_tokens, self.static_metrics = step_tokens, static_metrics
+        self.print_reports, self.print_validations = print_reports, print_validations
         self.lowest = math.inf
         self.risen = False  # in the last report
         self.loss: Tensor | float = 0.0
@@ -69,6 +72,9 @@ class Metrics(L.Callback):
         module = lit_model(pl_module)
         if self.step >= self.warm:
             module.clock.resume()
+        if self.print_validations and trainer.is_global_zero:
+            loss, perplexity = module.val_metrics["loss"], module.val_metrics["ppl"]
+            print(f"{self._place(trainer)}  validation loss {loss:.4f}  perplexity {perplexity:.3f}", flush=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,7 +102,7 @@ class Metrics(L.Callback):
         if module.device.type == "cpu":
             metrics["train/cpu_seconds"] = module.clock.cpu_seconds
         module.progress_metrics["loss"] = loss
-        line = f"step {self.step}/{trainer.max_steps}  loss {loss:.4f}"
+        line, speed = f"{self._place(trainer)}  loss {loss:.4f}", 0.0
         if self.step > self.warm:
             speed = (self.step - self.reported) * self.step_tokens / (seconds - self.seconds)
             self.seconds, self.reported = seconds, self.step
@@ -110,8 +116,12 @@ class Metrics(L.Callback):
                 line += f"  MFU {mfu:.1%}"
         for logger in trainer.loggers:
             logger.log_metrics(metrics | self.static_metrics, step=self.step)
-        if self.print_lines and trainer.is_global_zero:
-            print(line, flush=True)
+        if self.print_reports and trainer.is_global_zero:
+            left = (trainer.max_steps - self.step) * self.step_tokens
+            print(f"{line}  {duration_text(left / speed)} left" if left and speed > 0 else line, flush=True)
+
+    def _place(self, trainer: L.Trainer) -> str:
+        return f"step {trainer.global_step}/{trainer.max_steps}"
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data.cli import UsageError
+from data.cli import UsageError, word
 from data.files import write_json
 
 LOCK = "run.lock"
@@ -32,7 +32,7 @@ def new_folder(base: Path, numbered: bool) -> Iterator[Path]:
     try:
         with locked(folder):
             if os.path.lexists(folder / "config.yaml"):
-                raise UsageError(f"{folder} holds a run already: resume={folder} continues it")
+                raise UsageError(f"{folder} holds a run already: {word('resume', folder)} continues it")
             yield folder
     finally:
         with suppress(OSError):

@@ -10,6 +10,8 @@ from pathlib import Path
 from subprocess import Popen
 from types import FrameType
 
+from data.cli import word
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 5.0  # seconds after a signal in which processes that wait for each other may still begin to train
 
@@ -80,7 +82,7 @@ class Signals:
         if self.rank == 0:
             when = "without a checkpoint of its last steps" if self.begun else "before training began"
             name = signal.Signals(number).name
-            print(f"stopped {when} ({name}); resume={self.folder} continues", file=sys.stderr, flush=True)
+            print(f"stopped {when} ({name}); {word('resume', self.folder)} continues", file=sys.stderr, flush=True)
         self._end_children()
         code = 130 if number == signal.SIGINT else 0
         os._exit(code if self.rank == 0 else 128 + number)

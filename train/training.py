@@ -12,11 +12,12 @@ import lightning as L
 import torch
 import wandb
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from arch import Plan, build, resolve
-from data.cli import UsageError
+from data.cli import UsageError, word
 from data.files import DataError, write_json
+from eval.console import PlainConsole
+from eval.fit import remarks
 from eval.footprint import plan_tables
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
@@ -54,10 +55,12 @@ def run(config: PretrainConfig) -> None:
     if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
         write_start(folder, config, plan, {"from_step": step, "attention": attention})
-        console = Console(width=None if sys.stdout.isatty() else 140)
+        console = PlainConsole()
         for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
             console.print(table)
-        print(f"attention: {attention}")
+        for line in remarks(config.model):
+            console.print(line)
+        console.print(f"attention: {attention}")
     options = config.trainer
     signals = Signals(folder, peers=options.devices * options.num_nodes > 1, rank=launched_rank())
     failed = True
@@ -107,7 +110,7 @@ def naming_the_last_checkpoint(checkpoints: CheckpointCallback) -> Iterator[None
         yield
     except RunStopped as stopped:
         if launched_rank() == 0:
-            print(f"{stopped.reason}; resume={checkpoints.run} continues", file=sys.stderr)
+            print(f"{stopped.reason}; {word('resume', checkpoints.run)} continues", file=sys.stderr)
         raise
     except (TrainingError, DataError, OSError) as error:
         raise TrainingError(f"{error}. {describe_saved(checkpoints)}.") from error
@@ -135,7 +138,7 @@ def describe_saved(checkpoints: CheckpointCallback) -> str:
         return "There was no checkpoint yet"
     if saved == checkpoints.start and not checkpoints.loaded:
         return f"Delete {saved} to continue from the one before"
-    return f"The last good checkpoint is {saved}; resume={checkpoints.run} continues from it"
+    return f"The last good checkpoint is {saved}; {word('resume', checkpoints.run)} continues from it"
 
 
 def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data: str) -> None:
@@ -158,18 +161,19 @@ def build_trainer(
 ) -> L.Trainer:
     """Build the trainer of the run, with its loggers and callbacks."""
     options, folder = config.trainer, checkpoints.run
-    progress = options.progress and sys.stdout.isatty()
+    bar = options.progress and sys.stdout.isatty()
     metrics = Metrics(
         options.log_every,
         options.checkpoint_every,
         options.max_rise,
         config.batch_size * config.size.seq_len,
         static_metrics(config, plan),
-        print_lines=options.progress and not progress,
+        print_reports=options.progress and not bar,
+        print_validations=not bar,
     )
     callbacks = [metrics, checkpoints, GracefulStop(checkpoints, signals, options.max_hours)]
-    if progress:
+    if bar:
         callbacks.append(ProgressBar(leave=True))
-    trainer = lightning_trainer(config, device, loggers(config, folder), callbacks, folder, progress)
+    trainer = lightning_trainer(config, device, loggers(config, folder), callbacks, folder, bar)
     signals.children = partial(launched_processes, trainer)
     return trainer

@@ -113,8 +113,8 @@ def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
-    """Colour by name, a different one for each while there are any: green for latents, purple for bounded stores, orange
-    for windows, blue for stores that keep everything; further types take the remaining colours."""
+    """Colour by name, a different one while there are any: green for latents, purple for bounded stores, orange for
+    windows, blue for stores that keep everything; further types take the remaining colours."""
     left = list(STORE_COLORS)
     result = {}
     for store in types:

@@ -25,7 +25,6 @@ if not __package__:  # run as a script
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +39,7 @@ from data.mixture import EvalWindows
 from data.presets import load
 from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES
+from eval.console import PlainConsole
 from eval.environment import ROOT, git_revision
 from eval.layouts import load_arch
 from eval.positions import loss_by_position
@@ -329,7 +329,7 @@ def study(settings: Settings) -> None:
         text(settings)  # prepared, or refused, before the bar
     todo = [cell for cell in cells(settings) if cell.key not in result[cell.task]["runs"]]
     steps = {"lm": lm_steps(settings), "recall": settings.recall_steps}
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("steps", total=sum(steps[cell.task] for cell in todo))

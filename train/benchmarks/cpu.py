@@ -19,13 +19,13 @@ if not __package__:  # run as a script
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from arch import ArchConfig, ModelConfig, SizeConfig
 from data.cli import UsageError
 from data.config import DataConfig
 from eval.cli import Choices, launch, require
+from eval.console import PlainConsole
 from eval.environment import hardware
 from eval.results import write_result
 from eval.units import bytes_text
@@ -168,7 +168,7 @@ def loader_against_baseline(options: BenchConfig) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     tokens = f"{result['batch_size']} x {result['seq_len']} tokens"
     table = Table("", title=f"{result['model']}, {tokens}, fp32, {hardware()}")
     for column in ("s/step", "min-max", "allocated", "resident", "theirs / ours", "by round", "in CPU s", "by round"):

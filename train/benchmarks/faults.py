@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from data.cli import UsageError, fail, parse
 from data.presets import load
+from eval.console import PlainConsole
 from eval.environment import ROOT
 from eval.results import write_result
 from train import checkpoint
@@ -347,7 +347,7 @@ def main(out: Path) -> None:
     )
     for result in results:
         table.add_row(result["fault"], *(str(result.get(key, "")) for key in ("survived", "steps_lost", "error")))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    PlainConsole().print(table)
     sys.exit(0 if survived == len(results) else 1)
 
 

@@ -24,7 +24,7 @@ if not __package__:  # run as a script
 
 import torch
 
-from data.cli import UsageError, parse
+from data.cli import UsageError, did_you_mean, parse
 from data.files import write_json
 from eval.environment import ROOT, driver
 from eval.results import envelope
@@ -82,7 +82,8 @@ def check(config: SuiteConfig) -> None:
     """Raises UsageError for a part that does not exist and for a time that is not positive."""
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown or not config.parts:
-        raise UsageError(f"parts= has no {', '.join(unknown) or 'entry'}; choose {', '.join(PARTS)}")
+        near = did_you_mean(unknown[0], list(PARTS)).rstrip(".") if unknown else ""
+        raise UsageError(f"parts= has no {', '.join(unknown) or 'entry'}{near or ';'} choose {', '.join(PARTS)}")
     for key in ("minutes", "part_minutes"):
         if not getattr(config, key) > 0:
             raise UsageError(f"{key} is {getattr(config, key)}; it is a positive number")

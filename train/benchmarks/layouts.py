@@ -25,13 +25,13 @@ if not __package__:  # run as a script
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from arch import ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
+from eval.console import PlainConsole
 from eval.environment import hardware
 from eval.layouts import load_arch, names
 from eval.results import write_result
@@ -205,7 +205,7 @@ def compare(turns: Turns, tokens: int) -> dict[str, dict[str, Any]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = PlainConsole()
     first, models, options = result["reference"], result["models"], result["options"]
     sections = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
     sections |= {f"decoding, batch {batch}": results for batch, results in result["decoding"].items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from rich.console import Console
 from rich.table import Table
 
 from data.batches import Batch, EvalBatches
@@ -18,6 +17,7 @@ from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
 from data.shards import TokenWindows
 from eval.cli import MISTAKES
+from eval.console import PlainConsole
 from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
 from eval.runs import folders_of
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     for key, values in (("lengths", options.lengths), ("tokens", [options.tokens])):
         if any(value < 1 for value in values):
             raise UsageError(f"{key} is {getattr(options, key)}; write whole numbers of at least 1")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     for run in folders_of(options.runs):
         found = measure(run, list(options.lengths), options.tokens)
         lengths = {str(length): [asdict(bucket) for bucket in buckets] for length, buckets in found.items()}

@@ -4,6 +4,7 @@ OUT/checkpoint.json, *.safetensors   as in train/checkpoint.py: no optimizer sta
 OUT/arch/NAME.yaml, OUT/size/NAME.yaml   the model, for `pretrain.py --config-dir=OUT +arch=NAME +size=NAME init=OUT`
 """
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import OmegaConf
 from arch import ModelConfig, build, resolve
 from arch.config import to_dict
 from arch.convert import TensorReader
-from data.cli import UsageError
+from data.cli import UsageError, word
 from data.files import rename, sha256, write_json
 from train.checkpoint import FORMAT, INFO, check_matches
 from train.hub.checkpoint_reader import PREFIX
@@ -64,5 +65,5 @@ def _without_nulls(values: Any) -> Any:
 
 def next_command(out: Path, name: str) -> str:
     """Return the command that trains the checkpoint `out` further; DATA stands for prepared text in its vocabulary."""
-    chosen = f"--config-dir={out} +arch={name} +size={name} init={out}"
-    return f"python train/pretrain.py {chosen} data.path=DATA name={out.name}"
+    words = [shlex.quote(f"--config-dir={out}"), word("+arch", name), word("+size", name), word("init", out)]
+    return f"python train/pretrain.py {' '.join(words)} data.path=DATA {word('name', out.name)}"

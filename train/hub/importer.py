@@ -1,18 +1,18 @@
 """Import of one Hugging Face checkpoint: convert its weights and print what it is."""
 
+import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from rich.console import Console
 
 from arch import Plan, resolve
 from arch.convert import ConversionError
 from arch.convert_formats import ImportedTensors, read_config
 from arch.footprint import num_params
 from data.cli import UsageError
+from eval.console import PlainConsole
 from eval.footprint import plan_tables
 from train.hub.checkpoint_writer import next_command, write
 from train.hub.folder_reader import DOWNLOAD_PATTERNS, TOKENIZER_FILES, HFFolder
@@ -39,14 +39,15 @@ def run(folder: Path, out: Path, name: str) -> None:
     if "tokenizer.json" in tokenizer:
         print(
             f"its tokenizer is beside them; text for it (vocabulary of {model.size.vocab_size:,}):\n"
-            f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained tokenizer.name={out} path=DATA"
+            f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained "
+            f"{shlex.quote(f'tokenizer.name={out}')} path=DATA"
         )
     print(f"to train it further:\n  {next_command(out, NAME)}")
 
 
 def print_plan(name: str, plan: Plan, context: int) -> None:
     """Print the stores of a model, for 16 bits per element."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = PlainConsole()
     for table in plan_tables(name, plan, context, 2):
         console.print(table)
 
