@@ -1,7 +1,14 @@
-# make demo   a fresh machine to a Pareto plot of trained models, without a network account
-# make test   a fresh machine to the whole test suite: format, lint, types, tests
-# make bench  a training step and the loader against baselines, on the CPU; a quiet machine and ten minutes
-# make gpu    measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
+# make help    these lines
+# make env     the environment in .venv; every other target makes it first
+# make demo    a fresh machine to a Pareto plot of trained models, without a network account
+# make test    a fresh machine to the whole test suite: format, lint, types, tests
+# make lint    format, lint and types alone
+# make pytest  the tests alone
+# make bench   a training step and the loader against baselines, on the CPU; a quiet machine and ten minutes
+# make gpu     measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
+# make faults  a run against every signal and every damaged file, and what came of it
+# make clean   deletes the environment and the caches of the tools, no run and no data
+#
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention,block,bct
@@ -12,7 +19,7 @@ DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '/^#/s/^# //p' Makefile
+	@sed -n '/^#/s/^# \{0,1\}//p' Makefile
 
 # pip takes torch from the package index, which on Linux is the CUDA build; for the small CPU build:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env

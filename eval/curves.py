@@ -9,7 +9,6 @@ smoothed. Learning rates fall towards the end of a run: one planned to end where
 there. Seconds are training alone: no validation, no checkpoints, not the first step after a start, which compiles.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from data.cli import UsageError, fail, parse
 from eval.console import PlainConsole, visible
 from eval.histories import CLOCKS, Array, Curve, History, load_history
 from eval.results import write_result
-from eval.runs import RunError, deciding_values, differing, folders_of, group_by_seed, look_for_runs, warn
+from eval.runs import RunError, deciding_values, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import count_text
 
 LOSSES = {"val": "validation loss", "train": "smoothed training loss"}
@@ -241,7 +240,7 @@ def main(arguments: Sequence[str]) -> None:
     PlainConsole().print(table(result))
     if others := differences(curves):
         warn([f"the runs differ in {', '.join(others)}: judge by that"])
-    out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    out = options.out or default_out(folders)
     try:
         write(curves, result, out)
     except OSError as error:

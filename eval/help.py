@@ -56,13 +56,14 @@ def key_lines(schema: type, values: DictConfig, indent: str = "") -> Iterator[st
     own = [field.name for field in fields(schema) if not extends or field.name in schema.__annotations__]
     sections = [] if indent else [name for name in own if is_dataclass(hints[name])]
     others = [name for name in own if name not in meanings and name not in sections]
+    whole = not indent and not sections  # a long list is cut to a line for each
     for name in own:
         if name in meanings:
             alias = re.search(r"; on the command line `(\w+)=`", meanings[name])
             meaning = meanings[name].replace(alias[0], "") if alias else meanings[name]
-            yield from _line(f"{indent}{alias[1] if alias else name}: {shown_value(values, name)}", meaning)
+            yield from _line(f"{indent}{alias[1] if alias else name}: {shown_value(values, name)}", meaning, whole)
     if others:
-        yield from _line(f"{indent}...", f"{', '.join(others)}: see python data/prepare.py --help")
+        yield from _line(f"{indent}...", f"{', '.join(others)}: see python data/prepare.py --help", whole)
     for name in sections:
         yield f"{name}:"
         yield from key_lines(hints[name], values[name], "  ")
@@ -78,12 +79,18 @@ def shown_value(values: DictConfig, key: str) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def _line(shown: str, meaning: str) -> Iterator[str]:
-    """One line, of the first clauses of the meaning that have room in it."""
-    room = width() - max(COLUMN, len(shown) + 2)
+def _line(shown: str, meaning: str, whole: bool) -> Iterator[str]:
+    """A key, its value and its meaning: `whole`, or the first clauses that have room in one line."""
+    column = max(COLUMN, len(shown) + 2)
+    room = width() - column
+    if whole:
+        first, *others = textwrap.wrap(meaning, room) or [""]
+        yield f"{shown:<{column}}{first}".rstrip()
+        yield from (" " * column + line for line in others)
+        return
     while len(meaning) > room and (cut := max(meaning.rfind(mark) for mark in ("; ", ". ", ": ", ", ", " ("))) > 0:
         meaning = meaning[:cut]
-    yield f"{shown:<{COLUMN - 2}}  {textwrap.shorten(meaning, max(room, 20), placeholder=' ...')}".rstrip()
+    yield f"{shown:<{column}}{textwrap.shorten(meaning, max(room, 20), placeholder=' ...')}".rstrip()
 
 
 def explanations(schema: type) -> dict[str, str]:

@@ -5,7 +5,6 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +21,7 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
-from eval.runs import Point, Run, RunError, differing, folders_of, group_by_seed, look_for_runs, warn
+from eval.runs import Point, Run, RunError, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import bytes_text, count_text, number_text
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = found.runs
     rows, context = pareto(runs, options.context, options.metric, options.itemsize)
     warn(not_finite(runs, options.metric))
-    out = options.out or Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    out = options.out or default_out(folders)
     console = PlainConsole()
     console.print(table(rows, context, options.metric))
     if others := differences(runs):

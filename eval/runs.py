@@ -22,6 +22,7 @@ from arch import Plan, plan_from_dict
 from data.cli import UsageError, value_text
 from eval.checks import check_plain, check_plan, check_summary
 from eval.console import visible
+from eval.environment import ROOT
 
 T = TypeVar("T")
 MAX_NOTE = 40  # characters that tell runs of one name apart
@@ -195,6 +196,12 @@ def folders_of(patterns: Sequence[str]) -> list[Path]:
     if not folders:
         raise UsageError("no folder is given; give run folders, or a folder that holds runs")
     return folders
+
+
+def default_out(folders: Sequence[Path]) -> Path:
+    """The folder that is given, or the one that contains all; `runs` where that would be the checkout, or around it."""
+    common = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))
+    return ROOT / "runs" if ROOT.is_relative_to(common) else common
 
 
 def finished_run(folder: Path) -> Run:

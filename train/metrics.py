@@ -72,6 +72,10 @@ class Metrics(L.Callback):
         module = lit_model(pl_module)
         if self.step >= self.warm:
             module.clock.resume()
+        self.announce_validation(trainer, module)
+
+    def announce_validation(self, trainer: L.Trainer, module: LitModel) -> None:
+        """Print the result of a validation, unless a bar shows it."""
         if self.print_validations and trainer.is_global_zero:
             loss, perplexity = module.val_metrics["loss"], module.val_metrics["ppl"]
             print(f"{self._place(trainer)}  validation loss {loss:.4f}  perplexity {perplexity:.3f}", flush=True)

@@ -33,7 +33,8 @@ def read_settings(sources: Iterable[GenerationConfig | None], kwargs: dict[str, 
 
     Raises ValueError with every one that is not supported.
     """
-    blank, settings = GenerationConfig().to_dict(), {}
+    blank = GenerationConfig().to_dict()
+    settings: dict[str, Any] = {}
     for source in sources:
         values = {} if source is None else source.to_dict()
         settings |= {key: value for key, value in values.items() if value != blank.get(key)}

@@ -102,8 +102,8 @@ SHIPPED_NOTES = (
     "The Python files in this folder are the code that trained the model, behind an interface to `transformers` >= "
     f"{TRANSFORMERS_FLOOR}, which runs them with `trust_remote_code=True`; they need `einops`.",
     "It generates with `generate()`, greedily or by sampling (`temperature`, `top_k`, `top_p`, `min_p`), with "
-    "streamers, stopping criteria and stop strings, over a cache of its own, which has the bytes above. `forward` keeps "
-    "no cache. vLLM, SGLang and llama.cpp do not run it.",
+    "streamers, stopping criteria and stop strings, over a cache of its own, which has the bytes above. `forward` "
+    "keeps no cache. vLLM, SGLang and llama.cpp do not run it.",
 )
 BLOCK_NOTE = "A prompt need not end with a block. Rows of a batch are padded on the left, and may have any lengths."
 UNPREDICTED_NOTE = (
