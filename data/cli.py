@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import NoneType
+from types import NoneType, TracebackType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -121,6 +121,32 @@ def fail(message: str, code: int = 2) -> NoReturn:
     text = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
     print(text, file=sys.stderr)
     sys.exit(code)
+
+
+def end_on_ctrl_c() -> None:
+    """From now on, end this process as `interrupted` does on a Ctrl-C that nothing catches, also during imports."""
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            previous(kind, error, traceback)
+            return
+        try:
+            interrupted()
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(int(str(end.code)))  # Python would kill itself with the signal
+
+    sys.excepthook = hook
+
+
+def interrupted(message: str = "interrupted") -> NoReturn:
+    """Print `message` and end the process with code 130. Processes that a launcher started beside the first keep quiet,
+    and end without an error, for which their launcher would kill the first."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        sys.exit(0)
+    print(message, file=sys.stderr)
+    sys.exit(130)
 
 
 def _convert(text: str, hint: Any) -> Any:

@@ -18,10 +18,13 @@ import numpy as np
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 from tokenizers import Tokenizer
 
-from data.cli import fail
+from data.cli import fail, interrupted
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig, problems
 from data.files import DataError, sha256
 from data.pool import encoded
@@ -215,5 +218,4 @@ if __name__ == "__main__":
     except DataError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is done", file=sys.stderr)
-        sys.exit(130)
+        interrupted("interrupted; the same command goes on from what is done")

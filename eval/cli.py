@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
-from data.cli import TaskError, UsageError, did_you_mean, fail, unknown_key, word
+from data.cli import TaskError, UsageError, did_you_mean, fail, interrupted, unknown_key, word
 from data.files import DataError
 from eval.console import visible
 from eval.help import help_text
@@ -85,7 +85,7 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         sys.argv = [typed[0], *flags, *words]
         job()
     except KeyboardInterrupt:
-        fail("interrupted", code=130)
+        interrupted()
     except UsageError as error:
         fail(str(error))
     except Exception as error:

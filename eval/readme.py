@@ -7,6 +7,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 from arch import ModelConfig, resolve
 from arch.footprint import kv_bytes

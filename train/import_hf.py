@@ -10,6 +10,9 @@ from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 from omegaconf import DictConfig
 

@@ -8,6 +8,9 @@ from typing import TypeVar
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode

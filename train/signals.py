@@ -13,7 +13,8 @@ from types import FrameType
 from data.cli import word
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENCE = 5.0  # seconds after a signal in which processes that wait for each other may still begin to train
+# Seconds after a signal in which processes that wait for each other may still begin to train, or clean up.
+PATIENCE = 5.0
 
 
 class RunStopped(SystemExit):
@@ -29,14 +30,14 @@ class Signals:
 
     While a run trains, a signal is kept in `received`, for the loop to look at. A second Ctrl-C, or one while nothing
     trains, raises RunStopped at once. Code that waits for `peers` is interrupted by no handler: there the process ends
-    PATIENCE after such a Ctrl-C, or after any signal if training has not begun.
+    a second after such a Ctrl-C, and PATIENCE after any signal if training has not begun.
 
     training  set by the loop
     children  returns the processes that this one has started; they end with it if that is before training
     """
 
     def __init__(self, folder: Path, peers: bool, rank: int):
-        self.received = 0
+        self.received = self.handled = 0  # the last signal; how many there were
         self.training = self.begun = False
         self.folder, self.rank = folder, rank
         self.children: Callable[[], list[Popen[bytes]]] = list
@@ -65,16 +66,20 @@ class Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again, self.received = self.received == number, number
+        self.handled += 1
         if number == signal.SIGINT and (again or not self.training):
             raise RunStopped("interrupted", 130 if self.rank == 0 else 0)
 
     def _watch(self, reader: int) -> None:
-        interrupts = 0
+        signals = interrupts = 0
         with open(reader, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
+                signals += 1
                 interrupts += number[0] == signal.SIGINT
-                # Another rank than the first must not end with an error before the first does: Lightning kills that.
-                time.sleep(PATIENCE if self.rank == 0 else 2 * PATIENCE)
+                time.sleep(1)
+                if number[0] != signal.SIGINT or self.handled >= signals or self.rank:
+                    # No other rank may end with an error before the first has ended: Lightning would kill that one.
+                    time.sleep(PATIENCE if self.rank == 0 else 2 * PATIENCE)
                 if self._pipe and (interrupts > 1 or not self.begun):
                     self._end_process(number[0])
 

@@ -22,6 +22,9 @@ from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
 
 import time
 

@@ -20,6 +20,9 @@ from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
     import train  # noqa: F401  before torch
 
 import torch
