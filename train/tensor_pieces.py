@@ -156,28 +156,29 @@ def write_file(
 ) -> dict[str, Any]:
     """Write `tensors`, in the order of `layout`, and wait until they are on the disk.
 
-    At most PART_BYTES of them are copied at one time. Return size and sha256 of the file, as checkpoint.json has them.
+    One of them is alive at a time, and no more than PART_BYTES of it are copied. Return size and sha256 of the file, as
+    checkpoint.json has them.
     """
-    digest, size = hashlib.sha256(), 0
+    digest, left = hashlib.sha256(), iter(tensors)
     with path.open("wb") as file, ThreadPoolExecutor(1) as hashing:
-        for part in _parts(layout, tensors, metadata):
+
+        def write(part: bytes | memoryview) -> None:
             hashed = hashing.submit(digest.update, part)
             file.write(part)
             hashed.result()
-            size += len(part)
+
+        def write_tensor(name: str, tensor: Tensor) -> None:
+            assert (tensor.dtype, tuple(tensor.shape)) == (layout[name].dtype, tuple(layout[name].shape)), name
+            for block in _blocks(tensor):
+                write(block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+        write(header(layout, metadata))
+        for name in layout:
+            write_tensor(name, next(left))
+        assert next(left, None) is None
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _parts(
-    layout: Mapping[str, Layout], tensors: Iterable[Tensor], metadata: Mapping[str, str]
-) -> Iterator[memoryview]:
-    yield memoryview(header(layout, metadata))
-    for (name, expected), tensor in zip(layout.items(), tensors, strict=True):
-        assert (tensor.dtype, tuple(tensor.shape)) == (expected.dtype, tuple(expected.shape)), name
-        for block in _blocks(tensor):
-            yield block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
