@@ -1,6 +1,9 @@
 """A run survives what can happen to it: faults of train/benchmarks/faults.py, on the command itself."""
 
 import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,9 @@ from conftest import process_environment
 from fork_server import connect
 
 from train.benchmarks import faults
-from train.benchmarks.faults import FAULTS, Fault, FaultRun, reference, run_fault
+from train.benchmarks.faults import FAULTS, Fault, FaultRun, reference, run_fault, stop
 
+POPEN = subprocess.Popen
 # Tried by other tests, or by another fault, in less time; `make faults` tries all.
 ELSEWHERE = {
     "SIGTERM",  # here, by the suite itself
@@ -22,15 +26,43 @@ ELSEWHERE = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forks() -> Iterator[None]:
+    """Runs are forks, whose imports are done: what comes after them is the same in an interpreter of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults.subprocess, "Popen", connect(process_environment()))
+        yield
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, float]:
     return reference(FaultRun(tmp_path_factory.mktemp("alone") / "run", [f"data.path={corpus}"]))
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, str]:
+    """A run that got SIGTERM after step 7, and its stderr: where several faults begin."""
+    run = FaultRun(tmp_path_factory.mktemp("stopped") / "run", [f"data.path={corpus}"])
+    return run.folder, stop(run)
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch: pytest.MonkeyPatch, stopped_run: tuple[Path, str]) -> None:
+    def copy(run: FaultRun) -> str:
+        shutil.copytree(stopped_run[0], run.folder)
+        return stopped_run[1]
+
+    monkeypatch.setattr(faults, "stop", copy)
+
+
 @pytest.mark.slow
-def test_the_suite_writes_what_it_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its first fault alone."""
+def test_the_suite_writes_what_it_tried(
+    tmp_path: Path, corpus: Path, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its first fault alone, on data that is there."""
     monkeypatch.setattr(faults, "FAULTS", FAULTS[:1])
+    monkeypatch.setattr(faults, "open_data", lambda config: [corpus])
+    monkeypatch.setattr(faults, "reference", lambda run: expected)
     with pytest.raises(SystemExit) as ended:
         faults.main(tmp_path)
     result = json.loads((tmp_path / "faults.json").read_text())
@@ -48,11 +80,23 @@ def test_the_suite_writes_what_it_tried(tmp_path: Path, monkeypatch: pytest.Monk
 def test_fault(
     fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM, above, and SIGKILL hit interpreters of their own; what is after the start is the same in a fork."""
-    if not fault.name.startswith("SIGKILL"):
-        monkeypatch.setattr(faults.subprocess, "Popen", connect(process_environment()))
+    """SIGKILL hits an interpreter of its own, started as typed."""
     run = FaultRun(tmp_path / "run", [f"data.path={corpus}"])
     run.expected = expected
+    if fault.name.startswith("SIGKILL"):
+        monkeypatch.setattr(run, "begin", fresh(run))
     outcome = run_fault(fault, run)
     assert outcome.steps_lost <= fault.most_lost
     assert outcome.error <= 1e-5
+
+
+def fresh(run: FaultRun) -> Callable[..., subprocess.Popen[str]]:
+    """`run.begin`, in an interpreter of its own."""
+    begin = run.begin
+
+    def started(*options: str, **environment: str) -> subprocess.Popen[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(faults.subprocess, "Popen", POPEN)
+            return begin(*options, **environment)
+
+    return started

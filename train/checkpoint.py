@@ -270,7 +270,7 @@ def latest_valid(run: Path) -> Path | None:
     for folder in checkpoints(run):
         try:
             verify_checksums(folder)
-        except TrainingError as error:
+        except (TrainingError, OSError) as error:
             broken.append(str(error))
             continue
         for reason in broken if rank() == 0 else []:
@@ -286,10 +286,13 @@ def resolve(path: Path) -> Path:
 
     Raises TrainingError if it is neither, or broken.
     """
-    if (path / INFO).is_file():
-        verify_checksums(path)
-        return path
-    found = latest_valid(path)
+    try:
+        if (path / INFO).is_file():
+            verify_checksums(path)
+            return path
+        found = latest_valid(path)
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror})") from error
     if found is None:
         raise TrainingError(f"{path} is neither a checkpoint nor a run that has saved one")
     return found

@@ -38,14 +38,17 @@ def new_folder(base: Path, numbered: bool) -> Iterator[Path]:
         with suppress(OSError):
             if made[:1] == [folder] and os.listdir(folder) == [LOCK]:
                 (folder / LOCK).unlink()
-            for path in made:
-                path.rmdir()
+        _remove_empty(made)
 
 
 def _make(base: Path, numbered: bool) -> tuple[Path, list[Path]]:
     """Return the folder, and which of it and its parents were made, the innermost first."""
+    made: list[Path] = []
     try:
-        made = [path for path in base.parents if not path.exists()]
+        parents = list(base.parents) or [base]  # `.` has none
+        made = [path for path in parents if not path.exists()]
+        if not parents[len(made)].is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         base.parent.mkdir(parents=True, exist_ok=True)
         if not numbered:
             made = made if base.exists() else [base, *made]
@@ -55,9 +58,16 @@ def _make(base: Path, numbered: bool) -> tuple[Path, list[Path]]:
             with suppress(FileExistsError):
                 folder.mkdir()
                 return folder, [folder, *made]
-        raise UsageError(f"{base} and all of its numbers are taken; give another with folder=")
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     except OSError as error:
+        _remove_empty(made)
         raise _not_writable(base, error) from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager

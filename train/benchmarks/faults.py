@@ -153,15 +153,12 @@ class Injected(NamedTuple):
 Inject = Callable[[FaultRun], Injected]
 
 
-def signalled(number: signal.Signals, code: int) -> Inject:
-    def inject(run: FaultRun) -> Injected:
-        process = run.begin()
-        run.wait_for_step(process, 7)
-        process.send_signal(number)
-        stderr = run.end(process, code)
-        return Injected(max(run.losses()), stderr)
-
-    return inject
+def interrupted(run: FaultRun) -> Injected:
+    process = run.begin()
+    run.wait_for_step(process, 7)
+    process.send_signal(signal.SIGINT)
+    stderr = run.end(process, 130)
+    return Injected(max(run.losses()), stderr)
 
 
 def killed(step: int) -> Inject:
@@ -192,14 +189,24 @@ def one_of_two_signalled(strategy: str, rank: int) -> Inject:
     return inject
 
 
+def stop(run: FaultRun) -> str:
+    """Begin the run, stop it after step 7, and return its stderr."""
+    process = run.begin()
+    run.wait_for_step(process, 7)
+    process.send_signal(signal.SIGTERM)
+    return run.end(process, 0)
+
+
+def stopped(run: FaultRun) -> Injected:
+    stderr = stop(run)
+    return Injected(max(run.losses()), stderr)
+
+
 def damaged(damage: Callable[[Path], None]) -> Inject:
     """Stop the run, then damage its newest checkpoint."""
 
     def inject(run: FaultRun) -> Injected:
-        process = run.begin()
-        run.wait_for_step(process, 7)
-        process.send_signal(signal.SIGTERM)
-        run.end(process, 0)
+        stop(run)
         damage(next(checkpoint.checkpoints(run.folder)[0].glob("*.safetensors")))
         return Injected(max(run.losses()), "")
 
@@ -231,10 +238,7 @@ def diverged(*options: str) -> Inject:
     """Stop the run and resume it with settings that make it diverge."""
 
     def inject(run: FaultRun) -> Injected:
-        process = run.begin()
-        run.wait_for_step(process, 7)
-        process.send_signal(signal.SIGTERM)
-        run.end(process, 0)
+        stop(run)
         step = max(run.losses())
         stderr = run.end(run.start(f"resume={run.folder}", *options), 1)
         check("The last good checkpoint is" in stderr and "Traceback" not in stderr, stderr[-500:])
@@ -286,8 +290,8 @@ class Fault:
 ONE = ("trainer.strategy=auto", "trainer.devices=1")
 SOUND = ("optim.lr=3e-3", "optim.clip=1")
 FAULTS = (
-    Fault("SIGTERM", signalled(signal.SIGTERM, 0)),
-    Fault("Ctrl-C", signalled(signal.SIGINT, 130)),
+    Fault("SIGTERM", stopped),
+    Fault("Ctrl-C", interrupted),
     Fault("SIGKILL before the first checkpoint", killed(2), most_lost=SAVED_EVERY),
     Fault("SIGKILL after step 9", killed(9), most_lost=SAVED_EVERY),
     Fault("SIGKILL after step 16", killed(16), most_lost=SAVED_EVERY),
