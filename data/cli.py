@@ -140,7 +140,7 @@ def end_on_ctrl_c() -> None:
     sys.excepthook = hook
 
 
-def interrupted(message: str = "interrupted") -> NoReturn:
+def interrupted(message: str = "error: interrupted") -> NoReturn:
     """Print `message` and end the process with code 130. Processes that a launcher started beside the first keep quiet,
     and end without an error, for which their launcher would kill the first."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
