@@ -45,7 +45,7 @@ def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path: Path) -> None
     os.write(go[1], b"1234")
     assert [os.waitpid(pid, 0)[1] for pid in processes] == [0] * 4
     assert sorted(names.decode().split()) == ["mha-seed0", "mha-seed0-2", "mha-seed0-3", "mha-seed0-4"]
-    assert not list(tmp_path.iterdir()), "nothing was written to them"
+    assert not list(tmp_path.rglob("mha*")), "nothing was written to them"
 
 
 def test_a_folder_has_one_process(tmp_path: Path) -> None:
