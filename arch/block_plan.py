@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from .config import ArchConfig, BlockConfig, EncoderConfig, ModelConfig
+from .config import MAX_LAYERS, MAX_WIDTH, ArchConfig, BlockConfig, EncoderConfig, ModelConfig
 from .plan import KVPlan, StackPlan, resolve_stack
 from .stores import LayoutError, share_of
 
@@ -164,6 +164,8 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
     for name, value in (("length", block.length), ("token.prefix", block.token.prefix)):
         if value < 1:
             problems.append(f"arch.block.{name} is {value}; it must be at least 1")
+        elif value > MAX_WIDTH:
+            problems.append(f"arch.block.{name} is {value}; it must be at most {MAX_WIDTH:,}")
     if block.token.kind not in KINDS:
         problems.append(f"arch.block.token.kind is {block.token.kind!r}; it is one of {', '.join(KINDS)}")
     latent = [name for name, store in block.token.stores.items() if store.latent is not None]
@@ -188,8 +190,11 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
             f"size.d_model {config.size.d_model} is not a multiple of arch.block.length {block.length}; change one of "
             "them, or take the embedder `projection`"
         )
-    if block.embed_dim is not None and block.embed_dim < 1:
-        problems.append(f"arch.block.embed_dim is {block.embed_dim}; it must be at least 1, or null for d_model")
+    if block.embed_dim is not None and not 1 <= block.embed_dim <= MAX_WIDTH:
+        problems.append(
+            f"arch.block.embed_dim is {block.embed_dim}; it must be at least 1 and at most {MAX_WIDTH:,}, or null for "
+            "d_model"
+        )
     return problems + _check_encoder(block)
 
 
@@ -198,11 +203,13 @@ def _check_encoder(block: BlockConfig) -> list[str]:
     if not has_encoder(block):
         unused = f"arch.block.encoder is of the embedders encoder and cls, not of {block.embedder!r}; drop it"
         return [] if encoder == EncoderConfig() else [unused]
-    problems = [
-        f"arch.block.encoder.{name} is {value}; it must be at least 1"
-        for name, value in asdict(encoder).items()
-        if value < 1
-    ]
+    problems = []
+    for name, value in asdict(encoder).items():
+        limit = MAX_LAYERS if name == "layers" else MAX_WIDTH
+        if value < 1:
+            problems.append(f"arch.block.encoder.{name} is {value}; it must be at least 1")
+        elif value > limit:
+            problems.append(f"arch.block.encoder.{name} is {value}; it must be at most {limit:,}")
     if not problems and encoder.d_model % encoder.num_heads:
         problems.append(
             f"arch.block.encoder.d_model {encoder.d_model} is not a multiple of arch.block.encoder.num_heads "

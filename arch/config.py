@@ -11,6 +11,12 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
+# Limits of what is resolved: beyond every model, and within what is answered at once.
+MAX_LAYERS = 1024
+MAX_WIDTH = 2**24  # heads, widths, slots, tokens of a vocabulary
+MAX_COUNT = 10**15  # tokens and positions
+MAX_NESTING = 16  # lists in the lists of a pattern
+
 
 @dataclass
 class LatentConfig:
@@ -155,7 +161,7 @@ STYLE_KEYS = tuple(field.name for field in fields(Style))
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
-    num_layers         layers; of a Block Transformer, of both decoders together
+    num_layers         layers, at most 1024; of a Block Transformer, of both decoders together
     d_model            width of the residual stream
     num_heads          query heads
     head_dim           null: d_model / num_heads

@@ -13,7 +13,19 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-from .config import MLPS, NORMS, STYLES, ModelConfig, SizeConfig, head_dim, style_of
+from .config import (
+    MAX_COUNT,
+    MAX_LAYERS,
+    MAX_NESTING,
+    MAX_WIDTH,
+    MLPS,
+    NORMS,
+    STYLES,
+    ModelConfig,
+    SizeConfig,
+    head_dim,
+    style_of,
+)
 from .stores import LayoutError, StoreSpec, resolve_store, share_of
 
 
@@ -109,6 +121,11 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
         problems.append("arch.block makes this a Block Transformer, no decoder: build it with arch.build")
     if problems:
         raise LayoutError(problems)
+    problems += [
+        f"arch.stores.{name}: a store type has a name of letters, digits, _ and -"
+        for name in config.arch.stores
+        if not re.fullmatch(r"[\w-]+", name)
+    ]
     types = {name: resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
     items = _expand(config, problems)
     if problems:
@@ -135,11 +152,16 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
 
 
 def _check_size(size: SizeConfig) -> list[str]:
-    problems = [
-        f"size.{name} is {getattr(size, name)}; it must be at least 1"
-        for name in ("num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "seq_len", "batch_size", "tokens")
-        if getattr(size, name) < 1
-    ]
+    largest = {"num_layers": MAX_LAYERS}
+    largest |= dict.fromkeys(("d_model", "num_heads", "d_ff", "vocab_size", "head_dim"), MAX_WIDTH)
+    largest |= dict.fromkeys(("seq_len", "batch_size", "tokens", "max_window"), MAX_COUNT)
+    problems = []
+    for name, limit in largest.items():
+        value = getattr(size, name)
+        if value is not None and value < 1 and name not in ("head_dim", "max_window"):  # which are told below
+            problems.append(f"size.{name} is {value}; it must be at least 1")
+        elif value is not None and value > limit:
+            problems.append(f"size.{name} is {value}; it must be at most {limit:,}")
     if problems:
         return problems
     if size.head_dim is None and size.d_model % size.num_heads:
@@ -204,7 +226,7 @@ def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
     mentioned: set[str] = set()
     for number, section in enumerate(sections):
         where = "arch.pattern" if not any(has_section) else f"arch.pattern[{number}]"
-        tile = _tile(where, section.get("pattern"), config.arch.stores, problems)
+        tile = _tile(where, section.get("pattern"), config.arch.stores, depth, problems)
         short = section.get("short_group", config.arch.short_group)
         if short not in ("first", "last"):
             problems.append(f"{where}: short_group is {short!r}; it is `first` or `last`")
@@ -251,15 +273,20 @@ def allot_layers(sections: list[dict[str, Any]], depth: int, problems: list[str]
     return layers
 
 
-def _tile(where: str, entries: Any, stores: dict[str, Any], problems: list[str]) -> list[Item]:
-    """The items of a pattern, groups flattened and `xN` repeats written out."""
+def _tile(
+    where: str, entries: Any, stores: dict[str, Any], depth: int, problems: list[str], nesting: int = 1
+) -> list[Item]:
+    """The items of a pattern, groups flattened and `xN` repeats written out, as far as `depth` layers can tell."""
     items: list[Item] = []
+    if nesting > MAX_NESTING:
+        problems.append(f"{where}: lists lie more than {MAX_NESTING} deep in each other; they group items for the eye")
+        return items
     if not isinstance(entries, list) or not entries:
         problems.append(f"{where}: a pattern is a list of `new X` and `reuse X`, not {entries!r}")
         return items
     for entry in entries:
         if isinstance(entry, list):
-            items += _tile(where, entry, stores, problems)
+            items += _tile(where, entry, stores, depth, problems, nesting + 1)
             continue
         match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)(?:\s+x([1-9]\d*))?\s*", str(entry))
         if match is None:
@@ -269,5 +296,6 @@ def _tile(where: str, entries: Any, stores: dict[str, Any], problems: list[str])
         elif match[2] not in stores:
             problems.append(f"{where}: `{entry}` names no store type; arch.stores has {', '.join(stores) or 'none'}")
         else:
-            items += [(match[1], match[2])] * int(match[3] or 1)
+            repeats = match[3] or "1"
+            items += [(match[1], match[2])] * (depth if len(repeats) > 9 else min(int(repeats), depth))
     return items

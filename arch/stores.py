@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
-from .config import SizeConfig, StoreConfig, head_dim, style_of
+from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, head_dim, style_of
 
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
 # Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
@@ -393,6 +393,9 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
     if window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
     kind.check(where, store, problems)
+    for key, value, limit in (("window", window, MAX_COUNT), ("slots", store.slots, MAX_WIDTH)):
+        if value is not None and value > limit:
+            problems.append(f"{where}.{key} is {value}; it must be at most {limit:,}")
     if store.rope_theta is not None and not 0 < store.rope_theta < math.inf:
         problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
     if window is not None and size.max_window is not None:
@@ -423,12 +426,15 @@ def resolve_share(where: str, value: int | str | None, whole: int, of: str, prob
             f"{where} is {value}, {amount} with {whole} as {of}; it must come to a whole number, at least 1"
         )
         return 0
+    if amount > MAX_WIDTH:
+        problems.append(f"{where} is {value}; it must be at most {MAX_WIDTH:,}")
+        return 0
     return int(amount)
 
 
 def share_of(value: Any, whole: int) -> Fraction | None:
     """A number as it stands, `a/b` as that share of `whole`, None for anything else."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:/\s*([1-9]\d*)\s*)?", str(value))
+    match = re.fullmatch(r"\s*(\d{1,18})\s*(?:/\s*([1-9]\d{,17})\s*)?", str(value))
     if match is None:
         return None
     return Fraction(int(match[1]), int(match[2])) * whole if match[2] else Fraction(int(match[1]))

@@ -55,6 +55,33 @@ def changed_limits(config: PrepareConfig) -> dict[str, int]:
     return {key: getattr(config, key) for key in LIMITS if getattr(config, key) not in (None, getattr(base, key))}
 
 
+def overridden(config: PrepareConfig) -> dict[str, Any]:
+    """The keys of source and tokenizer, and the name and workers, that are not as in a file of configs/data, dotted.
+
+    They are those typed beside a data set; under a name of one's own, of the data set that leaves the fewest.
+    """
+    bases = (
+        [_base(config)] if config.name in names() else [PrepareConfig(), *(load(n, []).preparation for n in names())]
+    )
+    changes = [
+        {
+            key: value
+            for key, value in _flat(asdict(config)).items()
+            if key.startswith(("source.", "tokenizer.", "workers")) and value != _flat(asdict(base))[key]
+        }
+        for base in bases
+    ]
+    found = min(changes, key=len)
+    return found if config.name in (*names(), PrepareConfig.name) else {"name": config.name, **found}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _base(config: PrepareConfig) -> PrepareConfig:
     """The data set of `config` as configs/data has it; the defaults where there is none of this name."""
     return load(config.name, []).preparation if config.name in names() else PrepareConfig()

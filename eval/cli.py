@@ -16,6 +16,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,7 @@ from eval.console import visible
 from eval.help import help_text
 from eval.layouts import CONFIGS, names
 from eval.overrides import WORD, as_typed, sweep_size
+from eval.typed import mistyped_booleans
 
 MISTAKES = (UsageError, LayoutError, DataError)
 
@@ -59,9 +61,9 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         sys.argv, picked = typed, HydraConfig.get()
         choices = picked.runtime.choices
         try:
-            unknown = list(unknown_keys(config))
-            if unknown:
-                raise UsageError("\n".join(unknown))
+            wrong = [*unknown_keys(config), *mistyped_booleans(schema, typed_values())]
+            if wrong:
+                raise UsageError("\n".join(wrong))
             if picked.mode == RunMode.MULTIRUN:
                 total = sweep_size(words, picked.sweeper.params or {})
                 print(f"run {picked.job.num + 1} of {total}: {visible(' '.join(picked.overrides.task))}", flush=True)
@@ -151,6 +153,12 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
                 yield f"{prefix}{key} is {config[key]!r}; it must be a section or a list"
         elif isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
+
+
+def typed_values() -> dict[str, Any]:
+    """The values on the command line of this run, by key, before the schema converts them."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    return {item.get_key_element().lstrip("+~"): item.value() for item in overrides if not item.is_delete()}
 
 
 def is_section(hint: Any) -> bool:

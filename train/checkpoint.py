@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +32,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 
+from arch import ModelConfig, from_dict, plan_from_dict
+from arch import resolve as resolve_plan
 from data.files import rename, sha256, sync_folder, write_json
+from eval.identity import Identity, differing, flat
 from train.errors import TrainingError
+from train.run import read_config
 from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2
@@ -215,6 +220,10 @@ def load_info(folder: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads((folder / INFO).read_text())
         if info["format"] != FORMAT:
             raise TrainingError(f"{folder} has format {info['format']}, this version reads {FORMAT}")
+        if re.fullmatch(r"step-[0-9]{8,}", folder.name) and info["step"] != step_of(folder):
+            raise TrainingError(
+                f"{folder} has the name of another step than {INFO} says, {info['step']}; give it its name back"
+            )
         if not isinstance(info["files"], dict):
             raise ValueError("files is no mapping")
         for name in info["files"]:
@@ -223,6 +232,46 @@ def load_info(folder: Path) -> dict[str, Any]:
         return info
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{folder} is no checkpoint: {INFO} cannot be read ({error})") from error
+
+
+def identity_of(folder: Path, run: Path | None) -> Identity | None:
+    """Return the identity of the checkpoint `folder`; None if an earlier version wrote it.
+
+    With `run`, whose checkpoint it is, its config.yaml is compared: raises UsageError where that says what the run was
+    not trained with, and TrainingError where checkpoint.json describes another model.
+    """
+    info = load_info(folder)
+    tied: Identity | None
+    if info.get("identity") is not None:
+        tied = Identity.from_dict(info["identity"], folder / INFO)
+    else:
+        tied = None if run is None else Identity.load(run)
+    if run is not None:
+        values = read_config(run)
+        if tied is not None:
+            tied.check_config(run / "config.yaml", values)
+        _check_description(folder, info, values)
+    return tied
+
+
+def _check_description(folder: Path, info: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Compare the model in checkpoint.json, where there is one, with arch and size in `values`, a config.yaml.
+
+    Raises TrainingError with the keys that differ, or where the plan is not that of the model.
+    """
+    if "config" not in info:
+        return
+    try:
+        model = from_dict(ModelConfig, info["config"])
+        same_plan = "plan" not in info or plan_from_dict(info["plan"]) == resolve_plan(model)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration, RecursionError) as error:
+        raise TrainingError(f"{folder / INFO} describes no model: {error!r}") from error
+    written = flat({group: values[group] for group in ("arch", "size") if group in values})
+    found = [f"{key} is {there!r} there, {here!r} here" for key, here, there in differing(written, asdict(model))]
+    if not same_plan:
+        found.append("its plan is not that of its config")
+    if found:
+        raise TrainingError(f"{folder / INFO} describes another model than config.yaml: {'; '.join(found)}")
 
 
 def verify_checksums(folder: Path) -> None:

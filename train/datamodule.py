@@ -1,8 +1,9 @@
 """Data of a run: prepared shards, and the batches made of them."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -15,9 +16,10 @@ from data.config import DataConfig
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
-from data.presets import changed_limits, command
+from data.presets import changed_limits, command, overridden
 from data.shards import Manifest, TokenWindows
 from data.writing import differences
+from eval.identity import Identity
 from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
 
 
@@ -62,6 +64,11 @@ class TokenDataModule(L.LightningDataModule):
         parts += [repr(weight / sum(self.train.weights)) for weight in self.train.weights]
         parts += options
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @property
+    def identity(self) -> Identity:
+        """What a run that begins now is tied to."""
+        return Identity.of(asdict(self.config), self.folders, self.train.weights)
 
     def token_bytes(self) -> Tensor:
         """Load the number of UTF-8 bytes of each token, [V]."""
@@ -117,16 +124,27 @@ def open_data(config: DataConfig) -> dict[Path, Manifest]:
 
 
 def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
-    """Check that the folders were prepared with the limits set for this run, which cannot change prepared data.
+    """Check that the folders were prepared with the limits set for this run, which cannot change prepared data; and
+    where they are named, with all else that was given about their preparation.
 
     Raises DataError with the key, and the command that prepares such data, if one was not.
     """
-    limits = changed_limits(config.preparation)
+    given = changed_limits(config.preparation)
+    if config.path or config.mix:
+        given |= overridden(config.preparation)
     for folder, manifest in folders.items():
-        prepared = {key: manifest.recipe[key] for key in limits}
-        if prepared != limits:
+        recorded = {"name": manifest.name, **manifest.recipe}
+        prepared = {key: _lookup(recorded, key) for key in given}
+        if prepared != given:
+            wrong = {key: value for key, value in given.items() if prepared[key] != value}
             raise DataError(
-                f"{folder} was prepared with {differences(prepared, limits)}, and training does not cut it. Leave out "
-                f"{' and '.join(f'data.{key}' for key in limits)}, or prepare another folder and train with "
+                f"{folder} was prepared with {differences(prepared, given)}, and training does not change it. Leave "
+                f"out {' and '.join(f'data.{key}' for key in wrong)}, or prepare another folder and train with "
                 f"data.path=FOLDER:\n  {command(replace(config.preparation, path='FOLDER'))}"
             )
+
+
+def _lookup(recipe: Any, key: str) -> Any:
+    for name in key.split("."):
+        recipe = recipe.get(name) if isinstance(recipe, dict) else None
+    return recipe

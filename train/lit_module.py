@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arch import LanguageModel, build
 from arch.config import to_dict
 from data.batches import IGNORE, Batch
+from eval.identity import Identity
 from train.clock import Clock
 from train.errors import TrainingError
 from train.loss import cross_entropy_sum
@@ -30,15 +31,16 @@ class LitModel(L.LightningModule):
     """Train a model on next-token prediction.
 
     token_bytes  [V] UTF-8 bytes of each token, for bits per byte
+    identity     of the run, for its checkpoints
     """
 
     model: LanguageModel  # from `configure_model` on
     token_bytes: Tensor
     val_sums: Tensor  # nats, targets and bytes of this validation so far
 
-    def __init__(self, config: PretrainConfig, token_bytes: Tensor):
+    def __init__(self, config: PretrainConfig, token_bytes: Tensor, identity: Identity | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.identity = config, identity
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self.clock = Clock()
@@ -144,8 +146,9 @@ class LitModel(L.LightningModule):
             raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {DIVERGENCE_HINT}")
 
     def describe(self) -> dict[str, Any]:
-        """Configuration and plan of the model, as plain data."""
-        return {"config": to_dict(self.config.model), "plan": self.model.plan.to_dict()}
+        """Configuration and plan of the model, and what the run is tied to, as plain data."""
+        tied = {} if self.identity is None else {"identity": self.identity.to_dict()}
+        return {"config": to_dict(self.config.model), "plan": self.model.plan.to_dict(), **tied}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = build_optimizer(self.model, self.config.optim)

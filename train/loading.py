@@ -1,7 +1,7 @@
 """Trained models for use: `model, tokenizer = load("runs/mine")`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from arch import LanguageModel, ModelConfig, build, from_dict, generate
 from data.cli import UsageError
 from data.shards import Manifest
 from data.tokenizer import Encoder, end_token, pretrained
+from eval.identity import Identity
 from train import checkpoint
 from train.errors import TrainingError
 from train.run import load_config
@@ -50,11 +51,19 @@ class LoadedModel:
     checkpoint: Path
     config: PretrainConfig | None
     prepared: Path | None = field(repr=False, default=None)
+    identity: Identity | None = field(repr=False, default=None)
 
     @cached_property
     def tokenizer(self) -> Text:
-        """Read on first use. Raises UsageError where it is not on this machine, DataError where it is damaged."""
-        return find_tokenizer(self.checkpoint, self.config, self.prepared)
+        """Read on first use. Raises UsageError where it is not on this machine, DataError where it is damaged, or not
+        the one that the model was trained with.
+        """
+        return find_tokenizer(self.checkpoint, self.config, self.prepared, self.identity)
+
+    def check_data(self, folders: Mapping[Path, Manifest], weights: Sequence[float]) -> None:
+        """Raise DataError unless `folders`, of these weights, are those that the model was trained on."""
+        if self.identity is not None:
+            self.identity.check_data(str(self.checkpoint), folders, weights, "Put that data back")
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -102,12 +111,14 @@ def load(
     else:
         run, config = path, load_config(path)
     folder = choose_checkpoint(path, which)
+    tied = checkpoint.identity_of(folder, run)
     device = torch.device(device)
     with torch.device("meta"):
         model = build(model_config(folder) if config is None else config.model, device_type=device.type, init=False)
     model = model.to(dtype).to_empty(device=device)
     checkpoint.load(folder, model)
-    return LoadedModel(model.eval().requires_grad_(False), folder, config, None if prepared is None else Path(prepared))
+    place = None if prepared is None else Path(prepared)
+    return LoadedModel(model.eval().requires_grad_(False), folder, config, place, tied)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -137,7 +148,9 @@ def choose_checkpoint(path: Path, which: str) -> Path:
     return checkpoint.resolve(path)
 
 
-def find_tokenizer(folder: Path, config: PretrainConfig | None, prepared: Path | None) -> Text:
+def find_tokenizer(
+    folder: Path, config: PretrainConfig | None, prepared: Path | None, tied: Identity | None = None
+) -> Text:
     """The tokenizer of the checkpoint `folder`, from `prepared`, or the data folder of its run, or beside its weights.
 
     Raises UsageError where there is none, DataError where it is not the one that made the data.
@@ -152,6 +165,8 @@ def find_tokenizer(folder: Path, config: PretrainConfig | None, prepared: Path |
     if prepared is not None:
         manifest = Manifest.load(prepared)
         manifest.check_tokenizer(prepared)
+        if tied is not None:
+            tied.check_folder(str(folder), prepared, manifest, "Give the folder that it was trained on with prepared=")
         return Text(pretrained(str(prepared / "tokenizer.json")), manifest.end_of_text)
     if (folder / "tokenizer.json").is_file():
         tokenizer = pretrained(str(folder / "tokenizer.json"))

@@ -1,6 +1,7 @@
 """Write the folder of a run (eval/runs.py reads it), and load its configuration.
 
 config.yaml    the resolved configuration; resume=FOLDER starts from it
+identity.json  what of it, of the data and of the tokenizer the run is tied to: eval/identity.py
 plan.json      the resolved KV layout
 run.json       command, git revision, versions, hardware
 metrics/       metrics.csv, one folder for each time the run was started
@@ -14,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,18 +23,24 @@ from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
 from data.files import set_aside, write_json, write_text
+from eval import identity
 from eval.environment import environment
+from eval.identity import Identity
+from eval.plain_yaml import read_plain
 from eval.runs import KEYS, deciding_values
-from train.errors import TrainingError
+from eval.typed import mistyped_booleans
 from train.schema import PretrainConfig
 
 # Keys that a resumed run cannot change; of GROUPS it can change single keys.
 FIXED = tuple(key for key, value in KEYS.items() if value.fixed)
 GROUPS = ("optim", "trainer", "logger")
+# Where the data lies. A run that recorded its digests finds out whether it is the same.
+MOVABLE = ("data.path", "data.mix")
 
 
-def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[str, Any]) -> None:
-    """Write all files but the results. Each start of the run adds an entry to run.json, with the items of `about`.
+def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity, about: dict[str, Any]) -> None:
+    """Write all files but the results, flushed. Each start of the run adds an entry to run.json, with the items of
+    `about`; its identity stays the one of the first start.
 
     Raises UsageError if the folder cannot be created or written to.
     """
@@ -43,6 +49,8 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, about: dict[st
         path = folder / "run.json"
         write_json(path, [*_starts(path), {**about, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
+        if not (folder / identity.FILE).exists():
+            tied.save(folder)
         # Last: from now on the folder holds a run.
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:
@@ -105,17 +113,39 @@ def summarize(config: PretrainConfig, plan: Plan, data: str, steps: int, val: di
 
 
 def load_config(run: Path) -> PretrainConfig:
-    """Load the configuration of a run, of this version or an earlier one.
+    """Load the configuration of a run, of this version or an earlier one; nothing in it is interpolated.
 
-    Raises UsageError if the folder `run` holds no run, TrainingError if its config.yaml is none.
+    Raises UsageError if the folder `run` holds no run, if its config.yaml is none, or if it has been cut or edited in
+    what decides the run.
     """
     path = run / "config.yaml"
-    if not path.is_file():
-        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run")
+    values = read_config(run)
     try:
-        return to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.load(path)))
-    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
-        raise TrainingError(f"{path} is not the configuration of a run: {error}") from error
+        if wrong := mistyped_booleans(PretrainConfig, values):
+            raise ValueError("; ".join(wrong))
+        config = to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
+    except (ValueError, OmegaConfBaseException, RecursionError) as error:
+        raise UsageError(f"{path} is not the configuration of a run: {_first_line(error)}") from error
+    recorded = Identity.load(run)
+    if recorded is not None:
+        recorded.check_config(path, values)
+    return config
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run as plain data, with the keys that are in it. Raises UsageError as `load_config`."""
+    path = run / "config.yaml"
+    try:
+        values = read_plain(path)
+        if not isinstance(values, dict):
+            raise ValueError("it is empty" if values is None else "it is no mapping")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not the configuration of a run: {_first_line(error)}") from error
+    return values
 
 
 def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
@@ -123,13 +153,18 @@ def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
 
     Raises as `load_config`, and UsageError where `overrides` would change what decides the course of the run.
     """
-    config = OmegaConf.structured(load_config(run))
+    config = load_config(run)
+    tied = Identity.load(run) is not None
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
         key = change.lstrip("+~").partition("=")[0]
-        if change[0] in "+~" or key in GROUPS or f"{key}.".startswith(tuple(f"{fixed}." for fixed in FIXED)):
+        fixed = f"{key}.".startswith(tuple(f"{fixed}." for fixed in FIXED)) and not (tied and key in MOVABLE)
+        if change[0] in "+~" or key in GROUPS or fixed:
             raise UsageError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
-    return to_object(OmegaConf.merge(config, OmegaConf.from_dotlist(changes), {"resume": str(run), "folder": str(run)}))
+        if key == "data.mix":
+            config.data.mix = None  # or the folders given would join those that it had
+    merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(changes))
+    return to_object(OmegaConf.merge(merged, {"resume": str(run), "folder": str(run)}))
 
 
 def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
@@ -137,6 +172,10 @@ def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
     result = OmegaConf.to_object(config)
     assert isinstance(result, PretrainConfig)
     return result
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def launched_rank() -> int:
@@ -148,3 +187,9 @@ def launched_rank() -> int:
     ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
     rank = int(next((rank for rank in ranks if rank is not None), 0))
     return rank or int(os.environ.get("NODE_RANK", 0) if "RANK" not in os.environ else 0)
+
+
+def first_on_machine() -> bool:
+    """Whether this is the first process of the run on its machine, by the variables of its launcher."""
+    ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return int(next((rank for rank in ranks if rank is not None), 0)) == 0

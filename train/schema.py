@@ -5,7 +5,8 @@ The keys of `arch` and `size` are in arch/config.py, those of `data` in data/con
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arch import ArchConfig, ModelConfig, Plan, SizeConfig
@@ -14,6 +15,8 @@ from data.config import DataConfig
 if TYPE_CHECKING:
     from data.batches import SequenceFormat
 
+MAX_COUNT = 10**15  # of tokens, steps and bytes: beyond every run, and within 64 bits in every product that is formed
+MAX_SEED = 2**63 - 1
 # Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
 LOSS_ROWS = 2048
 
@@ -123,7 +126,7 @@ class PretrainConfig:
     name         null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the
                  seed are one point of a Pareto plot
     folder       folder to write the run to; null: runs/<time>/<name>-seed<seed>
-    tokens       training tokens, rounded down to whole steps
+    tokens       training tokens, rounded down to whole steps; at most 10**15, as are all counts
     batch_size   sequences per optimizer step, over all processes and micro-batches
     context      tokens at which the KV footprint is logged
     kv_itemsize  bytes per cache element in what is logged: 2 for a bf16 cache
@@ -207,6 +210,11 @@ def value_problems(config: PretrainConfig) -> list[str]:
     ):
         if value not in choices:
             found.append(f"trainer.{name} is {value}; choose {', '.join(choices)}")
+    found += [
+        f"{key} is {value!r}; ${{ begins an interpolation, and a run is plain data: write it without"
+        for key, value in _texts(asdict(config), "")
+        if "${" in value
+    ]
     for name, count in (
         ("trainer.devices", trainer.devices),
         ("trainer.num_nodes", trainer.num_nodes),
@@ -216,11 +224,16 @@ def value_problems(config: PretrainConfig) -> list[str]:
         ("trainer.val_every", trainer.val_every),
         ("trainer.micro_batch", trainer.micro_batch),
         ("batch_size", config.batch_size),
+        ("size.seq_len", config.size.seq_len),
         ("context", config.context),
         ("kv_itemsize", config.kv_itemsize),
+        ("tokens", max(1, config.tokens)),  # fewer than a step are told below
+        ("data.val_tokens", max(1, config.data.val_tokens)),
     ):
         if count is not None and count < 1:
             found.append(f"{name} is {count}; it must be at least 1")
+        elif count is not None and count > MAX_COUNT:
+            found.append(f"{name} is {count}; it must be at most {MAX_COUNT:,}")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
     for name in ("max_rise", "max_hours", "peak_tflops"):
@@ -232,9 +245,22 @@ def value_problems(config: PretrainConfig) -> list[str]:
             re.compile(config.train_only)
         except re.error as error:
             found.append(f"train_only is no regular expression: {error}")
-    if config.seed < 0:
-        found.append(f"seed is {config.seed}; it must be at least 0")
+    if not 0 <= config.seed <= MAX_SEED:
+        found.append(f"seed is {config.seed}; it must be at least 0 and at most {MAX_SEED}")
     return found
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yield every text in `value`, nested, with its dotted key; keys of mappings are texts too."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield key, str(name)
+            yield from _texts(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def optim_problems(optim: OptimConfig) -> list[str]:
@@ -281,4 +307,4 @@ def micro_batch(config: PretrainConfig) -> int:
         return config.trainer.micro_batch
     per_rank_batch = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)
     most = max(1, 32768 // config.size.seq_len)
-    return max(n for n in range(1, per_rank_batch + 1) if per_rank_batch % n == 0 and n <= most)
+    return max(n for n in range(1, min(per_rank_batch, most) + 1) if per_rank_batch % n == 0)

@@ -4,21 +4,23 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import lightning as L
 import torch
 import wandb
-from omegaconf import OmegaConf
 
 from arch import Plan, build, resolve
 from data.cli import UsageError, word
-from data.files import DataError, write_json
+from data.files import DataError, sha256, write_json
+from data.tokenizer import pretrained
+from data.verify import verify_once
 from eval.console import PlainConsole
 from eval.fit import remarks
 from eval.footprint import plan_tables
+from eval.identity import Identity, digest_in_summary, short
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
@@ -28,7 +30,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
-from train.run import launched_rank, static_metrics, summarize, write_start
+from train.run import first_on_machine, launched_rank, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 from train.signals import RunStopped, Signals
 
@@ -42,19 +44,28 @@ def run(config: PretrainConfig) -> None:
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them
     plan, folder = resolve(config.model), Path(config.folder)
     try:
-        device, attention = check_on_device(config, folder)
-        start = None
+        device, attention, source = check_on_device(config, folder)
+        start = tied = None
         if config.resume is not None and launched_rank() == 0:  # reads every byte, and broadcasts the answer
-            start = checkpoint.latest_valid(Path(config.resume))
-    except TrainingError as error:
+            start = checkpoint.latest_valid(folder)
+            tied = Identity.load(folder) if start is None else checkpoint.identity_of(start, folder)
+    except (TrainingError, OSError) as error:
         raise UsageError(str(error)) from error
     data = TokenDataModule(config)
     if config.resume is None:  # a resumed run keeps the limits it started with
         check_limits(config.data, data.folders)
-    module = LitModel(config, data.token_bytes())
+    elif launched_rank() == 0:
+        check_same_data(folder, tied, data)
+    if source is not None and launched_rank() == 0:
+        check_same_tokenizer(source, data)
+    if first_on_machine():  # the others wait for it before the first step
+        for path, manifest in data.folders.items():
+            verify_once(path, manifest)
+    tied = tied or data.identity
+    module = LitModel(config, data.token_bytes(), tied)
     if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
-        write_start(folder, config, plan, {"from_step": step, "attention": attention})
+        write_start(folder, config, plan, tied, {"from_step": step, "attention": attention})
         console = PlainConsole()
         for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
             console.print(table)
@@ -78,8 +89,9 @@ def run(config: PretrainConfig) -> None:
         signals.restore()
 
 
-def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str]:
-    """Return the type of device that the run in `folder` trains on, and a description of the attention kernels.
+def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Path | None]:
+    """Return the type of device that the run in `folder` trains on, a description of the attention kernels, and the
+    checkpoint whose weights it starts from.
 
     Raises UsageError if the model cannot be trained there as configured, TrainingError if `init` does not match it.
     """
@@ -95,9 +107,53 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str]:
     names = [name for name, _ in model.named_parameters()]
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
         raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
+    source = None
     if config.init is not None and not checkpoint.checkpoints(folder):
-        checkpoint.check_matches(checkpoint.resolve(Path(config.init)), model)
-    return device, attention
+        source = checkpoint.resolve(Path(config.init))
+        checkpoint.check_matches(source, model)
+    return device, attention, source
+
+
+def check_same_data(folder: Path, tied: Identity | None, data: TokenDataModule) -> None:
+    """Check that the run in `folder` goes on in the data that it began with: by its identity, or as far as the summary
+    of a run of an earlier version tells. Raises DataError, naming both, where it would not.
+    """
+    fix = "Put that data back; where it lies elsewhere now, name it with data.path= (or data.mix=)"
+    if tied is not None:
+        tied.check_data(f"the run {folder}", data.folders, data.train.weights, fix)
+    elif (digest := digest_in_summary(folder)) not in (None, data.digest):
+        found = ", ".join(map(str, data.folders))
+        raise DataError(
+            f"the run {folder} was trained on other data: digest {short(digest or '')}; there is now "
+            f"{short(data.digest)} in {found}. {fix}"
+        )
+
+
+def check_same_tokenizer(source: Path, data: TokenDataModule) -> None:
+    """Check that the weights in `source`, a checkpoint, are of a model of the tokenizer of `data`.
+
+    Raises DataError, naming both, where they are not. An earlier version did not write which one they are of.
+    """
+    fix = "Prepare the text with that tokenizer (tokenizer.kind=pretrained tokenizer.name=FOLDER), or leave out init="
+    tied, beside = (
+        checkpoint.identity_of(source, None) or Identity.load(source.parent.parent),
+        source / "tokenizer.json",
+    )
+    ours = data.identity.tokenizer
+    if tied is not None:
+        if tied.tokenizer != ours:
+            was = ", ".join(folder.folder for folder in tied.data)
+            raise DataError(
+                f"init={source} is of the tokenizer {short(tied.tokenizer)} of {was}; {data.folder} has "
+                f"{short(ours)}. {fix}"
+            )
+    elif beside.is_file():  # an imported model: its tokenizer is prepared text's, written in another way
+        found, other = (pretrained(str(path)) for path in (data.folder / "tokenizer.json", beside))
+        if found.get_vocab(with_added_tokens=True) != other.get_vocab(with_added_tokens=True):
+            raise DataError(
+                f"init={source} has the tokenizer {short(sha256(beside))} beside it; {data.folder} has another, "
+                f"{short(ours)}. {fix}"
+            )
 
 
 @contextmanager
@@ -118,9 +174,8 @@ def naming_the_last_checkpoint(checkpoints: CheckpointCallback) -> Iterator[None
 
 def fit(trainer: L.Trainer, module: LitModel, data: TokenDataModule) -> None:
     """Train to the last step."""
-    hyperparameters = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(module.config), resolve=True))
     for logger in trainer.loggers:
-        logger.log_hyperparams(hyperparameters)
+        logger.log_hyperparams(asdict(module.config))
     trainer.fit(module, data)
     if not module.val_metrics:  # the run had ended before
         trainer.validate(module, data, verbose=False)

@@ -7,6 +7,7 @@ import sys
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -87,7 +88,10 @@ def convert(config: DictConfig, out: Path) -> None:
         state = from_vanilla(target, model.state_dict())
     except ConversionError as error:
         raise UsageError(f"{config.source} cannot become a Block Transformer:\n{error}") from error
-    write(out, NAME, target, StateDict(state), {"uptrained": {"from": str(folder)}})
+    info: dict[str, Any] = {"uptrained": {"from": str(folder)}}
+    if (tied := checkpoint.identity_of(folder, None)) is not None:
+        info["identity"] = replace(tied, config={}, keys=()).to_dict()  # of the tokenizer, and the data so far
+    write(out, NAME, target, StateDict(state), info)
     print_plan(config.source, plan, target.size.seq_len)
     print(f"{num_params(target, plan):,} parameters, of {num_params(vanilla, resolve(vanilla)):,}: {out}")
     print(f"to train it further, on a tenth of the tokens as in the paper:\n  {next_command(out, NAME)}")

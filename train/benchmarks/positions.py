@@ -17,7 +17,7 @@ from rich.table import Table
 
 from data.batches import Batch, EvalBatches
 from data.cli import UsageError, fail, parse
-from data.mixture import EvalWindows
+from data.mixture import EvalWindows, weights_of
 from data.shards import TokenWindows
 from eval.cli import MISTAKES
 from eval.console import PlainConsole
@@ -49,12 +49,15 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
     model, config = loaded.model, loaded.config
     if config is None:
         raise UsageError(f"{run}: no run there; give the folder of a run")
+    folders = open_data(config.data)
+    weights = list(weights_of(config.data.mix).values()) if config.data.mix else [1.0]
+    loaded.check_data(folders, weights)
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
         batches: list[Batch] = []
         form = replace(sequence_format(model.plan, config.data), block_padding=0)
-        for folder, manifest in open_data(config.data).items():
-            windows = TokenWindows(folder, manifest, "val", length)
+        for path, manifest in folders.items():
+            windows = TokenWindows(path, manifest, "val", length)
             chosen = EvalWindows.of(windows, tokens // length)
             batches += EvalBatches(chosen, 1, sequence_format=form)
         found[length] = loss_by_position(model, batches)

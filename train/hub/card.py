@@ -109,6 +109,8 @@ def training_list(config: ModelConfig, training: Training) -> str:
         "step": None if training.step is None else f"{training.step:,}",
         "tokens": None if training.tokens is None else f"{training.tokens:,}, in sequences of {size.seq_len:,}",
         "data": training.data,
+        "digest of the data": training.data_digest,
+        "digest of the tokenizer": training.tokenizer,
         "seed": None if training.seed is None else str(training.seed),
         "validation loss": f"{val['loss']:.4f} nats per token" if "loss" in val else None,
         "validation perplexity": f"{val['ppl']:.3f}" if "ppl" in val else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from arch import ModelConfig, Plan, from_dict, resolve
+from arch import ModelConfig, Plan, from_dict, plan_from_dict, resolve
 from arch.convert import ConversionError, Weight, tensor_problems
 from arch.footprint import num_params
 from train.checkpoint import INFO, load_info
@@ -53,7 +53,9 @@ class CheckpointReader(SafetensorsReader):
             if any(int(number) > MAX_REPEATS for number in repeats):
                 raise ValueError(f"arch.pattern repeats an item more than {MAX_REPEATS:,} times")
             plan = resolve(config)
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            if "plan" in self.info and plan_from_dict(self.info["plan"]) != plan:
+                raise ValueError("its plan is not that of its config")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RecursionError) as error:
             raise TrainingError(f"{path} describes no model: {error}") from error
         num_elements = sum(math.prod(shape) for shape in self.shapes.values())
         if num_params(config, plan) > 8 * num_elements:

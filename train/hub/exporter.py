@@ -40,8 +40,9 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     reader.check(target.weights)
     run = find_run(folder)
     run_config = None if run is None else load_config(run)
-    training = describe_training(folder, run, run_config, reader.info)
-    corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS)
+    tied = checkpoint.identity_of(folder, run)
+    corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS, tied)
+    training = describe_training(folder, run, run_config, reader.info, options.prepared, tied)
     console.print(*plan_tables(request.out.name, plan, config.size.seq_len, 2))
     for name, reason in refused.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)

@@ -20,6 +20,8 @@ class Training:
     val     validation figures of this very step: loss, and ppl and bpb if the run ended here
     data    name of the text
     seed    of weights and order
+
+    data_digest, tokenizer   sha256 of the prepared data, and of its tokenizer.json
     """
 
     name: str | None
@@ -28,6 +30,8 @@ class Training:
     val: dict[str, float] | None = None
     data: str | None = None
     seed: int | None = None
+    data_digest: str | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UsageError
-from data.files import DataError
+from data.config import DataConfig
+from data.files import DataError, sha256
 from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import end_token, pretrained
+from eval.identity import Identity, data_name, digest_in_summary, short
 from train.datamodule import TokenDataModule
 from train.errors import TrainingError
 from train.hub.records import Corpus, Training
 from train.schema import PretrainConfig
+
+FIX = "Give the prepared folder that it was trained on with prepared="
 
 
 def find_run(folder: Path) -> Path | None:
@@ -23,51 +27,96 @@ def find_run(folder: Path) -> Path | None:
     return run if (run / "config.yaml").is_file() else None
 
 
-def load_corpus(folder: Path, config: PretrainConfig | None, prepared: str | None, num_windows: int) -> Corpus:
-    """Load tokenizer and validation windows of the checkpoint `folder`.
+def load_corpus(
+    folder: Path, config: PretrainConfig | None, prepared: str | None, num_windows: int, tied: Identity | None = None
+) -> Corpus:
+    """Load tokenizer and validation windows of the checkpoint `folder`, which must be those of its identity `tied`.
 
     They come from the folder `prepared`, else from the data folder of the run; else there is only the tokenizer.json
     beside the weights.
 
-    Raises UsageError where there is no tokenizer, DataError where the folder is broken.
+    Raises UsageError where there is no tokenizer, DataError where the folder is broken, or is not what it was trained
+    on.
     """
     beside = folder / "tokenizer.json"
     if prepared is not None:
-        return load_prepared(Path(prepared), None if config is None else _with_data(config, prepared), num_windows)
+        moved = None if config is None else replace(config, data=replace(config.data, path=prepared, mix={}))
+        return load_prepared(folder, Path(prepared), moved, num_windows, tied)
     if config is not None:
-        data = config.data
-        first = Path(next(iter(data.mix))) if data.mix else data.preparation.folder
+        first = next(iter(data_folders(config.data)))
         if (first / "manifest.json").is_file():
-            return load_prepared(first, config, num_windows)
+            return load_prepared(folder, first, config, num_windows, tied)
         where = f"the run's data folder {first} is not here"
     else:
         where = f"{folder} lies in no run"
     if beside.is_file():
+        if tied is not None and sha256(beside) != tied.tokenizer:
+            raise DataError(
+                f"{folder} was trained with the tokenizer {short(tied.tokenizer)}; {beside} is another, "
+                f"{short(sha256(beside))}. {FIX}"
+            )
         tokenizer = pretrained(str(beside))
         return Corpus(tokenizer, end_token(tokenizer, None), [])
     raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
 
 
-def _with_data(config: PretrainConfig, folder: str) -> PretrainConfig:
-    return replace(config, data=replace(config.data, path=folder, mix={}))
-
-
-def load_prepared(folder: Path, config: PretrainConfig | None, num_windows: int) -> Corpus:
+def load_prepared(
+    checkpoint: Path, folder: Path, config: PretrainConfig | None, num_windows: int, tied: Identity | None
+) -> Corpus:
     """Load a folder of shards. Only with the `config` of the run there are windows, without a document mask."""
     manifest = Manifest.load(folder)
     manifest.check_tokenizer(folder)
+    if tied is not None:
+        tied.check_folder(str(checkpoint), folder, manifest, FIX)
     tokenizer = pretrained(str(folder / "tokenizer.json"))
     if tokenizer.id_to_token(manifest.end_of_text) is None:
         raise DataError(f"{folder}: its tokenizer has no token {manifest.end_of_text}; prepare the folder again")
     if config is None:
         return Corpus(tokenizer, manifest.end_of_text, [])
-    chosen = EvalWindows.of(TokenDataModule(config).val, num_windows)
+    data = TokenDataModule(config)
+    if tied is not None and config.data.mix:
+        tied.check_data(str(checkpoint), data.folders, data.train.weights, FIX)
+    run = find_run(checkpoint)
+    recorded = None if run is None or tied is not None else digest_in_summary(run)
+    if recorded not in (None, data.digest):
+        raise DataError(
+            f"{checkpoint} was trained on other data: digest {short(recorded or '')}; there is now "
+            f"{short(data.digest)} in {folder}. {FIX}"
+        )
+    chosen = EvalWindows.of(data.val, num_windows)
     windows = [chosen[i].tolist() for i in range(len(chosen))][:num_windows]
     return Corpus(tokenizer, manifest.end_of_text, windows)
 
 
-def describe_training(folder: Path, run: Path | None, config: PretrainConfig | None, info: dict[str, Any]) -> Training:
-    """Describe the training up to the checkpoint `folder`.
+def data_folders(config: DataConfig) -> list[Path]:
+    """List the prepared folders of a run, whether or not they are here."""
+    return [Path(str(folder)) for folder in config.mix] if config.mix else [config.preparation.folder]
+
+
+def describe_data(config: DataConfig, prepared: str | None, tied: Identity | None) -> str:
+    """Name the text of a run: as its identity does, or as its prepared folders do, where they are here."""
+    if tied is not None:
+        names = [(folder.name, folder.weight) for folder in tied.data]
+    else:
+        here = [Path(prepared)] if prepared is not None else data_folders(config)
+        weights = list(config.mix.values()) if config.mix and prepared is None else [1.0]
+        names = [
+            (data_name(folder, Manifest.load(folder)) if (folder / "manifest.json").is_file() else folder.name, weight)
+            for folder, weight in zip(here, weights, strict=True)
+        ]
+    total = sum(weight for _, weight in names)
+    return ", ".join(name if len(names) == 1 else f"{name} {100 * weight / total:.3g} %" for name, weight in names)
+
+
+def describe_training(
+    folder: Path,
+    run: Path | None,
+    config: PretrainConfig | None,
+    info: dict[str, Any],
+    prepared: str | None = None,
+    tied: Identity | None = None,
+) -> Training:
+    """Describe the training up to the checkpoint `folder` on the data of its identity `tied`.
 
     Its validation figures are those of the run if this is its last checkpoint, or the loss recorded for its best one.
     """
@@ -85,8 +134,11 @@ def describe_training(folder: Path, run: Path | None, config: PretrainConfig | N
         raise TrainingError(
             f"{run}: its validation figures are {val!r}, which are none; delete summary.json or best.json"
         )
-    data = ", ".join(map(str, config.data.mix)) if config.data.mix else config.data.name
-    return Training(config.name, step, tokens, val, data, config.seed)
+    data = describe_data(config.data, prepared, tied)
+    if tied is None:
+        return Training(config.name, step, tokens, val, data, config.seed)
+    digests = ", ".join(of.digest for of in tied.data)
+    return Training(config.name, step, tokens, val, data, config.seed, digests, tied.tokenizer)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,225 @@
+"""Identity of a run: what of its configuration cannot change, its data and its tokenizer.
+
+identity.json in the run's folder, written before the first step, and `identity` in each checkpoint.json:
+
+config     values of config.yaml that a resumed run cannot change, by dotted key
+keys       all keys of config.yaml; a file that lacks one has been cut
+data       the prepared folders, in the order of data.mix: folder, name, weight, digest, and the tokens of each split
+tokenizer  sha256 of their tokenizer.json
+
+A run of an earlier version has none, and what its files cannot tell is not checked.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import UsageError
+from data.files import DataError, write_json
+from data.shards import Manifest
+from eval.runs import KEYS
+
+FILE = "identity.json"
+# Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
+NOT_COMPARED = ("data.path", "data.mix", "data.name", "data.workers")
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """A prepared folder: `digest` is Manifest.digest, `splits` the tokens of each split."""
+
+    folder: str
+    name: str
+    weight: float
+    digest: str
+    splits: dict[str, int]
+
+    @classmethod
+    def of(cls, folder: Path, manifest: Manifest, weight: float) -> "DataFolder":
+        splits = {name: split.tokens for name, split in manifest.splits.items()}
+        return cls(str(folder), data_name(folder, manifest), weight, manifest.digest, splits)
+
+    @property
+    def content(self) -> tuple[str, dict[str, int]]:
+        """What two folders of the same data have in common."""
+        return self.digest, self.splits
+
+    def __str__(self) -> str:
+        return f"{short(self.digest)} in {self.folder}"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The tables of the module's docstring. `config` and `keys` are empty for weights that no run has trained."""
+
+    config: dict[str, Any]
+    keys: tuple[str, ...]
+    data: tuple[DataFolder, ...]
+    tokenizer: str
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], folders: Mapping[Path, Manifest], weights: Sequence[float]) -> "Identity":
+        """Build the identity of a run of the configuration `config`, nested, on `folders` of these weights."""
+        fixed = {key: value for key, value in flat(config).items() if _compared(key)}
+        data = [DataFolder.of(*item, weight) for item, weight in zip(folders.items(), weights, strict=True)]
+        tokenizer = next(iter(folders.values())).tokenizer_sha256
+        return cls(_plain(fixed), tuple(flat(config)), tuple(data), tokenizer)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any, where: Path) -> "Identity":
+        """Raises UsageError, naming the file `where`, unless `values` are those of an identity."""
+        try:
+            data = tuple(
+                DataFolder(
+                    str(item["folder"]),
+                    str(item["name"]),
+                    float(item["weight"]),
+                    str(item["digest"]),
+                    {str(name): int(tokens) for name, tokens in item["splits"].items()},
+                )
+                for item in values["data"]
+            )
+            keys = tuple(str(key) for key in values["keys"])
+            return cls(dict(values["config"]), keys, data, str(values["tokenizer"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+            raise UsageError(
+                f"{where} says nothing readable about the run's identity ({error!r}); put it back"
+            ) from error
+
+    def save(self, run: Path) -> None:
+        """Write identity.json, flushed."""
+        write_json(run / FILE, self.to_dict())
+
+    @classmethod
+    def load(cls, run: Path) -> "Identity | None":
+        """Read identity.json of a run; None if an earlier version wrote the run.
+
+        Raises UsageError where it cannot be read.
+        """
+        path = run / FILE
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{path} cannot be read ({error}); put it back, or delete it: every checkpoint has the same"
+            ) from error
+        return cls.from_dict(values, path)
+
+    def check_config(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Compare `values`, the content of the config.yaml at `path`, with what the run was started with.
+
+        Raises UsageError with every key that is missing, or has another value and decides the run.
+        """
+        lacking = [key for key in self.keys if _find(values, key, ABSENT) is ABSENT]
+        if lacking:
+            more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
+            raise UsageError(f"{path} lacks {', '.join(lacking[:4])}{more}: it has been cut or edited; put it back")
+        changed = [
+            f"{key} is {json.dumps(now)}, it was {json.dumps(was)}" for key, was, now in differing(self.config, values)
+        ]
+        if changed:
+            raise UsageError(
+                f"{path} is not what the run was trained with: {'; '.join(changed)}. Put the old values back, or start "
+                "another run"
+            )
+
+    def check_data(self, who: str, folders: Mapping[Path, Manifest], weights: Sequence[float], fix: str) -> None:
+        """Compare prepared folders with those that the run was trained on; they may lie elsewhere.
+
+        Raises DataError, naming both, where they differ. `who` begins the sentence, `fix` ends it.
+        """
+        found = [DataFolder.of(*item, weight) for item, weight in zip(folders.items(), weights, strict=True)]
+        if [folder.content for folder in found] != [folder.content for folder in self.data]:
+            raise DataError(self._other_data(who, found, fix))
+        shares = [[folder.weight / sum(of.weight for of in group) for folder in group] for group in (found, self.data)]
+        if shares[0] != shares[1]:
+            raise DataError(f"{who}: data.mix has the shares {shares[0]}, the run was trained with {shares[1]}; {fix}")
+
+    def check_folder(self, who: str, folder: Path, manifest: Manifest, fix: str) -> None:
+        """Check that a prepared folder is one of those that the run was trained on. Raises as `check_data`."""
+        found = DataFolder.of(folder, manifest, 1.0)
+        if found.content not in [of.content for of in self.data]:
+            raise DataError(self._other_data(who, [found], fix))
+
+    def _other_data(self, who: str, found: Iterable[DataFolder], fix: str) -> str:
+        now, then = (", ".join(map(str, folders)) for folders in (found, self.data))
+        if now == then:
+            now, then = (", ".join(f"{of} of {of.splits}" for of in folders) for folders in (found, self.data))
+        return f"{who} was trained on other data: {then}; there is now {now}. {fix}"
+
+
+def digest_in_summary(run: Path) -> str | None:
+    """Return the digest of the data in the summary.json of a run; None where there is none."""
+    try:
+        digest = json.loads((run / "summary.json").read_text())["experiment"]["data"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return digest if isinstance(digest, str) else None
+
+
+def short(digest: str) -> str:
+    """The beginning of a digest, for messages."""
+    return digest[:16]
+
+
+def data_name(folder: Path, manifest: Manifest) -> str:
+    """Name the text of a prepared folder: its data set, and of files the folder, which alone tells them apart."""
+    source = manifest.recipe.get("source") if isinstance(manifest.recipe, dict) else None
+    source = source if isinstance(source, dict) else {}
+    if source.get("dataset"):
+        parts = [str(source[key]) for key in ("dataset", "subset") if source.get(key)]
+        return f"{manifest.name} ({', '.join(parts)})"
+    return manifest.name if source.get("corpus") else f"{manifest.name} ({folder.resolve().name})"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `values`, nested, by dotted key. data.mix is one value: its keys are folders."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value and key != "data.mix":
+            found |= flat(value, f"{key}.")
+        else:
+            found[key] = value
+    return found
+
+
+def differing(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List (key, value in `before`, value in `values`) where they differ; a null counts as absent.
+
+    `before` has dotted keys, `values` is nested and may have more of them.
+    """
+    pairs = [(key, _plain(value), _plain(_find(values, key))) for key, value in before.items()]
+    return [(key, was, now) for key, was, now in pairs if was != now]
+
+
+def _compared(key: str) -> bool:
+    """Whether a resumed run cannot change the dotted `key`, and it decides what is learned."""
+    parts = key.split(".")
+    known = next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in KEYS), None)
+    if known is None or f"{key}.".startswith(tuple(f"{name}." for name in NOT_COMPARED)):
+        return False
+    return KEYS[known].fixed and KEYS[known].decides in ("result", "seed")
+
+
+def _find(values: Any, key: str, default: Any = None) -> Any:
+    """Return the value in `values`, nested, at a dotted key."""
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return default
+        values = values[name]
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON has it."""
+    return json.loads(json.dumps(value, default=str))
