@@ -179,6 +179,14 @@ KV = {"kv": {"kv_heads": 2}}
         (KV, ["new kv"], {"init_std": float("inf")}, "size.init_std is inf; it must be positive and finite"),
         (KV, ["new kv"], {"head_dim": 7}, "rotary embeddings need an even one"),
         (KV, ["new kv"], {"max_window": 0}, "size.max_window is 0"),
+        (KV, ["new kv"], {"num_layers": 10**9}, "size.num_layers is 1000000000; it must be at most 1,024"),
+        (KV, ["new kv"], {"d_ff": 2**70}, "size.d_ff is 1180591620717411303424; it must be at most 16,777,216"),
+        (KV, ["new kv"], {"vocab_size": 2**70}, "size.vocab_size is 1180591620717411303424; it must be at most"),
+        (KV, ["new kv"], {"tokens": 2**70}, "it must be at most 1,000,000,000,000,000"),
+        ({"kv": {"kv_heads": 1, "window": 2**70}}, ["new kv"], {}, "arch.stores.kv.window is 1180591620717411303424"),
+        ({"kv": {"latent": {"dim": 10**9}}}, ["new kv"], {}, "latent.dim is 1000000000; it must be at most"),
+        ({"k v": {"kv_heads": 1}}, ["new kv"], {}, "a store type has a name of letters, digits, _ and -"),
+        (KV, [json.loads("[" * 20 + '"new kv"' + "]" * 20)], {}, "lists lie more than 16 deep in each other"),
     ],
 )
 def test_impossible_layouts_name_the_fix(stores: dict, pattern: list, changes: dict, message: str) -> None:
@@ -204,6 +212,15 @@ def test_short_group_first_and_last() -> None:
     size = SizeConfig(num_layers=5, d_model=16, num_heads=2)
     assert str(resolve(ModelConfig(ArchConfig(stores, tile, "first"), size))) == "0 0 2 2 2"
     assert str(resolve(ModelConfig(ArchConfig(stores, tile, "last"), size))) == "0 0 0 3 3"
+
+
+@pytest.mark.parametrize("repeats", ["4", "5", "6", "100000000", str(2**70), "9" * 5000])
+def test_repeats_beyond_the_depth_are_cut(repeats: str) -> None:
+    """At once, however many they are."""
+    stores, size = {"kv": StoreConfig(kv_heads=1)}, SizeConfig(num_layers=5, d_model=16, num_heads=2)
+    for short in ("first", "last"):
+        plan = resolve(ModelConfig(ArchConfig(stores, ["new kv", f"reuse kv x{repeats}", "new kv"], short), size))
+        assert str(plan) == "0 0 0 0 0"
 
 
 def test_from_dict_refuses_unknown_keys() -> None:

@@ -331,6 +331,14 @@ def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, opti
         (["+arch=cla2", "+size=tiny", "optim.beta1=2"], "optim.beta1 is 2.0"),
         (["+arch=cla2", "+size=tiny", "optim.clip=-1"], "optim.clip is -1.0"),
         (["+arch=cla2", "+size=tiny", "optim.weight_decay=-1"], "optim.weight_decay is -1.0"),
+        (["+arch=cla2", "+size=tiny", "data.document_mask=-1"], "data.document_mask is -1; it must be true or false"),
+        (["+arch=cla2", "+size=tiny", "logger.wandb=on"], "logger.wandb is on; it must be true or false"),
+        (["+arch=cla2", "+size=tiny", "+arch.stores.kv={kv_heads: 1, sinks: 2}"], "arch.stores.kv.sinks is 2; it must"),
+        (["+arch=cla2", "+size=tiny", "arch.block=${seed}"], "arch.block is 0; a section belongs there"),
+        (["+arch=cla2", "+size=tiny", "arch.pattern=${size.lr}"], "arch.pattern is 0.003; a list belongs there"),
+        (["+arch=cla2", "+size=tiny", f"tokens={2**70}"], "it must be at most 1,000,000,000,000,000"),
+        (["+arch=cla2", "+size=tiny", f"seed={2**70}"], "it must be at least 0 and at most"),
+        (["+arch=cla2", "+size=tiny", "size.seq_len=0"], "size.seq_len is 0; it must be at least 1"),
     ],
 )
 def test_errors_name_the_fix(

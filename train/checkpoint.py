@@ -43,6 +43,7 @@ from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_t
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 INFO = "checkpoint.json"
+NAME = re.compile("step-[0-9]{8,}")  # of a checkpoint in a run
 
 
 def distributed() -> bool:
@@ -220,7 +221,8 @@ def load_info(folder: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads((folder / INFO).read_text())
         if info["format"] != FORMAT:
             raise TrainingError(f"{folder} has format {info['format']}, this version reads {FORMAT}")
-        if re.fullmatch(r"step-[0-9]{8,}", folder.name) and info["step"] != step_of(folder):
+        named = folder.parent.name == "checkpoints" and NAME.fullmatch(folder.name)  # elsewhere a name says nothing
+        if named and info["step"] != step_of(folder):
             raise TrainingError(
                 f"{folder} has the name of another step than {INFO} says, {info['step']}; give it its name back"
             )
@@ -302,7 +304,7 @@ def verify_checksums(folder: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]{8,}", path.name)]
+    found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 

@@ -1,0 +1,287 @@
+"""A run, its configuration, its data and its tokenizer belong together: what does not match is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+from test_train_command import SMALL, pretrain
+
+from data.cli import UsageError
+from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
+from data.files import DataError
+from data.prepare import prepare
+from data.shards import Manifest
+from eval.identity import Identity
+from eval.plain_yaml import REFERENCES, read_plain
+from train import checkpoint
+from train.benchmarks.positions import measure
+from train.datamodule import check_limits
+from train.errors import TrainingError
+from train.export import export
+from train.hub.request import ExportConfig
+from train.run import load_config
+from train.schema import PretrainConfig
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A finished run on a copy of the corpus, `data` beside it."""
+    folder = tmp_path_factory.mktemp("tied")
+    shutil.copytree(corpus, folder / "data")
+    options = ["trainer.checkpoint_every=4", "logger=csv", f"data.path={folder / 'data'}", f"folder={folder / 'run'}"]
+    pretrain("+arch=cla2", "+size=tiny", *SMALL, *options)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, still tied to the first one's data."""
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+@pytest.fixture
+def other(corpus: Path, tmp_path: Path) -> Path:
+    """The same text with another tokenizer."""
+    source, tokenizer = SourceConfig(corpus="unit"), TokenizerConfig(vocab_size=500)
+    prepare(PrepareConfig(path=str(tmp_path / "other"), name="unit", source=source, tokenizer=tokenizer, workers=1))
+    return tmp_path / "other"
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def refusal(capfd: pytest.CaptureFixture, *arguments: str) -> str:
+    """The line with which the command ends, with code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(*arguments)
+    assert stopped.value.code == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_what_is_recorded_from_the_first_step(trained: Path) -> None:
+    run, manifest = trained / "run", Manifest.load(trained / "data")
+    tied = Identity.load(run)
+    assert tied is not None
+    assert (tied.data[0].digest, tied.tokenizer) == (manifest.digest, manifest.tokenizer_sha256)
+    assert tied.config["size.d_ff"] == 48 and tied.config["seed"] == 0 and "tokens" not in tied.config
+    for folder in checkpoint.checkpoints(run):
+        assert checkpoint.identity_of(folder, run) == tied
+
+
+def test_other_data_is_refused_everywhere(run: Path, trained: Path, other: Path, capfd: pytest.CaptureFixture) -> None:
+    """Both digests and both folders are named, by resume=, by the export with either key, and by positions."""
+    digests = [Manifest.load(folder).digest[:16] for folder in (trained / "data", other)]
+    named = [*digests, str(trained / "data"), str(other)]
+    found = [refusal(capfd, f"resume={run}", f"data.path={other}")]
+    edit(run / "config.yaml", f"path: {trained / 'data'}", f"path: {other}")
+    found.append(refusal(capfd, f"resume={run}"))
+    for task in (
+        lambda: export(ExportConfig(str(run), str(run.parent / "x"), verify=False), QUIET),
+        lambda: export(ExportConfig(str(run), str(run.parent / "x"), verify=False, prepared=str(other)), QUIET),
+        lambda: measure(run, [32], 64),
+    ):
+        with pytest.raises(DataError) as caught:
+            task()
+        found.append(str(caught.value))
+    for message in found:
+        assert all(word in message for word in named), message
+
+
+def test_data_that_moved_is_the_same_data(run: Path, trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained / "data", moved)
+    before = json.loads((run / "summary.json").read_text())
+    pretrain(f"resume={run}", f"data.path={moved}")
+    assert load_config(run).data.path == str(moved)
+    assert json.loads((run / "summary.json").read_text())["experiment"] == before["experiment"]
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    trained: Path, other: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Before any work; both tokenizers are named."""
+    options = [f"init={trained / 'run'}", f"data.path={other}", f"folder={tmp_path / 'new'}"]
+    message = refusal(capfd, "+arch=cla2", "+size=tiny", *SMALL, *options)
+    tokenizers = [Manifest.load(folder).tokenizer_sha256[:16] for folder in (trained / "data", other)]
+    assert all(word in message for word in [*tokenizers, str(trained / "data"), str(other)])
+    assert not (tmp_path / "new").exists()
+
+
+def test_altered_shards_are_not_trained_on(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = shutil.copytree(trained / "data", tmp_path / "data")
+    shard = folder / "train-00000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[-100] ^= 1
+    shard.write_bytes(raw)
+    message = refusal(capfd, "+arch=mha", "+size=tiny", *SMALL, f"data.path={folder}", f"folder={tmp_path / 'new'}")
+    assert f"{shard} is altered" in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("\nseed: 0", "\nseed: 1", "seed is 1, it was 0"),
+        ("train_only: null", "train_only: layers", 'train_only is "layers", it was null'),
+        ("d_ff: 48", "d_ff: 64", "size.d_ff is 64, it was 48"),
+        ("- reuse kv", "- new kv", 'arch.pattern is ["new kv", "new kv"], it was ["new kv", "reuse kv"]'),
+        ("document_mask: false", "document_mask: true", "data.document_mask is true, it was false"),
+        ("name: adamw", "name: muon", 'optim.name is "muon", it was "adamw"'),
+        ("\nbatch_size: 4", "", "lacks batch_size: it has been cut or edited"),
+        ("document_mask: false", "document_mask: -1", "data.document_mask is -1; it must be true or false"),
+        ("\nname: cla2-tiny", "\nname: x-${oc.env:HOME}", "name is x-${oc.env:HOME}; nothing"),
+        ("project: kvfrontier", "project: ${seed}", "logger.project is ${seed}; nothing"),
+        ("\nseed: 0", "\nseed: 0\nseed: 0", "has seed a second time"),
+        ("\nseed: 0", "\nsede: 0", "Key 'sede' not in 'PretrainConfig'"),
+    ],
+)
+def test_an_edited_configuration_is_refused(old: str, new: str, message: str, run: Path) -> None:
+    edit(run / "config.yaml", old, new)
+    with pytest.raises(UsageError) as caught:
+        load_config(run)
+    assert message in str(caught.value)
+    assert str(run / "config.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_was_cut_is_refused(run: Path, capfd: pytest.CaptureFixture) -> None:
+    """Wherever the cut is; the command says so in one line, with code 2."""
+    path = run / "config.yaml"
+    whole = path.read_text()
+    for end in (*range(len(whole) // 3, len(whole) - 40, 97), whole.index("\ntokens:") + 1):
+        path.write_text(whole[:end])
+        with pytest.raises(UsageError, match=r"config\.yaml (lacks|is not the configuration of a run)"):
+            load_config(run)
+    assert "lacks tokens, batch_size, context" in refusal(capfd, f"resume={run}")
+    path.write_text(whole.replace("tokens: 1024", "tokens: 2048").replace("log_every: 1", "log_every: 2"))
+    assert load_config(run).tokens == 2048, "what a resumed run may change"
+
+
+def test_what_checkpoints_say_counts_where_the_file_is_gone(run: Path) -> None:
+    (run / "identity.json").unlink()
+    edit(run / "config.yaml", "\nseed: 0", "\nseed: 1")
+    assert load_config(run).seed == 1
+    with pytest.raises(UsageError, match="seed is 1, it was 0"):
+        checkpoint.identity_of(checkpoint.checkpoints(run)[0], run)
+
+
+def test_checkpoints_that_say_something_else(run: Path, capfd: pytest.CaptureFixture) -> None:
+    """Another model, another plan, another step: refused; one of a wrong name is passed over for the one before."""
+    newest, before = checkpoint.checkpoints(run)[:2]
+    path = newest / "checkpoint.json"
+    info = json.loads(path.read_text())
+    for change, message in (
+        ({"config": info["config"] | {"size": info["config"]["size"] | {"rope_theta": 5.0}}}, "size.rope_theta is 5.0"),
+        ({"plan": info["plan"] | {"reads": [0, 0, 0]}}, "its plan is not that of its config"),
+        ({"plan": {}}, "describes no model"),
+        ({"config": 3}, "describes no model"),
+    ):
+        path.write_text(json.dumps(info | change))
+        with pytest.raises(TrainingError) as caught:
+            checkpoint.identity_of(newest, run)
+        assert message in str(caught.value)
+        with pytest.raises(TrainingError):
+            export(ExportConfig(str(newest), str(run.parent / "x"), verify=False), QUIET)
+    assert str(path) in refusal(capfd, f"resume={run}")
+    path.write_text(json.dumps(info))
+    newest.rename(newest.with_name("step-00000009"))
+    assert checkpoint.latest_valid(run) == before
+    assert "has the name of another step than checkpoint.json says, 8" in capfd.readouterr().err
+    with pytest.raises(TrainingError, match="has the name of another step"):
+        checkpoint.resolve(newest.with_name("step-00000009"))
+
+
+def test_a_run_of_an_earlier_version_tells_what_its_summary_says(run: Path, other: Path) -> None:
+    (run / "identity.json").unlink()
+    for folder in checkpoint.checkpoints(run):
+        info = json.loads((folder / "checkpoint.json").read_text())
+        del info["identity"]
+        (folder / "checkpoint.json").write_text(json.dumps(info))
+    pretrain(f"resume={run}")
+    (run / "identity.json").unlink()
+    config = load_config(run)
+    OmegaConf.save(
+        OmegaConf.structured(replace(config, data=replace(config.data, path=str(other)))), run / "config.yaml"
+    )
+    with pytest.raises(SystemExit):
+        pretrain(f"resume={run}")
+    with pytest.raises(DataError, match="was trained on other data"):
+        export(ExportConfig(str(run), str(run.parent / "x"), verify=False), QUIET)
+
+
+def test_the_card_names_the_data_really_used(run: Path, trained: Path) -> None:
+    export(ExportConfig(str(run), str(run.parent / "x"), verify=False), QUIET)
+    card, manifest = (run.parent / "x" / "README.md").read_text(), Manifest.load(trained / "data")
+    for line in ("data: unit", f"digest of the data: {manifest.digest}"):
+        assert f"- {line}\n" in card
+    assert f"- digest of the tokenizer: {manifest.tokenizer_sha256}\n" in card
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: &a [x]\nb: *a\n", "line 2 has an alias, *a"),
+        ("a: " + "[" * 100_000, "nested more than 32 deep"),
+        ("a: !!python/object/apply:os.system [ls]\n", "line 1 has a tag, !!python/object/apply:os.system"),
+        ("a:\n\tb: 1\n", "line 2: found character"),
+        ("a: 1\na: 2\n", "line 2 has a a second time"),
+        ("a: [\n", "line 2: did not find"),
+        ("a: \x00\n", "control characters are not allowed"),
+        ("a: b\n" * 100_000, "it is larger than 256 KiB"),
+        ("a: 1\n---\nb: 1\n", "another document"),
+        ("a:\n- {b: 'y${oc.env:HOME}'}\n", "a.0.b is y${oc.env:HOME}; nothing"),
+        ("${oc.env:HOME}: 1\n", "nothing in a run's configuration is interpolated"),
+        ("name: ${size.tokens}\n", "name is ${size.tokens}; nothing"),
+        (b"a: \xff\n", "'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_yaml_that_is_no_plain_data(content: str | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as caught:
+        read_plain(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_references_are_those_of_the_schema() -> None:
+    config = PretrainConfig()
+    found = {("optim.lr", config.optim.lr)} | {
+        (key, getattr(config, key)) for key in ("tokens", "batch_size", "context")
+    }
+    assert found == REFERENCES
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda data: replace(data, tokenizer=TokenizerConfig(vocab_size=0)), "tokenizer.vocab_size"),
+        (lambda data: replace(data, source=SourceConfig(corpus="unit", val_share=float("nan"))), "source.val_share"),
+        (lambda data: replace(data, source=SourceConfig(dataset="books")), "source.dataset"),
+        (lambda data: replace(data, max_tokens=-1), "max_tokens"),
+        (lambda data: replace(data, workers=3), "workers"),
+        (lambda data: replace(data, name="mine"), "name"),
+    ],
+)
+def test_keys_that_change_nothing_beside_a_folder(
+    change: Callable[[DataConfig], DataConfig], key: str, corpus: Path
+) -> None:
+    same = DataConfig(path=str(corpus), name="unit", source=SourceConfig(corpus="unit"))
+    folders = {corpus: Manifest.load(corpus)}
+    check_limits(same, folders)
+    check_limits(replace(same, tokenizer=TokenizerConfig(vocab_size=600)), folders)
+    with pytest.raises(DataError) as caught:
+        check_limits(change(same), folders)
+    assert f"{key}=" in str(caught.value)
+    assert f"Leave out data.{key}" in str(caught.value)
