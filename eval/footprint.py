@@ -33,6 +33,7 @@ from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
 
 PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder
 MEANING = """\
+FLOPs/token: forward and backward. Largest batch: sequences whose caches fit into the memory beside the weights.
 KV per token: bytes that each further token adds. KV constant: what no context changes, once windows are full.
 KV stored: the cache of one sequence. KV read: what decoding one token fetches from it, over all layers."""
 STORES_MEANING = """\
@@ -232,7 +233,7 @@ def by_remark(found: Mapping[str, Sequence[str]]) -> list[str]:
     for name, lines in found.items():
         for line in lines:
             names.setdefault(line, []).append(name)
-    return [f"{', '.join(of)}: {line}" for line, of in names.items()]
+    return [f"{line}: {', '.join(of)}" for line, of in names.items()]
 
 
 def draw(plan: Plan, title: str, context: int, itemsize: int, path: Path, new_folder: bool) -> None:

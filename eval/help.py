@@ -63,7 +63,7 @@ def key_lines(schema: type, values: DictConfig, indent: str = "") -> Iterator[st
             meaning = meanings[name].replace(alias[0], "") if alias else meanings[name]
             yield from _line(f"{indent}{alias[1] if alias else name}: {shown_value(values, name)}", meaning, whole)
     if others:
-        yield from _line(f"{indent}...", f"{', '.join(others)}: see python data/prepare.py --help", whole)
+        yield from _line(f"{indent}...", f"{', '.join(others)}: see python data/prepare.py --help", whole=True)
     for name in sections:
         yield f"{name}:"
         yield from key_lines(hints[name], values[name], "  ")
@@ -90,6 +90,8 @@ def _line(shown: str, meaning: str, whole: bool) -> Iterator[str]:
         return
     while len(meaning) > room and (cut := max(meaning.rfind(mark) for mark in ("; ", ". ", ": ", ", ", " ("))) > 0:
         meaning = meaning[:cut]
+    if meaning.count("(") > meaning.count(")"):
+        meaning = meaning[: meaning.rfind(" (")]
     yield f"{shown:<{column}}{textwrap.shorten(meaning, max(room, 20), placeholder=' ...')}".rstrip()
 
 

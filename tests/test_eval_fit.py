@@ -77,9 +77,9 @@ def test_remarks_stand_below_the_tables(capsys: pytest.CaptureFixture) -> None:
         footprint.main, "footprint", footprint.FootprintConfig, ["+size=tiny", "+arch=swa", "picture=null"]
     )
     out = capsys.readouterr().out
-    assert "swa: window 1,024 of local cut to 64 by size.max_window" in out
+    assert "window 1,024 of local cut to 64 by size.max_window: swa" in out
     assert "KV constant: what no context changes" in out
-    assert by_remark({"a": ["x"], "b": ["x", "y"]}) == ["a, b: x", "b: y"]
+    assert by_remark({"a": ["x"], "b": ["x", "y"]}) == ["x: a, b", "y: b"]
 
 
 def test_the_map_is_drawn_under_runs(

@@ -19,6 +19,7 @@ from eval.plots.style import (
     line_looks,
     literal_text,
     plain_axes,
+    without_suffix,
 )
 from eval.units import count_text
 
@@ -103,7 +104,7 @@ def _name(
     """Name the lines at their ends right of the last column, or in a legend above if the names would overlap."""
     common = common_suffix([curve.name for curve in curves])
     names = [
-        visible(curve.name.removesuffix(common)) + (f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else "")
+        without_suffix(curve.name, common) + (f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else "")
         for curve in curves
     ]
     figure.suptitle(visible(common.removeprefix("-")), x=0.01, y=0.985, ha="left", fontsize=10, color=DARK_INK)

@@ -21,10 +21,12 @@ from eval.plots.style import (
     html_text,
     literal_text,
     plain_axes,
+    without_suffix,
 )
 from eval.runs import Point
 from eval.units import bytes_text, number_text
 
+SIDES = ((1, "left"), (-1, "right"))
 MARKER = 13  # width of a point with room around it, in pixels
 
 
@@ -118,12 +120,15 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
     places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
     places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
+    places += [
+        (x * side, y, horizontal, "center") for x in (24, 38) for y in (0, 14, -14) for side, horizontal in SIDES
+    ]
     common = common_suffix([row.name for row in rows])
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
     for row, transform in zip(rows, drawn, strict=True):
         for x, y, horizontal, vertical in places:
             text = axes.annotate(
-                visible(row.name.removesuffix(common)),
+                without_suffix(row.name, common),
                 (row.bytes, row.value),
                 (x, y),
                 xycoords=transform,

@@ -3,6 +3,7 @@
 import functools
 import html
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from eval.console import visible
 
 __all__ = ["Axes"]
+NOTE = re.compile(r" \([^()]*\)$")  # of runs.group_by_seed
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -84,5 +86,12 @@ def plain_axes(axes: Axes) -> None:
 
 def common_suffix(names: Sequence[str]) -> str:
     """The last `-part` (a size) of names that all end with it, to be shown once; empty otherwise and for one name."""
-    endings = {name[name.rfind("-") :] if "-" in name else name for name in names}
+    bases = [NOTE.sub("", name) for name in names]
+    endings = {name[name.rfind("-") :] if "-" in name else name for name in bases}
     return endings.pop() if len(endings) == 1 and len(names) > 1 else ""
+
+
+def without_suffix(name: str, common: str) -> str:
+    """`name`, to be shown, without the suffix that is shown once; what tells it from others of the name stays."""
+    base = NOTE.sub("", name)
+    return visible(base.removesuffix(common) + name[len(base) :])
