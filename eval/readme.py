@@ -1,7 +1,9 @@
-"""Write the README's table of layouts, made from configs/arch: `python eval/readme.py`."""
+"""Write the README's table of layouts, made from the files of configs/arch that git tracks: `python eval/readme.py`."""
 
 import itertools
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,14 +25,24 @@ SIZE, CONTEXT = "1b", 32768
 
 
 def layouts() -> str:
-    """A Markdown table of every layout at `SIZE`: the heaviest cache first."""
+    """A Markdown table of the layouts at `SIZE`: the heaviest cache first."""
     rows = []
-    for name in names("arch"):
+    for name in committed():
         kv = kv_bytes(resolve(ModelConfig(load_arch(name), load_size(SIZE))), CONTEXT)
         cells = (f"`{name}`", description(name), number_text(kv.per_token), bytes_text(kv.stored), bytes_text(kv.read))
         rows.append((-kv.stored, "| " + " | ".join(cells) + " |\n"))
     header = f"| `+arch=` | what it is | bytes per token | stored at {CONTEXT:,} tokens | read per decoded token |\n"
     return header + "|---|---|---:|---:|---:|\n" + "".join(row for _, row in sorted(rows))
+
+
+def committed() -> list[str]:
+    """Layouts that git tracks: a file of one's own asks for nothing until it is added. All of them without git."""
+    if shutil.which("git") is not None:
+        command = ["git", "-C", str(CONFIGS / "arch"), "ls-files", "*.yaml"]
+        tracked = {Path(line).stem for line in subprocess.run(command, capture_output=True, text=True).stdout.split()}
+        if tracked:
+            return sorted(tracked & set(names("arch")))
+    return names("arch")
 
 
 def description(name: str) -> str:

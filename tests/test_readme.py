@@ -8,10 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ARCHS, ROOT, run_script
+import wandb
+from conftest import ROOT, run_script
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 
+from data.cli import parse
 from data.presets import load
-from eval.readme import updated
+from eval.layouts import load_arch, load_size, names
+from eval.readme import committed, updated
+from train.schema import PretrainConfig
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -33,7 +39,7 @@ def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
     scripts = ("train/pretrain", "train/estimate", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
     scripts += ("eval/footprint", "eval/pareto", "eval/curves")
-    kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ")
+    kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ", "wandb sync ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
         assert command.startswith(kinds + by_hand), command
@@ -62,25 +68,24 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
         if "--help" not in arguments:
             arguments = [argument.replace("devices=8", "devices=2") for argument in arguments]
             arguments = [f"resume={resumable}" if a.startswith("resume=") else a for a in arguments]
-            arguments += ["data=stdlib"] if any("cla_1b" in argument for argument in arguments) else []
             arguments += ["tokens=640"] if f"resume={resumable}" in arguments else SHORT
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))
     (command,) = of("python eval/pareto.py")
     _, script, *arguments = shlex.split(command)
-    done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
+    done = run_script(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "context=4096" in command
     assert (tmp_path / "runs" / "pareto.png").exists()
     (command,) = of("python eval/curves.py")
     _, script, *arguments = shlex.split(command)
-    done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
+    done = run_script(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (command,) = of("python train/export.py")
     _, script, checkpoint, *arguments = shlex.split(command)
     assert checkpoint.endswith("/cla2-tiny-seed0")
-    done = run_script(script, f"checkpoint={resumable}", *arguments, cwd=tmp_path, fresh=True)
+    done = run_script(script, f"checkpoint={resumable}", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "exported" / "cla2" / "modeling_kvfrontier.py").exists()
 
@@ -93,7 +98,7 @@ def test_import_and_uptrain(tmp_path: Path) -> None:
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "EleutherAI" / "pythia-70m")
     for command in (*of("python train/import_hf.py"), *of("python train/uptrain.py")):
         _, script, *arguments = shlex.split(command)
-        done = run_script(script, *arguments, cwd=tmp_path, fresh=True)
+        done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "python train/pretrain.py" in done.stdout
     assert (tmp_path / "uptrained" / "pythia-70m" / "checkpoint.json").exists()
@@ -115,6 +120,47 @@ def test_count(tmp_path: Path) -> None:
     assert (tmp_path / "mixattention-1b.png").exists()
 
 
+def test_measurements(tmp_path: Path) -> None:
+    """The table names every script of train/benchmarks that is a command; tests of their own run them.
+
+    Here their command lines are read: by their own parser, or composed by Hydra without running them.
+    """
+    commands = re.findall(r"^\| `(python train/benchmarks/[^`]+)`", TEXT, re.MULTILINE)
+    named = {shlex.split(command)[1] for command in commands}
+    behind_make = {f"train/benchmarks/{name}.py" for name in ("cpu", "gpu_suite", "faults")}
+    scripts = (ROOT / "train" / "benchmarks").glob("*.py")
+    assert named | behind_make == {str(p.relative_to(ROOT)) for p in scripts if "__main__" in p.read_text()}
+    from train.benchmarks import bounded_study, layouts, positions
+
+    for command in commands:
+        _, script, *arguments = shlex.split(command)
+        if script.endswith("positions.py"):
+            assert parse(positions.PositionsConfig, arguments, positional="runs").runs == ("runs/RUN",)
+        elif script.endswith("bounded_study.py"):
+            assert parse(bounded_study.Settings, arguments) == bounded_study.Settings()
+        elif script.endswith("layouts.py"):
+            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+                ConfigStore.instance().store(name="bench_layouts_schema", node=layouts.LayoutsConfig)
+                assert compose("bench_layouts", arguments).archs == ["mha", "cla2"]
+        else:
+            assert not arguments
+
+
+def test_wandb_sync_finds_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline folders lie in the folders of the runs, and each has the file that is sent."""
+    from train.loggers import wandb_logger
+
+    (command,) = of("wandb sync")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = PretrainConfig(load_arch("cla2"), load_size("tiny"), name="cla2-tiny")
+    folder = tmp_path / "runs" / "2026-01-31_12-00-00" / "cla2-tiny-seed0"
+    folder.mkdir(parents=True)
+    wandb_logger(config, folder)
+    wandb.finish()
+    (found,) = tmp_path.glob(shlex.split(command)[-1])
+    assert list(found.glob("run-*.wandb"))
+
+
 def test_make_runs_what_it_says() -> None:
     """`make test` is what CI runs; the demo is two commands tested above, bench and gpu have tests of their own."""
     recipes = {
@@ -125,8 +171,9 @@ def test_make_runs_what_it_says() -> None:
         "make test": ("-m pytest",),
         "make bench": ("train/benchmarks/cpu.py +arch=gqa4 +size=20m",),
         "make gpu": ("train/benchmarks/gpu_suite.py",),
+        "make faults": ("train/benchmarks/faults.py",),
     }
-    assert set(of("make ")) == set(recipes)
+    assert set(re.findall(r"`?(make \w+)(?:`|   )", TEXT)) == set(recipes)
     for command, expected in recipes.items():
         words = [*command.split(), "-n"]
         recipe = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -155,7 +202,7 @@ def test_install_commands_resolve(tmp_path: Path) -> None:
 
 
 def test_links_exist() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT):
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
@@ -170,5 +217,30 @@ def test_layouts_shown_are_the_files() -> None:
 
 
 def test_table_of_layouts_is_that_of_the_configs() -> None:
-    assert updated(TEXT) == TEXT, "run: python eval/readme.py"
-    assert all(f"| `{name}` |" in TEXT for name in ARCHS)
+    assert updated(TEXT) == TEXT, (
+        "a layout was added, changed or removed: run  python eval/readme.py  and commit README.md"
+    )
+    assert all(f"| `{name}` |" in TEXT for name in committed())
+
+
+def test_a_layout_of_ones_own_is_not_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It turns no test red: what git does not track is passed over; without git every file counts."""
+    from eval import readme
+
+    assert set(committed()) <= set(names("arch"))
+    monkeypatch.setattr(readme, "names", lambda group: [*names(group), "mine"])
+    if subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode == 0:
+        assert "mine" not in readme.committed()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "mine" in readme.committed()
+
+
+def test_the_example_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (path,) = re.findall(r'load\("([^"]+)"\)', code)
+    old = ROOT / "tests" / "golden" / "old"
+    shutil.copytree(old / "run-mixattention", tmp_path / path)
+    shutil.copytree(old / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out

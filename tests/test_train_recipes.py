@@ -342,7 +342,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
                     config = compose("pretrain", overrides=[f"+experiment={recipe}", *overrides, "name=x"])
                     assert not problems(OmegaConf.to_object(config)), command
     assert kinds == {
-        "train/import_hf.py", "train/uptrain.py",
+        "train/import_hf.py", "train/uptrain.py", "train/export.py", "-m", "vllm",  # the last two: tests of exports
         "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/estimate.py", "train/pretrain.py",
         "eval/footprint.py", "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh",
         "train/launch/slurm.sbatch",
