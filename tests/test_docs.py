@@ -1,6 +1,7 @@
 """Pages under docs: the blocks of a page are executed in one namespace; every file that a page names exists."""
 
 import ast
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -8,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+import torch
+import yaml
+from conftest import ROOT, launch_in_process
+from safetensors.torch import load_file
 
-PAGES = ("library", "recipes")
+import arch
+from arch import attend, attention, convert_formats, stores
+from eval import footprint, pareto
+from train.estimates import memory
+from train.hub import request, targets
+
+PAGES = ("library", "extending", "recipes")
 
 
 def text_of(page: str) -> str:
@@ -69,3 +79,70 @@ def test_library(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     assert not list(workplace.glob("*.png"))
     assert 0 < names["nats"].item() < 20
     assert names["wide"].plan.stores[0].slot.kv_heads == 2
+
+
+REGISTRIES = (
+    attend.BACKENDS,
+    attention.STORE_MODULES,
+    convert_formats.FORMATS,
+    memory.ACTIVATIONS,
+    pareto.METRICS,
+    targets.TARGETS,
+)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the page registers is gone after the test."""
+    monkeypatch.setattr(stores, "KINDS", stores.KINDS)
+    monkeypatch.setattr(request, "TARGET_NAMES", request.TARGET_NAMES)
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+    if hasattr(arch.StoreConfig, "tied"):
+        del arch.StoreConfig.tied
+
+
+@torch.no_grad()
+def test_extending(workplace: Path, registries: None, capsys: pytest.CaptureFixture) -> None:
+    names, values = run_page("extending", capsys)
+    # The kind of store: its cache is what the formula says, and decoding over it is the parallel pass.
+    tied = arch.ArchConfig({"kv": names["kv"]}, ["new kv", "reuse kv"])
+    model = arch.build(tied, "tiny", num_layers=4)
+    assert sum(parameter.numel() for parameter in model.parameters()) == arch.num_params(model.config, model.plan)
+    assert arch.plan_from_dict(model.plan.to_dict()) == model.plan
+    tokens = torch.randint(4096, (2, 9), generator=torch.Generator().manual_seed(0))
+    cache = model.allocate_cache(2, 9)
+    assert cache.nbytes == arch.allocated_bytes(model.plan, 2, 9, itemsize=4)
+    model.prefill(tokens[:, :5], cache)
+    stepped = torch.cat([model.decode_step(tokens[:, i : i + 1], cache) for i in range(5, 9)], dim=1)
+    torch.testing.assert_close(stepped, model(tokens)[:, 5:], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="has keys that are values, too"):
+        convert_formats.FORMATS["stock"].to_hf(model.config)
+    # The backend: equal to the definition, and refused what it does not claim.
+    same = [arch.build("mha", "tiny", num_layers=2, backend=name) for name in ("products", "reference")]
+    torch.testing.assert_close(same[0](tokens), same[1](tokens), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="products lacks gqa"):
+        arch.build("mqa", "tiny", backend="products")
+    # The export holds every weight, and its configuration says what it is.
+    exported = load_file(workplace / "exported" / "plain" / "model.safetensors")
+    read = convert_formats.read_config(json.loads((workplace / "exported" / "plain" / "config.json").read_text()))
+    assert {weight.hf_name for weight in read.weights} == exported.keys()
+    assert 0 <= values[-2] <= 1, "accuracy"
+    assert set(json.loads((workplace / "results" / "decoding.json").read_text())["milliseconds"]) == {"mha", "cla2"}
+
+
+def test_a_layout_from_a_folder_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", text_of("extending"), re.DOTALL)
+    plan = arch.resolve(arch.model_config(arch.from_dict(arch.ArchConfig, yaml.safe_load(text)), "tiny"))
+    assert plan.owners == (0, 0, 0, 3, 4, 4, 4, 7)
+    (tmp_path / "my" / "arch").mkdir(parents=True)
+    (tmp_path / "my" / "arch" / "mine.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    options = ["--config-dir=my", "+arch=mine", "+size=tiny", "picture=null"]
+    launch_in_process(footprint.main, "footprint", footprint.FootprintConfig, options)
+    assert "mine" in capsys.readouterr().out

@@ -117,7 +117,7 @@ def test_count(tmp_path: Path) -> None:
         _, script, *arguments = shlex.split(command)
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert (tmp_path / "mixattention-1b.png").exists()
+    assert (tmp_path / "runs" / "footprint" / "mixattention-1b.png").exists()
 
 
 def test_measurements(tmp_path: Path) -> None:
