@@ -320,6 +320,7 @@ def test_table_of_the_page() -> None:
 
 def test_commands_of_the_page(tmp_path: Path) -> None:
     """Every recipe it names can be composed as it says, every launch prints a command, every data set has a file."""
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
     kinds = set()
     for command in "".join(blocks).strip().splitlines():
