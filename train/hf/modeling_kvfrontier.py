@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMixin
@@ -60,7 +61,8 @@ class KVFrontierMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 def rope_table(position_ids: Tensor, dim: int, theta: float) -> Rope:
@@ -81,7 +83,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "KVFrontierAttention",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -134,7 +136,7 @@ class KVFrontierAttention(nn.Module):
         query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         query_states = rotate(query_states, position_embeddings)
         sinks = self.sinks if self.has_sinks else None
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
@@ -174,9 +176,8 @@ class KVFrontierOwnerAttention(KVFrontierAttention):
 class KVFrontierDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: KVFrontierConfig, layer_idx: int):
         super().__init__()
-        self.owns_kv = config.kv_source_layers[layer_idx] == layer_idx
-        attention = KVFrontierOwnerAttention if self.owns_kv else KVFrontierAttention
-        self.self_attn = attention(config, layer_idx)
+        owns_kv = config.kv_source_layers[layer_idx] == layer_idx
+        self.self_attn = (KVFrontierOwnerAttention if owns_kv else KVFrontierAttention)(config, layer_idx)
         self.mlp = KVFrontierMLP(config)
         self.input_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.has_kv_norm = config.kv_norms[layer_idx]
@@ -199,9 +200,10 @@ class KVFrontierDecoderLayer(GradientCheckpointingLayer):
         All three are tensors in a flat tuple, and passed by position, as gradient checkpointing requires.
         """
         normed = self.input_layernorm(hidden_states)
-        if self.owns_kv:
+        if isinstance(self.self_attn, KVFrontierOwnerAttention):
             source = self.kv_layernorm(hidden_states) if self.has_kv_norm else normed
             key_states, value_states = self.self_attn.write(source, position_embeddings, past_key_values)
+        assert key_states is not None and value_states is not None
         attended, _ = self.self_attn(normed, key_states, value_states, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -393,12 +395,15 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[Any, Any], *args: Any, **kwargs: Any
+    ) -> bool:
         passed = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        returned: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
         built = model_kwargs.get("past_key_values")
         if built is not None and passed is None:
             fit_windows(built, self.config)
+        return returned
 
 
 class KVFrontierForSequenceClassification(GenericForSequenceClassification, KVFrontierPreTrainedModel):
@@ -406,6 +411,7 @@ class KVFrontierForSequenceClassification(GenericForSequenceClassification, KVFr
 
     def __init__(self, config: KVFrontierConfig):
         KVFrontierPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
         self.num_labels = config.num_labels
         self.model = KVFrontierModel(config)  # the class above would ask AutoModel, which may not know of this one
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)

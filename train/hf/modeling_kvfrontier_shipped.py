@@ -89,7 +89,7 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
         return self.decoder.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.embed = value
+        self.decoder.embed = value  # type: ignore[assignment]  or what stands in for an embedding
 
     def get_output_embeddings(self) -> nn.Module:
         """The module whose weight is the output matrix: the embedding where the two are tied."""
@@ -97,12 +97,12 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    ) -> nn.Embedding:
         """Return the embedding. Raises ValueError for another number of tokens, which is part of `config.size`."""
         held, wanted = self.config.vocab_size, new_num_tokens or self.config.vocab_size
         if -(-wanted // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1) != held:
             raise ValueError(f"this model has {held} tokens, part of its size, and cannot be resized to {wanted}")
-        return self.get_input_embeddings()
+        return self.decoder.embed
 
     def check_adapters(self) -> None:
         """Raise ValueError where an adapter, such as LoRA's, would be left out."""
@@ -225,7 +225,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if output_hidden_states else None)
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]  of its arguments those that are supported
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -279,10 +279,10 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
             seed=int(torch.randint(2**31, ())),
         )
         if not together:
-            follower.replay([row if len(row) == new else [*row, end] for row in rows])
+            follower.replay(rows if end is None else [row if len(row) == new else [*row, end] for row in rows])
         sequences = follower.finish()
         if settings.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # type: ignore[arg-type]
         return sequences
 
 
