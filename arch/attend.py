@@ -1,7 +1,8 @@
 """Softmax attention over slots: one function and several backends, each of which declares what it supports.
 
 A backend makes a mask in the form its kernel takes, once per forward pass and distinct window. The mask carries the
-kernel, so that layers, which are handed masks, know nothing of backends.
+kernel, so that layers, which are handed masks, know nothing of backends. Over a cache, where queries see slots that no
+other backend has a mask for, attention is always computed by sdpa (by reference where that is the backend).
 
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H key width, V value width.
 """
@@ -304,4 +305,4 @@ def select_backend(name: str, needs: Needs, device: str) -> Backend:
         if not backend.unsupported(needs, device):
             return backend
     reasons = "; ".join(f"{b.name} lacks {', '.join(b.unsupported(needs, device))}" for b in tried)
-    raise ValueError(f"no attention backend for this layout on {device}: {reasons}; choose another backend or auto")
+    raise ValueError(f"no attention backend for this layout on {device}: {reasons}; backend=auto takes one that can")

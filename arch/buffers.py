@@ -82,7 +82,8 @@ class StateBuffer:
             tensor.copy_(value)
 
 
-Buffer = AppendBuffer | RingBuffer | StateBuffer
+SlotBuffer = AppendBuffer | RingBuffer
+Buffer = SlotBuffer | StateBuffer
 
 
 def allocate_buffer(

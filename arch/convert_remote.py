@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
-from .convert import NO_SPECIAL_TOKENS, SIZE_KEYS, UnsupportedModelError, style_problems
+from .convert import (
+    MAX_SEQ_LEN,
+    NO_SPECIAL_TOKENS,
+    SIZE_KEYS,
+    UnsupportedModelError,
+    is_positive,
+    size_problems,
+    style_problems,
+)
 from .convert_stock import TIED, weights
 from .plan import KVPlan, resolve_stack
 from .stores import StoreSpec
@@ -99,10 +107,9 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """
     if hf.get("model_type") != MODEL_TYPE:
         raise UnsupportedModelError([f"model_type is {hf.get('model_type')!r}; it must be {MODEL_TYPE}"])
-    layout_keys = ("head_dim", "num_key_value_heads", "rope_parameters", "layer_types", "kv_source_layers")
-    missing = [f"{key} is missing" for key in (*SIZE_KEYS.values(), *layout_keys) if hf.get(key) is None]
-    if missing:
-        raise UnsupportedModelError(missing)
+    problems = size_problems(hf, (*SIZE_KEYS.values(), "head_dim", "num_key_value_heads")) + _layer_problems(hf)
+    if problems:
+        raise UnsupportedModelError(problems)
     depth, sources = hf["num_hidden_layers"], hf["kv_source_layers"]
     window, theta = hf.get("sliding_window"), hf["rope_parameters"].get("rope_theta")
     lists: dict[str, list[Any]] = {
@@ -113,9 +120,6 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         "layer_kv_norms": [False] * depth,
     }
     lists = {key: hf.get(key) or value for key, value in lists.items()}
-    wrong = [key for key, values in (lists | {"kv_source_layers": sources}).items() if len(values) != depth]
-    if wrong:
-        raise UnsupportedModelError([f"{key} does not have {depth} entries, one for each layer" for key in wrong])
     if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
         raise UnsupportedModelError(
             [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
@@ -134,6 +138,37 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     raise UnsupportedModelError(
         [f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]]
     )
+
+
+def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
+    """Every key about layers that is missing, is of another type, or has another number of entries."""
+    number = (int, float)
+    entries: dict[str, tuple[type, ...]] = {
+        "layer_types": (str,),
+        "kv_source_layers": (int,),
+        "layer_sliding_windows": (int, type(None)),
+        "layer_key_value_heads": (int,),
+        "layer_rope_thetas": number,
+        "layer_sinks": (bool,),
+        "layer_kv_norms": (bool,),
+    }
+    problems, depth = [], hf.get("num_hidden_layers")
+    for key, kinds in entries.items():
+        values = hf.get(key)
+        if values is None:
+            problems += [f"{key} is missing"] if key in ("layer_types", "kv_source_layers") else []
+        elif not isinstance(values, list) or any(type(value) not in kinds for value in values):
+            problems.append(f"{key} is {str(values)[:80]}; it must be a list of what each layer has")
+        elif len(values) != depth:
+            problems.append(f"{key} does not have {depth} entries, one for each layer")
+    window, rope = hf.get("sliding_window"), hf.get("rope_parameters")
+    if window is not None and (type(window) is not int or not 1 <= window <= MAX_SEQ_LEN):
+        problems.append(f"sliding_window is {window!r}; it must be a whole number from 1 to {MAX_SEQ_LEN}, or null")
+    if rope is None:
+        problems.append("rope_parameters is missing")
+    elif not isinstance(rope, dict) or not is_positive(rope.get("rope_theta")):
+        problems.append(f"rope_parameters is {str(rope)[:80]}; it must have a positive rope_theta")
+    return problems
 
 
 def _layout(stores: list[StoreConfig], sources: list[int], merge_equal: bool) -> ArchConfig:

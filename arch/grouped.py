@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, attend
-from .buffers import AppendBuffer, RingBuffer
+from .buffers import SlotBuffer
 from .config import SizeConfig, head_dim, style_of
 from .layers import Rope, rotate
 from .stores import StoreSpec
@@ -33,13 +33,7 @@ class GroupedWriter(nn.Module):
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
         self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope: Rope,
-        buffer: AppendBuffer | RingBuffer | None = None,
-        offset: int = 0,
-    ) -> GroupedKV:
+    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int = 0) -> GroupedKV:
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         v_BTKH = rearrange(self.v_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         kv = GroupedKV(rotate(k_BTKH, rope), v_BTKH)

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, attend
-from .buffers import AppendBuffer, RingBuffer
+from .buffers import SlotBuffer
 from .config import SizeConfig, head_dim, style_of
 from .layers import RMSNorm, Rope, rotate
 from .stores import StoreSpec
@@ -35,13 +35,7 @@ class LatentWriter(nn.Module):
         self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=style_of(size).bias)
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope: Rope,
-        buffer: AppendBuffer | RingBuffer | None = None,
-        offset: int = 0,
-    ) -> LatentKV:
+    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int = 0) -> LatentKV:
         latent_BTR, k_rope_BTP = self.kv_down_proj(x_BTD).split(self.widths, dim=-1)
         kv = LatentKV(self.latent_norm(latent_BTR), rotate(k_rope_BTP.unsqueeze(2), rope).squeeze(2))
         return kv if buffer is None else LatentKV(*buffer.update(kv, offset))

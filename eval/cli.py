@@ -5,6 +5,7 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ from eval.overrides import WORD, as_typed, sweep_size
 from eval.typed import mistyped_booleans
 
 MISTAKES = (UsageError, LayoutError, DataError)
+# Of a path that somebody typed: too long a name, or below a folder that one may not read.
+UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
             fail(str(error))
         except OmegaConfBaseException as error:
             fail(explain(error))
+        except OSError as error:
+            if error.errno in UNREACHABLE:
+                fail(explain(error))
+            crashed = True
+            raise
         except TaskError as error:
             fail(str(error), code=1)
         except Exception:

@@ -1,6 +1,7 @@
 """A trained decoder becomes a Block Transformer: what goes where, what is refused, and the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,20 @@ def test_what_the_command_refuses(
     assert stopped.value.code == 2
     assert message in capfd.readouterr().err
     assert not Path("x").exists()
+
+
+def test_an_adapter_beside_a_checkpoint_is_refused(
+    vanilla_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Beside the run that is given, or beside the checkpoint that is taken."""
+    run = shutil.copytree(vanilla_run, tmp_path / "run")
+    for place in (run, next((run / "checkpoints").glob("step-*"))):
+        (place / "adapter_config.json").touch()
+        with pytest.raises(SystemExit):
+            do_uptrain(f"from={run}", f"out={tmp_path / 'blocks'}")
+        message = capfd.readouterr().err
+        assert f"{place} has an adapter, adapter_config.json, which would be left out; merge it" in message
+        (place / "adapter_config.json").unlink()
 
 
 def test_a_block_transformer_is_not_converted_again(

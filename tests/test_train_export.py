@@ -386,6 +386,8 @@ def test_what_cannot_be_is_refused_before_any_work(
         (["target=gguf"], "target is gguf; choose auto, stock"),
         (["max_shard_size=big"], "max_shard_size: cannot read 'big'"),
         (["max_shard_size=0"], "it must be more than nothing"),
+        (["license=Apache 2.0"], "license=Apache 2.0: give an identifier of the hub, such as apache-2.0"),
+        (["out="], "give out=, a new folder"),
         (["checkpoint=" + str(tmp_path / "gone")], "gone is not there"),
         (["checkpoint=" + str(taken)], "taken is neither a checkpoint nor a run that has saved one"),
         (["prepared=" + str(taken)], "holds no prepared data"),
@@ -543,6 +545,7 @@ def test_the_card_says_of_the_run_what_is_true_of_this_checkpoint(made_up: Path)
         return card.partition("## Training")[2].partition("## Load")[0]
 
     last = training(made_up, "last")
+    assert "license" not in (made_up.parent / "last" / "README.md").read_text().partition("# last")[0]
     lines = ["run: mine", "step: 6", "tokens: 768, in sequences of 32", "data: unit", "seed: 7"]
     lines += ["validation loss: 3.0000 nats per token", "validation perplexity: 20.085", "bits per byte: 1.2500"]
     assert all(f"- {line}\n" in last for line in lines), last
@@ -593,7 +596,9 @@ def test_every_key_of_the_help_can_be_typed(tmp_path: Path, corpus: Path) -> Non
     """Names of config groups, such as data, cannot: Hydra keeps them for itself."""
     source = write_checkpoint(tmp_path / "step-00000003", "mqa")
     keys = [f"checkpoint={source}", f"out={tmp_path / 'out'}", "target=auto", "dtype=fp32", "max_shard_size=5GB"]
-    keys += [f"prepared={corpus}", "verify=false", "push_to_hub=null"]
+    keys += [f"prepared={corpus}", "verify=false", "license=mit", "push_to_hub=null"]
     assert {key.partition("=")[0] for key in keys} == {item.name for item in fields(ExportConfig)}
     launch_in_process(main, "export", ExportConfig, keys)
     assert (tmp_path / "out" / "config.json").exists()
+    front = (tmp_path / "out" / "README.md").read_text().partition("---\n#")[0]
+    assert "license: mit\n" in front

@@ -11,14 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, launch_in_process, tokens, weights
+from conftest import ROOT, launch_in_process, small, tokens, weights
 from conversions import from_hf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_arch_convert import DEEPSEEK, LATENT, LLAMA, MINISTRAL, WIDTHS, assert_same, randomised
 
-from arch import ArchConfig, LayoutError, ModelConfig, SizeConfig, build, from_dict, generate, plan_from_dict, resolve
+from arch import (
+    ArchConfig,
+    LayoutError,
+    ModelConfig,
+    SizeConfig,
+    build,
+    convert_remote,
+    from_dict,
+    generate,
+    plan_from_dict,
+    resolve,
+)
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_formats import read_config
 from data.cli import UsageError
@@ -316,6 +327,30 @@ def set_to(name: str, place: int, value: float) -> Callable[[Path], None]:
     return lambda folder: edit_tensors(folder, lambda tensors: tensors[name].view(-1)[place].fill_(value))
 
 
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "Adapter_Config.JSON",
+            "adapter_model-00001-of-00002.safetensors", "adapters.safetensors", "pytorch_adapter.bin")  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../single", "linked"])
+def test_an_adapter_beside_the_weights_is_refused(
+    spelling: str, saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """It would be left out, in silence; also where there is nothing but the adapter."""
+    folder = shutil.copytree(saved["single"], tmp_path / "single")
+    (tmp_path / "linked").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    for name in ADAPTERS if spelling == "{}" else ADAPTERS[:1]:
+        (folder / name).touch()
+        message = refusal(capfd, f"from={spelling.format(folder)}", "out=ours")
+        assert f"has an adapter, {name}, which would be left out; merge it" in message
+        assert "merge_and_unload().save_pretrained(NEW)" in message
+        (folder / name).unlink()
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "adapter_config.json").touch()
+    assert "has an adapter" in refusal(capfd, f"from={spelling.format(folder)}", "out=ours")
+
+
 NORM, HEAD, Q = "model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"
 EMBED = "gpt_neox.embed_in.weight"
 BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -433,13 +468,21 @@ ODD = [
     [[]],
     {},
     {"rope_type": "default"},
+    {"rope_type": "default", "rope_theta": "x"},
+    [None] * 8,
+    [2**70] * 8,
     10**30,
     float("nan"),
     float("inf"),
 ]
 
 
-@pytest.mark.parametrize("hf", [LLAMA, MINISTRAL, DEEPSEEK, PYTHIA], ids=["llama", "ministral", "deepseek", "pythia"])
+REMOTE = convert_remote.to_hf_config(small("mixattention", num_layers=8))
+
+
+@pytest.mark.parametrize(
+    "hf", [LLAMA, MINISTRAL, DEEPSEEK, PYTHIA, REMOTE], ids=["llama", "ministral", "deepseek", "pythia", "remote"]
+)
 def test_odd_values_in_a_config(hf: dict[str, Any]) -> None:
     """Each key of a config.json with each of them: a model that can be built, or a refusal in words."""
     extra = {key: None for key in ("layer_types", "rope_scaling", "head_dim", "num_key_value_heads", "architectures")}

@@ -69,7 +69,9 @@ class TrainerConfig:
     micro_batch       sequences per forward pass; null: the most that keep it within 32768 tokens
     compile           torch.compile each block; null: on CUDA
     activation_checkpointing  compute activations again in the backward pass, which saves memory
-    backend           attention backend: auto, or a name from arch/attend.py
+    backend           attention backend: auto (the best for layout and device), sdpa, reference, or on CUDA flex,
+                      varlen, flash4, flash3, flash2, flash (the newest that is installed and can), and fla (bounded
+                      stores of rule gated); decoding over a cache runs sdpa, or reference
     log_every         steps between reports
     val_every         steps between validations; null: four in the run
     checkpoint_every  steps between checkpoints

@@ -4,8 +4,8 @@ Shapes: B batch, T tokens.
 """
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -72,13 +72,20 @@ def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Bas
     return Baseline("kvfrontier", "", model, loss)
 
 
+@contextmanager
+def importing(package: str) -> Iterator[None]:
+    """Raise UnavailableError where something of `package` cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnavailableError(f"{package} cannot be imported: {error}") from error
+
+
 def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
     """transformers' LlamaForCausalLM with SDPA and its own loss."""
     size, slot = config.size, llama_slot(config)
-    try:
+    with importing("transformers"):
         from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise UnavailableError(f"transformers cannot be imported: {error}") from error
     with torch.device(device):
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -111,12 +118,10 @@ def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> B
 def litgpt(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
     """litgpt's GPT with the loss of its pretraining script."""
     size, slot = config.size, llama_slot(config)
-    try:
+    with importing("litgpt"):
         from litgpt.config import Config
         from litgpt.model import GPT
         from litgpt.utils import chunked_cross_entropy
-    except ImportError as error:
-        raise UnavailableError(f"litgpt cannot be imported: {error}") from error
     with torch.device(device):
         model = GPT(
             Config(

@@ -89,7 +89,7 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
         return self.decoder.embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.embed = value  # type: ignore[assignment]  or what stands in for an embedding
+        self.decoder.embed = value  # type: ignore[assignment]
 
     def get_output_embeddings(self) -> nn.Module:
         """The module whose weight is the output matrix: the embedding where the two are tied."""
@@ -225,7 +225,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if output_hidden_states else None)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]  of its arguments those that are supported
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,

@@ -26,11 +26,15 @@ def write_card(
     training: Training,
     checks: Sequence[Check],
     version: str,
+    license_name: str | None = None,
 ) -> None:
-    """Write README.md and its picture. `name` is what users load: the folder, or its repository on the hub."""
+    """Write README.md and its picture. `name` is what users load: the folder, or its repository on the hub.
+
+    Without `license_name`, an identifier of the hub, the card names none.
+    """
     draw_plan(plan, name, config.size.seq_len, ITEMSIZE, folder / PICTURE)
     sections = [
-        front_matter(target),
+        front_matter(target, license_name),
         f"# {name}\n\n{summary(config, plan, target)}\n\n![who writes and who reads keys and values]({PICTURE})",
         f"## KV cache\n\n{kv_table(config, plan)}",
         f"## Training\n\n{training_list(config, training)}",
@@ -41,9 +45,9 @@ def write_card(
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
 
 
-def front_matter(target: Target) -> str:
+def front_matter(target: Target, license_name: str | None) -> str:
     tags = ["kv-cache", *(["custom_code"] if target.code else [])]
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", license=license_name, tags=tags)
     return f"---\n{data.to_yaml()}\n---"
 
 

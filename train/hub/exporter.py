@@ -10,6 +10,7 @@ from train import checkpoint
 from train.errors import TrainingError
 from train.hub.card import write_card
 from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.folder_reader import refuse_adapter
 from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
 from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
@@ -34,6 +35,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     folder = checkpoint.resolve(request.checkpoint)
+    refuse_adapter(folder)
     reader = CheckpointReader(folder)
     config, plan = reader.model()
     target, refused = choose(config, plan, options.target)
@@ -54,13 +56,17 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
         checks = run_checks(exported, console) if options.verify else []
         version = f"transformers {installed('transformers')} and torch {installed('torch')}"
         name = options.push_to_hub or request.out.name
-        write_card(partial, name, config, plan, target, training, checks, version)
+        write_card(partial, name, config, plan, target, training, checks, version, options.license)
         partial.rename(request.out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror or str(error)
         raise TrainingError(f"cannot write {request.out}: {reason}; give another folder with out=") from error
     console.print(f"exported: {request.out}", soft_wrap=True)
+    if options.license is None:
+        console.print(
+            "its card names no license; license= of this command does, or a line in README.md", soft_wrap=True
+        )
     if options.push_to_hub is not None:
         console.print(f"pushed: {push(request.out, options.push_to_hub)}", soft_wrap=True)
     return checks

@@ -4,6 +4,7 @@ Nothing in it is executed, nothing outside the folder is read, and whatever is m
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-DOWNLOAD_PATTERNS = ["config.json", INDEX, "*.safetensors", *TOKENIZER_FILES]
+DOWNLOAD_PATTERNS = ["config.json", INDEX, "*.safetensors", *TOKENIZER_FILES, "adapter_config.json"]
+# Files of an adapter, as peft (adapter_config.json, adapter_model.*) and others name them.
+ADAPTER = re.compile(r"(pytorch_)?adapters?([_.-].*)?\.(json|safetensors|bin|pt|pth|npz)", re.IGNORECASE)
 
 
 class HFFolder(SafetensorsReader):
@@ -32,11 +35,25 @@ class HFFolder(SafetensorsReader):
     error = UsageError
 
     def __init__(self, folder: Path):
+        refuse_adapter(folder)
         self.config = _read_json(folder / "config.json")
         tensors: dict[str, StoredTensor] = {}
         for file, names in _listed_files(folder).items():
             tensors |= _tensors_of_file(folder / file, names)
         super().__init__(folder, tensors)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UsageError where the files of an adapter lie in `folder`: what they change would be left out."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
+    if names:
+        raise UsageError(
+            f"{folder} has an adapter, {names[0]}, which would be left out; merge it, and give the folder that this "
+            f"writes: AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(NEW)"
+        )
 
 
 def _listed_files(folder: Path) -> dict[str, set[str] | None]:

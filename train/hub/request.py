@@ -1,6 +1,7 @@
 """Options of an export, checked without the imports that the export itself needs."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from data.cli import UsageError
 from eval.units import parse_bytes
 
 TARGET_NAMES = ("stock", "remote", "shipped")  # as in train/hub/targets.py
+LICENSE = r"[a-z0-9][a-z0-9.+-]{0,63}"  # identifiers of the hub are in small letters
 DTYPE_NAMES = ("fp32", "bf16")  # as in train/hub/tensor_files.py
 
 
@@ -24,6 +26,8 @@ class ExportConfig:
     max_shard_size  largest size of a weight file
     prepared        prepared data of the run (tokenizer, validation text), if it has moved
     verify          compare logits, tokens, cache bytes and perplexity with ours; false skips this
+    license         license of the weights, for the card: an identifier of the Hugging Face hub, such as apache-2.0,
+                    mit, cc-by-4.0 or other; null: the card names none
     push_to_hub     upload the folder to this repository of the Hugging Face hub; a new one is private
     """
 
@@ -34,6 +38,7 @@ class ExportConfig:
     max_shard_size: str = "5GB"
     prepared: str | None = None
     verify: bool = True
+    license: str | None = None
     push_to_hub: str | None = None
 
 
@@ -55,9 +60,11 @@ class ExportRequest:
 def check(options: ExportConfig) -> ExportRequest:
     """Check the command line before any work. Raises UsageError where something is missing or wrong."""
     for key, description in (("checkpoint", "the folder of a run or of a checkpoint"), ("out", "a new folder")):
-        if getattr(options, key) is None:
+        if not getattr(options, key):
             raise UsageError(f"give {key}=, {description}")
     assert options.checkpoint is not None and options.out is not None
+    if options.license is not None and not re.fullmatch(LICENSE, options.license):
+        raise UsageError(f"license={options.license}: give an identifier of the hub, such as apache-2.0, mit or other")
     if options.dtype not in DTYPE_NAMES:
         raise UsageError(f"dtype is {options.dtype}; choose {', '.join(DTYPE_NAMES)}")
     if options.target != "auto" and options.target not in TARGET_NAMES:

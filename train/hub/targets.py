@@ -77,9 +77,14 @@ class Target:
         return str(self.config["architectures"][0])
 
 
+LLAMA_CPP_NOTE = (
+    "llama.cpp knows byte-level BPE tokenizers by a hash, and of newly trained ones none: `convert_hf_to_gguf.py` "
+    "stops with `BPE pre-tokenizer was not recognized`. One that kvfrontier trained splits text as GPT-2's does: let "
+    "`get_vocab_base_pre` there return `gpt-2`, and the conversion is exact."
+)
 STOCK_NOTES = {
-    "llama": (),
-    "mistral": (),
+    "llama": (LLAMA_CPP_NOTE,),
+    "mistral": (LLAMA_CPP_NOTE,),
     "ministral": (
         "Sliding layers cost their window and no more in `transformers`. An engine without a cache manager for mixed "
         "layers may hold them at full length: look at the number of blocks it reports.",
