@@ -41,7 +41,7 @@ STEPS, SAVED_EVERY = 24, 5
 RUN = [
     "+arch=mixattention", "+size=tiny", "size.num_layers=4", "size.d_model=64", "size.d_ff=128", "size.seq_len=64",
     "size.max_window=16", "batch_size=8", f"tokens={STEPS * 8 * 64}", "data.val_tokens=512", "logger=csv",
-    "trainer.accelerator=cpu", "trainer.micro_batch=1", "trainer.log_every=1", "trainer.val_every=12",
+    "trainer.accelerator=cpu", "trainer.micro_batch=2", "trainer.log_every=1", "trainer.val_every=12",
     f"trainer.checkpoint_every={SAVED_EVERY}",
 ]  # fmt: skip
 
