@@ -22,10 +22,12 @@ class SourceConfig:
     revision    branch, tag or commit of the data set
     text        column with the text in a data set, in .jsonl and in .parquet
     train       without dataset: files, folders or globs, one or a list, of .txt .md .py .jsonl (each also .gz .xz .zst)
-                and .parquet; with dataset: the name of its split
+                and .parquet; with dataset: the name of its split. A line holds at most 256 MiB
     val, test   the same for the other splits
-    val_share   fraction of the training documents moved to val, chosen by a hash, so that no text is in two splits
-    test_share  the same for test
+    val_share   fraction of the training documents moved to val, chosen by a hash, so that no text is in two splits; of
+                files with few documents, the end of their text instead. null: 0.005 of the documents; of few, the last
+                65,536 characters or a tenth of the text, whichever is less. A split with text of its own needs none
+    test_share  the same for test, which training does not read
     document_start  regular expression: rows (lines of a text file) are joined into documents, and a row that matches
                 starts the next one. null: every row, or every text file, is a document
     """
@@ -38,9 +40,19 @@ class SourceConfig:
     train: Any = None
     val: Any = None
     test: Any = None
-    val_share: float = 0.0
-    test_share: float = 0.0
+    val_share: float | None = 0.0
+    test_share: float | None = 0.0
     document_start: str | None = None
+
+    @property
+    def shares(self) -> dict[str, float | None]:
+        """The splits that are held out of the training documents, and their shares."""
+        given = {"val": self.val_share, "test": self.test_share}
+        return {
+            split: share
+            for split, share in given.items()
+            if share != 0 and not getattr(self, split) and not self.corpus
+        }
 
 
 @dataclass
@@ -151,20 +163,27 @@ def problems(config: PrepareConfig) -> list[str]:
             if not source.dataset
             else f"source.train is not set; name the split of {source.dataset}: source.train=train"
         )
-    shares = (source.val_share, source.test_share)
+    shares = (source.val_share or 0.0, source.test_share or 0.0)
     if not all(0 <= share < 1 for share in shares) or sum(shares) >= 1:
         errors.append(f"source.val_share and source.test_share are {shares}; they are at least 0 and together below 1")
     for split, share in zip(("val", "test"), shares, strict=True):
         if share and (getattr(source, split) or source.corpus):
-            errors.append(f"source.{split}_share is {share}, and the split has text of its own; choose one")
+            errors.append(
+                f"source.{split}_share is {share}, and the split has text of its own; choose one: "
+                f"source.{split}_share=0 keeps that text"
+            )
     if tokenizer.kind not in ("bpe", "bytes", "pretrained"):
         errors.append(f"tokenizer.kind is {tokenizer.kind}; choose bpe, bytes, pretrained")
     if tokenizer.kind == "bpe" and not 257 <= tokenizer.vocab_size <= 2**20:
         errors.append(f"tokenizer.vocab_size is {tokenizer.vocab_size}; choose 257 to {2**20}")
     if tokenizer.kind == "pretrained" and not tokenizer.name:
         errors.append("tokenizer.name is not set; name a tokenizer of the hub, or its folder")
+    if tokenizer.sample_bytes < 1:
+        errors.append(f"tokenizer.sample_bytes is {tokenizer.sample_bytes}; it must be at least 1")
     for key in (*LIMITS, "workers"):
         value = getattr(config, key)
         if value is not None and value < 1:
             errors.append(f"{key} is {value}; it must be at least 1")
+    if config.workers is not None and config.workers > 1024:
+        errors.append(f"workers is {config.workers}; choose at most 1024")
     return errors

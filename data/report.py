@@ -50,9 +50,10 @@ class Report:
         """Warn where the bytes that tokens stand for, which bits per byte count, are not the bytes of the text."""
         for name, split in self.splits.items():
             ratio = split.token_text_bytes / split.bytes
-            if abs(ratio - 1) > 0.01:
+            if ratio != 1:
+                word = "warning" if abs(ratio - 1) > 0.01 else "note"
                 print(
-                    f"warning: the tokens of {name} stand for {ratio:.1%} of the bytes of its text (the tokenizer "
-                    "changes text): bits per byte count the former",
+                    f"{word}: the tokens of {name} stand for {ratio:.2%} of the bytes of its text (the tokenizer "
+                    "changes text): bits per byte are counted from the text",
                     file=sys.stderr,
                 )

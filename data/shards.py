@@ -3,6 +3,7 @@
 manifest.json            counts, checksums, recipe; written last, so a folder that has one is complete
 tokenizer.json           the tokenizer in the format of `tokenizers`
 token_bytes.npy          [V] UTF-8 bytes that each token stands for, for bits per byte
+sources.jsonl            what was read: name, size, times and a hash of each source file
 train-00000.bin ...      consecutive documents, each ended by the end-of-text token, which occurs nowhere else
 train-00000.offsets.npy  [documents] start of each document in the shard, in tokens
 """
@@ -13,6 +14,7 @@ import os
 import re
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,28 @@ class Manifest:
         if sizes.shape != (self.vocab_size,) or sizes.dtype.kind not in "ui":
             raise DataError(f"{path} does not hold {self.vocab_size} whole numbers; prepare the folder again")
         return sizes
+
+
+def text_bytes_of_tokens(
+    token_bytes: np.ndarray, splits: Sequence[Split], weights: Sequence[float] = (1.0,)
+) -> np.ndarray:
+    """UTF-8 bytes of text that each token stands for, [V], for bits per byte of a mixture of `splits`.
+
+    `token_bytes` as they are, int64, where they add up to the text, or an earlier version did not record whether they
+    do. Else float64, scaled so that they add up to it: a tokenizer may add characters, or leave some out. Where no
+    token stands for any text, each stands for its part of it.
+    """
+    weighted = list(zip(splits, weights, strict=True))
+    text = sum(weight * split.bytes / split.tokens for split, weight in weighted)
+    if any(split.token_text_bytes is None for split in splits):
+        return token_bytes.astype(np.int64)
+    counted = sum(weight * (split.token_text_bytes or 0) / split.tokens for split, weight in weighted)
+    if text == counted:
+        return token_bytes.astype(np.int64)
+    if not counted:
+        return np.full(len(token_bytes), text / sum(weights))
+    scaled: np.ndarray = token_bytes * (text / counted)
+    return scaled
 
 
 def _malformed(path: Path, reason: str) -> DataError:

@@ -1,16 +1,11 @@
 """Text of files, of data sets on the hub and of corpora: a stream of documents that can resume at any of them."""
 
-import glob
-import gzip
 import hashlib
-import io
-import json
 import lzma
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +13,11 @@ from typing import Any, NamedTuple
 from .config import SPLITS, SourceConfig
 from .corpora import CORPORA
 from .files import DataError
+from .held_out import HeldOut, by_hash, hold_out
+from .listing import SourceFile, all_files, list_files
+from .reading import CHUNK, check_memory, rows_of_file, string
+from .source_record import SourceState, state_of_file
 
-TEXT = (".txt", ".md", ".py")
-PACKED = (".gz", ".xz", ".zst")
 MAX_SAMPLED = 64  # source files that a tokenizer is trained on
 ANCHOR_ROWS = 1000  # rows of a data set between two saved states of its reader
 
@@ -34,19 +31,16 @@ class Position(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text, its split, and the position of the stream after it."""
+    """A text, the bytes of its UTF-8, its split, and the position of the stream after it.
+
+    `complete` is False where another part of the same text follows: `after` is then the position after both.
+    """
 
     split: str
     text: str
+    num_bytes: int
     after: Position
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file, a split of a data set, or a corpus, and the split that it belongs to."""
-
-    split: str
-    name: str
+    complete: bool = True
 
 
 class TextSource:
@@ -54,6 +48,9 @@ class TextSource:
 
     def __init__(self, config: SourceConfig):
         self.config = config
+        self.listing: list[str] = []  # a line about each split: what was found, and what was passed over
+        self.held_out = by_hash(config.shares) if config.shares else HeldOut()
+        values = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
         if config.corpus:
             if config.corpus not in CORPORA:
                 raise DataError(
@@ -61,32 +58,55 @@ class TextSource:
                     "source.train to files"
                 )
             self.files = [SourceFile("train", config.corpus)]
+        elif config.dataset:
+            self.files = [SourceFile(split, _one(f"source.{split}", value)) for split, value in values.items()]
+            split_of: dict[str, str] = {}
+            for file in self.files:
+                if split_of.setdefault(file.name, file.split) != file.split:
+                    raise DataError(f"{file.name} is in both source.{split_of[file.name]} and source.{file.split}")
         else:
-            expand = _one if config.dataset else _files
-            values = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
-            self.files = [
-                SourceFile(split, name) for split, value in values.items() for name in expand(f"source.{split}", value)
-            ]
-        split_of: dict[str, str] = {}
-        for file in self.files:
-            if split_of.setdefault(file.name, file.split) != file.split:
-                raise DataError(f"{file.name} is in both source.{split_of[file.name]} and source.{file.split}")
+            self.files, self.listing = list_files(values)
         try:
             self.start = re.compile(config.document_start) if config.document_start else None
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise DataError(f"source.document_start is no regular expression: {error}") from error
 
     @property
     def splits(self) -> list[str]:
         """The splits that will have documents, in order."""
         config, named = self.config, {file.split for file in self.files}
-        shares = {"val": config.val_share, "test": config.test_share}
-        return [split for split in SPLITS if config.corpus or split in named or shares.get(split)]
+        return [split for split in SPLITS if config.corpus or split in named or split in config.shares]
 
-    def fingerprint(self) -> list[Any]:
-        """[split, name, size or None] of each source file; a preparation resumes only if they are unchanged."""
-        local = not (self.config.corpus or self.config.dataset)
-        return [[file.split, file.name, Path(file.name).stat().st_size if local else None] for file in self.files]
+    def states(self, digest: bool = True) -> list[SourceState]:
+        """Describe each source, to notice whether it changes; without `digest`, by what costs no reading of files.
+
+        Raises DataError if a source cannot be read.
+        """
+        config = self.config
+        with _errors_named(config.corpus or config.dataset or "the sources"):
+            if config.corpus:
+                return [SourceState("train", config.corpus, digest=_digest_of_corpus(config.corpus))]
+            if not config.dataset:
+                return [state_of_file(file.split, file.name, digest) for file in self.files]
+            if Path(config.dataset).is_dir():
+                return [state_of_file("", name, digest) for name in all_files(Path(config.dataset))]
+            commit = _commit(config.dataset, config.revision) if digest else None
+            return [SourceState(file.split, file.name, digest=commit) for file in self.files]
+
+    def hold_out(self, name: str) -> None:
+        """Decide which training text is held out for val and test; `name` is that of the data set.
+
+        Of files it is known how many documents there are, and few are cut otherwise than many; a hash chooses
+        documents of a data set that is streamed.
+        """
+        if self.config.shares and not self.config.dataset:
+            self.held_out = hold_out(self._training_texts(), self.config.shares, name)
+
+    def can_yield(self, file: SourceFile) -> list[str]:
+        """The splits that documents of `file` can belong to."""
+        if self.config.corpus:
+            return list(SPLITS)
+        return ["train", *self.config.shares] if file.split == "train" else [file.split]
 
     def documents(self, begin: Position, end: int) -> Iterator[Document]:
         """Yield every text that is not blank, from `begin` to the end of source file `end` - 1."""
@@ -94,10 +114,23 @@ class TextSource:
             file = self.files[number]
             anchor, skip = (begin.anchor, begin.skip) if number == begin.file else (None, 0)
             for row in islice(self._read(file, anchor), skip, None):
-                if row.text.strip():
-                    valid, raw = _utf8(row.text)
-                    split = row.split or self._split(file.split, raw)
-                    yield Document(split, valid, Position(number, row.anchor, row.num_read))
+                if not row.text or row.text.isspace():
+                    continue
+                text, raw = _utf8(row.text)
+                after = Position(number, row.anchor, row.num_read)
+                split = row.split or file.split
+                parts = [(split, text)] if row.split or split != "train" else self.held_out.parts(text, raw)
+                for place, (part_split, part) in enumerate(parts, 1):
+                    size = len(raw) if len(parts) == 1 and part is text else len(part.encode())
+                    yield Document(part_split, part, size, after, place == len(parts))
+
+    def _training_texts(self) -> Iterator[tuple[str, bytes, str]]:
+        """Text, UTF-8 and source file of every training document, before any is held out."""
+        for file in self.files:
+            if file.split == "train":
+                for row in self._read(file, None):
+                    if row.text and not row.text.isspace():
+                        yield *_utf8(row.text), file.name
 
     def sample(self, size: int) -> Iterator[str]:
         """Yield about `size` bytes of training text: the beginnings of up to MAX_SAMPLED files, evenly spaced."""
@@ -111,17 +144,10 @@ class TextSource:
                     break
                 if document.split == "train":
                     text = document.text[:remaining]
-                    remaining -= len(text.encode())
-                    size -= len(text.encode())
+                    num_bytes = len(text.encode())
+                    remaining -= num_bytes
+                    size -= num_bytes
                     yield text
-
-    def _split(self, split: str, raw: bytes) -> str:
-        """Move val_share and test_share of the training documents, by a hash: equal texts share a split."""
-        config = self.config
-        if split != "train" or not (config.val_share or config.test_share):
-            return split
-        point = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") / 2**64
-        return "val" if point < config.val_share else "test" if point < config.val_share + config.test_share else split
 
     def _read(self, file: SourceFile, anchor: dict[str, Any] | None) -> Iterator["_Row"]:
         with _errors_named(file.name):
@@ -135,21 +161,26 @@ class TextSource:
                 if self.config.dataset:
                     rows = (row.text for row in self._rows_of_dataset(file.name, None))
                 else:
-                    rows = _rows_of_file(Path(file.name), self.config.text, by_lines=self.start is not None)
-                for count, text in enumerate(self._joined(rows), 1):
+                    rows = rows_of_file(Path(file.name), self.config.text, by_lines=self.start is not None)
+                for count, text in enumerate(self._joined(rows, file.name), 1):
                     yield _Row(text, count)
 
-    def _joined(self, rows: Iterable[str]) -> Iterator[str]:
+    def _joined(self, rows: Iterable[str], name: str) -> Iterator[str]:
         """Join rows into documents, each started by a row that matches `document_start`."""
         if self.start is None:
             yield from rows
             return
         document: list[str] = []
+        size = checked = 0
         for row in rows:
             if self.start.search(row) and document:
                 yield "".join(document)
-                document = []
+                document, size, checked = [], 0, 0
             document.append(row)
+            size += len(row)
+            if size - checked > CHUNK:
+                check_memory(name, size)
+                checked = size
         yield "".join(document)
 
     def _rows_of_dataset(self, split: str, state: dict[str, Any] | None) -> Iterator["_Row"]:
@@ -182,7 +213,7 @@ class TextSource:
             if row is None:
                 return
             count += 1
-            yield _Row(_string(row[config.text], f"{config.dataset}: column {config.text}"), count, anchor=state)
+            yield _Row(string(row[config.text], f"{config.dataset}: column {config.text}"), count, anchor=state)
             if count == ANCHOR_ROWS:
                 state, count = dataset.state_dict(), 0
 
@@ -196,49 +227,6 @@ class _Row(NamedTuple):
     split: str | None = None
 
 
-def _rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        file = pyarrow.parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column {column}; set source.text to one of {file.schema_arrow.names}")
-        for batch in file.iter_batches(256, columns=[column]):
-            yield from (_string(text, f"{path}: column {column}") for text in batch.column(0).to_pylist())
-    elif _kind(path) == ".jsonl":
-        with _open(path) as raw:
-            for number, line in enumerate(raw, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:  # its own line number is that within `line`
-                    raise ValueError(f"line {number} is no JSON: {getattr(error, 'msg', error)}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}: line {number} is no JSON object with the key {column}")
-                if column not in row:
-                    names = ", ".join(row)
-                    raise DataError(f"{path} has no key {column} in line {number}; set source.text to one of: {names}")
-                yield _string(row[column], f"{path}, line {number}: column {column}")
-    else:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
-            if by_lines:
-                yield from file
-            else:
-                yield file.read()
-
-
-def _open(path: Path) -> "gzip.GzipFile | lzma.LZMAFile | io.BufferedReader":
-    """Open a file for reading, decompressed."""
-    if path.suffix == ".zst":
-        import pyarrow  # its reader notices a truncated file
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    return lzma.open(path) if path.suffix == ".xz" else path.open("rb")
-
-
 @contextmanager
 def _errors_named(name: str) -> Iterator[None]:
     """Turn any error in reading into a DataError that names the source."""
@@ -246,53 +234,41 @@ def _errors_named(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+    except MemoryError as error:
+        raise DataError(
+            f"cannot read {name}: it does not fit in memory; cut the text into documents with source.document_start, "
+            "or into files"
+        ) from error
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, zlib.error) as error:
         raise DataError(
             f"cannot read {name}: {type(error).__name__}: {_first_line(error)}\nMend the source and run the same "
             "command again: it goes on from what is done"
         ) from error
 
 
-def _files(key: str, value: Any) -> list[str]:
-    """Expand files, folders (recursively) and globs to files in sorted order. Raises DataError if one names none."""
-    files: list[str] = []
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, str):
-            raise DataError(f"{key} is {value}; give files, folders or globs, one or a list")
-        path = Path(item)
-        if path.is_dir():
-            paths = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and _kind(file)]
-        elif path.is_file():
-            paths = [str(path)]
-        else:
-            paths = sorted(name for name in glob.glob(item, recursive=True) if Path(name).is_file())
-        if not paths:
-            raise DataError(f"{key}: no file at {item}; give files, folders or globs of text, .jsonl or .parquet")
-        unknown = [name for name in paths if not _kind(Path(name))]
-        if unknown:
-            kinds = ", ".join([*TEXT, ".jsonl"])
-            raise DataError(f"{key}: cannot read {unknown[0]}; files are {kinds} (each also .gz .xz .zst), .parquet")
-        files += [name for name in paths if name not in files]
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    """Suffix of the format, without that of the compression; None if it cannot be read."""
-    inner = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
-    known = inner in (*TEXT, ".jsonl") or (inner == ".parquet" and path.suffix == inner)
-    return inner if known else None
-
-
-def _one(key: str, value: Any) -> list[str]:
+def _one(key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{key} is {value}; with source.dataset it is the name of a split")
-    return [value]
+    return value
 
 
-def _string(value: Any, where: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{where} holds {type(value).__name__}, not text; set source.text to another")
-    return value or ""
+def _digest_of_corpus(name: str) -> str:
+    """Hash of the splits and texts of a corpus, which another version of Python has otherwise."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for split, text in CORPORA[name]():
+        for part in (split.encode(), text.encode("utf-8", "surrogatepass")):
+            hashed.update(len(part).to_bytes(8, "big") + part)
+    return hashed.hexdigest()
+
+
+def _commit(dataset: str, revision: str | None) -> str | None:
+    """The commit of a data set of the hub that `revision` names now; None where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+    except Exception:  # reading it fails soon, and says why
+        return None
 
 
 def _utf8(text: str) -> tuple[str, bytes]:

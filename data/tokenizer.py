@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,11 +14,20 @@ from .files import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot|>", "[EOS]")
-PIECE = 2**20  # characters; longer documents are encoded in pieces, which bounds memory
+PIECE = 2**20  # characters; a longer document is encoded piece by piece, which bounds memory
+AROUND = 256  # characters on both sides of a cut between pieces that must be encoded as they are without it
+CUTS = 32  # places of a kind that are tried for a cut
+LONGEST = 1000  # characters of one kind in a row that BPE is trained on whole; its time grows with their square
+LONG_RUN = re.compile(
+    r"(?<![^\W_])[^\W_]{N,}|(?<!\s)\s{N,}|(?<![^\w\s])(?<!_)(?:[^\w\s]|_){N,}".replace("N", str(LONGEST + 1))
+)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer, which encodes any text and decodes it unchanged."""
+    """Train a byte-level BPE tokenizer, which encodes any text and decodes it unchanged.
+
+    Of a run of more than LONGEST letters and digits, blanks, or other characters, LONGEST at a time are shown to it.
+    """
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -25,7 +35,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _without_long_runs(text)), trainer)
     return tokenizer
 
 
@@ -105,29 +115,77 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 class Encoder:
-    """Encodes documents. Special tokens spelled out in a document are encoded as ordinary text."""
+    """Encodes documents. Special tokens spelled out in a document are encoded as ordinary text.
+
+    Memory: a document longer than PIECE is encoded piece by piece, so that beside its text there are its tokens, twice
+    while they are joined, and the work on one piece. The pieces are cut where encoding the text around the cut gives
+    the same tokens with and without it, and what a tokenizer puts before a text is put before the first piece alone.
+    """
 
     def __init__(self, tokenizer: Tokenizer, end: int):
         tokenizer.encode_special_tokens = True
         self.tokenizer, self.end = tokenizer, end
         self.dtype = dtype_of(vocabulary_size(tokenizer))
+        self._continuing: Tokenizer | None = None
 
     def __call__(self, documents: list[str]) -> list[np.ndarray]:
         """Encode each document, with the end of text last. Raises DataError if it occurs within a document."""
-        pieces_of = [list(_pieces(document)) for document in documents]
-        ids = iter(self._ids([piece for pieces in pieces_of for piece in pieces]))
+        short = iter(self._ids([document for document in documents if len(document) <= PIECE]))
         result = []
-        for pieces in pieces_of:
-            tokens = np.concatenate([np.array(next(ids), dtype=self.dtype) for _ in pieces])
-            if (tokens == self.end).any():
+        for document in documents:
+            if len(document) <= PIECE:
+                pieces = [np.array(next(short), dtype=self.dtype)]
+            else:
+                pieces = [np.array(ids, dtype=self.dtype) for ids in self._ids_of_pieces(document)]
+            if any((piece == self.end).any() for piece in pieces):
                 raise DataError(
                     f"a document contains the end of text, token {self.end}; set another tokenizer.end_of_text"
                 )
-            result.append(np.append(tokens, self.dtype.type(self.end)))
+            result.append(np.concatenate([*pieces, np.array([self.end], dtype=self.dtype)]))
         return result
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def _ids(self, texts: list[str], tokenizer: Tokenizer | None = None) -> list[list[int]]:
+        encodings = (tokenizer or self.tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _ids_of_pieces(self, text: str) -> Iterator[list[int]]:
+        begin = 0
+        while begin < len(text):
+            end = self._cut(text, begin)
+            yield self._ids([text[begin:end]], self.continuing if begin else None)[0]
+            begin = end
+
+    @property
+    def continuing(self) -> Tokenizer:
+        """The tokenizer without what it puts before a text, for all pieces but the first."""
+        if self._continuing is None:
+            self._continuing = Tokenizer.from_str(json.dumps(_without_prefix(json.loads(self.tokenizer.to_str()))))
+            self._continuing.encode_special_tokens = True
+        return self._continuing
+
+    def _cut(self, text: str, begin: int) -> int:
+        """Find the end of the piece that starts at `begin`: the last place that changes no token around it.
+
+        After or before the end of a line, after or before a blank, or anywhere; the end of the last line, or PIECE
+        characters, where no such place is found.
+        """
+        limit: int = begin + PIECE
+        if limit >= len(text):
+            return len(text)
+        places: list[int] = [
+            place
+            for mark in ("\n", " ")
+            for found in _last_places(text, mark, begin + 1, limit)
+            for place in (found + 1, found)
+        ]
+        places += range(limit, max(begin, limit - CUTS), -1)
+        for place in places:
+            left, right = text[max(begin, place - AROUND) : place], text[place : place + AROUND]
+            whole, before = self._ids([left + right, left])
+            if whole == before + self._ids([right], self.continuing)[0]:
+                return place
+        line_end: int = text.rfind("\n", begin, limit) + 1
+        return line_end or limit
 
 
 def dtype_of(vocab_size: int) -> np.dtype:
@@ -135,14 +193,44 @@ def dtype_of(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut `text` into pieces of at most PIECE characters, after a line break if there is one."""
+def _without_long_runs(text: str) -> Iterator[str]:
+    """Yield `text` in pieces, none of which has a run of more than LONGEST characters of one kind."""
     begin = 0
-    while len(text) - begin > PIECE:
-        cut = text.rfind("\n", begin, begin + PIECE) + 1 or begin + PIECE
-        yield text[begin:cut]
-        begin = cut
+    for run in LONG_RUN.finditer(text):
+        for end in range(run.start() + LONGEST, run.end(), LONGEST):
+            yield text[begin:end]
+            begin = end
     yield text[begin:]
+
+
+def _last_places(text: str, mark: str, begin: int, end: int) -> Iterator[int]:
+    """The last CUTS places of `mark` in text[begin:end], the last one first."""
+    for _ in range(CUTS):
+        end = text.rfind(mark, begin, end)
+        if end < 0:
+            return
+        yield end
+
+
+def _without_prefix(parts: Any) -> Any:
+    """A tokenizer.json without the normalizers and pre-tokenizers that put a blank or a mark before a text."""
+    if isinstance(parts, list):
+        return [
+            _without_prefix(part) for part in parts if not (isinstance(part, dict) and part.get("type") == "Prepend")
+        ]
+    if not isinstance(parts, dict):
+        return parts
+    changed = {
+        key: value if key in ("vocab", "merges", "added_tokens") else _without_prefix(value)
+        for key, value in parts.items()
+    }
+    if parts.get("type") == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if "add_prefix_space" in parts:
+        changed["add_prefix_space"] = False
+    if isinstance(normalizer := parts.get("normalizer"), dict) and normalizer.get("type") == "Prepend":
+        changed["normalizer"] = None
+    return changed
 
 
 def _byte_level(model: models.BPE, use_regex: bool) -> Tokenizer:

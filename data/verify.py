@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import source_record
 from .files import DataError, sha256, write_json
 from .shards import Manifest, Shard, read_offsets
 
@@ -118,9 +119,17 @@ def verify(folder: Path) -> str:
         manifest.check_tokenizer(folder)
     except DataError as error:
         errors.append(str(error))
+    if manifest.sources is not None:
+        try:
+            source_record.load(folder, manifest.sources)
+        except DataError as error:
+            errors.append(str(error))
+    hashes: dict[str, str] = {}
     shards = 0
     for name, split in manifest.splits.items():
         for shard in split.shards:
+            if hashes.setdefault(shard.sha256, name) != name:
+                errors.append(f"{folder / shard.file} of {name} holds what a shard of {hashes[shard.sha256]} holds")
             errors += _shard_errors(folder, shard, manifest)
             shards += 1
         for count in ("tokens", "documents", "bytes"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .cli import value_text
+from .config import SPLITS
 from .files import DataError, sha256, sync_folder, write_json
 from .shards import Shard
+from .source_record import SOURCES
 from .sources import Position
 
+CHUNK = 2**24  # tokens
 LOCK = "prepare.lock"
 PROGRESS = "progress.json"
-INITIAL_FILES = {LOCK, "tokenizer.json", "token_bytes.npy"}
+INITIAL_FILES = {LOCK, SOURCES, "tokenizer.json", "token_bytes.npy"}
 
 
 @dataclass
@@ -46,44 +50,53 @@ class SplitProgress:
 class Progress:
     """State of an interrupted preparation, in `progress.json`: all that resuming needs beside the shards.
 
-    inputs  recipe and fingerprint of the source; resuming with others would mix data
+    inputs   recipe; resuming with another would mix data
+    sources  SHA-256 of sources.jsonl; of an earlier version, [split, name, size] of each source
     """
 
     inputs: dict[str, Any]
     position: Position
     splits: dict[str, SplitProgress]
+    sources: str | list[Any] | None = None
 
     def save(self, folder: Path) -> None:
         splits = {name: asdict(split) for name, split in self.splits.items()}
         for split in splits.values():  # the names of earlier versions, whose preparations can be resumed
             split["covered"] = split.pop("token_text_bytes")
-        write_json(folder / PROGRESS, {"asked": self.inputs, "position": list(self.position), "splits": splits})
+        asked = self.inputs if self.sources is None else self.inputs | {"files": self.sources}
+        write_json(folder / PROGRESS, {"asked": asked, "position": list(self.position), "splits": splits})
 
     @classmethod
     def load(cls, folder: Path, inputs: dict[str, Any], splits: list[str]) -> "Progress":
         """Read the progress of `folder`, or start over if no token was written.
 
-        Raises DataError if the folder was begun with other inputs, or holds foreign files.
+        Raises DataError if the folder was begun with other inputs, holds foreign files, or its progress is damaged.
         """
         path = folder / PROGRESS
         new = cls(inputs, Position(), {split: SplitProgress() for split in splits})
         if not path.exists():
             _refuse_foreign_files(folder)
             return new
-        values = json.loads(path.read_text())
-        if values["asked"] != json.loads(json.dumps(inputs)):
-            if not any(split["tokens"] for split in values["splits"].values()):
-                path.unlink()
+        try:
+            values = json.loads(path.read_text())
+            asked, sources = dict(values["asked"]), values["asked"].get("files")
+            asked.pop("files", None)
+            for split in values["splits"].values():
+                split["token_text_bytes"] = split.pop("covered")
+                split["shards"] = [Shard(**shard) for shard in split["shards"]]
+            progress = {name: SplitProgress(**split) for name, split in values["splits"].items()}
+            position = Position(*values["position"])
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{path} is damaged ({error!r}); delete {folder} and start over") from error
+        if asked != json.loads(json.dumps(inputs)):
+            if not any(split.tokens for split in progress.values()):
+                discard(folder)
                 return new
             raise DataError(
-                f"{folder} was begun with {differences(values['asked'], inputs)}; run that command again, delete the "
-                "folder, or give another with path="
+                f"{folder} was begun with {differences(asked, inputs)}; run that command again, delete the folder, or "
+                "give another with path="
             )
-        for split in values["splits"].values():
-            split["token_text_bytes"] = split.pop("covered")
-            split["shards"] = [Shard(**shard) for shard in split["shards"]]
-        progress = {name: SplitProgress(**split) for name, split in values["splits"].items()}
-        return cls(inputs, Position(*values["position"]), progress)
+        return cls(inputs, position, progress, sources)
 
 
 class SplitWriter:
@@ -117,7 +130,7 @@ class SplitWriter:
         if begins:
             self.finish()
             self.file = self.path.open("wb")
-        self.file.write(tokens.tobytes())
+        self.file.write(tokens.data)
         self.tokens += len(tokens)
         self.progress.tokens += len(tokens)
         self.progress.documents += 1
@@ -133,7 +146,9 @@ class SplitWriter:
         """Close the shard and write its offsets, which follow from the end-of-text tokens."""
         self.sync()
         self.file.close()
-        ends = np.flatnonzero(np.memmap(self.path, self.dtype, mode="r") == self.end)
+        tokens = np.memmap(self.path, self.dtype, mode="r")
+        found = [np.flatnonzero(tokens[at : at + CHUNK] == self.end) + at for at in range(0, len(tokens), CHUNK)]
+        ends = np.concatenate(found)
         assert len(ends) == self.progress.unfinished("documents") and ends[-1] == self.tokens - 1
         offsets = self.path.with_suffix(".offsets.npy")
         with offsets.open("wb") as file:
@@ -153,6 +168,17 @@ class SplitWriter:
             )
         )
         self.tokens = 0
+
+
+def discard(folder: Path) -> None:
+    """Delete what an unfinished preparation wrote, so that the next one begins anew."""
+    write_json(folder / PROGRESS, {"asked": {}, "position": [], "splits": {}})  # kept to the end: files are ours by it
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-[0-9]*"):
+            if re.fullmatch(rf"{split}-\d{{5,}}(\.offsets\.npy|\.bin)", path.name):
+                path.unlink()
+    for name in (SOURCES, "tokenizer.json", "token_bytes.npy", PROGRESS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _refuse_foreign_files(folder: Path) -> None:
@@ -192,11 +218,7 @@ def differences(recorded: dict[str, Any], requested: dict[str, Any]) -> str:
             for key in sorted(old.keys() | new.keys()):
                 compare(f"{prefix}.{key}" if prefix else key, old.get(key), new.get(key))
         elif old != new:
-            changes.append(
-                "other source files"
-                if prefix == "files"
-                else f"{prefix}={value_text(old)} instead of {value_text(new)}"
-            )
+            changes.append(f"{prefix}={value_text(old)} instead of {value_text(new)}")
 
     compare("", recorded, json.loads(json.dumps(requested)))
     return ", ".join(changes)

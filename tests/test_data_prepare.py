@@ -475,7 +475,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert "python data/prepare.py NAME" in shown and "source.val_share: 0.0" in shown
     jsonl(tmp_path / "books", "a.jsonl")
     options = ["source.train=[books,books/*.jsonl]", "path=out", "tokenizer.vocab_size=400", "workers=2"]
-    done = run_script("data/prepare.py", "files", *options, "source.val_share=0.2", cwd=tmp_path)
+    done = run_script(
+        "data/prepare.py", "files", *options, "source.val_share=0.2", "source.test_share=0.1", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("out: train ") and done.stdout.endswith("vocabulary 400\n")
     done = run_script("data/prepare.py", "verify=out", cwd=tmp_path)

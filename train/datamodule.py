@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
 from data.presets import changed_limits, command, overridden
-from data.shards import Manifest, TokenWindows
+from data.shards import Manifest, TokenWindows, text_bytes_of_tokens
 from data.writing import differences
 from eval.identity import Identity
 from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
@@ -71,8 +70,10 @@ class TokenDataModule(L.LightningDataModule):
         return Identity.of(asdict(self.config), self.folders, self.train.weights)
 
     def token_bytes(self) -> Tensor:
-        """Load the number of UTF-8 bytes of each token, [V]."""
-        return torch.from_numpy(self.folders[self.folder].token_bytes(self.folder).astype(np.int64))
+        """Load the number of UTF-8 bytes of validation text that each token stands for, [V]."""
+        sizes = self.folders[self.folder].token_bytes(self.folder)
+        splits = [manifest.splits["val"] for manifest in self.folders.values()]
+        return torch.from_numpy(text_bytes_of_tokens(sizes, splits, self.val.weights))
 
     def train_dataloader(self) -> TrainBatches:
         trainer, config = self.trainer, self.config
