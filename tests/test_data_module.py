@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from arch import ArchConfig, SizeConfig, StoreConfig
+from data.cli import value_text
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
 from data.prepare import prepare
@@ -85,7 +86,7 @@ def test_limits_that_a_folder_was_not_prepared_with(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             check_limits(replace(preset, **{key: value}), folders)
         prepared = getattr(limited, key)
-        assert f"{folder} was prepared with {key}={prepared} instead of {value}" in str(caught.value)
+        assert f"{folder} was prepared with {key}={value_text(prepared)} instead of {value}" in str(caught.value)
         assert f"Leave out data.{key}, or" in str(caught.value)
         assert f"\n  python data/prepare.py pile_dedup path=FOLDER {key}={value}" in str(caught.value)
 

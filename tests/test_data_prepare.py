@@ -309,7 +309,7 @@ def test_a_folder_is_of_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
     prepare(replace(asked, workers=2))
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before, "only read"
-    with pytest.raises(DataError, match="was prepared with max_tokens=None instead of 10; give another folder"):
+    with pytest.raises(DataError, match="was prepared with max_tokens=null instead of 10; give another folder"):
         prepare(replace(asked, max_tokens=10))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
