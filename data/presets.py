@@ -39,7 +39,7 @@ def load(name: str, overrides: list[str]) -> DataConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-    for key, value in _flat("", values or {}):
+    for key, value in _keys_of_file("", values or {}):
         _set(config, key, value, f"{path}: ")
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -130,12 +130,12 @@ def _read(key: str, text: str, hint: Any) -> Any:
     return value if isinstance(value, bool | int | float) else text
 
 
-def _flat(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
+def _keys_of_file(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys and values of a file; a mapping is a value where the schema has no group."""
     for key, value in values.items() if isinstance(values, dict) else [("", values)]:
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name in ("source", "tokenizer"):
-            yield from _flat(f"{name}.", value)
+            yield from _keys_of_file(f"{name}.", value)
         else:
             yield name, value
 
