@@ -110,9 +110,9 @@ def _expand(key: str, item: str) -> _Expansion:
             expansion = _Expansion([str(path)], alone=True)
         else:
             expansion = _Expansion([name for name in _glob(item) if os.path.isfile(name)])
-        names, aside = expansion.names, expansion.passed_over
+        names, aside = expansion.names, +expansion.passed_over  # without zeros
         if not names:
-            held = f" ({item} holds {_by_count(aside)})" if aside else ""
+            held = f" (it holds {_by_count(aside)})" if aside else ""
             raise DataError(f"{key}: no file at {item}{held}; give files, folders or globs of {KINDS}")
         if unknown := [name for name in names if not kind_of(Path(name))]:
             raise DataError(f"{key}: cannot read {unknown[0]}; files are {KINDS}")

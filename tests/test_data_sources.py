@@ -262,7 +262,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     globbed = TextSource(SourceConfig(train=f"{top}/**/*.[tT][xX][tT]"))
     assert [os.path.relpath(file.name, top) for file in globbed.files] == ["a.txt", "b.TXT", "linked/h.txt"]
     assert len(TextSource(SourceConfig(train=[f"{top}", f"{top}/*.txt"])).files) == 5, "globs may overlap"
-    with pytest.raises(DataError, match=r"no file at \S*elsewhere2 \(\S*elsewhere2 holds .csv 1\); give files"):
+    with pytest.raises(DataError, match=r"no file at \S*elsewhere2 \(it holds .csv 1\); give files"):
         (tmp_path / "elsewhere2").mkdir()
         (tmp_path / "elsewhere2" / "x.csv").write_text("x")
         TextSource(SourceConfig(train=str(tmp_path / "elsewhere2")))
