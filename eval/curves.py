@@ -27,6 +27,7 @@ from rich.table import Table
 from data.cli import UsageError, fail, parse
 from eval.console import PlainConsole, visible
 from eval.histories import CLOCKS, Array, Curve, History, load_history
+from eval.identity import data_of, name_data
 from eval.results import write_result
 from eval.runs import RunError, deciding_values, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import count_text
@@ -87,7 +88,8 @@ def progress(history: History) -> str:
 def identity(history: History) -> list[Any]:
     """All that decides losses and speed of a run but its seed, the name first."""
     config = history.run.config
-    return [config["name"], *deciding_values(config, "result").values(), *deciding_values(config, "speed").values()]
+    result = deciding_values(config, "result") | {"data": data_of(history.run)}
+    return [config["name"], *result.values(), *deciding_values(config, "speed").values()]
 
 
 def differences(curves: Sequence[Curve]) -> list[str]:
@@ -96,7 +98,7 @@ def differences(curves: Sequence[Curve]) -> list[str]:
     configs = [history.run.config for history in histories]
     found = differing(
         {
-            "data": [config["data"] for config in configs],
+            "data": [data_of(history.run) for history in histories],
             "tokens": [config["tokens"] for config in configs],
             "batch_size": [config["batch_size"] for config in configs],
             "size.seq_len": [config["size"]["seq_len"] for config in configs],
@@ -242,7 +244,8 @@ def main(arguments: Sequence[str]) -> None:
     result = compare(curves, reference, options.clock)
     PlainConsole().print(table(result))
     if others := differences(curves):
-        warn([f"the runs differ in {', '.join(others)}: judge by that"])
+        named = name_data([history.run for curve in curves for history in curve.runs])
+        warn([f"the runs differ in {', '.join(others)}: judge by that", *named])
     out = options.out or default_out(folders)
     try:
         write(curves, result, out)

@@ -19,7 +19,7 @@ from typing import Any
 from data.cli import UsageError
 from data.files import DataError, write_json
 from data.shards import Manifest
-from eval.runs import KEYS
+from eval.runs import KEYS, Run
 
 FILE = "identity.json"
 # Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
@@ -164,6 +164,45 @@ def digest_in_summary(run: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return digest if isinstance(digest, str) else None
+
+
+def data_of(run: Run) -> Any:
+    """The data of a run, to compare with that of others: by digest, or as its config.yaml names it where an earlier
+    version wrote the run.
+    """
+    config, tied = run.config["data"], _tied(run)
+    if tied is None:
+        return config
+    digests = ", ".join(of.digest for of in tied.data)
+    shares = [of.weight / sum(each.weight for each in tied.data) for of in tied.data]
+    options = {key: config.get(key) for key in ("document_mask", "block_padding", "val_tokens")}
+    return {"data": digests, "shares": shares if len(shares) > 1 else None, **options}
+
+
+def name_data(runs: Sequence[Run]) -> list[str]:
+    """For each data that `runs` were trained on, a line with its digest, its folders and the runs; empty if it is one.
+
+    Runs of an earlier version that have not ended do not tell.
+    """
+    groups: dict[str, list[Run]] = {}
+    places: dict[str, str] = {}
+    for run in runs:
+        tied, digest = _tied(run), digest_in_summary(run.folder)
+        key = ", ".join(of.digest for of in tied.data) if tied is not None else digest or "unknown"
+        groups.setdefault(key, []).append(run)
+        places.setdefault(key, "its digest is not recorded" if key == "unknown" else f"digest {short(key)}")
+        if tied is not None:
+            places[key] = ", ".join(map(str, tied.data))
+    if len(groups) < 2:
+        return []
+    return [f"data: {places[key]}, of {', '.join(str(run.folder) for run in group)}" for key, group in groups.items()]
+
+
+def _tied(run: Run) -> Identity | None:
+    try:
+        return Identity.load(run.folder)
+    except UsageError:  # a damaged file stops no comparison
+        return None
 
 
 def short(digest: str) -> str:

@@ -24,6 +24,7 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
+from eval.identity import name_data
 from eval.runs import Point, Run, RunError, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
 from eval.units import bytes_text, count_text, number_text
 
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str]) -> None:
     console = PlainConsole()
     console.print(table(rows, context, options.metric))
     if others := differences(runs):
-        warn([f"the runs differ in {', '.join(others)}: their values hardly compare"])
+        warn([f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(runs)])
     try:
         paths = write(rows, context, options.metric, out)
     except OSError as error:

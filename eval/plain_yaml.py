@@ -46,11 +46,14 @@ def read_plain(path: Path) -> Any:
     Raises OSError where it cannot be read, ValueError with one line about what is wrong with it.
     """
     with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
+        return parse_plain(file.read(MAX_BYTES + 1).decode())
+
+
+def parse_plain(text: str) -> Any:
+    """Parse YAML of plain data. Raises ValueError with one line about what is wrong with it."""
+    if len(text.encode()) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES // 1024} KiB")
     try:
-        text = raw.decode()
         _check(text)
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:

@@ -16,13 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
 from arch import Plan, plan_from_dict
 from data.cli import UsageError, value_text
 from eval.checks import check_plain, check_plan, check_summary
 from eval.console import visible
 from eval.environment import ROOT
+from eval.plain_yaml import parse_plain
 
 T = TypeVar("T")
 MAX_NOTE = 40  # characters that tell runs of one name apart
@@ -106,7 +105,7 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.yaml, not typed: an earlier version may have written it."""
-        config: dict[str, Any] = self._read("config.yaml", yaml.safe_load, dict)
+        config: dict[str, Any] = self._read("config.yaml", parse_plain, dict)
         return config
 
     @cached_property
@@ -158,7 +157,7 @@ class Run:
             raise RunError(f"{self.folder} holds no {what}: {error.filename} is missing") from error
         except OSError as error:
             raise RunError(f"{self.folder} holds no readable run: {name}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.folder} holds no readable run: {name}: {_reason(error)}") from error
         if not isinstance(value, kind):
             raise RunError(f"{self.folder} holds no readable run: {name} has no {kind.__name__}")

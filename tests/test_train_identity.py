@@ -11,21 +11,24 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from test_train_command import SMALL, pretrain
 
+from arch import SizeConfig
 from data.cli import UsageError
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
 from data.prepare import prepare
 from data.shards import Manifest
-from eval.identity import Identity
+from eval.identity import Identity, data_of, name_data
 from eval.plain_yaml import REFERENCES, read_plain
+from eval.runs import Run
 from train import checkpoint
 from train.benchmarks.positions import measure
-from train.datamodule import check_limits
+from train.datamodule import TokenDataModule, check_limits
 from train.errors import TrainingError
 from train.export import export
 from train.hub.request import ExportConfig
 from train.run import load_config
 from train.schema import PretrainConfig
+from train.training import check_same_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -226,6 +229,55 @@ def test_the_card_names_the_data_really_used(run: Path, trained: Path) -> None:
     for line in ("data: unit", f"digest of the data: {manifest.digest}"):
         assert f"- {line}\n" in card
     assert f"- digest of the tokenizer: {manifest.tokenizer_sha256}\n" in card
+
+
+def test_runs_of_other_data_are_told_apart(trained: Path, run: Path, tmp_path: Path) -> None:
+    """The same folder with other content, as it was remade between two runs; and the same content in other places."""
+    second = shutil.copytree(run, tmp_path / "second")
+    tied = json.loads((second / "identity.json").read_text())
+    edit(run / "config.yaml", f"path: {trained / 'data'}", "path: /elsewhere")
+    assert data_of(Run(run)) == data_of(Run(second))
+    assert name_data([Run(run), Run(second)]) == []
+    tied["data"][0]["digest"] = "f" * 64
+    (second / "identity.json").write_text(json.dumps(tied))
+    assert data_of(Run(run)) != data_of(Run(second))
+    lines = name_data([Run(run), Run(second)])
+    digest = Manifest.load(trained / "data").digest[:16]
+    assert lines == [f"data: {d} in {trained / 'data'}, of {r}" for d, r in ((digest, run), ("f" * 16, second))]
+    (run / "identity.json").unlink()
+    assert f"digest {digest}" in name_data([Run(run), Run(second)])[0], "as its summary says"
+
+
+def test_a_mixture_is_tied_to_each_of_its_folders(corpus: Path, other: Path) -> None:
+    """In their order and shares, wherever they lie."""
+    first, second = Manifest.load(corpus), Manifest.load(other)
+    tied = Identity.of({}, {corpus: first, other: second}, [3, 1])
+    assert Identity.from_dict(json.loads(json.dumps(tied.to_dict())), Path("x")) == tied
+    moved = Path("/elsewhere")
+    tied.check_data("it", {moved: first, other: second}, [6, 2], "")
+    tied.check_folder("it", moved, second, "")
+    for folders, weights, message in (
+        ({other: second, corpus: first}, [3, 1], "was trained on other data"),
+        ({corpus: first}, [1], "was trained on other data"),
+        ({corpus: first, other: second}, [1, 1], "has the shares"),
+        ({corpus: first, other: replace(second, splits={})}, [3, 1], "was trained on other data"),
+    ):
+        with pytest.raises(DataError, match=message):
+            tied.check_data("it", folders, weights, "")
+
+
+def test_an_imported_tokenizer_is_compared_by_its_vocabulary(corpus: Path, other: Path, tmp_path: Path) -> None:
+    data = TokenDataModule(
+        PretrainConfig(size=SizeConfig(vocab_size=600, seq_len=16), data=DataConfig(path=str(corpus)))
+    )
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "checkpoint.json").write_text('{"format": 2, "step": 0, "files": {}}')
+    tokenizer = json.loads((corpus / "tokenizer.json").read_text())
+    (tmp_path / "in" / "tokenizer.json").write_text(json.dumps(tokenizer))  # the same, written in another way
+    check_same_tokenizer(tmp_path / "in", data)
+    shutil.copyfile(other / "tokenizer.json", tmp_path / "in" / "tokenizer.json")
+    with pytest.raises(DataError, match=f"{corpus} has another"):
+        check_same_tokenizer(tmp_path / "in", data)
 
 
 @pytest.mark.parametrize(
