@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -102,11 +103,14 @@ def _now() -> str:
 
 
 def _holder(folder: Path) -> str:
-    try:
-        holder = json.loads((folder / HOLDER).read_text())
-        return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has just begun, or just ended
-        return "another process"
+    """Name the process that has the lock; it may need a moment to write who it is."""
+    for _ in range(10):
+        try:
+            holder = json.loads((folder / HOLDER).read_text())
+            return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.05)
+    return "another process"
 
 
 def _not_writable(folder: Path, error: OSError) -> UsageError:
