@@ -1,10 +1,12 @@
 """Command lines of `key=value` words, typed by a dataclass, on the standard library; Hydra's are in eval/cli.py."""
 
+import atexit
 import difflib
 import inspect
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
@@ -124,7 +126,11 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def end_on_ctrl_c() -> None:
-    """From now on, end this process as `interrupted` does on a Ctrl-C that nothing catches, also during imports."""
+    """From now on, end this process as `interrupted` does on a Ctrl-C that nothing catches, also during imports.
+
+    A Ctrl-C while the interpreter shuts down changes nothing: all has been done.
+    """
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -420,3 +420,13 @@ def test_a_process_that_waits_for_its_peers_can_be_stopped(number: signal.Signal
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code
     assert errors.splitlines() == [f"stopped before training began ({number.name}); resume=RUN continues"]
+
+
+@pytest.mark.parametrize(("rank", "code", "message"), [("0", 130, "error: interrupted\n"), ("1", 0, "")])
+def test_ctrl_c_during_imports_is_one_line(rank: str, code: int, message: str, tmp_path: Path) -> None:
+    """Of the process that a terminal shows; its launcher's others say nothing."""
+    lines = f"import sys; sys.path.insert(0, {str(ROOT)!r})", "from data.cli import end_on_ctrl_c; end_on_ctrl_c()"
+    (tmp_path / "command.py").write_text("\n".join([*lines, "raise KeyboardInterrupt"]))
+    process = start_script(tmp_path / "command.py", cwd=tmp_path, environment={"LOCAL_RANK": rank})
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, message)
