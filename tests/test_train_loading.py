@@ -11,6 +11,8 @@ from conftest import ROOT, small, weights
 
 from arch import build
 from data.cli import UsageError
+from data.files import DataError
+from eval.identity import Identity
 from train import checkpoint, load
 from train.errors import TrainingError
 from train.optim import build_optimizer
@@ -75,7 +77,11 @@ def test_a_checkpoint_without_a_run(run: Path, tmp_path: Path) -> None:
         trained.generate("text")
     assert load(folder, prepared="data").generate("def ", 3) == load(run).generate("def ", 3)
     shutil.copy(tmp_path / "data" / "tokenizer.json", folder)
-    assert load(folder).generate("def ", 3) == load(run).generate("def ", 3)
+    loaded = load(folder)
+    assert loaded.generate("def ", 3) == load(run).generate("def ", 3)
+    tied = Identity({}, (), (), "0" * 64)
+    with pytest.raises(DataError, match=r"was trained with the tokenizer 0000.*prepared="):
+        replace(loaded, identity=tied).generate("def ", 3)
 
 
 def test_without_its_data_there_is_the_model(run: Path, tmp_path: Path) -> None:

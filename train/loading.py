@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 
 from arch import LanguageModel, ModelConfig, build, from_dict, generate
 from data.cli import UsageError
+from data.files import DataError, sha256
 from data.shards import Manifest
 from data.tokenizer import Encoder, end_token, pretrained
-from eval.identity import Identity
+from eval.identity import Identity, short
 from train import checkpoint
 from train.errors import TrainingError
 from train.run import load_config
@@ -168,7 +169,23 @@ def find_tokenizer(
         if tied is not None:
             tied.check_folder(str(folder), prepared, manifest, "Give the folder that it was trained on with prepared=")
         return Text(pretrained(str(prepared / "tokenizer.json")), manifest.end_of_text)
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = pretrained(str(folder / "tokenizer.json"))
-        return Text(tokenizer, end_token(tokenizer, None))
+    if (found := tokenizer_beside(folder, tied)) is not None:
+        return found
     raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
+
+
+def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
+    """The tokenizer beside the weights of the checkpoint `folder`, as an import writes it; None if there is none.
+
+    Raises DataError where it is not the one that the weights are tied to.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    if tied is not None and sha256(path) != tied.tokenizer:
+        raise DataError(
+            f"{folder} was trained with the tokenizer {short(tied.tokenizer)}; {path} is another, "
+            f"{short(sha256(path))}. Give the prepared folder that it was trained on with prepared="
+        )
+    tokenizer = pretrained(str(path))
+    return Text(tokenizer, end_token(tokenizer, None))

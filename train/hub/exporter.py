@@ -14,11 +14,12 @@ from train.hub.folder_reader import refuse_adapter
 from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
 from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
-from train.hub.run_info import describe_training, find_run, load_corpus
+from train.hub.run_info import describe_training, load_corpus
 from train.hub.targets import Target, choose
 from train.hub.tensor_files import DTYPES
 from train.hub.upload import check_push, push
 from train.hub.verify import table, verify
+from train.loading import run_of
 from train.run import load_config
 
 NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
@@ -40,7 +41,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     config, plan = reader.model()
     target, refused = choose(config, plan, options.target)
     reader.check(target.weights)
-    run = find_run(folder)
+    run = run_of(folder)
     run_config = None if run is None else load_config(run)
     tied = checkpoint.identity_of(folder, run)
     corpus = load_corpus(folder, run_config, options.prepared, NUM_WINDOWS, tied)

@@ -8,23 +8,18 @@ from typing import Any
 
 from data.cli import UsageError
 from data.config import DataConfig
-from data.files import DataError, sha256
+from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
-from data.tokenizer import end_token, pretrained
+from data.tokenizer import pretrained
 from eval.identity import Identity, data_name, digest_in_summary, short
 from train.datamodule import TokenDataModule
 from train.errors import TrainingError
 from train.hub.records import Corpus, Training
+from train.loading import run_of, tokenizer_beside
 from train.schema import PretrainConfig
 
 FIX = "Give the prepared folder that it was trained on with prepared="
-
-
-def find_run(folder: Path) -> Path | None:
-    """Return the run that the checkpoint `folder` belongs to; None if it lies in no run."""
-    run = folder.absolute().parent.parent
-    return run if (run / "config.yaml").is_file() else None
 
 
 def load_corpus(
@@ -38,7 +33,6 @@ def load_corpus(
     Raises UsageError where there is no tokenizer, DataError where the folder is broken, or is not what it was trained
     on.
     """
-    beside = folder / "tokenizer.json"
     if prepared is not None:
         moved = None if config is None else replace(config, data=replace(config.data, path=prepared, mix={}))
         return load_prepared(folder, Path(prepared), moved, num_windows, tied)
@@ -49,14 +43,8 @@ def load_corpus(
         where = f"the run's data folder {first} is not here"
     else:
         where = f"{folder} lies in no run"
-    if beside.is_file():
-        if tied is not None and sha256(beside) != tied.tokenizer:
-            raise DataError(
-                f"{folder} was trained with the tokenizer {short(tied.tokenizer)}; {beside} is another, "
-                f"{short(sha256(beside))}. {FIX}"
-            )
-        tokenizer = pretrained(str(beside))
-        return Corpus(tokenizer, end_token(tokenizer, None), [])
+    if (found := tokenizer_beside(folder, tied)) is not None:
+        return Corpus(found.tokenizer, found.end, [])
     raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
 
 
@@ -76,7 +64,7 @@ def load_prepared(
     data = TokenDataModule(config)
     if tied is not None and config.data.mix:
         tied.check_data(str(checkpoint), data.folders, data.train.weights, FIX)
-    run = find_run(checkpoint)
+    run = run_of(checkpoint)
     recorded = None if run is None or tied is not None else digest_in_summary(run)
     if recorded not in (None, data.digest):
         raise DataError(
