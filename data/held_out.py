@@ -146,7 +146,7 @@ def _summary(bounds: list[Part], total: int, starts: array, sources: list[tuple[
         first = bisect_right(starts, part.begin) - 1
         source = next(source for number, source in reversed(sources) if number <= first)
         share = (part.end - part.begin) / total
-        texts.append(f"{part.split} is {part.end - part.begin:,} characters ({share:.2%}), from the end of {source}")
+        texts.append(f"{part.split} is {part.end - part.begin:,} characters ({share:.2%}), from {source} on")
     few = "1 document" if documents == 1 else f"{documents} documents"
     return (
         f"held out from the end of the text, since there {'is' if documents == 1 else 'are'} only {few}: "

