@@ -421,6 +421,11 @@ def test_the_command_line_ends_with_a_message(capsys: pytest.CaptureFixture) -> 
         launch_in_process(train.export.main, "export", ExportConfig, [])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: give checkpoint=, the folder of a run or of a checkpoint\n"
+    for words in (["checkpoint=" + "a" * 300, "out=x"], ["checkpoint=arch", "out=" + "a" * 300]):
+        with pytest.raises(SystemExit) as stopped:
+            launch_in_process(train.export.main, "export", ExportConfig, words)
+        assert stopped.value.code == 2
+        assert re.fullmatch(r"error: \S*a{300}: File name too long\n", capsys.readouterr().err)
 
 
 def test_disk_full_and_folders_that_cannot_be_written(gqa: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -353,6 +353,9 @@ def test_hidden_states(name: str) -> None:
         embedded = theirs.get_input_embeddings()(torch.tensor(prompts[1]))
         assert torch.equal(padded.hidden_states[0][1], embedded)
     assert theirs(rows).hidden_states is None
+    configured = copy.deepcopy(theirs)
+    configured.config.output_hidden_states = True
+    assert len(configured(rows).hidden_states) == len(padded.hidden_states)
 
 
 class Adapter(torch.nn.Module):

@@ -222,10 +222,7 @@ class KVFrontierPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": KVFrontierDecoderLayer,
-        "attentions": KVFrontierAttention,
-    }
+    _can_record_outputs = {"hidden_states": KVFrontierDecoderLayer, "attentions": KVFrontierAttention}  # noqa: RUF012
 
     def __init__(self, config: KVFrontierConfig):
         self._supports_sdpa = not any(config.sinks)  # read by the constructor below, which then chooses eager

@@ -115,6 +115,15 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
                 "target_modules"
             )
 
+    def wants_hidden(
+        self, inputs_embeds: Tensor | None, output_attentions: bool | None, output_hidden_states: bool | None
+    ) -> bool:
+        """Tell if hidden states are asked for, here or in the configuration. Raises ValueError as `refuse`."""
+        config = self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        refuse(inputs_embeds=inputs_embeds, output_attentions=attentions)
+        return bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, D] whose product with the output matrix are the logits of the token after each of `input_ids`; zeros
         where that token is not predicted.
@@ -177,9 +186,9 @@ class KVFrontierShippedModel(KVFrontierShippedPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """The last hidden states, normalised: `states`."""
-        refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions)
-        hidden = self.all_states(input_ids, attention_mask, bool(output_hidden_states))
-        return BaseModelOutput(last_hidden_state=hidden[-1], hidden_states=hidden if output_hidden_states else None)
+        with_hidden = self.wants_hidden(inputs_embeds, output_attentions, output_hidden_states)
+        hidden = self.all_states(input_ids, attention_mask, with_hidden)
+        return BaseModelOutput(last_hidden_state=hidden[-1], hidden_states=hidden if with_hidden else None)
 
 
 class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationMixin):
@@ -207,8 +216,8 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         """
         if use_cache:
             raise ValueError("forward keeps no cache; generate() does, or leave out use_cache")
-        refuse(inputs_embeds=inputs_embeds, output_attentions=output_attentions)
-        hidden = self.all_states(input_ids, attention_mask, bool(output_hidden_states))
+        with_hidden = self.wants_hidden(inputs_embeds, output_attentions, output_hidden_states)
+        hidden = self.all_states(input_ids, attention_mask, with_hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = F.linear(hidden[-1][:, kept], self.model.output_weight)
         loss = None
@@ -222,7 +231,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-        return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if output_hidden_states else None)
+        return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if with_hidden else None)
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
