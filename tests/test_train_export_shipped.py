@@ -525,8 +525,11 @@ def test_a_config_is_what_it_says() -> None:
                 KVFrontierShippedConfig(**(hf | changes))
     with pytest.raises(UnsupportedModelError, match="repeats an item more than"):
         read_config(hf | {"arch": pattern})
-    wide = {"size": hf["size"] | {"d_ff": 10**30}, "intermediate_size": 10**30}
+    wide = {"size": hf["size"] | {"d_ff": 2**24, "d_model": 2**20}, "intermediate_size": 2**24, "hidden_size": 2**20}
     with pytest.raises(UnsupportedModelError, match=r"a model of .* parameters"):
+        read_config(hf | wide)
+    wide = {"size": hf["size"] | {"d_ff": 10**30}, "intermediate_size": 10**30}
+    with pytest.raises(LayoutError, match=r"size.d_ff is 10{30}; it must be at most"):
         read_config(hf | wide)
     for key in ("arch", "size"):
         for inner in hf[key]:
