@@ -31,8 +31,9 @@ def check_summary(summary: dict[str, Any]) -> None:
     _check_types(summary, SUMMARY_TYPES)
     for key in ("seq_len", "params", "tokens"):
         _check_count(key, summary[key], least=1)
-    if not is_number(summary["val"].get("ppl")):
-        raise ValueError(f"val.ppl is {summary['val'].get('ppl')!r}; it must be a number")
+    ppl = summary["val"].get("ppl")
+    if not is_number(ppl) or (isinstance(ppl, int) and abs(ppl) > LARGEST):  # JSON has numbers that no float holds
+        raise ValueError(f"val.ppl is {ppl!r:.40}; it must be a number")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
