@@ -1,7 +1,7 @@
 """Bounded stores: positions are merged into a fixed number of slots, so that the cache does not grow.
 
 Readings of the Bounded-Cache Transformer (Yi et al. 2024, "A method for building LLMs with predefined KV cache
-capacity"). Its update formula was in no text accessible to us: what is known is a fixed capacity, slot keys M_K, stored
+capacity"). We could not obtain its update formula: what is known is a fixed capacity, slot keys M_K, stored
 vectors M_V, two write projections, and neural Turing machines as the model. Nothing here is verified against the paper.
 
 A token writes its key and value to each slot with a strength p in [0, 1), and reads the slots by a softmax:

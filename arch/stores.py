@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, head_dim, style_of
 
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
-# Bounded-Cache Transformer (Yi et al. 2024), whose own update formula was in no text accessible to us.
+# Bounded-Cache Transformer (Yi et al. 2024), whose update formula we could not obtain.
 RULES = {"gated": False, "ring_slots": True, "ring_router": False}
 # Tokens that the parallel form of a bounded store takes at a time.
 CHUNK = 16

@@ -1,7 +1,7 @@
 """Measurements on a GPU: `python train/benchmarks/gpu_suite.py [parts=A,B] [minutes=N] [key=value ...]`.
 
 Runs the parts in the order of their worth, each in a process of its own, and writes `<out>/<part>.json` after every
-case. A suite that was stopped, killed or ran out of `minutes` goes on with what is missing when it is started again.
+case. A suite that was stopped, killed or ran out of `minutes` continues with what is missing when it is started again.
 
 Needs torch, einops, numpy and PyYAML; what needs more is skipped with the reason. Without CUDA it says so and ends.
 """
