@@ -260,6 +260,13 @@ def test_accumulation_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
     assert [float(value) for value in whole.values()] == pytest.approx([float(v) for v in split.values()], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, str]:
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    pretrain("+arch=mixattention", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv", f"folder={folder}")
+    return losses(folder)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -269,11 +276,12 @@ def test_accumulation_changes_no_loss(tmp_path: Path, corpus: Path) -> None:
         pytest.param(["trainer.compile=true"], marks=pytest.mark.slow),
     ],
 )
-def test_how_a_run_is_executed_changes_little(tmp_path: Path, corpus: Path, options: list[str]) -> None:
+def test_how_a_run_is_executed_changes_little(
+    tmp_path: Path, corpus: Path, plain: dict[int, str], options: list[str]
+) -> None:
     base = ["+arch=mixattention", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv"]
-    pretrain(*base, f"folder={tmp_path / 'plain'}")
     pretrain(*base, *options, f"folder={tmp_path / 'other'}")
-    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    other = losses(tmp_path / "other")
     tolerance = 1e-2 if "bf16" in options[0] else 1e-5
     assert [float(value) for value in plain.values()] == pytest.approx(
         [float(v) for v in other.values()], rel=tolerance
@@ -505,12 +513,11 @@ def test_help() -> None:
     assert ROOT.is_dir()
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_arch_composes_at_every_size(size: str) -> None:
-    """Through Hydra, as typed; the model itself is built in test_arch_model."""
+def test_every_arch_and_size_composes() -> None:
+    """Through Hydra, as typed; test_arch_model builds every arch at every size."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name in ARCHS:
+        for name, size in [*((name, "1b") for name in ARCHS), *(("block", size) for size in SIZES)]:
             config = OmegaConf.to_object(compose("pretrain", overrides=[f"+arch={name}", f"+size={size}"]))
             assert config.tokens == config.size.tokens
             assert config.optim.lr == config.size.lr
