@@ -157,8 +157,9 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
         if is_dataclass(cls) and key not in cls.__dataclass_fields__:
             yield unknown_key(f"{prefix}{key}", sorted(cls.__dataclass_fields__))
         elif OmegaConf.is_interpolation(config, key):
-            if is_section(hints.get(key)) and not OmegaConf.is_config(config[key]) and config[key] is not None:
-                yield f"{prefix}{key} is {config[key]!r}; it must be a section or a list"
+            kind = container(hints.get(key))
+            if kind and config[key] is not None and not OmegaConf.is_config(config[key]):
+                yield f"{prefix}{key} is {config[key]!r}; a {kind} belongs there"
         elif isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
 
@@ -169,9 +170,12 @@ def typed_values() -> dict[str, Any]:
     return {item.get_key_element().lstrip("+~"): item.value() for item in overrides if not item.is_delete()}
 
 
-def is_section(hint: Any) -> bool:
-    """Tell whether a field of the type `hint` holds a mapping or a list."""
-    return any(is_dataclass(option) or get_origin(option) in (dict, list) for option in (hint, *get_args(hint)))
+def container(hint: Any) -> str | None:
+    """Whether a field of the type `hint` holds a `section` or a `list`; None: a scalar."""
+    options = [hint] if get_origin(hint) in (dict, list) else [hint, *get_args(hint)]
+    if any(is_dataclass(option) or get_origin(option) is dict for option in options):
+        return "section"
+    return "list" if any(get_origin(option) is list for option in options) else None
 
 
 def explain(error: Exception) -> str:
