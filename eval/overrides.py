@@ -73,6 +73,9 @@ def text_key(schema: type, key: str) -> bool:
 def sweep_size(words: Sequence[str], params: Mapping[str, Any]) -> int:
     """Number of runs of a sweep over `words` and `params` (hydra.sweeper.params), as Hydra's sweeper counts them."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
 
-    overrides = OverridesParser.create().parse_overrides([*(f"{key}={value}" for key, value in params.items()), *words])
+    hydra = GlobalHydra.instance()  # which knows what glob(...) is among
+    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
+    overrides = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *words])
     return sum(map(len, BasicSweeper.split_arguments(overrides, None)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from data.cli import UsageError
+
 MAX_BYTES = 2**18
 MAX_DEPTH = 32
 # Values that the schema of a run has until they are resolved. They name no more than another key of the run.
@@ -47,6 +49,25 @@ def read_plain(path: Path) -> Any:
     """
     with path.open("rb") as file:
         return parse_plain(file.read(MAX_BYTES + 1).decode())
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Read the config.yaml of a run as plain data, with the keys that are in it.
+
+    Raises UsageError where it cannot be read.
+    """
+    path = run / "config.yaml"
+    try:
+        values = read_plain(path)
+        if not isinstance(values, dict):
+            raise ValueError("it is empty" if values is None else "it is no mapping")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not the configuration of a run: {error}") from error
+    return values
 
 
 def parse_plain(text: str) -> Any:

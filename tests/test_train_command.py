@@ -416,6 +416,7 @@ def test_wandb_gets_what_the_user_names_and_warns_of_nothing(
     named = LoggerConfig(project="caches", entity="lab", group="sweep", tags=["cla", "short"], notes="first try")
     for options, expected in ((named, ("lab", "sweep", ("cla", "short"), "first try")), (LoggerConfig(), None)):
         config = PretrainConfig(load_arch("cla2"), load_size("tiny"), logger=options, name="cla2-tiny")
+        (tmp_path / options.project).mkdir()
         logger = wandb_logger(config, tmp_path / options.project)
         try:
             run = logger.experiment

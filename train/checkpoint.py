@@ -36,8 +36,8 @@ from arch import ModelConfig, from_dict, plan_from_dict
 from arch import resolve as resolve_plan
 from data.files import rename, sha256, sync_folder, write_json
 from eval.identity import Identity, differing, flat
+from eval.plain_yaml import read_config
 from train.errors import TrainingError
-from train.run import read_config
 from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2

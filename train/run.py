@@ -26,7 +26,7 @@ from data.files import set_aside, write_json, write_text
 from eval import identity
 from eval.environment import environment
 from eval.identity import Identity
-from eval.plain_yaml import read_plain
+from eval.plain_yaml import read_config
 from eval.runs import KEYS, deciding_values
 from eval.typed import mistyped_booleans
 from train.schema import PretrainConfig
@@ -130,22 +130,6 @@ def load_config(run: Path) -> PretrainConfig:
     if recorded is not None:
         recorded.check_config(path, values)
     return config
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run as plain data, with the keys that are in it. Raises UsageError as `load_config`."""
-    path = run / "config.yaml"
-    try:
-        values = read_plain(path)
-        if not isinstance(values, dict):
-            raise ValueError("it is empty" if values is None else "it is no mapping")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{run}: no run there, config.yaml is missing; give the folder of a run") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not the configuration of a run: {_first_line(error)}") from error
-    return values
 
 
 def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
