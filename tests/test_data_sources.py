@@ -469,6 +469,7 @@ def test_long_documents_have_the_tokens_of_the_whole(kind: str, text: str, monke
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is no JSON"),
         ("a.parquet", b"PAR1 is not all", "cannot read .*a.parquet: ValueError"),
     ],
+    ids=["deep list", "deep mapping", "long line", "long number", "no parquet"],  # gzip's bytes have the time in them
 )
 def test_hostile_rows(name: str, raw: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "longer" in message:
