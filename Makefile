@@ -42,8 +42,9 @@ lint: env
 test: env
 	$(MAKE) --jobs=2 lint pytest
 
+# Three processes for two cores: some tests wait.
 pytest: env
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Peers that are not installed are skipped. litgpt's own requirements contradict constraints.txt, so that it comes bare:
 #   .venv/bin/pip install --no-deps litgpt psutil
