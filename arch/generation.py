@@ -4,11 +4,12 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block_plan import Plan
 from .language_model import LanguageModel
@@ -81,9 +82,7 @@ def generate(
     generator = torch.Generator(device=device).manual_seed(seed)
     done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     generated: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
         while True:
             next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
@@ -98,11 +97,27 @@ def generate(
                 if bool(done_B.all()):
                     break
             logits_B1V = model.decode_step(next_B[:, None], cache)
-    finally:
-        model.train(was_training)
-    rows = torch.stack(generated, dim=1).tolist()
-    new = [row[skip : skip + max_new_tokens] for row, skip in zip(rows, batch.num_forced_B.tolist(), strict=True)]
+    return new_tokens(torch.stack(generated, dim=1), batch, max_new_tokens, stop_token)
+
+
+def new_tokens(
+    generated_BS: Tensor, batch: PromptBatch, max_new_tokens: int, stop_token: int | None
+) -> list[list[int]]:
+    """The tokens of each row after the forced ones, up to `stop_token`."""
+    rows, skipped = generated_BS.tolist(), batch.num_forced_B.tolist()
+    new = [row[skip : skip + max_new_tokens] for row, skip in zip(rows, skipped, strict=True)]
     return [row[: row.index(stop_token)] if stop_token in row else row for row in new]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` into eval mode, and afterwards back into the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def token_lists(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:

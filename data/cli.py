@@ -108,7 +108,7 @@ def _escape_quote(match: re.Match[str]) -> str:
 
 
 def _is_typed(text: str) -> bool:
-    """Whether Hydra reads `text` as a number, a truth value or null."""
+    """Tell whether Hydra reads `text` as a number, a truth value or null."""
     if text.lower() in ("null", "true", "false"):
         return True
     try:
@@ -126,7 +126,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def end_on_ctrl_c() -> None:
-    """From now on, end this process as `interrupted` does on a Ctrl-C that nothing catches, also during imports.
+    """Make a Ctrl-C that nothing catches end this process as `interrupted` does, also during imports.
 
     A Ctrl-C while the interpreter shuts down changes nothing: all has been done.
     """

@@ -146,6 +146,11 @@ class DataConfig:
     val_tokens: int = 32768
 
     @property
+    def folders(self) -> list[Path]:
+        """The prepared folders, whether or not they are here."""
+        return [Path(str(folder)) for folder in self.mix] if self.mix else [self.preparation.folder]
+
+    @property
     def preparation(self) -> PrepareConfig:
         """The keys of PrepareConfig. They are fields here too because Hydra reads configs/data into one flat group."""
         return PrepareConfig(**{item.name: getattr(self, item.name) for item in fields(PrepareConfig)})

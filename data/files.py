@@ -50,9 +50,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in `folder` are on the disk, where its file system can tell."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(
-            OSError
-        ):  # file systems that cannot flush a folder keep names safe in their own way, or not at all
+        with suppress(OSError):  # a file system that cannot flush a folder keeps names in its own way, or not at all
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

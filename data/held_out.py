@@ -120,7 +120,7 @@ def _size(share: float | None, total: int) -> int:
 
 
 def _begin(end: int, size: int, starts: array) -> int:  # type: ignore[type-arg]
-    """Where the `size` characters before `end` begin; a document not longer than them stays whole."""
+    """The beginning of the `size` characters before `end`; a document not longer than them stays whole."""
     begin = max(end - size, 0)
     number = bisect_right(starts, begin) - 1
     start, stop = starts[number], starts[min(number + 1, len(starts) - 1)]

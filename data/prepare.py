@@ -217,7 +217,7 @@ class Preparation:
         return self._enough(self.source.files[document.after.file])
 
     def _enough(self, file: SourceFile) -> bool:
-        """Whether the rest of `file` is not needed: its split is full, and what is held out of it has text."""
+        """Tell whether the rest of `file` is not needed: its split is full, and what is held out of it has text."""
         splits, own = self.progress.splits, file.split
         if not splits[own].full:
             return False

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from .cli import did_you_mean, unknown_key
 from .config import LIMITS, DataConfig, PrepareConfig
+from .dotted import flat, lookup
 from .files import DataError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
@@ -74,20 +75,13 @@ def overridden(config: PrepareConfig) -> dict[str, Any]:
     changes = [
         {
             key: value
-            for key, value in _flat(asdict(config)).items()
-            if key.startswith(("source.", "tokenizer.", "workers")) and value != _flat(asdict(base))[key]
+            for key, value in flat(asdict(config)).items()
+            if key.startswith(("source.", "tokenizer.", "workers")) and value != lookup(asdict(base), key)
         }
         for base in bases
     ]
     found = min(changes, key=len)
     return found if config.name in (*names(), PrepareConfig.name) else {"name": config.name, **found}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _base(config: PrepareConfig) -> PrepareConfig:

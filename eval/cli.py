@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
+from arch.named import CONFIGS, names
 from data.cli import TaskError, UsageError, did_you_mean, fail, interrupted, unknown_key, word
 from data.files import DataError
 from eval.console import visible
 from eval.help import help_text
-from eval.layouts import CONFIGS, names
 from eval.overrides import WORD, as_typed, sweep_size
 from eval.typed import mistyped_booleans
 
@@ -171,7 +171,7 @@ def typed_values() -> dict[str, Any]:
 
 
 def container(hint: Any) -> str | None:
-    """Whether a field of the type `hint` holds a `section` or a `list`; None: a scalar."""
+    """`section` or `list`, by what a field of the type `hint` holds; None: a scalar."""
     options = [hint] if get_origin(hint) in (dict, list) else [hint, *get_args(hint)]
     if any(is_dataclass(option) or get_origin(option) is dict for option in options):
         return "section"

@@ -24,11 +24,11 @@ from arch.footprint import (
     num_params,
     train_flops_per_token,
 )
+from arch.named import load_arch, names
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
 from eval.fit import remarks
-from eval.layouts import load_arch, names
 from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
 
 PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder

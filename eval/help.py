@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from eval.layouts import CONFIGS
+from arch.named import CONFIGS
 
 KEYS, GROUPS = "$KEYS", "$GROUPS"  # in the help of configs/<name>.yaml
 COLUMN, MOST_COLUMNS = 34, 120

@@ -44,7 +44,7 @@ class History:
 
     @property
     def ended(self) -> bool:
-        """Whether the last step has been reported."""
+        """True once the last step has been reported."""
         return bool(self.steps[-1] >= self.last_step)
 
     def losses(self, series: str) -> tuple[Array, Array]:
@@ -148,7 +148,7 @@ class Curve:
 
     @property
     def ended(self) -> bool:
-        """Whether all of its runs have."""
+        """True once all of its runs have ended."""
         return all(run.ended for run in self.runs)
 
     @property

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UsageError
+from data.dotted import flat, lookup
 from data.files import DataError, write_json
 from data.shards import Manifest
 from eval.runs import KEYS, Run
@@ -24,6 +25,7 @@ from eval.runs import KEYS, Run
 FILE = "identity.json"
 # Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
 NOT_COMPARED = ("data.path", "data.mix", "data.name", "data.workers")
+WHOLE = ("data.mix",)  # its keys are folders
 ABSENT = object()
 
 
@@ -44,7 +46,7 @@ class DataFolder:
 
     @property
     def content(self) -> tuple[str, dict[str, int]]:
-        """What two folders of the same data have in common."""
+        """The part of a record that is the same for two folders of the same data."""
         return self.digest, self.splits
 
     def __str__(self) -> str:
@@ -63,10 +65,10 @@ class Identity:
     @classmethod
     def of(cls, config: Mapping[str, Any], folders: Mapping[Path, Manifest], weights: Sequence[float]) -> "Identity":
         """Build the identity of a run of the configuration `config`, nested, on `folders` of these weights."""
-        fixed = {key: value for key, value in flat(config).items() if _compared(key)}
+        fixed = {key: value for key, value in flat(config, WHOLE).items() if _compared(key)}
         data = [DataFolder.of(*item, weight) for item, weight in zip(folders.items(), weights, strict=True)]
         tokenizer = next(iter(folders.values())).tokenizer_sha256
-        return cls(_plain(fixed), tuple(flat(config)), tuple(data), tokenizer)
+        return cls(_plain(fixed), tuple(flat(config, WHOLE)), tuple(data), tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
@@ -119,13 +121,12 @@ class Identity:
 
         Raises UsageError with every key that is missing, or has another value and decides the run.
         """
-        lacking = [key for key in self.keys if _find(values, key, ABSENT) is ABSENT]
+        lacking = [key for key in self.keys if lookup(values, key, ABSENT) is ABSENT]
         if lacking:
             more = f" and {len(lacking) - 4} more" if len(lacking) > 4 else ""
             raise UsageError(f"{path} lacks {', '.join(lacking[:4])}{more}: it has been cut or edited; put it back")
-        changed = [
-            f"{key} is {json.dumps(now)}, it was {json.dumps(was)}" for key, was, now in differing(self.config, values)
-        ]
+        pairs = changed_values(self.config, values)
+        changed = [f"{key} is {json.dumps(now)}, it was {json.dumps(was)}" for key, was, now in pairs]
         if changed:
             raise UsageError(
                 f"{path} is not what the run was trained with: {'; '.join(changed)}. Put the old values back, or start "
@@ -166,6 +167,18 @@ def digest_in_summary(run: Path) -> str | None:
     return digest if isinstance(digest, str) else None
 
 
+def check_summary_digest(who: str, run: Path, digest: str, folders: Iterable[Path], fix: str) -> None:
+    """Compare the `digest` of the data in `folders` with that in the summary of a run of an earlier version, if it has
+    one. Raises as `Identity.check_data`.
+    """
+    recorded = digest_in_summary(run)
+    if recorded not in (None, digest):
+        raise DataError(
+            f"{who} was trained on other data: digest {short(recorded or '')}; there is now {short(digest)} in "
+            f"{', '.join(map(str, folders))}. {fix}"
+        )
+
+
 def data_of(run: Run) -> Any:
     """The data of a run, to compare with that of others: by digest, or as its config.yaml names it where an earlier
     version wrote the run.
@@ -180,7 +193,7 @@ def data_of(run: Run) -> Any:
 
 
 def name_data(runs: Sequence[Run]) -> list[str]:
-    """For each data that `runs` were trained on, a line with its digest, its folders and the runs; empty if it is one.
+    """A line for each data that `runs` were trained on, with its digest, its folders and the runs; none if it is one.
 
     Runs of an earlier version that have not ended do not tell.
     """
@@ -220,43 +233,22 @@ def data_name(folder: Path, manifest: Manifest) -> str:
     return manifest.name if source.get("corpus") else f"{manifest.name} ({folder.resolve().name})"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `values`, nested, by dotted key. data.mix is one value: its keys are folders."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value and key != "data.mix":
-            found |= flat(value, f"{key}.")
-        else:
-            found[key] = value
-    return found
-
-
-def differing(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """List (key, value in `before`, value in `values`) where they differ; a null counts as absent.
 
     `before` has dotted keys, `values` is nested and may have more of them.
     """
-    pairs = [(key, _plain(value), _plain(_find(values, key))) for key, value in before.items()]
+    pairs = [(key, _plain(value), _plain(lookup(values, key))) for key, value in before.items()]
     return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def _compared(key: str) -> bool:
-    """Whether a resumed run cannot change the dotted `key`, and it decides what is learned."""
+    """Tell whether a resumed run cannot change the dotted `key`, and it decides what is learned."""
     parts = key.split(".")
     known = next((name for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in KEYS), None)
     if known is None or f"{key}.".startswith(tuple(f"{name}." for name in NOT_COMPARED)):
         return False
     return KEYS[known].fixed and KEYS[known].decides in ("result", "seed")
-
-
-def _find(values: Any, key: str, default: Any = None) -> Any:
-    """Return the value in `values`, nested, at a dotted key."""
-    for name in key.split("."):
-        if not isinstance(values, Mapping) or name not in values:
-            return default
-        values = values[name]
-    return values
 
 
 def _plain(value: Any) -> Any:

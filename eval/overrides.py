@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 
+from arch.named import CONFIGS
 from data.cli import UsageError, hydra_value
-from eval.layouts import CONFIGS
 
 WORD = re.compile(r"(?P<key>(?:\+\+?)?(?P<name>[A-Za-z_][\w.]*))=(?P<text>.*)", re.DOTALL)
 

@@ -15,8 +15,8 @@ if not __package__:  # run as a script
 
 from arch import ModelConfig, resolve
 from arch.footprint import kv_bytes
+from arch.named import CONFIGS, load_arch, load_size, names
 from data.cli import fail
-from eval.layouts import CONFIGS, load_arch, load_size, names
 from eval.units import bytes_text, number_text
 
 README = CONFIGS.parent / "README.md"

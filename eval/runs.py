@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from arch import Plan, plan_from_dict
 from data.cli import UsageError, value_text
+from data.dotted import lookup
 from eval.checks import check_plain, check_plan, check_summary
 from eval.console import visible
 from eval.environment import ROOT
@@ -83,13 +84,7 @@ def deciding_values(config: Mapping[str, Any], decides: str) -> dict[str, Any]:
     A key that an earlier version did not have is None.
     """
     keys = [key for key, value in KEYS.items() if value.decides == decides and key.rpartition(".")[0] not in KEYS]
-    return {key: _lookup(config, key) for key in keys}
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return config
+    return {key: lookup(config, key) for key in keys}
 
 
 class RunError(UsageError):
@@ -173,7 +168,7 @@ def _parse_plan(text: str) -> Plan:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, in one line."""
+    """One line about what is wrong with a file."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if type(error) is ValueError:
@@ -304,7 +299,7 @@ def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> 
 
 
 def _distinctions(values: Sequence[Any]) -> list[str]:
-    """For each of `values`, plain data, the settings that it does not share with all others, as `lr=3, window=64`."""
+    """The settings of each of `values`, plain data, that not all others share, as `lr=3, window=64`."""
     flat = [dict(_leaves("", value)) for value in values]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if differing({key: _column(flat, key)})]
     short = {key: key.rpartition(".")[2] for key in keys}

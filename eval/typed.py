@@ -1,4 +1,4 @@
-"""Values of true-or-false keys, which OmegaConf converts from any number."""
+"""Types of the keys of a schema, and values of true-or-false keys, which OmegaConf converts from any number."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
@@ -16,7 +16,7 @@ def mistyped_booleans(schema: Any, values: Mapping[str, Any], prefix: str = "") 
 def _check(schema: Any, path: list[str], value: Any, prefix: str) -> Iterator[str]:
     name, *rest = path
     key = f"{prefix}{name}"
-    hint = _hint(schema, name)
+    hint = hint_of(schema, name)
     options = get_args(hint) if get_args(hint) and get_origin(hint) is not dict else (hint,)
     inner = next((option for option in options if is_dataclass(option) or get_origin(option) is dict), None)
     if rest:
@@ -30,7 +30,7 @@ def _check(schema: Any, path: list[str], value: Any, prefix: str) -> Iterator[st
             yield f"{key} is {text}; it must be true or false"
 
 
-def _hint(schema: Any, name: str) -> Any:
+def hint_of(schema: Any, name: str) -> Any:
     """Return the type that `schema`, a dataclass or a dict, has for the key `name`; None where it has none."""
     if is_dataclass(schema):
         return get_type_hints(schema).get(name)

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 import data.corpora
 from arch import ArchConfig, LanguageModel, ModelConfig, SizeConfig, resolve
 from arch import build as build_model
+from arch.named import load_arch, names
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
-from eval.layouts import load_arch, names
 from train.checkpoint import checkpoints
 from train.parallel import keep_einops_whole
 

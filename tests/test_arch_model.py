@@ -13,8 +13,8 @@ from arch.attend import BACKENDS, Mask
 from arch.footprint import forward_flops, num_params, train_flops_per_token
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
+from arch.named import load_arch, load_size
 from arch.stores import visible_pairs
-from eval.layouts import load_arch, load_size
 
 
 def causal_mask(length: int, window: int | None = None) -> Mask:

@@ -5,8 +5,7 @@ import torch
 from conftest import small
 
 import arch
-from arch.named import UnknownNameError
-from eval.layouts import load_arch, load_size
+from arch.named import UnknownNameError, load_arch, load_size
 
 
 def test_a_model_is_built_by_name_with_weights() -> None:

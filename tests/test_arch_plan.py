@@ -7,7 +7,7 @@ import pytest
 from conftest import ARCHS, small
 
 from arch import ArchConfig, KVPlan, LatentConfig, LayoutError, ModelConfig, SizeConfig, StoreConfig, from_dict, resolve
-from eval.layouts import load_arch, load_size
+from arch.named import load_arch, load_size
 
 # Owner of each layer, `s` for sliding windows. CLA paper: figure 2, section 3.2.1. MixAttention paper: figures 2 to 11.
 CLA_20 = {

@@ -8,10 +8,10 @@ import pytest
 from conftest import ARCHS, ROOT, launch_in_process, small
 
 from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, StoreConfig, resolve
+from arch.named import load_arch, load_size
 from eval import footprint
 from eval.fit import remarks
 from eval.footprint import by_remark, fold, stack_table
-from eval.layouts import load_arch, load_size
 from eval.plots import plan as maps
 from eval.plots.pareto import draw_pareto
 from eval.runs import Point, default_out, group_by_seed

@@ -22,9 +22,9 @@ from conftest import ARCHS, documents, small
 
 from arch import ModelConfig, build, resolve
 from arch.config import EncoderConfig
+from arch.named import load_arch
 from data.batches import TrainBatches
 from data.config import DataConfig
-from eval.layouts import load_arch
 from eval.readme import committed
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer

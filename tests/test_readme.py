@@ -13,9 +13,9 @@ from conftest import ROOT, run_script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
+from arch.named import load_arch, load_size, names
 from data.cli import parse
 from data.presets import load
-from eval.layouts import load_arch, load_size, names
 from eval.readme import committed, updated
 from train.schema import PretrainConfig
 

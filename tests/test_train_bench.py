@@ -17,8 +17,8 @@ from conftest import ROOT, launch_in_process, run_script, small, start_script
 from omegaconf import OmegaConf
 
 from arch import ArchConfig, SizeConfig
+from arch.named import CONFIGS, load_arch, load_size, names
 from data.shards import Manifest
-from eval.layouts import CONFIGS, load_arch, load_size, names
 from train import pretrain
 from train.benchmarks import baselines, gpu_study, gpu_suite
 from train.benchmarks import cpu as bench

@@ -11,7 +11,7 @@ from conftest import launch_in_process, small
 
 from arch import ModelConfig, generate, resolve
 from arch.footprint import num_params
-from eval.layouts import load_arch, load_size
+from arch.named import load_arch, load_size
 from train.benchmarks import gpu_decode
 from train.benchmarks import layouts as bench_layouts
 from train.benchmarks.baselines import kvfrontier, random_batch

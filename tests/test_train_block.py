@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from torch.nn import functional as F
 
 from arch import BlockTransformer, build, plan_from_dict, resolve
+from arch.named import CONFIGS
 from data.batches import IGNORE
 from eval.footprint import FootprintConfig
 from eval.footprint import main as footprint
-from eval.layouts import CONFIGS
 from eval.pareto import differences
 from eval.runs import finished_run
 from train.datamodule import TokenDataModule

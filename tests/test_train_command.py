@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
-from eval.layouts import CONFIGS, load_arch, load_size
+from arch.named import CONFIGS, load_arch, load_size
 from train.checkpoint import checkpoints, load_info
 from train.errors import TrainingError
 from train.optim import lr_share

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from arch import EncoderConfig, ModelConfig, SizeConfig, build, resolve
 from arch.footprint import train_flops_per_token
+from arch.named import load_arch, load_size
 from eval.cli import Choices
 from eval.hardware import find_gpu
-from eval.layouts import load_arch, load_size
 from train import estimate as script
 from train.estimate import EstimateConfig, make_estimate
 from train.estimates.memory import (

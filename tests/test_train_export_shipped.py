@@ -31,7 +31,7 @@ from arch.convert import UnsupportedModelError
 from arch.convert_formats import read_config
 from arch.convert_shipped import FILES, from_hf_config, to_hf_config
 from arch.footprint import allocated_bytes
-from eval.layouts import load_arch
+from arch.named import load_arch
 from train import import_hf
 from train.errors import TrainingError
 from train.export import export

@@ -23,7 +23,7 @@ from arch import build as build_model
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.footprint import kv_bytes
-from eval.layouts import load_arch
+from arch.named import load_arch
 from train import checkpoint
 from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader

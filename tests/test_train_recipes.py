@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from arch import BlockPlan, Decoder, ModelConfig, Plan, build, resolve
 from arch.convert_formats import read_config
 from arch.footprint import forward_flops, kv_bytes, num_params
-from eval.layouts import CONFIGS, names
+from arch.named import CONFIGS, names
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems

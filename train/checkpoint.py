@@ -34,8 +34,9 @@ from torch.futures import Future
 
 from arch import ModelConfig, from_dict, plan_from_dict
 from arch import resolve as resolve_plan
+from data.dotted import flat
 from data.files import rename, sha256, sync_folder, write_json
-from eval.identity import Identity, differing, flat
+from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config
 from train.errors import TrainingError
 from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
@@ -269,7 +270,7 @@ def _check_description(folder: Path, info: Mapping[str, Any], values: Mapping[st
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration, RecursionError) as error:
         raise TrainingError(f"{folder / INFO} describes no model: {error!r}") from error
     written = flat({group: values[group] for group in ("arch", "size") if group in values})
-    found = [f"{key} is {there!r} there, {here!r} here" for key, here, there in differing(written, asdict(model))]
+    found = [f"{key} is {there!r} there, {here!r} here" for key, here, there in changed_values(written, asdict(model))]
     if not same_plan:
         found.append("its plan is not that of its config")
     if found:

@@ -3,7 +3,6 @@
 import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from arch import resolve
 from data.batches import EvalBatches, SequenceFormat, TrainBatches
 from data.config import DataConfig
+from data.dotted import lookup
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
@@ -66,7 +66,7 @@ class TokenDataModule(L.LightningDataModule):
 
     @property
     def identity(self) -> Identity:
-        """What a run that begins now is tied to."""
+        """The identity of a run that begins now."""
         return Identity.of(asdict(self.config), self.folders, self.train.weights)
 
     def token_bytes(self) -> Tensor:
@@ -135,7 +135,7 @@ def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
         given |= overridden(config.preparation)
     for folder, manifest in folders.items():
         recorded = {"name": manifest.name, **manifest.recipe}
-        prepared = {key: _lookup(recorded, key) for key in given}
+        prepared = {key: lookup(recorded, key) for key in given}
         if prepared != given:
             wrong = {key: value for key, value in given.items() if prepared[key] != value}
             raise DataError(
@@ -143,9 +143,3 @@ def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
                 f"out {' and '.join(f'data.{key}' for key in wrong)}, or prepare another folder and train with "
                 f"data.path=FOLDER:\n  {command(replace(config.preparation, path='FOLDER'))}"
             )
-
-
-def _lookup(recipe: Any, key: str) -> Any:
-    for name in key.split("."):
-        recipe = recipe.get(name) if isinstance(recipe, dict) else None
-    return recipe

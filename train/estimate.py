@@ -20,11 +20,11 @@ from rich.table import Table
 
 from arch import LayoutError, ModelConfig, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
+from arch.named import load_arch, load_size
 from data.cli import UsageError, did_you_mean
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
-from eval.layouts import load_arch, load_size
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
 from train.estimates.memory import Execution, step_memory

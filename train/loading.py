@@ -21,6 +21,8 @@ from train.errors import TrainingError
 from train.run import load_config
 from train.schema import PretrainConfig
 
+FIX = "Give the prepared folder that it was trained on with prepared="
+
 
 class Text:
     """A tokenizer between text and lists of tokens; `end` is the token that ends a document."""
@@ -156,22 +158,39 @@ def find_tokenizer(
 
     Raises UsageError where there is none, DataError where it is not the one that made the data.
     """
-    where = f"{folder} lies in no run"
-    if prepared is None and config is not None:
-        data = config.data
-        prepared = Path(next(iter(data.mix))) if data.mix else data.preparation.folder
-        where = f"the run's data folder {prepared} is not here"
-        if not (prepared / "manifest.json").is_file():
-            prepared = None
-    if prepared is not None:
-        manifest = Manifest.load(prepared)
-        manifest.check_tokenizer(prepared)
-        if tied is not None:
-            tied.check_folder(str(folder), prepared, manifest, "Give the folder that it was trained on with prepared=")
-        return Text(pretrained(str(prepared / "tokenizer.json")), manifest.end_of_text)
-    if (found := tokenizer_beside(folder, tied)) is not None:
-        return found
-    raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
+    place = prepared_folder(config, prepared)
+    if place is not None:
+        manifest = open_prepared(folder, place, tied)
+        return Text(pretrained(str(place / "tokenizer.json")), manifest.end_of_text)
+    found = tokenizer_beside(folder, tied)
+    if found is None:
+        raise no_tokenizer(folder, config)
+    return found
+
+
+def prepared_folder(config: PretrainConfig | None, prepared: Path | None) -> Path | None:
+    """The folder of data that has the tokenizer: `prepared`, or the first of the run of `config`; None if not here."""
+    if prepared is not None or config is None:
+        return prepared
+    first = config.data.folders[0]
+    return first if (first / "manifest.json").is_file() else None
+
+
+def open_prepared(folder: Path, prepared: Path, tied: Identity | None) -> Manifest:
+    """The manifest of `prepared`. Raises DataError unless the checkpoint `folder` was trained on that data."""
+    manifest = Manifest.load(prepared)
+    manifest.check_tokenizer(prepared)
+    if tied is not None:
+        tied.check_folder(str(folder), prepared, manifest, FIX)
+    return manifest
+
+
+def no_tokenizer(folder: Path, config: PretrainConfig | None) -> UsageError:
+    """The error of a checkpoint whose tokenizer is not on this machine."""
+    where = (
+        f"{folder} lies in no run" if config is None else f"the run's data folder {config.data.folders[0]} is not here"
+    )
+    return UsageError(f"there is no tokenizer: {where}; {FIX[0].lower()}{FIX[1:]}")
 
 
 def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
@@ -185,7 +204,7 @@ def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
     if tied is not None and sha256(path) != tied.tokenizer:
         raise DataError(
             f"{folder} was trained with the tokenizer {short(tied.tokenizer)}; {path} is another, "
-            f"{short(sha256(path))}. Give the prepared folder that it was trained on with prepared="
+            f"{short(sha256(path))}. {FIX}"
         )
     tokenizer = pretrained(str(path))
     return Text(tokenizer, end_token(tokenizer, None))

@@ -174,6 +174,6 @@ def launched_rank() -> int:
 
 
 def first_on_machine() -> bool:
-    """Whether this is the first process of the run on its machine, by the variables of its launcher."""
+    """Tell whether this is the first process of the run on its machine, by the variables of its launcher."""
     ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0

@@ -20,7 +20,7 @@ from data.verify import verify_once
 from eval.console import PlainConsole
 from eval.fit import remarks
 from eval.footprint import plan_tables
-from eval.identity import Identity, digest_in_summary, short
+from eval.identity import Identity, check_summary_digest, short
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
@@ -121,12 +121,8 @@ def check_same_data(folder: Path, tied: Identity | None, data: TokenDataModule) 
     fix = "Put that data back; where it lies elsewhere now, name it with data.path= (or data.mix=)"
     if tied is not None:
         tied.check_data(f"the run {folder}", data.folders, data.train.weights, fix)
-    elif (digest := digest_in_summary(folder)) not in (None, data.digest):
-        found = ", ".join(map(str, data.folders))
-        raise DataError(
-            f"the run {folder} was trained on other data: digest {short(digest or '')}; there is now "
-            f"{short(data.digest)} in {found}. {fix}"
-        )
+    else:
+        check_summary_digest(f"the run {folder}", folder, data.digest, data.folders, fix)
 
 
 def check_same_tokenizer(source: Path, data: TokenDataModule) -> None:

@@ -88,7 +88,7 @@ def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], lis
 
 
 def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transform]:
-    """For each point, the coordinates in which it is drawn: points that would hide each other stand side by side."""
+    """The coordinates in which each point is drawn: points that would hide each other stand side by side."""
     spots = [axes.transData.transform([(row.bytes, row.lowest), (row.bytes, row.highest)]) for row in rows]
     clusters: list[list[int]] = []
     for number, ((x, low), (_, high)) in enumerate(spots):

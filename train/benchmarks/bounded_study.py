@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig
 from arch.footprint import kv_bytes, num_params
+from arch.named import load_arch
 from arch.plan import resolve_stack
 from arch.stores import state_itemsize
 from data.batches import EvalBatches, TrainBatches
@@ -44,7 +45,6 @@ from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES
 from eval.console import PlainConsole
 from eval.environment import ROOT, git_revision
-from eval.layouts import load_arch
 from eval.positions import loss_by_position
 from eval.recall import RecallTask, accuracy, questions, recall
 from eval.results import write_result

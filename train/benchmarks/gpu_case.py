@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from arch import ModelConfig, SizeConfig
-from eval.layouts import load_arch, load_size
+from arch.named import load_arch, load_size
 
 FAMILIES = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3", "block", "bct")
 

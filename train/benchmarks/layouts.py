@@ -32,11 +32,11 @@ from rich.table import Table
 
 from arch import ModelConfig, SizeConfig, resolve
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from arch.named import load_arch, names
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
 from eval.environment import hardware
-from eval.layouts import load_arch, names
 from eval.results import write_result
 from eval.units import bytes_text, count_text
 from train.benchmarks.baselines import kvfrontier, random_batch, train_in_turns

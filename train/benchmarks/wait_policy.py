@@ -53,7 +53,7 @@ class WaitPolicyConfig:
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[None]:
-    """As many processes that do nothing but compute."""
+    """Keep so many processes busy with computing."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
     try:
         yield

@@ -17,7 +17,7 @@ from arch import ModelConfig, build, resolve
 from arch.config import to_dict
 from arch.convert import TensorReader
 from data.cli import UsageError, word
-from data.files import rename, sha256, write_json
+from data.files import rename, write_json
 from train.checkpoint import FORMAT, INFO, check_matches
 from train.hub.checkpoint_reader import PREFIX
 from train.hub.tensor_files import write_shards
@@ -42,8 +42,7 @@ def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info
             (partial / group).mkdir()
             OmegaConf.save(OmegaConf.create(values), partial / group / f"{name}.yaml")
         model = {"config": to_dict(config), "plan": resolve(config).to_dict()}
-        paths = [partial / file for file in files]
-        described = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+        described = {name: file.description for name, file in files.items()}
         write_json(partial / INFO, {"format": FORMAT, "step": 0, **model, **info, "files": described})
         rename(partial, out)
     except OSError as error:

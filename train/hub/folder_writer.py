@@ -31,7 +31,7 @@ def write_weights(
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(weight.hf_shape.numel() for weight in weights) * dtype.itemsize},
-            "weight_map": {name: file for file, names in files.items() for name in names},
+            "weight_map": {name: file for file, written in files.items() for name in written.names},
         }
         write_json(folder / INDEX, index)
 

@@ -6,20 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data.cli import UsageError
 from data.config import DataConfig
 from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import pretrained
-from eval.identity import Identity, data_name, digest_in_summary, short
+from eval.identity import Identity, check_summary_digest, data_name
 from train.datamodule import TokenDataModule
 from train.errors import TrainingError
 from train.hub.records import Corpus, Training
-from train.loading import run_of, tokenizer_beside
+from train.loading import FIX, no_tokenizer, open_prepared, prepared_folder, run_of, tokenizer_beside
 from train.schema import PretrainConfig
-
-FIX = "Give the prepared folder that it was trained on with prepared="
 
 
 def load_corpus(
@@ -33,29 +30,22 @@ def load_corpus(
     Raises UsageError where there is no tokenizer, DataError where the folder is broken, or is not what it was trained
     on.
     """
-    if prepared is not None:
-        moved = None if config is None else replace(config, data=replace(config.data, path=prepared, mix={}))
-        return load_prepared(folder, Path(prepared), moved, num_windows, tied)
-    if config is not None:
-        first = next(iter(data_folders(config.data)))
-        if (first / "manifest.json").is_file():
-            return load_prepared(folder, first, config, num_windows, tied)
-        where = f"the run's data folder {first} is not here"
-    else:
-        where = f"{folder} lies in no run"
-    if (found := tokenizer_beside(folder, tied)) is not None:
-        return Corpus(found.tokenizer, found.end, [])
-    raise UsageError(f"there is no tokenizer: {where}; give the prepared folder that it was trained on with prepared=")
+    place = prepared_folder(config, None if prepared is None else Path(prepared))
+    if place is not None:
+        if prepared is not None and config is not None:
+            config = replace(config, data=replace(config.data, path=prepared, mix={}))
+        return load_prepared(folder, place, config, num_windows, tied)
+    found = tokenizer_beside(folder, tied)
+    if found is None:
+        raise no_tokenizer(folder, config)
+    return Corpus(found.tokenizer, found.end, [])
 
 
 def load_prepared(
     checkpoint: Path, folder: Path, config: PretrainConfig | None, num_windows: int, tied: Identity | None
 ) -> Corpus:
     """Load a folder of shards. Only with the `config` of the run there are windows, without a document mask."""
-    manifest = Manifest.load(folder)
-    manifest.check_tokenizer(folder)
-    if tied is not None:
-        tied.check_folder(str(checkpoint), folder, manifest, FIX)
+    manifest = open_prepared(checkpoint, folder, tied)
     tokenizer = pretrained(str(folder / "tokenizer.json"))
     if tokenizer.id_to_token(manifest.end_of_text) is None:
         raise DataError(f"{folder}: its tokenizer has no token {manifest.end_of_text}; prepare the folder again")
@@ -65,20 +55,11 @@ def load_prepared(
     if tied is not None and config.data.mix:
         tied.check_data(str(checkpoint), data.folders, data.train.weights, FIX)
     run = run_of(checkpoint)
-    recorded = None if run is None or tied is not None else digest_in_summary(run)
-    if recorded not in (None, data.digest):
-        raise DataError(
-            f"{checkpoint} was trained on other data: digest {short(recorded or '')}; there is now "
-            f"{short(data.digest)} in {folder}. {FIX}"
-        )
+    if run is not None and tied is None:
+        check_summary_digest(str(checkpoint), run, data.digest, [folder], FIX)
     chosen = EvalWindows.of(data.val, num_windows)
     windows = [chosen[i].tolist() for i in range(len(chosen))][:num_windows]
     return Corpus(tokenizer, manifest.end_of_text, windows)
-
-
-def data_folders(config: DataConfig) -> list[Path]:
-    """List the prepared folders of a run, whether or not they are here."""
-    return [Path(str(folder)) for folder in config.mix] if config.mix else [config.preparation.folder]
 
 
 def describe_data(config: DataConfig, prepared: str | None, tied: Identity | None) -> str:
@@ -86,7 +67,7 @@ def describe_data(config: DataConfig, prepared: str | None, tied: Identity | Non
     if tied is not None:
         names = [(folder.name, folder.weight) for folder in tied.data]
     else:
-        here = [Path(prepared)] if prepared is not None else data_folders(config)
+        here = [Path(prepared)] if prepared is not None else config.folders
         weights = list(config.mix.values()) if config.mix and prepared is None else [1.0]
         names = [
             (data_name(folder, Manifest.load(folder)) if (folder / "manifest.json").is_file() else folder.name, weight)

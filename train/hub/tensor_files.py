@@ -7,7 +7,7 @@ and check the files of their kind of folder; train/tensor_pieces.py has the form
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -74,6 +74,13 @@ def _join_rows(stored: StoredTensor, slices: Iterable[Any]) -> Tensor:
     return whole
 
 
+class WrittenFile(NamedTuple):
+    """Names of the tensors in a file, prefix included, and its size and sha256, as checkpoint.json has them."""
+
+    names: list[str]
+    description: dict[str, Any]
+
+
 def write_shards(
     folder: Path,
     tensors: TensorReader,
@@ -81,13 +88,13 @@ def write_shards(
     shard_bytes: float,
     file_name: Callable[[int, int], str],
     prefix: str = "",
-) -> dict[str, list[str]]:
+) -> dict[str, WrittenFile]:
     """Write `tensors` as `dtype` to files of at most `shard_bytes`; a larger tensor has a file to itself.
 
     file_name  (number from 1 on, number of files) -> name
     prefix     before every name in the files
 
-    Returns the names, prefix included, in each file. Raises TrainingError where a value is too large for `dtype`,
+    Returns what each file holds, by its name. Raises TrainingError where a value is too large for `dtype`,
     OSError where a file cannot be written, and passes on what `tensors` raises.
     """
     layout = {
@@ -99,8 +106,8 @@ def write_shards(
     for number, names in enumerate(shards, start=1):
         path = folder / file_name(number, len(shards))
         pieces = {f"{prefix}{name}": Layout(dtype, tensors.shapes[name], ()) for name in names}
-        write_file(path, pieces, (_converted(name, tensors.get(name), dtype) for name in names), {"format": "pt"})
-        written[path.name] = list(pieces)
+        converted = (_converted(name, tensors.get(name), dtype) for name in names)
+        written[path.name] = WrittenFile(list(pieces), write_file(path, pieces, converted, {"format": "pt"}))
     return written
 
 
