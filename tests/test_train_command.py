@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from omegaconf import OmegaConf
 
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
 from arch.named import CONFIGS, load_arch, load_size
-from train.checkpoint import checkpoints, load_info
+from data.shards import TokenWindows
+from train.checkpoint import checkpoints, load_info, step_of
 from train.errors import TrainingError
 from train.optim import lr_share
 from train.pretrain import main
@@ -405,6 +408,33 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path)
     assert done.returncode == 1
     assert "There was no checkpoint yet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_token_that_no_vocabulary_has_stops_the_run_after_a_save(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a shard that its checksum does not protect: altered on the disk, as by a machine that compared it before."""
+    monkeypatch.setattr("train.training.verify_once", lambda *_: None)
+    shutil.copytree(corpus, tmp_path / "data")
+    places: list[tuple[Path, int]] = []
+    read = TokenWindows._read
+
+    def noting(self: TokenWindows, shard: int, begin: int, tokens: int) -> Any:
+        if tokens == 33:
+            places.append((self.files[shard][0], begin))
+        return read(self, shard, begin, tokens)
+
+    base = ["+arch=mha", "+size=tiny", *SMALL, f"data.path={tmp_path / 'data'}", "logger=csv"]
+    with monkeypatch.context() as recording:
+        recording.setattr(TokenWindows, "_read", noting)
+        pretrain(*base, f"folder={tmp_path / 'whole'}")
+    path, begin = next(place for place in places[20:] if "train" in place[0].name and places.count(place) == 1)
+    with path.open("r+b") as file:
+        file.seek(2 * begin)
+        file.write(b"\xff\xff")
+    with pytest.raises(TrainingError, match=r"token 65535 in a vocabulary of 600.*last good checkpoint is .*step-0000"):
+        pretrain(*base, f"folder={tmp_path / 'run'}")
+    assert 0 < step_of(checkpoints(tmp_path / "run")[0]) < 8
 
 
 def test_wandb_gets_what_the_user_names_and_warns_of_nothing(
