@@ -14,7 +14,7 @@ T = TypeVar("T")
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
 MAX_WIDTH = 2**24  # heads, widths, slots, tokens of a vocabulary
-MAX_COUNT = 10**15  # tokens and positions
+MAX_COUNT = 10**15  # tokens, positions and steps: within 64 bits in every product that is formed
 MAX_NESTING = 16  # lists in the lists of a pattern
 
 

@@ -21,7 +21,7 @@ def build(
 ) -> LanguageModel:
     """Build a decoder, or with `arch.block` a Block Transformer: `build("cla2", "tiny", num_layers=4)`.
 
-    arch, size   names or objects, as of `model_config`; or a ModelConfig alone (a second argument is its backend)
+    arch, size   names or objects, as of `model_config`; or a ModelConfig alone
     device_type  kind of device it will run on, which decides the attention backend: cpu or cuda
     backend      attention backend: auto, or a name from arch/attend.py
     init         draw the initial weights of `seed`; False leaves them undefined, for weights that are loaded. On the
@@ -32,7 +32,6 @@ def build(
     where the attention backend cannot run it, TypeError where arguments contradict each other.
     """
     if isinstance(arch, ModelConfig):
-        backend, size = (size, None) if isinstance(size, str) else (backend, size)
         if size is not None or changes:
             raise TypeError("a ModelConfig has its size; change it there")
         config = arch

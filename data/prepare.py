@@ -34,7 +34,7 @@ from data.listing import SourceFile
 from data.pool import encoded
 from data.presets import load, names
 from data.report import Report
-from data.shards import FORMAT, Manifest, Split
+from data.shards import CHUNK, FORMAT, Manifest, Split
 from data.sources import Document, Position, TextSource
 from data.tokenizer import (
     byte_tokenizer,
@@ -49,7 +49,6 @@ from data.verify import verify
 from data.writing import PROGRESS, Progress, SplitWriter, differences, discard, folder_lock
 
 CHECKPOINT_SECONDS = 60
-CHUNK = 2**24  # tokens
 
 
 def prepare(config: PrepareConfig) -> Manifest:

@@ -25,6 +25,7 @@ from .config import LIMITS
 from .files import DataError, sha256, write_json
 
 FORMAT = 2
+CHUNK = 2**24  # tokens of a shard that are looked at together
 OPEN_FILES = 256  # many systems allow a process 1024
 
 

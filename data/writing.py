@@ -16,11 +16,10 @@ from filelock import FileLock, Timeout
 from .cli import value_text
 from .config import SPLITS
 from .files import DataError, sha256, sync_folder, write_json
-from .shards import Shard
+from .shards import CHUNK, Shard
 from .source_record import SOURCES
 from .sources import Position
 
-CHUNK = 2**24  # tokens
 LOCK = "prepare.lock"
 PROGRESS = "progress.json"
 INITIAL_FILES = {LOCK, SOURCES, "tokenizer.json", "token_bytes.npy"}

@@ -40,7 +40,7 @@ def test_objects_names_and_backends_mix() -> None:
     size = arch.load_size("tiny")
     assert arch.model_config(layout, "tiny").size == size
     assert arch.build("mqa", size, backend="reference").attention().startswith("kv: reference")
-    assert arch.build(arch.ModelConfig(layout, size), "reference").attention().startswith("kv: reference")
+    assert arch.build(arch.ModelConfig(layout, size), backend="reference").attention().startswith("kv: reference")
     assert arch.build(layout, size).plan.stores[0].slot.kv_heads == 2
 
 

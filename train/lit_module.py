@@ -58,7 +58,7 @@ class LitModel(L.LightningModule):
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
         with torch.device("meta"):
-            self.model = build(self.config.model, trainer.backend, device.type)
+            self.model = build(self.config.model, device_type=device.type, backend=trainer.backend)
         parallelize(
             self.model,
             activation_checkpointing=trainer.activation_checkpointing,

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arch import ArchConfig, ModelConfig, Plan, SizeConfig
+from arch.config import MAX_COUNT
 from data.config import DataConfig
 
 if TYPE_CHECKING:
     from data.batches import SequenceFormat
 
-MAX_COUNT = 10**15  # of tokens, steps and bytes: beyond every run, and within 64 bits in every product that is formed
 MAX_SEED = 2**63 - 1
 # Tokens whose logits exist at one time: enough for a matrix product to run at full speed.
 LOSS_ROWS = 2048

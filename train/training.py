@@ -100,7 +100,7 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
         with torch.device("meta"):
-            model = build(config.model, config.trainer.backend, device)
+            model = build(config.model, device_type=device, backend=config.trainer.backend)
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error

@@ -59,7 +59,7 @@ def llama_slot(config: ModelConfig) -> SlotShape:
 def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
     """Our model, built as `train/pretrain.py` does on one device; a Block Transformer predicts its inputs."""
     with torch.device("meta"):
-        model = build(config, "auto", device.type)
+        model = build(config, device_type=device.type)
     parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.float32)
     model.to_empty(device=device)
     model.init_weights(0)

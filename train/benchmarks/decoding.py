@@ -18,7 +18,7 @@ DecodeFn = Callable[[Tensor], Tensor]
 def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     """A model in eval mode with the initial weights of seed 0."""
     with torch.device("meta"):
-        model = build(config, "auto", device.type)
+        model = build(config, device_type=device.type)
     model = model.to(dtype).to_empty(device=device).eval()
     model.init_weights(0)
     return model
