@@ -25,13 +25,13 @@ class TaskError(RuntimeError):
     """A task that failed, through no mistake on its command line."""
 
 
-def parse(schema: type[T], arguments: Sequence[str], positional: str | None = None) -> T:
+def parse(schema: type[T], arguments: Sequence[str], positional: str | None = None, prefix: str = "") -> T:
     """Build `schema`, a dataclass with defaults, from `key=value` words.
 
     Fields may be str, int, float, bool, Path, a tuple of one of them (`1,2,3`), or optional (`null`). Words without
     `=`, and those that are a path or can only be one (`./lr=1e-3`), go into the field `positional`, a tuple of str.
     `--help`, or no word where there is a positional field, prints the docstrings of the schema's module and of the
-    schema, and exits.
+    schema, and exits. `prefix` stands before the keys in messages: that of a group of options, as `recall.`.
 
     Raises UsageError on an unknown key and on a value of another type.
     """
@@ -47,29 +47,29 @@ def parse(schema: type[T], arguments: Sequence[str], positional: str | None = No
             words.append(argument)
             continue
         if equals and key not in hints:
-            raise UsageError(unknown_key(key, list(hints)))
+            raise UsageError(unknown_key(f"{prefix}{key}", list(hints)))
         if equals and text:
             try:
                 values[key] = _convert(text, hints[key])
             except ValueError:
-                raise UsageError(f"{key} is {text}; it must be {_describe(hints[key])}") from None
+                raise UsageError(f"{prefix}{key} is {text}; it must be {_describe(hints[key])}") from None
         elif positional and not equals:
             words.append(argument)
         else:
-            raise UsageError(f"cannot read {argument!r}; write key=value, the keys are {', '.join(hints)}")
+            raise UsageError(f"cannot read {prefix + argument!r}; write key=value, the keys are {', '.join(hints)}")
     if positional:
         values[positional] = tuple(words)
     return schema(**values)
 
 
-def usage(schema: type, positional: str | None = None) -> str:
-    """The help text of a command whose options are `schema`."""
+def usage(schema: type, positional: str | None = None, module: bool = True) -> str:
+    """The help text of a command whose options are `schema`, with the docstring of its module or without."""
     defaults = [
         f"{item.name}={value_text(item.default)}"
         for item in fields(schema)
         if item.name != positional and item.default is not MISSING
     ]
-    documents = [inspect.getdoc(sys.modules[schema.__module__]), inspect.getdoc(schema)]
+    documents = [inspect.getdoc(sys.modules[schema.__module__]) if module else None, inspect.getdoc(schema)]
     return "\n\n".join([*filter(None, documents), f"Defaults: {' '.join(defaults)}"])
 
 

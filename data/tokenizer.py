@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,14 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     for index, added in tokenizer.get_added_tokens_decoder().items():
         sizes[index] = 0 if added.special else len(added.content.encode())
     return sizes
+
+
+def scaled_bytes(sizes: Sequence[float], text: str) -> list[float]:
+    """`sizes` as they are where they add up to the bytes of `text`, else scaled so that they do."""
+    total, actual = sum(sizes), len(text.encode())
+    if total == actual:
+        return list(sizes)
+    return [size * actual / total for size in sizes] if total else [actual / len(sizes)] * len(sizes)
 
 
 class Encoder:

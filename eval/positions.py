@@ -51,20 +51,51 @@ def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Bucket]:
-    """Mean loss per bucket over `batches` of sequences of one length. Buckets without a real target are left out."""
-    sums: list[Tensor] = []
-    counts: list[Tensor] = []
-    for batch in batches:
-        targets_BT = batch["targets"]
+def score(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the loss [B, T] in fp32 of the targets of `batch`, and which of them are predicted and real [B, T].
+
+    The loss is 0 at all others. `model` may be one that has only the methods of a LanguageModel.
+    """
+    targets_BT = batch["targets"]
+    if isinstance(model, LanguageModel):
         head = token_nats(model.select_targets(targets_BT))
         nats_BT = model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
-        nats_BT = F.pad(nats_BT, (targets_BT.shape[1] - nats_BT.shape[1], 0))  # nothing where nothing is predicted
-        bounds = edges(targets_BT.shape[1])
+    else:  # its logits are of the token after each input: of a model of blocks, the targets but the first ones
+        plan, length = model.plan, targets_BT.shape[1]
+        logits_BTV = model.next_token_logits(batch["inputs"][:, : length - 1 + plan.target_offset])
+        chosen_BT = targets_BT[:, plan.min_prompt - plan.target_offset :]
+        nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2).float(), chosen_BT, reduction="none", ignore_index=IGNORE)
+    missing = targets_BT.shape[1] - nats_BT.shape[1]
+    real_BT = targets_BT != IGNORE
+    real_BT[:, :missing] = False
+    return F.pad(nats_BT, (missing, 0)), real_BT
+
+
+def loss_by_position(model: LanguageModel, batches: Iterable[Batch]) -> list[Bucket]:
+    """Mean loss per bucket over `batches` of sequences of one length. Buckets without a real target are left out."""
+    return by_position(score(model, batch) for batch in batches)
+
+
+def by_position(scored: Iterable[tuple[Tensor, Tensor]]) -> list[Bucket]:
+    """Mean loss per bucket of what `score` returns for batches whose sequences begin at position 0.
+
+    Buckets without a real target are left out.
+    """
+    sums: list[Tensor] = []
+    counts: list[Tensor] = []
+    length = 0
+    for nats_BT, real_BT in scored:
+        length = max(length, nats_BT.shape[1])
+        bounds = edges(nats_BT.shape[1])
         widths = [end - first for first, end in pairwise(bounds)]
-        for values, parts in ((nats_BT.double(), sums), ((targets_BT != IGNORE).double(), counts)):
-            parts.append(torch.stack([part.sum(1) for part in torch.split(values, widths, dim=1)], dim=1))
-    sums_BE, counts_BE = torch.cat(sums), torch.cat(counts)
+        for values, parts in ((nats_BT.double(), sums), (real_BT.double(), counts)):
+            parts.append(torch.stack([part.sum(1) for part in torch.split(values, widths, dim=1)], dim=1).cpu())
+    if not sums:
+        return []
+    bounds = edges(length)
+    sums_BE, counts_BE = (
+        torch.cat([F.pad(part, (0, len(bounds) - 1 - part.shape[1])) for part in parts]) for parts in (sums, counts)
+    )
     buckets = []
     for (first, end), sum_B, count_B in zip(pairwise(bounds), sums_BE.T, counts_BE.T, strict=True):
         real = count_B > 0

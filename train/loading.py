@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -14,7 +15,7 @@ from arch import LanguageModel, ModelConfig, build, from_dict, generate
 from data.cli import UsageError
 from data.files import DataError, sha256
 from data.shards import Manifest
-from data.tokenizer import Encoder, end_token, pretrained
+from data.tokenizer import Encoder, end_token, pretrained, scaled_bytes, token_bytes
 from eval.identity import Identity, short
 from train import checkpoint
 from train.errors import TrainingError
@@ -31,6 +32,17 @@ class Text:
         self.tokenizer, self.end = tokenizer, end
         self._encoder = Encoder(tokenizer, end)
 
+    @property
+    def begin(self) -> int:
+        """The token before the first of a document: the end of the one before it."""
+        return self.end
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the tokenizer spells them, with their numbers."""
+        tokens: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
+        return tokens
+
     def encode(self, text: str) -> list[int]:
         """The tokens of `text` as in training, without an end: a special token spelled out is ordinary text."""
         tokens: list[int] = self._encoder([text])[0][:-1].tolist()
@@ -40,6 +52,15 @@ class Text:
         """The text of `tokens`, without special tokens."""
         text: str = self.tokenizer.decode(list(tokens))
         return text
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        return token_bytes(self.tokenizer)
+
+    def text_bytes(self, text: str, tokens: Sequence[int]) -> Sequence[float]:
+        """UTF-8 bytes of `text` that each of its `tokens` stands for; together all of them."""
+        sizes: list[float] = self._sizes[list(tokens)].tolist()
+        return scaled_bytes(sizes, text)
 
 
 @dataclass(frozen=True)

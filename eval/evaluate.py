@@ -1,0 +1,196 @@
+"""Evaluate a model: `python eval/evaluate.py checkpoint=runs/mine tasks=perplexity text=book.txt`.
+
+The model is that of a run (results go into its folder, its summary.json and its wandb run), of a single checkpoint, or
+any that transformers loads: an exported folder, or a name on the Hugging Face hub. Prints a table.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
+from data.cli import UsageError, fail, parse, usage
+from eval.tasks import TASKS, Chosen, choose, sections
+from eval.tasks.task import TaskResult
+from train.source import Source
+
+if TYPE_CHECKING:
+    from train.subjects import Opened
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Prepared data that tasks read in place of the run's own.
+
+    path        a prepared folder; its validation split is read
+    val_tokens  tokens of it; null: all
+    """
+
+    path: Path | None = None
+    val_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options.
+
+    checkpoint  a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
+    tasks       names of tasks, with commas
+    text        files of text (.txt .md .jsonl .parquet, also packed) that tasks read, with commas; empty: the prepared
+                data of data.path=, or of the run
+    text_key    the key of .jsonl, or the column of .parquet, that has the text
+    which       of a run's checkpoints the newest, or the best by validation loss
+    context     tokens that the model sees at once; null: those of a training sequence
+    device      cpu, cuda, ...; auto: cuda where there is one
+    dtype       type of the weights: fp32, bf16, fp16; auto: fp32 on the CPU, bf16 elsewhere
+    trust       run code that the checkpoint brings; an exported folder of ours needs no trust while its code is ours
+    revision    branch, tag or commit of the hub
+    out         folder for the results; null: evaluations/ in the run, or runs/evaluations/NAME
+    wandb       log to the wandb run of the run, where it has one
+    seed        of tasks that draw at random
+    """
+
+    checkpoint: str = ""
+    tasks: tuple[str, ...] = ("perplexity",)
+    text: tuple[Path, ...] = ()
+    text_key: str = "text"
+    which: str = "newest"
+    context: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    trust: bool = False
+    revision: str | None = None
+    out: Path | None = None
+    wandb: bool = True
+    seed: int = 0
+
+
+def main(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(arguments) or not arguments:
+        print(help_text())
+        return
+    options, data, words = read(arguments)
+    tasks = choose(options.tasks, words)
+    check(options, data)
+    source = Source(options.checkpoint, options.which, options.device, options.dtype, options.trust, options.revision)
+    source.check()
+    from train.subjects import open_subject  # brings torch
+
+    opened = open_subject(source, options.context, options.text, options.text_key, options.seed)
+    evaluate(with_data(opened, tasks, data), tasks, options, data)
+
+
+def read(arguments: Sequence[str]) -> tuple[EvaluateConfig, DataOptions, list[str]]:
+    """Split a command line into the options of the command, those of data, and the words for tasks."""
+    prefixes = {"data": list[str](), "": list[str](), **{name: list[str]() for name in sections()}}
+    for argument in arguments:
+        prefix = argument.partition("=")[0].partition(".")[0]
+        dotted = "." in argument.partition("=")[0] and prefix in prefixes
+        prefixes[prefix if dotted else ""].append(argument)
+    own, of_data = prefixes.pop(""), prefixes.pop("data")
+    words = [word for group in prefixes.values() for word in group]
+    parsed = parse(DataOptions, [word.removeprefix("data.") for word in of_data], prefix="data.")
+    return parse(EvaluateConfig, own), parsed, words
+
+
+def help_text() -> str:
+    """The options of the command and of every task."""
+    parts = [usage(EvaluateConfig), "data.:\n" + usage(DataOptions, module=False)]
+    parts += [f"{name}.:\n{usage(schema, module=False)}" for name, schema in sections().items()]
+    return "\n\n".join(parts)
+
+
+def check(options: EvaluateConfig, data: DataOptions) -> None:
+    """Raise UsageError on files that are not there and numbers that make no sense."""
+    for path in options.text:
+        if not path.is_file():
+            raise UsageError(f"text={path}: there is no such file")
+    if options.text and data.path is not None:
+        raise UsageError("text= and data.path= are both set; choose one")
+    for name, value in (("context", options.context), ("data.val_tokens", data.val_tokens)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+def with_data(opened: "Opened", tasks: Sequence[Chosen], data: DataOptions) -> "Opened":
+    """`opened` with the prepared data that its tasks read: what was named, or that of the run."""
+    from train.subjects import data_of_run, other_data
+
+    if opened.subject.texts or not any(chosen.task.reads_text for chosen in tasks):
+        return opened
+    prepared = data_of_run(opened) if data.path is None else other_data(opened, data.path, data.val_tokens)
+    return replace(opened, subject=replace(opened.subject, prepared=prepared))
+
+
+def evaluate(
+    opened: "Opened", tasks: Sequence[Chosen], options: EvaluateConfig, data: DataOptions
+) -> dict[str, TaskResult]:
+    """Run `tasks`, write each result as soon as there is one, and print all of them."""
+    from eval.console import PlainConsole
+    from eval.evaluations import FOLDER, figures_table, key_of, record, rows_table
+
+    subject = opened.subject
+    folder = options.out or (opened.run or Path("runs", FOLDER, subject.name)) / (FOLDER if opened.run else "")
+    given = options.text[0] if options.text else data.path
+    about = {"checkpoint": options.checkpoint if opened.loaded is None else str(opened.loaded.checkpoint)}
+    console, results, written = PlainConsole(), {}, list[Path]()
+    for chosen in tasks:
+        key = key_of(chosen, None if given is None else str(given))
+        results[key] = chosen.run(subject)
+        try:
+            written += record(key, chosen, subject, results[key], folder, about | {"step": opened.step})
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
+        if results[key].rows:
+            console.print(rows_table(key, results[key]))
+        for note in results[key].notes:
+            console.print(f"{key}: {note}")
+    console.print(figures_table(subject.name, results))
+    share(opened, tasks, results, options.wandb)
+    for path in written:
+        console.print(str(path), soft_wrap=True)
+    return results
+
+
+def share(opened: "Opened", tasks: Sequence[Chosen], results: dict[str, TaskResult], wandb: bool) -> None:
+    """Put the figures into the summary of the run, where that is of the same checkpoint, and into its wandb run."""
+    from eval.evaluations import digest_of, entry, merge, steps_of_summary
+
+    if opened.run is None or opened.step is None:
+        return
+    steps = steps_of_summary(opened.run)
+    if steps == opened.step:
+        merge(
+            opened.run,
+            {
+                key: entry(result.figures, opened.step, digest_of(chosen, opened.subject))
+                for (key, result), chosen in zip(results.items(), tasks, strict=True)
+            },
+        )
+    else:
+        print(
+            f"summary.json is of step {steps}, these figures of step {opened.step}: they are not put into it"
+            if steps is not None
+            else "the run has not ended: there is no summary.json yet to put these figures into",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    from data.cli import TaskError
+    from eval.cli import MISTAKES
+    from eval.tasks import TASKS  # noqa: F401
+
+    try:
+        main(sys.argv[1:])
+    except MISTAKES as mistake:
+        fail(str(mistake))
+    except TaskError as failed:
+        fail(str(failed), code=1)

@@ -1,0 +1,136 @@
+"""Results of tasks in the folder of a run: evaluations/<key>.json with its pictures, and the figures in summary.json.
+
+The key is the name of the task, with the name of a text that was given (`perplexity@wiki.test`). In summary.json, under
+`evaluations`: for each key its figures, `step` of the checkpoint, and a digest of the options and the text.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from rich.table import Table
+
+from data.cli import UsageError, value_text
+from data.files import write_json
+from eval.results import write_result
+from eval.tasks import Chosen
+from eval.tasks.task import Subject, TaskResult
+
+FOLDER, KEY = "evaluations", "evaluations"
+
+
+def key_of(chosen: Chosen, text: str | None) -> str:
+    """The key of a result: the task, and the name of the text where that was given and changes the figures."""
+    if not chosen.task.reads_text or text is None:
+        return chosen.name
+    return f"{chosen.name}@{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(text).name.split('.jsonl')[0]) or 'text'}"
+
+
+def digest_of(chosen: Chosen, subject: Subject) -> str:
+    """Digest of what decides the figures beside the weights: the options, the context, the seed and the text."""
+    from eval.scoring import digest_of as digest_of_files
+
+    texts = None
+    if chosen.task.reads_text:
+        texts = digest_of_files(subject.texts) if subject.texts else subject.prepared and subject.prepared.digest
+    values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def record(
+    key: str, chosen: Chosen, subject: Subject, result: TaskResult, folder: Path, about: Mapping[str, Any]
+) -> list[Path]:
+    """Write `key`.json and the pictures into `folder`, with the items of `about`; return the paths.
+
+    Raises OSError where that cannot be written.
+    """
+    paths = [folder / f"{key}.json"]
+    payload = {
+        "task": chosen.name,
+        "model": subject.name,
+        "device": str(subject.device),
+        "context": subject.context,
+        "seed": subject.seed,
+        "texts": [str(path) for path in subject.texts],
+        "options": asdict(chosen.options),
+        "digest": digest_of(chosen, subject),
+        "notes": list(result.notes),
+        "figures": plain(result.figures),
+        "rows": [plain(row) for row in result.rows],
+        **about,
+    }
+    write_result(paths[0], payload)
+    for name, picture in result.pictures.items():
+        paths.append(folder / f"{key}-{name}.png")
+        picture.savefig(paths[-1], dpi=160, facecolor="white")
+    return paths
+
+
+def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put `entries`, by key, into the summary.json of `run`; those of other tasks stay. Processes take turns.
+
+    Raises OSError where it cannot be written, ValueError where it cannot be read.
+    """
+    path = run / "summary.json"
+    with FileLock(run / f"{KEY}.lock"):
+        summary = json.loads(path.read_text())
+        summary[KEY] = {**summary.get(KEY, {}), **entries}
+        write_json(path, summary)
+
+
+def steps_of_summary(run: Path) -> int | None:
+    """The steps of the run by its summary.json; None where it has none."""
+    try:
+        steps = json.loads((run / "summary.json").read_text())["experiment"]["steps"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{run / 'summary.json'} cannot be read ({error!r}); put it back") from error
+    return steps if isinstance(steps, int) else None
+
+
+def entry(figures: Mapping[str, float], step: int, digest: str) -> dict[str, Any]:
+    """The entry of a result in summary.json."""
+    return {"step": step, "digest": digest, "figures": plain(figures)}
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as JSON has them: a number that is not finite as null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def figures_table(name: str, results: Mapping[str, TaskResult]) -> Table:
+    """A row for each figure of each task."""
+    table = Table("figure", title=name, title_justify="left")
+    table.add_column("value", justify="right")
+    for key, result in results.items():
+        for figure, value in result.figures.items():
+            table.add_row(f"{key}/{figure}", number(value))
+    return table
+
+
+def rows_table(key: str, result: TaskResult) -> Table:
+    """The details of a task."""
+    table = Table(title=key, title_justify="left")
+    for column in result.rows[0]:
+        table.add_column(str(column), justify="right")
+    for row in result.rows:
+        table.add_row(*(number(value) if isinstance(value, float) else value_text(value) for value in row.values()))
+    return table
+
+
+def number(value: float) -> str:
+    """A whole number with commas, any other with six digits."""
+    return f"{value:,.0f}" if value == round_or_nan(value) else f"{value:.6g}"
+
+
+def round_or_nan(value: float) -> float:
+    return float(round(value)) if math.isfinite(value) else math.nan

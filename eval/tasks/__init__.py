@@ -1,0 +1,82 @@
+"""Tasks of evaluation: a registry, and the part of a command line that chooses them.
+
+A task is a module here with a frozen dataclass of options and a function `run(subject, options) -> TaskResult`, and an
+entry of TASKS. In training (`evals.tasks`) every process runs it on the same inputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from data.cli import UsageError, did_you_mean, parse
+from eval.tasks import perplexity
+from eval.tasks.task import Options, Subject, Task, TaskResult
+
+__all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choose", "sections"]
+
+TASKS: dict[str, Task] = {
+    "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A task with its options."""
+
+    name: str
+    task: Task
+    options: Options
+
+    def run(self, subject: Subject) -> TaskResult:
+        return self.task.run(subject, self.options)
+
+
+def section(name: str) -> str:
+    """The prefix of the options of task `name` on a command line: its name, dashes as underscores."""
+    return name.replace("-", "_")
+
+
+def sections() -> dict[str, type]:
+    """Schemas of the options of all tasks, by their prefix."""
+    return {section(name): task.options for name, task in TASKS.items()}
+
+
+def choose(names: Sequence[str], words: Sequence[str] = ()) -> list[Chosen]:
+    """The tasks `names`, each once, with the options among `words` (`recall.pairs=8`).
+
+    Raises UsageError on an unknown task or option, on options of a task that is not among `names`, and on a value of
+    another type.
+    """
+    if not names:
+        raise UsageError(f"tasks= is empty; choose {', '.join(TASKS)}")
+    arguments: dict[str, list[str]] = {}
+    for item in names:
+        name, colon, argument = item.partition(":")
+        if name not in TASKS:
+            raise UsageError(f"no task {name}{did_you_mean(name, list(TASKS))} There are {', '.join(TASKS)}")
+        if bool(colon) != (TASKS[name].argument is not None) or (colon and not argument):
+            form = f"write {name}:NAME" if TASKS[name].argument else "it takes no name after a colon"
+            raise UsageError(f"tasks: {item}: {form}")
+        arguments.setdefault(name, []).extend([argument] if colon else [])
+    known = {section(name) for name in arguments}
+    given: dict[str, list[str]] = {}
+    for word in words:
+        prefix, _, rest = word.partition(".")
+        if prefix not in known:
+            raise UsageError(f"{word}: the task {prefix} is not among tasks={','.join(names)}")
+        given.setdefault(prefix, []).append(rest)
+    chosen = []
+    for name, collected in arguments.items():
+        task = TASKS[name]
+        options = parse(task.options, given.get(section(name), []), prefix=f"{section(name)}.")
+        if task.argument is not None:
+            options = replace(options, **{task.argument: tuple(dict.fromkeys(collected))})
+        if problems := options.problems():
+            raise UsageError("\n".join(f"{section(name)}.{problem}" for problem in problems))
+        chosen.append(Chosen(name, task, options))
+    return chosen
+
+
+def options_text(chosen: Chosen) -> dict[str, Any]:
+    """The options of a task as plain data."""
+    return {item.name: getattr(chosen.options, item.name) for item in fields(chosen.options)}

@@ -1,0 +1,164 @@
+"""A task of evaluation: its options, the model that it is given, and its result."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from data.shards import Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from arch import LanguageModel
+
+T = TypeVar("T")
+LINE_SECONDS = 30  # between lines of progress where there is no terminal
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back. `begin` stands before the first token of a document, `end` after its last."""
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the tokenizer spells them, with their numbers."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def text_bytes(self, text: str, tokens: Sequence[int]) -> Sequence[float]:
+        """UTF-8 bytes of `text` that each of its `tokens` stands for; together all of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prepared folders with the weights of their mixture; `val_tokens` of the validation split are read."""
+
+    folders: Mapping[Path, Manifest]
+    weights: Sequence[float]
+    val_tokens: int
+    document_mask: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Digests of the folders, joined."""
+        return ", ".join(manifest.digest for manifest in self.folders.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation, in eval mode.
+
+    model      a model of ours, or one with the same methods: next_token_logits, prefill, decode_step, allocate_cache
+    name       in tables and file names
+    context    tokens of its training sequences, or the most that it was built for
+    texts      files of text given with text=; empty: none
+    prepared   the data given with data.path=, or that of the run; None: there is none
+    pad_token  fills up prompts that are too short; None: they are refused
+    quiet      no progress is shown
+    """
+
+    model: "LanguageModel"
+    tokenizer: Tokenizer
+    device: "torch.device"
+    name: str
+    context: int
+    texts: tuple[Path, ...] = ()
+    text_key: str = "text"
+    prepared: Prepared | None = None
+    seed: int = 0
+    pad_token: int | None = None
+    quiet: bool = False
+
+    def documents(self) -> Iterator[str]:
+        """The documents in `texts`: lines of .jsonl, rows of .parquet, any other file as a whole. Empty ones are
+        passed over.
+
+        Raises DataError where a file cannot be read.
+        """
+        from data.files import DataError
+        from data.reading import rows_of_file
+
+        for path in self.texts:
+            try:
+                yield from filter(None, rows_of_file(path, self.text_key, by_lines=False))
+            except (OSError, ValueError, EOFError) as error:
+                if isinstance(error, DataError):
+                    raise
+                raise DataError(f"text={path} cannot be read: {error}") from error
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
+        """Continue `prompts` over the cache of the model; `options` as of `arch.generate`."""
+        from arch import generate
+
+        options = {"pad_token": self.pad_token, **options}
+        return generate(self.model, [list(prompt) for prompt in prompts], max_new_tokens, **options)
+
+    def progress(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
+        """Yield `items` and show on standard error how many of `total` are done: a bar, or a line now and then."""
+        if self.quiet:
+            yield from items
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import track
+
+            yield from track(items, what, total, console=Console(stderr=True), transient=True)
+        else:
+            reported = time.monotonic()
+            for number, item in enumerate(items):
+                if time.monotonic() - reported > LINE_SECONDS:
+                    reported = time.monotonic()
+                    print(f"{what}: {number:,} of {total:,}", file=sys.stderr, flush=True)
+                yield item
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a task; each task extends it with its own, and a docstring that explains them."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with them, each item beginning with the option; checked before anything is loaded."""
+        return []
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Figures of a task, by name; a slash groups them.
+
+    rows      a table of details, equal keys in every row
+    pictures  by name
+    notes     sentences about what was measured, for the reader of the table
+    """
+
+    figures: dict[str, float]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, "Figure"] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of the registry. Its module imports torch inside `run`, so that --help need not wait for it.
+
+    options     the class of its options
+    run         evaluates a subject
+    argument    the field of `options`, a tuple of str, that collects what follows a colon: tasks=[name:a,name:b]
+    reads_text  what text= or data.path= names changes the figures
+    """
+
+    options: type[Options]
+    run: Callable[[Subject, Any], TaskResult]
+    argument: str | None = None
+    reads_text: bool = False
