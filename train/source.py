@@ -55,7 +55,7 @@ def kind(checkpoint: str) -> str:
             f"checkpoint={checkpoint} holds no run (config.yaml), no checkpoint ({CHECKPOINT}) and no model of "
             "transformers (config.json)"
         )
-    here = checkpoint.startswith((".", "/", "~")) or os.path.isdir(path.parts[0])
+    here = checkpoint.startswith((".", "/", "~", "runs/")) or os.path.isdir(path.parts[0])
     if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", checkpoint):
         raise UsageError(f"checkpoint={checkpoint}: there is no such folder")
     return "transformers"
