@@ -153,34 +153,42 @@ def evaluate(
         for note in results[key].notes:
             console.print(f"{key}: {note}")
     console.print(figures_table(subject.name, results))
-    share(opened, tasks, results, options.wandb)
+    share(opened, tasks, results)
+    if options.wandb:
+        log(opened, results, [path for path in written if path.suffix == ".png"])
     for path in written:
         console.print(str(path), soft_wrap=True)
     return results
 
 
-def share(opened: "Opened", tasks: Sequence[Chosen], results: dict[str, TaskResult], wandb: bool) -> None:
-    """Put the figures into the summary of the run, where that is of the same checkpoint, and into its wandb run."""
+def share(opened: "Opened", tasks: Sequence[Chosen], results: dict[str, TaskResult]) -> None:
+    """Put the figures into the summary of the run, where that is of the same checkpoint."""
     from eval.evaluations import digest_of, entry, merge, steps_of_summary
 
     if opened.run is None or opened.step is None:
         return
     steps = steps_of_summary(opened.run)
     if steps == opened.step:
-        merge(
-            opened.run,
-            {
-                key: entry(result.figures, opened.step, digest_of(chosen, opened.subject))
-                for (key, result), chosen in zip(results.items(), tasks, strict=True)
-            },
-        )
+        pairs = zip(results.items(), tasks, strict=True)
+        digests = {key: digest_of(chosen, opened.subject) for (key, _), chosen in pairs}
+        merge(opened.run, {key: entry(found.figures, steps, digests[key]) for key, found in results.items()})
+    elif steps is None:
+        print("the run has not ended: it has no summary.json yet to put these figures into", file=sys.stderr)
     else:
-        print(
-            f"summary.json is of step {steps}, these figures of step {opened.step}: they are not put into it"
-            if steps is not None
-            else "the run has not ended: there is no summary.json yet to put these figures into",
-            file=sys.stderr,
-        )
+        line = f"summary.json is of step {steps}, these figures are of step {opened.step}: they are not put into it"
+        print(line, file=sys.stderr)
+
+
+def log(opened: "Opened", results: dict[str, TaskResult], pictures: list[Path]) -> None:
+    """Add the figures and pictures to the wandb run of the run, where it has one."""
+    if opened.run is None or opened.config is None or not (opened.run / "wandb-id.txt").is_file():
+        return
+    from train.loggers import record_evaluations  # brings wandb
+
+    scalars = {
+        f"evaluations/{key}/{name}": value for key, found in results.items() for name, value in found.figures.items()
+    }
+    record_evaluations(opened.config, opened.run, scalars, pictures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
 """`eval/evaluate.py`: the registry of tasks, their options, and what is written."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from data.cli import UsageError
 from eval.evaluate import main
 from eval.tasks import TASKS, choose
+from train import load
+from train.source import Source
+from train.subjects import open_subject
 
 OLD = ROOT / "tests" / "golden" / "old"
 
@@ -66,3 +72,125 @@ def test_perplexity_of_a_run_is_its_validation_loss(name: str, old: Path) -> Non
     assert written["figures"] == found["figures"] and written["digest"] == found["digest"]
     assert sum(row["targets"] for row in written["rows"]) == written["figures"]["tokens"]
     assert (old / name / "evaluations" / "perplexity-positions.png").exists()
+
+
+class Naive:
+    """The loss of each token of a text by the definition, one forward pass for each, in the order of the text."""
+
+    def __init__(self, run: str):
+        loaded = load(run)
+        self.model, self.tokenizer = loaded
+        self.block = self.model.plan.block_length
+
+    def nats(self, tokens: list[int], number: int, first: int) -> float:
+        """Loss of tokens[number] given tokens[first:number]."""
+        if first == number:  # a block decoder that predicts the first block sees nothing before it
+            logits_V = self.model(torch.zeros(1, self.block, dtype=torch.int64))[0, 0]
+        else:
+            logits_V = self.model.next_token_logits(torch.tensor([tokens[first:number]]))[0, -1]
+        return -logits_V.log_softmax(-1)[tokens[number]].item()
+
+    def document(self, text: str, window: int, stride: int) -> list[float]:
+        tokens = [self.tokenizer.end, *self.tokenizer.encode(text)]
+        found, begin, done = [], 0, 1
+        while done < len(tokens):
+            end = min(begin + window, len(tokens) - 1)  # the last target of the window
+            first = max(0, end - window)
+            shift = 1 - self.model.plan.target_offset  # the blocks begin with the first target
+            found += [self.nats(tokens, number, first + shift) for number in range(done, end + 1)]
+            done, begin = end + 1, begin + stride
+        return found
+
+
+TEXTS = ["def naïve(x):\n    return x * 3\n" * 2, "import os", "class A:\n    'ä'\n" * 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("run", "stride"), [("run-mixattention", 5), ("run-mixattention", 16), ("run-block", 8)])
+def test_documents_by_the_definition(run: str, stride: int, old: Path) -> None:
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in [*TEXTS, ""])
+    (old / "texts.jsonl").write_text(lines)
+    main([
+        f"checkpoint={run}", "tasks=perplexity", "text=texts.jsonl", "text_key=body", "context=16", "device=cpu",
+        f"perplexity.stride={stride}", "perplexity.batch=3",
+    ])  # fmt: skip
+    naive = Naive(run)
+    expected = [nats for text in TEXTS for nats in naive.document(text, 16, stride)]
+    figures = result(old / run / "evaluations" / "perplexity@texts.json")["figures"]
+    assert figures["tokens"] == len(expected)
+    assert figures["loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert figures["ppl"] == pytest.approx(math.exp(figures["loss"]))
+    size = len("".join(TEXTS).encode())
+    assert figures["bpb"] == pytest.approx(sum(expected) / math.log(2) / size, rel=1e-6)
+
+
+@torch.no_grad()
+def test_wikitext_by_words(old: Path) -> None:
+    """Per word and byte of the file as it is, of pages that are detokenised and scored apart."""
+    pages = [
+        ' = Robert <unk> = \n \n Robert is an English actor ; he had a role in " Casualty " , in 2000 @-@ 01 . \n',
+        " = N \n = \n \n = = Reception = = \n The album sold 4 @,@ 500 copies ( at $ 3 @.@ 5 ) . \n",
+    ]
+    pages[1] = pages[1].replace(" = N \n = \n", " = Second page = \n")
+    plain = [
+        ' = Robert <unk> = \n\nRobert is an English actor; he had a role in "Casualty", in 2000-01.\n',
+        " = Second page = \n\n== Reception ==\nThe album sold 4,500 copies (at $ 3.5).\n",
+    ]
+    plain = [text.replace(" = \n", " =\n") for text in plain]
+    (old / "wiki.test.raw").write_text("".join(pages))
+    main([
+        "checkpoint=run-mixattention", "text=wiki.test.raw", "perplexity.protocol=words", "context=32", "device=cpu",
+    ])  # fmt: skip
+    naive = Naive("run-mixattention")
+    nats = sum(sum(naive.document(text, 32, 32)) for text in plain)
+    figures = result(old / "run-mixattention" / "evaluations" / "perplexity@wiki.test.raw.json")["figures"]
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    assert figures["word_ppl"] == pytest.approx(math.exp(nats / words), rel=1e-5)
+    assert figures["bpb"] == pytest.approx(nats / math.log(2) / len("".join(pages).encode()), rel=1e-5)
+
+
+def test_a_model_of_transformers(old: Path) -> None:
+    """An exported folder is scored, and decodes prompts of several lengths, as the run that it was exported from."""
+    pytest.importorskip("transformers")
+    (old / "text.txt").write_text("".join(TEXTS))
+    words = ["text=text.txt", "context=16", "device=cpu"]
+    with pytest.raises(UsageError, match=r"custom code.*trust=true runs it"):
+        main(["checkpoint=export-mixattention", *words])
+    main(["checkpoint=export-mixattention", "trust=true", "out=exported", *words])
+    main(["checkpoint=run-mixattention", *words])
+    ours = result(old / "run-mixattention" / "evaluations" / "perplexity@text.txt.json")
+    theirs = result(old / "exported" / "perplexity@text.txt.json")
+    assert theirs["figures"] == pytest.approx(ours["figures"], rel=1e-5)
+    assert theirs["digest"] == ours["digest"]
+    sources = [Source("export-mixattention", trust=True, device="cpu"), Source("run-mixattention", device="cpu")]
+    found = []
+    for subject in (open_subject(source).subject for source in sources):
+        prompts = [subject.tokenizer.encode(text) for text in TEXTS]
+        found.append(subject.generate(prompts, 12))
+        assert subject.generate(prompts, 12, prefill_chunk=5) == found[-1]
+    assert found[0] == found[1]
+
+
+def test_figures_join_the_wandb_run(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of the same identity, offline; a run that logged none stays without."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = old / "run-mixattention"
+    (run / "wandb-id.txt").write_text("abc123")
+    config = (run / "config.yaml").read_text()
+    assert re.search(r"wandb: false", config)
+    (run / "config.yaml").write_text(config.replace("wandb: false", "wandb: true"))
+    logged: dict[str, float] = {}
+    monkeypatch.setattr("wandb.sdk.wandb_summary.Summary.update", lambda self, values: logged.update(values))
+    main(["checkpoint=run-mixattention", "device=cpu"])
+    assert logged["evaluations/perplexity/ppl"] == pytest.approx(result(run / "summary.json")["val"]["ppl"], rel=1e-6)
+    assert list(run.glob("wandb/offline-run-*-abc123"))
+    main(["checkpoint=run-block", "device=cpu"])
+    assert not (old / "run-block" / "wandb").exists()
+
+
+def test_summary_keeps_to_its_checkpoint(old: Path, capsys: pytest.CaptureFixture) -> None:
+    """Figures of an earlier checkpoint are written, and not put beside the result of the last one."""
+    main(["checkpoint=run-mixattention/checkpoints/step-00000006", "device=cpu"])
+    assert "evaluations" not in result(old / "run-mixattention" / "summary.json")
+    assert "summary.json is of step 8, these figures are of step 6" in capsys.readouterr().err
+    assert result(old / "run-mixattention" / "evaluations" / "perplexity.json")["step"] == 6

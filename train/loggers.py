@@ -123,6 +123,21 @@ def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int,
         print(f"no Pareto picture: {error or type(error).__name__}; eval/pareto.py makes it", file=sys.stderr)
 
 
+def record_evaluations(
+    config: PretrainConfig, folder: Path, scalars: dict[str, float], pictures: Sequence[Path]
+) -> None:
+    """Add `scalars` and `pictures` to the wandb run of the run in `folder`, where it has one."""
+    if not config.logger.wandb or os.environ.get("WANDB_MODE") == "disabled" or not (folder / "wandb-id.txt").is_file():
+        return
+    logger = wandb_logger(config, folder)
+    try:
+        logger.experiment.summary.update(scalars)
+        for path in pictures:
+            logger.experiment.log({f"evaluations/{path.stem}": wandb.Image(str(path))})
+    finally:
+        wandb.finish()
+
+
 def finished_neighbours(folder: Path) -> list[Run]:
     """Read the run in `folder` and the finished runs next to it.
 

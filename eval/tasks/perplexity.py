@@ -10,8 +10,8 @@ stride     the same with the whole text as one document, its documents each foll
 words      WikiText by the word-level protocol: pages of the raw file, detokenised, each scored as a document, with
            windows that do not overlap; per word and per byte of the raw text
 
-Of a Block Transformer, the first block of each window is not scored. The last window of a document is moved back until
-it is whole. Bytes are those of the text behind the scored tokens.
+The first block of each window is not scored where a Block Transformer does not predict it. The last window of a
+document is moved back until it is whole. Bytes are those of the text behind the scored tokens.
 
 Shapes: B windows, T tokens.
 """
@@ -67,7 +67,7 @@ def run(subject: Subject, options: Options) -> TaskResult:
 
     protocol, plan = protocol_of(subject, options), subject.model.plan
     window = (options.window or subject.context) // plan.block_length * plan.block_length
-    if window < plan.min_prompt + 1 - plan.target_offset:
+    if window <= plan.num_unpredicted:
         raise UsageError(f"perplexity.window is {window}; it must hold two blocks of {plan.block_length} tokens")
     stride = window if protocol in ("windows", "words") else options.stride or max(1, window // 2)
     scores = Scores(subject)
@@ -85,7 +85,7 @@ def run(subject: Subject, options: Options) -> TaskResult:
     for batch in subject.progress(batches, len(batches), f"{subject.name}: perplexity"):
         scores.add(batch)
     if not scores.tokens:
-        raise UsageError(f"perplexity: nothing can be scored: the text has no document of {plan.min_prompt + 1} tokens")
+        raise UsageError(f"perplexity: nothing can be scored: no document has {plan.num_unpredicted + 1} tokens")
     return result(subject, scores, describe(subject, protocol, window, stride))
 
 
@@ -123,8 +123,8 @@ def describe(subject: Subject, protocol: str, window: int, stride: int) -> str:
     text = of.get(protocol, "") + text
     if protocol == "words":
         text = f"pages of WikiText, detokenised, each by itself; {text}; words and bytes are those of the raw file"
-    if subject.model.plan.min_prompt > 1:
-        text += f"; the first {subject.model.plan.min_prompt} tokens of a window, a block, are not scored"
+    if subject.model.plan.num_unpredicted:
+        text += f"; the first {subject.model.plan.num_unpredicted} targets of a window, a block, are not scored"
     return text
 
 
