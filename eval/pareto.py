@@ -1,12 +1,13 @@
 """KV footprint against quality over trained runs: `python eval/pareto.py runs/* context=8192`.
 
 Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
+Any figure that a run has recorded can be on either axis: `x=read y=recall/accuracy`; `list=true` says which there are.
 """
 
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from rich.table import Table
 from rich.text import Text
 
 from arch.footprint import kv_bytes
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
+from eval.figures import METRICS, Axis, axis, figure, names_of, not_alike
 from eval.identity import name_data
 from eval.runs import Point, Run, RunError, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
-from eval.units import bytes_text, count_text, number_text
+from eval.units import bytes_text, count_text, counted, number_text
 
-METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}
+__all__ = ["METRICS"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class ParetoConfig:
     metric    ppl or bpb: perplexity or bits per byte of the validation text
     itemsize  bytes per element of the cache
     out       folder for the files; null: the folder of the runs, or the one that contains all of them
+    x         figure from left to right: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
+    y         figure from bottom to top; several, with commas, are a panel each; empty: `metric`
+    list      print the figures that the runs have, and draw nothing
     """
 
     folders: tuple[str, ...] = ()
@@ -46,17 +51,25 @@ class ParetoConfig:
     metric: str = "ppl"
     itemsize: int = 2
     out: Path | None = None
+    x: str = "stored"
+    y: tuple[str, ...] = ()
+    list: bool = False
 
 
-def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> list[Point]:
-    """One point per experiment, fewest bytes first; on the frontier if none with at most its bytes is as good.
+def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[Point]:
+    """One point per experiment, the best in `x` first; on the frontier if none that is as good in `x` is as good.
 
-    Runs whose metric is not finite are passed over; `not_finite` names them.
+    `metric` and `x` name figures of eval/figures.py. Runs in which one of them is not finite are passed over;
+    `passed_over` names them.
     """
+    across, up = axis(x, context), axis(metric, context)
+    signs = [-1 if of.larger else 1 for of in (across, up)]
     rows = []
-    for name, group in group_by_seed(filter(lambda run: has_finite(run, metric), runs), experiment).items():
-        values = [run.summary["val"][metric] for run in group]
+    usable = [run for run in runs if all(is_finite(figure(run, name, context, itemsize)) for name in (x, metric))]
+    for name, group in group_by_seed(usable, experiment).items():
+        values = [figure(run, metric, context, itemsize) for run in group]
         kv = kv_bytes(group[0].plan, context, itemsize)
+        places = [figure(run, x, context, itemsize) for run in group]
         rows.append(
             {
                 "name": name,
@@ -70,28 +83,28 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int) -> lis
                 "kv_per_token": kv.per_token,
                 "kv_constant": kv.constant,
                 "kv_read": kv.read,
+                "x": None if x == "stored" else sum(places) / len(places),
             }
         )
-    rows.sort(key=lambda row: (row["bytes"], row["value"]))
+    rows.sort(key=lambda row: (signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]))
     result: list[Point] = []
     for row in rows:
-        result.append(Point(**row, frontier=all(row["value"] < smaller.value for smaller in result)))
+        better = all(signs[1] * row["value"] < signs[1] * smaller.value for smaller in result)
+        result.append(Point(**row, frontier=better))
     return result
 
 
-def has_finite(run: Run, metric: str) -> bool:
-    """Tell whether the run's `metric` is a finite number: of a run that diverged it may not be."""
-    return is_finite(run.summary["val"].get(metric))
-
-
-def not_finite(runs: Sequence[Run], metric: str) -> list[str]:
-    """A line for each run that `points` passes over."""
-    return [
-        f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']}) is passed over: its {METRICS[metric]} is "
-        f"{run.summary['val'].get(metric)}"
-        for run in runs
-        if not has_finite(run, metric)
-    ]
+def passed_over(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[str]:
+    """A line for each run that `points` passes over, because a figure of it is missing or not finite."""
+    lines = []
+    for run in runs:
+        for name in (x, metric):
+            value = figure(run, name, context, itemsize)
+            if not is_finite(value):
+                who = f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']})"
+                lines.append(f"{who} is passed over: its {axis(name, context).label} is {value}")
+                break
+    return lines
 
 
 def experiment(run: Run) -> list[Any]:
@@ -110,22 +123,22 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return differing({name: [run.summary["experiment"].get(key) for run in runs] for key, name in keys.items()})
 
 
-def table(rows: Sequence[Point], context: int, metric: str) -> Table:
-    result = Table(
-        title=f"KV cache of one sequence of {context:,} tokens against {METRICS[metric]}", title_justify="left"
-    )
+def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
+    result = Table(title=f"{x.label} against {y.label}", title_justify="left")
     result.add_column("run", style="bold", overflow="fold")
-    for column in ("KV stored", "per token", "constant", "KV read", METRICS[metric], "spread", "runs", "params"):
+    extra = [] if x.name in ("stored", "read", "per_token", "constant", "params") else [x.label]
+    for column in (*extra, "KV stored", "per token", "constant", "KV read", y.label, "spread", "runs", "params"):
         result.add_column(column, justify="right")
     result.add_column("frontier")
     for row in rows:
         result.add_row(
             row.name,
+            *([bytes_text(row.across) if x.in_bytes else f"{row.across:.5g}"] if extra else []),
             bytes_text(row.bytes),
             f"{number_text(row.kv_per_token)} B",
             bytes_text(row.kv_constant) if row.kv_constant else "-",
             bytes_text(row.kv_read),
-            f"{row.value:.3f}",
+            bytes_text(row.value) if y.in_bytes else f"{row.value:.3f}",
             f"{row.highest - row.lowest:.3f}" if row.runs > 1 else "-",
             str(row.runs),
             count_text(row.params),
@@ -134,15 +147,36 @@ def table(rows: Sequence[Point], context: int, metric: str) -> Table:
     return result
 
 
-def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
+def list_table(runs: Sequence[Run], context: int, itemsize: int) -> Table:
+    """A row for each figure that any of `runs` has: its range, and how many have it."""
+    result = Table("figure", "what it is", title=f"figures of {counted(len(runs), 'run')}", title_justify="left")
+    for column in ("lowest", "highest", "runs"):
+        result.add_column(column, justify="right")
+    for name in names_of(runs):
+        of = axis(name, context)
+        values = [value for run in runs if is_finite(value := figure(run, name, context, itemsize))]
+        ends = (
+            [bytes_text(end) if of.in_bytes else f"{end:,.6g}" for end in (min(values), max(values))] if values else []
+        )
+        result.add_row(name, f"{of.label} ({of.better})", *(ends or ["-", "-"]), str(len(values)))
+    return result
+
+
+def write(rows: Sequence[Point], context: int, metric: str, out: Path, x: str = "stored") -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    from eval.plots.pareto import draw_pareto, plot_pareto_html
+    return write_panels({metric: rows}, context, out, x)
+
+
+def write_panels(panels: Mapping[str, Sequence[Point]], context: int, out: Path, x: str) -> list[Path]:
+    """The files of `write` with a panel for each figure of `panels`, one below the other in tables."""
+    from eval.plots.pareto import Panel, draw_panels, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
-    draw_pareto(rows, context, METRICS[metric], paths[0])
-    plot_pareto_html(rows, context, METRICS[metric], paths[1])
-    records = [{"context": context, "metric": metric, **asdict(row)} for row in rows]
+    drawn = [Panel(rows, axis(x, context), axis(metric, context)) for metric, rows in panels.items()]
+    draw_panels(drawn, paths[0])
+    plot_pareto_html(drawn, paths[1])
+    records = [{"context": context, "metric": metric, **asdict(row)} for metric, rows in panels.items() for row in rows]
     columns = ["context", "metric", *(field.name for field in fields(Point))]
     with paths[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
@@ -152,16 +186,31 @@ def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[P
     return paths
 
 
-def pareto(runs: Sequence[Run], context: int | None, metric: str, itemsize: int) -> tuple[list[Point], int]:
-    """Return the points and their context: `context`, or the sequence length of training if it is None.
-
-    Raises RunError where the runs disagree about the latter.
-    """
+def context_of(runs: Sequence[Run], context: int | None) -> int:
+    """`context`, or the sequence length of training if it is None. Raises RunError where the runs disagree about it."""
     lengths = sorted({run.summary["seq_len"] for run in runs})
     if context is None and len(lengths) > 1:
         raise RunError(f"the runs were trained on sequences of {lengths} tokens; say which context=N to weigh them at")
-    context = context or lengths[0]
-    return points(runs, context, metric, itemsize), context
+    return context or lengths[0]
+
+
+def pareto(
+    runs: Sequence[Run], context: int | None, metric: str, itemsize: int, x: str = "stored"
+) -> tuple[list[Point], int]:
+    """Return the points and their context, as of `points` and `context_of`."""
+    context = context_of(runs, context)
+    return points(runs, context, metric, itemsize, x), context
+
+
+def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
+    """Raise UsageError where none of `runs` has one of the figures `names`."""
+    known = names_of(runs)
+    for name in names:
+        if name not in known and name not in METRICS:
+            raise UsageError(
+                f"no run here has the figure {name}{did_you_mean(name, known)} list=true shows them; "
+                "eval/evaluate.py measures those of tasks"
+            )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -177,16 +226,29 @@ def main(arguments: Sequence[str]) -> None:
     warn(found.unreadable)
     if found.unfinished:
         warn([f"not ended, left out: {', '.join(str(run.folder) for run in found.unfinished)}"])
-    runs = found.runs
-    rows, context = pareto(runs, options.context, options.metric, options.itemsize)
-    warn(not_finite(runs, options.metric))
+    console, runs = PlainConsole(), found.runs
+    context = context_of(runs, options.context)
+    if options.list:
+        console.print(list_table(runs, context, options.itemsize))
+        return
+    metrics = options.y or (options.metric,)
+    check_names([options.x, *metrics], runs)
     out = options.out or default_out(folders)
-    console = PlainConsole()
-    console.print(table(rows, context, options.metric))
+    panels = {metric: points(runs, context, metric, options.itemsize, options.x) for metric in metrics}
+    lines = [passed_over(runs, context, metric, options.itemsize, options.x) for metric in metrics]
+    warn(dict.fromkeys(line for of in lines for line in of))
+    for metric, rows in panels.items():
+        console.print(table(rows, axis(options.x, context), axis(metric, context)))
     if others := differences(runs):
         warn([f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(runs)])
+    for name in (options.x, *metrics):
+        if not_alike(runs, name):
+            warn([f"{name} was measured with other options, or on other text, in some runs: it hardly compares"])
     try:
-        paths = write(rows, context, options.metric, out)
+        if len(panels) == 1:
+            paths = write(panels[metrics[0]], context, metrics[0], out, options.x)
+        else:
+            paths = write_panels(panels, context, out, options.x)
     except OSError as error:
         raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:

@@ -336,7 +336,10 @@ def differing(values: Mapping[str, Sequence[Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Point:
-    """Runs that differ in nothing but the seed. `value` is their mean; bytes are of one sequence of the context."""
+    """Runs that differ in nothing but the seed. `value` is their mean; bytes are of one sequence of the context.
+
+    x  the mean of the figure on the other axis; None: `bytes`
+    """
 
     name: str
     bytes: int
@@ -350,3 +353,9 @@ class Point:
     kv_per_token: float
     kv_constant: int
     kv_read: float
+    x: float | None = None
+
+    @property
+    def across(self) -> float:
+        """The place on the axis from left to right."""
+        return float(self.bytes) if self.x is None else self.x

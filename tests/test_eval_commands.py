@@ -480,3 +480,46 @@ def test_runs_of_different_length_need_a_context(runs: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seq_len": 64}))
     with pytest.raises(RunError, match=r"sequences of \[32, 64\] tokens; say which context=N"):
         pareto.main([str(runs)])
+
+
+def test_any_recorded_figure_on_either_axis(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Figures of tasks, of which some are the better the larger they are; several are panels side by side."""
+    accuracies = {"mha": 0.9, "gqa4": 0.7, "mqa": 0.95, "cla2": 0.5}
+    for path in sorted(runs.glob("*")):
+        summary = json.loads((path / "summary.json").read_text())
+        if summary["name"] in accuracies:
+            figures = {
+                "accuracy": accuracies[summary["name"]] - 0.1 * summary["seed"],
+                "seconds": 1.0 + summary["seed"],
+            }
+            summary["evaluations"] = {"recall": {"step": 8, "digest": summary["name"][:1], "figures": figures}}
+            (path / "summary.json").write_text(json.dumps(summary))
+    pareto.main([str(runs), "list=true"])
+    out = capsys.readouterr().out
+    for words in ("recall/accuracy", "higher is better", "allocated", "figures of 7 runs"):
+        assert words in out
+    assert not (runs / "pareto.png").exists()
+
+    pareto.main([str(runs), "context=64", "x=read", "y=ppl,recall/accuracy"])
+    captured = capsys.readouterr()
+    assert "swa-seed0-40.0 (swa, seed 0) is passed over: its recall/accuracy is None" in captured.err
+    assert "recall/accuracy was measured with other options, or on other text, in some runs" in captured.err
+    rows = json.loads((runs / "pareto.json").read_text())
+    ppl, recall = ({row["name"]: row for row in rows if row["metric"] == name} for name in ("ppl", "recall/accuracy"))
+    assert len(ppl) == 5 and len(recall) == 4
+    assert (recall["mha"]["value"], recall["mha"]["lowest"]) == (pytest.approx(0.8), pytest.approx(0.7))
+    reads = {name: kv_bytes(resolve(small(name)), 64, 2).read for name in ppl}
+    assert {name: row["x"] for name, row in ppl.items()} == reads
+    expected = {
+        name
+        for name, row in recall.items()
+        if not any(row["value"] <= other["value"] for key, other in recall.items() if reads[key] < reads[name])
+    } - {"cla2"}  # reads as much as mqa, and recalls less
+    assert {name for name, row in recall.items() if row["frontier"]} == expected
+
+    pareto.main([str(runs), "x=recall/accuracy", "y=recall/seconds"])
+    rows = json.loads((runs / "pareto.json").read_text())
+    assert [row["name"] for row in rows] == ["mqa", "mha", "gqa4", "cla2"], "the best in x first"
+    assert {row["name"] for row in rows if row["frontier"]} == {"mqa"}
+    with pytest.raises(UsageError, match=r"no run here has the figure recall/acuracy, did you mean recall/accuracy\?"):
+        pareto.main([str(runs), "y=recall/acuracy"])

@@ -1,7 +1,10 @@
 """Pareto plot, KV footprint against quality: a picture and an interactive page."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -9,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
 from eval.console import visible
+from eval.figures import LOSS, METRICS, Axis, axis
 from eval.plots.style import (
     BLUE,
     DARK_INK,
@@ -30,46 +34,76 @@ SIDES = ((1, "left"), (-1, "right"))
 MARKER = 13  # width of a point with room around it, in pixels
 
 
-@literal_text
+@dataclass(frozen=True)
+class Panel:
+    """Points, and what their axes are."""
+
+    rows: Sequence[Point]
+    x: Axis
+    y: Axis
+
+
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
-    """Draw bytes (log) against quality (lower is better): the frontier as a staircase, seed ranges as whiskers.
+    """Draw bytes (log) against `quality` (lower is better): `draw_panels` with one panel."""
+    return draw_panels([Panel(rows, axis("stored", context), Axis(quality, quality))], path)
+
+
+@literal_text
+def draw_panels(panels: Sequence[Panel], path: Path | None = None) -> Picture:
+    """Draw points in a panel for each figure: the frontier as a staircase, seed ranges as whiskers.
 
     With a `path` the picture is also written there.
     """
-    figure = Picture(figsize=(7.2, 4.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xscale("log", base=2)
-    if len({row.bytes for row in rows}) == 1:
-        axes.set_xlim(rows[0].bytes / 2, rows[0].bytes * 2)
+    figure = Picture(figsize=(7.2 if len(panels) == 1 else 5.6 * len(panels), 4.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(figure, axes, panel)
+    figure.write(path, dpi=200)
+    return figure
+
+
+def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
+    rows, x_axis, y_axis = panel.rows, panel.x, panel.y
+    places = [row.across for row in rows]
+    wide = bool(places) and min(places) > 0 and (x_axis.in_bytes or max(places) > 20 * min(places))
+    if wide or not places:
+        axes.set_xscale("log", base=2)
+    if len(set(places)) == 1 and wide:
+        axes.set_xlim(places[0] / 2, places[0] * 2)
     frontier = [row for row in rows if row.frontier]
     for values in ([row.lowest for row in rows], [row.highest for row in rows]):  # sets the limits
-        axes.plot([float(row.bytes) for row in rows], values, linestyle="")
+        axes.plot(places, values, linestyle="")
     axes.margins(x=0.12, y=0.16)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(f"KV cache of one sequence of {context:,} tokens (log scale)")
-    axes.set_ylabel(f"validation {quality}  (lower is better)")
-    # The staircase goes on to the right: whatever lies above it is dominated.
-    edge = axes.get_xlim()[1]
-    x, y = _staircase(frontier, edge)
+    if wide:
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+        axes.xaxis.set_minor_locator(NullLocator())
+    for one, of in ((axes.xaxis, x_axis), (axes.yaxis, y_axis)):
+        if of.in_bytes:
+            one.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+        elif one is axes.xaxis:
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.set_xlabel(visible(f"{x_axis.label} (log scale)" if wide else f"{x_axis.label}  ({x_axis.better})"))
+    axes.set_ylabel(visible(_title(y_axis)))
+    # The staircase goes on to where the other axis is worse: whatever lies beyond it is dominated.
+    left, right = axes.get_xlim()
+    x, y = _staircase(frontier, left if x_axis.larger else right)
     axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
-    axes.set_xlim(right=edge)
+    axes.set_xlim(left, right)
     axes.set_ylim(axes.get_ylim())
     plain_axes(axes)
     figure.canvas.draw()  # places what follows is measured in
     for row, place in zip(rows, _places(figure, axes, rows), strict=True):
         tint = BLUE if row.frontier else DOMINATED
         if row.runs > 1:
-            axes.vlines(row.bytes, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2, transform=place)
+            axes.vlines(row.across, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2, transform=place)
             ends = [row.lowest, row.highest]
-            axes.scatter([row.bytes] * 2, ends, marker="_", color=tint, s=60, zorder=2, transform=place)
+            axes.scatter([row.across] * 2, ends, marker="_", color=tint, s=60, zorder=2, transform=place)
         face = tint if row.frontier else "white"
         axes.scatter(
-            row.bytes, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3, transform=place
+            row.across, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3, transform=place
         )
     if not rows:
-        axes.text(0.5, 0.5, f"no run with a finite {quality}", transform=axes.transAxes, ha="center", color=DARK_INK)
+        text = f"no run with a finite {y_axis.label}"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
     spread = "; whiskers: lowest and highest seed" if any(row.runs > 1 for row in rows) else ""
     handles = [
         Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
@@ -77,19 +111,23 @@ def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | 
     ]
     legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
     _label(figure, axes, rows, legend)
-    figure.write(path, dpi=200)
-    return figure
+
+
+def _title(of: Axis) -> str:
+    """The label of the axis from bottom to top; those of a validation say so."""
+    validation = "validation " if of.label in (*METRICS, *METRICS.values(), *LOSS.values()) else ""
+    return f"{validation}{of.label}  ({of.better})"
 
 
 def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], list[float]]:
-    """The points of the frontier, and where it meets the `edge` of the picture on the right."""
-    x, y = [float(row.bytes) for row in frontier], [row.value for row in frontier]
+    """The points of the frontier, and where it meets the `edge` of the picture."""
+    x, y = [row.across for row in frontier], [row.value for row in frontier]
     return [*x, edge] if x else [], [*y, *y[-1:]]
 
 
 def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transform]:
     """The coordinates in which each point is drawn: points that would hide each other stand side by side."""
-    spots = [axes.transData.transform([(row.bytes, row.lowest), (row.bytes, row.highest)]) for row in rows]
+    spots = [axes.transData.transform([(row.across, row.lowest), (row.across, row.highest)]) for row in rows]
     clusters: list[list[int]] = []
     for number, ((x, low), (_, high)) in enumerate(spots):
         for cluster in clusters:
@@ -116,7 +154,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -
     taken = [legend.get_window_extent()]
     drawn = _places(figure, axes, rows)
     for row, transform in zip(rows, drawn, strict=True):
-        (x, low), (_, high) = transform.transform([(row.bytes, row.lowest), (row.bytes, row.highest)])
+        (x, low), (_, high) = transform.transform([(row.across, row.lowest), (row.across, row.highest)])
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
     places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
     places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
@@ -129,7 +167,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -
         for x, y, horizontal, vertical in places:
             text = axes.annotate(
                 without_suffix(row.name, common),
-                (row.bytes, row.value),
+                (row.across, row.value),
                 (x, y),
                 xycoords=transform,
                 textcoords="offset points",
@@ -147,27 +185,31 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -
             text.remove()
 
 
-def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Path) -> None:
-    """Write the same points as one HTML file that needs no network; hovering shows the figures."""
-    import plotly.graph_objects as go
+def plot_pareto_html(panels: Sequence[Panel], path: Path) -> None:
+    """Write the same panels as one HTML file that needs no network; hovering shows the figures."""
+    from plotly.subplots import make_subplots
 
+    figure = make_subplots(rows=1, cols=len(panels))
+    for number, panel in enumerate(panels, start=1):
+        _plot(figure, panel, number)
+    figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": 1.08}, margin={"t": 40})
+    figure.write_html(path, include_plotlyjs=True)
+
+
+def _plot(figure: Any, panel: Panel, number: int) -> None:
+    rows, x_axis, y_axis = panel.rows, panel.x, panel.y
+    place = {"row": 1, "col": number, "showlegend": number == 1}
     frontier = [row for row in rows if row.frontier]
-    x, y = _staircase(frontier, 1.5 * max((row.bytes for row in rows), default=1))
-    figure = go.Figure()
-    figure.add_scatter(
-        x=x,
-        y=y,
-        mode="lines",
-        line={"shape": "hv", "color": BLUE, "width": 1.5},
-        name="frontier",
-        hoverinfo="skip",
-    )
+    ends = [row.across for row in rows] or [1.0]
+    x, y = _staircase(frontier, min(ends) / 1.5 if x_axis.larger else 1.5 * max(ends))
+    line = {"shape": "hv", "color": BLUE, "width": 1.5}
+    figure.add_scatter(x=x, y=y, mode="lines", line=line, name="frontier", hoverinfo="skip", **place)
     for name, chosen, tint in (
         ("on the frontier", frontier, BLUE),
         ("dominated", [row for row in rows if not row.frontier], DOMINATED),
     ):
         figure.add_scatter(
-            x=[row.bytes for row in chosen],
+            x=[row.across for row in chosen],
             y=[row.value for row in chosen],
             mode="markers+text",
             text=[html_text(row.name) for row in chosen],
@@ -181,26 +223,26 @@ def plot_pareto_html(rows: Sequence[Point], context: int, quality: str, path: Pa
                 "arrayminus": [row.value - row.lowest for row in chosen],
             },
             name=name,
-            hovertext=[
-                f"<b>{html_text(row.name)}</b><br>{quality} {row.value:.4f} ({row.runs} runs)<br>"
-                f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
-                f"{bytes_text(row.kv_constant)}<br>"
-                f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
-                for row in chosen
-            ],
+            hovertext=[_hover(row, x_axis, y_axis) for row in chosen],
             hoverinfo="text",
+            **place,
         )
-    ticks = sorted({2**power for row in rows for power in (row.bytes.bit_length() - 1, row.bytes.bit_length())})
-    figure.update_layout(
-        template="plotly_white",
-        legend={"orientation": "h", "y": 1.08},
-        margin={"t": 40},
-        xaxis={
-            "type": "log",
-            "title": f"KV cache of one sequence of {context:,} tokens (log scale)",
-            "tickvals": ticks,
-            "ticktext": [bytes_text(tick) for tick in ticks],
-        },
-        yaxis={"title": f"validation {quality} (lower is better)"},
+    if x_axis.in_bytes and min(ends) > 0:
+        powers = [math.frexp(end)[1] for end in ends]
+        ticks = sorted({2.0**power for power in (*powers, *(power - 1 for power in powers))})
+        shown = {"type": "log", "tickvals": ticks, "ticktext": [bytes_text(tick) for tick in ticks]}
+        title = f"{x_axis.label} (log scale)"
+    else:
+        shown, title = {}, f"{x_axis.label} ({x_axis.better})"
+    figure.update_xaxes(title_text=html_text(title), row=1, col=number, **shown)
+    figure.update_yaxes(title_text=html_text(_title(y_axis).replace("  ", " ")), row=1, col=number)
+
+
+def _hover(row: Point, x_axis: Axis, y_axis: Axis) -> str:
+    across = "" if x_axis.name == "stored" else f"{html_text(x_axis.label)} {row.across:,.6g}<br>"
+    return (
+        f"<b>{html_text(row.name)}</b><br>{html_text(y_axis.label)} {row.value:.4f} ({row.runs} runs)<br>{across}"
+        f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
+        f"{bytes_text(row.kv_constant)}<br>"
+        f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
     )
-    figure.write_html(path, include_plotlyjs=True)
