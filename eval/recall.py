@@ -7,6 +7,11 @@ Answers are never among the inputs. `gap` tokens stand between the pairs and the
 further has to guess. Unlike the paper's, all tokens after the gap are questions: small models learn from fewer
 sequences. Every batch is a function of (seed, number).
 
+`zoology_questions` makes the paper's own sequences: each key is asked for once, at an even distance after the pairs
+that is drawn from a power law, and token 0, or noise, stands everywhere else.
+
+    k3 v7 k1 v2 | k1 0 0 0 k3 0 0 0 ...                  answers: 2 at k1, 7 at k3
+
 Shapes: B sequences, T tokens, P pairs.
 """
 
@@ -115,6 +120,62 @@ def questions(task: RecallTask, pairs: int, batch: int, seed: int, number: int) 
     tokens_BT[:, first:] = np.take_along_axis(keys_BP, pair_BQ, axis=1)
     targets_BT[:, first:] = np.take_along_axis(values_BP, pair_BQ, axis=1)
     source_BT[:, first:] = step * pair_BQ + step - 1
+    return Questions(*(torch.from_numpy(x) for x in (tokens_BT, targets_BT, source_BT)))
+
+
+@dataclass(frozen=True)
+class ZoologyTask:
+    """Shape of the paper's sequences (figure 2; HazyResearch/zoology, `multiquery_ar`). Token 0 is nothing, the lower
+    half of the others are keys, the upper half of the vocabulary values.
+
+    power   exponent of the law of the distances, plus 1: near 0, short ones are the most frequent; 1 makes all alike
+    noise   tokens drawn from the whole vocabulary stand for nothing, in place of token 0
+    """
+
+    length: int = 64
+    vocab_size: int = 8192
+    power: float = 0.01
+    noise: bool = False
+
+    def problems(self, pairs: int) -> list[str]:
+        """Reasons why sequences of `pairs` pairs are impossible, each with the fix."""
+        found = []
+        if self.length % 2 or self.vocab_size <= self.length:
+            found.append(
+                f"length {self.length} and a vocabulary of {self.vocab_size}; the length must be even, and below the "
+                "vocabulary"
+            )
+        most = min(self.length // 4, self.vocab_size // 2 - 1)
+        if not 1 <= pairs <= most:
+            found.append(f"{pairs} pairs: at least 1, and at most {most} find room; make the sequence longer")
+        return found
+
+
+def zoology_questions(task: ZoologyTask, pairs: int, batch: int, random: np.random.RandomState) -> Questions:
+    """The next `batch` sequences of `random`: from RandomState(s), those of the paper's generator with seed s, whose
+    noise however is drawn by another generator. Raises ValueError where the pairs have no room."""
+    if found := task.problems(pairs):
+        raise ValueError("; ".join(found))
+    context, first_value = 2 * pairs, task.vocab_size // 2
+    places = (task.length - context) // 2
+    law = task.power * np.arange(1, places + 1) ** (task.power - 1)
+
+    def drawn(choices: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:
+        return np.stack([random.choice(choices, pairs, replace=False, p=p) for _ in range(batch)])
+
+    keys_BP = drawn(np.arange(1, first_value))
+    values_BP = drawn(np.arange(first_value, task.vocab_size))
+    asked_BP = context + 2 * drawn(np.arange(places), law / law.sum())
+    tokens_BT = np.zeros((batch, task.length), dtype=np.int64)
+    targets_BT, source_BT = np.full((2, batch, task.length), IGNORE)
+    tokens_BT[:, :context] = np.stack((keys_BP, values_BP), axis=-1).reshape(batch, -1)
+    np.put_along_axis(tokens_BT, asked_BP, keys_BP, axis=1)
+    np.put_along_axis(targets_BT, asked_BP, values_BP, axis=1)
+    value_at_BP = np.broadcast_to(np.arange(1, context, 2), (batch, pairs))
+    np.put_along_axis(source_BT, asked_BP, value_at_BP, axis=1)
+    if task.noise:
+        noise_BT = random.randint(task.vocab_size, size=tokens_BT.shape)
+        tokens_BT = np.where(tokens_BT == 0, noise_BT, tokens_BT)
     return Questions(*(torch.from_numpy(x) for x in (tokens_BT, targets_BT, source_BT)))
 
 

@@ -1,16 +1,22 @@
 """The recall task and loss by position, against what they say of themselves."""
 
+import hashlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import build, small, tokens
+from oracles import Oracle, first_time, nothing, subject
 from torch.nn import functional as F
 
 from arch import Decoder
+from arch.named import load_arch
 from data.batches import IGNORE, Batch
+from data.cli import UsageError
 from eval.positions import edges, loss_by_position
-from eval.recall import RecallTask, accuracy, questions, recall
+from eval.recall import Questions, RecallTask, ZoologyTask, accuracy, questions, recall, zoology_questions
+from eval.tasks import recall as recall_task
 
 TASK = RecallTask(length=40, gap=10, noise=3, keys=7, values=5)
 
@@ -153,3 +159,77 @@ def test_one_sequence_has_no_error() -> None:
     model = build(small("mha", num_layers=1))
     found = loss_by_position(model, [batch_of(tokens(1, 4), tokens(1, 4))])
     assert [bucket.error for bucket in found] == [None] * 3
+
+
+def digest(asked: Questions) -> str:
+    return hashlib.sha256(asked.inputs_BT.numpy().tobytes() + asked.targets_BT.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("task", "pairs", "batch", "seed", "expected"),
+    [
+        (ZoologyTask(), 4, 20, 123, "2dd8dace784e29bb2593c6dde0a429c7108a882dd7c8da867dd3479b591a98c1"),
+        (ZoologyTask(128, 256, 0.1), 8, 50, 7, "4559a6a69e81e47e17b87082620f92e92859e76838d95e96133314e654798be2"),
+        (ZoologyTask(16, 20), 2, 3, 0, "e0f9985ae0bc75a2bde65ff81ee41118922bf128b28eaa8d9e0660704adf0bf3"),
+    ],
+)
+def test_zoology_sequences_are_those_of_its_generator(
+    task: ZoologyTask, pairs: int, batch: int, seed: int, expected: str
+) -> None:
+    """Checksums of inputs and labels that HazyResearch/zoology's `multiquery_ar` at d88d6f5 made of the same seed."""
+    asked = zoology_questions(task, pairs, batch, np.random.RandomState(seed))
+    assert digest(asked) == expected
+    if task.length == 16:
+        assert asked.inputs_BT[0].tolist() == [8, 15, 3, 11, 8, 0, 3, *[0] * 9]
+        assert asked.targets_BT[0, [4, 6]].tolist() == [15, 11]
+        assert asked.source_BT[0, [4, 6]].tolist() == [1, 3]
+
+
+def test_zoology_noise_takes_the_place_of_nothing() -> None:
+    plain, noisy = (
+        zoology_questions(ZoologyTask(noise=noise), 8, 30, np.random.RandomState(1)) for noise in (False, True)
+    )
+    said_BT = plain.inputs_BT != 0
+    assert plain.targets_BT.equal(noisy.targets_BT)
+    assert plain.inputs_BT[said_BT].equal(noisy.inputs_BT[said_BT])
+    assert noisy.inputs_BT[~said_BT].float().mean() == pytest.approx(4096, rel=0.1)
+    assert plain.asked.sum(dim=1).tolist() == [8] * 30
+    assert not (plain.inputs_BT[:, 16:] >= 4096).any(), "no answer among the inputs after the pairs"
+    assert plain.asked[:, 16:40].sum() > 0.6 * 30 * 8, "the first half of the places is asked more often"
+    for task, pairs in ((ZoologyTask(63), 4), (ZoologyTask(64, 64), 4), (ZoologyTask(64), 17), (ZoologyTask(), 0)):
+        with pytest.raises(ValueError, match=r"must be even|find room"):
+            zoology_questions(task, pairs, 1, np.random.RandomState(0))
+
+
+def test_the_recall_task_of_known_models() -> None:
+    options = recall_task.Options(pairs=(2, 4), sequences=24, vocab=200, batch=16)
+    knowing = recall_task.run(subject(Oracle(first_time, 200)), options)
+    assert {row["accuracy"] for row in knowing.rows} == {row["choice"] for row in knowing.rows} == {1.0}
+    asked = {(kind, pairs): 0 for kind in recall_task.KINDS for pairs in (2, 4)}
+    for row in knowing.rows:
+        asked[row["kind"], row["pairs"]] += row["count"]
+    assert asked == {("zoology", 2): 48, ("zoology", 4): 96, ("gap", 2): 24 * 16, ("gap", 4): 24 * 32}
+    clueless = recall_task.run(subject(Oracle(nothing, 200)), replace(options, pairs=(4,), sequences=150))
+    assert clueless.figures["zoology/accuracy"] == 0
+    assert clueless.figures["zoology/choice"] == pytest.approx(1 / 4, abs=0.06)
+    assert clueless.figures["gap/choice"] == pytest.approx(1 / 4, abs=0.1)
+    with pytest.raises(UsageError, match=r"nothing can be asked:\nzoology with 40 pairs is left out: 640 tokens"):
+        recall_task.run(subject(Oracle(nothing, 200)), recall_task.Options(kinds=("zoology",), pairs=(40,)))
+
+
+@pytest.mark.parametrize("arch", ["mha", "block"])
+def test_recall_counts_what_the_logits_say(arch: str) -> None:
+    """The first block of a Block Transformer is not asked."""
+    layout = load_arch(arch)
+    if layout.block is not None:
+        layout.block.start = False
+    model = build(small(layout, num_layers=2, vocab_size=80), torch.float32)
+    asked = questions(RecallTask(length=24, gap=0, keys=10, values=5), 1, 6, seed=3, number=0)
+    logits_BTV = torch.full((6, 24, 80), -9.0)
+    logits_BTV[:, model.plan.min_prompt - 1 :] = model.next_token_logits(asked.inputs_BT)
+    seen_BT = asked.asked.clone()
+    seen_BT[:, : model.plan.min_prompt - 1] = False
+    right = (logits_BTV.argmax(-1) == asked.targets_BT) & seen_BT
+    counts = torch.stack(list(recall_task.right(subject(model), asked).values())).sum(dim=0)
+    assert counts[0] == right.sum()
+    assert counts[2] == seen_BT.sum()

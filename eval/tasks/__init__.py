@@ -9,13 +9,18 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data.cli import UsageError, did_you_mean, parse
-from eval.tasks import perplexity
+from eval.tasks import copying, harness, needles, perplexity, recall
 from eval.tasks.task import Options, Subject, Task, TaskResult
 
 __all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choose", "sections"]
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),
+    "recall": Task(recall.Options, recall.run),
+    "needles": Task(needles.Options, needles.run, reads_text=True),
+    "copy": Task(copying.CopyOptions, copying.copy),
+    "induction": Task(copying.InductionOptions, copying.induction, reads_text=True),
+    "lm-eval": Task(harness.Options, harness.run, argument="names"),
 }
 
 

@@ -1,0 +1,228 @@
+"""Repeated sequences: are they copied, and how much does the second occurrence gain (induction; Olsson et al. 2022)?
+
+begin x1 x2 ... xn x1 x2 ... xn        scored: x2 to xn of the second occurrence, of which x1 cannot be known
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from data.cli import UsageError
+from eval.tasks.intervals import counted_share
+from eval.tasks.task import Options as TaskOptions
+from eval.tasks.task import Subject, TaskResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.positions import Bucket
+
+SOURCES = ("random", "text")
+
+
+@dataclass(frozen=True)
+class CopyOptions(TaskOptions):
+    """Random tokens, and the same again.
+
+    lengths    tokens that are repeated; null: 8, 32, 128, ..., as far as the context has room for two
+    sequences  of each length
+    generate   also let the model write the second half of the copy, greedily
+    batch      sequences per forward pass
+    """
+
+    lengths: tuple[int, ...] | None = None
+    sequences: int = 50
+    generate: bool = True
+    batch: int = 16
+
+    def problems(self) -> list[str]:
+        found = [f"lengths: {length} is less than 2" for length in self.lengths or () if length < 2]
+        return found + at_least_one(self, "sequences", "batch")
+
+
+@dataclass(frozen=True)
+class InductionOptions(TaskOptions):
+    """Random tokens or text, and the same again.
+
+    sources    random, tokens each as likely as any other; text, of text= or validation text, else plain sentences
+    length     tokens that are repeated; null: as many as the context has room for twice
+    sequences  of each source
+    batch      sequences per forward pass
+    """
+
+    sources: tuple[str, ...] = SOURCES
+    length: int | None = None
+    sequences: int = 32
+    batch: int = 8
+
+    def problems(self) -> list[str]:
+        found = [
+            f"sources: {source} is none of {', '.join(SOURCES)}" for source in self.sources if source not in SOURCES
+        ]
+        if self.length is not None and self.length < 2:
+            found.append(f"length is {self.length}; it must be at least 2")
+        return found + at_least_one(self, "sequences", "batch")
+
+
+def at_least_one(options: TaskOptions, *names: str) -> list[str]:
+    return [f"{name} is {value}; it must be at least 1" for name in names if (value := getattr(options, name)) < 1]
+
+
+def copy(subject: Subject, options: CopyOptions) -> TaskResult:
+    """Share of the second occurrence that is predicted, given all before, and that is generated, given its first half.
+
+    Raises UsageError where no length fits into the context.
+    """
+    import torch
+
+    from eval.tasks.likelihood import next_token_likelihoods
+
+    most = (subject.context - 1) // 2
+    lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most) or (most,)
+    rows: list[dict[str, Any]] = []
+    fitting = [length for length in dict.fromkeys(lengths) if 2 <= length <= most]
+    if not fitting:
+        raise UsageError(f"copy.lengths: a context of {subject.context} has room for 2 to {most} tokens twice")
+    for length in subject.progress(fitting, len(fitting), f"{subject.name}: copy"):
+        predicted = generated = 0
+        for number in range(-(-options.sequences // options.batch)):
+            size = min(options.batch, options.sequences - number * options.batch)
+            x_BN = random_tokens(subject, size, length, number)
+            tokens_BT = repeated(subject, x_BN)
+            with torch.no_grad():
+                _, greedy_BT = next_token_likelihoods(subject.model, tokens_BT)
+            predicted += int(greedy_BT[:, 1 - length :].sum())
+            if options.generate:
+                generated += generated_right(subject, x_BN)
+        row: dict[str, Any] = {"length": length, "sequences": options.sequences}
+        asked = {"accuracy": (predicted, options.sequences * (length - 1))}
+        if options.generate:
+            asked["generated"] = (generated, options.sequences * (length - length // 2))
+        for name, (right, count) in asked.items():
+            share = counted_share(right, count)
+            row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
+            row[f"{name}_count"] = count
+        rows.append(row)
+    names = ["accuracy", "generated"][: 1 + options.generate]
+    figures: dict[str, float] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    figures |= {f"{name}/{row['length']}": row[name] for row in rows for name in names}
+    left_out = [length for length in dict.fromkeys(lengths) if length not in fitting]
+    notes = tuple(f"{length} tokens are left out: the context has room for {most} twice" for length in left_out)
+    return TaskResult(figures, rows, notes=notes)
+
+
+def generated_right(subject: Subject, x_BN: "torch.Tensor") -> int:
+    """Tokens of the second half of `x_BN` that greedy decoding writes in their places, after all and the first half."""
+    half = x_BN.shape[1] // 2
+    rows = x_BN.tolist()
+    prompts = [[subject.tokenizer.begin, *row, *row[:half]] for row in rows]
+    written = subject.generate(prompts, x_BN.shape[1] - half)
+    return sum(a == b for row, new in zip(rows, written, strict=True) for a, b in zip(row[half:], new, strict=False))
+
+
+def random_tokens(subject: Subject, batch: int, length: int, number: int) -> "torch.Tensor":
+    """Tokens [B, N], each as likely as any other but those that begin or end a text; of batch `number`."""
+    import numpy as np
+    import torch
+
+    special = {subject.tokenizer.begin, subject.tokenizer.end}
+    plain = np.array([token for token in range(len(subject.model.output_weight)) if token not in special])
+    random = np.random.default_rng((subject.seed, number, length))
+    return torch.from_numpy(plain[random.integers(len(plain), size=(batch, length))]).to(subject.device)
+
+
+def repeated(subject: Subject, x_BN: "torch.Tensor") -> "torch.Tensor":
+    """The begin of a text, then `x_BN` twice: [B, 1 + 2 N]."""
+    import torch
+
+    return torch.cat((torch.full_like(x_BN[:, :1], subject.tokenizer.begin), x_BN, x_BN), dim=1)
+
+
+def induction(subject: Subject, options: InductionOptions) -> TaskResult:
+    """Loss of the second occurrence minus that of the first, in nats per token: below 0 where the model has learned to
+    look up what followed the last time.
+
+    Raises UsageError where the context is too short, or has no text of that length.
+    """
+    from eval.plots.positions import draw_positions
+
+    most = (subject.context - 1) // 2
+    length = most if options.length is None else options.length
+    least = max(2, subject.model.plan.min_prompt + 1)
+    if not least <= length <= most:
+        raise UsageError(f"induction.length is {length}; a context of {subject.context} takes {least} to {most}")
+    figures: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    series: dict[str, list[Bucket]] = {}
+    for source in subject.progress(options.sources, len(options.sources), f"{subject.name}: induction"):
+        first, second, accuracy = occurrences(subject, options, source, length)
+        figures[source] = mean_nats(second) - mean_nats(first)
+        figures[f"{source}/first"], figures[f"{source}/second"] = mean_nats(first), mean_nats(second)
+        figures[f"{source}/accuracy"] = accuracy
+        series |= {f"{source}, first time": first, f"{source}, second time": second}
+        for one, other in zip(first, second, strict=True):
+            row = {"source": source, **asdict(one), "second": other.nats, "second_error": other.error}
+            rows.append({**row, "score": other.nats - one.nats})
+    picture = draw_positions(series, f"{subject.name}: a sequence of {length:,} tokens, and the same again")
+    return TaskResult(figures, rows, {"positions": picture})
+
+
+def occurrences(
+    subject: Subject, options: InductionOptions, source: str, length: int
+) -> "tuple[list[Bucket], list[Bucket], float]":
+    """Loss by place in the sequence, the first and the second time, and the share predicted the second time.
+
+    The first token is left out, and those that the model does not predict the first time.
+    """
+    import torch
+
+    from eval.positions import by_position
+    from eval.tasks.likelihood import next_token_likelihoods
+
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []
+    second: list[tuple[torch.Tensor, torch.Tensor]] = []
+    right, total = 0, 0
+    skipped = max(0, subject.model.plan.min_prompt - 1)  # of x, in the first block
+    for number in range(-(-options.sequences // options.batch)):
+        size = min(options.batch, options.sequences - number * options.batch)
+        x_BN = (
+            random_tokens(subject, size, length, number)
+            if source == "random"
+            else text_tokens(subject, size, length, number)
+        )
+        with torch.no_grad():
+            nats_BT, greedy_BT = (x.cpu() for x in next_token_likelihoods(subject.model, repeated(subject, x_BN)))
+        real_BN = torch.ones(size, length, dtype=torch.bool)
+        real_BN[:, : max(1, skipped)] = False
+        missing = torch.zeros(size, skipped)
+        one_BN = torch.cat((missing, -nats_BT[:, : length - skipped]), dim=1)
+        other_BN = -nats_BT[:, length - skipped :]
+        first.append((one_BN * real_BN, real_BN))
+        second.append((other_BN * real_BN, real_BN))
+        right += int(greedy_BT[:, length - skipped :][real_BN].sum())
+        total += int(real_BN.sum())
+    return by_position(first), by_position(second), right / total
+
+
+def mean_nats(buckets: "Sequence[Bucket]") -> float:
+    return sum(bucket.nats * bucket.targets for bucket in buckets) / sum(bucket.targets for bucket in buckets)
+
+
+def text_tokens(subject: Subject, batch: int, length: int, number: int) -> "torch.Tensor":
+    """Pieces of text [B, N], each from a random sentence on, in tokens; of batch `number`."""
+    import numpy as np
+    import torch
+
+    from eval.tasks.haystack import Haystack, haystack_sentences
+
+    random = np.random.default_rng((subject.seed, number, length))
+    parts = haystack_sentences(subject)
+    rows = []
+    for _ in range(batch):
+        source, words = Haystack.text(parts, random), length
+        tokens: list[int] = []
+        while len(tokens) < length + 1:
+            tokens = subject.tokenizer.encode(" ".join(word for part in source.first(words) for word in part))
+            words *= 2
+        rows.append(tokens[:length])
+    return torch.tensor(rows, device=subject.device)

@@ -1,0 +1,145 @@
+"""Multi-query associative recall of random tokens: Zoology's sequences, and ours with a gap (eval/recall.py)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from data.cli import UsageError
+from eval.tasks.intervals import counted_share
+from eval.tasks.task import Options as TaskOptions
+from eval.tasks.task import Subject, TaskResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.recall import Questions
+
+KINDS = ("zoology", "gap")
+LENGTH = 16  # tokens for each pair, as in figure 2 of the paper
+
+
+@dataclass(frozen=True)
+class Options(TaskOptions):
+    """Keys and values, then keys whose values are asked for; tokens are drawn, not text.
+
+    kinds      zoology, the paper's sequences; gap, ours, whose second half asks for values of the first tokens
+    pairs      numbers of pairs
+    length     tokens of a sequence; null: 16 for each pair
+    vocab      tokens that Zoology's sequences are drawn from, at most
+    noise      random tokens in Zoology's sequences where nothing is asked, in place of token 0
+    sequences  of each kind and number of pairs
+    batch      sequences per forward pass
+    """
+
+    kinds: tuple[str, ...] = KINDS
+    pairs: tuple[int, ...] = (4, 8, 16)
+    length: int | None = None
+    vocab: int = 8192
+    noise: bool = False
+    sequences: int = 100
+    batch: int = 16
+
+    def problems(self) -> list[str]:
+        found = [f"kinds: {kind} is none of {', '.join(KINDS)}" for kind in self.kinds if kind not in KINDS]
+        if not self.kinds or not self.pairs:
+            found.append("kinds and pairs must not be empty")
+        found += [f"pairs: {pairs} is less than 1" for pairs in self.pairs if pairs < 1]
+        found += [
+            f"{name} is {getattr(self, name)}; it must be at least 1"
+            for name in ("length", "vocab", "sequences", "batch")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        return found
+
+
+def run(subject: Subject, options: Options) -> TaskResult:
+    """Count right answers at the questions alone, by kind, number of pairs and distance from value to question.
+
+    `accuracy`: the value is the likeliest of all tokens; `choice`: the likeliest of the values in its sequence.
+    """
+    import torch
+
+    cells = [(kind, pairs) for kind in dict.fromkeys(options.kinds) for pairs in dict.fromkeys(options.pairs)]
+    rows: list[dict[str, Any]] = []
+    figures: dict[str, float] = {}
+    notes = []
+    totals: dict[str, torch.Tensor] = {}
+    for kind, pairs in subject.progress(cells, len(cells), f"{subject.name}: recall"):
+        try:
+            counts: dict[int, torch.Tensor] = {}
+            for questions in batches(subject, options, kind, pairs):
+                for distance, count in right(subject, questions).items():
+                    counts[distance] = counts.get(distance, torch.zeros(3)) + count
+        except ValueError as problem:
+            notes.append(f"{kind} with {pairs} pairs is left out: {problem}")
+            continue
+        for distance, (accuracy, choice, count) in sorted((d, c.tolist()) for d, c in counts.items()):
+            row: dict[str, Any] = {"kind": kind, "pairs": pairs, "distance": distance, "count": int(count)}
+            for name, value in (("accuracy", accuracy), ("choice", choice)):
+                share = counted_share(value, int(count))
+                row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
+            rows.append(row)
+        total = torch.stack([*counts.values(), torch.zeros(3)]).sum(dim=0)
+        totals[kind] = totals.get(kind, torch.zeros(3)) + total
+        if total[2]:
+            figures |= {f"{kind}/{name}/{pairs}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
+    if not rows:
+        raise UsageError("recall: nothing can be asked:\n" + "\n".join(notes))
+    for kind, total in totals.items():
+        figures |= {f"{kind}/{name}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
+    notes.append("distance: tokens from the value to the question, rounded down to a power of 2")
+    return TaskResult(figures, rows, notes=tuple(notes))
+
+
+NAMES = ("accuracy", "choice")
+
+
+def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Iterator[Questions]":
+    """Batches of questions, each a function of (seed, number, pairs). Raises ValueError where they are impossible."""
+    import numpy as np
+
+    from eval.recall import RecallTask, ZoologyTask, questions, zoology_questions
+
+    length, vocab_size = options.length or LENGTH * pairs, len(subject.model.output_weight)
+    if length > subject.context:
+        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set recall.length")
+    for number in range(-(-options.sequences // options.batch)):
+        size = min(options.batch, options.sequences - number * options.batch)
+        if kind == "zoology":
+            task = ZoologyTask(length, min(options.vocab, vocab_size), noise=options.noise)
+            yield zoology_questions(task, pairs, size, np.random.RandomState((subject.seed, number, pairs)))
+        else:
+            symbols = min(32, (vocab_size - 8) // 2)
+            gap = max(0, length // 2 - 2 * pairs)
+            yield questions(RecallTask(length, gap, keys=symbols, values=symbols), pairs, size, subject.seed, number)
+
+
+def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]":
+    """Answers that are right by accuracy, by choice, and questions, [3], by the power of 2 below their distance.
+
+    Questions that the model does not answer, in its first block, are left out.
+    """
+    import torch
+
+    from data.batches import IGNORE
+    from eval.tasks.likelihood import measure_next
+
+    tokens_BT, targets_BT = (x.to(subject.device) for x in (questions.inputs_BT, questions.targets_BT))
+    values_BP = targets_BT.topk(int(questions.asked.sum(dim=1).max()), dim=1).values  # IGNORE, where there are fewer
+    known_BP = values_BP != IGNORE
+
+    def measure(logits_NV: "torch.Tensor", row_N: "torch.Tensor", place_N: "torch.Tensor") -> "torch.Tensor":
+        target_N = targets_BT[row_N, place_N.clamp(0, targets_BT.shape[1] - 1)]
+        logits_NP = logits_NV.gather(1, values_BP[row_N].clamp(min=0)).masked_fill(~known_BP[row_N], -torch.inf)
+        chosen_N = values_BP[row_N].gather(1, logits_NP.argmax(dim=1, keepdim=True))[:, 0]
+        return torch.stack((logits_NV.argmax(dim=-1) == target_N, chosen_N == target_N), dim=-1).float()
+
+    with torch.no_grad():
+        right_BT2 = measure_next(subject.model, tokens_BT, measure).cpu()
+    asked_BT, distance_BT = (x[:, -right_BT2.shape[1] :] for x in (questions.asked, questions.distance))
+    power_N = 2 ** distance_BT[asked_BT].float().log2().floor().int()
+    counts = {}
+    for power in sorted(set(power_N.tolist())):
+        here_N2 = right_BT2[asked_BT][power_N == power]
+        counts[power] = torch.cat((here_N2.sum(dim=0), torch.tensor([float(len(here_N2))])))
+    return counts

@@ -1,0 +1,156 @@
+"""Likelihood of continuations, with and without a shared cache; copying and induction; intervals."""
+
+import math
+
+import pytest
+import torch
+from conftest import build, small, tokens
+from oracles import Oracle, nothing, subject
+
+from arch import LanguageModel
+from arch.named import load_arch
+from data.cli import UsageError
+from eval.tasks import copying
+from eval.tasks.intervals import counted_share, wilson
+from eval.tasks.likelihood import continuation_likelihoods, measure_next, repeat_rows, whole_likelihoods
+
+
+def blocks(**changes: object) -> LanguageModel:
+    """A Block Transformer that does not predict its first block."""
+    layout = load_arch("block")
+    layout.block.start = False
+    return build(small(layout, num_layers=4, **changes))
+
+
+PREFIX = tokens(1, 13)[0].tolist()
+CONTINUATIONS = [[5], [7, 8, 9], [7, 8], [60, 0, 3, 3, 3, 1, 2, 50, 12]]
+
+
+@pytest.mark.parametrize(
+    "arch", ["mha", "mixattention", "mla", "bct", "bct_gated", "swa_sinks", "yoco", "block", "later"]
+)
+def test_a_shared_cache_changes_no_likelihood(arch: str) -> None:
+    """Prefixes within the windows and beyond them; of a Block Transformer within a block and at its end."""
+    model = blocks() if arch == "later" else build(small(arch))
+    for prefix in (PREFIX, PREFIX[:12], PREFIX[:4]):
+        found = continuation_likelihoods(model, prefix, CONTINUATIONS)
+        assert found == [
+            pytest.approx(x, abs=1e-9) for x in whole_likelihoods(model, [(prefix, c) for c in CONTINUATIONS])
+        ]
+        for likelihood, rest in zip(found, CONTINUATIONS, strict=True):
+            logits_TV = model.next_token_logits(torch.tensor([prefix + rest]))[0, -len(rest) - 1 : -1]
+            nats_T = logits_TV.log_softmax(-1)[range(len(rest)), rest]
+            assert likelihood.nats == pytest.approx(nats_T.sum().item(), abs=1e-5)
+            assert likelihood.greedy == (logits_TV.argmax(-1).tolist() == rest)
+    greedy = model.next_token_logits(torch.tensor([PREFIX]))[0, -1].argmax().item()
+    assert continuation_likelihoods(model, PREFIX, [[greedy]])[0].greedy
+
+
+def test_a_prefix_shorter_than_a_block_is_filled_up() -> None:
+    model = blocks()
+    found = continuation_likelihoods(model, [9], CONTINUATIONS, pad_token=60)
+    whole = whole_likelihoods(model, [([9], rest) for rest in CONTINUATIONS], pad_token=60)
+    assert found == [pytest.approx(x, abs=1e-9) for x in whole]
+    short, long = whole_likelihoods(model, [([9], [5]), (PREFIX, [5])], pad_token=60)
+    assert short == pytest.approx(found[0], abs=1e-9)
+    assert long == pytest.approx(continuation_likelihoods(model, PREFIX, [[5]])[0], abs=1e-9)
+    for function in (lambda: continuation_likelihoods(model, [], [[1]]), lambda: whole_likelihoods(model, [([1], [])])):
+        with pytest.raises(ValueError, match="at least one token"):
+            function()
+
+
+@pytest.mark.parametrize("arch", ["cla2", "bct", "block"])
+def test_rows_of_a_repeated_cache_go_their_own_ways(arch: str) -> None:
+    model = build(small(arch))
+    with torch.no_grad():
+        cache = model.allocate_cache(1, 20)
+        model.prefill(tokens(1, 13), cache)
+        copies = repeat_rows(cache, 3)
+        assert copies.nbytes == 3 * cache.nbytes
+        before = [tensor.clone() for tensor in tensors(cache)]
+        logits_31V = model.decode_step(torch.tensor([[1], [2], [3]]), copies)
+        assert all(a.equal(b) for a, b in zip(before, tensors(cache), strict=True)), "the prefix is as it was"
+        assert logits_31V[1] == pytest.approx(model.decode_step(torch.tensor([[2]]), cache)[0], abs=1e-9)
+
+
+def tensors(cache: object) -> list[torch.Tensor]:
+    parts = [getattr(cache, name) for name in ("blocks", "tokens")] if hasattr(cache, "blocks") else [cache]
+    return [tensor for part in parts for buffer in part.buffers for tensor in buffer.tensors]
+
+
+@pytest.mark.parametrize("arch", ["mha", "block", "later"])
+def test_measures_are_of_the_logits_in_their_places(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens_BT = blocks() if arch == "later" else build(small(arch)), tokens(3, 14)
+    monkeypatch.setattr("eval.tasks.likelihood.MAX_LOGITS", 5 * 61)
+
+    def first_logit(logits_NV, row_N, place_N):
+        assert len(logits_NV) <= 5
+        return torch.stack((logits_NV[:, 0], row_N.float(), place_N.float()), dim=-1)
+
+    found_BTK = measure_next(model, tokens_BT, first_logit).detach()
+    assert found_BTK[..., 0] == pytest.approx(model.next_token_logits(tokens_BT)[..., 0].detach(), abs=1e-5)
+    assert found_BTK[..., 1].tolist() == [[b] * found_BTK.shape[1] for b in range(3)]
+    assert found_BTK[..., 2].tolist() == [list(range(model.plan.min_prompt - 1, 14))] * 3
+
+
+def last_time(before: tuple[int, ...]) -> set[int]:
+    """What followed the last two tokens where they occurred before, or the last one alone."""
+    for known in (2, 1):
+        for place in range(len(before) - 2, known - 2, -1):
+            if before[place - known + 1 : place + 1] == before[len(before) - known :]:
+                return {before[place + 1]}
+    return set()
+
+
+def test_copying_by_known_models() -> None:
+    options = copying.CopyOptions(lengths=(8, 16, 400), sequences=5, batch=3)
+    copied = copying.copy(subject(Oracle(last_time, 5000)), options)
+    assert [(row["length"], row["accuracy"], row["accuracy_count"]) for row in copied.rows] == [(8, 1, 35), (16, 1, 75)]
+    assert [(row["generated"], row["generated_count"]) for row in copied.rows] == [(1, 20), (1, 40)]
+    assert copied.figures["generated/16"] == 1
+    assert copied.notes == ("400 tokens are left out: the context has room for 127 twice",)
+    clueless = copying.copy(subject(Oracle(nothing, 5000)), options)
+    assert clueless.figures["accuracy"] < 0.05 > clueless.figures["generated"]
+    assert [
+        row["length"] for row in copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(sequences=1)).rows
+    ] == [8, 32]
+    with pytest.raises(UsageError, match="room for 2 to 127 tokens twice"):
+        copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(lengths=(128,)))
+
+
+def test_induction_of_known_models() -> None:
+    options = copying.InductionOptions(length=20, sequences=3, batch=2)
+    found = copying.induction(subject(Oracle(last_time, 300)), options)
+    assert found.figures["random/accuracy"] > 0.9
+    assert found.figures["random"] < -3
+    assert found.figures["text"] < 0
+    assert {row["source"] for row in found.rows} == {"random", "text"}
+    assert sum(row["targets"] for row in found.rows if row["source"] == "random") == 3 * 19
+    clueless = copying.induction(subject(Oracle(nothing, 300)), options)
+    assert clueless.figures["random"] == clueless.figures["text"] == 0
+    assert clueless.figures["random/first"] == pytest.approx(math.log(300), rel=1e-5)
+    for length in (1, 128):
+        with pytest.raises(UsageError, match="takes 2 to 127"):
+            copying.induction(subject(Oracle(nothing, 50)), copying.InductionOptions(length=length))
+
+
+def test_induction_of_a_block_transformer_leaves_out_its_first_block() -> None:
+    model = blocks(vocab_size=300)
+    found = copying.induction(subject(model), copying.InductionOptions(sources=("random",), length=12, sequences=2))
+    assert sum(row["targets"] for row in found.rows) == 2 * (12 - 3)
+    x_BN = copying.random_tokens(subject(model), 2, 12, 0)
+    logits_BTV = model.next_token_logits(copying.repeated(subject(model), x_BN)[:, :-1])[:, -12:]
+    nats_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), x_BN, reduction="none")
+    assert found.figures["random/second"] == pytest.approx(nats_BT[:, 3:].mean().item(), rel=1e-5)
+
+
+def test_wilson_intervals() -> None:
+    """Values of the formula in Brown, Cai and DasGupta 2001."""
+    for right, total, low, high in (
+        (0, 10, 0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1),
+        (81, 263, 0.2553, 0.3662),
+    ):
+        assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
+    assert counted_share(0, 0) == {"share": None, "low": 0.0, "high": 1.0, "count": 0}
