@@ -4,7 +4,7 @@
 # make test    a fresh machine to the whole test suite: format, lint, types, tests
 # make lint    format, lint and types alone
 # make pytest  the tests alone
-# make bench   a training step and the loader against baselines, on the CPU; a quiet machine and ten minutes
+# make bench   a training step, the loader and decoding against baselines, on the CPU; a quiet machine and an hour
 # make gpu     measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
 # make faults  a run against every signal and every damaged file, and what came of it
 # make clean   deletes the environment and the caches of the tools, no run and no data
@@ -51,6 +51,7 @@ pytest: env
 bench: env
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python train/benchmarks/cpu.py +arch=gqa4 +size=20m $(BENCH)
+	$(BIN)/python train/benchmarks/decode_study.py size=20m $(DECODE)
 
 faults: env
 	$(BIN)/python train/benchmarks/faults.py

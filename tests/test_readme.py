@@ -130,7 +130,7 @@ def test_measurements(tmp_path: Path) -> None:
     behind_make = {f"train/benchmarks/{name}.py" for name in ("cpu", "gpu_suite", "faults")}
     scripts = (ROOT / "train" / "benchmarks").glob("*.py")
     assert named | behind_make == {str(p.relative_to(ROOT)) for p in scripts if "__main__" in p.read_text()}
-    from train.benchmarks import bounded_study, layouts, positions
+    from train.benchmarks import bounded_study, decode_study, layouts, positions
 
     for command in commands:
         _, script, *arguments = shlex.split(command)
@@ -138,6 +138,8 @@ def test_measurements(tmp_path: Path) -> None:
             assert parse(positions.PositionsConfig, arguments, positional="runs").runs == ("runs/RUN",)
         elif script.endswith("bounded_study.py"):
             assert parse(bounded_study.Settings, arguments) == bounded_study.Settings()
+        elif script.endswith("decode_study.py"):
+            assert parse(decode_study.DecodeConfig, arguments) == decode_study.DecodeConfig()
         elif script.endswith("layouts.py"):
             with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
                 ConfigStore.instance().store(name="bench_layouts_schema", node=layouts.LayoutsConfig)
@@ -169,7 +171,7 @@ def test_make_runs_what_it_says() -> None:
             "eval/pareto.py runs/demo-",
         ),
         "make test": ("-m pytest",),
-        "make bench": ("train/benchmarks/cpu.py +arch=gqa4 +size=20m",),
+        "make bench": ("train/benchmarks/cpu.py +arch=gqa4 +size=20m", "train/benchmarks/decode_study.py size=20m"),
         "make gpu": ("train/benchmarks/gpu_suite.py",),
         "make faults": ("train/benchmarks/faults.py",),
         "make help": ("Makefile",),

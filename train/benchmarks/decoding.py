@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from arch import LanguageModel, ModelConfig, build
+from arch.convert import UnsupportedModelError
+from arch.convert_stock import to_hf_config, weights
+from train.benchmarks.baselines import UnavailableError, importing
 
 # Feeds tokens [B, T] to a model with a cache and returns the logits [B, 1, V] of the last.
 DecodeFn = Callable[[Tensor], Tensor]
@@ -22,6 +25,28 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     model = model.to(dtype).to_empty(device=device).eval()
     model.init_weights(0)
     return model
+
+
+def stock_model(config: ModelConfig, model: LanguageModel) -> Any:
+    """The class of transformers that computes exactly what `model` does, in eval mode, sharing its weights.
+
+    Raises UnavailableError where there is none.
+    """
+    with importing("transformers"):
+        import transformers
+    try:
+        hf = to_hf_config(config)
+    except UnsupportedModelError as error:
+        raise UnavailableError(str(error).removeprefix("- ")) from error
+    settings = transformers.AutoConfig.for_model(**hf, attn_implementation="sdpa")
+    tensors = model.state_dict()
+    with torch.device(model.output_weight.device):
+        stock = getattr(transformers, hf["architectures"][0])(settings)
+    renamed = {weight.hf_name: weight.to_hf(tensors[weight.name]) for weight in weights(config, hf)}
+    missing, unexpected = stock.load_state_dict(renamed, strict=False, assign=True)
+    stock.tie_weights()
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    return stock.eval()
 
 
 def decode_fn(model: LanguageModel, batch: int, capacity: int) -> tuple[DecodeFn, Any]:

@@ -1,0 +1,122 @@
+"""Table and picture of decode_study.py."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from eval.plots.style import Axes, Picture, line_looks, literal_text, plain_axes
+from eval.units import bytes_text
+
+Result = dict[str, Any]
+COLUMNS = (
+    "layout",
+    "prefill s",
+    "ms/token",
+    "tokens/s",
+    "prefill / {reference}",
+    "decode / {reference}",
+    "over dynamic",
+    "over static",
+    "cache",
+    "formula",
+    "read per token",
+    "largest batch",
+)
+NOTE = """Ratios are of times in the same round, the median over rounds (lowest to highest in brackets): more than 1 is
+faster than `{reference}`, or than transformers over its DynamicCache or StaticCache with the same weights. Cache and
+formula are bytes of all sequences at the end of the measurement. The largest batch is of sequences of the prompt's
+length, in {memory} with the weights, fp32."""
+
+
+def report(result: Result, out: Path) -> str:
+    """Write table.md and decode.png into `out`; return the table."""
+    text = table(result)
+    (out / "table.md").write_text(text)
+    draw(result, out / "decode.png")
+    return text
+
+
+def row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table(result: Result) -> str:
+    """A Markdown table per shape."""
+    reference, parts = result["reference"], []
+    for text, rivals in result["shapes"].items():
+        prompt, batch = text.split("x")
+        head = [column.format(reference=reference) for column in COLUMNS]
+        lines = [
+            f"## {int(prompt):,} tokens of prompt, batch {batch}",
+            "",
+            row(head),
+            f"|---|{'---:|' * (len(head) - 1)}",
+        ]
+        lines += [row(_cells(name, text, result)) for name in rivals if "/" not in name]
+        parts.append("\n".join(lines))
+    parts.append(NOTE.format(reference=reference, memory=result["options"]["memory"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(arch: str, shape: str, result: Result) -> list[str]:
+    rivals = result["shapes"][shape]
+    values = rivals[arch]
+
+    def ratio(found: Result | None) -> str:
+        return "" if found is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["speed_by_round"])
+
+    peers = [rivals.get(f"{arch}/{peer}", {}).get("decode_ours_over") for peer in ("dynamic", "static")]
+    return [
+        f"`{arch}`",
+        f"{values['prefill_seconds']['median']:.3g}",
+        f"{1e3 * values['step_seconds']['median']:.3g}",
+        f"{values['tokens_per_second']:.3g}",
+        ratio(values["prefill_over_reference"]),
+        ratio(values["decode_over_reference"]),
+        *map(ratio, peers),
+        *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes", "read_bytes")),
+        f"{result['models'][arch]['largest_batch'][shape]:,}",
+    ]
+
+
+@literal_text
+def draw(result: Result, path: Path | None = None) -> Picture:
+    """Draw tokens/s against context, a panel for each batch; transformers on the first layout is a thin line."""
+    batches: dict[int, list[str]] = {}
+    for text in result["shapes"]:
+        batches.setdefault(int(text.split("x")[1]), []).append(text)
+    figure = Picture(figsize=(5.2 * len(batches) + 1.6, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, (batch, shapes) in zip(panels, sorted(batches.items()), strict=True):
+        _panel(axes, result, sorted(shapes, key=lambda text: int(text.split("x")[0])))
+        axes.set_title(f"batch {batch}", fontsize=10)
+    panels[0].set_ylabel("tokens per second, all sequences")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    figure.write(path, dpi=160)
+    return figure
+
+
+def _panel(axes: Axes, result: Result, shapes: list[str]) -> None:
+    contexts = [int(text.split("x")[0]) for text in shapes]
+    found = result["shapes"]
+    archs = [name for name in found[shapes[0]] if "/" not in name]
+    for arch, look in zip(archs, line_looks(len(archs)), strict=True):
+        speeds = [found[text][arch]["tokens_per_second"] for text in shapes]
+        axes.plot(contexts, speeds, color=look.color, linestyle=look.style, marker="o", markersize=4, label=arch)
+    for peer, marker in (("dynamic", "x"), ("static", "+")):
+        name = f"{result['reference']}/{peer}"
+        if name in found[shapes[0]]:
+            speeds = [found[text][name]["tokens_per_second"] for text in shapes]
+            label = f"{result['reference']}, transformers, {peer} cache"
+            axes.plot(contexts, speeds, color="#8a8a8a", linewidth=0.9, marker=marker, markersize=5, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("context, tokens")
+    plain_axes(axes)
