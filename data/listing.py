@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import DataError
+from .source_record import SOURCES
 
 TEXT = (".txt", ".md", ".py")
 PACKED = (".gz", ".xz", ".zst")
@@ -46,12 +47,16 @@ def list_files(values: dict[str, Any]) -> tuple[list[SourceFile], list[str]]:
     A folder is read recursively, linked folders too, each once; hidden files and folders in it are passed over. A file
     that one folder or glob reaches by several names or links is read once.
 
+    The record that a preparation leaves in its folder is passed over, or a folder prepared among its own sources would
+    be one of them.
+
     Raises DataError where an item names no file, a file cannot be read, or one real file, under whatever name or link,
-    is in two splits or is named twice in one.
+    or packed and not, is in two splits, or is named twice in one.
     """
     files: list[SourceFile] = []
-    lines = []
+    lines, twins = [], []
     taken: dict[tuple[int, int], _Taken] = {}
+    by_unpacked: dict[str, _Taken] = {}
     for split, value in values.items():
         key, read, passed_over = f"source.{split}", Counter[str](), Counter[str]()
         for number, item in enumerate(value if isinstance(value, list) else [value]):
@@ -63,6 +68,9 @@ def list_files(values: dict[str, Any]) -> tuple[list[SourceFile], list[str]]:
                 found = _Taken(split, name, number, expansion.alone)
                 earlier = taken.setdefault(_identity(name), found)
                 if earlier is found:
+                    twin = by_unpacked.setdefault(_unpacked(name), found)
+                    if twin is not found:
+                        twins.append(_describe_twins(twin, found))
                     files.append(SourceFile(split, name))
                     read[_ending(name)] += 1
                 else:
@@ -72,6 +80,9 @@ def list_files(values: dict[str, Any]) -> tuple[list[SourceFile], list[str]]:
         if passed_over:
             counts += f"; passed over {sum(passed_over.values())}: {_by_count(passed_over)}"
         lines.append(f"{key}: {counts}")
+    if twins:
+        more = f", and {len(twins) - 1} more pairs" if len(twins) > 1 else ""
+        lines.append(f"warning: {twins[0]}{more}: their text is read twice")
     return files, lines
 
 
@@ -86,6 +97,23 @@ def kind_of(path: Path) -> str | None:
     inner = Path(path.stem).suffix.lower() if suffix in PACKED else suffix
     known = inner in (*TEXT, ".jsonl") or (inner == ".parquet" and suffix == inner)
     return inner if known else None
+
+
+def _unpacked(name: str) -> str:
+    """The path of a file without links on its way and the suffix of its compression."""
+    folder, base = os.path.split(name)
+    path = Path(os.path.realpath(folder), base)
+    return str(path.with_suffix("") if path.suffix.lower() in PACKED else path)
+
+
+def _describe_twins(one: _Taken, other: _Taken) -> str:
+    """Say that two files are one by their names. Raises DataError if they are in two splits."""
+    if one.split != other.split:
+        raise DataError(
+            f"{one.name} is in source.{one.split} and {other.name} in source.{other.split}: by their names one is the "
+            "other, packed; give it to one split, or rename the one that holds other text"
+        )
+    return f"{one.name} and {other.name} are one text by their names, packed and not"
 
 
 def _check_repeated(earlier: _Taken, found: _Taken) -> None:
@@ -109,7 +137,7 @@ def _expand(key: str, item: str) -> _Expansion:
         elif path.is_file():
             expansion = _Expansion([str(path)], alone=True)
         else:
-            expansion = _Expansion([name for name in _glob(item) if os.path.isfile(name)])
+            expansion = _Expansion([name for name in _glob(item) if os.path.isfile(name) and not _is_record(name)])
         names, aside = expansion.names, +expansion.passed_over  # without zeros
         if not names:
             held = f" (it holds {_by_count(aside)})" if aside else ""
@@ -133,11 +161,21 @@ def _of_folder(folder: Path) -> _Expansion:
         for entry in entries:
             if entry.is_dir():
                 continue
-            if entry.is_file() and kind_of(Path(entry.name)):
+            if _is_record(entry.path):
+                passed_over["record of a preparation"] += 1
+            elif entry.is_file() and kind_of(Path(entry.name)):
                 names.append(entry.path)
             else:
                 passed_over[_ending(entry.name) if entry.is_file() else "broken links and devices"] += 1
     return _Expansion(_sorted(names), passed_over=passed_over)
+
+
+def _is_record(name: str) -> bool:
+    """Tell whether a file is what a preparation, ended or not, wrote into its folder about its sources."""
+    folder, base = os.path.split(name)
+    return base == SOURCES and any(
+        os.path.exists(os.path.join(folder, other)) for other in ("manifest.json", "progress.json", "prepare.lock")
+    )
 
 
 def _folders(top: str) -> Iterator[tuple[int, list[os.DirEntry[str]]]]:

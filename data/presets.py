@@ -103,7 +103,10 @@ def _hint(schema: Any, key: str) -> Any:
 
 
 def _read(key: str, text: str, hint: Any) -> Any:
-    """The value of a word of the command line: text as typed, `null`, a number, or a list where there may be one."""
+    """The value of a word of the command line: text as typed, `null`, or a list where there may be one.
+
+    A number is text here too: YAML would read 0123 as 83 and 1:30 as 90.
+    """
     import yaml
 
     if text == "null":
@@ -115,13 +118,7 @@ def _read(key: str, text: str, hint: Any) -> Any:
             return yaml.load(text, yaml.BaseLoader)  # leaves every scalar a string
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"cannot read {key}={text}: a value is YAML, a list is written '[a,b]'") from error
-    if hint is Any or str in (hint, *get_args(hint)):
-        return text
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
-    return value if isinstance(value, bool | int | float) else text
+    return text
 
 
 def _keys_of_file(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:

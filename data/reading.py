@@ -21,6 +21,8 @@ MEMORY = 14  # bytes for each byte of a document; measured: 6.5 with one process
 def rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
     """Yield the texts of a file: of its rows (.parquet), of its lines (.jsonl), else all of it; `by_lines`, its lines.
 
+    A byte order mark before UTF-8 is no text.
+
     Raises DataError on a row without text, a line longer than MAX_LINE, and a document that needs more memory than
     there is; OSError, ValueError and what decompression raises otherwise.
     """
@@ -36,7 +38,7 @@ def rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
                 if line.strip():
                     yield _text_of(path, number, line, column)
     else:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             if by_lines:
                 number = 0
                 while text := file.readline(MAX_LINE + 1):
@@ -76,6 +78,8 @@ def _rows_of_parquet(path: Path, column: str) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
         if column not in file.schema_arrow.names:
             raise DataError(f"{path} has no column {column}; set source.text to one of {file.schema_arrow.names}")
+        if file.schema_arrow.names.count(column) > 1:
+            raise DataError(f"{path} has several columns {column}; give each its name")
         for batch in file.iter_batches(256, columns=[column]):
             yield from (string(text, f"{path}: column {column}") for text in batch.column(0).to_pylist())
     except pyarrow.ArrowException as error:  # some of its kinds are no ValueError
