@@ -109,8 +109,8 @@ def no_text(name: str, split: str, documents: int) -> DataError:
     """The error of a split without a document."""
     if not documents:
         return DataError(
-            f"{name} has no text for the split {split}: every text is empty or blank, or the first one exceeds a limit; "
-            "give others, or higher limits"
+            f"{name} has no text for the split {split}: every text is empty or blank, or the first one exceeds a "
+            "limit; give others, or higher limits"
         )
     own = f", text of its own with source.{split}, or none with source.{split}_share=0" if split != "train" else ""
     return DataError(

@@ -8,7 +8,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -64,7 +64,8 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         sys.argv, picked = typed, HydraConfig.get()
         choices = picked.runtime.choices
         try:
-            wrong = [*unknown_keys(config), *mistyped_booleans(schema, typed_values())]
+            given = typed_values()
+            wrong = [*unknown_keys(config), *mistyped_booleans(schema, given), *empty_values(given)]
             if wrong:
                 raise UsageError("\n".join(wrong))
             if picked.mode == RunMode.MULTIRUN:
@@ -162,6 +163,14 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
                 yield f"{prefix}{key} is {config[key]!r}; a {kind} belongs there"
         elif isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
+
+
+def empty_values(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each key that was given nothing, as by a shell variable that is not set."""
+    for key, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            kind = "folder" if key in ("folder", "resume", "init", "out", "data.path") else "value"
+            yield f"{key}= is empty; give a {kind}, or leave {key}= out"
 
 
 def typed_values() -> dict[str, Any]:

@@ -103,6 +103,8 @@ def _check(text: str) -> None:
         key = ".".join(str(level.at) for level in levels)
         if value is not None and "${" in value and (is_key or (key, value) not in REFERENCES):
             raise ValueError(f"{key} is {value}; nothing in a run's configuration is interpolated, write the value")
+        if value == "???" and not is_key:
+            raise ValueError(f"{key} is ???, which stands for no value; write one")
         if value is None:
             levels.append(_Level(isinstance(event, yaml.MappingStartEvent)))
             if len(levels) > MAX_DEPTH:

@@ -296,6 +296,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
         ("source.subset=null", None),
         ("max_tokens=31_000_000_000", 31_000_000_000),
         ("max_tokens=null", None),
+        ("max_tokens=0123", 123),
         ("source.val_share=1e-3", 1e-3),
         ("source.val_share=null", None),
         ("source.val_share=1", 1.0),
@@ -319,6 +320,9 @@ def test_values_are_taken_as_typed(word: str, value: object) -> None:
         ("max_tokens=${oc.env:HOME}", "could not be converted to Integer"),
         ("max_tokens=5.0", "could not be converted to Integer"),
         ("max_tokens=true", "could not be converted to Integer"),
+        ("max_tokens=1:40", "could not be converted to Integer"),
+        ("max_tokens=0x10", "could not be converted to Integer"),
+        ("source.val_share=1:30", "could not be converted to Float"),
         ("source.val_share=[1]", "could not be converted to Float"),
         ("source.train=[a,{b", "a list is written '[a,b]'"),
     ],
@@ -525,6 +529,47 @@ def test_bytes_are_those_of_the_text(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert text_bytes_of_tokens(sizes, [of(30, 0)]).tolist() == [3, 3, 3]
     assert text_bytes_of_tokens(sizes, [of(30, 40), of(60, 60)], (1, 3)).tolist() == [0, 2 * 21 / 22, 4 * 21 / 22]
     assert text_bytes_of_tokens(np.array([1] * 256 + [0]), [of(9, 9)]).dtype == np.int64
+
+
+def test_a_file_and_its_packed_copy_are_one_text(books: Path) -> None:
+    """Refused in two splits, under whatever name; said in one."""
+    for ending in (".gz", ".XZ"):
+        packed = books / f"1.txt{ending}"
+        packed.write_bytes(gzip.compress((books / "1.txt").read_bytes()))
+        for train, val in ((packed, books / "1.txt"), (books, books.parent / "books" / ".." / "books" / "1.txt")):
+            with pytest.raises(DataError, match=r"is in source.train and \S+ in source.val|is in both"):
+                TextSource(SourceConfig(train=str(train), val=str(val)))
+        source = TextSource(SourceConfig(train=str(books)))
+        assert source.listing[-1].endswith(f"1.txt and {packed} are one text by their names, packed and not: their "
+                                           "text is read twice")  # fmt: skip
+        packed.unlink()
+    assert len(TextSource(SourceConfig(train=str(books))).listing) == 1
+
+
+def test_a_folder_prepared_among_its_sources_is_none_of_them(books: Path, capsys: pytest.CaptureFixture) -> None:
+    config = asked(books / "prepared", train=str(books))
+    made = prepare.prepare(config)
+    assert prepare.prepare(config) == made
+    for train in (f"{books}/**/*.*l", str(books / "prepared")):
+        with pytest.raises(DataError, match="no file at"):
+            TextSource(SourceConfig(train=train))
+    (books / "prepared" / "manifest.json").unlink()
+    assert "record of a preparation 1" in TextSource(SourceConfig(train=str(books))).listing[0]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+    assert list(reading.rows_of_file(tmp_path / "a.txt", "text", by_lines=False)) == ["one\r\ntwo"]
+    assert list(reading.rows_of_file(tmp_path / "a.txt", "text", by_lines=True)) == ["one\r\n", "two"]
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 5}, {}])
+def test_what_a_preparation_without_any_text_says(limits: dict[str, int], books: Path, tmp_path: Path) -> None:
+    if not limits:
+        for path in books.iterdir():
+            path.write_text(" \n")
+    with pytest.raises(DataError, match="every text is empty or blank, or the first one exceeds a limit"):
+        prepare.prepare(replace(asked(tmp_path / "out", train=str(books)), **limits))
 
 
 def test_help_explains_the_keys(capsys: pytest.CaptureFixture) -> None:

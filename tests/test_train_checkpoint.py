@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -200,6 +201,24 @@ def test_what_is_not_whole_is_not_loaded(tmp_path: Path) -> None:
     path.write_bytes((1 << 62).to_bytes(8, "little") + path.read_bytes()[8:])
     with pytest.raises(TrainingError, match=r"cannot read .*step-00000001"):
         load(folder, model)
+
+
+def test_values_that_are_no_numbers_are_not_loaded(tmp_path: Path) -> None:
+    """Neither of weights nor of the optimizer; nor weights that are whole numbers, which would be rounded."""
+    folder, model = tmp_path / "step-00000001", nn.Linear(3, 2)
+    optimizer = stepped(model)
+    for tensor in (model.weight.data, optimizer.state[model.bias]["exp_avg_sq"]):
+        before = tensor.clone()
+        tensor.flatten()[1] = math.nan
+        save(folder, model, optimizer, 1, {})
+        fresh = nn.Linear(3, 2)
+        with pytest.raises(TrainingError, match=r"has values that are not finite, in (model|optimizer)\.[\w.]+$"):
+            load(folder, fresh, torch.optim.AdamW(fresh.parameters()))
+        tensor.copy_(before)
+    model.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int32), requires_grad=False)
+    save(folder, model, optimizer, 1, {})
+    with pytest.raises(TrainingError, match=r"is of another model: model\.weight is I32 there"):
+        load(folder, nn.Linear(3, 2))
 
 
 @pytest.mark.slow

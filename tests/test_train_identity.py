@@ -11,13 +11,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from test_train_command import SMALL, pretrain
 
-from arch import SizeConfig
+from arch import SizeConfig, resolve
 from data.cli import UsageError
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
 from data.prepare import prepare
 from data.shards import Manifest
 from eval.identity import Identity, data_of, name_data
+from eval.overrides import as_typed
 from eval.plain_yaml import REFERENCES, read_plain
 from eval.runs import Run
 from train import checkpoint
@@ -26,7 +27,7 @@ from train.datamodule import TokenDataModule, check_limits
 from train.errors import TrainingError
 from train.export import export
 from train.hub.request import ExportConfig
-from train.run import load_config
+from train.run import load_config, resumed, write_start
 from train.schema import PretrainConfig
 from train.training import check_same_tokenizer
 
@@ -147,6 +148,8 @@ def test_altered_shards_are_not_trained_on(trained: Path, tmp_path: Path, capfd:
         ("project: kvfrontier", "project: ${seed}", "logger.project is ${seed}; nothing"),
         ("\nseed: 0", "\nseed: 0\nseed: 0", "has seed a second time"),
         ("\nseed: 0", "\nsede: 0", "Key 'sede' not in 'PretrainConfig'"),
+        ("\nseed: 0", "\nseed: ???", "seed is ???, which stands for no value"),
+        ("\nname: cla2-tiny", "\nname: null", "name is missing"),
     ],
 )
 def test_an_edited_configuration_is_refused(old: str, new: str, message: str, run: Path) -> None:
@@ -169,6 +172,47 @@ def test_a_configuration_that_was_cut_is_refused(run: Path, capfd: pytest.Captur
     assert "lacks tokens, batch_size, context" in refusal(capfd, f"resume={run}")
     path.write_text(whole.replace("tokens: 1024", "tokens: 2048").replace("log_every: 1", "log_every: 2"))
     assert load_config(run).tokens == 2048, "what a resumed run may change"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("data.path=it's here", "it's here"),
+        ("data.path=007", "007"),
+        ("data.path=a: b", "a: b"),
+        ("data.path=d #1", "d #1"),
+        ("data.mix={a:3,b:1}", {"a": 3, "b": 1}),
+        ("logger.notes=1e3", "1e3"),
+        ("logger.tags=[x,y]", ["x", "y"]),
+        ("trainer.max_hours=1e3", 1000.0),
+        ("trainer.val_every=null", None),
+    ],
+)
+def test_values_of_a_resumed_run_are_taken_as_typed(word: str, value: object, run: Path) -> None:
+    config = resumed(run, as_typed([f"resume={run}", word], PretrainConfig, sweep=False))
+    found: object = config
+    for part in word.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+    assert config.data.path is None or config.data.mix is None, "one that is given replaces the other"
+
+
+def test_a_run_does_not_end_before_it_begins(run: Path, capfd: pytest.CaptureFixture) -> None:
+    message = refusal(capfd, f"resume={run}", "tokens=512")
+    assert "tokens is 512, 4 steps, and the run has trained step-00000008" in message
+    assert load_config(run).tokens == 1024
+
+
+def test_what_a_resumed_run_changes_is_said(run: Path, capsys: pytest.CaptureFixture) -> None:
+    """By whichever way, each time against the start before."""
+    config, tied = load_config(run), Identity.load(run)
+    assert tied is not None
+    for tokens in (1024, 2048, 2048):
+        write_start(run, replace(config, tokens=tokens), resolve(config.model), tied, {})
+    assert capsys.readouterr().err == "from here on tokens is 2048; before, it was 1024\n"
+    (run / "run.json").write_text('[{"values": 3}]')
+    write_start(run, config, resolve(config.model), tied, {})
+    assert capsys.readouterr().err == ""
 
 
 def test_what_checkpoints_say_counts_where_the_file_is_gone(run: Path) -> None:

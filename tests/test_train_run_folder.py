@@ -99,6 +99,8 @@ def test_a_file_system_without_locks_is_warned_of(
         (["folder=' '"], "folder= is empty"),
         (["resume="], "resume= is empty"),
         (["init="], "init= is empty"),
+        (["data.path="], "data.path= is empty; give a folder"),
+        (["train_only="], "train_only= is empty; give a value"),
         (["name=../../x"], "name is '../../x'; it must be one word of a path"),
         (["name=/abs/x"], "name is '/abs/x'; it must be one word of a path"),
         ([f"name={'x' * 300}"], "File name too long); give another with folder="),

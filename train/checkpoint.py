@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from arch import ModelConfig, from_dict, plan_from_dict
@@ -171,16 +172,21 @@ def check_matches(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:
         for name, tensor in tensors.items()
         if name not in saved or saved[name].shape != tuple(tensor.shape)
     ] + [f"{name} there only" for name in unknown]
+    wrong += [f"{name} is {saved[name].dtype} there" for name in tensors if name in saved and not is_float(saved[name])]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise TrainingError(f"{folder} is of another model: {'; '.join(wrong[:3])}{more}")
     return saved
 
 
+def is_float(stored: StoredTensor) -> bool:
+    return DTYPES[stored.dtype].is_floating_point
+
+
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
 
-    Raises as `check_matches`.
+    Raises as `check_matches`, and, in all processes, TrainingError where a value is not finite.
     """
     saved, tensors = check_matches(folder, model), named_tensors(model, None)
     if optimizer is not None:
@@ -190,6 +196,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
     except (OSError, SafetensorError, CheckpointException) as error:
         raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
+    broken = _gather({name: None for name, tensor in tensors.items() if not _local(tensor).isfinite().all()})
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise TrainingError(f"{folder} has values that are not finite, in {', '.join(sorted(broken)[:3])}{more}")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _make_state(
@@ -205,7 +220,7 @@ def _make_state(
         _, key, name = entry.split(".", 2) if entry.count(".") > 1 else (*entry.split("."), "")
         parameter = by_name.get(name)
         size, dtype = torch.Size(saved[entry].shape), DTYPES[saved[entry].dtype]
-        if parameter is None or size not in (parameter.shape, torch.Size()):
+        if parameter is None or size not in (parameter.shape, torch.Size()) or not dtype.is_floating_point:
             raise TrainingError(f"{folder} is of another model: it has {entry} {list(size)}")
         if id(parameter) in trained:
             like = parameter.detach() if size == parameter.shape else torch.empty((), device=parameter.device)

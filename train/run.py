@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,10 +23,11 @@ from arch import Plan
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
+from data.dotted import flat
 from data.files import set_aside, write_json, write_text
 from eval import identity
 from eval.environment import environment
-from eval.identity import Identity
+from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config
 from eval.runs import KEYS, deciding_values
 from eval.typed import mistyped_booleans
@@ -40,14 +42,18 @@ MOVABLE = ("data.path", "data.mix")
 
 def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity, about: dict[str, Any]) -> None:
     """Write all files but the results, flushed. Each start of the run adds an entry to run.json, with the items of
-    `about`; its identity stays the one of the first start.
+    `about` and the values that decide the result and that a resumed run may change; where these are no longer those of
+    the start before, by whatever way, that is said on stderr. Its identity stays the one of the first start.
 
     Raises UsageError if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
-        write_json(path, [*_starts(path), {**about, **environment()}])
+        starts, values = _starts(path), changeable(config)
+        for key, was, now in changed_values(_values_of(starts), to_dict(config)):
+            print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
+        write_json(path, [*starts, {**about, "values": values, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
         if not (folder / identity.FILE).exists():
             tied.save(folder)
@@ -71,6 +77,18 @@ def _starts(path: Path) -> list[Any]:
     except (OSError, ValueError, RecursionError) as error:
         print(f"{path} is damaged ({error}); it is now {set_aside(path).name}", file=sys.stderr)
         return []
+
+
+def changeable(config: PretrainConfig) -> dict[str, Any]:
+    """The values, by dotted key, that decide the result of a run and that a resumed run may change."""
+    groups = {key: value for key, value in deciding_values(to_dict(config), "result").items() if not KEYS[key].fixed}
+    return {key: value for key, value in flat(groups).items() if key not in FIXED}
+
+
+def _values_of(starts: list[Any]) -> dict[str, Any]:
+    """The values that the last of `starts` recorded; none if an earlier version wrote it."""
+    values = starts[-1].get("values") if starts and isinstance(starts[-1], dict) else None
+    return values if isinstance(values, dict) else {}
 
 
 def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
@@ -123,6 +141,8 @@ def load_config(run: Path) -> PretrainConfig:
     try:
         if wrong := mistyped_booleans(PretrainConfig, values):
             raise ValueError("; ".join(wrong))
+        if values.get("name") is None:
+            raise ValueError("name is missing")
         config = to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
     except (ValueError, OmegaConfBaseException, RecursionError) as error:
         raise UsageError(f"{path} is not the configuration of a run: {_first_line(error)}") from error
@@ -145,9 +165,13 @@ def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
         fixed = f"{key}.".startswith(tuple(f"{fixed}." for fixed in FIXED)) and not (tied and key in MOVABLE)
         if change[0] in "+~" or key in GROUPS or fixed:
             raise UsageError(f"{change}: a resumed run keeps its {', '.join(FIXED)} and its groups; start another run")
-        if key == "data.mix":
-            config.data.mix = None  # or the folders given would join those that it had
-    merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(changes))
+    # Read as a new run's, and not as YAML.
+    given = {change.key_or_group: change.value() for change in OverridesParser.create().parse_overrides(changes)}
+    if any(given.get(key) is not None for key in MOVABLE):
+        config.data.path = config.data.mix = None  # or the folders given would join those that it had
+    merged = OmegaConf.structured(config)
+    for key, value in given.items():
+        OmegaConf.update(merged, key, value)
     return to_object(OmegaConf.merge(merged, {"resume": str(run), "folder": str(run)}))
 
 

@@ -49,6 +49,7 @@ def run(config: PretrainConfig) -> None:
         if config.resume is not None and launched_rank() == 0:  # reads every byte, and broadcasts the answer
             start = checkpoint.latest_valid(folder)
             tied = Identity.load(folder) if start is None else checkpoint.identity_of(start, folder)
+            check_steps(config, start)
     except (TrainingError, OSError) as error:
         raise UsageError(str(error)) from error
     data = TokenDataModule(config)
@@ -112,6 +113,15 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         source = checkpoint.resolve(Path(config.init))
         checkpoint.check_matches(source, model)
     return device, attention, source
+
+
+def check_steps(config: PretrainConfig, start: Path | None) -> None:
+    """Raises UsageError where a run would end before the checkpoint that it starts from."""
+    if start is not None and checkpoint.step_of(start) > num_steps(config):
+        raise UsageError(
+            f"tokens is {config.tokens}, {num_steps(config)} steps, and the run has trained {start.name}; give more "
+            "tokens, or delete the checkpoints beyond"
+        )
 
 
 def check_same_data(folder: Path, tied: Identity | None, data: TokenDataModule) -> None:
