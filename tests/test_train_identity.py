@@ -204,13 +204,17 @@ def test_a_run_does_not_end_before_it_begins(run: Path, capfd: pytest.CaptureFix
 
 
 def test_what_a_resumed_run_changes_is_said(run: Path, capsys: pytest.CaptureFixture) -> None:
-    """By whichever way, each time against the start before."""
+    """By whichever way, against the last start that has reported."""
     config, tied = load_config(run), Identity.load(run)
     assert tied is not None
-    for tokens in (1024, 2048, 2048):
-        write_start(run, replace(config, tokens=tokens), resolve(config.model), tied, {})
+    for tokens in (1024, 2048):
+        write_start(run, replace(config, tokens=tokens, seed=1), resolve(config.model), tied, {})
     assert capsys.readouterr().err == "from here on tokens is 2048; before, it was 1024\n"
-    (run / "run.json").write_text('[{"values": 3}]')
+    shutil.copytree(run / "metrics" / "0", run / "metrics" / "10")
+    edit(run / "metrics" / "10" / "hparams.yaml", "clip: 1.0", "clip: 2.0")
+    write_start(run, config, resolve(config.model), tied, {})
+    assert capsys.readouterr().err == "from here on optim.clip is 1.0; before, it was 2.0\n"
+    (run / "metrics" / "10" / "hparams.yaml").write_text("[")
     write_start(run, config, resolve(config.model), tied, {})
     assert capsys.readouterr().err == ""
 

@@ -28,7 +28,7 @@ from data.files import set_aside, write_json, write_text
 from eval import identity
 from eval.environment import environment
 from eval.identity import Identity, changed_values
-from eval.plain_yaml import read_config
+from eval.plain_yaml import read_config, read_plain
 from eval.runs import KEYS, deciding_values
 from eval.typed import mistyped_booleans
 from train.schema import PretrainConfig
@@ -42,18 +42,18 @@ MOVABLE = ("data.path", "data.mix")
 
 def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity, about: dict[str, Any]) -> None:
     """Write all files but the results, flushed. Each start of the run adds an entry to run.json, with the items of
-    `about` and the values that decide the result and that a resumed run may change; where these are no longer those of
-    the start before, by whatever way, that is said on stderr. Its identity stays the one of the first start.
+    `about`; its identity stays the one of the first start. Where values that decide the result are no longer those of
+    the start before, by whatever way, that is said on stderr.
 
     Raises UsageError if the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
-        starts, values = _starts(path), changeable(config)
-        for key, was, now in changed_values(_values_of(starts), to_dict(config)):
-            print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
-        write_json(path, [*starts, {**about, "values": values, **environment()}])
+        for key, was, now in changed_values(_values_before(folder), to_dict(config)):
+            if now is not None:  # a key that an earlier version had
+                print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
+        write_json(path, [*_starts(path), {**about, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
         if not (folder / identity.FILE).exists():
             tied.save(folder)
@@ -79,16 +79,17 @@ def _starts(path: Path) -> list[Any]:
         return []
 
 
-def changeable(config: PretrainConfig) -> dict[str, Any]:
-    """The values, by dotted key, that decide the result of a run and that a resumed run may change."""
-    groups = {key: value for key, value in deciding_values(to_dict(config), "result").items() if not KEYS[key].fixed}
-    return {key: value for key, value in flat(groups).items() if key not in FIXED}
-
-
-def _values_of(starts: list[Any]) -> dict[str, Any]:
-    """The values that the last of `starts` recorded; none if an earlier version wrote it."""
-    values = starts[-1].get("values") if starts and isinstance(starts[-1], dict) else None
-    return values if isinstance(values, dict) else {}
+def _values_before(folder: Path) -> dict[str, Any]:
+    """Read the values, by dotted key, that decide the result of a run and that a resumed run may change, as its last
+    start that has reported logged them; none where that cannot be read."""
+    logged = [path for path in (folder / "metrics").glob("*/hparams.yaml") if path.parent.name.isdecimal()]
+    try:
+        values = read_plain(max(logged, key=lambda path: int(path.parent.name)))
+        groups = deciding_values(values, "result")
+    except (OSError, ValueError, RecursionError):  # there is none, or it is damaged
+        return {}
+    found = flat({key: value for key, value in groups.items() if not KEYS[key].fixed})
+    return {key: value for key, value in found.items() if key not in FIXED and value is not None}
 
 
 def static_metrics(config: PretrainConfig, plan: Plan) -> dict[str, float]:
