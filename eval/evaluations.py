@@ -95,6 +95,15 @@ def steps_of_summary(run: Path) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+def entries_of_step(run: Path, step: int) -> dict[str, Any]:
+    """The entries of a summary.json that are of the checkpoint of `step`; none where it cannot be read."""
+    try:
+        entries = json.loads((run / "summary.json").read_text())[KEY]
+        return {key: found for key, found in entries.items() if found["step"] == step}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
 def entry(figures: Mapping[str, float], step: int, digest: str) -> dict[str, Any]:
     """The entry of a result in summary.json."""
     return {"step": step, "digest": digest, "figures": plain(figures)}

@@ -25,7 +25,7 @@ from eval.runs import KEYS, Run
 FILE = "identity.json"
 # Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
 NOT_COMPARED = ("data.path", "data.mix", "data.name", "data.workers")
-WHOLE = ("data.mix",)  # its keys are folders
+WHOLE = ("data.mix", "evals.options")  # their keys are folders, and names of tasks
 ABSENT = object()
 
 

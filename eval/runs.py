@@ -58,6 +58,7 @@ KEYS = {
     "context": Key(None),
     "kv_itemsize": Key(None),
     "logger": Key(None),
+    "evals": Key(None),
     "trainer.accelerator": Key("speed"),
     "trainer.devices": Key("speed"),
     "trainer.num_nodes": Key("speed"),

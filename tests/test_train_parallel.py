@@ -54,13 +54,16 @@ def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 @pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1"]])
 def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path, options: list[str]) -> None:
-    """The command itself, launched on two processes: the same losses and validation, also when it accumulates."""
+    """The command itself, launched on two processes: the same losses and validation, also when it accumulates, and with
+    tasks of evaluation in between, which every process runs."""
     folder = tmp_path / "run"
-    arguments = [*SMALL, *options, f"data.path={corpus}", f"folder={folder}"]
+    arguments = [*SMALL, *options, "evals={every: 3, tasks: [perplexity]}", f"data.path={corpus}", f"folder={folder}"]
     done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("train/loss", "val/loss", "val/bpb"):
         assert column(folder, name) == pytest.approx(column(single, name), rel=1e-5), name
+    evaluated = column(folder, "evaluations/perplexity/loss")
+    assert len(evaluated) == 3 and evaluated[1:] == pytest.approx([column(folder, "val/loss")[n] for n in (-2, -1)])
     expected, ours = whole_weights(single), whole_weights(folder)
     assert expected.keys() == ours.keys()
     for key, value in expected.items():

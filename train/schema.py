@@ -7,11 +7,14 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arch import ArchConfig, ModelConfig, Plan, SizeConfig
 from arch.config import MAX_COUNT
+from data.cli import UsageError, value_text
 from data.config import DataConfig
+from eval.tasks import Chosen, choose
 
 if TYPE_CHECKING:
     from data.batches import SequenceFormat
@@ -122,6 +125,22 @@ class LoggerConfig:
 
 
 @dataclass
+class EvalsConfig:
+    """Tasks of eval/evaluate.py on the model while it trains and at its end; they change nothing of the training.
+
+    tasks    names, as of `python eval/evaluate.py --help`: evals.tasks=[perplexity,recall]
+    every    steps between evaluations; null: at the end alone
+    text     files that tasks read, in place of the validation split of the data
+    options  of the tasks: evals.options={recall: {pairs: 8}}
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    every: int | None = None
+    text: list[str] = field(default_factory=list)
+    options: Any = None  # a mapping; a typed one takes no new keys from the command line
+
+
+@dataclass
 class PretrainConfig:
     """One training run.
 
@@ -144,6 +163,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    evals: EvalsConfig = field(default_factory=EvalsConfig)
     name: str | None = None
     folder: str | None = None
     tokens: int = same_as("size.tokens")
@@ -181,7 +201,36 @@ def problems(config: PretrainConfig) -> list[str]:
             f"tokens {config.tokens} is less than one step of batch_size {config.batch_size} x seq_len "
             f"{config.size.seq_len}; give more tokens, or a smaller batch_size"
         )
-    return found + block_problems(config) + optim_problems(config.optim)
+    return found + block_problems(config) + optim_problems(config.optim) + evals_problems(config.evals)
+
+
+def chosen_tasks(config: EvalsConfig) -> list[Chosen]:
+    """The tasks with their options. Raises UsageError as `eval.tasks.choose`, and where options are no mapping."""
+    words = []
+    if config.options is not None and not isinstance(config.options, dict):
+        raise UsageError(f"evals.options is {config.options!r}; write evals.options={{TASK: {{OPTION: value}}}}")
+    for name, options in (config.options or {}).items():
+        if not isinstance(options, dict):
+            raise UsageError(f"{name} is {options!r}; write evals.options={{{name}: {{OPTION: value}}}}")
+        words += [f"{name}.{key}={option_text(value)}" for key, value in options.items()]
+    return choose(config.tasks, words) if config.tasks or words else []
+
+
+def option_text(value: Any) -> str:
+    """`value` as the command line of eval/evaluate.py has it."""
+    return value_text(tuple(value) if isinstance(value, list) else value)
+
+
+def evals_problems(config: EvalsConfig) -> list[str]:
+    """List what is wrong with the tasks, each with the fix."""
+    found = [f"evals.text: {path}: there is no such file" for path in config.text if not Path(path).is_file()]
+    if config.every is not None and not config.tasks:
+        found.append("evals.every is set without evals.tasks; name the tasks, or leave it out")
+    try:
+        chosen_tasks(config)
+    except UsageError as error:
+        found += [f"evals: {line}" for line in str(error).splitlines()]
+    return found
 
 
 def block_problems(config: PretrainConfig) -> list[str]:
@@ -224,6 +273,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
         ("trainer.checkpoint_every", trainer.checkpoint_every),
         ("trainer.keep_checkpoints", trainer.keep_checkpoints),
         ("trainer.val_every", trainer.val_every),
+        ("evals.every", config.evals.every),
         ("trainer.micro_batch", trainer.micro_batch),
         ("batch_size", config.batch_size),
         ("size.seq_len", config.size.seq_len),

@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ from data.files import DataError, sha256, write_json
 from data.tokenizer import pretrained
 from data.verify import verify_once
 from eval.console import PlainConsole
+from eval.evaluations import KEY, entries_of_step
 from eval.fit import remarks
 from eval.footprint import plan_tables
 from eval.identity import Identity, check_summary_digest, short
@@ -25,6 +27,7 @@ from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
 from train.errors import TrainingError
+from train.evaluations import Evaluations
 from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
@@ -80,10 +83,11 @@ def run(config: PretrainConfig) -> None:
         init = None if config.init is None else Path(config.init)
         checkpoints = CheckpointCallback(folder, options.checkpoint_every, options.keep_checkpoints, start, init)
         with naming_the_last_checkpoint(checkpoints):
-            trainer = build_trainer(config, plan, device, checkpoints, signals)
+            evaluations = Evaluations(config.evals, folder)
+            trainer = build_trainer(config, plan, device, checkpoints, signals, evaluations)
             fit(trainer, module, data)
             if trainer.is_global_zero:
-                finish(trainer, module, checkpoints.run, plan, data.digest)
+                finish(trainer, module, checkpoints.run, plan, data.digest, evaluations.entries)
         failed = False
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
@@ -202,13 +206,22 @@ def describe_saved(checkpoints: CheckpointCallback) -> str:
     return f"The last good checkpoint is {saved}; {word('resume', checkpoints.run)} continues from it"
 
 
-def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data: str) -> None:
-    """Write the summary, print it, and log it with a Pareto plot. `data` is the digest of the data."""
+def finish(
+    trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data: str, evaluated: Mapping[str, Any]
+) -> None:
+    """Write the summary, print it, and log it with a Pareto plot.
+
+    `data` is the digest of the data, `evaluated` the entries of tasks; what eval/evaluate.py has put into a summary of
+    the same step stays.
+    """
     config, val = module.config, module.val_metrics
     length = config.size.seq_len
     first = plan.num_unpredicted + 1
     counted = "" if first == 1 else f", of targets {first} to {length} of each {length}"
-    write_json(folder / "summary.json", summarize(config, plan, data, trainer.global_step, val))
+    summary = summarize(config, plan, data, trainer.global_step, val)
+    if entries := {**entries_of_step(folder, trainer.global_step), **evaluated}:
+        summary[KEY] = entries
+    write_json(folder / "summary.json", summary)
     print(
         f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
         f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {folder}"
@@ -218,7 +231,12 @@ def finish(trainer: L.Trainer, module: LitModel, folder: Path, plan: Plan, data:
 
 
 def build_trainer(
-    config: PretrainConfig, plan: Plan, device: str, checkpoints: CheckpointCallback, signals: Signals
+    config: PretrainConfig,
+    plan: Plan,
+    device: str,
+    checkpoints: CheckpointCallback,
+    signals: Signals,
+    evaluations: Evaluations,
 ) -> L.Trainer:
     """Build the trainer of the run, with its loggers and callbacks."""
     options, folder = config.trainer, checkpoints.run
@@ -232,7 +250,10 @@ def build_trainer(
         print_reports=options.progress and not bar,
         print_validations=not bar,
     )
-    callbacks = [metrics, checkpoints, GracefulStop(checkpoints, signals, options.max_hours)]
+    callbacks: list[L.Callback] = [metrics, checkpoints]
+    if config.evals.tasks:
+        callbacks.append(evaluations)
+    callbacks.append(GracefulStop(checkpoints, signals, options.max_hours))
     if bar:
         callbacks.append(ProgressBar(leave=True))
     trainer = lightning_trainer(config, device, loggers(config, folder), callbacks, folder, bar)

@@ -1,0 +1,108 @@
+"""Tasks of evaluation while a run trains: what they measure, and that they change nothing of the training."""
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import launch_in_process, weights
+from test_train_command import SMALL
+
+from eval.tasks import TASKS
+from eval.tasks.task import Options, Subject, Task, TaskResult
+from train.pretrain import main
+from train.schema import EvalsConfig, PretrainConfig, evals_problems
+
+CALLS: list[int] = []
+
+
+def unruly(subject: Subject, options: Options) -> TaskResult:
+    """A task that draws from every generator, and counts its calls."""
+    CALLS.append(torch.randint(1000, ()).item())
+    random.random(), np.random.random()
+    assert not subject.model.training
+    tokens = subject.generate([[1, 2, 3], [4]], 4)
+    return TaskResult({"tokens": float(sum(map(len, tokens)))})
+
+
+def pretrain(corpus: Path, folder: Path, *arguments: str) -> None:
+    words = [f"data.path={corpus}", f"folder={folder}", "logger=csv", *arguments]
+    launch_in_process(main, "pretrain", PretrainConfig, ["+arch=cla2", "+size=tiny", *SMALL, *words])
+
+
+def column(folder: Path, name: str, start: int = 0) -> dict[int, float]:
+    with (folder / "metrics" / str(start) / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_they_change_nothing(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and weights are those of a run without them, bit by bit; also after the run was continued."""
+    monkeypatch.setitem(TASKS, "unruly", Task(Options, unruly))
+    CALLS.clear()
+    pretrain(corpus, tmp_path / "plain")
+    capsys.readouterr()
+    evals = "evals={every: 3, tasks: [perplexity, unruly], options: {perplexity: {batch: 2}}}"
+    pretrain(corpus, tmp_path / "evaluated", evals)
+    plain, evaluated = tmp_path / "plain", tmp_path / "evaluated"
+    assert len(CALLS) == 3, "after steps 3 and 6, and at the end, step 8"
+    assert column(evaluated, "train/loss") == column(plain, "train/loss")
+    for name, value in weights(plain).items():
+        assert torch.equal(weights(evaluated)[name], value), name
+    assert "step 6/8  perplexity: loss " in capsys.readouterr().out
+
+    perplexity = column(evaluated, "evaluations/perplexity/ppl")
+    assert list(perplexity) == [3, 6, 8]
+    summary = json.loads((evaluated / "summary.json").read_text())
+    entries = summary["evaluations"]
+    assert {key: entries["perplexity"]["figures"][key] for key in ("loss", "ppl", "bpb")} == pytest.approx(
+        summary["val"], rel=1e-6
+    )
+    assert perplexity[8] == pytest.approx(summary["val"]["ppl"], rel=1e-6)
+    assert perplexity[6] == pytest.approx(column(evaluated, "val/ppl")[6], rel=1e-6)
+    assert entries["unruly"]["step"] == 8
+    assert json.loads((evaluated / "evaluations" / "perplexity.json").read_text())["options"]["batch"] == 2
+    assert "evaluations" not in json.loads((plain / "summary.json").read_text())
+
+    launch_in_process(main, "pretrain", PretrainConfig, [f"resume={evaluated}", "tokens=1280"])
+    assert list(column(evaluated, "evaluations/perplexity/ppl", start=1)) == [9, 10]
+    assert json.loads((evaluated / "summary.json").read_text())["evaluations"]["perplexity"]["step"] == 10
+
+
+def test_a_run_that_had_ended_is_evaluated(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is resumed, with tasks that it did not have; one that cannot be run is a warning."""
+
+    def impossible(subject: Subject, options: Options) -> TaskResult:
+        from data.cli import UsageError
+
+        raise UsageError("the vocabulary is too small")
+
+    monkeypatch.setitem(TASKS, "impossible", Task(Options, impossible))
+    pretrain(corpus, tmp_path / "run", "tokens=256")
+    words = [f"resume={tmp_path / 'run'}", "evals.tasks=[perplexity,impossible]"]
+    launch_in_process(main, "pretrain", PretrainConfig, words)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary["evaluations"]) == ["perplexity"]
+    assert "warning: step 2: the task impossible: the vocabulary is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvalsConfig(["perplexty"]), "evals: no task perplexty, did you mean perplexity?"),
+        (EvalsConfig(every=5), "evals.every is set without evals.tasks"),
+        (EvalsConfig(["perplexity"], text=["/nowhere"]), "evals.text: /nowhere: there is no such file"),
+        (EvalsConfig(["perplexity"], options={"perplexity": {"batch": 0}}), "evals: perplexity.batch is 0"),
+        (EvalsConfig(["perplexity"], options={"perplexity": 3}), "evals: perplexity is 3; write evals.options={"),
+        (EvalsConfig(options={"perplexity": {"batch": 2}}), "evals: tasks= is empty"),
+    ],
+)
+def test_mistakes(config: EvalsConfig, message: str) -> None:
+    (problem,) = evals_problems(config)
+    assert problem.startswith(message)

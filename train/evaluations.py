@@ -1,0 +1,158 @@
+"""Tasks of evaluation while a run trains and at its end: `evals.tasks` of train/schema.py."""
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from arch.generation import evaluating
+from data.cli import TaskError, UsageError
+from data.files import DataError
+from data.tokenizer import pretrained
+from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, record
+from eval.tasks import Chosen
+from eval.tasks.task import Prepared, Subject, TaskResult
+from train.datamodule import TokenDataModule
+from train.device import synchronize
+from train.lit_module import LitModel, lit_model
+from train.loading import Text
+from train.schema import EvalsConfig, chosen_tasks
+
+
+class Evaluations(L.Callback):
+    """Run tasks every `config.every` steps and at the end; log their figures beside the loss.
+
+    Every process runs them on the same inputs: under FSDP2 all are needed for a forward pass. They change nothing of
+    the training: random states and modes are put back, and the clock stands still. A task that cannot be run is a
+    warning, and has no figures. `entries` are those of the last evaluation, for summary.json.
+    """
+
+    def __init__(self, config: EvalsConfig, run: Path):
+        self.run, self.every = run, config.every
+        self.texts = tuple(Path(path) for path in config.text)
+        self.tasks: list[Chosen] = chosen_tasks(config)
+        self.step = 0  # of the last evaluation
+        self.entries: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.run = trainer.strategy.broadcast(self.run)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Pass over the step that a resumed run starts from, unless the run ended in its evaluation."""
+        recorded = trainer.strategy.broadcast(self.recorded_step() if trainer.is_global_zero else 0)
+        self.step = trainer.global_step if recorded >= trainer.global_step else recorded
+        self._evaluate_if_due(trainer, lit_model(pl_module))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._evaluate_if_due(trainer, lit_model(pl_module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluate_at_end(trainer, lit_model(pl_module))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate a run whose training had ended before, and which only validates."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._evaluate_at_end(trainer, lit_model(pl_module))
+
+    def recorded_step(self) -> int:
+        """The step of the results in the folder of the run; 0 where a task has none."""
+        try:
+            paths = [self.run / FOLDER / f"{self._key(chosen)}.json" for chosen in self.tasks]
+            return min((int(json.loads(path.read_text())["step"]) for path in paths), default=0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _evaluate_if_due(self, trainer: L.Trainer, module: LitModel) -> None:
+        step = trainer.global_step
+        if self.every is not None and step and step % self.every == 0 and step != self.step:
+            self._evaluate(trainer, module)
+
+    def _evaluate_at_end(self, trainer: L.Trainer, module: LitModel) -> None:
+        if not self.entries or trainer.global_step != self.step:
+            self._evaluate(trainer, module)
+
+    def _evaluate(self, trainer: L.Trainer, module: LitModel) -> None:
+        self.step, self.entries = trainer.global_step, {}
+        if not self.tasks:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TokenDataModule)
+        subject = subject_of(module, data, self.texts, quiet=not trainer.is_global_zero)
+        bf16 = module.compute_dtype == torch.bfloat16
+        synchronize(module.device)
+        autocast = torch.autocast(module.device.type, dtype=torch.bfloat16, enabled=bf16)
+        with module.clock.paused(), random_states_kept(), evaluating(module), torch.no_grad(), autocast:
+            for chosen in self.tasks:
+                try:
+                    result = chosen.run(subject)
+                except (UsageError, DataError, TaskError) as error:
+                    if trainer.is_global_zero:
+                        print(f"warning: step {self.step}: the task {chosen.name}: {error}", file=sys.stderr)
+                    continue
+                key = self._key(chosen)
+                self.entries[key] = entry(result.figures, self.step, digest_of(chosen, subject))
+                self._log(trainer, chosen, subject, result)
+
+    def _key(self, chosen: Chosen) -> str:
+        return key_of(chosen, str(self.texts[0]) if self.texts else None)
+
+    def _log(self, trainer: L.Trainer, chosen: Chosen, subject: Subject, result: TaskResult) -> None:
+        """Write the result into the folder of the run, and its figures to the loggers and a line."""
+        key, figures = self._key(chosen), plain(result.figures)
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"{KEY}/{key}/{name}": value for name, value in figures.items() if value is not None}, step=self.step
+            )
+        if not trainer.is_global_zero:
+            return
+        try:
+            paths = record(key, chosen, subject, result, self.run / FOLDER, {"step": self.step})
+        except OSError as error:  # a full disk ends the run with its next checkpoint, not with a picture
+            print(f"warning: {self.run / FOLDER} cannot be written ({error.strerror})", file=sys.stderr)
+            paths = []
+        for logger in trainer.loggers:
+            for path in paths:
+                if isinstance(logger, WandbLogger) and path.suffix == ".png":
+                    logger.log_image(f"{KEY}/{path.stem}", [str(path)], step=self.step)
+        shown = "  ".join(f"{name} {value:.5g}" for name, value in figures.items() if value is not None)
+        print(f"step {self.step}/{trainer.max_steps}  {key}: {shown}", flush=True)
+
+
+def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...], quiet: bool) -> Subject:
+    """The model as it is trained, with the tokenizer and the validation split of its data."""
+    config = module.config
+    manifest = data.folders[data.folder]
+    tokenizer = Text(pretrained(str(data.folder / "tokenizer.json")), manifest.end_of_text)
+    prepared = Prepared(data.folders, data.train.weights, config.data.val_tokens, config.data.document_mask)
+    return Subject(
+        module.model,
+        tokenizer,
+        module.device,
+        f"{config.name}-seed{config.seed}",
+        config.size.seq_len,
+        texts,
+        prepared=None if texts else prepared,
+        pad_token=tokenizer.end if config.data.block_padding else None,
+        quiet=quiet,
+    )
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the random states of torch, on all devices, numpy and Python back as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
