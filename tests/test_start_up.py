@@ -41,6 +41,8 @@ TINY = "+arch=cla2 +size=tiny"
         ("eval/evaluate.py --help", 0, "perplexity."),
         ("eval/evaluate.py checkpoint=nowhere perplexity.strde=3", 2, "did you mean stride?"),
         ("eval/evaluate.py checkpoint=runs/nowhere", 2, "there is no such folder"),
+        ("eval/generate.py --help", 0, "Continue text with a model"),
+        ("eval/generate.py checkpoint=runs/nowhere prompt=x", 2, "there is no such folder"),
         ("eval/curves.py --help", 0, "wall, or cpu"),
         ("eval/curves.py nowhere", 2, "is not a folder"),
     ],

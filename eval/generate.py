@@ -1,0 +1,290 @@
+"""Continue text with a model: `python eval/generate.py checkpoint=runs/mine prompt="def " max_new_tokens=100`.
+
+The text appears as it is made. With several prompts, of any lengths, all are continued at once: the first appears as it
+is made, the others when all are done. At the end: tokens per second, and the bytes of the cache.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
+from data.cli import TaskError, UsageError, fail, parse
+from data.files import DataError
+from eval.console import visible
+from eval.units import bytes_text
+from train.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eval.tasks.task import Subject, Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Options.
+
+    checkpoint      a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
+    prompt          text to continue; given again, another one
+    prompts         a file of prompts, one a line; of .jsonl its key `prompt`
+    max_new_tokens  tokens of each continuation at most; it ends before, at the end of a text
+    temperature     0: the most likely token each time (greedy); 1: as likely as the model says
+    top_k           sample from so many of the most likely tokens; null: from all
+    top_p           sample from the smallest set of tokens that has this much probability
+    min_p           sample from tokens at least this share as likely as the most likely one
+    seed            of the sampling
+    stop            texts at which a continuation ends, with commas; they are left out
+    which           of a run's checkpoints the newest, or the best by validation loss
+    device          cpu, cuda, ...; auto: cuda where there is one
+    dtype           type of the weights: fp32, bf16, fp16; auto: fp32, of the hub's models on a GPU as stored
+    prepared        the folder of data that has the tokenizer of a checkpoint; null: that of the run
+    trust           run code that the checkpoint brings, as an exported folder of ours may
+    revision        branch, tag or commit of the hub
+    quiet           print the texts alone
+    """
+
+    checkpoint: str = ""
+    prompt: str = ""
+    prompts: Path | None = None
+    max_new_tokens: int = 100
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    which: str = "newest"
+    device: str = "auto"
+    dtype: str = "auto"
+    prepared: Path | None = None
+    trust: bool = False
+    revision: str | None = None
+    quiet: bool = False
+
+
+class Stream:
+    """The text of one continuation as its tokens come.
+
+    What is decoded is shown once it cannot change any more: not while it ends within a character, or with what may
+    become one of `stops`. `done` once one of those has come.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], stops: Sequence[str]):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.num_tokens = 0
+        self.shown, self.done = "", False
+        self._begin(prompt)
+
+    def _begin(self, before: Sequence[int]) -> None:
+        """Decode what comes from now on with the last of the tokens `before` it, instead of the whole text.
+
+        A tokenizer may drop a blank at the beginning of what it decodes.
+        """
+        self.context = list(before)[-CONTEXT:]
+        self.skipped = len(self.tokenizer.decode(self.context))
+        self.tokens: list[int] = []
+        self.told = 0  # characters of the decoded text that are shown
+
+    def add(self, token: int) -> str:
+        """Return the text that can be shown after another token; empty where there is none yet."""
+        self.tokens.append(token)
+        self.num_tokens += 1
+        text = self._decoded()
+        found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.done = True
+            return self._show(text[: min(found)])
+        held = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        whole = text[: len(text) - held].rstrip(UNFINISHED) if text.endswith(UNFINISHED) else text[: len(text) - held]
+        new = self._show(whole)
+        if len(self.tokens) >= PIECE and whole == text:
+            self._begin([*self.context, *self.tokens])
+        return new
+
+    def end(self) -> str:
+        """Return what was held back."""
+        return "" if self.done else self._show(self._decoded())
+
+    def _decoded(self) -> str:
+        return self.tokenizer.decode([*self.context, *self.tokens])[self.skipped :]
+
+    def _show(self, text: str) -> str:
+        new = text[self.told :]
+        self.told += len(new)
+        self.shown += new
+        return new
+
+
+UNFINISHED = "\ufffd"  # of bytes that are no whole character yet
+CONTEXT, PIECE = 8, 64  # tokens before those that are decoded, and those that are decoded together
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = [word.removeprefix("prompt=") for word in arguments if word.startswith("prompt=")]
+    words = [word for word in arguments if not word.startswith("prompt=")]
+    options = parse(GenerateConfig, words or ["--help"])
+    check(options)
+    prompts = [*given, *(read_prompts(options.prompts) if options.prompts else [])] or [""]
+    source = Source(
+        options.checkpoint,
+        options.which,
+        options.device,
+        options.dtype,
+        options.trust,
+        options.revision,
+        options.prepared,
+    )
+    source.check()
+    from train.subjects import open_subject  # brings torch
+
+    generate(open_subject(source).subject, prompts, options)
+
+
+def check(options: GenerateConfig) -> None:
+    """Raise UsageError on a value that makes no sense."""
+    if options.max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    if options.top_k is not None and options.top_k < 1:
+        raise UsageError(f"top_k is {options.top_k}; it must be at least 1, or null")
+    for name, value, fits in (
+        ("temperature", options.temperature, 0 <= options.temperature < float("inf")),
+        ("top_p", options.top_p, 0 < options.top_p <= 1),
+        ("min_p", options.min_p, 0 <= options.min_p <= 1),
+    ):
+        if not fits:
+            what = "at least 0" if name == "temperature" else "from 0 to 1"
+            raise UsageError(f"{name} is {value}; it must be {what}")
+    if options.prompts is not None and not options.prompts.is_file():
+        raise UsageError(f"prompts={options.prompts}: there is no such file")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file. Raises DataError where it cannot be read, UsageError where it has none."""
+    from data.reading import rows_of_file
+
+    try:
+        rows = rows_of_file(path, "prompt", by_lines=True)
+        found = [row.removesuffix("\n") for row in rows]
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"prompts={path} cannot be read: {error}") from error
+    found = [prompt for prompt in found if prompt]
+    if not found:
+        raise UsageError(f"prompts={path} has no prompt")
+    return found
+
+
+def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig) -> list[str]:
+    """Continue `prompts`, show the texts and what it took; return the continuations."""
+    import torch
+
+    from arch import generate as continue_prompts
+    from arch.generation import batch_prompts
+
+    tokenizer, model = subject.tokenizer, subject.model
+    tokens = [tokenizer.encode(prompt) or [tokenizer.begin] for prompt in prompts]
+    try:
+        batch = batch_prompts(model.plan, tokens, subject.pad_token, model.output_weight.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with torch.inference_mode():
+        cache = model.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
+    streams = [Stream(tokenizer, prompt, options.stop) for prompt in tokens]
+    watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=show)
+    if len(prompts) > 1:
+        show(f"[1] {prompts[0]}")
+    elif prompts[0]:
+        show(prompts[0])
+    continue_prompts(
+        model,
+        tokens,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        stop_token=tokenizer.end,
+        on_step=watch,
+        pad_token=subject.pad_token,
+        cache=cache,
+        seed=options.seed,
+    )
+    show(watch.finish() + "\n")
+    for number, (prompt, stream) in enumerate(zip(prompts[1:], streams[1:], strict=True), start=2):
+        show(f"\n[{number}] {prompt}{stream.shown}\n")
+    if not options.quiet:
+        print(watch.report(cache.nbytes, subject), file=sys.stderr)
+    return [stream.shown for stream in streams]
+
+
+class Watch:
+    """Given the tokens [B] of each step, show those of the first row and keep those of the others.
+
+    A row ends at the end of a text, at a stop, or after `most` tokens; with all of them, the generation.
+    """
+
+    def __init__(
+        self, streams: Sequence[Stream], num_forced: Sequence[int], most: int, end: int, show: Callable[[str], None]
+    ):
+        self.streams, self.left, self.end, self.show = streams, [-forced for forced in num_forced], end, show
+        self.most = most
+        self.open = [True] * len(streams)
+        self.later = 0  # tokens after those of the first step, of prompts too
+        self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
+
+    def __call__(self, token_B: "Tensor") -> bool:
+        self.last = time.perf_counter()
+        later = self.first > 0
+        self.first = self.first or self.last
+        for row, token in enumerate(token_B.tolist()):
+            self.left[row] += 1
+            self.later += later and self.open[row]
+            if self.left[row] <= 0 or not self.open[row]:  # a token of the prompt, or after the end
+                continue
+            text = ""
+            if token == self.end:
+                self.open[row] = False
+                text = self.streams[row].end()
+            else:
+                text = self.streams[row].add(token)
+                self.open[row] = not self.streams[row].done and self.left[row] < self.most
+            if row == 0:
+                self.show(text)
+        return not any(self.open)
+
+    def finish(self) -> str:
+        """Let every row show what it held back; return that of the first."""
+        first, *_ = [stream.end() for stream in self.streams]
+        return first
+
+    def report(self, cache_bytes: int, subject: "Subject") -> str:
+        """A line about speed and cache: decoding alone, without the first token, which the prompt takes."""
+        made = sum(stream.num_tokens for stream in self.streams)
+        seconds = self.last - self.first
+        speed = f"{self.later / seconds:,.1f} tokens/s" if seconds > 0 else "no speed"
+        return (
+            f"{made:,} tokens, the first after {1000 * (self.first - self.began):,.0f} ms, then {speed} on "
+            f"{subject.device}; cache {bytes_text(cache_bytes)} ({cache_bytes:,} bytes)"
+        )
+
+
+def show(text: str) -> None:
+    """Print a part of a text at once; characters that a terminal would obey are shown as escapes."""
+    print(visible(text), end="", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (UsageError, DataError) as mistake:
+        fail(str(mistake))
+    except TaskError as failed:
+        fail(str(failed), code=1)

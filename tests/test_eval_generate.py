@@ -1,0 +1,120 @@
+"""`eval/generate.py`: text that appears as its tokens come, and what is said at the end."""
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from data.cli import UsageError
+from data.tokenizer import byte_tokenizer
+from eval.console import visible
+from eval.generate import PIECE, Stream, main
+from train import load
+from train.loading import Text
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(ROOT / "tests" / "golden" / "old", tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    return tmp_path / "old"
+
+
+def parts(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Stream]:
+    """What a stream shows after each byte of `text`, and at the end."""
+    tokenizer = Text(byte_tokenizer(), 256)
+    stream = Stream(tokenizer, tokenizer.encode("é"), stops)
+    shown = []
+    for token in tokenizer.encode(text):
+        shown.append(stream.add(token))
+        if stream.done:
+            break
+    return [*shown, stream.end()], stream
+
+
+def test_characters_appear_whole() -> None:
+    shown, _ = parts("aä€😀 z")
+    assert shown == ["a", "", "ä", "", "", "€", "", "", "", "😀", " ", "z", ""]
+    long = "".join(random.Random(0).choices("ab ä€😀\n", k=3 * PIECE))
+    shown, stream = parts(long)
+    assert "".join(shown) == stream.shown == long
+    assert len(stream.tokens) < 2 * PIECE, "what is shown is not decoded again"
+
+
+def test_broken_bytes_are_shown_at_the_end() -> None:
+    tokenizer = Text(byte_tokenizer(), 256)
+    stream = Stream(tokenizer, [], ())
+    assert [stream.add(0xE2), stream.add(0x82)] == ["", ""]
+    assert stream.end() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one\n\ntwo", ("\n\n",), "one"),
+        ("one\ntwo", ("\n\n",), "one\ntwo"),
+        ("abcabd", ("abd", "zz"), "abc"),
+        ("stop", ("stop",), ""),
+        ("almost sto", ("stop",), "almost sto"),
+        ("x€y", ("€",), "x"),
+    ],
+)
+def test_stops(text: str, stops: tuple[str, ...], expected: str) -> None:
+    """Nothing of a stop is ever shown, and what might have become one is shown as soon as it has not."""
+    shown, stream = parts(text, stops)
+    assert "".join(shown) == stream.shown == expected
+    for number in range(len(shown)):
+        assert expected.startswith("".join(shown[:number]))
+
+
+@pytest.mark.parametrize("run", ["run-mixattention", "run-block"])
+def test_the_command(run: str, old: Path, capsys: pytest.CaptureFixture) -> None:
+    """Greedy and sampled, one prompt and several of different lengths: the text of `load(run).generate`."""
+    prompts, loaded = ["def f(x):", "import os, sys and naïve", "class"], load(run)
+    capsys.readouterr()
+
+    def shown(*words: str) -> str:
+        main([f"checkpoint={run}", "device=cpu", *words])
+        return capsys.readouterr().out
+
+    text = visible(prompts[0] + loaded.generate(prompts[0], 12))
+    assert shown(f"prompt={prompts[0]}", "max_new_tokens=12", "quiet=true") == f"{text}\n"
+    options = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.001, "seed": 3}
+    words = [f"{key}={value}" for key, value in options.items()]
+    expected = loaded.generate(prompts, 12, **options)
+    (old / "prompts.txt").write_text("\n".join(prompts[1:]) + "\n")
+    out = shown(f"prompt={prompts[0]}", "prompts=prompts.txt", "max_new_tokens=12", *words)
+    texts = [visible(prompt + more) for prompt, more in zip(prompts, expected, strict=True)]
+    assert out == "\n".join(f"[{number}] {text}\n" for number, text in enumerate(texts, start=1))
+
+
+def test_speed_and_cache_are_said(old: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["checkpoint=run-mixattention", "prompt=import", "max_new_tokens=9", "device=cpu"])
+    line = capsys.readouterr().err
+    model, tokenizer = load("run-mixattention")
+    size = model.allocate_cache(1, len(tokenizer.encode("import")) + 8).nbytes
+    assert re.search(
+        rf"9 tokens, the first after [\d,]+ ms, then [\d,.]+ tokens/s on cpu; cache .*\({size:,} bytes\)", line
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoint="], "cannot read 'checkpoint='"),
+        (["max_new_tokens=0"], "max_new_tokens is 0"),
+        (["temperature=-1"], "temperature is -1.0; it must be at least 0"),
+        (["top_p=2"], "top_p is 2.0; it must be from 0 to 1"),
+        (["top_k=0"], "top_k is 0"),
+        (["prompts=nowhere"], "there is no such file"),
+        (["dtype=fp8"], "choose auto, fp32"),
+        (["promt=x"], "did you mean prompt?"),
+    ],
+)
+def test_mistakes(words: list[str], message: str, old: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        main(["checkpoint=run-block", *words])
+    assert message in str(caught.value)
