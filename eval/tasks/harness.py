@@ -27,7 +27,7 @@ class Options(TaskOptions):
     """
 
     names: tuple[str, ...] = ()
-    include_path: Path | None = None
+    include_path: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None
     batch: int = 16
@@ -42,7 +42,7 @@ class Options(TaskOptions):
             )
             if value is not None and value < least
         ]
-        if self.include_path is not None and not self.include_path.is_dir():
+        if self.include_path is not None and not Path(self.include_path).is_dir():
             found.append(f"include_path is {self.include_path}, which is no folder")
         return found
 

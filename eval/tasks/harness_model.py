@@ -48,6 +48,11 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.subject.tokenizer.encode(string)
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Likelihood of each continuation; the only progress that is shown is our own."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
@@ -134,9 +139,9 @@ def evaluate(subject: Subject, options: Options) -> dict[str, Any]:
     """Score the tasks, and return what `simple_evaluate` does. Raises UsageError on one that lm-eval does not know."""
     manager = None
     if options.include_path is not None:
-        manager = TaskManager(include_path=str(options.include_path), include_defaults=False)
+        manager = TaskManager(include_path=options.include_path, include_defaults=False)
         if not set(options.names) <= set(manager.all_tasks):
-            manager = TaskManager(include_path=str(options.include_path))
+            manager = TaskManager(include_path=options.include_path)
     manager = manager or TaskManager()
     for name in options.names:
         if name not in manager.all_tasks:
