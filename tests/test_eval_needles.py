@@ -1,17 +1,25 @@
 """Passkey, needles, variable tracking, common words: what the samples promise, and models with known scores."""
 
+import json
 import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from oracles import Oracle, nothing, subject, tokenizers_of_all_kinds
 
 from data.cli import UsageError
-from eval.tasks.haystack import Haystack, largest_fit, split_sentences
+from eval.evaluate import main
+from eval.plots.heatmap import Panel, draw_heatmap
+from eval.tasks.haystack import Haystack, haystack_sentences, largest_fit, split_sentences
 from eval.tasks.needles import KINDS, WITH_DEPTH, Options, all_makers, match, run, split_choices
 from eval.tasks.samples import Sample
+from train.source import Source
+from train.subjects import data_of_run, open_subject
 
 TOKENIZERS = tokenizers_of_all_kinds()
 # Enough for every kind in bytes; a word and what the tokenizer joins it with.
@@ -206,3 +214,41 @@ def test_what_does_not_fit_is_left_out_by_name() -> None:
         "depths: 101.0 is not between 0 and 100",
         "samples is 0; it must be at least 1",
     ]
+
+
+def test_the_tasks_of_a_run_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Block Transformer, generation included; the text around what is hidden is that of its validation split."""
+    for name in ("run-block", "data"):
+        shutil.copytree(ROOT / "tests" / "golden" / "old" / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    asked = {
+        "recall": ["pairs=2", "sequences=4"],
+        "needles": ["kinds=single", "lengths=420", "depths=0,100", "samples=1"],
+        "copy": ["lengths=8", "sequences=2"],
+        "induction": ["length=12", "sequences=2"],
+    }
+    options = [f"{task}.{option}" for task, given in asked.items() for option in given]
+    main(["checkpoint=run-block", f"tasks={','.join(asked)}", "device=cpu", *options])
+    found = json.loads((tmp_path / "run-block" / "summary.json").read_text())["evaluations"]
+    assert set(found) == set(asked)
+    assert set(found["needles"]["figures"]) == {"single/match", "single/choice", "single/margin"}
+    assert {"zoology/accuracy", "gap/choice/2"} <= set(found["recall"]["figures"])
+    assert {"accuracy", "generated"} <= set(found["copy"]["figures"])
+    assert {"random", "text"} <= set(found["induction"]["figures"])
+    assert (tmp_path / "run-block" / "evaluations" / "needles-single.png").exists()
+    opened = open_subject(Source("run-block", device="cpu"))
+    sentences = haystack_sentences(replace(opened.subject, prepared=data_of_run(opened)))
+    assert any(sentence.startswith("def function_") for sentence in sentences), "validation text"
+
+
+def test_a_heat_map_has_a_cell_for_each_length_and_depth() -> None:
+    shares = {(length, depth): length / 200 for length in (100, 200) for depth in (0.0, 50.0, 100.0)}
+    del shares[200, 50.0]
+    figure = draw_heatmap([Panel("one", shares), Panel("other", {(100, 0.0): 0.25}, chance=0.1)], "name: kind " * 9)
+    one, other = figure.axes[:2]
+    assert [text.get_text() for text in one.texts] == ["0.50", "1.00", "0.50", "0.50", "1.00"]
+    assert [text.get_text() for text in other.texts] == ["0.25"]
+    assert [label.get_text() for label in one.get_xticklabels()] == ["100", "200"]
+    assert [label.get_text() for label in one.get_yticklabels()] == ["0", "50", "100"]
+    assert "chance 0.10" in other.get_title()
+    assert "\n" in figure.get_suptitle()

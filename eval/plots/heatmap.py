@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib import colormaps
@@ -44,7 +45,8 @@ def draw_heatmap(panels: Sequence[Panel], title: str, path: Path | None = None) 
     bar = figure.colorbar(scale, ax=row.tolist(), label="share right", fraction=0.05, pad=0.02)
     if len({panel.chance for panel in panels if panel.chance is not None}) == 1:
         bar.ax.axhline(next(panel.chance for panel in panels if panel.chance is not None), color="white", linewidth=1.5)
-    figure.suptitle(visible(title), x=0.02, ha="left", fontsize=10, color=DARK_INK)
+    lines = fill(visible(title), int(11 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.02, ha="left", fontsize=10, color=DARK_INK)
     figure.write(path, dpi=160)
     return figure
 
