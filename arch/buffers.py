@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S slots read, K key/value heads, H head, M slots, W window.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,31 @@ from .stores import StoreSpec
 # What a writer hands to readers, as explicit arguments and results: a NamedTuple for each kind of store.
 KV = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
+
+
+class Step(NamedTuple):
+    """One new token of each row over a cache.
+
+    offset     tokens before it: a number; or, where no shape may depend on it, a tensor [1] of int64
+    num_slots  slots that are read of a buffer that holds every position, the new one included
+    """
+
+    offset: int | Tensor
+    num_slots: int
+
+    @property
+    def static(self) -> bool:
+        """Shapes are the same at every offset, so that what hides slots is a mask."""
+        return isinstance(self.offset, Tensor)
+
+
+def write_slot(tensors: Tensors, new: Tensors, slot: int | Tensor) -> None:
+    """Write `new`, [B, ...] each, into one slot of `tensors`, [B, S, ...] each."""
+    for tensor, value in zip(tensors, new, strict=True):
+        if isinstance(slot, int):
+            tensor.select(1, slot).copy_(value)
+        else:
+            tensor.index_copy_(1, slot, value.unsqueeze(1).to(tensor.dtype))
 
 
 class AppendBuffer:
@@ -28,6 +53,15 @@ class AppendBuffer:
         for tensor, value in zip(self.tensors, new, strict=True):
             tensor[:, offset:end] = value
         return tuple(tensor[:, :end] for tensor in self.tensors)
+
+    def append(self, new: Tensors, step: Step) -> Tensors:
+        """Write the slots [B, ...] of one token; return the first `step.num_slots`, [B, S, ...]."""
+        write_slot(self.tensors, new, step.offset)
+        return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors)
+
+    def step_indices(self, step: Step, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `append` returns."""
+        return torch.arange(step.num_slots, device=device)
 
     def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
         """[S] token index of each slot that `update` returns."""
@@ -58,6 +92,22 @@ class RingBuffer:
         for tensor, value in zip(self.tensors, new, strict=True):
             tensor[:, index] = value[:, length - newest :].to(tensor.dtype)
         return visible
+
+    def append(self, new: Tensors, step: Step) -> Tensors:
+        """Write the slot [B, ...] of one token; return the slots [B, S, ...] that hold something, or the whole ring.
+
+        Where `step` is static, it is always the ring.
+        """
+        write_slot(self.tensors, new, step.offset % self.size)
+        if isinstance(step.offset, Tensor) or step.offset + 1 >= self.size:
+            return self.tensors
+        return tuple(tensor.narrow(1, 0, step.offset + 1) for tensor in self.tensors)
+
+    def step_indices(self, step: Step, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `append` returns; negative for one that holds nothing yet."""
+        last = step.offset
+        num_slots = self.size if isinstance(last, Tensor) else min(self.size, last + 1)
+        return last - (last - torch.arange(num_slots, device=device)) % self.size
 
     def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
         """[S] token index of each slot that `update` returns; negative for a slot that holds nothing yet."""

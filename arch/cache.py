@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .buffers import AppendBuffer, Buffer, StateBuffer, allocate_buffer
+from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
 from .layers import rope_table
 from .masks import Dense, Sequences, dense, visible
 from .plan import KVPlan
@@ -21,6 +21,9 @@ class Cache:
     """The slots of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`.
 
     cross_buffers  for each layer, keys and values of the vectors that it attends to besides its own sequence
+    position       `length` as a tensor [1] on the device, for steps whose shapes are the same at every length; None
+                   for shapes that follow it
+    num_slots      what such steps read of buffers that hold every position; at most `capacity`
     """
 
     plan: KVPlan
@@ -29,6 +32,8 @@ class Cache:
     start_B: Tensor | None = None
     length: int = 0
     cross_buffers: tuple[AppendBuffer, ...] = ()
+    position: Tensor | None = None
+    num_slots: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +65,29 @@ class Cache:
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
-        index = torch.arange(self.length, self.length + length, device=device)
+        index = self.new_indices(length, device)
         return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
+
+    def new_indices(self, length: int, device: torch.device) -> Tensor:
+        """[T] indices of the next `length` tokens, padding included."""
+        if self.position is None:
+            return torch.arange(self.length, self.length + length, device=device)
+        assert length == 1
+        return self.position
+
+    def step(self) -> Step:
+        """The next token of each row."""
+        return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
+
+    def step_allowed(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Slots [1, S] or [B, 1, 1, S] that the next token sees of what buffers of this window return; None: all."""
+        step = self.step()
+        if self.start_B is None and not step.static:
+            return None
+        stores = zip(self.plan.stores, self.buffers, strict=True)
+        buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
+        assert not isinstance(buffer, StateBuffer)
+        return visible(self.new_indices(1, device), buffer.step_indices(step, device), window, self.start_B)
 
     def mask(self, window: int | None, length: int, device: torch.device) -> Dense:
         """Mask of the next `length` tokens over the slots that buffers of this window return.

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Mask, dense_backend
+from .attend import Mask, dense_backend, step_mask
 from .attention import build_reader, build_writer, choose_backends
-from .buffers import KV, Buffer
+from .buffers import KV, Buffer, Step
 from .cache import Cache, allocate
 from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
 from .language_model import Head, LanguageModel
-from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table
+from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
 from .masks import Dense, Sequences, padded
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
@@ -51,14 +51,15 @@ class Block(nn.Module):
         rope: Rope,
         visibility: Mask | TokenPositions,
         buffer: Buffer | None = None,
-        offset: int = 0,
+        offset: int | Step = 0,
         context: CrossContext | None = None,
     ) -> tuple[Tensor, KV]:
         """Return the next residual stream [B, T, D], and the keys and values this layer read.
 
         `kv` is what an earlier layer wrote, ignored by an owner. `visibility` is a mask, or token positions where the
         store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
-        go into it and come back with the earlier ones.
+        go into it and come back with the earlier ones. With a Step as `offset`, a single token of each row, [B, D]
+        stands for [B, T, D], and `rope` and `visibility` are those of a step.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
@@ -170,6 +171,11 @@ class Stack(nn.Module):
         """
         length, device = x_BTD.shape[1], x_BTD.device
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
+        if cache is not None and masks is None and length == 1 and not self.cross:
+            cache.check(self.plan, x_BTD.shape[0], 1)
+            x_BD = self.step(x_BTD.squeeze(1), cache)
+            cache.length += 1
+            return x_BD.unsqueeze(1)
         if cache is None:
             offset, positions = 0, torch.arange(length, device=device)
             masks = self.masks(x_BTD) if masks is None else masks
@@ -205,6 +211,34 @@ class Stack(nn.Module):
         if cache is not None:
             cache.length += length
         return x_BTD
+
+    def step(self, x_BD: Tensor, cache: Cache) -> Tensor:
+        """Run the layers on one token of each row, as `run`, but leave `cache.length` as it is; [B, D]."""
+        device, step = x_BD.device, cache.step()
+        positions = cache.positions(1, device)
+        tables = {
+            key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
+        }
+        ropes = {key: step_rope(table) for key, table in tables.items()}
+        masks = {
+            window: step_mask(self.backend, cache.step_allowed(window, device), x_BD.dtype)
+            for window in self.plan.windows
+        }
+        written: list[KV] = []
+        for layer, block in enumerate(self.layers):
+            read = self.plan.reads[layer]
+            spec = self.plan.stores[read]
+            owner = spec.owner == layer
+            kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
+            if spec.masked:
+                x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window], buffer, step)
+            else:
+                visibility = cache.token_positions(spec, 1, device)
+                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, cache.length)
+                x_BD = x_B1D.squeeze(1)
+            if owner:
+                written.append(kv)
+        return x_BD
 
 
 class Decoder(Stack, LanguageModel):

@@ -10,9 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, attend
-from .buffers import SlotBuffer
+from .buffers import SlotBuffer, Step
 from .config import SizeConfig, head_dim, style_of
-from .layers import Rope, rotate
+from .layers import Rope, rotate, rotate_step
 from .stores import StoreSpec
 
 
@@ -24,7 +24,10 @@ class GroupedKV(NamedTuple):
 
 
 class GroupedWriter(nn.Module):
-    """Projects the residual stream [B, T, D] to rotated keys and values; with a buffer, those before come first."""
+    """Projects the residual stream [B, T, D] to rotated keys and values; with a buffer, those before come first.
+
+    `step` takes single tokens, [B, D].
+    """
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
@@ -33,11 +36,18 @@ class GroupedWriter(nn.Module):
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
         self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int = 0) -> GroupedKV:
+    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0) -> GroupedKV:
+        if isinstance(offset, Step):
+            assert buffer is not None
+            return self.step(x_BTD, rope, buffer, offset)
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         v_BTKH = rearrange(self.v_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         kv = GroupedKV(rotate(k_BTKH, rope), v_BTKH)
         return kv if buffer is None else GroupedKV(*buffer.update(kv, offset))
+
+    def step(self, x_BD: Tensor, rope: Rope, buffer: SlotBuffer, step: Step) -> GroupedKV:
+        k_BKH, v_BKH = (proj(x_BD).unflatten(-1, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        return GroupedKV(*buffer.append((rotate_step(k_BKH, rope), v_BKH), step))
 
 
 class GroupedReader(nn.Module):
@@ -52,9 +62,17 @@ class GroupedReader(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
-        """[B, T, D] for the residual stream."""
+        """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
+        if x_BTD.ndim == 2:
+            return self.step(x_BTD, kv, rope, mask)
         q_BTNH = rotate(rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads), rope)
         k_BSKH, v_BSKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type
         out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
+        return out
+
+    def step(self, x_BD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
+        q_BNH = rotate_step(self.q_proj(x_BD).unflatten(-1, (self.num_heads, -1)), rope)
+        k_BSKH, v_BSKH = (tensor.to(q_BNH.dtype) for tensor in kv)
+        out: Tensor = self.o_proj(attend(q_BNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks).flatten(1))
         return out

@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S slots read, D model, N query heads, H head, R latent, P rotary part.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attend import Mask, attend
-from .buffers import SlotBuffer
+from .buffers import SlotBuffer, Step
 from .config import SizeConfig, head_dim, style_of
-from .layers import RMSNorm, Rope, rotate
+from .layers import RMSNorm, Rope, rotate, rotate_step
+from .precision import at_least_fp32
 from .stores import StoreSpec
 
 # Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
@@ -35,10 +37,18 @@ class LatentWriter(nn.Module):
         self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=style_of(size).bias)
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int = 0) -> LatentKV:
+    def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0) -> LatentKV:
+        if isinstance(offset, Step):
+            assert buffer is not None
+            return self.step(x_BTD, rope, buffer, offset)
         latent_BTR, k_rope_BTP = self.kv_down_proj(x_BTD).split(self.widths, dim=-1)
         kv = LatentKV(self.latent_norm(latent_BTR), rotate(k_rope_BTP.unsqueeze(2), rope).squeeze(2))
         return kv if buffer is None else LatentKV(*buffer.update(kv, offset))
+
+    def step(self, x_BD: Tensor, rope: Rope, buffer: SlotBuffer, step: Step) -> LatentKV:
+        latent_BR, k_rope_BP = self.kv_down_proj(x_BD).split(self.widths, dim=-1)
+        k_rope_BP = rotate_step(k_rope_BP.unsqueeze(1), rope).squeeze(1)
+        return LatentKV(*buffer.append((self.latent_norm(latent_BR), k_rope_BP), step))
 
 
 class LatentReader(nn.Module):
@@ -59,7 +69,9 @@ class LatentReader(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, kv: LatentKV, rope: Rope, mask: Mask) -> Tensor:
-        """[B, T, D] for the residual stream."""
+        """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
+        if x_BTD.ndim == 2:
+            return self.step(x_BTD, kv, rope, mask)
         q = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         q_BTNH, q_rope_BTNP = q.split([self.width, self.rope_dim], dim=-1)
         read = self.expanded if kv.latent_BSR.shape[1] == x_BTD.shape[1] else self.absorbed
@@ -87,3 +99,25 @@ class LatentReader(nn.Module):
         k = torch.cat((latent_BSR, k_rope_BSP), dim=-1).unsqueeze(2)
         out_BTNR = attend(q, k, latent_BSR.unsqueeze(2), mask, self.scale, self.sinks)
         return torch.einsum("btnr,nhr->btnh", out_BTNR, up_v_NHR.to(out_BTNR.dtype))
+
+    def step(self, x_BD: Tensor, kv: LatentKV, rope: Rope, mask: Mask) -> Tensor:
+        """`absorbed`, without a copy of the cache: scores are those of the latents, and added to them those of the
+        rotated keys."""
+        q = self.q_proj(x_BD).unflatten(-1, (self.num_heads, -1))
+        q_BNH, q_rope_BNP = q.split([self.width, self.rope_dim], dim=-1)
+        latent_BSR, k_rope_BSP = (tensor.to(q.dtype) for tensor in kv)  # a cache may hold another type
+        up_NHR, up_v_NHR = self.kv_up_proj.weight.to(q.dtype).unflatten(0, (self.num_heads, -1)).chunk(2, dim=1)
+        q_BNR = torch.bmm(q_BNH.transpose(0, 1), up_NHR).transpose(0, 1)
+        q_rope_BNP = rotate_step(q_rope_BNP, rope)
+        score_BNS = torch.bmm(q_BNR, latent_BSR.transpose(1, 2)) + torch.bmm(q_rope_BNP, k_rope_BSP.transpose(1, 2))
+        score_BNS = score_BNS.to(at_least_fp32(q.dtype)) * self.scale
+        if mask.form.allowed is not None:
+            score_BNS = score_BNS.masked_fill(~mask.form.allowed.flatten(0, -2).unsqueeze(1), -math.inf)
+        if self.sinks is not None:
+            sink = self.sinks.to(score_BNS.dtype)[None, :, None].expand(len(x_BD), -1, 1)
+            score_BNS = torch.cat((score_BNS, sink), dim=-1)
+        weight_BNS = score_BNS.softmax(dim=-1)[..., : latent_BSR.shape[1]].to(q.dtype)
+        out_BNR = torch.bmm(weight_BNS, latent_BSR)
+        out_BNH = torch.bmm(out_BNR.transpose(0, 1), up_v_NHR.transpose(1, 2)).transpose(0, 1)
+        out: Tensor = self.o_proj(out_BNH.flatten(1))
+        return out
