@@ -199,7 +199,8 @@ def sdpa_step(
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel of the other branch, with its sums
     out, lse = fused(q_BKGH, k_BKSH, v_BKSV, 0.0, False, attn_mask=mask.bias, scale=scale)
     share_BN = torch.sigmoid(lse.reshape(batch, heads) - sinks_N)
-    return (out.reshape(batch, heads, -1) * share_BN.unsqueeze(-1)).to(q_BNH.dtype)
+    out_BNV: Tensor = out.reshape(batch, heads, -1) * share_BN.unsqueeze(-1)
+    return out_BNV.to(q_BNH.dtype)
 
 
 def dense_backend(name: str) -> Kernel:

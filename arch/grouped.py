@@ -46,7 +46,7 @@ class GroupedWriter(nn.Module):
         return kv if buffer is None else GroupedKV(*buffer.update(kv, offset))
 
     def step(self, x_BD: Tensor, rope: Rope, buffer: SlotBuffer, step: Step) -> GroupedKV:
-        k_BKH, v_BKH = (proj(x_BD).unflatten(-1, (self.kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        k_BKH, v_BKH = (proj(x_BD).view(len(x_BD), self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
         return GroupedKV(*buffer.append((rotate_step(k_BKH, rope), v_BKH), step))
 
 
@@ -72,7 +72,7 @@ class GroupedReader(nn.Module):
         return out
 
     def step(self, x_BD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
-        q_BNH = rotate_step(self.q_proj(x_BD).unflatten(-1, (self.num_heads, -1)), rope)
+        q_BNH = rotate_step(self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1), rope)
         k_BSKH, v_BSKH = (tensor.to(q_BNH.dtype) for tensor in kv)
         out: Tensor = self.o_proj(attend(q_BNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks).flatten(1))
         return out

@@ -103,10 +103,10 @@ class LatentReader(nn.Module):
     def step(self, x_BD: Tensor, kv: LatentKV, rope: Rope, mask: Mask) -> Tensor:
         """`absorbed`, without a copy of the cache: scores are those of the latents, and added to them those of the
         rotated keys."""
-        q = self.q_proj(x_BD).unflatten(-1, (self.num_heads, -1))
+        q = self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1)
         q_BNH, q_rope_BNP = q.split([self.width, self.rope_dim], dim=-1)
         latent_BSR, k_rope_BSP = (tensor.to(q.dtype) for tensor in kv)  # a cache may hold another type
-        up_NHR, up_v_NHR = self.kv_up_proj.weight.to(q.dtype).unflatten(0, (self.num_heads, -1)).chunk(2, dim=1)
+        up_NHR, up_v_NHR = self.kv_up_proj.weight.to(q.dtype).view(self.num_heads, 2 * self.width, -1).chunk(2, dim=1)
         q_BNR = torch.bmm(q_BNH.transpose(0, 1), up_NHR).transpose(0, 1)
         q_rope_BNP = rotate_step(q_rope_BNP, rope)
         score_BNS = torch.bmm(q_BNR, latent_BSR.transpose(1, 2)) + torch.bmm(q_rope_BNP, k_rope_BSP.transpose(1, 2))

@@ -32,9 +32,10 @@ class RMSNorm(nn.Module):
         if x.ndim == 2 and x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             # F.rms_norm is made of a dozen operators there: 30 us, for a token of the width of a small model.
             x_BD = x.to(wide)
-            norm_B1 = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
+            norm_B1: Tensor = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
             share_B1 = norm_B1.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-            return (x_BD * share_B1).mul_(self.weight).to(x.dtype)
+            out: Tensor = (x_BD * share_B1).mul_(self.weight)
+            return out.to(x.dtype)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
@@ -93,7 +94,7 @@ def rotate_step(x_BNP: Tensor, rope: Rope) -> Tensor:
     rotary = cos.shape[-1]
     if rotary < x_BNP.shape[-1]:
         return torch.cat((rotate_step(x_BNP[..., :rotary], rope), x_BNP[..., rotary:]), dim=-1)
-    swapped = x_BNP.unflatten(-1, (2, rotary // 2)).flip(-2).flatten(-2)
+    swapped = x_BNP.view(*x_BNP.shape[:-1], 2, rotary // 2).flip(-2).flatten(-2)
     return torch.addcmul(x_BNP * cos, swapped, sin).to(x_BNP.dtype)
 
 
