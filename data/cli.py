@@ -44,6 +44,8 @@ def parse(schema: type[T], arguments: Sequence[str], positional: str | None = No
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if positional and (os.path.lexists(argument) or "/" in key):
+            if key in hints:
+                raise UsageError(f"{argument} is an option and a path that is here; write ./{argument} for the path")
             words.append(argument)
             continue
         if equals and key not in hints:
@@ -120,9 +122,14 @@ def _is_typed(text: str) -> bool:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print `message` as an error and end the process."""
+    report(message)
+    sys.exit(code)
+
+
+def report(message: str) -> None:
+    """Print `message` as an error."""
     text = f"error:\n{message}" if "\n" in message else f"error: {message.removeprefix('- ')}"  # one is no list
     print(text, file=sys.stderr)
-    sys.exit(code)
 
 
 def end_on_ctrl_c() -> None:

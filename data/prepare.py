@@ -248,6 +248,7 @@ class Preparation:
             else:
                 changes = source_record.changes_since_earlier_version(progress.sources, source.states(digest=False))
             if not changes and isinstance(progress.sources, str):
+                source.pin(recorded)
                 return
             if changes and any(split.tokens for split in progress.splits.values()):
                 raise DataError(
@@ -258,6 +259,7 @@ class Preparation:
                 discard(folder)
                 self.progress = progress = Progress.load(folder, self.config.recipe, source.splits)
         states = source.states()
+        source.pin(states)
         pairs = source_record.same_content(states)
         if pairs:
             (first, second), more = pairs[0], f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""

@@ -50,6 +50,7 @@ class TextSource:
         self.config = config
         self.listing: list[str] = []  # a line about each split: what was found, and what was passed over
         self.held_out = by_hash(config.shares) if config.shares else HeldOut()
+        self.commit: str | None = None  # of a data set of the hub; None: what source.revision names when it is read
         values = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
         if config.corpus:
             if config.corpus not in CORPORA:
@@ -92,6 +93,11 @@ class TextSource:
                 return [state_of_file("", name, digest) for name in all_files(Path(config.dataset))]
             commit = _commit(config.dataset, config.revision) if digest else None
             return [SourceState(file.split, file.name, digest=commit) for file in self.files]
+
+    def pin(self, states: Iterable[SourceState]) -> None:
+        """Read a data set of the hub at the commit that was recorded, whatever its branch names by now."""
+        if self.config.dataset and not Path(self.config.dataset).is_dir():
+            self.commit = next((state.digest for state in states), None)
 
     def hold_out(self, name: str) -> None:
         """Decide which training text is held out for val and test; `name` is that of the data set.
@@ -189,7 +195,7 @@ class TextSource:
         config = self.config
         try:
             dataset = datasets.load_dataset(
-                config.dataset, config.subset, split=split, revision=config.revision, streaming=True
+                config.dataset, config.subset, split=split, revision=self.commit or config.revision, streaming=True
             )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise DataError(

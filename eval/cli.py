@@ -25,9 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError
 from arch.named import CONFIGS, names
-from data.cli import TaskError, UsageError, did_you_mean, fail, interrupted, unknown_key, word
+from data.cli import TaskError, UsageError, did_you_mean, fail, interrupted, report, unknown_key, word
 from data.files import DataError
 from eval.console import visible
+from eval.environment import launched_rank
 from eval.help import help_text
 from eval.overrides import WORD, as_typed, sweep_size
 from eval.typed import mistyped_booleans
@@ -49,14 +50,22 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
     A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback, and the process ends with code
-    2; so is a TaskError, with code 1, and Ctrl-C, with 130. Each run of a sweep is announced. The script of a task
-    imports what takes seconds (torch, Lightning) inside the task, after its own checks, so that help and mistakes are
-    answered at once.
+    2; so is a TaskError, with code 1, and Ctrl-C, with 130. Each run of a sweep is announced, and one that fails so is
+    named at the end, after the others. The script of a task imports what takes seconds (torch, Lightning) inside the
+    task, after its own checks, so that help and mistakes are answered at once.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     typed, crashed = sys.argv, False
     words: list[str] = []
+    failed: list[tuple[str, int]] = []  # runs of a sweep, and the exit code of each alone
+
+    def end(message: str, code: int = 2) -> None:
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # of several processes the others may be in another run
+        if HydraConfig.get().mode != RunMode.MULTIRUN or not alone:
+            fail(message, code)
+        failed.append((visible(" ".join(HydraConfig.get().overrides.task)), code))
+        report(message)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def job(config: DictConfig) -> None:
@@ -67,22 +76,23 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
             given = typed_values()
             wrong = [*unknown_keys(config), *mistyped_booleans(schema, given), *empty_values(given)]
             if wrong:
-                raise UsageError("\n".join(wrong))
-            if picked.mode == RunMode.MULTIRUN:
+                fail("\n".join(wrong))  # a sweep, too: they are wrong in all of its runs
+            if picked.mode == RunMode.MULTIRUN and launched_rank() == 0:
                 total = sweep_size(words, picked.sweeper.params or {})
                 print(f"run {picked.job.num + 1} of {total}: {visible(' '.join(picked.overrides.task))}", flush=True)
             task(config, Choices(choices.get("arch"), choices.get("size")))
         except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
-            fail(str(error))
+            end(str(error))
         except OmegaConfBaseException as error:
-            fail(explain(error))
+            end(explain(error))
         except OSError as error:
             if error.errno in UNREACHABLE:
-                fail(explain(error))
+                end(explain(error))
+                return
             crashed = True
             raise
         except TaskError as error:
-            fail(str(error), code=1)
+            end(str(error), code=1)
         except Exception:
             crashed = True
             raise
@@ -95,6 +105,9 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
             return
         sys.argv = [typed[0], *flags, *words]
         job()
+        if failed:
+            runs = "\n".join(name for name, _ in failed)
+            fail(f"{len(failed)} of the runs of the sweep failed:\n{runs}", min(code for _, code in failed))
     except KeyboardInterrupt:
         interrupted()
     except UsageError as error:
@@ -170,7 +183,8 @@ def empty_values(given: Mapping[str, Any]) -> Iterator[str]:
     for key, value in given.items():
         if isinstance(value, str) and not value.strip():
             kind = "folder" if key in ("folder", "resume", "init", "out", "data.path") else "value"
-            yield f"{key}= is empty; give a {kind}, or leave {key}= out"
+            otherwise = "" if key == "out" else f", or leave {key}= out"
+            yield f"{key}= is empty; give a {kind}{otherwise}"
 
 
 def typed_values() -> dict[str, Any]:

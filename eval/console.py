@@ -11,6 +11,8 @@ from rich.text import Text
 FILE_WIDTH = 1000
 # Control characters, halves of a UTF-16 pair (bytes of a file name that are no UTF-8), and breaks of lines.
 ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
+# Those that turn the direction of writing: what follows them would be shown in another order than it has.
+TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
 class PlainConsole(Console):
@@ -37,6 +39,8 @@ class PlainConsole(Console):
 def visible(text: str) -> str:
     """`text`, the characters that a terminal does not show as escapes; tabs and line feeds stay."""
     return "".join(
-        char if char in "\t\n" or unicodedata.category(char) not in ESCAPED else char.encode("unicode_escape").decode()
+        char.encode("unicode_escape").decode()
+        if char not in "\t\n" and (unicodedata.category(char) in ESCAPED or unicodedata.bidirectional(char) in TURNING)
+        else char
         for char in text
     )

@@ -50,6 +50,17 @@ def test_mistakes(words: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_an_option_that_is_a_path_too_is_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("steps=5", "rank=1"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(
+        UsageError, match=r"steps=5 is an option and a path that is here; write \./steps=5 for the path"
+    ):
+        parse(Options, ["steps=5"], "folders")
+    assert parse(Options, ["./steps=5", "rank=1"], "folders").folders == ("./steps=5", "rank=1")
+
+
 def test_words_without_a_key_need_a_field() -> None:
     with pytest.raises(UsageError, match="cannot read 'word'; write key=value, the keys are folders, steps"):
         parse(Options, ["word"])

@@ -6,9 +6,11 @@ import os
 import random
 import shlex
 import string
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -555,6 +557,29 @@ def test_a_folder_prepared_among_its_sources_is_none_of_them(books: Path, capsys
             TextSource(SourceConfig(train=train))
     (books / "prepared" / "manifest.json").unlink()
     assert "record of a preparation 1" in TextSource(SourceConfig(train=str(books))).listing[0]
+
+
+def test_a_data_set_of_the_hub_is_read_at_one_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the command that goes on after its branch has moved."""
+    opened, commits = [], iter(["before", "after"])
+
+    class Rows(list):
+        column_names = ("text",)
+
+        def select_columns(self, names: list[str]) -> "Rows":
+            return self
+
+    def load_dataset(name: str, subset: None, *, revision: str, **options: object) -> Rows:
+        opened.append(revision)
+        return Rows({"text": f"document {number}"} for number in range(9))
+
+    fake = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=OSError))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr("data.sources._commit", lambda name, revision: next(commits))
+    config = asked(tmp_path / "out", dataset="org/name", revision="main", train="train")
+    stop_after(3, monkeypatch, config)
+    assert prepare.prepare(config).splits["train"].documents == 9
+    assert len(opened) == 2 and set(opened) == {"before"}
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

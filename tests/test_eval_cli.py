@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import launch_in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from arch import ArchConfig
-from data.cli import word
+from data.cli import TaskError, UsageError, word
 from eval.help import explanations
 from eval.overrides import as_typed
 from train.estimate import EstimateConfig
@@ -102,6 +102,35 @@ def test_flags_stand_anywhere_and_runs_of_a_sweep_are_counted(capsys: pytest.Cap
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("run 1 of 4: +arch=cla2 +size=tiny seed=1")
     assert lines[3].startswith("run 4 of 4: +arch=mha +size=tiny seed=2")
+
+
+def test_a_run_that_fails_does_not_end_its_sweep(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """They are named at the end; a bug is raised then. Only the first process of a run announces it."""
+    seeds, errors = [], {2: UsageError("too small"), 3: TaskError("diverged"), 5: ZeroDivisionError("a bug")}
+
+    def task(config: DictConfig, _: object) -> None:
+        seeds.append(config.seed)
+        if config.seed in errors:
+            raise errors[config.seed]
+
+    arguments = ["-m", "+arch=mha", "+size=tiny", f"hydra.sweep.dir={tmp_path}", "seed=1,2,3,4"]
+    with pytest.raises(SystemExit) as stopped:
+        launch_in_process(task, "pretrain", PretrainConfig, arguments)
+    assert stopped.value.code == 1 and seeds == [1, 2, 3, 4]
+    shown = capsys.readouterr()
+    assert shown.out.count("run ") == 4
+    lines = shown.err.splitlines()
+    assert lines[:4] == ["error: too small", "error: diverged", "error:", "2 of the runs of the sweep failed:"]
+    assert [line.split()[-1] for line in lines[4:]] == ["seed=2", "seed=3"]
+    with pytest.raises(ZeroDivisionError):
+        launch_in_process(task, "pretrain", PretrainConfig, [*arguments[:-1], "seed=5,1"])
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setenv("RANK", "1")
+        patched.setenv("WORLD_SIZE", "2")
+        launch_in_process(task, "pretrain", PretrainConfig, [*arguments[:-1], "seed=2,1"])
+    assert stopped.value.code == 2 and seeds == [1, 2, 3, 4, 5, 1, 2]
+    assert "run " not in capsys.readouterr().out
 
 
 TEXTS = [

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import train.training
+from data.cli import UsageError
 from train.benchmarks.faults import cut_in_half, flip_a_byte
 from train.checkpoint import checkpoints, load, resolve, save, verify_checksums
 from train.errors import TrainingError
@@ -219,6 +220,20 @@ def test_values_that_are_no_numbers_are_not_loaded(tmp_path: Path) -> None:
     save(folder, model, optimizer, 1, {})
     with pytest.raises(TrainingError, match=r"is of another model: model\.weight is I32 there"):
         load(folder, nn.Linear(3, 2))
+
+
+def test_an_adapter_beside_a_checkpoint_or_in_its_run_is_refused(tmp_path: Path) -> None:
+    """By all that start from its weights: pretrain init=, uptrain, export and load."""
+    model = nn.Linear(3, 2)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    save(folder, model, torch.optim.AdamW(model.parameters()), 1, {})
+    assert resolve(folder) == resolve(tmp_path) == folder
+    for place, names in ((folder, (folder, tmp_path)), (tmp_path, (tmp_path,))):
+        (place / "adapter_config.json").touch()
+        for name in names:
+            with pytest.raises(UsageError, match=rf"{place} has an adapter, adapter_config.json, which would be left"):
+                resolve(name)
+        (place / "adapter_config.json").unlink()
 
 
 @pytest.mark.slow

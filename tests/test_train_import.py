@@ -36,7 +36,7 @@ from data.cli import UsageError
 from train import checkpoint, import_hf, pretrain
 from train.errors import TrainingError
 from train.hub import checkpoint_writer, importer
-from train.hub.folder_reader import INDEX, SINGLE, HFFolder
+from train.hub.folder_reader import INDEX, SINGLE, HFFolder, refuse_links
 from train.import_hf import ImportConfig
 from train.schema import PretrainConfig
 
@@ -328,7 +328,8 @@ def set_to(name: str, place: int, value: float) -> Callable[[Path], None]:
 
 
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "Adapter_Config.JSON",
-            "adapter_model-00001-of-00002.safetensors", "adapters.safetensors", "pytorch_adapter.bin")  # fmt: skip
+            "adapter_model-00001-of-00002.safetensors", "adapters.safetensors", "pytorch_adapter.bin",
+            "lora.safetensors", "pytorch_lora_weights.bin")  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../single", "linked"])
@@ -349,6 +350,29 @@ def test_an_adapter_beside_the_weights_is_refused(
         path.unlink()
     (folder / "adapter_config.json").touch()
     assert "has an adapter" in refusal(capfd, f"from={spelling.format(folder)}", "out=ours")
+
+
+def test_links_out_of_a_foreign_folder_are_refused(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """What they lead to would be copied, or read; the hub's cache keeps its files as links to its blobs."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.json").write_text("{}")
+    folder = shutil.copytree(saved["single"], tmp_path / "models--x" / "snapshots" / "abc")
+    blobs = tmp_path / "models--x" / "blobs"
+    blobs.mkdir()
+    (folder / SINGLE).rename(blobs / "1")
+    (folder / SINGLE).symlink_to("../../blobs/1")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").symlink_to("../../../secret.json")
+    message = refusal(capfd, f"from={folder}", "out=ours")
+    assert f"{folder / 'tokenizer.json'} is a link out of the folder, to {tmp_path / 'secret.json'}" in message
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text("{")
+    assert "cannot load the tokenizer" in refusal(capfd, f"from={folder}", "out=ours")
+    (folder / "tokenizer.json").unlink()
+    refuse_links(folder)
+    assert not (tmp_path / "ours").exists()
 
 
 NORM, HEAD, Q = "model.norm.weight", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"

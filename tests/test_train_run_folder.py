@@ -16,11 +16,12 @@ from test_train_command import pretrain, read_metrics
 
 from data import files
 from data.cli import UsageError
+from eval.environment import launched_rank
 from train import callbacks, checkpoint, loggers, training
 from train.callbacks import CheckpointCallback
 from train.clock import Clock
 from train.errors import TrainingError
-from train.run import _starts, launched_rank
+from train.run import _starts
 from train.run_folder import HOLDER, LOCK, locked, new_folder
 from train.schema import PretrainConfig
 
@@ -101,6 +102,7 @@ def test_a_file_system_without_locks_is_warned_of(
         (["init="], "init= is empty"),
         (["data.path="], "data.path= is empty; give a folder"),
         (["train_only="], "train_only= is empty; give a value"),
+        (["folder=/"], "folder=/ is the root of the file system"),
         (["name=../../x"], "name is '../../x'; it must be one word of a path"),
         (["name=/abs/x"], "name is '/abs/x'; it must be one word of a path"),
         ([f"name={'x' * 300}"], "File name too long); give another with folder="),
@@ -118,6 +120,13 @@ def test_a_folder_that_cannot_be_is_refused(
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_prepared_data_is_no_folder_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(UsageError, match="holds prepared data"), new_folder(tmp_path, numbered=False):
+        pytest.fail("it was given")
+    assert os.listdir(tmp_path) == ["manifest.json"]
 
 
 def test_a_run_that_another_process_continues_is_refused(

@@ -35,6 +35,7 @@ from torch.futures import Future
 
 from arch import ModelConfig, from_dict, plan_from_dict
 from arch import resolve as resolve_plan
+from data.cli import UsageError
 from data.dotted import flat
 from data.files import rename, sha256, sync_folder, write_json
 from eval.identity import Identity, changed_values
@@ -45,6 +46,8 @@ from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_t
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
 INFO = "checkpoint.json"
+# Files of an adapter, as peft (adapter_config.json, adapter_model.*) and others (lora.safetensors) name them.
+ADAPTER = re.compile(r"(pytorch_)?(adapters?|lora)([_.-].*)?\.(json|safetensors|bin|pt|pth|npz)", re.IGNORECASE)
 NAME = re.compile("step-[0-9]{8,}")  # of a checkpoint in a run
 
 
@@ -351,18 +354,34 @@ def latest_valid(run: Path) -> Path | None:
 def resolve(path: Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest intact one if it is a run.
 
-    Raises TrainingError if it is neither, or broken.
+    Raises UsageError if it is neither, or an adapter lies in it, and TrainingError if it is broken.
     """
     try:
         if (path / INFO).is_file():
+            refuse_adapter(path)
             verify_checksums(path)
             return path
         found = latest_valid(path)
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror})") from error
     if found is None:
-        raise TrainingError(f"{path} is neither a checkpoint nor a run that has saved one")
+        raise UsageError(f"{path} is neither a checkpoint nor a run that has saved one")
+    for place in (path, found):
+        refuse_adapter(place)
     return found
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise UsageError where the files of an adapter lie in `folder`: what they change would be left out."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
+    if names:
+        raise UsageError(
+            f"{folder} has an adapter, {names[0]}, which would be left out; merge it, and give the folder that this "
+            f"writes: AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(NEW)"
+        )
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from data.files import set_aside, write_text
+from eval.environment import launched_rank
 from eval.pareto import METRICS, points, write
 from eval.runs import Point, Run, RunError, finished_run
-from train.run import launched_rank
 from train.schema import PretrainConfig
 
 

@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
-from train.run import launched_rank, resumed, to_object
+from eval.environment import launched_rank
+from train.run import resumed, to_object
 from train.run_folder import locked, new_folder
 from train.schema import PretrainConfig, problems
 
@@ -57,10 +58,13 @@ def claimed(folder: AbstractContextManager[T], otherwise: T) -> AbstractContextM
 
 
 def refuse_empty(config: DictConfig) -> None:
-    """Raises UsageError where a path is empty, as from a shell variable that is not set, or the name is a path."""
+    """Raises UsageError where a path is empty, as from a shell variable that is not set, or the name is a path; and
+    where the folder is the root, as `$FOLDER/` then is."""
     for key in ("folder", "resume", "init"):
         if config[key] is not None and not config[key].strip():
             raise UsageError(f"{key}= is empty; give a folder, or leave {key}= out")
+    if config.folder is not None and Path(config.folder).absolute().parent == Path(config.folder).absolute():
+        raise UsageError(f"folder={config.folder} is the root of the file system; give a folder in it")
     name = config.name
     if name and ("/" in name or not name.isprintable()):
         raise UsageError(f"name is {name!r}; it must be one word of a path, without / and control characters")

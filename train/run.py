@@ -187,17 +187,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def launched_rank() -> int:
-    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one.
-
-    Where each machine was started by hand (NODE_RANK), it is the rank within the machine, or if that is the first, the
-    machine's.
-    """
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    rank = int(next((rank for rank in ranks if rank is not None), 0))
-    return rank or int(os.environ.get("NODE_RANK", 0) if "RANK" not in os.environ else 0)
-
-
 def first_on_machine() -> bool:
     """Tell whether this is the first process of the run on its machine, by the variables of its launcher."""
     ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))

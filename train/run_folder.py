@@ -27,8 +27,11 @@ def new_folder(base: Path, numbered: bool) -> Iterator[Path]:
 
     A run that is refused before it has written anything leaves no folder behind.
 
-    Raises UsageError if `base` cannot be written to and, unless `numbered`, if it holds a run or is in use.
+    Raises UsageError if `base` cannot be written to and, unless `numbered`, if it holds a run or prepared data or is in
+    use.
     """
+    if not numbered and os.path.lexists(base / "manifest.json"):
+        raise UsageError(f"{base} holds prepared data; give another folder with folder=")
     folder, made = _make(base, numbered)
     try:
         with locked(folder):

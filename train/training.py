@@ -18,7 +18,8 @@ from data.cli import UsageError, word
 from data.files import DataError, sha256, write_json
 from data.tokenizer import pretrained
 from data.verify import verify_once
-from eval.console import PlainConsole
+from eval.console import PlainConsole, visible
+from eval.environment import launched_rank
 from eval.evaluations import KEY, entries_of_step
 from eval.fit import remarks
 from eval.footprint import plan_tables
@@ -33,7 +34,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
-from train.run import first_on_machine, launched_rank, static_metrics, summarize, write_start
+from train.run import first_on_machine, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 from train.signals import RunStopped, Signals
 
@@ -223,8 +224,8 @@ def finish(
         summary[KEY] = entries
     write_json(folder / "summary.json", summary)
     print(
-        f"{config.name}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
-        f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {folder}"
+        f"{visible(config.name or '')}: validation loss {val['loss']:.4f}, perplexity {val['ppl']:.3f}, "
+        f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {visible(str(folder))}"
     )
     scalars = {f"final/{name}": value for name, value in val.items()} | static_metrics(config, plan)
     record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)

@@ -69,13 +69,10 @@ def convert(config: DictConfig, out: Path) -> None:
     from arch.footprint import num_params
     from train import checkpoint
     from train.hub.checkpoint_writer import next_command, write
-    from train.hub.folder_reader import refuse_adapter
     from train.hub.importer import print_plan
 
     try:
         folder = checkpoint.resolve(Path(config.source))
-        for place in dict.fromkeys((Path(config.source), folder)):
-            refuse_adapter(place)
         vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
     except (TrainingError, ValueError) as error:
         raise UsageError(f"from={config.source}: {error}") from error

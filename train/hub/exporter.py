@@ -10,7 +10,6 @@ from train import checkpoint
 from train.errors import TrainingError
 from train.hub.card import write_card
 from train.hub.checkpoint_reader import CheckpointReader
-from train.hub.folder_reader import refuse_adapter
 from train.hub.folder_writer import write_settings, write_tokenizer, write_weights
 from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
@@ -36,7 +35,6 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     folder = checkpoint.resolve(request.checkpoint)
-    refuse_adapter(folder)
     reader = CheckpointReader(folder)
     config, plan = reader.model()
     target, refused = choose(config, plan, options.target)

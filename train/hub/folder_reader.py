@@ -4,13 +4,13 @@ Nothing in it is executed, nothing outside the folder is read, and whatever is m
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from data.cli import UsageError
+from train.checkpoint import refuse_adapter
 from train.hub.tensor_files import SafetensorsReader
 from train.tensor_pieces import Piece, StoredTensor, open_file
 
@@ -21,8 +21,6 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 DOWNLOAD_PATTERNS = ["config.json", INDEX, "*.safetensors", *TOKENIZER_FILES, "adapter_config.json"]
-# Files of an adapter, as peft (adapter_config.json, adapter_model.*) and others name them.
-ADAPTER = re.compile(r"(pytorch_)?adapters?([_.-].*)?\.(json|safetensors|bin|pt|pth|npz)", re.IGNORECASE)
 
 
 class HFFolder(SafetensorsReader):
@@ -36,6 +34,7 @@ class HFFolder(SafetensorsReader):
 
     def __init__(self, folder: Path):
         refuse_adapter(folder)
+        refuse_links(folder)
         self.config = _read_json(folder / "config.json")
         tensors: dict[str, StoredTensor] = {}
         for file, names in _listed_files(folder).items():
@@ -43,17 +42,17 @@ class HFFolder(SafetensorsReader):
         super().__init__(folder, tensors)
 
 
-def refuse_adapter(folder: Path) -> None:
-    """Raise UsageError where the files of an adapter lie in `folder`: what they change would be left out."""
-    try:
-        names = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be read ({error.strerror})") from error
-    if names:
-        raise UsageError(
-            f"{folder} has an adapter, {names[0]}, which would be left out; merge it, and give the folder that this "
-            f"writes: AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(NEW)"
-        )
+def refuse_links(folder: Path) -> None:
+    """Raise UsageError where a file that may be read is a link out of `folder`; those of the hub's cache lead to its
+    blobs."""
+    real = folder.resolve()
+    allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise UsageError(
+                f"{path} is a link out of the folder, to {path.resolve()}; put the file itself there, where you trust "
+                "who made the folder"
+            )
 
 
 def _listed_files(folder: Path) -> dict[str, set[str] | None]:

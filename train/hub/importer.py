@@ -12,6 +12,7 @@ from arch.convert import ConversionError
 from arch.convert_formats import ImportedTensors, read_config
 from arch.footprint import num_params
 from data.cli import UsageError
+from data.tokenizer import pretrained
 from eval.console import PlainConsole
 from eval.footprint import plan_tables
 from train.hub.checkpoint_writer import next_command, write
@@ -26,11 +27,13 @@ def run(folder: Path, out: Path, name: str) -> None:
     num_layers = reader.config.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > len(reader.shapes):
         raise ConversionError([f"num_hidden_layers is {num_layers}; there are {len(reader.shapes)} tensors"])
+    tokenizer = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    if "tokenizer.json" in tokenizer:
+        pretrained(str(folder / "tokenizer.json"))
     hf_model = read_config(reader.config)
     model, plan = hf_model.config, resolve(hf_model.config)
     info = {"imported": {"from": name, "architecture": reader.config.get("architectures")}}
     write(out, NAME, model, ImportedTensors(hf_model, reader), info)
-    tokenizer = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
     for file in tokenizer:
         shutil.copyfile(folder / file, out / file)
     print_plan(name, plan, model.size.seq_len)
