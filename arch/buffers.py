@@ -59,6 +59,16 @@ class AppendBuffer:
         write_slot(self.tensors, new, step.offset)
         return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors)
 
+    def take_row(self, row: int, other: "AppendBuffer", length: int, offset: int) -> None:
+        """Let row `row` hold the `length` tokens of the only row of `other`, the last one before `offset`."""
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[row, offset - length : offset] = source[0, :length]
+
+    def drop(self, count: int, offset: int) -> None:
+        """Forget the first `count` of `offset` tokens, so that the others begin at 0."""
+        for tensor in self.tensors:
+            tensor[:, : offset - count] = tensor[:, count:offset].clone()
+
     def step_indices(self, step: Step, device: torch.device) -> Tensor:
         """[S] token index of each slot that `append` returns."""
         return torch.arange(step.num_slots, device=device)
@@ -103,6 +113,17 @@ class RingBuffer:
             return self.tensors
         return tuple(tensor.narrow(1, 0, step.offset + 1) for tensor in self.tensors)
 
+    def take_row(self, row: int, other: "RingBuffer", length: int, offset: int) -> None:
+        """As AppendBuffer.take_row; the rings have slots for as many tokens each, or for all that `other` has."""
+        newest = torch.arange(max(0, length - other.size), length)
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[row, (newest + offset - length) % self.size] = source[0, newest % other.size]
+
+    def drop(self, count: int, offset: int) -> None:
+        """As AppendBuffer.drop."""
+        for tensor in self.tensors:
+            tensor.copy_(tensor.roll(-count, dims=1))
+
     def step_indices(self, step: Step, device: torch.device) -> Tensor:
         """[S] token index of each slot that `append` returns; negative for one that holds nothing yet."""
         last = step.offset
@@ -130,6 +151,14 @@ class StateBuffer:
         """Overwrite all tensors with those after new tokens."""
         for tensor, value in zip(self.tensors, tensors, strict=True):
             tensor.copy_(value)
+
+    def take_row(self, row: int, other: "StateBuffer", length: int, offset: int) -> None:
+        """Let row `row` hold the only row of `other`: positions count from the start of a row."""
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[row] = source[0]
+
+    def drop(self, count: int, offset: int) -> None:
+        """As AppendBuffer.drop: nothing here is at an offset."""
 
 
 SlotBuffer = AppendBuffer | RingBuffer

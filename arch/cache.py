@@ -63,6 +63,26 @@ class Cache:
                 "allocate it with a larger capacity"
             )
 
+    def take_row(self, row: int, other: "Cache") -> None:
+        """Let row `row` hold the tokens of the only row of `other` in place of its own, so that the last is the last.
+
+        Needs `start_B`, and no fewer tokens here than there.
+        """
+        assert self.start_B is not None and other.length <= self.length
+        for buffer, source in zip(self.buffers, other.buffers, strict=True):
+            buffer.take_row(row, source, other.length, self.length)  # type: ignore[arg-type]
+        self.start_B[row] = self.length - other.length
+
+    def drop(self, count: int) -> None:
+        """Forget the first `count` tokens, which are padding in every row that matters."""
+        assert self.start_B is not None
+        for buffer in self.buffers:
+            buffer.drop(count, self.length)
+        self.length -= count
+        self.start_B.sub_(count).clamp_(min=0)
+        if self.position is not None:
+            self.position.fill_(self.length)
+
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
         index = self.new_indices(length, device)
@@ -108,7 +128,8 @@ class Cache:
 
     def token_positions(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
         """Positions of the next `length` tokens, for a store not read by a mask, with rotary tables of its window."""
-        index = torch.arange(self.length - (store.window or 0), self.length + length, device=device)
+        before = self.length if self.position is None else self.position
+        index = torch.arange(-(store.window or 0), length, device=device) + before
         positions = index[None] if self.start_B is None else index - self.start_B[:, None]
         if store.window is None:
             return TokenPositions(positions)

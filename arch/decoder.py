@@ -234,7 +234,8 @@ class Stack(nn.Module):
                 x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window], buffer, step)
             else:
                 visibility = cache.token_positions(spec, 1, device)
-                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, cache.length)
+                offset = 0 if step.static else cache.length
+                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, offset)
                 x_BD = x_B1D.squeeze(1)
             if owner:
                 written.append(kv)

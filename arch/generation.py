@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from .block_plan import Plan
 from .language_model import LanguageModel
+from .static_step import step_fn
+
+LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whether all rows have ended
 
 
 class PromptBatch(NamedTuple):
@@ -54,6 +57,8 @@ def generate(
     cache_dtype: torch.dtype | None = None,
     cache: Any = None,
     seed: int = 0,
+    steps: str = "auto",
+    max_batch: int | None = None,
 ) -> list[list[int]]:
     """Continue `prompts`, which may differ in length, by up to `max_new_tokens` tokens each, without `stop_token`.
 
@@ -68,44 +73,118 @@ def generate(
     prefill_chunk  tokens of prompt per forward pass; None takes them all at once
     cache_dtype    type of the cache's elements; None takes that of the weights
     cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
+    max_batch      rows of the batch, where there are more prompts: a row that has ended takes the next prompt, the
+                   longest first. `on_step` is then given the tokens of whatever the rows hold; None: all at once
+    steps          how a token is decoded, as in `static_step.step_fn`: auto, plain, static, compiled or graph
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
     """
     prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
     device = model.output_weight.device
-    batch = batch_prompts(model.plan, prompts, pad_token, device)
+    queue = Queue(model, prompts, max_batch, max_new_tokens)
+    batch = batch_prompts(model.plan, [prompts[number] for number in queue.held], pad_token, device)
     num_steps = batch.forced_BF.shape[1] + max_new_tokens
     if cache is None:
-        cache = model.allocate_cache(len(prompts), batch.capacity(max_new_tokens), dtype=cache_dtype)
-    cache.pad_left(batch.start_B)
+        cache = model.allocate_cache(len(queue.held), batch.capacity(max_new_tokens), dtype=cache_dtype)
+    start_B = batch.start_B
+    if queue.waiting and start_B is None:
+        start_B = torch.zeros_like(batch.num_forced_B)
+    cache.pad_left(start_B)
     generator = torch.Generator(device=device).manual_seed(seed)
-    done_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    done_B = torch.zeros(len(queue.held), dtype=torch.bool, device=device)
+    begin_B = batch.num_forced_B.clone()  # step of the first new token
     generated: list[Tensor] = []
     with evaluating(model):
         logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
+        step = step_fn(model, cache, steps)
         while True:
             next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
             if number < batch.forced_BF.shape[1]:
                 next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
             generated.append(next_B)
-            if (on_step is not None and on_step(next_B)) or len(generated) == num_steps:
+            if (on_step is not None and on_step(next_B)) or (not queue.used and len(generated) == num_steps):
                 break
-            if stop_token is not None:
-                done_B |= (next_B == stop_token) & (number >= batch.num_forced_B)
-                done_B |= number + 1 >= batch.num_forced_B + max_new_tokens
-                if bool(done_B.all()):
+            ended: list[int] = []
+            if stop_token is not None or queue.used:
+                if stop_token is not None:
+                    done_B |= (next_B == stop_token) & (number >= begin_B)
+                done_B |= number + 1 >= begin_B + max_new_tokens
+                if device.type == "cpu" or len(generated) % LOOK_EVERY == 0:  # each look waits for the device
+                    ended = done_B.nonzero().flatten().tolist()
+                if len(ended) == len(done_B) and not queue.waiting:
                     break
-            logits_B1V = model.decode_step(next_B[:, None], cache)
-    return new_tokens(torch.stack(generated, dim=1), batch, max_new_tokens, stop_token)
+            if queue.used:
+                queue.make_room(cache, ended)
+            logits_B1V = step(next_B[:, None])
+            for row in ended[: len(queue.waiting)]:
+                logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
+                begin_B[row], done_B[row] = len(generated), False
+    begins = batch.num_forced_B.tolist()
+    spans = [(number, row, begins[row]) for row, number in enumerate(queue.first)] + queue.refilled
+    return new_tokens(torch.stack(generated, dim=1), spans, max_new_tokens, stop_token)
+
+
+class Queue:
+    """Which prompt each row of a batch continues, and the prompts that wait for a row to end.
+
+    first     prompts that the rows began with, by number
+    held      prompts that they hold now
+    waiting   the others, the longest first
+    refilled  (prompt, row, step of its first new token) of those that came later
+    used      there were prompts that had to wait
+    """
+
+    def __init__(
+        self, model: LanguageModel, prompts: list[list[int]], max_batch: int | None, max_new_tokens: int
+    ) -> None:
+        """Raises ValueError on an impossible `max_batch`, and where rows of the model cannot be refilled."""
+        self.model, self.prompts, self.max_new_tokens = model, prompts, max_new_tokens
+        numbers = list(range(len(prompts)))
+        self.used = max_batch is not None and len(prompts) > max_batch
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}; it must be at least 1, or None")
+        if self.used and model.plan.block_length > 1:
+            raise ValueError(
+                f"max_batch is {max_batch} for {len(prompts)} prompts: rows of a Block Transformer begin their blocks "
+                "together, so that none can take another prompt; give as many rows as prompts, or None"
+            )
+        if self.used:
+            numbers.sort(key=lambda number: -len(prompts[number]))  # later ones then fit before what is there
+        self.first = numbers[:max_batch]
+        self.held, self.waiting = list(self.first), numbers[len(self.first) :]
+        self.refilled: list[tuple[int, int, int]] = []
+
+    def make_room(self, cache: Any, ended: Sequence[int]) -> None:
+        """Before a step of a full cache: forget what is padding in every row that goes on."""
+        if cache.length < cache.capacity:
+            return
+        starts = cache.start_B.tolist()
+        needed = [cache.length - start for row, start in enumerate(starts) if row not in ended]
+        # The next prompt must fit in before the token that comes now.
+        needed += [len(self.prompts[number]) - 1 for number in self.waiting[:1]]
+        cache.drop(cache.length - max(needed))
+
+    def refill(
+        self, row: int, cache: Any, step: int, prefill_chunk: int | None, cache_dtype: torch.dtype | None
+    ) -> Tensor:
+        """Let `row` hold the next prompt, and return the logits [1, 1, V] of the token after it."""
+        number = self.waiting.pop(0)
+        tokens_1T = torch.tensor([self.prompts[number]], device=self.model.output_weight.device)
+        alone = self.model.allocate_cache(1, tokens_1T.shape[1], dtype=cache_dtype)
+        logits_11V = self.model.prefill(tokens_1T, alone, prefill_chunk)
+        cache.take_row(row, alone)
+        self.held[row] = number
+        self.refilled.append((number, row, step))
+        return logits_11V
 
 
 def new_tokens(
-    generated_BS: Tensor, batch: PromptBatch, max_new_tokens: int, stop_token: int | None
+    generated_BS: Tensor, spans: Sequence[tuple[int, int, int]], max_new_tokens: int, stop_token: int | None
 ) -> list[list[int]]:
-    """The tokens of each row after the forced ones, up to `stop_token`."""
-    rows, skipped = generated_BS.tolist(), batch.num_forced_B.tolist()
-    new = [row[skip : skip + max_new_tokens] for row, skip in zip(rows, skipped, strict=True)]
+    """The new tokens of each prompt, up to `stop_token`; `spans` are (prompt, row, step of its first new token)."""
+    rows = generated_BS.tolist()
+    new = [rows[row][first : first + max_new_tokens] for _, row, first in sorted(spans)]
     return [row[: row.index(stop_token)] if stop_token in row else row for row in new]
 
 

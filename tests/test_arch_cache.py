@@ -220,9 +220,22 @@ def test_generation_leaves_the_mode_as_it_was() -> None:
         ({"temperature": -1.0}, "must be at least 0"),
         ({"temperature": float("nan")}, "must be at least 0 and finite"),
         ({"top_p": 0.0}, "must be at least 0"),
+        ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
     ],
 )
 def test_generation_refuses(arguments: dict, message: str) -> None:
     options = {"prompts": [[1]], "max_new_tokens": 2} | arguments
     with pytest.raises(ValueError, match=message):
         generate(build(small("mha")), **options)
+
+
+@pytest.mark.parametrize("steps", ["plain", "static"])
+def test_rows_that_end_take_the_next_prompt(arch: str, steps: str) -> None:
+    """More prompts than rows: every one is continued as it is alone, whatever its row held before."""
+    model = build(small(arch))
+    prompts = [tokens(1, length)[0].tolist() for length in (3, 9, 1, 14, 5, 2, 8)]
+    alone = [generate(model, [prompt], 6)[0] for prompt in prompts]
+    stop = alone[1][2]
+    stopped = [row[: row.index(stop)] if stop in row else row for row in alone]
+    assert generate(model, prompts, 6, max_batch=2, steps=steps) == alone
+    assert generate(model, prompts, 6, max_batch=3, stop_token=stop, steps=steps) == stopped
