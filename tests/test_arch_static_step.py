@@ -6,6 +6,7 @@ from conftest import WINDOW, build, small, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arch import allocate, generate, static_step
+from arch import build as build_model
 from arch.static_step import StaticStep, bucket, step_fn, step_logits
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_buckets() -> None:
 def test_a_static_step_waits_for_nothing(name: str) -> None:
     """No value of a tensor decides what is computed: those of fake tensors cannot be asked for."""
     with FakeTensorMode(allow_non_fake_inputs=False):
-        model = build(small(name), torch.float32)
+        model = build_model(small(name), init=False).eval()
         cache = allocate(model.plan, 2, 64, dtype=torch.float32, start_B=torch.zeros(2, dtype=torch.int64))
         cache.position, cache.num_slots = torch.tensor([9]), 64
         with torch.no_grad():

@@ -31,7 +31,15 @@ def test_layouts_without_a_stock_class_say_why() -> None:
 
 
 def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["size=tiny", "archs=mha,cla2,block", "shapes=8x1,12x2", "new=4", "rounds=2", "memory=1GiB"]
+    options = [
+        "size=tiny",
+        "archs=mha,cla2,block",
+        "shapes=8x1,12x2",
+        "new=4",
+        "rounds=2",
+        "memory=1GiB",
+        "compiled=null",
+    ]
     decode_study.main([*options, f"out={tmp_path}"])
     result = json.loads((tmp_path / "decode.json").read_text())
     assert list(result["without_peer"]) == ["cla2", "block"]
@@ -47,9 +55,10 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert found["mha"]["decode_over_reference"]["speed"] == 1
     weights = result["models"]["mha"]["params"] * 4
     assert result["models"]["mha"]["largest_batch"]["8x1"] == (2**30 - weights) // (8 * 8 * 2 * 128 * 4)
-    table = (tmp_path / "table.md").read_text()
-    assert table.count("| `cla2` |") == 2
-    assert table in capsys.readouterr().out
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("| `cla2` |") == 2
+    assert text.index("## 12 tokens of prompt, batch 2") < text.index("1GiB with the weights")
+    assert "| `cla2` |" in capsys.readouterr().out
     assert (tmp_path / "decode.png").stat().st_size > 5000
 
 
@@ -64,6 +73,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("shapes=9x1", "9x1: 9 tokens; block needs a multiple of its block length 4"),
         ("rounds=0", "rounds is 0; it must be at least 1"),
         ("peers=paged", "peers is paged; choose of dynamic, static, or null"),
+        ("compiled=block", "compiled has block; the steps of a Block Transformer are not compiled"),
         ("memory=much", "memory: cannot read 'much'"),
     ],
 )

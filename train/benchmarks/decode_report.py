@@ -1,5 +1,6 @@
 """Table and picture of decode_study.py."""
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ COLUMNS = (
     "decode / {reference}",
     "over dynamic",
     "over static",
+    "compiled / plain",
+    "to compile",
     "cache",
     "formula",
     "read per token",
@@ -27,15 +30,26 @@ COLUMNS = (
 NOTE = """Ratios are of times in the same round, the median over rounds (lowest to highest in brackets): more than 1 is
 faster than `{reference}`, or than transformers over its DynamicCache or StaticCache with the same weights. Cache and
 formula are bytes of all sequences at the end of the measurement. The largest batch is of sequences of the prompt's
-length, in {memory} with the weights, fp32."""
+length, in {memory} with the weights, fp32. To compile: the first round of compiled steps, which compiles them."""
 
 
 def report(result: Result, out: Path) -> str:
-    """Write table.md and decode.png into `out`; return the table."""
-    text = table(result)
-    (out / "table.md").write_text(text)
+    """Write README.md and decode.png into `out`; return the tables."""
+    tables, options = table(result), result["options"]
+    packages = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "transformers"))
+    load = result["load"]
+    parts = [
+        "# Decoding on the CPU",
+        f"`{shlex.join(['python', *result['command']])}`, {result['date'][:10]}, commit {result['git']}. {result['hardware']}, "
+        f"{result['threads']} thread(s), Python {result['python']}, {packages}; load average "
+        f"{load['before'][0]:.1f} before and {load['after'][0]:.1f} after. Size {options['size']}, "
+        f"{result['precision']}, random weights, {options['rounds']} rounds of {options['new']} tokens per sequence.",
+        "![tokens per second against context](decode.png)",
+        tables.strip(),
+    ]
+    (out / "README.md").write_text("\n\n".join(parts) + "\n")
     draw(result, out / "decode.png")
-    return text
+    return tables
 
 
 def row(cells: Iterable[str]) -> str:
@@ -67,6 +81,7 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
     def ratio(found: Result | None) -> str:
         return "" if found is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["speed_by_round"])
 
+    compiled = rivals.get(f"{arch}/compiled")
     peers = [rivals.get(f"{arch}/{peer}", {}).get("decode_ours_over") for peer in ("dynamic", "static")]
     return [
         f"`{arch}`",
@@ -76,9 +91,17 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
         ratio(values["prefill_over_reference"]),
         ratio(values["decode_over_reference"]),
         *map(ratio, peers),
+        "" if compiled is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**faster(compiled)),
+        "" if compiled is None else f"{compiled['first_round_seconds']:.0f} s",
         *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes", "read_bytes")),
         f"{result['models'][arch]['largest_batch'][shape]:,}",
     ]
+
+
+def faster(compiled: Result) -> Result:
+    """How many times as fast as plain steps compiled ones are, by round."""
+    found = compiled["decode_ours_over"]["speed_by_round"]
+    return {"median": 1 / found["median"], "min": 1 / found["max"], "max": 1 / found["min"]}
 
 
 @literal_text

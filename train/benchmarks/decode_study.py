@@ -6,13 +6,14 @@ not depend on them. A shape is PROMPTxBATCH. Every model prefills the prompts, t
 the steps that `generate` takes, greedily; the cache keeps growing.
 
 Beside the times stand the bytes of the cache, measured and by the formula, and the largest batch whose cache fits into
-`memory` beside the weights. Writes decode.json, decode.png and table.md.
+`memory` beside the weights. Writes decode.json, decode.png and README.md.
 """
 
 import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,7 +45,7 @@ from train.benchmarks.timing import Turns, summary_stats, take_turns, time_ratio
 CPU = torch.device("cpu")
 ITEMSIZE = 4  # fp32
 FAMILIES = ("mha", "gqa4", "mqa", "mla", "cla2", "mixattention", "swa", "yoco", "block", "bct", "bct_gated")
-# transformers' caches; a name of a competitor is LAYOUT, or LAYOUT/CACHE.
+# transformers' caches; a name of a competitor is LAYOUT, LAYOUT/CACHE, or LAYOUT/compiled.
 PEERS = ("dynamic", "static")
 
 
@@ -59,6 +60,7 @@ class DecodeConfig:
     rounds   timed rounds of decoding, after one to warm up
     prefills rounds of prefill; the first is not counted where there are more
     peers    caches of transformers to decode with: dynamic, static; null: none
+    compiled layouts whose steps are also compiled, half a minute for each shape; null: none
     memory   what weights and caches may take together, for the largest batch
     threads  torch threads; null: torch's default
     out      folder of the results
@@ -71,6 +73,7 @@ class DecodeConfig:
     rounds: int = 7
     prefills: int = 2
     peers: tuple[str, ...] | None = PEERS
+    compiled: tuple[str, ...] | None = ("mha", "mqa", "cla2")
     memory: str = "16GiB"
     threads: int | None = 1
     out: Path = ROOT / "docs" / "results" / "decode-cpu"
@@ -110,7 +113,7 @@ def main(arguments: list[str]) -> None:
         "models": {arch: describe(config, shapes, options) for arch, config in configs.items()},
         "shapes": {},
     }
-    rivals, result["without_peer"] = competitors(configs, options.peers or ())
+    rivals, result["without_peer"] = competitors(configs, options.peers or (), options.compiled or ())
     for text, shape in shapes.items():
         print(f"{text}: {', '.join(rivals)}", flush=True)
         result["shapes"][text] = measure(rivals, configs, shape, options)
@@ -130,6 +133,10 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
     for name in ("new", "rounds", "prefills"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    if unknown := [arch for arch in options.compiled or () if arch not in names("arch")]:
+        raise UsageError(f"compiled has {', '.join(unknown)}, which is not in configs/arch")
+    if blocks := [arch for arch in options.compiled or () if load_arch(arch).block is not None]:
+        raise UsageError(f"compiled has {', '.join(blocks)}; the steps of a Block Transformer are not compiled")
     if options.peers is not None and not set(options.peers) <= set(PEERS):
         raise UsageError(f"peers is {','.join(options.peers)}; choose of {', '.join(PEERS)}, or null")
     try:
@@ -164,13 +171,15 @@ def describe(config: ModelConfig, shapes: dict[str, Shape], options: DecodeConfi
 
 
 def competitors(
-    configs: dict[str, ModelConfig], peers: tuple[str, ...]
+    configs: dict[str, ModelConfig], peers: tuple[str, ...], compiled: tuple[str, ...]
 ) -> tuple[dict[str, Competitor], dict[str, str]]:
     """Every model, and for the layouts that no stock class of transformers computes, the reason."""
     found, reasons = {}, {}
     for arch, config in configs.items():
         model = build_model(config, torch.float32, CPU)
         found[arch] = Competitor(model, partial(our_session, model))
+        if arch in compiled:
+            found[f"{arch}/compiled"] = Competitor(model, partial(our_session, model, steps="compiled"))
         if not peers:
             continue
         try:
@@ -183,8 +192,8 @@ def competitors(
     return found, reasons
 
 
-def our_session(model: LanguageModel, batch: int, capacity: int) -> Session:
-    decode, cache = decode_fn(model, batch, capacity)
+def our_session(model: LanguageModel, batch: int, capacity: int, steps: str = "plain") -> Session:
+    decode, cache = decode_fn(model, batch, capacity, steps)
     return Session(decode, lambda: int(cache.nbytes))
 
 
@@ -219,14 +228,20 @@ def measure(
         sessions[name] = rivals[name].open(shape.batch, capacity)
         last[name] = argmax_last(sessions[name].decode(prompt))
 
-    def step(name: str, _: int) -> None:
+    first_rounds: dict[str, float] = {}
+
+    def step(name: str, number: int) -> None:
+        begin = time.perf_counter()
         last[name] = greedy_steps(sessions[name].decode, last[name], options.new)
+        if number == 0:  # compiled steps are compiled in it
+            first_rounds[name] = time.perf_counter() - begin
 
     warmup = min(1, options.prefills - 1)
     prefilled = take_turns({name: partial(prefill, name) for name in rivals}, options.prefills - warmup, warmup)
     decoded = take_turns({name: partial(step, name) for name in rivals}, options.rounds, warmup=1)
     results = {
-        name: figures(name, prefilled, decoded, shape, options) | {"cache_bytes": sessions[name].cache_bytes()}
+        name: figures(name, prefilled, decoded, shape, options)
+        | {"cache_bytes": sessions[name].cache_bytes(), "first_round_seconds": first_rounds[name]}
         for name in rivals
     }
     for name, values in results.items():

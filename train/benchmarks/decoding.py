@@ -12,6 +12,7 @@ from torch import Tensor
 from arch import LanguageModel, ModelConfig, build
 from arch.convert import UnsupportedModelError
 from arch.convert_stock import to_hf_config, weights
+from arch.static_step import step_fn
 from train.benchmarks.baselines import UnavailableError, importing
 
 # Feeds tokens [B, T] to a model with a cache and returns the logits [B, 1, V] of the last.
@@ -49,13 +50,22 @@ def stock_model(config: ModelConfig, model: LanguageModel) -> Any:
     return stock.eval()
 
 
-def decode_fn(model: LanguageModel, batch: int, capacity: int) -> tuple[DecodeFn, Any]:
-    """A function that feeds an empty cache of the weights' type, and the cache.
+def decode_fn(model: LanguageModel, batch: int, capacity: int, steps: str = "auto") -> tuple[DecodeFn, Any]:
+    """A function that feeds an empty cache of the weights' type, and the cache; `steps` as in `generate`.
 
-    The first call needs at least `plan.min_prompt` tokens.
+    The first call needs at least `plan.min_prompt` tokens; every later one feeds one token of each sequence.
     """
-    cache = model.allocate_cache(batch, capacity)
-    return lambda tokens_BT: model(tokens_BT, cache, last_only=True), cache
+    cache, step = model.allocate_cache(batch, capacity), None
+
+    def decode(tokens_BT: Tensor) -> Tensor:
+        nonlocal step
+        if step is not None:
+            return step(tokens_BT)
+        logits_B1V: Tensor = model(tokens_BT, cache, last_only=True)
+        step = step_fn(model, cache, steps)
+        return logits_B1V
+
+    return decode, cache
 
 
 @torch.inference_mode()

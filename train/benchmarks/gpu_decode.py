@@ -1,7 +1,8 @@
 """Part of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
 
-Both implementations run eagerly, one Python step per token, greedily, in bf16: at a small batch that measures launches
-more than memory, which is why several batches are measured. Neither decodes with cuDNN's attention, as ours never does.
+Both implementations decode greedily in bf16: ours with the steps that `generate` takes, captured in a CUDA graph,
+theirs eagerly over a DynamicCache. Neither decodes with cuDNN's attention, as ours never does. The floor of a step is
+the time in which the device's memory delivers the weights and the cache.
 """
 
 import functools
@@ -14,7 +15,8 @@ from torch.nn.attention import sdpa_kernel
 
 from arch import ModelConfig, Plan, resolve
 from arch.attend import NOT_CUDNN
-from arch.footprint import allocated_bytes
+from arch.footprint import allocated_bytes, kv_bytes, num_params
+from eval.hardware import GIGA, find_gpu
 from train.benchmarks.baselines import hugging_face, random_batch
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
 from train.benchmarks.gpu_case import Case, Options, model_config
@@ -47,7 +49,7 @@ def decode(options: Options) -> list[Case]:
 def _line(result: dict[str, Any]) -> str:
     return (
         f"prefill {result['prefill_tokens_per_second']:,.0f} tok/s, decode {result['decode_tokens_per_second']:,.0f} "
-        f"tok/s, cache {result['cache_bytes'] / 2**20:,.1f} MiB"
+        f"tok/s ({result['share_of_floor'] or 0:.0%} of the floor), cache {result['cache_bytes'] / 2**20:,.1f} MiB"
     )
 
 
@@ -73,7 +75,10 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
         for _ in range(WARMUP):
             step()
         times = summary_stats(step_seconds(step, resolve(config), device))
+    floor = floor_seconds(config, batch, context, device)
     return {
+        "floor_seconds": floor,
+        "share_of_floor": floor and floor / times["median"],
         "context": context,
         "batch": batch,
         "prefill_seconds": prefill,
@@ -84,6 +89,19 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
         "formula_bytes": allocated_bytes(resolve(config), batch, context + WARMUP + STEPS),
         "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
+
+
+def floor_seconds(config: ModelConfig, batch: int, context: int, device: torch.device) -> float | None:
+    """Seconds in which the memory delivers what one step reads: weights in bf16, without the embedding, and the cache.
+
+    None on a device whose bandwidth is not listed, and for a Block Transformer, whose steps differ.
+    """
+    plan, size = resolve(config), config.size
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None or plan.block_length > 1:
+        return None
+    weights = num_params(config, plan) - (0 if size.tie_embeddings else size.vocab_size * size.d_model)
+    return (2 * weights + batch * kv_bytes(plan, context).read) / (gpu.bandwidth * GIGA)
 
 
 def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> list[float]:
