@@ -229,13 +229,22 @@ def test_generation_refuses(arguments: dict, message: str) -> None:
         generate(build(small("mha")), **options)
 
 
-@pytest.mark.parametrize("steps", ["plain", "static"])
-def test_rows_that_end_take_the_next_prompt(arch: str, steps: str) -> None:
+def test_rows_that_end_take_the_next_prompt(arch: str) -> None:
     """More prompts than rows: every one is continued as it is alone, whatever its row held before."""
     model = build(small(arch))
-    prompts = [tokens(1, length)[0].tolist() for length in (3, 9, 1, 14, 5, 2, 8)]
-    alone = [generate(model, [prompt], 6)[0] for prompt in prompts]
+    prompts = [tokens(1, length)[0].tolist() for length in (3, 9, 1, 14, 5)]
+    alone = [row for prompt in prompts for row in generate(model, [prompt], 6)]
     stop = alone[1][2]
     stopped = [row[: row.index(stop)] if stop in row else row for row in alone]
-    assert generate(model, prompts, 6, max_batch=2, steps=steps) == alone
-    assert generate(model, prompts, 6, max_batch=3, stop_token=stop, steps=steps) == stopped
+    assert generate(model, prompts, 6, max_batch=2, stop_token=stop) == stopped
+
+
+@pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct"])
+@pytest.mark.parametrize("steps", ["plain", "static"])
+def test_rows_are_refilled_by_static_steps_too(name: str, steps: str) -> None:
+    """And where no token ends a row, so that all end together."""
+    model = build(small(name))
+    prompts = [tokens(1, length)[0].tolist() for length in (3, 9, 1, 14, 5, 2, 8)]
+    alone = generate(model, prompts, 6)
+    for max_batch in (1, 3):
+        assert generate(model, prompts, 6, max_batch=max_batch, steps=steps) == alone

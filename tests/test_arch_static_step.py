@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import WINDOW, build, small, tokens
+from conftest import DECODERS, WINDOW, build, small, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from arch import allocate, generate, static_step
@@ -12,11 +12,16 @@ from arch.static_step import StaticStep, bucket, step_fn, step_logits
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("starts", [None, [0, 5, 11]])
-def test_static_steps_equal_the_forward(arch: str, starts: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "starts"),
+    [*((name, (0, 5, 11)) for name in DECODERS), *((name, None) for name in ("mixattention", "mla", "bct"))],
+)
+def test_static_steps_equal_the_forward(
+    name: str, starts: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the window's edge and from bucket to bucket, with rows that begin late."""
     monkeypatch.setattr(static_step, "SMALLEST_BUCKET", 4)
-    model, length, first = build(small(arch)), 3 * WINDOW, 3
+    model, length, first = build(small(name)), 3 * WINDOW, 3
     batch = tokens(3, length)
     with torch.no_grad():
         start_B = None if starts is None else torch.tensor(starts)
@@ -25,7 +30,7 @@ def test_static_steps_equal_the_forward(arch: str, starts: list[int] | None, mon
         step = StaticStep(model, cache, "static")
         logits = torch.cat([step(token) for token in batch[:, first:].split(1, dim=1)], dim=1)
         assert cache.length == length
-        for row, start in enumerate(starts or [0, 0, 0]):
+        for row, start in enumerate(starts or (0, 0, 0)):
             alone, begin = model(batch[row : row + 1, start:]), max(first, start)
             torch.testing.assert_close(
                 logits[row : row + 1, begin - first :], alone[:, begin - start :], rtol=0, atol=1e-10
