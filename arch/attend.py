@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attend_kernels import flash, flash_mask, flash_missing, flex, varlen
-from .masks import Dense, Sequences, blocks, dense, packed, visible
+from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, visible, windowed
 from .precision import at_least_fp32
 
 # (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
@@ -33,6 +33,12 @@ class Mask(NamedTuple):
 
     kernel: Kernel
     form: Any
+
+    def last_query(self, length: int) -> "Mask | None":
+        """Mask of the last of `length` queries; None where the kernel takes no single query over all slots."""
+        if not isinstance(self.form, Dense | Windowed):
+            return None
+        return self._replace(form=last_query(self.form, length))
 
 
 def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Mask, scale: float, sinks_N: Tensor | None) -> Tensor:
@@ -96,21 +102,28 @@ def sdpa_batched(
     return torch.cat(outputs)
 
 
-def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> Tensor:
-    """`attend` by torch's fused kernels; [B, T, N, V]. Masks other than plain causal are dense: slow on CUDA.
+def sdpa(
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKV: Tensor,
+    mask: Dense | Windowed,
+    scale: float,
+    sinks_N: Tensor | None,
+) -> Tensor:
+    """`attend` by torch's fused kernels; [B, T, N, V]. Dense masks other than plain causal are slow on CUDA.
 
     Inputs that torch would silently hand to its slowest kernel are first brought into a form that the fused ones
     accept: keys and values of one width, a multiple of 8, and no grouped heads with a mask (or, on CUDA, with fp32).
     """
+    if isinstance(mask, Windowed):
+        return sdpa_windowed(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     batch, length, heads, width = q_BTNH.shape
     if q_BTNH.is_cuda and batch > (rows := max_batch_rows(heads, length, max(width, v_BSKV.shape[-1]))):
         return sdpa_batched(rows, q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     value_width, slots = v_BSKV.shape[-1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    width = -(-max(q_BTNH.shape[-1], value_width) // 8) * 8
-    wide = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_BTNH, k_BSKH, v_BSKV))
-    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in wide)  # a pad by nothing would copy
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in _one_width(q_BTNH, k_BSKH, v_BSKV))
     allowed, group = mask.allowed, q.shape[1] // k.shape[1]
     if group > 1 and not mask.causal and (q.is_cuda or length == 1):
         # Heads that read the same keys are so many more queries to them: no key is copied, but the mask is.
@@ -131,6 +144,62 @@ def sdpa(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Dense, scale: flo
     return rearrange(out, "b k (g t) v -> b t (k g) v", t=length)[..., :value_width]
 
 
+def sdpa_windowed(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKV: Tensor, mask: Windowed, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """`sdpa` in blocks of queries; [B, T, N, V].
+
+    The first window is plainly causal. The blocks after it are the batch of one call for each row, whose keys and
+    values are overlapping views of the row's: as views of the whole batch they would be copied.
+    """
+    (batch, length), window, allowed = q_BTNH.shape[:2], mask.window, mask.allowed
+    first = sdpa(q_BTNH[:, :window], k_BTKH[:, :window], v_BTKV[:, :window], mask.first, scale, sinks_N)
+    size, looked = allowed.shape[-2:]
+    queries, value_width = -(-(length - window) // size) * size, v_BTKV.shape[-1]
+    q = _fill(q_BTNH[:, window:], queries)
+    k, v = (_fill(x, queries - size + looked) for x in (k_BTKH, v_BTKV))
+    step = size
+    if sinks_N is not None:  # a slot for it after each block of keys, of which a query sees the last that it looks at
+        q = _with_sink_logits(q, scale, sinks_N)
+        blocks = _with_sink_slot(*(rearrange(x, "b (z c) k h -> (b z) c k h", c=size) for x in (k, v)))
+        k, v = (rearrange(x, "(b z) c k h -> b (z c) k h", b=batch) for x in blocks)
+        slots = F.pad(rearrange(allowed, "... (n c) -> ... n c", c=size), (0, 1))
+        slots[..., -1, -1] = True
+        allowed, step = rearrange(slots, "... n c -> ... (n c)"), size + 1
+        looked = allowed.shape[-1]
+    q, k, v = _one_width(q, k, v)
+    bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, -math.inf)  # once, for all rows
+    biases = [bias] * batch if bias.ndim == 2 else bias.unsqueeze(2).unbind()
+    rows = []
+    for q_TNH, k_TKH, v_TKV, row_bias in zip(q.unbind(), k.unbind(), v.unbind(), biases, strict=True):
+        queries_ZNCH = rearrange(q_TNH, "(z c) n h -> z n c h", c=size)
+        k_ZKLH, v_ZKLV = (rearrange(x.unfold(0, looked, step), "z k h l -> z k l h") for x in (k_TKH, v_TKV))
+        rows.append(
+            F.scaled_dot_product_attention(
+                queries_ZNCH,
+                k_ZKLH,
+                v_ZKLV,
+                attn_mask=row_bias,
+                scale=scale,
+                enable_gqa=q.shape[2] != k.shape[2],
+            )
+        )
+    rest = rearrange(torch.stack(rows), "b z n c v -> b (z c) n v")
+    return torch.cat((first, rest[:, : length - window, :, :value_width]), dim=1)
+
+
+def _fill(x_BTNH: Tensor, length: int) -> Tensor:
+    """Zeros after the last token, up to `length` tokens; a pad by nothing would copy."""
+    more = length - x_BTNH.shape[1]
+    return F.pad(x_BTNH, (0, 0, 0, 0, 0, more)) if more > 0 else x_BTNH
+
+
+def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values with zeros up to one width, a multiple of 8; a pad by nothing would copy."""
+    width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
+    return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+
+
 def _sink_as_slot(
     q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float, sinks_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Dense]:
@@ -139,20 +208,29 @@ def _sink_as_slot(
     Queries get two more coordinates that hold their head's logit and what its type cut off of it; keys get zeros there,
     and the sink's key has ones there and zeros elsewhere.
     """
-    batch, length = q.shape[:2]
-    logit = (sinks_N / scale).expand(batch, length, -1).unsqueeze(-1)
-    high = logit.to(q.dtype)
-    q = torch.cat((q, high, (logit - high).to(q.dtype)), dim=-1)
-    sink = F.pad(torch.zeros_like(k[:, :1]), (0, 2), value=1.0)
-    k = torch.cat((F.pad(k, (0, 2)), sink), dim=1)
-    v = torch.cat((v, torch.zeros_like(v[:, :1])), dim=1)
     allowed = mask.allowed
     if mask.causal:
-        index = torch.arange(length, device=q.device)
+        index = torch.arange(q.shape[1], device=q.device)
         allowed = visible(index, index, None)
     if allowed is not None:
         allowed = F.pad(allowed, (0, 1), value=True)
-    return q, k, v, Dense(causal=False, allowed=allowed)
+    return (
+        _with_sink_logits(q, scale, sinks_N),
+        *_with_sink_slot(k, v),
+        Dense(causal=False, allowed=allowed),
+    )
+
+
+def _with_sink_logits(q_BTNH: Tensor, scale: float, sinks_N: Tensor) -> Tensor:
+    logit = (sinks_N / scale).expand(*q_BTNH.shape[:2], -1).unsqueeze(-1)
+    high = logit.to(q_BTNH.dtype)
+    return torch.cat((q_BTNH, high, (logit - high).to(q_BTNH.dtype)), dim=-1)
+
+
+def _with_sink_slot(k_BSKH: Tensor, v_BSKV: Tensor) -> tuple[Tensor, Tensor]:
+    sink = F.pad(torch.zeros_like(k_BSKH[:, :1]), (0, 2), value=1.0)
+    k = torch.cat((F.pad(k_BSKH, (0, 2)), sink), dim=1)
+    return k, torch.cat((v_BSKV, torch.zeros_like(v_BSKV[:, :1])), dim=1)
 
 
 class StepMask(NamedTuple):
@@ -203,9 +281,9 @@ def sdpa_step(
     return out_BNV.to(q_BNH.dtype)
 
 
-def dense_backend(name: str) -> Kernel:
-    """The kernel that accepts a dense mask when the model runs backend `name`."""
-    return reference if name == "reference" else sdpa
+def dense_backend(name: str) -> "Backend":
+    """The backend whose kernel accepts a dense mask when the model runs backend `name`."""
+    return BACKENDS["reference" if name == "reference" else "sdpa"]
 
 
 class Needs(NamedTuple):
@@ -278,7 +356,7 @@ WIDTHS_OF_FLASH = range(8, 257, 8)
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("sdpa", sdpa, dense, "torch's scaled_dot_product_attention"),
+        Backend("sdpa", sdpa, windowed, "torch's scaled_dot_product_attention"),
         Backend("reference", reference, dense, "the definition, slow"),
         Backend(
             "flex",

@@ -137,12 +137,13 @@ class BlockTransformer(LanguageModel):
         last_only: bool = False,
         head: Head = F.linear,
         segment_ids_BT: Tensor | None = None,
+        cache_only: bool = False,
     ) -> Tensor:
         """Return the logits [B, T - L, V] of tokens L to T - 1; with a start context [B, T, V], of all of them.
 
         They are logits of the tokens themselves: their targets are `select_targets(tokens_BT)`. With `last_only` they
         are those of the last token. With `cache` and `last_only`, `tokens_BT` of any length continue what the cache
-        holds, are added to it, and the logits [B, 1, V] are those of the token after them.
+        holds, are added to it, and the logits [B, 1, V] are those of the token after them; none with `cache_only`.
         `head` as in Decoder.forward. `segment_ids_BT`: 0, or negative at padding, which is then no key of the token
         decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
 
@@ -156,7 +157,8 @@ class BlockTransformer(LanguageModel):
         if cache is not None:
             if not last_only:
                 raise ValueError("over a cache, a Block Transformer has the logits of the next token; give last_only")
-            return self.continue_cache(tokens_BT, cache, head, segment_ids_BT)
+            logits_B1V = self.continue_cache(tokens_BT, cache, head, segment_ids_BT)
+            return logits_B1V[:, :0] if cache_only else logits_B1V
         length = self.plan.block_length
         if tokens_BT.shape[1] % length or tokens_BT.shape[1] < length + self.plan.num_unpredicted:
             raise ValueError(
@@ -211,7 +213,7 @@ class BlockTransformer(LanguageModel):
     def next_context(self, tokens_BT: Tensor, cache: Cache, segment_ids_BT: Tensor | None) -> Tensor:
         """Encode complete blocks; return the context [B, D] after them, the start context of a row that has none."""
         if tokens_BT.shape[1]:
-            context_BD = self.encode(tokens_BT, cache, segment_ids_BT)[:, -1]
+            context_BD = self.encode(tokens_BT, cache, segment_ids_BT, last_only=True)[:, -1]
             if self.start is None or cache.start_B is None:
                 return context_BD
             return torch.where(cache.start_B[:, None] >= cache.length, self.start.to(context_BD.dtype), context_BD)
@@ -221,8 +223,15 @@ class BlockTransformer(LanguageModel):
             )
         return self.start.expand(len(tokens_BT), -1)
 
-    def encode(self, tokens_BT: Tensor, cache: Cache | None = None, segment_ids_BT: Tensor | None = None) -> Tensor:
-        """Return after each block of `tokens_BT` the context [B, N, D] of the next one. The cache's tokens are blocks.
+    def encode(
+        self,
+        tokens_BT: Tensor,
+        cache: Cache | None = None,
+        segment_ids_BT: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Return after each block of `tokens_BT` the context [B, N, D] of the next one; with `last_only` after the last
+        alone, [B, 1, D]. The cache's tokens are blocks.
 
         `segment_ids_BT` as in `forward`; over a cache, blocks of nothing but padding are those before its `start_B`.
         """
@@ -233,7 +242,9 @@ class BlockTransformer(LanguageModel):
         if segment_ids_BT is not None and cache is None:
             ids_BN = rearrange(segment_ids_BT, "b (n l) -> b n l", l=self.plan.block_length).amax(dim=-1)
             masks = self.block_decoder.padded_masks(ids_BN)
-        out_BND: Tensor = self.block_decoder.norm(self.block_decoder.run(x_BND, cache, masks))
+        out_BND: Tensor = self.block_decoder.norm(
+            self.block_decoder.run(x_BND, cache, masks, keep=1 if last_only else None)
+        )
         return out_BND
 
     def expand(self, context_MD: Tensor) -> Tensor:
@@ -267,8 +278,8 @@ class BlockTransformer(LanguageModel):
         return self._last_logits(x_MLD, cache, head)
 
     def _last_logits(self, x_MSD: Tensor, cache: Cache, head: Head, context_MCD: Tensor | None = None) -> Tensor:
-        x_MSD = self.token_decoder.run(x_MSD, cache, context_BCD=context_MCD)
-        return head(self.token_decoder.norm(x_MSD[:, -1:]), self.output_weight)
+        x_M1D = self.token_decoder.run(x_MSD, cache, context_BCD=context_MCD, keep=1)
+        return head(self.token_decoder.norm(x_M1D), self.output_weight)
 
     @property
     def init_stds(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S slots read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
 from .layers import rope_table
-from .masks import Dense, Sequences, dense, visible
+from .masks import Dense, Sequences, Windowed, dense, visible
 from .plan import KVPlan
 from .positions import TokenPositions
 from .stores import StoreSpec
@@ -109,14 +110,23 @@ class Cache:
         assert not isinstance(buffer, StateBuffer)
         return visible(self.new_indices(1, device), buffer.step_indices(step, device), window, self.start_B)
 
-    def mask(self, window: int | None, length: int, device: torch.device) -> Dense:
+    def mask(
+        self,
+        window: int | None,
+        length: int,
+        device: torch.device,
+        form: Callable[[Sequences, int | None], Dense | Windowed] = dense,
+    ) -> Dense | Windowed:
         """Mask of the next `length` tokens over the slots that buffers of this window return.
 
-        It is always dense: no other kernel knows the order of slots in a ring, and a step has few tokens.
+        Over an empty cache they attend to themselves, and `form` makes it. Else it is dense: no other kernel knows the
+        order of slots in a ring, and a step has few tokens.
         """
-        if self.start_B is None and self.length == 0:
-            rows = self.buffers[0].tensors[0].shape[0]
-            return dense(Sequences(rows, length, None, device), window)
+        if self.length == 0:
+            rows, ids_BT = self.buffers[0].tensors[0].shape[0], None
+            if self.start_B is not None:  # padding is a segment of its own
+                ids_BT = (torch.arange(length, device=device) >= self.start_B[:, None]).int()
+            return form(Sequences(rows, length, ids_BT, device), window)
         if self.start_B is None and window is None and length == 1:
             return Dense(causal=False, allowed=None)
         stores = zip(self.plan.stores, self.buffers, strict=True)

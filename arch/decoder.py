@@ -19,7 +19,7 @@ from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
-from .masks import Dense, Sequences, padded
+from .masks import Dense, Sequences, Windowed, padded
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
 from .stores import StoreSpec
@@ -53,19 +53,26 @@ class Block(nn.Module):
         buffer: Buffer | None = None,
         offset: int | Step = 0,
         context: CrossContext | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, KV]:
         """Return the next residual stream [B, T, D], and the keys and values this layer read.
 
         `kv` is what an earlier layer wrote, ignored by an owner. `visibility` is a mask, or token positions where the
         store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
         go into it and come back with the earlier ones. With a Step as `offset`, a single token of each row, [B, D]
-        stands for [B, T, D], and `rope` and `visibility` are those of a step.
+        stands for [B, T, D], and `rope` and `visibility` are those of a step. With `keep` an owner writes all tokens,
+        and the residual stream goes on with the last `keep` of them, 0 or 1, which `visibility` is then of.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
             positions = () if self.masked else (visibility,)
             kv = self.writer(source_BTD, rope, *positions, buffer, offset)
+        if keep is not None:
+            x_BTD, h_BTD = (x[:, x.shape[1] - keep :] for x in (x_BTD, h_BTD))
+            if not keep:
+                return x_BTD, kv
+            rope = last_position(rope)
         attended_BTD = x_BTD + self.reader(h_BTD, kv, rope, visibility)
         if self.cross is not None:
             assert context is not None
@@ -132,7 +139,8 @@ class Stack(nn.Module):
 
     def cached_masks(self, cache: Cache, length: int, device: torch.device) -> list[Mask | TokenPositions]:
         """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
-        mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device))
+        form = dense_backend(self.backend).form
+        mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device, form))
         return [
             mask_by_window[store.window] if store.masked else cache.token_positions(store, length, device)
             for store in self.plan.stores
@@ -145,16 +153,17 @@ class Stack(nn.Module):
         mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
         return [mask_by_window[store.window] for store in self.plan.stores]
 
-    def dense_masks(self, mask_of: Callable[[int | None], Dense]) -> dict[int | None, Mask]:
-        """Make a dense mask for each window of the plan."""
-        return {window: Mask(dense_backend(self.backend), mask_of(window)) for window in self.plan.windows}
+    def dense_masks(self, mask_of: Callable[[int | None], Dense | Windowed]) -> dict[int | None, Mask]:
+        """Make a mask for each window of the plan, of the kernel that takes dense ones."""
+        return {window: Mask(dense_backend(self.backend).kernel, mask_of(window)) for window in self.plan.windows}
 
     def cross_context(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> CrossContext | None:
         """Vectors, or their cached keys and values, that `layer` attends to besides its sequence; None: it does not."""
         if not self.cross:
             return None
         buffer = None if cache is None else cache.cross_buffers[layer]
-        return CrossContext(context_BCD, buffer, Mask(dense_backend(self.backend), Dense(causal=False, allowed=None)))
+        mask = Mask(dense_backend(self.backend).kernel, Dense(causal=False, allowed=None))
+        return CrossContext(context_BCD, buffer, mask)
 
     def run(
         self,
@@ -162,16 +171,19 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         masks: Sequence[Mask | TokenPositions] | None = None,
         context_BCD: Tensor | None = None,
+        keep: int | None = None,
     ) -> Tensor:
         """Run the layers on `x_BTD` and return the residual stream [B, T, D], before the last norm.
 
         With `cache`, the tokens continue what it holds and are added to it. `masks`: one per store; None: causal.
-        `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. Raises ValueError where
-        the tokens do not fit into the cache, or as `masks`.
+        `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `keep`: only the last
+        position of the result is wanted (1), or nothing but what goes into the cache (0): what the layers from
+        `plan.tail` on would do beyond that is left out. Raises ValueError where the tokens do not fit into the cache,
+        or as `masks`.
         """
-        length, device = x_BTD.shape[1], x_BTD.device
+        length, device, plan = x_BTD.shape[1], x_BTD.device, self.plan
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
-        if cache is not None and masks is None and length == 1 and not self.cross:
+        if cache is not None and masks is None and length == 1 and keep != 0 and not self.cross:
             cache.check(self.plan, x_BTD.shape[0], 1)
             x_BD = self.step(x_BTD.squeeze(1), cache)
             cache.length += 1
@@ -183,22 +195,32 @@ class Stack(nn.Module):
             cache.check(self.plan, x_BTD.shape[0], length)
             offset, positions = cache.length, cache.positions(length, device)
             masks = self.cached_masks(cache, length, device) if masks is None else masks
-        ropes = {
-            key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
-        }
+        ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in plan.stores)}
+        tail = plan.last_owner if keep == 0 else plan.num_layers  # the first layer that keeps `keep` positions
+        tail_masks: Sequence[Mask | TokenPositions | None] = masks
+        tail_ropes = {key: last_position(rope) for key, rope in ropes.items()}
+        if keep == 1 and length > 1:
+            tail_masks = [mask.last_query(length) if isinstance(mask, Mask) else None for mask in masks]
+            if all(tail_masks[read] for read in plan.reads[plan.tail :]):
+                tail = plan.tail
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
-            read = self.plan.reads[layer]
-            spec = self.plan.stores[read]
+            read = plan.reads[layer]
+            spec = plan.stores[read]
             owner = spec.owner == layer
+            if layer == tail and not owner:
+                x_BTD = x_BTD[:, -1:]
+            if layer >= tail and not owner:
+                ropes = tail_ropes
             arguments = (
                 x_BTD,
                 () if owner else written[read],
                 ropes[spec.rope_key],
-                masks[read],
+                (tail_masks if layer >= tail else masks)[read],
                 cache.buffers[read] if owner and cache is not None else None,
                 offset,
                 self.cross_context(context_BCD, cache, layer),
+                keep if layer == tail and owner else None,
             )
             if self.activation_checkpointing and self.training:
                 x_BTD, kv = checkpoint(block, *arguments, use_reentrant=False)
@@ -206,11 +228,13 @@ class Stack(nn.Module):
                 x_BTD, kv = block(*arguments)
             if owner:
                 written.append(kv)
-            if layer == self.plan.readers(spec)[-1]:
+            if layer == plan.readers(spec)[-1]:
                 written[read] = ()  # checkpointing would keep them for nobody
+            if layer == tail and keep == 0:
+                break
         if cache is not None:
             cache.length += length
-        return x_BTD
+        return x_BTD if keep is None else x_BTD[:, x_BTD.shape[1] - keep :]
 
     def step(self, x_BD: Tensor, cache: Cache) -> Tensor:
         """Run the layers on one token of each row, as `run`, but leave `cache.length` as it is; [B, D]."""
@@ -242,6 +266,12 @@ class Stack(nn.Module):
         return x_BD
 
 
+def last_position(rope: Rope) -> Rope:
+    """Rotary tables of the last position."""
+    cos, sin = rope
+    return cos[..., -1:, :], sin[..., -1:, :]
+
+
 class Decoder(Stack, LanguageModel):
     """A language model: a stack over embedded tokens, and an output matrix."""
 
@@ -265,8 +295,10 @@ class Decoder(Stack, LanguageModel):
         last_only: bool = False,
         head: Head = F.linear,
         segment_ids_BT: Tensor | None = None,
+        cache_only: bool = False,
     ) -> Tensor:
-        """Return the logits [B, T, V] of the token after each of `tokens_BT`; with `last_only` of the last, [B, 1, V].
+        """Return the logits [B, T, V] of the token after each of `tokens_BT`; with `last_only` of the last, [B, 1, V];
+        with `cache_only` of none, [B, 0, V].
 
         With `cache` the tokens continue what it holds and are added to it. `head` gets the normalised last residual
         stream [B, T, D] and the output matrix [V, D]: a loss that never holds all logits takes the place of the
@@ -281,9 +313,7 @@ class Decoder(Stack, LanguageModel):
             if cache is not None:
                 raise ValueError("segment_ids_BT cannot be given with a cache, whose rows are one segment; drop one")
             masks = self.masks(x_BTD, segment_ids_BT)
-        x_BTD = self.run(x_BTD, cache, masks)
-        if last_only:
-            x_BTD = x_BTD[:, -1:]
+        x_BTD = self.run(x_BTD, cache, masks, keep=0 if cache_only else 1 if last_only else None)
         return head(self.norm(x_BTD), self.output_weight)
 
     def allocate_cache(

@@ -48,7 +48,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, length: int, cls_tokens: int, norm_eps: float, backend: str = "auto"):
         super().__init__()
         self.cls_tokens = cls_tokens
-        self.kernel = dense_backend(backend)
+        self.kernel = dense_backend(backend).kernel
         self.activation_checkpointing = False
         self.position = nn.Embedding(cls_tokens + length, config.d_model)
         self.norm = LayerNorm(config.d_model, norm_eps)

@@ -166,19 +166,24 @@ def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
 
     The last block is no context; the first is not predicted without a start context.
     """
-    (coarse, fine), block = split_config(config), block_config(config)
+    coarse, fine = split_config(config)
     contexts = seq_len // plan.block_length - 1
     predicted = (seq_len - plan.num_unpredicted) // plan.block_length
-    total = stack_flops(coarse, plan.block, contexts)
-    if block.embedder != "lookup":
-        total += 2 * contexts * num_embedded_vectors(block) * embed_dim(config) * coarse.size.d_model
-    if has_encoder(block):
-        total += contexts * encoder_flops(block)
+    total = stack_flops(coarse, plan.block, contexts) + contexts * embedder_flops(config)
     if plan.cross:
-        total += predicted * sum(cross_flops(fine, plan, layer) for layer in range(plan.token.num_layers))
+        layers = range(plan.token.num_layers)
+        total += predicted * sum(cross_flops(fine, plan, layer, plan.num_positions) for layer in layers)
     total += predicted * 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
     total += predicted * stack_flops(fine, plan.token, plan.num_positions)
     return total + predicted * plan.block_length * 2 * fine.size.d_model * fine.size.vocab_size
+
+
+def embedder_flops(config: ModelConfig) -> int:
+    """`forward_flops` of the embedder over one block."""
+    block, total = block_config(config), 0
+    if block.embedder != "lookup":
+        total += 2 * num_embedded_vectors(block) * embed_dim(config) * config.size.d_model
+    return total + (encoder_flops(block) if has_encoder(block) else 0)
 
 
 def encoder_flops(block: BlockConfig) -> int:
@@ -188,21 +193,61 @@ def encoder_flops(block: BlockConfig) -> int:
     return block.encoder.layers * (2 * positions * matrices + 4 * positions * positions * width)
 
 
-def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int) -> int:
-    """`forward_flops` of the cross-attention of one layer of the token decoder `config` over one block."""
+def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int, positions: int) -> int:
+    """`forward_flops` of the cross-attention of one layer of the token decoder `config` at `positions` of a block."""
     of_tokens, of_context = cross_matrices(config, plan.token, layer)
-    products = 2 * plan.num_positions * of_tokens + 2 * plan.num_context_vectors * of_context
-    return products + plan.token.store(layer).pair_flops(config.size) * plan.num_positions * plan.num_context_vectors
+    products = 2 * positions * of_tokens + 2 * plan.num_context_vectors * of_context
+    return products + plan.token.store(layer).pair_flops(config.size) * positions * plan.num_context_vectors
 
 
-def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int) -> int:
-    """`forward_flops` of the layers alone."""
+def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int, num_layers: int | None = None) -> int:
+    """`forward_flops` of the first `num_layers` layers alone; None: of all."""
     total = 0
-    for layer in range(plan.num_layers):
+    for layer in range(plan.num_layers if num_layers is None else num_layers):
         store = plan.store(layer)
         total += 2 * seq_len * layer_params(config, plan, layer)[1]
         total += store.attention_flops(config.size, seq_len, store.owner == layer)
     return total
+
+
+def prefill_flops(config: ModelConfig, plan: Plan, context: int) -> int:
+    """FLOPs of adding a prompt of `context` tokens to an empty cache, for the logits of the next token alone.
+
+    As `forward_flops`, but the layers from `KVPlan.tail` on run on the last position, and so does the output. A Block
+    Transformer encodes the prompt's whole blocks, and begins the next one with the tokens that are left.
+    """
+    if isinstance(plan, BlockPlan):
+        return block_prefill_flops(config, plan, context)
+    return 2 * config.size.d_model * config.size.vocab_size + stack_prefill_flops(config, plan, context)
+
+
+def stack_prefill_flops(config: ModelConfig, plan: KVPlan, context: int) -> int:
+    """`prefill_flops` of the layers alone."""
+    size, total = config.size, stack_flops(config, plan, context, plan.tail)
+    for layer in range(plan.tail, plan.num_layers):
+        store, matrices = plan.store(layer), layer_params(config, plan, layer)[1]
+        written = store.writer_params(size).matrices if store.owner == layer else 0
+        total += 2 * (context * written + matrices - written)
+        total += store.step_flops(size) * store.num_positions(context)
+    return total
+
+
+def block_prefill_flops(config: ModelConfig, plan: BlockPlan, context: int) -> int:
+    """`prefill_flops` of a Block Transformer. Raises ValueError where the prompt is shorter than `plan.min_prompt`."""
+    coarse, fine = split_config(config)
+    blocks, left = divmod(context, plan.block_length)
+    if context < plan.min_prompt:
+        raise ValueError(f"{context} tokens are less than a block of {plan.block_length}; give a longer context")
+    total = blocks * embedder_flops(config)
+    total += stack_prefill_flops(coarse, plan.block, blocks) if blocks else 0
+    total += 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
+    positions = plan.num_positions - plan.block_length + 1 + left
+    total += stack_prefill_flops(fine, plan.token, positions)
+    if plan.cross:
+        for layer in range(plan.token.num_layers):
+            asked = positions if layer < plan.token.tail else 1
+            total += cross_flops(fine, plan, layer, asked)
+    return total + 2 * fine.size.d_model * fine.size.vocab_size
 
 
 def train_flops_per_token(config: ModelConfig, plan: Plan, seq_len: int | None = None) -> float:

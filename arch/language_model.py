@@ -47,11 +47,13 @@ class LanguageModel(nn.Module, ABC):
         last_only: bool = False,
         head: Head = F.linear,
         segment_ids_BT: Tensor | None = None,
+        cache_only: bool = False,
     ) -> Tensor:
         """Return the logits [B, T', V] of the targets that the model predicts, or what `head` makes of the states.
 
         Without a cache they are those of `select_targets`. With a cache, the tokens continue what it holds and are
-        added to it, and the last of the logits are those of the token that comes next.
+        added to it, and the last of the logits are those of the token that comes next; with `last_only` they are the
+        only ones, with `cache_only` none are returned, [B, 0, V].
         `segment_ids_BT`: tokens see only their own segment, a run of equal numbers; negative numbers are padding.
         """
 
@@ -109,7 +111,10 @@ class LanguageModel(nn.Module, ABC):
         step = -(-(chunk or length) // block) * block
         for begin in range(0, length, step):
             ids_BT = None if segment_ids_BT is None else segment_ids_BT[:, begin : begin + step]
-            logits_B1V: Tensor = self(tokens_BT[:, begin : begin + step], cache, last_only=True, segment_ids_BT=ids_BT)
+            more = begin + step < length
+            logits_B1V: Tensor = self(
+                tokens_BT[:, begin : begin + step], cache, last_only=True, segment_ids_BT=ids_BT, cache_only=more
+            )
         return logits_B1V
 
     def decode_step(self, tokens_B1: Tensor, cache: Any) -> Tensor:

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+
+from .stores import query_blocks
 
 
 class Sequences(NamedTuple):
@@ -35,6 +38,20 @@ class Dense(NamedTuple):
 
     causal: bool
     allowed: Tensor | None
+
+
+class Windowed(NamedTuple):
+    """Mask of tokens that attend to themselves in a window, by blocks of queries that look at no more than they need.
+
+    window   tokens
+    first    mask of the first `window` tokens, which see no other
+    allowed  [C, L], or [B, Z, C, L] with segments, True where visible: block z has C queries from token `window` + z C
+             on, and looks at L slots from token z C on. What lies beyond the last token fills the last block
+    """
+
+    window: int
+    first: Dense
+    allowed: Tensor
 
 
 class Packed(NamedTuple):
@@ -75,6 +92,43 @@ def dense(sequences: Sequences, window: int | None) -> Dense:
     index = torch.arange(sequences.length, device=sequences.device)
     allowed = (index <= index[:, None]) & (index >= first[..., None])
     return Dense(causal=False, allowed=allowed if allowed.ndim == 2 else allowed.unsqueeze(1))
+
+
+def windowed(sequences: Sequences, window: int | None) -> Dense | Windowed:
+    """Mask in blocks on the CPU where a window restricts something, else a dense one."""
+    batch, length, segment_ids_BT, device = sequences
+    blocks = query_blocks(length, window) if device.type == "cpu" else None
+    if blocks is None:
+        return dense(sequences, window)
+    assert window is not None
+    query_C, slot_L = (
+        torch.arange(window, window + blocks.size, device=device),
+        torch.arange(blocks.looked, device=device),
+    )
+    if segment_ids_BT is None:
+        return Windowed(window, Dense(causal=True, allowed=None), visible(query_C, slot_L, window))
+    lower_BT = first_visible(sequences, window)
+    assert lower_BT is not None
+    filled_BT = F.pad(lower_BT[:, window:], (0, blocks.queries + window - length))
+    begin_Z = blocks.size * torch.arange(blocks.number, device=device)
+    lower_BZC = rearrange(filled_BT, "b (z c) -> b z c", c=blocks.size) - begin_Z[:, None]
+    allowed_BZCL = (slot_L <= query_C[:, None]) & (slot_L >= lower_BZC[..., None])
+    first = dense(Sequences(batch, window, segment_ids_BT[:, :window], device), None)
+    return Windowed(window, first, allowed_BZCL)
+
+
+def last_query(form: Dense | Windowed, length: int) -> Dense:
+    """Mask of the last of `length` queries."""
+    if isinstance(form, Dense):
+        allowed = form.allowed
+        return Dense(causal=False, allowed=None if allowed is None else allowed[..., -1:, :])
+    size = form.allowed.shape[-2]
+    block, row = divmod(length - 1 - form.window, size)
+    if form.allowed.ndim == 2:
+        seen_1S = F.pad(form.allowed[row : row + 1], (block * size, 0))[:, :length]
+        return Dense(causal=False, allowed=seen_1S)
+    seen_B1L = form.allowed[:, block, row : row + 1]
+    return Dense(causal=False, allowed=F.pad(seen_B1L, (block * size, 0))[:, None, :, :length])
 
 
 def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor | None = None) -> Tensor:

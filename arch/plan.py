@@ -95,6 +95,21 @@ class KVPlan:
         """The layers that read `store`, its owner first."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == store.owner)
 
+    @property
+    def last_owner(self) -> int:
+        """The layer above which nothing is written."""
+        return self.stores[-1].owner
+
+    @property
+    def tail(self) -> int:
+        """The first of the layers that need the last position alone where nothing else is asked of the stack.
+
+        The last owner, which writes at every position and then goes on with the last, and all above it; a layer that
+        reads its store not by a mask needs every position, and so do those below it.
+        """
+        layers = range(self.last_owner, self.num_layers)
+        return max((layer + 1 for layer in layers if not self.store(layer).masked), default=self.last_owner)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
         return {"stores": tuple(store.to_dict() for store in self.stores), "reads": self.reads}

@@ -80,6 +80,43 @@ def visible_pairs(seq_len: int, window: int | None) -> int:
     return full * (full + 1) // 2 + (seq_len - full) * full
 
 
+class QueryBlocks(NamedTuple):
+    """Blocks of queries beyond the first window, in which windowed attention is computed on a CPU (masks.Windowed).
+
+    size    queries of a block
+    number  of blocks
+    looked  slots that a block looks at: the window before it and its own, in whole blocks
+    """
+
+    size: int
+    number: int
+    looked: int
+
+    @property
+    def queries(self) -> int:
+        """Queries with those that fill the last block."""
+        return self.size * self.number
+
+    @property
+    def slots(self) -> int:
+        """Slots that all blocks together look at, from the first token on, with those that fill the last block."""
+        return self.queries - self.size + self.looked
+
+
+# Tokens below which a dense mask [T, T] costs no more than the calls that blocks take.
+SHORT_ROW = 64
+# Most queries of a block, the fastest of 16 to 512 for windows of 64 to 1,024.
+QUERY_BLOCK = 64
+
+
+def query_blocks(seq_len: int, window: int | None) -> QueryBlocks | None:
+    """Blocks for `seq_len` tokens that attend to themselves; None: the mask is dense, or restricts nothing."""
+    if window is None or window >= seq_len or seq_len < SHORT_ROW:
+        return None
+    size = min(QUERY_BLOCK, max(16, window // 2), seq_len - window)
+    return QueryBlocks(size, -(-(seq_len - window) // size), size * (1 + -(-window // size)))
+
+
 @dataclass(frozen=True)
 class StoreSpec:
     """The store that layer `owner` writes. `window` counts the current position; None keeps every position.
@@ -181,6 +218,10 @@ class StoreSpec:
         """FLOPs of one layer for the scores and weighted values of one (query, key) pair."""
         return 2 * size.num_heads * (2 * head_dim(size) + self.slot.rope_dim)
 
+    def step_flops(self, size: SizeConfig) -> int:
+        """`pair_flops` of one token over a cache."""
+        return self.pair_flops(size)
+
     def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
         """Forward FLOPs of attention over one sequence in one layer, the owner or another; projections aside."""
         return self.pair_flops(size) * visible_pairs(seq_len, self.window)
@@ -279,6 +320,10 @@ class LatentSpec(StoreSpec):
         """Also the norm of the latent."""
         matrices, others = super().writer_params(size)
         return ParamCount(matrices, others + self.slot.latent_dim)
+
+    def step_flops(self, size: SizeConfig) -> int:
+        """Of queries that are compared with latents."""
+        return 2 * size.num_heads * (2 * self.slot.latent_dim + self.slot.rope_dim)
 
     @property
     def slot_text(self) -> str:

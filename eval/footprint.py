@@ -22,6 +22,7 @@ from arch.footprint import (
     kv_bytes,
     max_batch,
     num_params,
+    prefill_flops,
     train_flops_per_token,
 )
 from arch.named import load_arch, names
@@ -33,7 +34,8 @@ from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
 
 PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder
 MEANING = """\
-FLOPs/token: forward and backward. Largest batch: sequences whose caches fit into the memory beside the weights.
+FLOPs/token: forward and backward. Prefill FLOPs: a prompt of that many tokens, for the logits of the next one alone.
+Largest batch: sequences whose caches fit into the memory beside the weights.
 KV per token: bytes that each further token adds. KV constant: what no context changes, once windows are full.
 KV stored: the cache of one sequence. KV read: what decoding one token fetches from it, over all layers."""
 STORES_MEANING = """\
@@ -56,7 +58,10 @@ class FootprintConfig:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Costs of one architecture; bytes are of one sequence, as in `arch.footprint.KVBytes`."""
+    """Costs of one architecture; bytes are of one sequence, as in `arch.footprint.KVBytes`.
+
+    prefill_flops  of a prompt of `context` tokens; of a Block Transformer that needs more, of the shortest it takes
+    """
 
     arch: str
     num_params: int
@@ -67,6 +72,7 @@ class Footprint:
     kv_bytes_read: float
     context: int
     max_batch: int
+    prefill_flops: int
 
 
 def measure(name: str, config: ModelConfig, context: int, memory: float, itemsize: int) -> Footprint:
@@ -83,6 +89,7 @@ def measure(name: str, config: ModelConfig, context: int, memory: float, itemsiz
         kv_bytes_read=kv.read,
         context=context,
         max_batch=max_batch(plan, context, memory, params * itemsize, itemsize),
+        prefill_flops=prefill_flops(config, plan, max(context, plan.min_prompt)),
     )
 
 
@@ -92,6 +99,7 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
     for column in (
         "params",
         f"FLOPs/token\n(training, {seq_len:,})",
+        f"prefill FLOPs\n({rows[0].context:,} tokens)",
         "KV per token\n(slope)",
         "KV constant\n(windows, slots,\ntoken decoder)",
         "KV stored\n(one sequence)",
@@ -104,6 +112,7 @@ def table(rows: list[Footprint], size: str, memory: str, seq_len: int) -> Table:
             row.arch,
             count_text(row.num_params),
             count_text(row.flops_per_token),
+            count_text(row.prefill_flops),
             f"{number_text(row.kv_bytes_per_token)} B",
             bytes_text(row.kv_bytes_constant) if row.kv_bytes_constant else "-",
             bytes_text(row.kv_bytes_stored),

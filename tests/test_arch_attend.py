@@ -14,7 +14,7 @@ from arch import Decoder
 from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
-from arch.masks import Dense, Sequences, dense, visible
+from arch.masks import Dense, Sequences, Windowed, dense, visible
 
 CPU = torch.device("cpu")
 DENSE = {"sdpa": sdpa, "reference": reference}  # the kernels that take any mask, and run anywhere
@@ -83,6 +83,55 @@ def test_dense_backend_is_the_definition(name: str, mask: str, kv_heads: int, va
     expected = reference(*doubles[:3], make(), 8**-0.5, doubles[3] if sinks else None)
     for ours, exact in zip(gradients, torch.autograd.grad((expected * weight).sum(), doubles), strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("length", "window", "kv_heads", "value_width"), [(64, 1, 4, 8), (97, 6, 2, 12), (150, 41, 1, 8), (100, 97, 4, 8)]
+)
+def test_windows_in_blocks_are_the_definition(
+    length: int, window: int, kv_heads: int, value_width: int, documents: bool, sinks: bool
+) -> None:
+    """Blocks and windows that do not divide the length, one block, windows of one token; forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    cut = (torch.rand(2, length, generator=generator) < 0.05).cumsum(1) if documents else None
+    sequences = Sequences(2, length, cut, CPU)
+    shapes = [(2, length, 4, 8), (2, length, kv_heads, 8), (2, length, kv_heads, value_width), *[(4,)] * sinks]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    logits = inputs[3] if sinks else None
+    mask = BACKENDS["sdpa"].mask(sequences, window, torch.float64)
+    assert isinstance(mask.form, Windowed)
+    results = []
+    for out in (
+        attend(*inputs[:3], mask, 8**-0.5, logits),
+        reference(*inputs[:3], dense(sequences, window), 8**-0.5, logits),
+    ):
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    last = mask.last_query(length)
+    assert last is not None
+    one = attend(inputs[0][:, -1:], *inputs[1:3], last, 8**-0.5, logits)
+    torch.testing.assert_close(one, results[1][0][:, -1:], rtol=0, atol=1e-12)
+
+
+def test_blocks_look_at_their_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pair more than the window and a block for each query, no key copied, one small mask."""
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((q, k, options.get("attn_mask")))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
+    length, window, block = 1024, 128, 64
+    q, k, v = (torch.randn(2, length, heads, 8) for heads in (4, 2, 2))
+    attend(q, k, v, BACKENDS["sdpa"].mask(Sequences(2, length, None, CPU), window, torch.float32), 1.0, None)
+    assert [query.shape[2] * keys.shape[2] for query, keys, _ in calls] == [window**2, *[block * (window + block)] * 2]
+    assert all(keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for _, keys, _ in calls)
+    assert calls[1][2] is calls[2][2] and calls[1][2].shape == (block, window + block)
 
 
 @pytest.mark.parametrize("sink", [None, 3.0, 30.0])

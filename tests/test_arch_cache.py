@@ -127,6 +127,37 @@ def test_autocast_decodes_like_it_trains(arch: str) -> None:
     assert (logits - expected).abs().max() < 0.1 * expected.std()
 
 
+def test_prefill_stops_at_the_last_writer(arch: str) -> None:
+    """Whole, and in chunks of ragged rows, long enough that windows are read in blocks: the last logits and that of a
+    step after them are those of the definition, and no layer from the last writer on computes more than the last
+    position."""
+    model, exact = build(small(arch)), build(small(arch), backend="reference")
+    plan, length, starts = model.plan, 80, [0, 11, 70]
+    batch, ran = tokens(3, length + 1), []
+    for layer, block in enumerate(model.layers):
+        block.mlp.register_forward_hook(lambda _, inputs, out, layer=layer: ran.append((layer, inputs[0].shape[1])))
+    with torch.no_grad():
+        expected = torch.cat([exact(batch[row : row + 1, start:])[:, -2:] for row, start in enumerate(starts)])
+        for rows, chunk, start_B in ((1, None, None), (3, 33, torch.tensor(starts))):
+            cache = allocate(plan, rows, length + 1, dtype=torch.float64, start_B=start_B)
+            ran.clear()
+            logits = [model.prefill(batch[:rows, :length], cache, chunk)]
+            *before, last = [33, 33, 14] if chunk else [length]
+            whole = [(layer, size) for size in before for layer in range(plan.last_owner)]
+            assert ran == whole + [(layer, last if layer < plan.tail else 1) for layer in range(plan.num_layers)]
+            logits.append(model.decode_step(batch[:rows, length:], cache))
+            torch.testing.assert_close(torch.cat(logits, dim=1), expected[:rows], rtol=0, atol=1e-10)
+
+
+def test_tail() -> None:
+    """Layers of 20 that prefill leaves out; bounded stores need every position."""
+    layers = {"yoco": 9, "tail_sharing": 8, "ma": 4, "cla4": 3, "cla2": 1, "mha": 0}
+    for name, above in layers.items():
+        plan = resolve(small(name, num_layers=20))
+        assert plan.tail == plan.last_owner == 19 - above
+    assert resolve(small("bct", num_layers=20)).tail == 20
+
+
 def test_last_only(arch: str) -> None:
     model, batch = build(small(arch)), tokens(2, 9)
     with torch.no_grad():

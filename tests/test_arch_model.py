@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
-from arch.footprint import forward_flops, num_params, train_flops_per_token
+from arch.footprint import forward_flops, num_params, prefill_flops, train_flops_per_token
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
 from arch.named import load_arch, load_size
-from arch.stores import visible_pairs
+from arch.stores import StoreSpec, visible_pairs
 
 
 def causal_mask(length: int, window: int | None = None) -> Mask:
@@ -98,6 +98,17 @@ def test_parameters_of_the_cla_paper() -> None:
         assert round(num_params(config, resolve(config)) / 1e9, 2) == billions
 
 
+def unseen_pairs(store: StoreSpec, length: int) -> int:
+    """Pairs that a layer computes and no token sees."""
+    computed = length * length
+    if store.num_slots:  # no pairs at all, or those of blocks of half a window with their own and the window before
+        if not store.window:
+            return 0
+        block = -(-store.window // 2)
+        computed = -(-length // block) * block * (store.window + block)
+    return computed - visible_pairs(length, store.window)
+
+
 def test_flops(arch: str) -> None:
     """The counter sees dense attention: with its pairs in place of the visible ones, the formula agrees exactly."""
     config, length = small(arch), 17
@@ -108,15 +119,29 @@ def test_flops(arch: str) -> None:
     expected = forward_flops(config, model.plan, length)
     for layer in range(model.plan.num_layers):
         store = model.plan.store(layer)
-        computed = length * length
-        if store.num_slots:  # no pairs at all, or those of blocks of half a window with their own and the window before
-            block = -(-store.window // 2) if store.window else 1
-            computed = -(-length // block) * block * (store.window + block) if store.window else 0
-        if computed:
-            pairs = computed - visible_pairs(length, store.window)
-            expected += store.pair_flops(config.size) * pairs
+        expected += store.pair_flops(config.size) * unseen_pairs(store, length)
     assert counter.get_total_flops() == expected
     assert train_flops_per_token(config, model.plan, length) == 3 * forward_flops(config, model.plan, length) / length
+
+
+def test_flops_of_prefill(arch: str) -> None:
+    """As counted, with the pairs of dense attention in place of the visible ones; the tail looks at all new slots."""
+    config, length = small(arch), 17
+    model = Decoder(config, "reference").eval()
+    model.init_weights()
+    plan = model.plan
+    cache = model.allocate_cache(1, length)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.prefill(tokens(1, length), cache)
+    expected = prefill_flops(config, plan, length)
+    for layer in range(plan.num_layers):
+        store = plan.store(layer)
+        if layer < plan.tail:
+            expected += store.pair_flops(config.size) * unseen_pairs(store, length)
+        else:
+            expected += store.step_flops(config.size) * (length - store.num_positions(length))
+    assert counter.get_total_flops() == expected
+    assert expected < forward_flops(config, plan, length) or plan.tail == plan.num_layers
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 30])

@@ -18,7 +18,7 @@ from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
 from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
-from arch.stores import CHUNK, BoundedSpec
+from arch.stores import CHUNK, BoundedSpec, query_blocks
 from train.schema import LOSS_ROWS
 
 FP32 = 4
@@ -32,7 +32,7 @@ class Execution:
     world       processes
     itemsize    of the type computed in: 2 for bf16, 4 for fp32
     accumulate  micro-batches of a step
-    dense       windows are boolean masks [T, T] and sinks are slots, as in torch's fused attention on a CPU
+    dense       windows are read in blocks and sinks are slots, as in torch's fused attention on a CPU
     """
 
     strategy: str = "auto"
@@ -218,8 +218,16 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
     shared = sum(
         ACTIVATIONS[store.kind].shared(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1
     )
-    masks = sum(size.seq_len**2 for window in plan.windows if window is not None and window < size.seq_len)
+    masks = sum(mask_elements(size.seq_len, window) for window in plan.windows)
     return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
+
+
+def mask_elements(seq_len: int, window: int | None) -> int:
+    """Elements of the mask of a window: of a block of queries, or dense; none where it restricts nothing."""
+    blocks = query_blocks(seq_len, window)
+    if blocks is not None:
+        return blocks.size * blocks.looked
+    return 0 if window is None or window >= seq_len else seq_len**2
 
 
 def norm_bytes(size: SizeConfig) -> int:
@@ -379,8 +387,23 @@ class MaskedActivations:
 
         Keys and values belong to the owner of the store, unless a sink is appended to them. All are as wide as the
         kernel's keys; where heads are narrower, or a sink takes its share afterwards, the output is kept once more.
+        In blocks of queries it always is, and what fills up blocks or widths is copied.
         """
         heads, appended, wide = config.size.num_heads, store.sinks and how.dense, self.width(config, store, how)
+        blocks = query_blocks(config.size.seq_len, store.window) if how.dense else None
+        if blocks is not None:
+            assert store.window is not None
+            length, window, kernel = config.size.seq_len, store.window, store.kernel_heads(config.size)
+            queries, slots = window + blocks.queries, blocks.slots
+            copied = appended or wide > kernel.k_dim
+            kept = queries if copied else length + blocks.queries * (queries > length)
+            if appended:
+                slots += slots // blocks.size + 1
+            read = window if copied else length * (owner or self.expands)
+            read += slots if copied or slots > length else 0
+            total = heads * wide * (kept + queries) + 2 * kernel.kv_heads * wide * read
+            total += heads * head_dim(config.size) * length
+            return (how.itemsize * total + FP32 * heads * queries) / length
         elements = 2 * heads * wide
         if owner or appended or self.expands:
             elements += 2 * store.kernel_heads(config.size).kv_heads * wide
@@ -396,11 +419,16 @@ class MaskedActivations:
         return -(-(width + 2 * (store.sinks and how.dense)) // 8) * 8 if how.dense else width
 
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
-        """The dense mask [T, T] of a window, which torch's fused attention converts for each layer and keeps."""
-        length = config.size.seq_len
+        """The mask of a window, which each layer converts and keeps: of a block of queries, with sinks also of the
+        first window; dense [T, T] in short rows."""
+        length, blocks = config.size.seq_len, query_blocks(config.size.seq_len, store.window)
         if not how.dense or not (store.sinks or (store.window is not None and store.window < length)):
             return 0
-        return how.itemsize * length * (length + store.sinks)
+        if blocks is None:
+            return how.itemsize * length * (length + store.sinks)
+        assert store.window is not None
+        sinks = store.sinks * (blocks.looked + store.window * (store.window + 1))
+        return how.itemsize * (blocks.size * blocks.looked + sinks)
 
     def gradients(self, config: ModelConfig, store: StoreSpec) -> float:
         """Gradients alive at a time in the reader's backward pass, where they may be more than the block's."""
