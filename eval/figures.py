@@ -28,6 +28,13 @@ BYTES: dict[str, tuple[str, Callable[[Plan, int, int], float]]] = {
     "constant": ("KV bytes that do not grow", lambda plan, *at: kv_bytes(plan, *at).constant),
 }
 LOSS = {"loss": "loss in nats per token"}
+# Of tasks, where the name alone does not say what it is.
+LABELS = {
+    "induction/text": "loss of a text's second occurrence minus its first, in nats per token",
+    "induction/random": "loss of random tokens' second occurrence minus their first, in nats per token",
+    "decode/token_ms": "milliseconds per decoded token",
+    "decode/prefill_ms": "milliseconds of prefill",
+}
 COUNTS = {"params": "parameters", "tokens": "tokens of training"}
 # Last words of names of figures that are the better the larger they are.
 LARGER = re.compile(r"(acc|accuracy|acc_norm|exact_match|exact|f1|score|recall|gain|per_second|mfu)(,\w+)?$")
@@ -51,8 +58,14 @@ def axis(name: str, context: int) -> Axis:
     """The axis of the figure `name`, with bytes at `context` tokens."""
     if name in BYTES:
         return Axis(name, BYTES[name][0].format(f"{context:,}"), in_bytes=True)
-    label = METRICS.get(name) or LOSS.get(name) or COUNTS.get(name) or name
+    label = METRICS.get(name) or LOSS.get(name) or COUNTS.get(name) or LABELS.get(without_text(name)) or name
     return Axis(name, label, LARGER.search(name) is not None, name.endswith("bytes"))
+
+
+def without_text(name: str) -> str:
+    """The name of a figure without the text that it was measured on: `perplexity@book/ppl` is `perplexity/ppl`."""
+    task, _, rest = name.partition("/")
+    return f"{task.partition('@')[0]}/{rest}"
 
 
 def figure(run: Run, name: str, context: int, itemsize: int) -> Any:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import arch
 from arch import attend, attention, convert_formats, stores
 from eval import footprint, pareto
+from eval.tasks import TASKS
 from train.estimates import memory
 from train.hub import request, targets
 
@@ -87,6 +88,7 @@ REGISTRIES = (
     convert_formats.FORMATS,
     memory.ACTIVATIONS,
     pareto.METRICS,
+    TASKS,
     targets.TARGETS,
 )
 

@@ -194,3 +194,14 @@ def test_summary_keeps_to_its_checkpoint(old: Path, capsys: pytest.CaptureFixtur
     assert "evaluations" not in result(old / "run-mixattention" / "summary.json")
     assert "summary.json is of step 8, these figures are of step 6" in capsys.readouterr().err
     assert result(old / "run-mixattention" / "evaluations" / "perplexity.json")["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["run-mixattention", "run-block"])
+def test_time_and_bytes_of_decoding(name: str, old: Path) -> None:
+    main([f"checkpoint={name}", "tasks=decode", "decode.prompt=7", "decode.new=4", "decode.batch=2", "device=cpu"])
+    written = result(old / name / "evaluations" / "decode.json")
+    figures, model = written["figures"], load(name).model
+    assert len(written["rows"]) == 5
+    assert figures["cache_bytes"] == model.allocate_cache(2, 11 if model.plan.block_length > 1 else 10).nbytes
+    assert figures["token_ms"] > 0 and figures["prefill_ms"] > 0
+    assert figures["tokens_per_second"] == pytest.approx(2000 / figures["token_ms"])

@@ -38,7 +38,7 @@ def of(word: str) -> list[str]:
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
     scripts = ("train/pretrain", "train/estimate", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
-    scripts += ("eval/footprint", "eval/pareto", "eval/curves")
+    scripts += ("eval/footprint", "eval/pareto", "eval/curves", "eval/evaluate", "eval/generate")
     kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ", "wandb sync ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
@@ -72,7 +72,7 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))
-    (command,) = of("python eval/pareto.py")
+    command, _ = of("python eval/pareto.py")  # the other one: test_evaluate
     _, script, *arguments = shlex.split(command)
     done = run_script(script, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -118,6 +118,28 @@ def test_count(tmp_path: Path) -> None:
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "footprint" / "mixattention-1b.png").exists()
+
+
+def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Tasks, a text and a plot of both, on a run in the place that the commands name."""
+    from eval import evaluate, generate, pareto
+
+    (command,) = of("python eval/evaluate.py")
+    place = next(word for word in shlex.split(command) if word.startswith("checkpoint=")).removeprefix("checkpoint=")
+    old = ROOT / "tests" / "golden" / "old"
+    shutil.copytree(old / "run-mixattention", tmp_path / place)
+    shutil.copytree(old / "data", tmp_path / "data")
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night. The rain fell in torrents. " * 20)
+    monkeypatch.chdir(tmp_path)
+    for command, main in (
+        *((command, evaluate.main) for command in of("python eval/evaluate.py")),
+        *((command, generate.main) for command in of("python eval/generate.py")),
+        (of("python eval/pareto.py")[1], pareto.main),
+    ):
+        main(shlex.split(command)[2:])
+    out = capsys.readouterr().out
+    assert "perplexity@book.txt/ppl" in out and "recall/zoology/accuracy" in out and "def " in out
+    assert (tmp_path / "runs" / "pareto.png").exists()
 
 
 def test_measurements(tmp_path: Path) -> None:

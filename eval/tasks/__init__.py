@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from data.cli import UsageError, did_you_mean, parse
-from eval.tasks import copying, harness, needles, perplexity, recall
+from eval.tasks import copying, decoding, harness, needles, perplexity, recall
 from eval.tasks.task import Options, Subject, Task, TaskResult
 
 __all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choose", "sections"]
@@ -20,6 +20,7 @@ TASKS: dict[str, Task] = {
     "needles": Task(needles.Options, needles.run, reads_text=True),
     "copy": Task(copying.CopyOptions, copying.copy),
     "induction": Task(copying.InductionOptions, copying.induction, reads_text=True),
+    "decode": Task(decoding.Options, decoding.run),
     "lm-eval": Task(harness.Options, harness.run, argument="names"),
 }
 

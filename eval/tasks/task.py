@@ -129,7 +129,7 @@ class Options:
     """Options of a task; each task extends it with its own, and a docstring that explains them."""
 
     def problems(self) -> list[str]:
-        """What is wrong with them, each item beginning with the option; checked before anything is loaded."""
+        """List what is wrong with them, each item beginning with the option; checked before anything is loaded."""
         return []
 
 
