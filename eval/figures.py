@@ -32,6 +32,7 @@ LOSS = {"loss": "loss in nats per token"}
 LABELS = {
     "induction/text": "loss of a text's second occurrence minus its first, in nats per token",
     "induction/random": "loss of random tokens' second occurrence minus their first, in nats per token",
+    "perplexity/repeat_ppl": "perplexity of tokens that repeat a pair seen before",
     "decode/token_ms": "milliseconds per decoded token",
     "decode/prefill_ms": "milliseconds of prefill",
 }

@@ -210,13 +210,16 @@ class ValidationBatches:
 class Scores:
     """Sums of the loss in nats, the scored tokens and their bytes of text; `add` takes a batch.
 
-    words, raw_bytes  of the text as it stands in the file, where those are to be counted
+    repeated, repeated_nats  tokens that end a pair of tokens seen before in the window, and their loss
+    words, raw_bytes         of the text as it stands in the file, where those are to be counted
     """
 
     subject: Subject
     nats: float = 0.0
     tokens: int = 0
     text_bytes: float = 0.0
+    repeated_nats: float = 0.0
+    repeated: int = 0
     words: int = 0
     raw_bytes: int = 0
     scored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -235,6 +238,9 @@ class Scores:
         self.nats += nats_BT.double().sum().item()
         self.tokens += int(real_BT.sum())
         self.text_bytes += (found.sizes_BT * real_BT).sum().item()
+        again_BT = repeats(batch, self.subject.model.plan.target_offset) & real_BT
+        self.repeated += int(again_BT.sum())
+        self.repeated_nats += nats_BT[again_BT].double().sum().item()
         self.scored.append((nats_BT, real_BT))
 
     @property
@@ -245,6 +251,24 @@ class Scores:
     @property
     def buckets(self) -> list[Bucket]:
         return by_position(self.scored)
+
+
+def repeats(batch: Batch, target_offset: int) -> Tensor:
+    """True at targets [B, T] that follow a token which they have followed before in the window.
+
+    These are the "associative recall hits" of Zoology (Arora et al. 2023, section 3), here without its limit on how
+    often training has seen the pair.
+    """
+    tokens_BT = batch["inputs"]
+    last_B1 = batch["targets"][:, -1:].clamp(min=0)
+    tokens_BT = torch.cat((tokens_BT, last_B1) if target_offset else (tokens_BT[:, :1], tokens_BT), dim=1).long()
+    pairs_BT = (tokens_BT[:, :-1] << 32) + tokens_BT[:, 1:]
+    again_BT = torch.ones_like(pairs_BT, dtype=torch.bool)
+    for row_T, pairs_T in zip(again_BT, pairs_BT, strict=True):
+        row_T[torch.from_numpy(np.unique(pairs_T.numpy(), return_index=True)[1])] = False
+    if not target_offset:
+        again_BT[:, 0] = False  # of the first target, the token before it is not an input
+    return again_BT
 
 
 def perplexity_of(nats: float) -> float:

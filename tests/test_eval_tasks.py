@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 from data.cli import UsageError
 from eval.evaluate import main
+from eval.scoring import repeats
 from eval.tasks import TASKS, choose
 from train import load
 from train.source import Source
@@ -205,3 +207,16 @@ def test_time_and_bytes_of_decoding(name: str, old: Path) -> None:
     assert figures["cache_bytes"] == model.allocate_cache(2, 11 if model.plan.block_length > 1 else 10).nbytes
     assert figures["token_ms"] > 0 and figures["prefill_ms"] > 0
     assert figures["tokens_per_second"] == pytest.approx(2000 / figures["token_ms"])
+
+
+def test_repeated_pairs() -> None:
+    """Targets whose pair with the token before them has come before, of decoders and of models of blocks."""
+    row = [5, 6, 7, 5, 6, 5, 6, 7, 7, 7, 7]
+    pairs = list(pairwise(row))
+    expected = [pair in pairs[:number] for number, pair in enumerate(pairs)]
+    inputs, targets = torch.tensor([row[:-1]]), torch.tensor([row[1:]])
+    batch = {"inputs": inputs, "targets": targets, "step_targets": 10, "segment_ids_BT": None}
+    assert repeats(batch, 1)[0].tolist() == expected
+    blocks = repeats(batch | {"inputs": targets}, 0)[0].tolist()
+    pairs = pairs[1:]  # the token before the first target is not seen
+    assert blocks == [False, *(pair in pairs[:number] for number, pair in enumerate(pairs))]

@@ -11,7 +11,8 @@ words      WikiText by the word-level protocol: pages of the raw file, detokenis
            windows that do not overlap; per word and per byte of the raw text
 
 The first block of each window is not scored where a Block Transformer does not predict it. The last window of a
-document is moved back until it is whole. Bytes are those of the text behind the scored tokens.
+document is moved back until it is whole. Bytes are those of the text behind the scored tokens. `repeat_ppl` is the
+perplexity of tokens that end a pair of tokens seen before in the window, a `repeat_share` of all: recall in text.
 
 Shapes: B windows, T tokens.
 """
@@ -140,6 +141,9 @@ def result(subject: Subject, scores: "Scores", note: str) -> TaskResult:
         "bpb": scores.nats / math.log(2) / text_bytes if text_bytes else math.nan,
         "tokens": float(scores.tokens),
     }
+    if scores.repeated:
+        figures["repeat_ppl"] = perplexity_of(scores.repeated_nats / scores.repeated)
+        figures["repeat_share"] = scores.repeated / scores.tokens
     if scores.words:
         figures["word_ppl"] = perplexity_of(scores.nats / scores.words)
     buckets = scores.buckets
