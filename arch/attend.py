@@ -233,54 +233,6 @@ def _with_sink_slot(k_BSKH: Tensor, v_BSKV: Tensor) -> tuple[Tensor, Tensor]:
     return k, torch.cat((v_BSKV, torch.zeros_like(v_BSKV[:, :1])), dim=1)
 
 
-class StepMask(NamedTuple):
-    """Mask of one token of each row over a cache.
-
-    allowed  [1, S] or [B, 1, 1, S], True where visible; None: everything is
-    bias     the same for the CPU's kernel, 0 or minus infinity in the type that is computed in
-    """
-
-    allowed: Tensor | None
-    bias: Tensor | None = None
-
-
-def step_mask(backend: str, allowed: Tensor | None, dtype: torch.dtype) -> Mask:
-    """The mask of a decoding step for a model of that backend, and its kernel; `allowed` as in StepMask."""
-    if backend == "reference":
-        return Mask(reference_step, StepMask(allowed))
-    if allowed is None or allowed.device.type != "cpu":
-        return Mask(sdpa_step, StepMask(allowed))
-    bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -math.inf)
-    return Mask(sdpa_step, StepMask(allowed, bias))
-
-
-def reference_step(
-    q_BNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: StepMask, scale: float, sinks_N: Tensor | None
-) -> Tensor:
-    """`reference` for one token of each row; [B, N, V]."""
-    return reference(q_BNH.unsqueeze(1), k_BSKH, v_BSKV, Dense(False, mask.allowed), scale, sinks_N).squeeze(1)
-
-
-def sdpa_step(
-    q_BNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: StepMask, scale: float, sinks_N: Tensor | None
-) -> Tensor:
-    """`sdpa` for one token of each row; [B, N, V]. On the CPU no key is copied, nor is the mask."""
-    if q_BNH.device.type != "cpu":
-        return sdpa(q_BNH.unsqueeze(1), k_BSKH, v_BSKV, Dense(False, mask.allowed), scale, sinks_N).squeeze(1)
-    batch, heads, width = q_BNH.shape
-    # Heads that read the same keys are so many more queries to them.
-    q_BKGH = q_BNH.view(batch, k_BSKH.shape[2], -1, width)
-    k_BKSH, v_BKSV = k_BSKH.transpose(1, 2), v_BSKV.transpose(1, 2)
-    if sinks_N is None:
-        out = F.scaled_dot_product_attention(q_BKGH, k_BKSH, v_BKSV, attn_mask=mask.bias, scale=scale)
-        return out.reshape(batch, heads, -1)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel of the other branch, with its sums
-    out, lse = fused(q_BKGH, k_BKSH, v_BKSV, 0.0, False, attn_mask=mask.bias, scale=scale)
-    share_BN = torch.sigmoid(lse.reshape(batch, heads) - sinks_N)
-    out_BNV: Tensor = out.reshape(batch, heads, -1) * share_BN.unsqueeze(-1)
-    return out_BNV.to(q_BNH.dtype)
-
-
 def dense_backend(name: str) -> "Backend":
     """The backend whose kernel accepts a dense mask when the model runs backend `name`."""
     return BACKENDS["reference" if name == "reference" else "sdpa"]

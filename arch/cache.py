@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
 from .layers import rope_table
-from .masks import Dense, Sequences, Windowed, dense, visible
+from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
 from .positions import TokenPositions
 from .stores import StoreSpec
@@ -100,15 +100,22 @@ class Cache:
         """The next token of each row."""
         return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
 
-    def step_allowed(self, window: int | None, device: torch.device) -> Tensor | None:
-        """Slots [1, S] or [B, 1, 1, S] that the next token sees of what buffers of this window return; None: all."""
+    def step_seen(self, window: int | None, device: torch.device) -> Seen:
+        """Slots that the next token sees of what buffers of this window return."""
         step = self.step()
         if self.start_B is None and not step.static:
-            return None
+            return Seen(None)
         stores = zip(self.plan.stores, self.buffers, strict=True)
         buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
         assert not isinstance(buffer, StateBuffer)
-        return visible(self.new_indices(1, device), buffer.step_indices(step, device), window, self.start_B)
+        position_1, run = self.new_indices(1, device), None
+        allowed = visible(position_1, buffer.step_indices(step, device), window, self.start_B)
+        if window is None or self.start_B is None:
+            rows, slots = buffer.tensors[0].shape[:2]
+            end_1 = (position_1 + 1).clamp(max=slots).to(torch.int32)
+            first_B = None if self.start_B is None else self.start_B.to(torch.int32)
+            run = Run(end_1.expand(rows).contiguous(), first_B)
+        return Seen(allowed, run, step.static)
 
     def mask(
         self,

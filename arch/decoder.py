@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Mask, dense_backend, step_mask
+from .attend import Mask, dense_backend
+from .attend_step import step_mask
 from .attention import build_reader, build_writer, choose_backends
 from .buffers import KV, Buffer, Step
 from .cache import Cache, allocate
@@ -244,9 +245,10 @@ class Stack(nn.Module):
             key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
         }
         ropes = {key: step_rope(table) for key, table in tables.items()}
+        seen = {window: cache.step_seen(window, device) for window in self.plan.windows}
         masks = {
-            window: step_mask(self.backend, cache.step_allowed(window, device), x_BD.dtype)
-            for window in self.plan.windows
+            (window, width): step_mask(self.backend, seen[window], x_BD.dtype, width, device)
+            for window, width in dict.fromkeys((s.window, s.slot.k_dim) for s in self.plan.stores if s.masked)
         }
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
@@ -255,7 +257,7 @@ class Stack(nn.Module):
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
             if spec.masked:
-                x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window], buffer, step)
+                x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window, spec.slot.k_dim], buffer, step)
             else:
                 visibility = cache.token_positions(spec, 1, device)
                 offset = 0 if step.static else cache.length

@@ -111,8 +111,8 @@ class LatentReader(nn.Module):
         q_rope_BNP = rotate_step(q_rope_BNP, rope)
         score_BNS = torch.bmm(q_BNR, latent_BSR.transpose(1, 2)) + torch.bmm(q_rope_BNP, k_rope_BSP.transpose(1, 2))
         score_BNS = score_BNS.to(at_least_fp32(q.dtype)) * self.scale
-        if mask.form.allowed is not None:
-            score_BNS = score_BNS.masked_fill(~mask.form.allowed.flatten(0, -2).unsqueeze(1), -math.inf)
+        if mask.form.seen.allowed is not None:
+            score_BNS = score_BNS.masked_fill(~mask.form.seen.allowed.flatten(0, -2).unsqueeze(1), -math.inf)
         if self.sinks is not None:
             sink = self.sinks.to(score_BNS.dtype)[None, :, None].expand(len(x_BD), -1, 1)
             score_BNS = torch.cat((score_BNS, sink), dim=-1)

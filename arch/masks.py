@@ -54,6 +54,26 @@ class Windowed(NamedTuple):
     allowed: Tensor
 
 
+class Run(NamedTuple):
+    """Slots without a gap, int32 [B] each: from `first_B` (None: the first) up to `end_B`, exclusive."""
+
+    end_B: Tensor
+    first_B: Tensor | None = None
+
+
+class Seen(NamedTuple):
+    """Slots of a cache that the next token of each row sees.
+
+    allowed  [1, S] or [B, 1, 1, S], True where visible; None: all
+    run      the same where they are without a gap; None: they may have gaps
+    static   S is the same at the tokens after it
+    """
+
+    allowed: Tensor | None
+    run: Run | None = None
+    static: bool = False
+
+
 class Packed(NamedTuple):
     """Mask for kernels that take sequences of several lengths end to end.
 
