@@ -175,6 +175,14 @@ def start_script(
     )
 
 
+def forked_python() -> dict[str, str]:
+    """The environment by which train/launch starts forks in place of interpreters, if the system allows it."""
+    if sys.platform != "linux":
+        return {}
+    shim = str(ROOT / "tests" / "forked_python.py")
+    return {"PYTHON": shim, "PYTHON_EXEC": shim, "FORK_SERVER": connect(process_environment()).address}
+
+
 def run_script(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """A script as of `start_script`, until it ends."""
     with start_script(script, *arguments, **options) as process:

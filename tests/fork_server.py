@@ -1,7 +1,8 @@
 """Processes that start with the packages already imported: the seconds that each command would spend on that, saved.
 
 A server imports them once and then forks: each fork becomes one command, with arguments, folder, environment, streams,
-signals and exit code of its own. It imports this repository itself, so that a missing import still shows.
+signals and exit code of its own. It imports this repository itself, so that a missing import still shows. Programs that
+are no tests get forks by `forked_python.py` in the place of their interpreter.
 """
 
 import atexit
@@ -10,6 +11,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -19,7 +21,8 @@ from pathlib import Path
 
 PACKAGES = (
     "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
-    "lightning.pytorch", "hydra", "wandb", "tokenizers", "einops", "matplotlib.pyplot", "plotly.graph_objects", "rich",
+    "lightning.pytorch", "hydra", "wandb", "wandb.sdk.launch", "tokenizers", "einops", "matplotlib.pyplot",
+    "plotly.graph_objects", "pandas", "rich",
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
@@ -37,6 +40,7 @@ class ForkedPopen(subprocess.Popen):
 
     line: socket.socket | None = None
     environment: dict[str, str]
+    address = ""  # of the server, for programs
     reusable = True
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:
@@ -66,9 +70,15 @@ def connect(environment: dict[str, str]) -> type[subprocess.Popen]:
 
         ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ForkedPopen.address = f"kvfrontier-tests-{os.getpid()}"
+        listener.bind("\0" + ForkedPopen.address)
+        listener.listen()
+        ends = [theirs.fileno(), listener.fileno()]
+        command = [sys.executable, __file__, *map(str, ends)]
+        subprocess.Popen(command, pass_fds=ends, env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
+        listener.close()
         ForkedPopen.line, ForkedPopen.environment = ours, decisive(environment)
     return ForkedPopen
 
@@ -84,30 +94,40 @@ def receive(line: socket.socket) -> tuple[dict, list[int]]:
     return json.loads(message), streams
 
 
-def serve(line: socket.socket) -> dict:
-    """Fork for each job. Returns in the forks."""
+def serve(line: socket.socket, listener: socket.socket) -> dict:
+    """Fork for each job, of a test over `line` or of a program that connects. Returns in the forks."""
     while True:
-        job, streams = receive(line)
+        of_test = line in select.select([line, listener], [], [])[0]
+        connection = line if of_test else listener.accept()[0]
+        job, streams = receive(connection)
         reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
             fork = os.fork()
             if fork == 0:
-                os.close(reader)
-                os.close(writer)
-                line.close()
+                for end in (reader, writer):
+                    os.close(end)
+                for end in {line, listener, connection}:
+                    end.close()
                 become(job, streams)
                 second(job)
                 return job
-            os.write(writer, str(fork).encode())
+            if of_test:
+                os.write(writer, str(fork).encode())
+            else:  # whose parent cannot become that of the fork
+                connection.send(str(fork).encode())
+                connection.send(str(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])).encode())
             os._exit(0)
         os.close(writer)
-        pid = os.read(reader, 64)
-        os.waitpid(between, 0)  # only then is the fork a child of the one who asked
+        if of_test:
+            pid = os.read(reader, 64)
+            os.waitpid(between, 0)  # only then is the fork a child of the one who asked
+            line.send(pid)
+        else:
+            connection.close()
         os.close(reader)
         for stream in streams:
             os.close(stream)
-        line.send(pid)
 
 
 def become(job: dict, streams: list[int]) -> None:
@@ -157,5 +177,9 @@ if __name__ == "__main__":
         atexit.unregister(folder.cleanup)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
-    job = serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_path(job["argv"][0], run_name="__main__")
+    arguments = serve(*(socket.socket(fileno=int(end)) for end in sys.argv[1:]))["argv"]
+    if arguments[0] == "-m":
+        sys.argv, sys.path[0] = arguments[1:], os.getcwd()
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")

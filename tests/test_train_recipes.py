@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch_in_process, run_script
+from conftest import ROOT, forked_python, launch_in_process, run_script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -471,10 +471,11 @@ def test_what_a_job_does_when_training_ends(started: Path, srun: str, state: str
 @pytest.mark.slow
 def test_two_processes_through_torchrun_and_slurm(tmp_path: Path, corpus: Path) -> None:
     """Trained on gloo; the same command with more tokens goes on where it ended, under an `srun` that does what SLURM's
-    does: starts the tasks, each with its number in the environment."""
+    does: starts the tasks, each with its number in the environment. Interpreters are forks."""
+    python = forked_python()
     arguments = ["+experiment=laptop", "+arch=cla2", *SMALL, "trainer=fsdp", f"data.path={corpus}"]
     arguments.append(f"folder={tmp_path / 'run'}")
-    done = launch("torchrun.sh", *arguments, "trainer.devices=2")
+    done = launch("torchrun.sh", *arguments, "trainer.devices=2", **python)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 2/2  loss") == 1
     assert "cla2-laptop: validation loss" in done.stdout
@@ -483,7 +484,7 @@ for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 SLURM_
 for pid in "${pids[@]}"; do wait "$pid" || exit 1; done"""
     environment = SLURM | {"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "localhost"}
     environment |= {"PATH": tools(tmp_path / "bin", srun=srun, squeue="echo RUNNING", scontrol="exit 9")}
-    done = launch("slurm.sbatch", *arguments, "tokens=384", **environment)
+    done = launch("slurm.sbatch", *arguments, "tokens=384", **environment, **python)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 3/3  loss") == 1
     assert "step 2/3  loss" not in done.stdout
