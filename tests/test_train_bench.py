@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
 import types
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from arch import ArchConfig, SizeConfig
 from arch.named import CONFIGS, load_arch, load_size, names
 from data.shards import Manifest
 from train import pretrain
-from train.benchmarks import baselines, gpu_study, gpu_suite
+from train.benchmarks import baselines, gpu_study, gpu_suite, peak_memory
 from train.benchmarks import cpu as bench
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
@@ -86,6 +86,8 @@ def test_unequal_models_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 def test_bench_writes_what_it_measured(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "litgpt.config", None)
+    # The imports of a spawned process take most of the time; only resident bytes, not looked at here, need it.
+    monkeypatch.setattr(peak_memory, "get_context", lambda _: get_context("fork"))
     arguments = ["+arch=gqa4", "+size=tiny", "size.num_layers=2", "size.seq_len=64", "size.vocab_size=640", "repeats=3"]
     arguments += ["documents=40", "loader_repeats=2", f"data.path={corpus}", f"out={tmp_path}"]
     launch_in_process(bench.main, "bench", bench.BenchConfig, arguments)
@@ -114,10 +116,12 @@ def test_bench_refuses_what_no_baseline_has(capsys: pytest.CaptureFixture[str]) 
     assert "+arch=cla2: the baselines have no such layout" in capsys.readouterr().err
 
 
-def test_suite_without_cuda_says_so(tmp_path: Path) -> None:
-    done = run_script("train/benchmarks/gpu_suite.py", f"out={tmp_path}", environment={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0
-    assert "no CUDA device" in done.stdout
+def test_suite_without_cuda_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_suite.main(["child=true", f"out={tmp_path}"]) == 0
+    assert "no CUDA device" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -267,26 +271,31 @@ def check_decode(cases: dict[str, dict]) -> None:
     assert any(not key.startswith("ours") for key in cases)
 
 
-def without(*packages: str) -> str:
-    """Python code, to put before other code: where these are not installed, and the repository is what is imported."""
-    return f"""
+def run_without(packages: tuple[str, ...], code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code where `packages` are not installed, and the repository is what is imported."""
+    script = folder / "without.py"
+    script.write_text(f"""
 import sys
+for name in list(sys.modules):
+    if name.partition(".")[0] in {packages}:
+        del sys.modules[name]
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {packages}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, {str(ROOT)!r})
-"""
+{code}
+""")
+    return run_script(script)
 
 
 @pytest.mark.slow
 def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
     absent = ("lightning", "hydra", "omegaconf", "wandb", "tokenizers", "transformers", "matplotlib", "plotly", "rich")
     arguments = ["toy=true", "child=true", "parts=ceilings,train_1b,attention,decode", "git=abc", f"out={tmp_path}"]
-    code = without(*absent, "datasets", "litgpt", "pytest")
-    code += f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
+    done = run_without((*absent, "datasets", "litgpt", "pytest"), code, tmp_path)
     assert done.returncode == 0, done.stderr
     trained = read(tmp_path, "train_1b")
     assert set(trained["skipped"]) == {
@@ -312,20 +321,22 @@ def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
 def test_study_runs_with_lightning_alone(corpus: Path, tmp_path: Path) -> None:
     """On a GPU machine without the packages of the command line and of the loggers."""
     arguments = ["toy=true", "child=true", "parts=study", f"data={corpus}", f"out={tmp_path}"]
-    code = without("hydra", "omegaconf", "wandb", "datasets", "plotly")
-    code += f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = f"from train.benchmarks import gpu_suite\nsys.exit(gpu_suite.main({arguments}))"
+    done = run_without(("hydra", "omegaconf", "wandb", "datasets", "plotly"), code, tmp_path)
     assert done.returncode == 0, done.stderr
     study = read(tmp_path, "study")
     assert list(study["cases"]) == ["mha-20m-seed0"], study["skipped"]
 
 
-def test_gpu_tests_are_collected_without_hydra() -> None:
+def test_gpu_tests_are_collected_without_hydra(tmp_path: Path) -> None:
     arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "tests/test_arch_attend_gpu.py"]
-    code = without("lightning", "hydra", "omegaconf", "wandb")
-    code += f"import pytest\nsys.exit(pytest.main({arguments}))"
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # Hydra brings one
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    code = f"""
+import os
+os.chdir({str(ROOT)!r})
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hydra brings one
+import pytest
+sys.exit(pytest.main({arguments}))"""
+    done = run_without(("lightning", "hydra", "omegaconf", "wandb"), code, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
