@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # Workers share the cores: one thread each, also in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,7 @@ import train  # noqa: F401  before torch
 import pytest
 import torch
 from fork_server import connect
+from PIL import Image
 from safetensors.torch import load_file
 
 import data.corpora
@@ -130,10 +132,15 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 
+def blank(rows: Any, context: int, quality: str, path: Path) -> None:
+    """A picture of one point."""
+    Image.new("RGB", (1, 1)).save(path, format="png")
+
+
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:
     """A script's command line, without the seconds that a new process takes to import torch.
 
-    The error of a task that fails is raised as it is.
+    The error of a task that fails is raised as it is. Pictures of runs are blank: they would take half of the time.
     """
     from data.cli import TaskError
     from eval.cli import launch
@@ -141,7 +148,8 @@ def launch_in_process(task: Callable, name: str, schema: type, arguments: list[s
     argv = sys.argv
     sys.argv = [f"{name}.py", *arguments]
     try:
-        launch(task, name, schema)
+        with patch("eval.plots.pareto.draw_pareto", blank), patch("eval.plots.pareto.plot_pareto_html", blank):
+            launch(task, name, schema)
     except SystemExit as ended:
         if isinstance(ended.__context__, TaskError):
             raise ended.__context__ from None
