@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, start_sc
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from torch._dynamo.utils import counters
 
+import train.loss
 from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
 from arch.named import CONFIGS, load_arch, load_size
 from data.shards import TokenWindows
@@ -276,15 +279,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, s
         ["trainer.precision=bf16"],
         ["trainer.activation_checkpointing=true"],
         ["trainer.backend=reference"],
-        pytest.param(["trainer.compile=true"], marks=pytest.mark.slow),
+        ["trainer.compile=true"],
     ],
 )
 def test_how_a_run_is_executed_changes_little(
-    tmp_path: Path, corpus: Path, plain: dict[int, str], options: list[str]
+    tmp_path: Path, corpus: Path, plain: dict[int, str], options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Blocks are traced with their backward passes, and run as traced: C++ would take a minute; test_train_loss.py has
+    it."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(train.loss, "fused_nll_and_gradient", train.loss.nll_and_gradient)
+    counters.clear()
     base = ["+arch=mixattention", "+size=tiny", *SMALL, f"data.path={corpus}", "logger=csv"]
     pretrain(*base, *options, f"folder={tmp_path / 'other'}")
     other = losses(tmp_path / "other")
+    assert bool(counters["stats"]["unique_graphs"]) == ("trainer.compile=true" in options)
     tolerance = 1e-2 if "bf16" in options[0] else 1e-5
     assert [float(value) for value in plain.values()] == pytest.approx(
         [float(v) for v in other.values()], rel=tolerance
