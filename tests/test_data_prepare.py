@@ -238,16 +238,16 @@ def test_a_killed_preparation_goes_on(workers: int, tmp_path: Path) -> None:
     """SIGKILL, again and again, at any point; in the end the bytes are those of an uninterrupted one."""
     script = tmp_path / "start.py"
     script.write_text(START.format(root=str(ROOT)))
-    rows = [json.dumps({"text": " ".join(str(hash((n, i))) for i in range(300))}) for n in range(1000)]
-    for name, half in (("a.jsonl.xz", rows[:500]), ("b.jsonl", rows[500:])):
+    rows = [json.dumps({"text": " ".join(str(hash((n, i))) for i in range(300))}) for n in range(400)]
+    for name, half in (("a.jsonl.xz", rows[:200]), ("b.jsonl", rows[200:])):
         jsonl(tmp_path / "in", name, half)
     options = [
         f"source.train={tmp_path / 'in'}",
-        "shard_tokens=200000",
+        "shard_tokens=80000",
         "source.val_share=0.1",
         "source.test_share=0.1",
     ]
-    options += ["tokenizer.vocab_size=300", "tokenizer.sample_bytes=100000"]
+    options += ["tokenizer.vocab_size=300", "tokenizer.sample_bytes=50000"]
     main(["files", *options, "workers=1", f"path={tmp_path / 'whole'}"])
     out = tmp_path / "out"
     run = [sys.executable, str(script), "files", *options, f"workers={workers}", f"path={out}"]

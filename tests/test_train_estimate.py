@@ -136,8 +136,7 @@ def loss(model: torch.nn.Module, vocab_size: int, bf16: bool = True) -> torch.Te
         return model(tokens, head=cross_entropy_sum(model.select_targets(tokens)))
 
 
-@pytest.mark.parametrize("bf16", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "bf16"), [(False, True), (False, False), (True, True)])
 @pytest.mark.parametrize(
     ("name", "style"),
     [*((name, "llama") for name in LAYOUTS), *(("cla2", style) for style in STYLES if style != "llama")],

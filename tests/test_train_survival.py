@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from fork_server import connect
 from train.benchmarks import faults
 from train.benchmarks.faults import FAULTS, Fault, FaultRun, reference, run_fault, stop
 
-POPEN = subprocess.Popen
 # Tried by other tests, or by another fault, in less time; `make faults` tries all.
 ELSEWHERE = {
     "SIGTERM",  # here, by the suite itself
@@ -77,26 +75,9 @@ def test_the_suite_writes_what_it_tried(
 @pytest.mark.parametrize(
     "fault", [fault for fault in FAULTS if fault.name not in ELSEWHERE], ids=lambda fault: fault.name.replace(" ", "-")
 )
-def test_fault(
-    fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGKILL hits an interpreter of its own, started as typed."""
+def test_fault(fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float]) -> None:
     run = FaultRun(tmp_path / "run", [f"data.path={corpus}"])
     run.expected = expected
-    if fault.name.startswith("SIGKILL"):
-        monkeypatch.setattr(run, "begin", fresh(run))
     outcome = run_fault(fault, run)
     assert outcome.steps_lost <= fault.most_lost
     assert outcome.error <= 1e-5
-
-
-def fresh(run: FaultRun) -> Callable[..., subprocess.Popen[str]]:
-    """`run.begin`, in an interpreter of its own."""
-    begin = run.begin
-
-    def started(*options: str, **environment: str) -> subprocess.Popen[str]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(faults.subprocess, "Popen", POPEN)
-            return begin(*options, **environment)
-
-    return started
