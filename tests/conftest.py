@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import gc
 import os
 import re
 import shutil
@@ -100,6 +101,12 @@ def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives as long as the process: the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=DECODERS)

@@ -1,8 +1,8 @@
 """Processes that start with the packages already imported: the seconds that each command would spend on that, saved.
 
 A server imports them once and then forks: each fork becomes one command, with arguments, folder, environment, streams,
-signals and exit code of its own. It imports this repository itself, so that a missing import still shows. Programs that
-are no tests get forks by `forked_python.py` in the place of their interpreter.
+signals and exit code of its own. Programs that are no tests get forks by `forked_python.py` in the place of their
+interpreter. What a command imports when nothing is there yet, tests of new interpreters see (`fresh`).
 """
 
 import atexit
@@ -23,6 +23,7 @@ PACKAGES = (
     "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "lightning.pytorch", "hydra", "wandb", "wandb.sdk.launch", "tokenizers", "einops", "matplotlib.pyplot",
     "plotly.graph_objects", "pandas", "rich",
+    "train.training", "train.pretrain", "train.export", "eval.plots.pareto",
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
@@ -169,6 +170,7 @@ def second(job: dict) -> None:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     for package in PACKAGES:
         importlib.import_module(package)
     SHARED_FOLDERS += [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
