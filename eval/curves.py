@@ -29,7 +29,17 @@ from eval.console import PlainConsole, visible
 from eval.histories import CLOCKS, Array, Curve, History, load_history
 from eval.identity import data_of, name_data
 from eval.results import write_result
-from eval.runs import RunError, deciding_values, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
+from eval.runs import (
+    RunError,
+    deciding_values,
+    default_out,
+    differing,
+    folders_of,
+    group_by_seed,
+    look_for_runs,
+    repeated_seeds,
+    warn,
+)
 from eval.units import count_text
 
 LOSSES = {"val": "validation loss", "train": "smoothed training loss"}
@@ -243,6 +253,7 @@ def main(arguments: Sequence[str]) -> None:
     curves = [reference, *(curve for curve in curves if curve is not reference)]
     result = compare(curves, reference, options.clock)
     PlainConsole().print(table(result))
+    warn(repeated_seeds({curve.name: curve.runs for curve in curves}, lambda of: of.seed, lambda of: of.run.folder))
     if others := differences(curves):
         named = name_data([history.run for curve in curves for history in curve.runs])
         warn([f"the runs differ in {', '.join(others)}: judge by that", *named])

@@ -232,6 +232,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         console.print(STORES_MEANING)
         if options.picture:
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
+            path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib calls it
             draw(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path, options.picture == PICTURE)
             console.print(f"ownership map: {path}")
 

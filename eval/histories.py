@@ -84,6 +84,11 @@ def load_history(run: Run, clock: str) -> History:
         val = [(float(row["step"]), float(row["val/loss"])) for row in rows if row.get("val/loss")]
         val_steps, val_losses = np.array([row for row in val if row[0] <= steps[-1]]).reshape(-1, 2).T
         check_finite(run, val_steps, val_losses, "validation loss")
+        for of, least in ((steps, 1.0), (val_steps, 0.0)):
+            if len(of) and (of[0] < least or (np.diff(of) <= 0).any()):
+                raise RunError(f"{run.folder}: its steps do not rise in metrics.csv; leave it out")
+        if seconds[0] < 0 or seconds[-1] <= 0 or (np.diff(seconds) < 0).any():
+            raise RunError(f"{run.folder}: its time does not rise in metrics.csv; leave it out")
         step_tokens = float(train[-1]["train/tokens"]) / steps[-1]
         num_reports = run.config["tokens"] / step_tokens / (steps[-1] / len(steps))  # of the whole run
         return History(

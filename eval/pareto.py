@@ -27,10 +27,22 @@ from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import METRICS, Axis, axis, figure, names_of, not_alike
 from eval.identity import name_data
-from eval.runs import Point, Run, RunError, default_out, differing, folders_of, group_by_seed, look_for_runs, warn
+from eval.runs import (
+    Point,
+    Run,
+    RunError,
+    default_out,
+    differing,
+    folders_of,
+    group_by_seed,
+    look_for_runs,
+    repeated_seeds,
+    warn,
+)
 from eval.units import bytes_text, count_text, counted, number_text
 
 __all__ = ["METRICS"]
+LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,13 @@ class ParetoConfig:
 def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[Point]:
     """One point per experiment, the best in `x` first; on the frontier if none that is as good in `x` is as good.
 
-    `metric` and `x` name figures of eval/figures.py. Runs in which one of them is not finite are passed over;
-    `passed_over` names them.
+    `metric` and `x` name figures of eval/figures.py. Runs in which one of them is no figure that a run can have are
+    passed over; `passed_over` names them.
     """
     across, up = axis(x, context), axis(metric, context)
     signs = [-1 if of.larger else 1 for of in (across, up)]
     rows = []
-    usable = [run for run in runs if all(is_finite(figure(run, name, context, itemsize)) for name in (x, metric))]
+    usable = [run for run in runs if all(possible(name, figure(run, name, context, itemsize)) for name in (x, metric))]
     for name, group in group_by_seed(usable, experiment).items():
         values = [figure(run, metric, context, itemsize) for run in group]
         kv = kv_bytes(group[0].plan, context, itemsize)
@@ -94,13 +106,19 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
     return result
 
 
+def possible(name: str, value: Any) -> bool:
+    """Tell whether a run can have `value` as its figure `name`: a number, above 0 as perplexity and bits are, and not
+    so large that no picture can show it."""
+    return is_finite(value) and abs(value) < LARGEST and (name not in METRICS or value > 0)
+
+
 def passed_over(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[str]:
-    """A line for each run that `points` passes over, because a figure of it is missing or not finite."""
+    """A line for each run that `points` passes over, because a figure of it is missing or impossible."""
     lines = []
     for run in runs:
         for name in (x, metric):
             value = figure(run, name, context, itemsize)
-            if not is_finite(value):
+            if not possible(name, value):
                 who = f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']})"
                 lines.append(f"{who} is passed over: its {axis(name, context).label} is {value}")
                 break
@@ -237,6 +255,8 @@ def main(arguments: Sequence[str]) -> None:
     panels = {metric: points(runs, context, metric, options.itemsize, options.x) for metric in metrics}
     lines = [passed_over(runs, context, metric, options.itemsize, options.x) for metric in metrics]
     warn(dict.fromkeys(line for of in lines for line in of))
+    groups = group_by_seed(runs, experiment)
+    warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
     for metric, rows in panels.items():
         console.print(table(rows, axis(options.x, context), axis(metric, context)))
     if others := differences(runs):

@@ -299,6 +299,22 @@ def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> 
     return {labels[digest]: group for digest, group in groups.items()}
 
 
+def repeated_seeds(
+    groups: Mapping[str, Sequence[T]], seed: Callable[[T], int], folder: Callable[[T], Path]
+) -> list[str]:
+    """A line for each run that has the seed of another of its group: a copy of it, or the same run again."""
+    lines = []
+    for name, group in groups.items():
+        first: dict[int, T] = {}
+        for run in group:
+            other = first.setdefault(seed(run), run)
+            if other is not run:
+                lines.append(
+                    f"{folder(run)} has the seed of {folder(other)} ({name}, seed {seed(run)}): both are counted"
+                )
+    return lines
+
+
 def _distinctions(values: Sequence[Any]) -> list[str]:
     """The settings of each of `values`, plain data, that not all others share, as `lr=3, window=64`."""
     flat = [dict(_leaves("", value)) for value in values]

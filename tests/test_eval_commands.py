@@ -76,6 +76,8 @@ def test_footprint_table_and_picture(capsys: pytest.CaptureFixture, tmp_path: Pa
     text = capsys.readouterr().out
     for words in ("last 512 + 64 slots", "2,048 + 4,096", "1.25 MiB"):
         assert words in text
+    run_footprint("+size=tiny", "+arch=mha", f"picture={tmp_path / 'bare'}")
+    assert f"ownership map: {tmp_path / 'bare.png'}" in capsys.readouterr().out and (tmp_path / "bare.png").exists()
     run_footprint("+size=tiny", "+arch=mha", "picture=null")
     assert "ownership map" not in capsys.readouterr().out
 
@@ -214,7 +216,7 @@ def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> No
     assert json.loads((run / "pareto.json").read_text()) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0, -5.0, 1.5e308])
 def test_what_is_not_finite_enters_no_frontier(value: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arch, seed, ppl in (("mqa", 0, 120.0), ("gqa2", 0, value), ("gqa4", 0, 100.0), ("gqa4", 1, value)):
         make_run(tmp_path, arch, seed, ppl)
@@ -364,6 +366,15 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not re.search(r"<b>bold|<br>b|\$x\$", data.encode().decode("unicode_escape", "ignore"))
     with (tmp_path / "pareto.csv").open(encoding="utf-8") as file:
         assert {row["name"] for row in csv.DictReader(file)} == set(MARKUP)
+
+
+def test_copies_of_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    copy = make_run(tmp_path / "copy", "cla2", 0, 20.0)
+    make_run(tmp_path, "cla2", 0, 20.0)
+    pareto.main([str(tmp_path)])
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and str(copy) in errors[0] and "(cla2, seed 0): both are counted" in errors[0]
+    assert [row["runs"] for row in json.loads((tmp_path / "pareto.json").read_text())] == [2]
 
 
 def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

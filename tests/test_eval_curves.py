@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -241,6 +242,8 @@ def test_mistakes(arguments: list[str], message: str, runs: Path, tmp_path: Path
         ({"drop": ("train/cpu_seconds",)}, "cpu", "has no train/cpu_seconds, it ran on no CPU"),
         ({"step_seconds": float("nan")}, "wall", "its time is not known"),
         ({"until": 15}, "wall", "has reported once so far"),
+        ({"step_seconds": -1.0}, "wall", "its time does not rise"),
+        ({"step_seconds": 0.0}, "wall", "its time does not rise"),
     ],
 )
 def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, tmp_path: Path) -> None:
@@ -251,6 +254,20 @@ def test_runs_that_cannot_be_compared(options: dict, clock: str, message: str, t
     (path / "plan.json").unlink()
     with pytest.raises(UsageError, match=r"plan\.json is missing"):
         histories.load_history(Run(path), clock)
+
+
+def test_steps_that_do_not_rise_and_copies_are_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("twice", "copy"):
+        shutil.copytree(runs / "mha-seed0", runs / name)
+    path = runs / "twice" / "metrics" / "0" / "metrics.csv"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows + rows[1:]))
+    result(tmp_path, str(runs))
+    errors = capsys.readouterr().err
+    assert f"warning: {runs / 'twice'}: its steps do not rise in metrics.csv" in errors
+    assert (
+        f"warning: {runs / 'mha-seed0'} has the seed of {runs / 'copy'} (mha-tiny, seed 0): both are counted" in errors
+    )
 
 
 def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
