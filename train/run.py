@@ -142,8 +142,6 @@ def load_config(run: Path) -> PretrainConfig:
     try:
         if wrong := mistyped_booleans(PretrainConfig, values):
             raise ValueError("; ".join(wrong))
-        if values.get("name") is None:
-            raise ValueError("name is missing")
         config = to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
     except (ValueError, OmegaConfBaseException, RecursionError) as error:
         raise UsageError(f"{path} is not the configuration of a run: {_first_line(error)}") from error
@@ -159,6 +157,8 @@ def resumed(run: Path, overrides: list[str]) -> PretrainConfig:
     Raises as `load_config`, and UsageError where `overrides` would change what decides the course of the run.
     """
     config = load_config(run)
+    if config.name is None:
+        raise UsageError(f"{run / 'config.yaml'} is not the configuration of a run: name is missing")
     tied = Identity.load(run) is not None
     changes = [override for override in overrides if not override.startswith("resume=")]
     for change in changes:
