@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .block_plan import Plan
 from .language_model import LanguageModel
-from .static_step import step_fn
+from .static_step import StaticStep, step_fn
 
 LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whether all rows have ended
 
@@ -120,6 +120,8 @@ def generate(
             for row in ended[: len(queue.waiting)]:
                 logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
                 begin_B[row], done_B[row] = len(generated), False
+    if isinstance(step, StaticStep):
+        step.close()
     begins = batch.num_forced_B.tolist()
     spans = [(number, row, begins[row]) for row, number in enumerate(queue.first)] + queue.refilled
     return new_tokens(torch.stack(generated, dim=1), spans, max_new_tokens, stop_token)

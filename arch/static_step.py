@@ -114,7 +114,8 @@ def step_fn(model: LanguageModel, cache: object, way: str = "auto") -> StepFn:
     """The function that decodes one token of each row over `cache`, which has its prompts.
 
     way  plain: `decode_step`; static, compiled, graph: as StaticStep; auto: graph on CUDA, else plain. A Block
-         Transformer, whose steps differ within a block, and a sharded model take plain steps
+         Transformer, whose steps differ within a block, and a model that is sharded, or compiled for training, take
+         plain steps
 
     Raises ValueError on another way, and where `way` is impossible.
     """
@@ -123,7 +124,8 @@ def step_fn(model: LanguageModel, cache: object, way: str = "auto") -> StepFn:
     cuda = model.output_weight.is_cuda
     whole = isinstance(model, Decoder) and isinstance(cache, Cache) and type(model.output_weight.data) is Tensor
     if way == "auto":
-        way = "graph" if cuda and whole else "plain"
+        in_training = any(module._compiled_call_impl is not None for module in model.modules())
+        way = "graph" if cuda and whole and not in_training else "plain"
     if way == "plain":
         return lambda tokens_B1: model.decode_step(tokens_B1, cache)
     if not whole or (way == "graph" and not cuda):

@@ -57,6 +57,11 @@ def test_generation_by_static_steps_is_generation(monkeypatch: pytest.MonkeyPatc
     model, prompts = build(small("mixattention")), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
     for how in ({}, {"temperature": 1.3, "seed": 2}):
         assert generate(model, prompts, 9, steps="static", **how) == generate(model, prompts, 9, steps="plain", **how)
+    cache = model.allocate_cache(1, 7)
+    generate(model, prompts[:1], 3, steps="static", cache=cache)
+    with torch.no_grad():
+        model(tokens(1, 2), cache)  # goes on with steps of any length
+    assert cache.length == 7
 
 
 def test_a_compiled_step_is_one_graph_for_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (tmp_path / "README.md").read_text()
     assert text.count("| `cla2` |") == 2
     assert text.index("## 12 tokens of prompt, batch 2") < text.index("1GiB with the weights")
+    assert result["shared_read"]["context"] == 12
     assert "| `cla2` |" in capsys.readouterr().out
     assert (tmp_path / "decode.png").stat().st_size > 5000
 

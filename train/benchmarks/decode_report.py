@@ -33,6 +33,12 @@ formula are bytes of all sequences at the end of the measurement. The largest ba
 length, in {memory} with the weights, fp32. To compile: the first round of compiled steps, which compiles them."""
 
 
+SHARED = """Layers that share a store each read it in full, one after the other. Were the queries of two layers (one key
+head, {context:,} tokens) there at once, reading it once would make their attention {median:.2f} times as fast
+({min:.2f}-{max:.2f} by round). They never are: the second layer's queries are computed from what the first one read. No
+kernel does this here."""
+
+
 def report(result: Result, out: Path) -> str:
     """Write README.md and decode.png into `out`; return the tables."""
     tables, options = table(result), result["options"]
@@ -46,6 +52,7 @@ def report(result: Result, out: Path) -> str:
         f"{result['precision']}, random weights, {options['rounds']} rounds of {options['new']} tokens per sequence.",
         "![tokens per second against context](decode.png)",
         tables.strip(),
+        SHARED.format(context=result["shared_read"]["context"], **result["shared_read"]["saving"]["speed_by_round"]),
     ]
     (out / "README.md").write_text("\n\n".join(parts) + "\n")
     draw(result, out / "decode.png")

@@ -29,8 +29,10 @@ if not __package__:  # run as a script
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from arch import LanguageModel, ModelConfig, resolve
+from arch.config import head_dim
 from arch.footprint import allocated_bytes, kv_bytes, max_batch, num_params
 from arch.named import load_arch, load_size, names
 from data.cli import UsageError, fail, parse
@@ -117,6 +119,7 @@ def main(arguments: list[str]) -> None:
     for text, shape in shapes.items():
         print(f"{text}: {', '.join(rivals)}", flush=True)
         result["shapes"][text] = measure(rivals, configs, shape, options)
+    result["shared_read"] = shared_read(options)
     result["load"]["after"] = os.getloadavg()
     write_result(options.out / "decode.json", result)
     print(report(json.loads((options.out / "decode.json").read_text()), options.out))
@@ -253,6 +256,30 @@ def measure(
         elif not torch.equal(last[name], last[arch]):
             values["tokens_differ"] = "equal weights, and the last token is another: a tie of rounding"
     return results
+
+
+@torch.inference_mode()
+def shared_read(options: DecodeConfig) -> dict[str, Any]:
+    """Time what no decoder can do: attend from the queries of two layers that read one store (CLA2 with one key head)
+    in one pass over it, against two passes. The second layer's queries depend on what the first one attends to.
+    """
+    size, context = load_size(options.size), max(shape.prompt for shape in check(options).values())
+    width = head_dim(size)
+    kv = [[torch.randn(1, 1, context, width) for _ in "kv"] for _ in range(size.num_layers // 2)]
+    first, second = (torch.randn(1, 1, size.num_heads, width) for _ in range(2))
+    both = torch.cat((first, second), dim=2)
+
+    def apart(_: int) -> None:
+        for k, v in kv:
+            F.scaled_dot_product_attention(first, k, v)
+            F.scaled_dot_product_attention(second, k, v)
+
+    def at_once(_: int) -> None:
+        for k, v in kv:
+            F.scaled_dot_product_attention(both, k, v)
+
+    turns = take_turns({"apart": apart, "at once": at_once}, options.rounds, warmup=1)
+    return {"context": context, "saving": time_ratios(turns, "apart", "at once")}
 
 
 def figures(name: str, prefilled: Turns, decoded: Turns, shape: Shape, options: DecodeConfig) -> dict[str, Any]:

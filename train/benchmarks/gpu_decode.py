@@ -47,9 +47,10 @@ def decode(options: Options) -> list[Case]:
 
 
 def _line(result: dict[str, Any]) -> str:
+    share = "" if result["share_of_floor"] is None else f" ({result['share_of_floor']:.0%} of the floor)"
     return (
         f"prefill {result['prefill_tokens_per_second']:,.0f} tok/s, decode {result['decode_tokens_per_second']:,.0f} "
-        f"tok/s ({result['share_of_floor'] or 0:.0%} of the floor), cache {result['cache_bytes'] / 2**20:,.1f} MiB"
+        f"tok/s{share}, cache {result['cache_bytes'] / 2**20:,.1f} MiB"
     )
 
 
