@@ -35,7 +35,7 @@ from arch import (
 )
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_stock import to_hf_config
-from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params
+from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params, prefill_flops
 from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack
 from arch.stores import visible_pairs
@@ -421,6 +421,26 @@ def test_parameters_and_flops_are_those_of_the_model(kind: str, coarse: str) -> 
             pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
             hidden += rows * stack.plan.store(layer).pair_flops(stack.config.size) * pairs
     assert counter.get_total_flops() == forward_flops(config, model.plan, length) + hidden
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"length1"}))
+def test_flops_of_prefill_are_those_of_the_model(kind: str) -> None:
+    """A prompt of whole blocks and a token more: both decoders stop at their last writers."""
+    config = block_config(kind, "cla2", "cla2")
+    model = build_block(config, backend="reference")
+    length = 4 * model.plan.block_length + 1
+    cache = model.allocate_cache(1, length)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.prefill(tokens(1, length), cache)
+    hidden = 0
+    positions = model.plan.num_positions - model.plan.block_length + 2
+    for stack, slots in ((model.block_decoder, 4), (model.token_decoder, positions)):
+        for layer in range(stack.plan.tail):
+            pairs = slots * slots - visible_pairs(slots, stack.plan.store(layer).window)
+            hidden += stack.plan.store(layer).pair_flops(stack.config.size) * pairs
+    assert counter.get_total_flops() == prefill_flops(config, model.plan, length) + hidden
+    with pytest.raises(ValueError, match="give a longer context"):
+        prefill_flops(config, model.plan, model.plan.min_prompt - 1)
 
 
 CASES = [(kind, "mha", "mha") for kind in KINDS] + [

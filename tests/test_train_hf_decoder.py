@@ -248,6 +248,45 @@ def test_outputs_and_labels() -> None:
     torch.testing.assert_close(out.hidden_states[-1] @ ours.embed.weight.T, out.logits)
 
 
+@pytest.mark.parametrize("name", ["mixed", "yoco", "mha"])
+def test_prefill_stops_at_the_last_keys(name: str) -> None:
+    """Logits and cache as without, for prompts without padding, padded left and right, in chunks, and over a static
+    cache; and no layer from the last that computes keys on runs on more than the last position. Not where others are
+    asked for."""
+    _, theirs = pair(name)
+    tail, ran = max(theirs.config.kv_source_layers), []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, inputs, out, n=n: ran.append((n, inputs[0].shape[1])))
+        for n, layer in enumerate(theirs.model.layers)
+    ]
+    batch, left = tokens(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.int64)
+    left[0, :4] = 0
+
+    def check(keep: int, cut: bool, **how: Any) -> Any:
+        whole = theirs(batch, **how).logits
+        ran.clear()
+        static = transformers.StaticCache(theirs.config, 2 * LENGTH) if how.get("use_cache") else None
+        out = theirs(batch, logits_to_keep=keep, past_key_values=static, **how)
+        expected = [(n, keep if cut and n >= tail else LENGTH) for n in range(len(theirs.model.layers))]
+        assert ran == expected
+        torch.testing.assert_close(out.logits, whole[:, -keep:], rtol=0, atol=1e-12)
+        return out
+
+    with torch.no_grad():
+        for mask in (None, left, left.flip(1)):
+            check(1, True, attention_mask=mask)
+            check(1, True, attention_mask=mask, use_cache=True)
+        check(3, False)
+        check(1, False, output_hidden_states=True)
+        kv_cache = theirs(batch[:, :6], logits_to_keep=1).past_key_values
+        ran.clear()
+        chunked = theirs(batch[:, 6:], past_key_values=kv_cache, logits_to_keep=1).logits
+        assert ran == [(n, LENGTH - 6 if n < tail else 1) for n in range(len(theirs.model.layers))]
+        torch.testing.assert_close(chunked, theirs(batch).logits[:, -1:], rtol=0, atol=1e-12)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_sinks_are_never_left_out() -> None:
     """torch's sdpa takes none: not chosen by default, refused when asked for, and refused if forced."""
     config = to_hf_config(small("swa_sinks"))

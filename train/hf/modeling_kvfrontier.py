@@ -31,6 +31,10 @@ Rope = tuple[Tensor, Tensor]
 WITH_SINKS = ("eager", "paged|eager", "flex_attention", "kernels-community/vllm-flash-attn3", "vllm")
 
 
+# Those of which the mask of the last query is the last row of the mask of all.
+WITH_MASK_ROWS = ("eager", "sdpa")
+
+
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -73,6 +77,12 @@ def rope_table(position_ids: Tensor, dim: int, theta: float) -> Rope:
     exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
     angle = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
     return angle.cos(), angle.sin()
+
+
+def last_position(rope: Rope) -> Rope:
+    """The tables of the last position."""
+    cos, sin = rope
+    return cos[:, :, -1:], sin[:, :, -1:]
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -193,17 +203,26 @@ class KVFrontierDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: Rope,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        last_only: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the next residual stream, and the keys and values that this layer read: its own, or those passed in.
 
-        All three are tensors in a flat tuple, and passed by position, as gradient checkpointing requires.
+        All three are tensors in a flat tuple, and passed by position, as gradient checkpointing requires. With
+        `last_only` keys and values are computed for all positions, and the residual stream goes on with the last, of
+        which `attention_mask` then is.
         """
         normed = self.input_layernorm(hidden_states)
         if isinstance(self.self_attn, KVFrontierOwnerAttention):
             source = self.kv_layernorm(hidden_states) if self.has_kv_norm else normed
             key_states, value_states = self.self_attn.write(source, position_embeddings, past_key_values)
         assert key_states is not None and value_states is not None
+        if last_only:
+            length = hidden_states.shape[1]
+            if attention_mask is None:  # a static cache has slots beyond the prompt
+                key_states, value_states = key_states[:, :, :length], value_states[:, :, :length]
+            hidden_states, normed = hidden_states[:, -1:], normed[:, -1:]
+            position_embeddings = last_position(position_embeddings)
         attended, _ = self.self_attn(normed, key_states, value_states, position_embeddings, attention_mask, **kwargs)
         hidden_states = hidden_states + attended
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -302,9 +321,14 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        last_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The last hidden states, normalised. `attention_mask` may be a dict of masks by `config.mask_names`."""
+        """The last hidden states, normalised. `attention_mask` may be a dict of masks by `config.mask_names`.
+
+        With `last_only` no other position than the last need be returned: the layers above the last that computes keys
+        and values then run on that one alone, and of that layer all but its keys and values.
+        """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of them")
@@ -327,24 +351,46 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
             raise ValueError(f"no attention mask for {', '.join(missing)}; generate_batch knows one window size alone")
         ropes = {theta: rope_table(position_ids, config.head_dim, theta) for theta in set(config.rope_thetas)}
 
+        tail, length = len(self.layers), inputs_embeds.shape[1]
+        if last_only and length > 1 and self.can_stop(masks, **kwargs):
+            tail = max(config.kv_source_layers)
         hidden_states = inputs_embeds
         nothing = (None, None)
         written: list[tuple[Tensor | None, Tensor | None]] = [nothing] * len(self.layers)
         for layer, block in enumerate(self.layers):
             source = config.kv_source_layers[layer]
+            mask, rope, read = masks[config.mask_names[layer]], ropes[config.rope_thetas[layer]], written[source]
+            if layer >= tail:
+                mask = None if mask is None else mask[..., -1:, :]
+            if layer > tail:
+                rope = last_position(rope)
+                if mask is None and read[0] is not None and read[1] is not None:
+                    read = (read[0][:, :, :length], read[1][:, :, :length])
             hidden_states, *states = block(
                 hidden_states,
-                *written[source],
-                position_embeddings=ropes[config.rope_thetas[layer]],
-                attention_mask=masks[config.mask_names[layer]],
+                *read,
+                position_embeddings=rope,
+                attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                last_only=layer == tail,
                 **kwargs,
             )
             read_again = layer < self.last_readers[source]  # else checkpointing would keep them for nobody
             written[source] = (states[0], states[1]) if read_again else nothing
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def can_stop(self, masks: dict[str, Any], **kwargs: Any) -> bool:
+        """Whether the last position can go on alone: nobody records the others, and its mask is the last row of all.
+
+        Without a mask it sees all.
+        """
+        recorded = ("output_hidden_states", "output_attentions")
+        if any(kwargs.get(name, getattr(self.config, name, False)) for name in recorded):
+            return False
+        rows = [mask is None or (isinstance(mask, Tensor) and mask.ndim == 4) for mask in masks.values()]
+        return self.config._attn_implementation in WITH_MASK_ROWS and all(rows)
 
 
 class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
@@ -377,6 +423,7 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            last_only=labels is None and isinstance(logits_to_keep, int) and logits_to_keep == 1,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
