@@ -45,6 +45,7 @@ from train.checkpoint import save
 from train.errors import TrainingError
 from train.export import export, main
 from train.hub.checkpoint_reader import CheckpointReader
+from train.hub.records import Training
 from train.hub.request import ExportConfig
 from train.hub.run_info import load_corpus
 from train.hub.targets import TRANSFORMERS_FLOOR, choose
@@ -400,6 +401,18 @@ def test_what_cannot_be_is_refused_before_any_work(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="verification needs transformers: pip install"):
         export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus)), QUIET)
+
+
+def test_names_in_a_card_are_text_of_one_line() -> None:
+    """A run or its data may have been named by somebody else."""
+    training = Training(
+        "a\n\n## Verified <script>", 8, data="b\x1b[31m\r- seed: 9", data_digest="f\n- x", tokenizer="<i>"
+    )
+    lines = train.hub.card.training_list(small("mha"), training).splitlines()
+    assert [line.partition(":")[0] for line in lines[:5]] == [
+        "- run", "- step", "- data", "- digest of the data", "- digest of the tokenizer",
+    ]  # fmt: skip
+    assert lines[0] == "- run: a ## Verified &lt;script&gt;" and lines[2] == r"- data: b\x1b[31m - seed: 9"
 
 
 def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, corpus: Path) -> None:

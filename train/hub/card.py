@@ -1,5 +1,6 @@
 """The model card of an exported folder: the cost of its cache, its training, and code that loads it."""
 
+import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCardData
 
 from arch import ArchConfig, KVPlan, ModelConfig, Plan, StoreConfig, resolve
 from arch.footprint import kv_bytes, num_params
+from eval.console import visible
 from eval.plots.plan import draw_plan
 from eval.units import bytes_text, count_text, number_text
 from train.hub.records import Check, Training
@@ -109,12 +111,12 @@ def percent(ours: float, theirs: float) -> str:
 def training_list(config: ModelConfig, training: Training) -> str:
     size, val = config.size, training.val or {}
     known = {
-        "run": training.name,
+        "run": one_line(training.name),
         "step": None if training.step is None else f"{training.step:,}",
         "tokens": None if training.tokens is None else f"{training.tokens:,}, in sequences of {size.seq_len:,}",
-        "data": training.data,
-        "digest of the data": training.data_digest,
-        "digest of the tokenizer": training.tokenizer,
+        "data": one_line(training.data),
+        "digest of the data": one_line(training.data_digest),
+        "digest of the tokenizer": one_line(training.tokenizer),
         "seed": None if training.seed is None else str(training.seed),
         "validation loss": f"{val['loss']:.4f} nats per token" if "loss" in val else None,
         "validation perplexity": f"{val['ppl']:.3f}" if "ppl" in val else None,
@@ -131,6 +133,11 @@ def training_list(config: ModelConfig, training: Training) -> str:
             f"\nThe loss is the mean over all positions of windows of {size.seq_len:,} validation tokens, {first}."
         )
     return "\n".join(lines)
+
+
+def one_line(text: str | None) -> str | None:
+    """`text` of a run, which somebody else may have written, as text of one line and nothing else."""
+    return None if text is None else html.escape(visible(" ".join(text.split())), quote=False)
 
 
 def usage(name: str, target: Target) -> str:
