@@ -173,7 +173,7 @@ class BoundedKV(NamedTuple):
 
     In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
     values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
-    the place of the chunk form.
+    the place of the chunk form, and for one token over a cache, after whose write the slots are `state_BMKE`.
     """
 
     k_BTKH: Tensor
@@ -181,6 +181,7 @@ class BoundedKV(NamedTuple):
     p_BTM: Tensor
     chunks: ChunkStates | None = None
     window: GroupedKV | None = None
+    state_BMKE: Tensor | None = None
 
 
 class SlotRead:
@@ -364,8 +365,12 @@ class BoundedWriter(nn.Module):
             kv = self.write(k, v, self.router(x_BTD, positions.position_BT), positions, cached)
             after = ()
         if buffer is not None:
-            assert kv.chunks is not None
-            buffer.replace((kv.chunks.state_BZMKE[:, -1], *after))
+            if kv.state_BMKE is not None:
+                state = kv.state_BMKE  # which is the buffer's own
+            else:
+                assert kv.chunks is not None
+                state = kv.chunks.state_BZMKE[:, -1]
+            buffer.replace((state, *after))
         return kv
 
     def write(
@@ -375,6 +380,10 @@ class BoundedWriter(nn.Module):
         if positions.kernel is not None:
             return BoundedKV(k, v, p_BTM)
         state = None if cached is None else cached[0]
+        if state is not None and k.shape[1] == 1:
+            new_B1KE = torch.cat((k, v), dim=-1).to(state.dtype)
+            state.lerp_(new_B1KE, rearrange(p_BTM, "b 1 m -> b m 1 1").to(state.dtype))
+            return BoundedKV(k, v, p_BTM, state_BMKE=state)
         return BoundedKV(k, v, p_BTM, chunk_states(k, v, p_BTM, positions.position_BT, state))
 
     def write_evicted(
@@ -441,6 +450,8 @@ class BoundedReader(nn.Module):
         if self.window is not None:
             seen_BTM = (position_BT >= self.window).unsqueeze(-1)
         q_BTNH = q_BTNH.to(dtype) * self.scale
+        if kv.state_BMKE is not None:
+            return self.read_one(q_BTNH, kv, rope, position_BT, seen_BTM)
         reads: list[tuple[SlotRead | WindowRead, Tensor]] = [(SlotRead(kv, position_BT, seen_BTM), q_BTNH)]
         if self.window is not None:
             assert kv.window is not None
@@ -448,3 +459,30 @@ class BoundedReader(nn.Module):
             reads.append((window_read, rotate(q_BTNH, rope)))
         sinks_BTN = None if self.sinks is None else self.sinks.to(dtype).expand(q_BTNH.shape[:3])
         return softmax_read(reads, sinks_BTN)
+
+    def read_one(
+        self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, position_BT: Tensor, seen_BTM: Tensor | None
+    ) -> Tensor:
+        """`read` of one token over a cache: one softmax over the slots, the window and the sink."""
+        assert kv.state_BMKE is not None
+        dtype, kv_heads = q_BTNH.dtype, kv.k_BTKH.shape[2]
+        k, v = kv.state_BMKE.to(dtype).chunk(2, dim=-1)
+        score = torch.einsum("bkgh,bmkh->bkgm", rearrange(q_BTNH, "b 1 (k g) h -> b k g h", k=kv_heads), k)
+        if seen_BTM is not None:
+            score = score.masked_fill(~seen_BTM.unsqueeze(1), -math.inf)
+        scores, values = [score], [v]
+        if self.window is not None:
+            assert kv.window is not None
+            k, v = (x[:, 1:].to(dtype) for x in kv.window)  # the first has left the window
+            q = rearrange(rotate(q_BTNH, rope), "b 1 (k g) h -> b k g h", k=kv_heads)
+            distance = torch.arange(self.window - 1, -1, -1, device=k.device)
+            unseen = rearrange(distance > position_BT.clamp(min=0), "b w -> b 1 1 w")
+            scores.append(torch.einsum("bkgh,bwkh->bkgw", q, k).masked_fill(unseen, -math.inf))
+            values.append(v)
+        if self.sinks is not None:
+            sinks_NL = rearrange(self.sinks.to(dtype), "(k g) -> k g 1", k=kv_heads)
+            scores.append(sinks_NL.expand(*score.shape[:3], 1))
+        sizes = [score.shape[-1] for score in scores]
+        weights = torch.split(torch.cat(scores, dim=-1).softmax(dim=-1), sizes, dim=-1)
+        read = [torch.einsum("bkgs,bskh->bkgh", weight, v) for weight, v in zip(weights, values, strict=False)]
+        return rearrange(sum(read[1:], read[0]), "b k g h -> b 1 (k g) h")

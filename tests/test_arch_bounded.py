@@ -199,6 +199,24 @@ def test_long_after_the_prefill(name: str) -> None:
         torch.testing.assert_close(logits, model(batch), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("rule", list(RULES))
+def test_one_token_at_a_time(rule: str) -> None:
+    """Its own form, with sinks: the logits of the chunk form, where rows start late too, and the same state behind it,
+    in the memory that was allocated."""
+    model, batch, starts = one_layer(store(rule, sinks=True)), tokens(3, 21), (0, 3, 19)
+    torch.nn.init.normal_(model.layers[0].reader.sinks)
+    with torch.no_grad():
+        steps, chunked = (model.allocate_cache(3, 30, start_B=torch.tensor(starts)) for _ in range(2))
+        before = [tensor.data_ptr() for tensor in steps.buffers[0].tensors]
+        logits = torch.cat([model(part, steps) for part in batch.split(1, dim=1)], dim=1)
+        expected = torch.cat([model(part, chunked) for part in batch.split(7, dim=1)], dim=1)
+    for row, start in enumerate(starts):
+        torch.testing.assert_close(logits[row, start:], expected[row, start:], rtol=0, atol=1e-12)
+    for one, other in zip(steps.buffers[0].tensors, chunked.buffers[0].tensors, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    assert before == [tensor.data_ptr() for tensor in steps.buffers[0].tensors]
+
+
 @pytest.mark.parametrize("name", ["bct", "bct_gated", "bct_ring"])
 def test_capacity_does_not_depend_on_the_context(name: str) -> None:
     """Not in what is allocated, and not in the formula: state in fp32, positions of the window as asked for."""
