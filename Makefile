@@ -31,8 +31,8 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: env
-	$(BIN)/python train/pretrain.py -m +arch=$(DEMO_ARCHS) +size=tiny seed=$(DEMO_SEEDS) 'evals.tasks=[perplexity]' hydra.sweep.dir=$(DEMO_RUNS)
-	$(BIN)/python eval/pareto.py $(DEMO_RUNS) y=ppl,perplexity/repeat_ppl
+	$(BIN)/python train/pretrain.py -m +arch=$(DEMO_ARCHS) +size=tiny seed=$(DEMO_SEEDS) 'evals={tasks: [perplexity, induction], options: {induction: {sources: [text], sequences: 128}}}' hydra.sweep.dir=$(DEMO_RUNS)
+	$(BIN)/python eval/pareto.py $(DEMO_RUNS) y=ppl,induction/text
 
 lint: env
 	$(BIN)/ruff format --check .

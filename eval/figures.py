@@ -30,8 +30,8 @@ BYTES: dict[str, tuple[str, Callable[[Plan, int, int], float]]] = {
 LOSS = {"loss": "loss in nats per token"}
 # Of tasks, where the name alone does not say what it is.
 LABELS = {
-    "induction/text": "loss of a text's second occurrence minus its first, in nats per token",
-    "induction/random": "loss of random tokens' second occurrence minus their first, in nats per token",
+    "induction/text": "loss when text repeats, minus before",
+    "induction/random": "loss when random tokens repeat, minus before",
     "perplexity/repeat_ppl": "perplexity of tokens that repeat a pair seen before",
     "decode/token_ms": "milliseconds per decoded token",
     "decode/prefill_ms": "milliseconds of prefill",
