@@ -51,6 +51,9 @@ def test_footprint_of_every_arch(capsys: pytest.CaptureFixture) -> None:
     assert cla["kv_bytes_read"] == 10240 * 32768, "sharing stores half and reads as much"
     weights = 2 * cla["num_params"]
     assert cla["max_batch"] == int((80e9 - weights) // cla["kv_bytes_stored"])
+    prefill = {name: row["prefill_flops"] for name, row in rows.items()}
+    assert prefill["yoco"] < prefill["tail_sharing"] < prefill["cla4"] < prefill["cla2"] < prefill["mha"]
+    assert prefill["mha"] < 32768 * rows["mha"]["flops_per_token"] * 32768 / 2048
 
 
 def test_footprint_options(capsys: pytest.CaptureFixture) -> None:

@@ -48,6 +48,7 @@ LAYOUTS = [
     "gqa4",
     "cla2",
     "mixattention",
+    "mixattention:window41",
     "mla",
     "swa_sinks",
     "bct",
@@ -92,6 +93,8 @@ def config(name: str, num_layers: int | None = None, style: str = "llama") -> Mo
         arch.block.embedder, arch.block.start, arch.block.token.kind = "projection", False, "summation"
     elif change == "cross":
         arch.block.token.kind = "cross"
+    elif change == "window41":  # divides neither its length nor by a block
+        size.max_window = 41
     elif change:
         arch.block.embedder, arch.block.encoder = change, EncoderConfig(2, 64, 4, 160, 3)
     return ModelConfig(arch, size)
