@@ -173,15 +173,14 @@ class BoundedKV(NamedTuple):
 
     In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
     values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
-    the place of the chunk form, and for one token over a cache, after whose write the slots are `state_BMKE`.
+    the place of the chunk form; of one token over a cache they are the slots after its write, [B, M, K, 2H].
     """
 
     k_BTKH: Tensor
     v_BTKH: Tensor
     p_BTM: Tensor
-    chunks: ChunkStates | None = None
+    chunks: ChunkStates | Tensor | None = None
     window: GroupedKV | None = None
-    state_BMKE: Tensor | None = None
 
 
 class SlotRead:
@@ -191,7 +190,7 @@ class SlotRead:
     """
 
     def __init__(self, kv: BoundedKV, position_BT: Tensor, seen_BTM: Tensor | None):
-        assert kv.chunks is not None
+        assert isinstance(kv.chunks, ChunkStates)
         decay_BZCM, state_BZMKE = kv.chunks
         self.chunks, dtype = Chunks(position_BT), kv.p_BTM.dtype
         self.k_BZCKH, self.v_BZCKH = (self.chunks.split(x.to(dtype)) for x in (kv.k_BTKH, kv.v_BTKH))
@@ -365,11 +364,8 @@ class BoundedWriter(nn.Module):
             kv = self.write(k, v, self.router(x_BTD, positions.position_BT), positions, cached)
             after = ()
         if buffer is not None:
-            if kv.state_BMKE is not None:
-                state = kv.state_BMKE  # which is the buffer's own
-            else:
-                assert kv.chunks is not None
-                state = kv.chunks.state_BZMKE[:, -1]
+            assert kv.chunks is not None  # those of one token are the buffer's own
+            state = kv.chunks if isinstance(kv.chunks, Tensor) else kv.chunks.state_BZMKE[:, -1]
             buffer.replace((state, *after))
         return kv
 
@@ -383,7 +379,7 @@ class BoundedWriter(nn.Module):
         if state is not None and k.shape[1] == 1:
             new_B1KE = torch.cat((k, v), dim=-1).to(state.dtype)
             state.lerp_(new_B1KE, rearrange(p_BTM, "b 1 m -> b m 1 1").to(state.dtype))
-            return BoundedKV(k, v, p_BTM, state_BMKE=state)
+            return BoundedKV(k, v, p_BTM, state)
         return BoundedKV(k, v, p_BTM, chunk_states(k, v, p_BTM, positions.position_BT, state))
 
     def write_evicted(
@@ -450,7 +446,7 @@ class BoundedReader(nn.Module):
         if self.window is not None:
             seen_BTM = (position_BT >= self.window).unsqueeze(-1)
         q_BTNH = q_BTNH.to(dtype) * self.scale
-        if kv.state_BMKE is not None:
+        if isinstance(kv.chunks, Tensor):
             return self.read_one(q_BTNH, kv, rope, position_BT, seen_BTM)
         reads: list[tuple[SlotRead | WindowRead, Tensor]] = [(SlotRead(kv, position_BT, seen_BTM), q_BTNH)]
         if self.window is not None:
@@ -464,9 +460,9 @@ class BoundedReader(nn.Module):
         self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, position_BT: Tensor, seen_BTM: Tensor | None
     ) -> Tensor:
         """`read` of one token over a cache: one softmax over the slots, the window and the sink."""
-        assert kv.state_BMKE is not None
+        assert isinstance(kv.chunks, Tensor)
         dtype, kv_heads = q_BTNH.dtype, kv.k_BTKH.shape[2]
-        k, v = kv.state_BMKE.to(dtype).chunk(2, dim=-1)
+        k, v = kv.chunks.to(dtype).chunk(2, dim=-1)
         score = torch.einsum("bkgh,bmkh->bkgm", rearrange(q_BTNH, "b 1 (k g) h -> b k g h", k=kv_heads), k)
         if seen_BTM is not None:
             score = score.masked_fill(~seen_BTM.unsqueeze(1), -math.inf)
