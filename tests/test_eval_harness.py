@@ -131,30 +131,42 @@ TASKS = ("unit_choice", "unit_rolling", "unit_cloze", "unit_written")
 
 
 @needs_lm_eval
-def test_scores_are_those_of_lm_evals_own_model(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["ours", "of transformers, with a begin of text"])
+def test_scores_are_those_of_lm_evals_own_model(whose: str, folder: Path, tmp_path: Path) -> None:
     """The same weights as a stock class: every likelihood and text, and all metrics to the digits that are shown."""
     import lm_eval
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     from eval.tasks.harness_model import SubjectLM
+    from eval.transformers_model import TransformersModel, TransformersTokenizer
 
     model, hf = exported("gqa4", vocab_size=500, seq_len=CONTEXT)
-    tokenizer = tokenizers_of_all_kinds()["bpe"]
+    text_tokenizer = tokenizers_of_all_kinds()["bpe"]
+    fast = Tokenizer.from_str(text_tokenizer.tokenizer.to_str())
+    special = {"eos_token": "<|endoftext|>"}
+    if whose != "ours":
+        special["bos_token"] = "!"
+        fast.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", fast.token_to_id("!"))])
     theirs = HFLM(
         pretrained=stock(hf, to_hf("stock", model.config, model.state_dict()), tmp_path),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer.tokenizer, eos_token="<|endoftext|>"),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=fast, **special),
         batch_size=3,
     )
     assert theirs.max_length == CONTEXT
-    given = subject(model, tokenizer, context=CONTEXT)
+    given = subject(model, text_tokenizer, context=CONTEXT)
+    if whose != "ours":
+        given = subject(TransformersModel(theirs.model), TransformersTokenizer(theirs.tokenizer), context=CONTEXT)
+        assert theirs.tok_encode("stone")[0] == given.tokenizer.begin
     ours = SubjectLM(given, batch=3)
     rng = random.Random(1)
     questions = [text(rng, n) for n in (1, 2, 5, 30, 70)] + [""]
     pairs = [(question, f" {text(rng, n)}") for question in questions for n in (1, 2, 6)]
-    pairs += [("the quiet ", "heron"), (questions[2], pairs[6][1]), ("alone", " on the hill")]
+    pairs += [("the quiet ", "heron"), (questions[2], pairs[6][1]), ("alone", " on the hill"), ("!so", " it is")]
 
     def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
         return [Instance(request_type=kind, doc={}, arguments=args, idx=0) for args in arguments]
