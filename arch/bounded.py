@@ -378,6 +378,7 @@ class BoundedWriter(nn.Module):
         state = None if cached is None else cached[0]
         if state is not None and k.shape[1] == 1:
             new_B1KE = torch.cat((k, v), dim=-1).to(state.dtype)
+            state.masked_fill_(rearrange(positions.position_BT < 1, "b 1 -> b 1 1 1"), 0)  # what another row left
             state.lerp_(new_B1KE, rearrange(p_BTM, "b 1 m -> b m 1 1").to(state.dtype))
             return BoundedKV(k, v, p_BTM, state)
         return BoundedKV(k, v, p_BTM, chunk_states(k, v, p_BTM, positions.position_BT, state))

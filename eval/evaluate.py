@@ -17,7 +17,7 @@ if not __package__:  # run as a script
     end_on_ctrl_c()
 
 from data.cli import UsageError, fail, parse, usage
-from eval.tasks import TASKS, Chosen, choose, sections
+from eval.tasks import Chosen, choose, sections
 from eval.tasks.task import TaskResult
 from train.source import Source
 
@@ -194,7 +194,6 @@ def log(opened: "Opened", results: dict[str, TaskResult], pictures: list[Path]) 
 if __name__ == "__main__":
     from data.cli import TaskError
     from eval.cli import MISTAKES
-    from eval.tasks import TASKS  # noqa: F401
 
     try:
         main(sys.argv[1:])

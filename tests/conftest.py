@@ -139,8 +139,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 
-def blank(rows: Any, context: int, quality: str, path: Path) -> None:
-    """A picture of one point."""
+def blank(*arguments: Any, **options: Any) -> None:
+    """A picture of one point, at the path among the arguments."""
+    (path,) = (value for value in (*arguments, *options.values()) if isinstance(value, Path))
     Image.new("RGB", (1, 1)).save(path, format="png")
 
 
@@ -155,7 +156,7 @@ def launch_in_process(task: Callable, name: str, schema: type, arguments: list[s
     argv = sys.argv
     sys.argv = [f"{name}.py", *arguments]
     try:
-        with patch("eval.plots.pareto.draw_pareto", blank), patch("eval.plots.pareto.plot_pareto_html", blank):
+        with patch("eval.plots.pareto.draw_panels", blank), patch("eval.plots.pareto.plot_pareto_html", blank):
             launch(task, name, schema)
     except SystemExit as ended:
         if isinstance(ended.__context__, TaskError):

@@ -192,10 +192,12 @@ def test_positions_as_shipped_give_the_text_of_the_authors_generate(prefix: int)
 def keys_rotated(model: BlockTransformer) -> Iterator[list[Tensor]]:
     """The rotary angles that the token decoder's first writer is handed, call by call, as positions."""
     seen: list[Tensor] = []
+    half = model.token_decoder.plan.stores[0].rope_key[0] // 2
 
     def keep(_: nn.Module, arguments: tuple) -> None:
         cos, sin = arguments[1]
-        seen.append(torch.atan2(sin, cos)[..., 0].round())
+        first = half if sin.shape[-1] > half else 0  # tables of a step have the sines of both halves, negative first
+        seen.append(torch.atan2(sin[..., first], cos[..., 0]).round())
 
     handle = model.token_decoder.layers[0].writer.register_forward_pre_hook(keep)
     yield seen

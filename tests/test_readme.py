@@ -46,6 +46,7 @@ def test_nothing_in_the_readme_is_left_out() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a dozen commands
 def test_prepare_train_and_compare(tmp_path: Path) -> None:
     """In the README's order and from a folder of the user's own: prepare, train, sweep, shard, resume, compare."""
     (tmp_path / "books").mkdir()
