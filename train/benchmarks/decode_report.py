@@ -47,7 +47,7 @@ def report(result: Result, out: Path) -> str:
     parts = [
         "# Decoding on the CPU",
         f"`{shlex.join(['python', *result['command']])}`, {result['date'][:10]}, commit {result['git']}. "
-        f"{result['hardware']}, {result['threads']} thread(s), Python {result['python']}, {packages}; load average "
+        f"{result['hardware']}, Python {result['python']}, {packages}; load average "
         f"{load['before'][0]:.1f} before and {load['after'][0]:.1f} after. Size {options['size']}, "
         f"{result['precision']}, random weights, {options['rounds']} rounds of {options['new']} tokens per sequence.",
         "![tokens per second against context](decode.png)",
