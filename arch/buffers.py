@@ -114,13 +114,13 @@ class RingBuffer:
         return tuple(tensor.narrow(1, 0, step.offset + 1) for tensor in self.tensors)
 
     def take_row(self, row: int, other: "RingBuffer", length: int, offset: int) -> None:
-        """As AppendBuffer.take_row; the rings have slots for as many tokens each, or for all that `other` has."""
+        """Take a row like AppendBuffer.take_row; each ring has slots for as many tokens, or for all of `other`."""
         newest = torch.arange(max(0, length - other.size), length)
         for tensor, source in zip(self.tensors, other.tensors, strict=True):
             tensor[row, (newest + offset - length) % self.size] = source[0, newest % other.size]
 
     def drop(self, count: int, offset: int) -> None:
-        """As AppendBuffer.drop."""
+        """Drop tokens like AppendBuffer.drop."""
         for tensor in self.tensors:
             tensor.copy_(tensor.roll(-count, dims=1))
 
@@ -158,7 +158,7 @@ class StateBuffer:
             tensor[row] = source[0]
 
     def drop(self, count: int, offset: int) -> None:
-        """As AppendBuffer.drop: nothing here is at an offset."""
+        """Drop tokens like AppendBuffer.drop: nothing here is at an offset."""
 
 
 SlotBuffer = AppendBuffer | RingBuffer

@@ -322,7 +322,7 @@ class LatentSpec(StoreSpec):
         return ParamCount(matrices, others + self.slot.latent_dim)
 
     def step_flops(self, size: SizeConfig) -> int:
-        """Of queries that are compared with latents."""
+        """FLOPs per key of queries that are compared with latents."""
         return 2 * size.num_heads * (2 * self.slot.latent_dim + self.slot.rope_dim)
 
     @property

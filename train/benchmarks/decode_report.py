@@ -106,7 +106,7 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
 
 
 def faster(compiled: Result) -> Result:
-    """How many times as fast as plain steps compiled ones are, by round."""
+    """Speed of compiled steps over that of plain ones, by round."""
     found = compiled["decode_ours_over"]["speed_by_round"]
     return {"median": 1 / found["median"], "min": 1 / found["max"], "max": 1 / found["min"]}
 

@@ -161,7 +161,7 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
 
 
 def describe(config: ModelConfig, shapes: dict[str, Shape], options: DecodeConfig) -> dict[str, Any]:
-    """What a model weighs, and per shape the largest batch of prompts that fits into the memory."""
+    """Describe a model: its weights, and per shape the largest batch of prompts that fits into the memory."""
     plan = resolve(config)
     params = num_params(config, plan)
     memory = parse_bytes(options.memory)

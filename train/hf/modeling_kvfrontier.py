@@ -382,7 +382,7 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def can_stop(self, masks: dict[str, Any], **kwargs: Any) -> bool:
-        """Whether the last position can go on alone: nobody records the others, and its mask is the last row of all.
+        """Tell whether the last position can go on alone: nobody records the others, and its mask is the last row.
 
         Without a mask it sees all.
         """
