@@ -37,8 +37,11 @@ LABELS = {
     "decode/prefill_ms": "milliseconds of prefill",
 }
 COUNTS = {"params": "parameters", "tokens": "tokens of training"}
-# Last words of names of figures that are the better the larger they are.
-LARGER = re.compile(r"(acc|accuracy|acc_norm|exact_match|exact|f1|score|recall|gain|per_second|mfu)(,\w+)?$")
+# Last words of names of figures that are the better the larger they are; a length may follow, or a filter of lm-eval.
+LARGER = re.compile(
+    r"(acc|acc_norm|accuracy|bleu|choice|chrf|em|exact|exact_match|f1|gain|generated|margin|match|mcc|mfu|per_second"
+    r"|recall|rouge\w*|score)(,[\w-]+)?(/\d+)?$"
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 def not_alike(runs: Sequence[Run], name: str) -> bool:
     """Tell whether `name` is a figure of a task that ran with other options, or on another text, for some of `runs`."""
-    key = name.rpartition("/")[0]
+    key = name.partition("/")[0]
     return len({entry["digest"] for run in runs if (entry := _entries(run).get(key))}) > 1
 
 

@@ -15,6 +15,7 @@ from arch import resolve
 from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto
+from eval.figures import axis
 from eval.pareto import experiment, points
 from eval.readme import committed
 from eval.runs import RunError, find_runs, finished_run, look_for_runs
@@ -496,15 +497,31 @@ def test_runs_of_different_length_need_a_context(runs: Path) -> None:
         pareto.main([str(runs)])
 
 
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("needles/passkey/match", True), ("needles/single/choice/512", True), ("needles@a.txt/words/margin", True),
+        ("recall/zoology/accuracy/8", True), ("copy/generated", True), ("decode/tokens_per_second", True),
+        ("lm-eval/gsm8k/exact_match,strict-match", True), ("lm-eval/hellaswag/acc_norm,none", True),
+        ("lm-eval/wikitext/word_perplexity,none", False), ("induction/text", False), ("induction/text/accuracy", True),
+        ("perplexity/repeat_ppl", False), ("decode/token_ms", False), ("stored", False), ("bpb", False),
+    ],
+)  # fmt: skip
+def test_which_end_of_an_axis_is_better(name: str, larger: bool) -> None:
+    assert axis(name, 64).larger == larger
+
+
 def test_any_recorded_figure_on_either_axis(runs: Path, capsys: pytest.CaptureFixture) -> None:
     """Figures of tasks, of which some are the better the larger they are; several are panels side by side."""
     accuracies = {"mha": 0.9, "gqa4": 0.7, "mqa": 0.95, "cla2": 0.5}
+    nested = "gap/choice/4"
     for path in sorted(runs.glob("*")):
         summary = json.loads((path / "summary.json").read_text())
         if summary["name"] in accuracies:
             figures = {
                 "accuracy": accuracies[summary["name"]] - 0.1 * summary["seed"],
                 "seconds": 1.0 + summary["seed"],
+                nested: accuracies[summary["name"]],
             }
             summary["evaluations"] = {"recall": {"step": 8, "digest": summary["name"][:1], "figures": figures}}
             (path / "summary.json").write_text(json.dumps(summary))
@@ -514,6 +531,8 @@ def test_any_recorded_figure_on_either_axis(runs: Path, capsys: pytest.CaptureFi
         assert words in out
     assert not (runs / "pareto.png").exists()
 
+    pareto.main([str(runs), f"y=recall/{nested}"])
+    assert f"recall/{nested} was measured with other options" in capsys.readouterr().err
     pareto.main([str(runs), "context=64", "x=read", "y=ppl,recall/accuracy"])
     captured = capsys.readouterr()
     assert "swa-seed0-40.0 (swa, seed 0) is passed over: its recall/accuracy is None" in captured.err
