@@ -91,9 +91,8 @@ def generate(
     if queue.waiting and start_B is None:
         start_B = torch.zeros_like(batch.num_forced_B)
     cache.pad_left(start_B)
+    queue.start(batch.num_forced_B)
     generator = torch.Generator(device=device).manual_seed(seed)
-    done_B = torch.zeros(len(queue.held), dtype=torch.bool, device=device)
-    begin_B = batch.num_forced_B.clone()  # step of the first new token
     generated: list[Tensor] = []
     with evaluating(model):
         logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
@@ -105,36 +104,28 @@ def generate(
             generated.append(next_B)
             if (on_step is not None and on_step(next_B)) or (not queue.used and len(generated) == num_steps):
                 break
-            ended: list[int] = []
-            if stop_token is not None or queue.used:
-                if stop_token is not None:
-                    done_B |= (next_B == stop_token) & (number >= begin_B)
-                done_B |= number + 1 >= begin_B + max_new_tokens
-                if device.type == "cpu" or len(generated) % LOOK_EVERY == 0:  # each look waits for the device
-                    ended = done_B.nonzero().flatten().tolist()
-                if len(ended) == len(done_B) and not queue.waiting:
-                    break
+            ended = queue.ended(next_B, number, stop_token)
+            if len(ended) == len(queue.held) and not queue.waiting:
+                break
             if queue.used:
                 queue.make_room(cache, ended)
             logits_B1V = step(next_B[:, None])
             for row in ended[: len(queue.waiting)]:
                 logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
-                begin_B[row], done_B[row] = len(generated), False
     if isinstance(step, StaticStep):
         step.close()
-    begins = batch.num_forced_B.tolist()
-    spans = [(number, row, begins[row]) for row, number in enumerate(queue.first)] + queue.refilled
-    return new_tokens(torch.stack(generated, dim=1), spans, max_new_tokens, stop_token)
+    return new_tokens(torch.stack(generated, dim=1), queue.spans, max_new_tokens, stop_token)
 
 
 class Queue:
     """Which prompt each row of a batch continues, and the prompts that wait for a row to end.
 
-    first     prompts that the rows began with, by number
-    held      prompts that they hold now
-    waiting   the others, the longest first
-    refilled  (prompt, row, step of its first new token) of those that came later
-    used      there were prompts that had to wait
+    held     prompts that the rows hold now, by number
+    waiting  those that no row has held, the longest first
+    spans    (prompt, row, step of its first new token) of all that a row has held
+    used     there were prompts that had to wait
+    begin_B  step of the first new token of what each row holds
+    done_B   whether it has made its last token
     """
 
     def __init__(
@@ -153,9 +144,26 @@ class Queue:
             )
         if self.used:
             numbers.sort(key=lambda number: -len(prompts[number]))  # later ones then fit before what is there
-        self.first = numbers[:max_batch]
-        self.held, self.waiting = list(self.first), numbers[len(self.first) :]
-        self.refilled: list[tuple[int, int, int]] = []
+        self.held = numbers[:max_batch]
+        self.waiting = numbers[len(self.held) :]
+
+    def start(self, num_forced_B: Tensor) -> None:
+        """Begin with the prompts that are held, after as many tokens as are forced."""
+        self.begin_B, self.done_B = num_forced_B.clone(), torch.zeros_like(num_forced_B, dtype=torch.bool)
+        begins = num_forced_B.tolist()
+        self.spans = [(number, row, begins[row]) for row, number in enumerate(self.held)]
+
+    def ended(self, next_B: Tensor, number: int, stop_token: int | None) -> list[int]:
+        """List the rows that have made their last token after step `number`; empty where nobody looked."""
+        if stop_token is None and not self.used:
+            return []
+        if stop_token is not None:
+            self.done_B |= (next_B == stop_token) & (number >= self.begin_B)
+        self.done_B |= number + 1 >= self.begin_B + self.max_new_tokens
+        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY:
+            return []  # each look waits for the device
+        ended: list[int] = self.done_B.nonzero().flatten().tolist()
+        return ended
 
     def make_room(self, cache: Any, ended: Sequence[int]) -> None:
         """Before a step of a full cache: forget what is padding in every row that goes on."""
@@ -177,7 +185,8 @@ class Queue:
         logits_11V = self.model.prefill(tokens_1T, alone, prefill_chunk)
         cache.take_row(row, alone)
         self.held[row] = number
-        self.refilled.append((number, row, step))
+        self.spans.append((number, row, step))
+        self.begin_B[row], self.done_B[row] = step, False
         return logits_11V
 
 
