@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attend import HALF, WIDTHS_OF_FLASH, Kernel, Mask, reference, sdpa
-from .attend_kernels import FLASH, flash_missing, flex
+from .attend import CUDA, HALF, WIDTHS_OF_FLASH, Kernel, Mask, reference, sdpa
+from .attend_kernels import FLASH, flash_missing, flex, with_sinks
 from .masks import BLOCK, Dense, Seen
 
 
@@ -62,7 +62,7 @@ def sdpa_step(
         return out.reshape(batch, heads, -1)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the kernel of the other branch, with its sums
     out, lse = fused(q_BKGH, k_BKSH, v_BKSV, 0.0, False, attn_mask=mask.bias, scale=scale)
-    return _with_sinks(out.reshape(batch, heads, -1), lse.reshape(batch, heads), sinks_N)
+    return with_sinks(out.reshape(batch, 1, heads, -1), lse.reshape(batch, heads, 1), sinks_N).squeeze(1)
 
 
 def flex_step(
@@ -93,13 +93,7 @@ def kvcache_step(
         out: Tensor = function(q_BNH.unsqueeze(1), k_BSKH, v_BSKV, **options)
         return out.squeeze(1)
     out, lse_BN1, *_ = function(q_BNH.unsqueeze(1), k_BSKH, v_BSKV, return_softmax_lse=True, **options)
-    return _with_sinks(out.squeeze(1), lse_BN1.squeeze(-1), sinks_N)
-
-
-def _with_sinks(out_BNV: Tensor, lse_BN: Tensor, sinks_N: Tensor) -> Tensor:
-    """Turn attention without sinks into attention with them, as attend_kernels.with_sinks."""
-    share_BN = torch.sigmoid(lse_BN - sinks_N.to(lse_BN.dtype))
-    return (out_BNV * share_BN.unsqueeze(-1)).to(out_BNV.dtype)
+    return with_sinks(out, lse_BN1, sinks_N).squeeze(1)
 
 
 @functools.cache
@@ -150,7 +144,6 @@ class StepKernel:
         )
 
 
-CUDA = frozenset({"cuda"})
 # Without a mask, torch's own flash kernel splits the keys too, and costs no compilation.
 STEP_KERNELS = (
     *(

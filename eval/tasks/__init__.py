@@ -5,8 +5,7 @@ entry of TASKS. In training (`evals.tasks`) every process runs it on the same in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from data.cli import UsageError, did_you_mean, parse
 from eval.tasks import copying, decoding, harness, needles, perplexity, recall
@@ -81,8 +80,3 @@ def choose(names: Sequence[str], words: Sequence[str] = ()) -> list[Chosen]:
             raise UsageError("\n".join(f"{section(name)}.{problem}" for problem in problems))
         chosen.append(Chosen(name, task, options))
     return chosen
-
-
-def options_text(chosen: Chosen) -> dict[str, Any]:
-    """The options of a task as plain data."""
-    return {item.name: getattr(chosen.options, item.name) for item in fields(chosen.options)}
