@@ -2,7 +2,7 @@
 
 Everything else asks the methods of StoreSpec. A new kind is a subclass here, listed in KINDS; its keys
 in config.StoreConfig; a module with its writer and reader, listed in attention.STORE_MODULES; and the bytes that its
-layers save for the backward pass, listed in train/estimates/memory.py.
+layers save for the backward pass, listed in train/memory.py.
 """
 
 import math

@@ -45,7 +45,7 @@ def test_arrows(path: Path) -> None:
 
 
 # Rooms of train/, none of which knows another. Commands know them all; training itself knows none.
-ROOMS = ("hub", "estimates", "benchmarks")
+ROOMS = ("hub", "benchmarks")
 COMMANDS = ("pretrain", "export", "import_hf", "uptrain", "estimate", "plan")
 
 

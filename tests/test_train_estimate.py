@@ -27,7 +27,9 @@ from eval.cli import Choices
 from eval.hardware import find_gpu
 from train import estimate as script
 from train.estimate import EstimateConfig, make_estimate
-from train.estimates.memory import (
+from train.lit_module import local
+from train.loss import cross_entropy_sum
+from train.memory import (
     Execution,
     activation_bytes,
     cast_bytes,
@@ -37,8 +39,6 @@ from train.estimates.memory import (
     temporary_bytes,
     working_bytes,
 )
-from train.lit_module import local
-from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import parallelize
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems

@@ -27,7 +27,7 @@ from eval.console import PlainConsole
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
-from train.estimates.memory import Execution, step_memory
+from train.memory import Execution, step_memory
 from train.schema import (
     PretrainConfig,
     micro_batch,

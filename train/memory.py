@@ -105,10 +105,7 @@ def with_length(config: ModelConfig, seq_len: int) -> ModelConfig:
 
 
 def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
-    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens.
-
-    .
-    """
+    """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
     share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
     stacks = stack_shapes(config, plan, micro_batch)
     return Memory(

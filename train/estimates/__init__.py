@@ -1,1 +1,0 @@
-"""Estimates of a training step, counted before it runs."""
