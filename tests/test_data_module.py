@@ -43,7 +43,7 @@ def test_a_mixture_is_other_data(corpus: Path, tmp_path: Path) -> None:
     ]
     assert len({single.digest, mixed.digest, *(data.digest for data in others)}) == 4
     assert run(DataConfig(mix={str(corpus): 2, str(second): 6}, document_mask=True)).digest == mixed.digest
-    mixed.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0)
+    mixed.trainer = SimpleNamespace(global_rank=0, world_size=1, global_step=0, accumulate_grad_batches=1)
     assert len(mixed.val_dataloader().windows) == 10
     batch = next(iter(mixed.train_dataloader()))
     assert batch["inputs"].shape == batch["segment_ids_BT"].shape == (8, 16)

@@ -173,6 +173,10 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
     assert memory.gradients == total(p.grad for p in model.parameters())
     moments = (state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     assert memory.optimizer == total(moments)
+    with torch.no_grad(), Storages() as validation:
+        validation.exclude(static)
+        loss(model, vocab, bf16)
+    assert validation.peak < counted, "a validation in the same micro-batches fits where a step does"
 
 
 @pytest.mark.parametrize(

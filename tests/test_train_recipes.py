@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, forked_python, launch_in_process, run_script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,6 +24,8 @@ from arch import BlockPlan, Decoder, ModelConfig, Plan, build, resolve
 from arch.convert_formats import read_config
 from arch.footprint import forward_flops, kv_bytes, num_params
 from arch.named import CONFIGS, names
+from data.cli import UsageError
+from train.capacity import choose_micro_batch, execution, needed_bytes, reserve_of
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems
@@ -66,10 +70,51 @@ def plan(config: PretrainConfig) -> Plan:
     return resolve(model_of(config))
 
 
+FREE = 79 * 2**30  # of a GPU of 80 GB, once the driver has its share
+
+
+def fits(config: PretrainConfig, free: float = FREE) -> bool:
+    """Whether the estimate of the whole step leaves the reserve."""
+    how, size = execution(config), config.trainer.micro_batch
+    needed = needed_bytes(config.model, resolve(config.model), how, config.batch_size // how.world, size)
+    return needed <= free - reserve_of(free)
+
+
+def remedies_of(message: str) -> list[list[str]]:
+    """The words of the command line for each remedy of a refusal."""
+    listed = message.partition("What would: ")[2].partition("; or, against")[0]
+    found = []
+    for remedy in listed.split("; "):
+        words = re.findall(r"trainer\.\w+=\w+", remedy)
+        if gpus := re.match(r"(\d+) GPUs", remedy):
+            words.append(f"trainer.devices={gpus[1]}")
+        found.append(words)
+    return found
+
+
+def run_on_gpus(config: PretrainConfig, recipe: str) -> None:
+    """As typed, on the GPUs that docs/recipes.md names, of 80 GB each; on one of them too, or as printed there."""
+    gpus = 8 if recipe.startswith(("cla_", "block_", "mixattention")) else 1
+    many = replace(config.trainer, devices=gpus, strategy="fsdp" if gpus > 1 else "auto")
+    chosen = choose_micro_batch(replace(config, trainer=many), FREE)
+    assert chosen.needed + reserve_of(FREE) <= FREE
+    assert chosen.size * chosen.accumulate * gpus == config.batch_size
+    try:
+        choose_micro_batch(config, FREE)
+    except UsageError as error:
+        changes = remedies_of(str(error))
+        assert changes
+        for change in changes:
+            values = dict(word.removeprefix("trainer.").split("=") for word in change)
+            typed = {key: yaml.safe_load(value) for key, value in values.items()}
+            assert fits(replace(config, trainer=replace(config.trainer, **typed)))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_can_be_trained_and_counts_its_steps_right(recipe: str) -> None:
     config = composed(recipe)
     assert not problems(config)
+    run_on_gpus(config, recipe)
     resolved = plan(config)
     parts = (resolved.block, resolved.token) if isinstance(resolved, BlockPlan) else (resolved,)
     assert sum(part.num_layers for part in parts) == config.size.num_layers

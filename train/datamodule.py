@@ -19,7 +19,7 @@ from data.presets import changed_limits, command, overridden
 from data.shards import Manifest, TokenWindows, text_bytes_of_tokens
 from data.writing import differences
 from eval.identity import Identity
-from train.schema import PretrainConfig, micro_batch, num_steps, sequence_format
+from train.schema import PretrainConfig, num_steps, sequence_format
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -75,6 +75,12 @@ class TokenDataModule(L.LightningDataModule):
         splits = [manifest.splits["val"] for manifest in self.folders.values()]
         return torch.from_numpy(text_bytes_of_tokens(sizes, splits, self.val.weights))
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of a micro-batch, which the trainer has chosen."""
+        assert self.trainer is not None
+        return self.config.batch_size // (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
     def train_dataloader(self) -> TrainBatches:
         trainer, config = self.trainer, self.config
         assert trainer is not None
@@ -83,7 +89,7 @@ class TokenDataModule(L.LightningDataModule):
             seed=config.seed,
             steps=num_steps(config),
             batch_size=config.batch_size,
-            micro_batch=micro_batch(config),
+            micro_batch=self.micro_batch,
             rank=trainer.global_rank,
             world=trainer.world_size,
             start_step=trainer.global_step,
@@ -95,7 +101,7 @@ class TokenDataModule(L.LightningDataModule):
         assert trainer is not None
         windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
         unpadded = replace(self.sequence_format, block_padding=0)
-        return EvalBatches(windows, micro_batch(config), trainer.global_rank, trainer.world_size, unpadded)
+        return EvalBatches(windows, self.micro_batch, trainer.global_rank, trainer.world_size, unpadded)
 
 
 def open_data(config: DataConfig) -> dict[Path, Manifest]:

@@ -1,7 +1,11 @@
-"""The device that a step runs on: when its queue is empty, and the rate it can reach."""
+"""The device that a step runs on: when its queue is empty, the rate it can reach, and the memory it has left."""
+
+import gc
 
 import torch
+from torch.nn.attention import SDPBackend
 
+from arch import ModelConfig, Plan
 from eval.hardware import TERA, find_gpu
 
 
@@ -9,6 +13,31 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that is queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a CUDA device, once this process has given back what an earlier run of it has left."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def fused_attention(config: ModelConfig, plan: Plan, device: torch.device) -> str:
+    """Name the kernel that scaled_dot_product_attention takes on CUDA for the widest plainly causal store in bf16, and
+    the version of cuDNN, on which the choice depends: torch leaves cuDNN's attention out below 9.15.1."""
+    stores = [store for stack in plan.stacks for store in stack.plan.stores if store.masked and store.window is None]
+    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    about = f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100}"
+    if not stores:
+        return f"{about}; no store is plainly causal"
+    shape = max((store.kernel_heads(config.size) for store in stores), key=lambda heads: heads.k_dim)
+    q, k = (
+        torch.empty(1, heads, 256, shape.k_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for heads in (config.size.num_heads, shape.kv_heads)
+    )
+    with torch.enable_grad():
+        chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=len(q[0]) != len(k[0]))
+    return f"{about}; scaled_dot_product_attention takes {SDPBackend(chosen).name}"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, peak_tflops: float | None = None) -> float | None:

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from arch import LayoutError, ModelConfig, Plan, resolve
+from arch import LayoutError, Plan, resolve
 from arch.footprint import num_params, train_flops_per_token
 from arch.named import load_arch, load_size
 from data.cli import UsageError, did_you_mean
@@ -27,7 +27,8 @@ from eval.console import PlainConsole
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
-from train.memory import Execution, step_memory
+from train.capacity import does_not_fit, execution, largest_micro_batch, remedies
+from train.memory import step_memory
 from train.schema import (
     PretrainConfig,
     micro_batch,
@@ -130,50 +131,6 @@ def local_gpu() -> str | None:
     import torch  # only where no GPU is named
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def execution(config: PretrainConfig) -> Execution:
-    trainer = config.trainer
-    return Execution(
-        strategy=trainer.strategy,
-        world=trainer.devices * trainer.num_nodes,
-        itemsize=4 if trainer.precision == "fp32" else 2,
-        compiled=bool(trainer.compile),
-        checkpointing=trainer.activation_checkpointing,
-    )
-
-
-def largest_micro_batch(
-    model: ModelConfig, plan: Plan, how: Execution, per_rank_batch: int, available: float
-) -> int | None:
-    """The largest divisor of `per_rank_batch` that fits into `available` bytes; None if 1 does not."""
-    for candidate in sorted((n for n in range(1, per_rank_batch + 1) if per_rank_batch % n == 0), reverse=True):
-        if step_memory(model, plan, replace(how, accumulate=per_rank_batch // candidate), candidate).total <= available:
-            return candidate
-    return None
-
-
-def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
-    """Changes, each of which alone makes the run fit; general advice if none does."""
-    model, how = config.model, execution(config)
-    per_rank_batch = config.batch_size // how.world
-    found = []
-    if config.trainer.micro_batch and (fits := largest_micro_batch(model, plan, how, per_rank_batch, available)):
-        found.append(f"trainer.micro_batch={fits}")
-    changes = {
-        "trainer.activation_checkpointing=true": replace(how, checkpointing=True),
-        "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
-    }
-    for name, other in changes.items():
-        if other != how and (fits := largest_micro_batch(model, plan, other, per_rank_batch, available)):
-            found.append(f"{name} (trainer.micro_batch={fits})")
-    worlds = [n for n in range(how.world + 1, config.batch_size + 1) if config.batch_size % n == 0]
-    for world in worlds:
-        more = replace(how, strategy="fsdp", world=world)
-        if fits := largest_micro_batch(model, plan, more, config.batch_size // world, available):
-            found.append(f"{world} GPUs with trainer.strategy=fsdp (trainer.micro_batch={fits})")
-            break
-    return found or ["trainer.activation_checkpointing=true on more GPUs, GPUs with more memory, or shorter sequences"]
 
 
 def measured(config: PretrainConfig, choices: Choices, device: Device, folder: Path) -> Speed | None:
@@ -332,7 +289,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         console.print(f"verdict: fits, {needed} of {has}")
         console.print(found["command"], soft_wrap=True)
     else:
-        console.print(f"verdict: does not fit, {needed} of {has}. What would: {'; '.join(found['remedies'])}")
+        console.print(f"verdict: {does_not_fit(found['memory']['total'], found['gpu_memory'], found['remedies'])}")
 
 
 if __name__ == "__main__":

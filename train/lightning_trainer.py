@@ -6,10 +6,52 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
+from data.cli import UsageError
+from train.capacity import choose_micro_batch, record_micro_batch, recorded_micro_batch
+from train.device import free_memory
 from train.schema import PretrainConfig, micro_batch, num_steps
+
+
+class MicroBatchByMemory(L.Callback):
+    """Before anything is built, choose the largest micro-batch that the GPU with the least free memory holds.
+
+    The processes agree on that memory, and the first one tells the others what it chose: a run in `folder` that goes on
+    keeps its micro-batch where that fits. The batch of a step stays as it is, by accumulation.
+    """
+
+    def __init__(self, config: PretrainConfig, folder: Path | None):
+        self.config, self.folder = config, folder
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        device = trainer.strategy.root_device
+        free = torch.tensor(free_memory(device), dtype=torch.float64, device=device)
+        least = float(trainer.strategy.reduce(free, reduce_op="min"))
+        chosen = self.choose(least) if trainer.is_global_zero else None
+        chosen = trainer.strategy.broadcast(chosen)
+        if isinstance(chosen, str):
+            raise UsageError(chosen)  # by all processes at once
+        assert isinstance(chosen, int)
+        before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.accumulate(chosen)
+        trainer.val_check_interval = trainer.val_check_interval // before * trainer.accumulate_grad_batches
+
+    def choose(self, free: float) -> int | str:
+        """Return the micro-batch, which is printed and recorded, or the reason why there is none."""
+        recorded = None if self.folder is None else recorded_micro_batch(self.folder)
+        try:
+            chosen = choose_micro_batch(self.config, free, recorded)
+        except UsageError as error:
+            return str(error)
+        print(chosen, flush=True)
+        if self.folder is not None:
+            record_micro_batch(self.folder, chosen.size)
+        return chosen.size
+
+    def accumulate(self, size: int) -> int:
+        return self.config.batch_size // (size * self.config.trainer.devices * self.config.trainer.num_nodes)
 
 
 def lightning_trainer(
@@ -20,15 +62,17 @@ def lightning_trainer(
     folder: Path | None = None,
     progress: bool = False,
 ) -> L.Trainer:
-    """A trainer for all steps of the run on devices of type `device`.
+    """A trainer for all steps of the run, kept in `folder`, on devices of type `device`.
 
-    Weights and optimizer are fp32 in every case; LitModel computes in the precision of the configuration.
+    On CUDA the micro-batch is chosen by memory, when training begins. Weights and optimizer are fp32 in every case;
+    LitModel computes in the precision of the configuration.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on dataloader workers, which we have none of
     options, steps = config.trainer, num_steps(config)
     world = options.devices * options.num_nodes
     accumulate = config.batch_size // (micro_batch(config) * world)
+    by_memory = [MicroBatchByMemory(config, folder)] if device == "cuda" else []
     val_every = options.val_every or -(-steps // 4)
     strategies: dict[str, str | Strategy] = {
         "auto": "auto",
@@ -51,7 +95,7 @@ def lightning_trainer(
         logger=list(loggers),
         enable_checkpointing=False,
         log_every_n_steps=1,
-        callbacks=list(callbacks),
+        callbacks=[*by_memory, *callbacks],
         enable_progress_bar=progress,
         enable_model_summary=False,
         default_root_dir=folder,

@@ -22,6 +22,7 @@ from arch.stores import CHUNK, BoundedSpec, query_blocks
 from train.schema import LOSS_ROWS
 
 FP32 = 4
+FLEX_BLOCK = 128  # tokens on a side of a block of FlexAttention: masks.BLOCK, in a module that needs torch
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Execution:
     world       processes
     itemsize    of the type computed in: 2 for bf16, 4 for fp32
     accumulate  micro-batches of a step
+    documents   rows are packed documents, each of which attends to itself
+    pads        documents fill whole blocks of a Block Transformer, with pads between them
     dense       windows are read in blocks and sinks are slots, as in torch's fused attention on a CPU
     """
 
@@ -41,6 +44,8 @@ class Execution:
     compiled: bool = True
     checkpointing: bool = False
     accumulate: int = 1
+    documents: bool = False
+    pads: bool = False
     dense: bool = False
 
 
@@ -192,7 +197,26 @@ def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batc
         if has_encoder(block):
             total += encoder_bytes(block, outer.positions, how)
         total += width * stacks[-1].rows * stacks[-1].cross_vectors * stacks[-1].config.size.d_model
+    total += segment_bytes(stacks[-1], how, micro_batch)
     return total + sum(stack_bytes(stack, how) for stack in stacks)
+
+
+def segment_bytes(stack: StackShape, how: Execution, micro_batch: int) -> int:
+    """Bytes of segments and their masks on CUDA in `stack`, which is the token decoder where documents are padded.
+
+    Documents: the number of each token's (8 bytes) and the first that it sees (8), and for each distinct window the
+    bounds as the kernel reads them (4), and FlexAttention's lists of blocks, whole and in part, by query and by slot,
+    and what they are sorted by (32 bytes for each pair of blocks). Pads: the numbers, and the mask of all pairs of a
+    block, which each layer converts and keeps.
+    """
+    if how.dense or not (how.documents or how.pads):
+        return 0
+    length = stack.config.size.seq_len
+    if how.pads:
+        return stack.rows * (8 * length + length**2 * (1 + how.itemsize * stack.plan.num_layers))
+    pairs = (-(-length // FLEX_BLOCK)) ** 2
+    windows = {None if window is None or window >= length else window for window in stack.plan.windows}
+    return micro_batch * (16 * length + len(windows) * (4 * length + 32 * pairs))
 
 
 def stack_bytes(stack: StackShape, how: Execution) -> int:

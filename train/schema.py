@@ -69,7 +69,8 @@ class TrainerConfig:
     num_nodes         machines
     strategy          auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
     precision         fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
-    micro_batch       sequences per forward pass; null: the most that keep it within 32768 tokens
+    micro_batch       sequences per forward pass. null, on CUDA: the most that fit into memory by estimate, those of the
+                      start before where a run goes on; on the CPU: the most that keep it within 32768 tokens
     compile           torch.compile each block; null: on CUDA
     activation_checkpointing  compute activations again in the backward pass, which saves memory
     backend           attention backend: auto (the best for layout and device), sdpa, reference, or on CUDA flex,
@@ -354,7 +355,7 @@ def num_steps(config: PretrainConfig) -> int:
 
 def micro_batch(config: PretrainConfig) -> int:
     """Number of sequences per forward pass: as configured, or the largest divisor of a rank's batch that stays within
-    32768 tokens."""
+    32768 tokens. On CUDA, where none is configured, memory decides: train/capacity.py."""
     if config.trainer.micro_batch:
         return config.trainer.micro_batch
     per_rank_batch = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)

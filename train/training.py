@@ -26,7 +26,9 @@ from eval.footprint import plan_tables
 from eval.identity import Identity, check_summary_digest, short
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
+from train.capacity import choose_micro_batch
 from train.datamodule import TokenDataModule, check_limits
+from train.device import free_memory, fused_attention
 from train.errors import TrainingError
 from train.evaluations import Evaluations
 from train.lightning_private import launched_processes
@@ -77,6 +79,8 @@ def run(config: PretrainConfig) -> None:
         for line in remarks(config.model):
             console.print(line)
         console.print(f"attention: {attention}")
+        if device == "cuda":
+            console.print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}")
     options = config.trainer
     signals = Signals(folder, peers=options.devices * options.num_nodes > 1, rank=launched_rank())
     failed = True
@@ -110,6 +114,8 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
+    if device == "cuda" and launched_rank() == 0:  # when all are there, they agree: MicroBatchByMemory
+        choose_micro_batch(config, free_memory(torch.device("cuda", 0)))
     names = [name for name, _ in model.named_parameters()]
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
         raise UsageError(f"train_only={config.train_only} matches no parameter; they are named like {names[1]}")
