@@ -194,7 +194,7 @@ def test_lines_of_a_run_without_a_terminal(capsys: pytest.CaptureFixture) -> Non
         val_metrics={"loss": 2.0, "ppl": 7.389}, clock=clock, device=torch.device("cpu"), progress_metrics={}
     )
     for reports in (True, False):
-        metrics = Metrics(10, 10, 3.0, 512, {}, print_reports=reports, print_validations=True)
+        metrics = Metrics(10, lambda step: step % 10 == 0, 3.0, 512, {}, print_reports=reports, print_validations=True)
         metrics.step, metrics.warm, metrics.reported = 30, 1, 20
         metrics._report(Trainer, module, 5.5)
         metrics.announce_validation(Trainer, module)

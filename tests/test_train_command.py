@@ -330,6 +330,12 @@ def test_how_a_run_is_executed_changes_little(
         (["+arch=cla2", "+size=tiny", "trainer.precision=fp8"], "choose auto, fp32, bf16"),
         (["+arch=cla2", "+size=tiny", "trainer.devices=2"], "2 processes need trainer.strategy=ddp"),
         (["+arch=cla2", "+size=tiny", "trainer=ddp", "batch_size=3"], "not a multiple of the 2 processes"),
+        (["+arch=cla2", "+size=tiny", "trainer=fsdp", "trainer.replicas=2"], "for trainer.strategy=hsdp alone"),
+        (["+arch=cla2", "+size=tiny", "trainer=hsdp", "trainer.replicas=3"], "does not divide the 4 processes"),
+        (
+            ["+arch=cla2", "+size=tiny", "trainer.checkpoint_minutes=0"],
+            "checkpoint_minutes is 0.0; it must be positive",
+        ),
         (["+arch=cla2", "+size=tiny", "trainer.micro_batch=3"], "does not divide the"),
         (["+arch=cla2", "+size=tiny", "tokens=10"], "is less than one step"),
         (["+arch=cla2", "+size=tiny", "optim.lr=0"], "it must be positive"),

@@ -40,7 +40,7 @@ from train.memory import (
     working_bytes,
 )
 from train.optim import build_optimizer
-from train.parallel import parallelize
+from train.parallel import hybrid_mesh, parallelize
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems
 
 LAYOUTS = [
@@ -232,19 +232,22 @@ def four_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["cla2", "gqa4", "block", "block:encoder", "block:cross"])
-def test_fsdp(four_processes: None, name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "replicas"),
+    [("cla2", 1), ("cla2", 2), ("gqa4", 1), ("block", 1), ("block:encoder", 1), ("block:cross", 1)],
+)
+def test_fsdp(four_processes: None, name: str, replicas: int, checkpointing: bool) -> None:
     """Shares are exact; the peak is an upper estimate, since nothing is in flight here."""
     model_config = config(name)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
-    how = Execution("fsdp", 4, compiled=False, checkpointing=checkpointing, dense=True)
+    how = Execution("fsdp", 4, replicas, compiled=False, checkpointing=checkpointing, dense=True)
     with Storages() as storages:
         model = build(model_config)
         parallelize(
             model,
             activation_checkpointing=checkpointing,
             compile_blocks=False,
-            mesh=init_device_mesh("cpu", (4,)),
+            mesh=hybrid_mesh("cpu", replicas) if replicas > 1 else init_device_mesh("cpu", (4,)),
             dtype=torch.bfloat16,
         )
         model.to_empty(device="cpu")
@@ -403,6 +406,8 @@ def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:
         "python train/pretrain.py +experiment=cla_1b_mqa_cla2 trainer=fsdp trainer.devices=8 "
         in capsys.readouterr().out
     )
+    run("+experiment=cla_1b_mqa_cla2", "gpus=8", "nodes=2", "gpu=h100", "trainer=hsdp")
+    assert "trainer=hsdp trainer.devices=8 trainer.num_nodes=2 " in capsys.readouterr().out
     for words in ("3.19B parameters, on 8 x h100", "AdamW moments", "verdict: fits", "GPU-hours", "speed: "):
         assert words in text
     run("+arch=mha", "+size=3b", "gpu=l4", "gpus=2")

@@ -12,7 +12,7 @@ from conftest import ARCHS, build, run_script, small, start_script, tokens
 from torch.nn.parallel import DistributedDataParallel
 
 from arch import Decoder, ModelConfig, from_dict
-from train.checkpoint import checkpoints, load, load_info
+from train.checkpoint import checkpoints, load, load_info, step_of
 from train.parallel import parallelize
 
 SMALL = [
@@ -28,6 +28,15 @@ def test_gradients_of_every_layout(tmp_path: Path) -> None:
         out, errors = process.communicate(timeout=280)
         assert process.returncode == 0, errors[-3000:]
         assert f"{len(ARCHS)} layouts agree" in out
+
+
+def test_sharded_within_replicas(tmp_path: Path) -> None:
+    """HSDP: gradients, clipping, Muon, and checkpoints to and from FSDP2 and one process."""
+    four = [start_script("tests/hsdp_worker.py", str(rank), str(tmp_path)) for rank in range(4)]
+    for process in four:
+        out, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors[-3000:]
+        assert "replicas agree" in out
 
 
 def column(folder: Path, name: str, start: int = 0) -> list[float]:
@@ -58,8 +67,10 @@ def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path
     tasks of evaluation in between, which every process runs."""
     folder = tmp_path / "run"
     arguments = [*SMALL, *options, "evals={every: 3, tasks: [perplexity]}", f"data.path={corpus}", f"folder={folder}"]
+    arguments += ["trainer.checkpoint_minutes=1e-9", "trainer.keep_checkpoints=9"]
     done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert [step_of(path) for path in checkpoints(folder)] == [8, 7, 6, 5, 4, 3, 2], "by rank 0's clock"
     for name in ("train/loss", "val/loss", "val/bpb"):
         assert column(folder, name) == pytest.approx(column(single, name), rel=1e-5), name
     evaluated = column(folder, "evaluations/perplexity/loss")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, start_script
 from test_train_command import pretrain, read_metrics
 
@@ -24,6 +25,7 @@ from train.errors import TrainingError
 from train.run import _starts
 from train.run_folder import HOLDER, LOCK, locked, new_folder
 from train.schema import PretrainConfig
+from train.signals import RunStopped
 
 
 def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path: Path) -> None:
@@ -406,6 +408,48 @@ def test_a_full_disk_at_the_start_or_end_is_one_line(
     message = r"^\[Errno 28\] No space left on device\. The last good checkpoint is .*step-00000009; resume=.*\.$"
     with pytest.raises(TrainingError, match=message), training.naming_the_last_checkpoint(keeper):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_agree_once_in_a_step(keeper: CheckpointCallback, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """On the signal that one of them got, and on rank 0's clock alone for the next checkpoint."""
+    mine, theirs = [], torch.tensor([0, 0])
+
+    def all_reduce(flags: torch.Tensor, op: object, group: object) -> None:
+        mine.append(flags.tolist())
+        flags.copy_(torch.maximum(flags, theirs))
+
+    monkeypatch.setattr(callbacks.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(callbacks, "lit_model", lambda module: module)
+    monkeypatch.setattr(keeper, "save", lambda trainer, module: saved.update({trainer.global_step: None}))
+    saved: dict[int, None] = {}
+    keeper.minutes = 30.0
+    stop = callbacks.GracefulStop(keeper, SimpleNamespace(received=0), None)
+    trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=4, is_global_zero=rank == 0, global_step=9)
+
+    def step() -> None:
+        first = 4 * (trainer.global_step - 9)
+        for batch in range(first, first + 4):
+            trainer.global_step += batch == first + 3
+            keeper.on_train_batch_end(trainer, None, None, None, batch)
+            stop.on_train_batch_end(trainer, None, None, None, batch)
+
+    step()
+    assert (mine, [*saved]) == ([[0, 0]], [])
+    keeper.saved_at -= 31 * 60
+    theirs[1] = int(rank == 1)
+    step()
+    assert mine[1:] == [[0, int(rank == 0)]], "the clock of the others does not count"
+    keeper.saved_at, theirs[1] = time.monotonic(), 0
+    step()
+    assert ([*saved], len(mine)) == ([12], 3)
+    step()
+    assert ([*saved], len(mine)) == ([12], 4)
+    theirs[0] = signal.SIGTERM
+    with pytest.raises(RunStopped) as stopped:
+        step()
+    assert stopped.value.reason == "stopped after step 14 (SIGTERM)"
+    assert ([*saved], len(mine)) == ([12, 14], 5)
 
 
 WAITING = f"""

@@ -23,15 +23,21 @@ from train.signals import RunStopped, Signals
 class CheckpointCallback(L.Callback):
     """Save every `every` steps, at the best validation so far and at the end; keep the newest `keep` and the best.
 
+    With `minutes`, save at the step after so many have passed since the last save, in place of every `every` steps.
+
     Before training, restore the state of `start`, a checkpoint of this run, or else the weights of `init`, a run or a
     checkpoint. Rank 0's `run` and `start` are broadcast: other ranks may have chosen another timestamped folder.
     """
 
-    def __init__(self, run: Path, every: int, keep: int, start: Path | None, init: Path | None):
-        self.run, self.every, self.keep = run, every, keep
+    def __init__(
+        self, run: Path, every: int, keep: int, start: Path | None, init: Path | None, minutes: float | None = None
+    ):
+        self.run, self.every, self.minutes, self.keep = run, every, minutes, keep
         self.start, self.init = start, init
         self.best = math.inf
         self.step = 0  # of the newest checkpoint
+        self.saved_at = time.monotonic()
+        self.timed_step = 0  # at which a checkpoint is due by the clock, as all processes have agreed
         self.broken: set[str] = set()  # names of checkpoints that were found so; they count as none
         self.loaded = False  # nothing that was read is in doubt any more
 
@@ -56,6 +62,7 @@ class CheckpointCallback(L.Callback):
         elif self.init is not None:
             checkpoint.load(checkpoint.resolve(self.init), module.model)
         self.loaded = True
+        self.saved_at = time.monotonic()
 
     def read_best(self) -> tuple[str, float] | None:
         """Name and validation loss of the best checkpoint; None where there is none that is not broken.
@@ -79,8 +86,16 @@ class CheckpointCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every == 0:
+        if self.due(trainer.global_step):
             self.save(trainer, lit_model(pl_module))
+
+    def due(self, step: int) -> bool:
+        """Tell whether a checkpoint is due at the end of `step`; the same in all processes."""
+        return step % self.every == 0 if self.minutes is None else step == self.timed_step
+
+    def time_is_up(self) -> bool:
+        """Tell whether a checkpoint is due by the clock of this process."""
+        return self.minutes is not None and time.monotonic() - self.saved_at > 60 * self.minutes
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = lit_model(pl_module)
@@ -108,7 +123,7 @@ class CheckpointCallback(L.Callback):
         with module.clock.paused():
             info = module.describe() | {"clock": module.clock.to_dict()}
             checkpoint.save(folder, module.model, trainer.optimizers[0], step, info)
-            self.step = step
+            self.step, self.saved_at = step, time.monotonic()
             if trainer.is_global_zero:
                 self.prune()
 
@@ -135,10 +150,11 @@ def folder_name(step: int) -> str:
 
 
 class GracefulStop(L.Callback):
-    """Save and end the run after the micro-batch in which any process got a signal, or the time limit passed.
+    """Save and end the run after the step in which any process got a signal, or the time limit passed; a single process
+    does so after the micro-batch.
 
-    Signals are those of train/signals.py. Processes agree through a process group on the CPU, which waits for no
-    device.
+    Signals are those of train/signals.py. Processes agree once in a step, and in each batch of a validation, through a
+    process group on the CPU, which waits for no device; also on whether rank 0's clock says that a checkpoint is due.
     """
 
     TIME_IS_UP = 1000
@@ -165,7 +181,9 @@ class GracefulStop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._stop_if_requested(trainer, lit_model(pl_module))
+        ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if ended or trainer.world_size == 1:
+            self._stop_if_requested(trainer, lit_model(pl_module))
 
     def on_validation_batch_end(
         self,
@@ -181,10 +199,13 @@ class GracefulStop(L.Callback):
 
     def _stop_if_requested(self, trainer: L.Trainer, module: LitModel) -> None:
         reason = self.signals.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
+        due = int(trainer.is_global_zero and self.checkpoints.time_is_up())
         if trainer.world_size > 1:
-            flag = torch.tensor([reason])
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-            reason = int(flag)
+            flags = torch.tensor([reason, due])
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+            reason, due = flags.tolist()
+        if due:
+            self.checkpoints.timed_step = trainer.global_step + 1
         if not reason:
             return
         self.checkpoints.save(trainer, module)

@@ -10,7 +10,7 @@ from data.cli import UsageError
 from data.files import write_json
 from eval.units import bytes_text, times
 from train.memory import Execution, step_memory
-from train.schema import PretrainConfig
+from train.schema import PretrainConfig, num_replicas
 
 RESERVE = 4 * 2**30
 
@@ -24,8 +24,9 @@ def execution(config: PretrainConfig) -> Execution:
     """How a step of the run is executed on CUDA."""
     trainer = config.trainer
     return Execution(
-        strategy=trainer.strategy,
+        strategy="fsdp" if trainer.strategy == "hsdp" else trainer.strategy,
         world=trainer.devices * trainer.num_nodes,
+        replicas=num_replicas(trainer) if trainer.strategy == "hsdp" else 1,
         itemsize=4 if trainer.precision == "fp32" else 2,
         compiled=trainer.compile is not False,
         checkpointing=trainer.activation_checkpointing,
@@ -58,14 +59,14 @@ def remedies(config: PretrainConfig, plan: Plan, available: float) -> list[str]:
         found.append(f"trainer.micro_batch={fits}")
     changes = {
         "trainer.activation_checkpointing=true": replace(how, checkpointing=True),
-        "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy),
+        "trainer.strategy=fsdp": replace(how, strategy="fsdp" if how.world > 1 else how.strategy, replicas=1),
     }
     for name, other in changes.items():
         if other != how and (fits := largest_micro_batch(model, plan, other, per_rank_batch, available)):
             found.append(f"{name} (trainer.micro_batch={fits})")
     worlds = [n for n in range(how.world + 1, config.batch_size + 1) if config.batch_size % n == 0]
     for world in worlds:
-        more = replace(how, strategy="fsdp", world=world)
+        more = replace(how, strategy="fsdp", world=world, replicas=1)
         if fits := largest_micro_batch(model, plan, more, config.batch_size // world, available):
             found.append(f"{world} GPUs with trainer.strategy=fsdp (trainer.micro_batch={fits})")
             break

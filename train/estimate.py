@@ -199,7 +199,7 @@ def make_estimate(
         "flops_per_token": flops,
         "gpu": device.name,
         "world": how.world,
-        "strategy": how.strategy,
+        "strategy": config.trainer.strategy,
         "micro_batch": micro,
         "default_micro_batch": micro_batch(config),
         "accumulate": per_rank_batch // micro,

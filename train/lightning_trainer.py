@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from data.cli import UsageError
 from train.capacity import choose_micro_batch, record_micro_batch, recorded_micro_batch
@@ -74,10 +74,13 @@ def lightning_trainer(
     accumulate = config.batch_size // (micro_batch(config) * world)
     by_memory = [MicroBatchByMemory(config, folder)] if device == "cuda" else []
     val_every = options.val_every or -(-steps // 4)
+    sharded = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
     strategies: dict[str, str | Strategy] = {
         "auto": "auto",
-        "ddp": "ddp",
-        "fsdp": ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
+        # Not static_graph: with it torch fails, or reduces nothing, where gradients are accumulated (pytorch#143580).
+        "ddp": DDPStrategy(gradient_as_bucket_view=True),
+        "fsdp": sharded,
+        "hsdp": sharded,  # LitModel divides the processes again
     }
     return L.Trainer(
         accelerator=device,

@@ -21,8 +21,8 @@ from train.clock import Clock
 from train.errors import TrainingError
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
-from train.parallel import parallelize
-from train.schema import PretrainConfig, num_steps
+from train.parallel import hybrid_mesh, parallelize
+from train.schema import PretrainConfig, num_replicas, num_steps
 
 DIVERGENCE_HINT = "lower optim.lr, or warm up longer"
 
@@ -57,6 +57,8 @@ class LitModel(L.LightningModule):
         if trainer.strategy == "fsdp":
             assert self.device_mesh is not None
             mesh = self.device_mesh["data_parallel"]
+        elif trainer.strategy == "hsdp":
+            mesh = hybrid_mesh(device.type, num_replicas(trainer))
         with torch.device("meta"):
             self.model = build(self.config.model, device_type=device.type, backend=trainer.backend)
         parallelize(

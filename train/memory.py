@@ -31,6 +31,7 @@ class Execution:
 
     strategy    auto (one device), ddp or fsdp
     world       processes
+    replicas    of hsdp, which is fsdp within each of them
     itemsize    of the type computed in: 2 for bf16, 4 for fp32
     accumulate  micro-batches of a step
     documents   rows are packed documents, each of which attends to itself
@@ -40,6 +41,7 @@ class Execution:
 
     strategy: str = "auto"
     world: int = 1
+    replicas: int = 1
     itemsize: int = 2
     compiled: bool = True
     checkpointing: bool = False
@@ -47,6 +49,11 @@ class Execution:
     documents: bool = False
     pads: bool = False
     dense: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Processes that share the weights of one replica; 1 where each has all."""
+        return self.world // self.replicas if self.strategy == "fsdp" else 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ def with_length(config: ModelConfig, seq_len: int) -> ModelConfig:
 
 def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> Memory:
     """The peak of a step whose micro-batches have `micro_batch` sequences of `size.seq_len` tokens."""
-    share = FP32 * -(-num_params(config, plan) // (how.world if how.strategy == "fsdp" else 1))
+    share = FP32 * -(-num_params(config, plan) // how.shards)
     stacks = stack_shapes(config, plan, micro_batch)
     return Memory(
         weights=share,
@@ -137,7 +144,7 @@ def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
         blocks = [params for stack in stacks for params, _ in stack_layer_params(stack)]
         blocks += encoder_layer_params(config)[:1]
         root = num_params(config, plan) - sum(blocks)
-        whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.world > 1 else 0
+        whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.shards > 1 else 0
         return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
     casts = 0 if how.checkpointing else all_cast_bytes(config, stacks, how)
     between = how.itemsize * between_params(config) if how.itemsize < FP32 else 0

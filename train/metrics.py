@@ -1,6 +1,7 @@
 """Metrics of a run while it trains."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -33,14 +34,14 @@ class Metrics(L.Callback):
     def __init__(
         self,
         every: int,
-        checkpoint_every: int,
+        checkpoint_due: Callable[[int], bool],
         max_rise: float,
         step_tokens: int,
         static_metrics: dict[str, float],
         print_reports: bool,
         print_validations: bool,
     ):
-        self.every, self.checkpoint_every, self.max_rise = every, checkpoint_every, max_rise
+        self.every, self.checkpoint_due, self.max_rise = every, checkpoint_due, max_rise
         self.step_tokens, self.static_metrics = step_tokens, static_metrics
         self.print_reports, self.print_validations = print_reports, print_validations
         self.lowest = math.inf
@@ -91,8 +92,7 @@ class Metrics(L.Callback):
         loss, self.loss = self.loss, 0.0
         if self.step == trainer.max_steps:
             trainer.should_stop = True  # ends the run with a validation, wherever the last one was
-        due = self.step % self.every == 0 or self.step % self.checkpoint_every == 0 or self.step == trainer.max_steps
-        if due:
+        if self.step % self.every == 0 or self.checkpoint_due(self.step) or self.step == trainer.max_steps:
             self._report(trainer, module, trainer.strategy.reduce(loss, reduce_op="mean").item())
         if self.step == self.warm:
             synchronize(module.device)

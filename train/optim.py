@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,8 +35,37 @@ class MuonAdamW(Optimizer):
             # Handed over at every step, because loading a checkpoint replaces both.
             part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
             part.state = self.state
+            if muon:
+                self._take_replica(part)
             part.step()
         return loss
+
+    def _take_replica(self, muon: Optimizer) -> None:
+        """Under HSDP give `muon` the parameters, gradients and state of this replica alone, in the same memory.
+
+        It multiplies sharded matrices. On the whole mesh torch would divide these products among the replicas too, and
+        wait for the slow links between them in every one.
+        """
+        (group,) = muon.param_groups
+        params = [p for p in group["params"] if p.grad is not None]
+        if not any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in params):
+            return
+        state = {}
+        for p in params:
+            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+            own = _within_replica(p.detach())
+            own.grad = _within_replica(p.grad)
+            state[own] = {"momentum_buffer": _within_replica(momentum)}
+        muon.param_groups, muon.state = [group | {"params": list(state)}], state  # type: ignore[assignment]
+
+
+def _within_replica(tensor: DTensor) -> Tensor:
+    """Return the same shard as one of a tensor of the last dimension of its mesh."""
+    mesh, (*_, placement) = tensor.device_mesh, tensor.placements
+    assert mesh.mesh_dim_names is not None
+    within = mesh[mesh.mesh_dim_names[-1]]
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(tensor.to_local(), within, (placement,), run_check=False, shape=shape, stride=stride)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:

@@ -4,8 +4,9 @@ import warnings
 
 import einops
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from arch import LanguageModel
@@ -20,6 +21,14 @@ def keep_einops_whole() -> None:
         torch.compiler.allow_in_graph(function)  # type: ignore[no-untyped-call]
 
 
+def hybrid_mesh(device_type: str, replicas: int) -> DeviceMesh:
+    """Divide all processes into `replicas` groups of consecutive ranks. FSDP2 shards within one, and averages gradients
+    across the processes of equal place in all of them.
+    """
+    shape = (replicas, dist.get_world_size() // replicas)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
 def parallelize(
     model: LanguageModel,
     *,
@@ -28,7 +37,8 @@ def parallelize(
     mesh: DeviceMesh | None,
     dtype: torch.dtype,
 ) -> None:
-    """Change `model` in place. With a mesh, FSDP2 shards each block, then the rest, as units that compute in `dtype`.
+    """Change `model` in place. With a mesh, FSDP2 shards each block, then the rest, as units that compute in `dtype`;
+    over the last dimension of one that has two.
 
     Keys and values cross blocks as arguments and results, so a unit is one layer, and sharing them between layers adds
     no communication. Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.

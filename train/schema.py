@@ -67,7 +67,10 @@ class TrainerConfig:
     accelerator       cpu, cuda, or auto: cuda where there is one, else cpu
     devices           processes per node, one device each
     num_nodes         machines
-    strategy          auto (one device), ddp, or fsdp (FSDP2: parameters, gradients and optimizer state sharded)
+    strategy          auto (one device), ddp, fsdp (FSDP2: parameters, gradients and optimizer state sharded over all
+                      processes), or hsdp (FSDP2 within each replica: sharded over its processes, gradients averaged
+                      across replicas)
+    replicas          replicas under hsdp, of as many processes each; null: one on each node
     precision         fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
     micro_batch       sequences per forward pass. null, on CUDA: the most that fit into memory by estimate, those of the
                       start before where a run goes on; on the CPU: the most that keep it within 32768 tokens
@@ -79,6 +82,7 @@ class TrainerConfig:
     log_every         steps between reports
     val_every         steps between validations; null: four in the run
     checkpoint_every  steps between checkpoints
+    checkpoint_minutes  minutes between checkpoints, in place of steps; null: by steps
     keep_checkpoints  number of newest checkpoints to keep, with the best
     max_rise          the run ends where the loss stays more than this many nats above its lowest
     max_hours         save and end after this many hours (leave room for one checkpoint); null: no limit
@@ -90,6 +94,7 @@ class TrainerConfig:
     devices: int = 1
     num_nodes: int = 1
     strategy: str = "auto"
+    replicas: int | None = None
     precision: str = "auto"
     micro_batch: int | None = None
     compile: bool | None = None
@@ -98,6 +103,7 @@ class TrainerConfig:
     log_every: int = 10
     val_every: int | None = None
     checkpoint_every: int = 200
+    checkpoint_minutes: float | None = None
     keep_checkpoints: int = 2
     max_rise: float = 3.0
     max_hours: float | None = None
@@ -190,6 +196,10 @@ def problems(config: PretrainConfig) -> list[str]:
     world = trainer.devices * trainer.num_nodes
     if world > 1 and trainer.strategy == "auto":
         found.append(f"{world} processes need trainer.strategy=ddp or trainer.strategy=fsdp")
+    if trainer.replicas is not None and trainer.strategy != "hsdp":
+        found.append(f"trainer.replicas is {trainer.replicas}; it is for trainer.strategy=hsdp alone")
+    elif trainer.strategy == "hsdp" and world % num_replicas(trainer):
+        found.append(f"trainer.replicas {trainer.replicas} does not divide the {world} processes")
     if config.batch_size % world:
         found.append(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     elif trainer.micro_batch and (config.batch_size // world) % trainer.micro_batch:
@@ -256,7 +266,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
     """List the values that make no sense by themselves."""
     trainer, found = config.trainer, []
     for name, value, choices in (
-        ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
+        ("strategy", trainer.strategy, ("auto", "ddp", "fsdp", "hsdp")),
         ("precision", trainer.precision, ("auto", "fp32", "bf16")),
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
     ):
@@ -270,6 +280,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
     for name, count in (
         ("trainer.devices", trainer.devices),
         ("trainer.num_nodes", trainer.num_nodes),
+        ("trainer.replicas", trainer.replicas),
         ("trainer.log_every", trainer.log_every),
         ("trainer.checkpoint_every", trainer.checkpoint_every),
         ("trainer.keep_checkpoints", trainer.keep_checkpoints),
@@ -289,7 +300,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
             found.append(f"{name} is {count}; it must be at most {MAX_COUNT:,}")
     if config.data.val_tokens < config.size.seq_len:
         found.append(f"data.val_tokens is {config.data.val_tokens}, less than one sequence of {config.size.seq_len}")
-    for name in ("max_rise", "max_hours", "peak_tflops"):
+    for name in ("checkpoint_minutes", "max_rise", "max_hours", "peak_tflops"):
         value = getattr(trainer, name)
         if value is not None and not 0 < value < math.inf:
             found.append(f"trainer.{name} is {value}; it must be positive and finite")
@@ -346,6 +357,11 @@ def sequence_format(plan: Plan, data: DataConfig) -> "SequenceFormat":
         data.document_mask,
         plan.block_length if data.block_padding else 0,
     )
+
+
+def num_replicas(trainer: TrainerConfig) -> int:
+    """Number of replicas of the model under hsdp."""
+    return trainer.num_nodes if trainer.replicas is None else trainer.replicas
 
 
 def num_steps(config: PretrainConfig) -> int:

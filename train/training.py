@@ -86,7 +86,8 @@ def run(config: PretrainConfig) -> None:
     failed = True
     try:
         init = None if config.init is None else Path(config.init)
-        checkpoints = CheckpointCallback(folder, options.checkpoint_every, options.keep_checkpoints, start, init)
+        every, minutes = options.checkpoint_every, options.checkpoint_minutes
+        checkpoints = CheckpointCallback(folder, every, options.keep_checkpoints, start, init, minutes)
         with naming_the_last_checkpoint(checkpoints):
             evaluations = Evaluations(config.evals, folder)
             trainer = build_trainer(config, plan, device, checkpoints, signals, evaluations)
@@ -250,7 +251,7 @@ def build_trainer(
     bar = options.progress and sys.stdout.isatty()
     metrics = Metrics(
         options.log_every,
-        options.checkpoint_every,
+        checkpoints.due,
         options.max_rise,
         config.batch_size * config.size.seq_len,
         static_metrics(config, plan),

@@ -1,0 +1,107 @@
+"""One of four gloo processes, by rank and a folder of their own: a model sharded within each of two replicas against
+one process. Gradients, their norm, steps of Muon and AdamW, and checkpoints from and for other worlds."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import torch
+import torch.distributed as dist
+from conftest import small, tokens
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+import arch
+from train.checkpoint import load, named_tensors, save, stored_tensors, verify_checksums
+from train.optim import build_optimizer
+from train.parallel import hybrid_mesh, parallelize
+from train.schema import OptimConfig
+
+CONFIG = small("mixattention", num_layers=4)
+OPTIM = OptimConfig(name="muon", lr=1e-2)
+torch.Tensor.bfloat16 = torch.Tensor.float  # in which Muon orthogonalises: rounding would hide all else
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Training:
+    """A model and its optimizer, on all processes of `mesh` or, without one, on this process alone."""
+
+    def __init__(self, mesh: DeviceMesh | None):
+        self.mesh = mesh
+        with torch.device("meta"):
+            self.model = arch.build(CONFIG)
+        parallelize(self.model, activation_checkpointing=False, compile_blocks=False, mesh=mesh, dtype=torch.float32)
+        self.model.to_empty(device="cpu")
+        self.model.init_weights(seed=1)
+        self.optimizer = build_optimizer(self.model, OPTIM)
+
+    def step(self, batch: Tensor) -> Tensor:
+        """Step on `batch` [8, T]: with a mesh, each process takes two sequences, one after the other. Return the norm
+        of the gradients before they are clipped."""
+        parts = [batch] if self.mesh is None else batch.view(4, 2, 1, -1)[dist.get_rank()]
+        self.optimizer.zero_grad()
+        for number, part in enumerate(parts):
+            if self.mesh is not None:
+                self.model.set_requires_gradient_sync(number + 1 == len(parts))
+            logits = self.model(part[:, :-1])
+            (F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten()) / len(parts)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+        self.optimizer.step()
+        return full(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: full(value) for name, value in named_tensors(self.model, self.optimizer).items()}
+
+
+def agree(ours: Training, expected: Training, where: str) -> None:
+    both = ours.tensors(), expected.tensors()
+    assert both[0].keys() == both[1].keys()
+    for name, value in both[1].items():
+        torch.testing.assert_close(both[0][name], value, rtol=1e-3, atol=1e-5, msg=f"{where}: {name}")
+
+
+def main() -> None:
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 4), rank=rank, world_size=4)
+    batches = tokens(16, 17).view(2, 8, 17)
+    alone, replicated = Training(None), Training(hybrid_mesh("cpu", 2))
+    parameter = next(replicated.model.parameters())
+    assert parameter.to_local().numel() == parameter.numel() // 2, "half of the parameters in each of two processes"
+    norms = [training.step(batches[0]) for training in (alone, replicated)]
+    torch.testing.assert_close(norms[1], norms[0])
+    for (name, one), other in zip(alone.model.named_parameters(), replicated.model.parameters(), strict=True):
+        torch.testing.assert_close(full(other.grad), one.grad, rtol=1e-4, atol=1e-6, msg=name)
+    agree(replicated, alone, "one step")
+
+    saved = folder / "checkpoints" / "step-00000001"
+    save(saved, replicated.model, replicated.optimizer, 1, {})
+    verify_checksums(saved)
+    sizes = {name: tuple(value.shape) for name, value in alone.tensors().items()}
+    assert {name: stored.shape for name, stored in stored_tensors(saved).items()} == sizes, "each row once"
+    alone.step(batches[1])
+    fsdp, whole = Training(init_device_mesh("cpu", (4,))), Training(None)  # whole in each process: DDP, or one process
+    for where, training in (("to fsdp", fsdp), ("to one process", whole), ("again", replicated)):
+        load(saved, training.model, training.optimizer)
+        training.step(batches[1])
+        agree(training, alone, where)
+
+    alone.step(batches[0])
+    for where, training in (("from fsdp", fsdp), ("from one process", whole)):
+        path = saved.with_name(f"step-{10 + (training is whole):08}")
+        save(path, training.model, training.optimizer, 10 + (training is whole), {})
+        load(path, replicated.model, replicated.optimizer)
+        replicated.step(batches[0])
+        agree(replicated, alone, where)
+    print("replicas agree")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
