@@ -197,7 +197,7 @@ def problems(config: PretrainConfig) -> list[str]:
     if world > 1 and trainer.strategy == "auto":
         found.append(f"{world} processes need trainer.strategy=ddp or trainer.strategy=fsdp")
     if trainer.replicas is not None and trainer.strategy != "hsdp":
-        found.append(f"trainer.replicas is {trainer.replicas}; it is for trainer.strategy=hsdp alone")
+        found.append(f"trainer.replicas is {trainer.replicas}; it is for trainer.strategy=hsdp alone; set it to null")
     elif trainer.strategy == "hsdp" and world % num_replicas(trainer):
         found.append(f"trainer.replicas {trainer.replicas} does not divide the {world} processes")
     if config.batch_size % world:
