@@ -28,7 +28,8 @@ from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
 from train.capacity import does_not_fit, execution, largest_micro_batch, remedies
-from train.memory import step_memory
+from train.memory import Execution, step_memory
+from train.roofline import ROOF, Rates, published_rates, step_time
 from train.schema import (
     PretrainConfig,
     micro_batch,
@@ -47,7 +48,8 @@ class EstimateConfig(PretrainConfig):
              other, set memory= and trainer.peak_tflops= too
     gpus     GPUs per node; several use fsdp unless trainer.strategy= is set
     nodes    machines, of gpus= GPUs each
-    mfu      assumed model FLOPs utilization, if docs/results has no measurement of exactly this run
+    mfu      assumed model FLOPs utilization, if docs/results has no measurement of exactly this run; null: matrix
+             products, attention and memory at the rates of published runs
     reserve  memory left for the CUDA context, NCCL and fragmentation
     memory   memory of one GPU, as 80GB; null: that of the data sheet
     json     print a JSON object instead of the tables
@@ -56,7 +58,7 @@ class EstimateConfig(PretrainConfig):
     gpu: str | None = None
     gpus: int = 1
     nodes: int = 1
-    mfu: float = 0.4
+    mfu: float | None = None
     reserve: str = "4GiB"
     memory: str | None = None
     json: bool = False
@@ -159,14 +161,28 @@ def measured(config: PretrainConfig, choices: Choices, device: Device, folder: P
     return Speed(rate, mfu, f"measured on {best.devices} x {best.gpu} ({where}), scaled linearly{peak}")
 
 
-def assumed(config: PretrainConfig, plan: Plan, flops: float, device: Device, mfu: float) -> Speed:
+def assumed(config: PretrainConfig, flops: float, device: Device, mfu: float) -> Speed:
     """The speed at an assumed MFU; recomputation by checkpointing, a quarter of all work, is no useful work."""
     source = f"assumed: {mfu:.0%} of the peak of {device.peak / TERA:,.0f} TFLOP/s"
-    if not all(store.masked for stack in plan.stacks for store in stack.plan.stores):
-        source += ", which bounded stores, in plain torch, will not reach"
     if config.trainer.activation_checkpointing:
         mfu, source = mfu * 3 / 4, f"{source}, x 3/4 for recomputation"
     return Speed(mfu * device.peak / flops, mfu, source)
+
+
+def at_rates(
+    config: PretrainConfig, plan: Plan, how: Execution, micro_batch: int, flops: float, device: Device, rates: Rates
+) -> Speed:
+    """The speed at which matrix products, attention and traffic of memory reach `rates`."""
+    seconds = step_time(config.model, plan, how, micro_batch, rates, device.peak, device.gpu).total
+    source = (
+        f"assumed: matrix products at {rates.matmul:.0%} and attention at {rates.forward:.0%} of the peak of "
+        f"{device.peak / TERA:,.0f} TFLOP/s, as in published runs"
+    )
+    if not all(store.masked for stack in plan.stacks for store in stack.plan.stores):
+        source += f", bounded stores at {rates.exact:.0%} of that in fp32, for which nothing is published"
+    elif plan.block_length > 1:
+        source += "; nothing is published for Block Transformers"
+    return Speed(1 / seconds, flops / seconds / device.peak, source)
 
 
 def make_estimate(
@@ -174,7 +190,7 @@ def make_estimate(
 ) -> dict[str, Any]:
     """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of cli.MISTAKES."""
     config, device = pretrain_config(options), find_device(options)
-    if not 0 < options.mfu <= 1:
+    if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UsageError(f"mfu is {options.mfu}; it is a share of the peak, above 0 and at most 1")
     try:
         reserve = parse_bytes(options.reserve)
@@ -184,9 +200,14 @@ def make_estimate(
     plan, how = resolve(model), execution(config)
     per_rank_batch, available = config.batch_size // how.world, device.memory - reserve
     micro = config.trainer.micro_batch or largest_micro_batch(model, plan, how, per_rank_batch, available) or 1
-    memory = step_memory(model, plan, replace(how, accumulate=per_rank_batch // micro), micro)
-    flops = train_flops_per_token(model, plan)
-    speed = measured(config, choices, device, results) or assumed(config, plan, flops, device, options.mfu)
+    how = replace(how, accumulate=per_rank_batch // micro)
+    memory, flops = step_memory(model, plan, how, micro), train_flops_per_token(model, plan)
+    roof = at_rates(config, plan, how, micro, flops, device, ROOF)
+    speed = measured(config, choices, device, results)
+    if speed is None and options.mfu is not None:
+        speed = assumed(config, flops, device, options.mfu)
+    elif speed is None:
+        speed = at_rates(config, plan, how, micro, flops, device, published_rates(device.gpu))
     steps, rate = num_steps(config), speed.tokens_per_second * how.world
     step_tokens = config.batch_size * config.size.seq_len
     hours = steps * step_tokens / rate / 3600
@@ -213,6 +234,8 @@ def make_estimate(
         "tokens_per_second": rate,
         "mfu": speed.mfu,
         "source": speed.source,
+        "roof_tokens_per_second": roof.tokens_per_second * how.world,
+        "roof_mfu": roof.mfu,
         "hours": hours,
         "gpu_hours": hours * how.world,
         "command": command(config, typed, micro),
@@ -262,6 +285,7 @@ def time_table(found: dict[str, Any]) -> Table:
     result.add_row("a step takes", f"{found['step_seconds']:.3g} s")
     result.add_row("tokens/s", f"{found['tokens_per_second']:,.0f}")
     result.add_row("MFU", f"{found['mfu']:.1%}")
+    result.add_row("roof", f"{found['roof_tokens_per_second']:,.0f} tokens/s, {found['roof_mfu']:.1%}")
     result.add_row("hours", f"{found['hours']:,.1f}")
     result.add_row("GPU-hours", f"{found['gpu_hours']:,.0f}")
     return result
@@ -284,6 +308,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     console.print(time_table(found))
     console.print("memory: counted from the layout, with fused attention; an upper estimate for compiled blocks")
     console.print(f"speed: {found['source']}")
+    console.print("roof: every kernel as fast as by itself, communication hidden; 80 to 92 % of it is a good run")
     needed, has = bytes_text(found["memory"]["total"]), bytes_text(found["gpu_memory"])
     if found["fits"]:
         console.print(f"verdict: fits, {needed} of {has}")
