@@ -205,6 +205,10 @@ def test_activations_of_compiled_blocks(name: str, style: str, monkeypatch: pyte
     model = build(model_config)
     model.init_weights()
     parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.bfloat16)
+    for (
+        stack
+    ) in model.stacks:  # taken apart as inductor takes a LayerNorm apart, which keeps its input in half precision
+        stack.norm.compile(backend="aot_eager_decomp_partition")
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     alive = []
@@ -288,8 +292,8 @@ def test_parts_add_up() -> None:
     model_config = config("mla")
     (part,) = stack_shapes(model_config, resolve(model_config), BATCH)
     assert sum(cast_bytes(part, Execution(itemsize=4))) == 0
-    few, many = (loss_bytes(model_config, Execution(), tokens) for tokens in (4096, 8192))
-    assert many - few == 2 * 4096 * 2 * 64, "beyond a chunk, only the residual stream and its norm grow"
+    few, many = (loss_bytes(model_config, Execution(), tokens) for tokens in (1 << 21, 1 << 22))
+    assert many - few == 2 * (1 << 21) * 2 * 64, "beyond a chunk, only the residual stream and its norm grow"
     assert temporary_bytes(model_config, [part], Execution()) >= loss_bytes(model_config, Execution(), BATCH * 256)
 
 

@@ -13,7 +13,7 @@ from train.loss import cross_entropy_sum
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.loss, "LOSS_ROWS", 7)
+    monkeypatch.setattr(train.loss, "loss_rows", lambda *_: 7)
 
 
 @pytest.mark.parametrize(

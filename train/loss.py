@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from arch.precision import at_least_fp32
 from data.batches import IGNORE
-from train.schema import LOSS_ROWS
+from train.schema import loss_rows
 
 NllAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -38,7 +39,7 @@ def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[T
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum(cross_entropy(x @ weight.T, targets)), `LOSS_ROWS` tokens at a time.
+    """sum(cross_entropy(x @ weight.T, targets)), `loss_rows` tokens at a time.
 
     The forward pass computes the gradients too, while the logits of a chunk are in memory: three matrix products in
     all, as many as with whole logits, and nothing is computed twice.
@@ -47,21 +48,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softmax: NllAndGradient) -> Tensor:
         weight = weight_VD.to(x_ND.dtype)
+        rows = loss_rows(len(x_ND), len(weight), x_ND.itemsize, x_ND.is_cuda)
         with torch.autocast(x_ND.device.type, enabled=False):
             total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
             grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            for begin in range(0, len(x_ND), LOSS_ROWS):
-                x, targets = x_ND[begin : begin + LOSS_ROWS], targets_N[begin : begin + LOSS_ROWS]
+            wide = at_least_fp32(weight.dtype)
+            grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+            for begin in range(0, len(x_ND), rows):
+                x, targets = x_ND[begin : begin + rows], targets_N[begin : begin + rows]
                 if not any(ctx.needs_input_grad):
                     total += F.cross_entropy((x @ weight.T).float(), targets, ignore_index=IGNORE, reduction="sum")
                     continue
                 loss, grad_logits = softmax(x @ weight.T, targets)
                 total += loss
                 if grad_x is not None:
-                    torch.mm(grad_logits, weight, out=grad_x[begin : begin + LOSS_ROWS])
+                    torch.mm(grad_logits, weight, out=grad_x[begin : begin + rows])
                 if grad_weight is not None:
-                    grad_weight += grad_logits.T @ x
+                    add_product(grad_weight, grad_logits.T, x)
+                del grad_logits  # before the next logits are made
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         return total
 
@@ -77,15 +81,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total`, in place, which may be of fp32 where they are of half precision.
+
+    On CUDA the product is never rounded to half precision; on the CPU torch has no such product.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
 def nll_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood, in fp32, and its gradient [N, V] in the type of the logits."""
     real_N = targets_N != IGNORE
     index_N1 = targets_N.clamp(min=0)[:, None]
     log_probability_NV = logits_NV.float().log_softmax(dim=-1)
     loss = -(log_probability_NV.gather(1, index_N1)[:, 0] * real_N).sum()
-    gradient_NV = log_probability_NV.exp_()
-    gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
-    gradient_NV *= real_N[:, None]
+    if torch.compiler.is_compiling():  # a scatter would need the probabilities in memory, in fp32
+        probability_NV = log_probability_NV.exp()
+        is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == index_N1
+        gradient_NV = torch.where(is_target_NV, probability_NV - 1, probability_NV)
+    else:
+        gradient_NV = log_probability_NV.exp_()
+        gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
+    gradient_NV = gradient_NV * real_N[:, None] if torch.compiler.is_compiling() else gradient_NV.mul_(real_N[:, None])
     return loss, gradient_NV.to(logits_NV.dtype)
 
 

@@ -19,7 +19,7 @@ from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolv
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
 from arch.stores import CHUNK, BoundedSpec, query_blocks
-from train.schema import LOSS_ROWS
+from train.schema import loss_rows
 
 FP32 = 4
 FLEX_BLOCK = 128  # tokens on a side of a block of FlexAttention: masks.BLOCK, in a module that needs torch
@@ -227,16 +227,16 @@ def segment_bytes(stack: StackShape, how: Execution, micro_batch: int) -> int:
 
 
 def stack_bytes(stack: StackShape, how: Execution) -> int:
-    """Bytes that a stack saves: rotary tables, the last norm, which is not compiled, and `layer_bytes`, `cross_bytes`
-    and `mask_bytes` of its layers.
+    """Bytes that a stack saves: rotary tables, the last norm, and `layer_bytes`, `cross_bytes` and `mask_bytes` of its
+    layers.
 
     With checkpointing the input of each layer instead, the slots that other layers read, and the boolean masks.
     """
     config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
     whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {store.rope_key for store in plan.stores})
-    whole += stack.outputs * norm_bytes(size)
-    if width == FP32:  # the norm's input is no copy, and a slice of it keeps the whole
-        whole += FP32 * size.d_model * max(0, stack.positions - stack.outputs)
+    whole += stack.outputs * last_norm_bytes(size, how)
+    if width == FP32 or how.compiled:  # the norm's input is no copy, and a slice of it keeps the whole
+        whole += width * size.d_model * max(0, stack.positions - stack.outputs)
     if not how.checkpointing:
         layers = range(plan.num_layers)
         per_token = sum(layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how) for layer in layers)
@@ -262,6 +262,13 @@ def norm_bytes(size: SizeConfig) -> int:
     """A norm of the residual stream, uncompiled, per token. LayerNorm: its input in fp32, the mean and 1 / standard
     deviation; RMSNorm: `rms_norm_bytes`."""
     return FP32 * size.d_model + 2 * FP32 if style_of(size).norm == "layernorm" else rms_norm_bytes(size.d_model)
+
+
+def last_norm_bytes(size: SizeConfig, how: Execution) -> int:
+    """The norm after a stack, per token. Compiled: its input as it is, and 1 / rms, or the mean too."""
+    if not how.compiled:
+        return norm_bytes(size)
+    return how.itemsize * size.d_model + (2 if style_of(size).norm == "layernorm" else 1) * FP32
 
 
 def rms_norm_bytes(dim: int) -> int:
@@ -363,7 +370,7 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
     config, plan, size = stack.config, stack.plan, stack.config.size
     tokens, casts = stack.positions, cast_bytes(stack, how)
     loss, matrix = loss_bytes(config, how, stack.outputs), size.vocab_size * size.d_model
-    block = tokens * (width * 2 * (size.d_ff + size.d_model) - rms_norm_bytes(size.d_model))
+    block = tokens * (width * 2 * (size.d_ff + size.d_model) - last_norm_bytes(size, how))
     last = plan.store(plan.num_layers - 1)
     freed = width * (
         size.d_model + 3 * size.d_ff
@@ -390,13 +397,16 @@ def loss_bytes(config: ModelConfig, how: Execution, tokens: int) -> int:
     """Bytes that train/loss.py needs while it makes the gradients, its inputs included.
 
     The residual stream and its norm [B T, D]; the gradient of the output matrix [V, D] in fp32, a chunk's share of it,
-    and the matrix cast; for a chunk the logits, two fp32 copies, and the gradient of the chunk before.
+    where the CPU computes in bf16, and the matrix cast; for a chunk the logits, and their gradient, which uncompiled
+    is made of two fp32 copies.
     """
     width, vocab = how.itemsize, config.size.vocab_size
-    matrix, rows = vocab * config.size.d_model, min(LOSS_ROWS, tokens)
+    matrix, rows = vocab * config.size.d_model, loss_rows(tokens, vocab, width, on_cuda=not how.dense)
     cast = width * matrix if width < FP32 and how.strategy != "fsdp" else 0
-    softmax = rows * vocab * (width * (2 if tokens > rows else 1) + FP32 * (2 if width < FP32 else 1))
-    product = rows * vocab * width + matrix * width
+    logits = rows * vocab
+    copies = width if how.compiled else FP32 * (2 if width < FP32 else 1)
+    softmax = logits * (width + copies)
+    product = logits * width + (matrix * width if how.dense and width < FP32 else 0)
     return 2 * tokens * width * config.size.d_model + FP32 * matrix + cast + max(softmax, product)
 
 

@@ -62,8 +62,10 @@ def parallelize(
         # The shapes of one stack never change. Those of a second one torch would take for a change, and make the code
         # of both for shapes that vary.
         dynamic = False if len(model.stacks) > 1 else None
-        for block in blocks:
-            block.compile(dynamic=dynamic)
+        norms = [stack.norm for stack in model.stacks]
+        assert all(isinstance(norm, nn.Module) for norm in norms)
+        for module in (*blocks, *norms):
+            module.compile(dynamic=dynamic)  # type: ignore[operator]
     if mesh is not None:
         # Values leave a block as views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
