@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train.loss
 from data.batches import IGNORE
-from train.loss import cross_entropy_sum
+from train.loss import cross_entropy_sum, nll_and_gradient
+from train.schema import LOSS_BYTES, LOSS_BYTES_ON_CUDA, loss_rows
 
 
 @pytest.fixture
@@ -35,6 +36,43 @@ def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype, compiled: bo
     for gradient, exact in zip(torch.autograd.grad(ours * 0.37, (x, weight)), expected, strict=True):
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_code_has_the_same_gradient_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes the probabilities once, less one at the target, in place of a scatter."""
+    logits, targets = torch.randn(30, 23), torch.randint(23, (30,))
+    targets[::4] = IGNORE
+    plain = nll_and_gradient(logits, targets)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all(torch.equal(ours, exact) for ours, exact in zip(nll_and_gradient(logits, targets), plain, strict=True))
+
+
+def test_chunks_are_of_one_size_within_their_bytes() -> None:
+    for length, vocab, itemsize, on_cuda in (
+        (32768, 50304, 2, True),
+        (16 * 2044, 50304, 2, True),
+        (32768, 8192, 4, False),
+        (26611, 50304, 4, False),
+        (5, 1 << 30, 2, False),
+        (0, 9, 4, False),
+    ):
+        rows = loss_rows(length, vocab, itemsize, on_cuda)
+        assert rows == 1 or rows * vocab * itemsize <= (LOSS_BYTES_ON_CUDA if on_cuda else LOSS_BYTES)
+        assert rows > 0 and (length % rows == 0 or length == 26611)  # a product of two primes, in no such number
+    assert loss_rows(32768, 50304, 2, True) == 8192
+    assert loss_rows(32768, 4096, 2, True) == 32768, "small vocabularies need no chunks"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weight_gradient_is_summed_without_rounding(short_chunks: None) -> None:
+    x, targets = torch.randn(2, 20, 64, device="cuda").bfloat16(), torch.randint(96, (2, 20), device="cuda")
+    weight = torch.randn(96, 64, device="cuda").bfloat16().float().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        cross_entropy_sum(targets)(x, weight).backward()
+    logits = (x.flatten(0, 1) @ weight.bfloat16().T).detach()
+    exact = nll_and_gradient(logits, targets.flatten())[1].double().T @ x.flatten(0, 1).double()
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_half_precision_keeps_fp32_weights_and_loss(short_chunks: None) -> None:

@@ -100,14 +100,13 @@ def nll_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tens
     index_N1 = targets_N.clamp(min=0)[:, None]
     log_probability_NV = logits_NV.float().log_softmax(dim=-1)
     loss = -(log_probability_NV.gather(1, index_N1)[:, 0] * real_N).sum()
-    if torch.compiler.is_compiling():  # a scatter would need the probabilities in memory, in fp32
-        probability_NV = log_probability_NV.exp()
+    if torch.compiler.is_compiling():  # one kernel, where a scatter needs the probabilities in memory, in fp32
         is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == index_N1
-        gradient_NV = torch.where(is_target_NV, probability_NV - 1, probability_NV)
+        gradient_NV = (log_probability_NV.exp() - is_target_NV.float()) * real_N[:, None]
     else:
         gradient_NV = log_probability_NV.exp_()
         gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
-    gradient_NV = gradient_NV * real_N[:, None] if torch.compiler.is_compiling() else gradient_NV.mul_(real_N[:, None])
+        gradient_NV *= real_N[:, None]
     return loss, gradient_NV.to(logits_NV.dtype)
 
 
