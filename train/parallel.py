@@ -44,9 +44,11 @@ def parallelize(
     no communication. Inputs are not cast: rotary tables stay fp32, and the embedding already produces `dtype`.
     """
     blocks: list[nn.Module] = []
+    norms: list[nn.Module] = []
     for stack in model.stacks:
-        assert isinstance(stack.layers, nn.ModuleList)
+        assert isinstance(stack.layers, nn.ModuleList) and isinstance(stack.norm, nn.Module)
         blocks += stack.layers
+        norms.append(stack.norm)
         stack.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
     if compile_blocks:
         # All blocks share one code object: each kind of block, with and without gradients, is one more variant of it.
@@ -62,10 +64,8 @@ def parallelize(
         # The shapes of one stack never change. Those of a second one torch would take for a change, and make the code
         # of both for shapes that vary.
         dynamic = False if len(model.stacks) > 1 else None
-        norms = [stack.norm for stack in model.stacks]
-        assert all(isinstance(norm, nn.Module) for norm in norms)
-        for module in (*blocks, *norms):
-            module.compile(dynamic=dynamic)  # type: ignore[operator]
+        for module in blocks + norms:
+            module.compile(dynamic=dynamic)
     if mesh is not None:
         # Values leave a block as views, which nothing changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -22,7 +22,7 @@ from train.memory import (
     stack_layer_params,
     stack_shapes,
 )
-from train.schema import LOSS_ROWS
+from train.schema import LOSS_BYTES_ON_CUDA
 
 TILE = 128  # queries, and slots, of what fused attention computes at a time
 # What the backward pass needs is written, read, and so are gradients of its size: in all this times the bytes that a
@@ -135,7 +135,7 @@ def train_counts(config: ModelConfig, plan: Plan, how: Execution) -> Counts:
         )
     head = stacks[-1].config.size.d_model * size.vocab_size
     # Logits are written, read twice, and their gradient is written; the gradient of the matrix is a sum over chunks.
-    loss = outputs * (8 * size.vocab_size + 10 * head / LOSS_ROWS)
+    loss = outputs * (8 * size.vocab_size + 8 * head * size.vocab_size * how.itemsize / LOSS_BYTES_ON_CUDA)
     residual = outputs * 74 * size.d_model  # embedding, last norm, their gradients
     return total + Counts(matmul=(2 * outputs * head + between) / seq_len, traffic=(loss + residual) / seq_len)
 
