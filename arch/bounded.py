@@ -8,8 +8,8 @@ A token writes its key and value to each slot with a strength p in [0, 1), and r
 
     S_t[m] = (1 - p_t[m]) S_{t-1}[m] + p_t[m] (k_t | v_t)        o_t = softmax_m(q_t S^k_t[m] / sqrt(H)) S^v_t
 
-p depends on the token alone, so that the recurrence has an exact parallel form over chunks of C tokens: with G_t the
-sum of log(1 - p) from the chunk's start to t,
+One token over a cache does just that. p depends on the token alone, so that several have an exact parallel form over
+chunks of C tokens: with G_t the sum of log(1 - p) from the chunk's start to t,
 
     S_t[m] = e^{G_t} S_start[m] + sum_{j <= t} e^{G_t - G_j} p_j (k_j | v_j)        (G and p those of slot m)
 
@@ -17,7 +17,8 @@ sum of log(1 - p) from the chunk's start to t,
 positions: averaged rotated keys would lose their phase. Slots are read and written in at least fp32.
 
 Shapes: B batch, T new tokens, C (i reads, j writes) tokens of a chunk, Z chunks, D model, A address, N query heads,
-K key/value heads, G query heads per key/value head, H head, M slots, W window, L positions a block of queries looks at.
+K key/value heads, G query heads per key/value head, H head, E 2 H (a key and its value), M slots, W window, R rows
+(G C) of queries.
 """
 
 import math
@@ -26,82 +27,108 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .buffers import StateBuffer, Tensors
+from .attend import sdpa
+from .buffers import StateBuffer
 from .config import SizeConfig, head_dim, style_of
 from .grouped import GroupedKV
 from .layers import Rope, rotate
-from .positions import TokenPositions
+from .masks import Dense
+from .positions import TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
-from .stores import CHUNK, BoundedSpec, StoreSpec
+from .stores import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec, StoreSpec
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
 # The logit of lambda before training: half of a write goes to the ring. With more, what was merged fades before a
 # router learns to keep it.
 RING_LOGIT = 0.0
+# The score of what is not seen. Finite: where nothing is seen, a softmax has no NaN, and its result no weight.
+UNSEEN = -1e30
 
 
 # --- the parallel form: chunks of C tokens
 #
-# A token's share of a slot, e^{G_i - G_j} p_j, is never more than 1 where it counts, and is made as one exponential:
-# products of its parts would overflow.
-
-
-def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where seen, else minus infinity: unlike a filled mask, adding it keeps nothing for the backward pass."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -math.inf)
+# e^{G_i - G_j}, never more than 1 where it counts, is a product of e^{G_i - R} and e^{R - G_j}, so that reads are plain
+# matrix products. R lies in the middle of the values of G in the chunk. Of a slot a write leaves at least the type's
+# resolution: with chunks of 8 no factor is more than e^64 in fp32, which ends at e^88.
 
 
 # Exported folders carry a copy of this file. An operator that two copies define would leave the first one's dangling.
 NAMESPACE = __name__.replace(".", "_")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
-def scan(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
-    """[B, Z + 1, M, K, E] s_0 = start, s_z+1 = decay_z s_z + written_z.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-    One operator, so that no compiler unrolls the loop, and of all its steps the backward pass keeps the result alone.
-    """
-    batch, length, *tail = written_BZMKE.shape
-    states = written_BZMKE.new_empty(batch, length + 1, *tail)
-    states[:, 0] = start_BMKE
-    for z in range(length):
-        torch.addcmul(written_BZMKE[:, z], decay_BZM[:, z, :, None, None], states[:, z], out=states[:, z + 1])
+
+def run_scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+    """[Z + 1, B, K, M, E] s_0 = start, s_z+1 = decay_z s_z + share_z^T (k_z | v_z)."""
+    shape = *k_ZBKCH.shape[:3], decay_ZBM.shape[-1], start_BKME.shape[-1]
+    share = share_ZBCM.unsqueeze(2).expand(*shape[:3], -1, -1).flatten(0, 2)
+    written = torch.bmm(share.mT, torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)).view(shape)
+    states = written.new_empty(shape[0] + 1, *shape[1:])
+    states[0] = start_BKME
+    parts, decays = states.unbind(), decay_ZBM[:, :, None, :, None].unbind()
+    for z, new in enumerate(written.unbind()):
+        torch.addcmul(new, decays[z], parts[z], out=parts[z + 1])
     return states
 
 
+def run_scan_backward(
+    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+) -> Gradients:
+    """Gradients of the inputs of `run_scan`; that of its result is overwritten."""
+    sums, decays = gradient.unbind(), decay_ZBM[:, :, None, :, None].unbind()
+    for z in reversed(range(len(decays))):
+        sums[z].addcmul_(decays[z], sums[z + 1])
+    after = gradient[1:]
+    decay = (after * states[:-1]).sum(dim=(2, 4))
+    shape = k_ZBKCH.shape[:3]
+    kv = torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)
+    share = torch.bmm(kv, after.flatten(0, 2).mT).view(*shape, -1, decay.shape[-1]).sum(dim=2)
+    shared = share_ZBCM.unsqueeze(2).expand(*shape, -1, -1).flatten(0, 2)
+    k, v = torch.bmm(shared, after.flatten(0, 2)).view(*shape, -1, after.shape[-1]).chunk(2, dim=-1)
+    return decay, share, k, v, gradient[0]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
+def scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+    """`run_scan` as one operator, so that no compiler unrolls the loop."""
+    return run_scan(decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, start_BKME)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
-def scan_backward(gradient: Tensor, decay_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `decay`, `written` and `start`, given that of the states."""
-    sums = gradient.clone(memory_format=torch.contiguous_format)  # of all that comes from a state
-    for z in reversed(range(decay_BZM.shape[1])):
-        sums[:, z].addcmul_(decay_BZM[:, z, :, None, None], sums[:, z + 1])
-    decay = (sums[:, 1:] * states[:, :-1]).sum(dim=(-2, -1))
-    dense = torch.contiguous_format  # copies: outputs of an operator may not share a storage
-    return decay, sums[:, 1:].clone(memory_format=dense), sums[:, 0].clone(memory_format=dense)
+def scan_backward(
+    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+) -> Gradients:
+    """Gradients of the inputs of `scan`, given that of its result."""
+    sums = gradient.clone(memory_format=torch.contiguous_format)
+    decay, share, k, v, start = run_scan_backward(sums, decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, states)
+    # Outputs of an operator may not share a storage.
+    return decay, share, k.contiguous(), v.contiguous(), start.clone()
 
 
 @scan.register_fake
-def _(decay_BZM: Tensor, written_BZMKE: Tensor, start_BMKE: Tensor) -> Tensor:
-    batch, length, *tail = written_BZMKE.shape
-    return written_BZMKE.new_empty(batch, length + 1, *tail)
+def _(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+    return start_BKME.new_empty(decay_ZBM.shape[0] + 1, *start_BKME.shape)
 
 
 @scan_backward.register_fake
-def _(gradient: Tensor, decay_BZM: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, *tail = gradient.shape
-    written = gradient.new_empty(batch, length - 1, *tail)
-    return decay_BZM.new_empty(decay_BZM.shape), written, gradient.new_empty(batch, *tail)
+def _(
+    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+) -> Gradients:
+    decay, share, k, v = (x.new_empty(x.shape) for x in (decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH))
+    return decay, share, k, v, states.new_empty(states.shape[1:])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], output)
+    ctx.save_for_backward(*inputs[:4], output)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = scan_backward(gradient, *ctx.saved_tensors)
+def _backward(ctx: Any, gradient: Tensor) -> Gradients:
+    result: Gradients = scan_backward(gradient, *ctx.saved_tensors)
     return result
 
 
@@ -109,63 +136,50 @@ scan.register_autograd(_backward, setup_context=_save)
 
 
 class Chunks:
-    """Tokens in chunks of `stores.CHUNK`, the last one filled up with tokens that write nothing."""
+    """Tokens in chunks of `stores.CHUNK`, the last one filled up with tokens that write nothing.
 
-    def __init__(self, position_BT: Tensor):
-        self.length = position_BT.shape[1]
-        self.size = min(CHUNK, self.length)
-        self.fill = -self.length % self.size
-        self.index = torch.arange(self.size, device=position_BT.device)
-        more = torch.arange(1, self.fill + 1, device=position_BT.device)
-        position_BT = torch.cat((position_BT, position_BT[:, -1:] + more), dim=1)
-        self.position_BZC = rearrange(position_BT, "b (z c) -> b z c", c=self.size)
-        distance = self.index[:, None] - self.index
-        self.seen_BZCC = (distance >= 0) & (distance <= self.position_BZC.unsqueeze(-1))
+    seen   [C, C], with segments [Z, B, C, C]: 1 where a token finds another of its chunk, else 0
+    begun  with segments [Z, B, C]: 1 where a token finds what was before its chunk, else 0; None: all do
+    """
+
+    def __init__(self, positions: TokenPositions, length: int, dtype: torch.dtype):
+        self.length, self.size = length, min(CHUNK, length)
+        self.fill = -length % self.size
+        index = torch.arange(self.size, device=positions.position_BT.device)
+        distance = index[:, None] - index
+        self.seen, self.begun = (distance >= 0).to(dtype), None
+        if positions.segmented:
+            place_ZBC = self.split(positions.position_BT)
+            self.seen = self.seen * (distance <= place_ZBC.unsqueeze(-1))
+            self.begun = (place_ZBC > index).to(dtype)
 
     def split(self, x: Tensor) -> Tensor:
         padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.fill)) if self.fill else x
-        return rearrange(padded, "b (z c) ... -> b z c ...", c=self.size)
+        return rearrange(padded, "b (z c) ... -> z b c ...", c=self.size)
 
-    def join(self, x: Tensor) -> Tensor:
-        joined = rearrange(x, "b z c ... -> b (z c) ...")
+    def join(self, x_ZBNCH: Tensor) -> Tensor:
+        joined = rearrange(x_ZBNCH, "z b n c h -> b (z c) n h")
         return joined[:, : self.length] if self.fill else joined
 
-    def decay(self, p_BTM: Tensor) -> Tensor:
-        """[B, Z, C, M] G, the sum of log(1 - p) from the start of the chunk, or of the document in it."""
-        # The least that a write leaves keeps logarithms finite; an overwritten slot is not known more exactly.
-        left_BZCM = (1 - self.split(p_BTM)).clamp(min=torch.finfo(p_BTM.dtype).eps)
-        # Not a cumulative sum, which would carry another document's rounding.
-        return self.seen_BZCC.to(p_BTM.dtype) @ left_BZCM.log()
 
-    def decay_from_state(self, decay_BZCM: Tensor, reads: slice = slice(None)) -> Tensor:
-        """[B, Z, i, M] what tokens `reads` of each chunk find of the state before it: nothing of another document."""
-        begun_BZC = self.position_BZC[:, :, reads] > self.index[reads]
-        return decay_BZCM[:, :, reads].masked_fill(~begun_BZC.unsqueeze(-1), -math.inf).exp()
+class ChunkWrites(NamedTuple):
+    """Writes of the tokens of each chunk, and what is left of them at each of these and at the chunk's end.
 
-    def written(self, p_BTM: Tensor, decay_BZCM: Tensor, reads: slice = slice(None)) -> Tensor:
-        """[B, Z, i, j, M] what tokens `reads` of each chunk find of each of its tokens."""
-        p_BZCM = self.split(p_BTM)
-        log_BZCM = p_BZCM.clamp(min=torch.finfo(p_BTM.dtype).tiny).log().masked_fill(p_BZCM == 0, -math.inf)
-        bias = bias_of(self.seen_BZCC[:, :, reads], p_BTM.dtype).unsqueeze(-1)
-        faded = decay_BZCM[:, :, reads].unsqueeze(3) + (log_BZCM - decay_BZCM).unsqueeze(2)
-        return faded.add_(bias).exp_()
+    faded_ZBCM        e^{G - R}: what a token finds of the state before the chunk, times e^R, and of a share
+    share_ZBCM        e^{R - G} p
+    kept_ZBM          what the end finds of the state before the chunk; states are held times e^R, each with its chunk's
+    last_ZBCM         what the end finds of each token's key and value
+    k_ZBKCH, v_ZBKCH  keys and values
+    start_BKME        the state before all chunks
+    """
 
-    def states(self, k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, decay_BZCM: Tensor, start: Tensor | None) -> Tensor:
-        """[B, Z + 1, M, K, 2H] the state before each chunk, first `start` (None: nothing), and after the last."""
-        last = slice(-1, None)
-        kv_BZCKE = self.split(torch.cat((k_BTKH, v_BTKH), dim=-1).to(p_BTM.dtype))
-        share_BZCM = self.written(p_BTM, decay_BZCM, last).squeeze(2)
-        written = torch.einsum("bzjm,bzjke->bzmke", share_BZCM, kv_BZCKE)
-        start = torch.zeros_like(written[:, 0]) if start is None else start.to(written.dtype)
-        states: Tensor = scan(self.decay_from_state(decay_BZCM, last).squeeze(2), written, start)
-        return states
-
-
-class ChunkStates(NamedTuple):
-    """Log decay of the slots within chunks, and the states before each chunk and after the last, keys beside values."""
-
-    decay_BZCM: Tensor
-    state_BZMKE: Tensor
+    faded_ZBCM: Tensor
+    share_ZBCM: Tensor
+    kept_ZBM: Tensor
+    last_ZBCM: Tensor
+    k_ZBKCH: Tensor
+    v_ZBKCH: Tensor
+    start_BKME: Tensor
 
 
 class BoundedKV(NamedTuple):
@@ -173,109 +187,326 @@ class BoundedKV(NamedTuple):
 
     In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
     values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
-    the place of the chunk form; of one token over a cache they are the slots after its write, [B, M, K, 2H].
+    the place of the chunk form; of one token over a cache it is the slots after its write, [B, K, M, 2H], and `window`
+    is [B, K, W, H], in the order of a ring.
     """
 
     k_BTKH: Tensor
     v_BTKH: Tensor
     p_BTM: Tensor
-    chunks: ChunkStates | Tensor | None = None
+    chunks: ChunkWrites | Tensor | None = None
     window: GroupedKV | None = None
 
 
-class SlotRead:
-    """The slots as each token finds them, never made: scores against them, and sums over them.
+def chunk_writes(
+    k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, positions: TokenPositions, state_BKME: Tensor | None, empty: bool
+) -> ChunkWrites:
+    """Compute the writes of tokens, which continue a cached state unless it is `empty`; that becomes the one after
+    them."""
+    with no_autocast(k_BTKH):
+        chunks = Chunks(positions, p_BTM.shape[1], p_BTM.dtype)
+        p_ZBCM = chunks.split(p_BTM)
+        k, v = (chunks.split(x.to(p_BTM.dtype)).transpose(2, 3).contiguous() for x in (k_BTKH, v_BTKH))
+        num_chunks, batch, size, num_slots = p_ZBCM.shape
+        # The least that a write leaves keeps logarithms finite; an overwritten slot is not known more exactly.
+        left = (1 - p_ZBCM).clamp(min=torch.finfo(p_BTM.dtype).eps).log().reshape(-1, size, num_slots)
+        # Not a cumulative sum, which would carry another segment's rounding.
+        seen = chunks.seen.reshape(-1, size, size).expand(left.shape[0], -1, -1)
+        decay_ZBCM = torch.bmm(seen, left).view(num_chunks, batch, size, num_slots)
+        with torch.no_grad():  # of any reference the result is the same, and so is its gradient
+            middle_ZBM = decay_ZBCM.amin(dim=2) / 2
+            following = torch.cat((middle_ZBM[1:], torch.zeros_like(middle_ZBM[:1])))
+        from_middle = decay_ZBCM - middle_ZBM.unsqueeze(2)
+        faded_ZBCM, share_ZBCM = from_middle.exp(), from_middle.neg().exp() * p_ZBCM
+        end_ZBM = from_middle[:, :, -1]
+        kept_ZBM = (end_ZBM + following).exp()
+        last_ZBCM = share_ZBCM * kept_ZBM.unsqueeze(2)
+        if chunks.begun is not None:
+            last_ZBCM = last_ZBCM * chunks.seen[:, :, -1].unsqueeze(-1)
+            kept_ZBM = kept_ZBM * chunks.begun[:, :, -1:]
+        start = k.new_zeros(batch, k.shape[2], num_slots, 2 * k.shape[-1])
+        if state_BKME is not None:
+            if not empty:
+                start += state_BKME * middle_ZBM[0].exp()[:, None, :, None]
+            after = decay_ZBCM[:, :, -1].flip(0).cumsum(dim=0).flip(0)  # of each chunk and those after it
+            share = share_ZBCM * (after - middle_ZBM).exp().unsqueeze(2)
+            new = torch.einsum("zbcm,zbkch->bkmh", share, torch.cat((k, v), dim=-1))
+            state_BKME.copy_(new if empty else new + state_BKME * after[0].exp()[:, None, :, None])
+        return ChunkWrites(faded_ZBCM, share_ZBCM, kept_ZBM, last_ZBCM, k, v, start)
 
-    Its rows are [B, Z, C, K, G]. `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all.
+
+class Sight(NamedTuple):
+    """What readers look at. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is added to scores; `more`:
+    something besides the slots is read."""
+
+    seen: Tensor
+    begun: Tensor | None
+    bias: Tensor | None
+    more: bool
+
+    def part(self, chunks: slice) -> "Sight":
+        seen = self.seen if self.begun is None else self.seen[chunks]
+        begun, bias = (None if x is None else x[chunks] for x in (self.begun, self.bias))
+        return self._replace(seen=seen, begun=begun, bias=bias)
+
+
+def read_slots(
+    q_BTNH: Tensor,
+    writes: ChunkWrites,
+    positions: TokenPositions,
+    seen_BTM: Tensor | None,
+    sinks_N: Tensor | None,
+    more: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, N, H] the slots as each token finds them, which are never made, weighted for scaled queries. Where `more`
+    is read beside them, also [B, T, N] the logarithm of the sum that weights were divided by.
+
+    `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all.
     """
-
-    def __init__(self, kv: BoundedKV, position_BT: Tensor, seen_BTM: Tensor | None):
-        assert isinstance(kv.chunks, ChunkStates)
-        decay_BZCM, state_BZMKE = kv.chunks
-        self.chunks, dtype = Chunks(position_BT), kv.p_BTM.dtype
-        self.k_BZCKH, self.v_BZCKH = (self.chunks.split(x.to(dtype)) for x in (kv.k_BTKH, kv.v_BTKH))
-        self.state_k, self.state_v = state_BZMKE[:, :-1].chunk(2, dim=-1)
-        self.share_BZCCM = self.chunks.written(kv.p_BTM, decay_BZCM)
-        self.state_share = rearrange(self.chunks.decay_from_state(decay_BZCM), "b z i m -> b z i 1 1 m")
-        self.bias = None
-        if seen_BTM is not None:
-            self.bias = rearrange(self.chunks.split(bias_of(seen_BTM, dtype)), "b z i m -> b z i 1 1 m")
-
-    def rows(self, x: Tensor) -> Tensor:
-        return self.chunks.split(rearrange(x, "b t (k g) ... -> b t k g ...", k=self.k_BZCKH.shape[3]))
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return self.chunks.join(rearrange(x, "b z i k g ... -> b z i (k g) ..."))
-
-    def scores(self, q_BTNH: Tensor) -> Tensor:
-        """Rows of M: q S^k, minus infinity where it is not seen."""
-        q = self.rows(q_BTNH)
-        pair = torch.einsum("bzikgh,bzjkh->bzikgj", q, self.k_BZCKH)
-        new = torch.einsum("bzikgj,bzijm->bzikgm", pair, self.share_BZCCM)
-        score = torch.addcmul(new, torch.einsum("bzikgh,bzmkh->bzikgm", q, self.state_k), self.state_share)
-        return score if self.bias is None else score.add_(self.bias)
-
-    def values(self, weight: Tensor) -> Tensor:
-        """[B, T, N, H] weight S^v, of weights that are rows of M."""
-        pair = torch.einsum("bzikgm,bzijm->bzikgj", weight, self.share_BZCCM)
-        new = torch.einsum("bzikgj,bzjkh->bzikgh", pair, self.v_BZCKH)
-        return self.tokens(new + torch.einsum("bzikgm,bzmkh->bzikgh", weight * self.state_share, self.state_v))
+    chunks = Chunks(positions, q_BTNH.shape[1], q_BTNH.dtype)
+    q = rearrange(chunks.split(q_BTNH), "z b c (k g) h -> z b k (g c) h", k=writes.k_ZBKCH.shape[2])
+    bias = None
+    if seen_BTM is not None:
+        bias = torch.zeros(seen_BTM.shape, dtype=q.dtype, device=q.device).masked_fill(~seen_BTM, UNSEEN)
+        bias = chunks.split(bias).unsqueeze(2).contiguous()  # results are laid out as it is
+    sight = Sight(chunks.seen, chunks.begun, bias, more)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out, total = Recomputed.apply(sight, q, sinks_N, *writes)  # type: ignore[no-untyped-call]
+    elif torch.compiler.is_compiling():
+        out, total = read_chunks(sight, q, sinks_N, writes, *split_states(scan(*writes[2:])))
+    else:
+        out, total, _ = read_pieces(sight, q, sinks_N, writes)
+    return chunks.join(out), chunks.join(total.unsqueeze(-1)).squeeze(-1) if more else None
 
 
-class WindowRead:
-    """The last W positions, in blocks of queries that look at their own block and the W positions before it.
+def pieces(q_ZBKRH: Tensor, num_slots: int) -> list[slice]:
+    """Chunks that are read at a time, in order."""
+    length = step = q_ZBKRH.shape[0]
+    if not q_ZBKRH.is_cuda:
+        step = max(1, SCORES * q_ZBKRH.shape[-1] // (q_ZBKRH[0].numel() * num_slots))
+    return [slice(z, min(z + step, length)) for z in range(0, length, step)]
 
-    Its rows are [B, Z, K, C, G], C tokens of a block. Blocks of half a window waste a third of the scores, as against
-    half for whole windows, and copy a key three times.
+
+def read_pieces(
+    sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, writes: ChunkWrites
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """[Z, B, N, C, H] and [Z, B, N, C] of all chunks, and the states before each of the pieces they were read in."""
+    results, starts = [], [writes.start_BKME]
+    for part in pieces(q_ZBKRH, writes.share_ZBCM.shape[-1]):
+        some = ChunkWrites._make((*(x[part] for x in writes[:-1]), starts[-1]))
+        states = run_scan(*some[2:])
+        results.append(read_chunks(sight.part(part), q_ZBKRH[part], sinks_N, some, *split_states(states)))
+        starts.append(states[-1].clone())
+    out, total = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results, strict=True))
+    return out, total, starts[:-1]
+
+
+def split_states(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [Z, B, K, M, H] of the states before each chunk."""
+    state_k, state_v = states[:-1].chunk(2, dim=-1)
+    return state_k, state_v
+
+
+class Recomputed(torch.autograd.Function):
+    """`read_pieces`, whose pieces are computed again in the backward pass: memory is slower than that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, *writes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, total, starts = read_pieces(sight, q_ZBKRH, sinks_N, ChunkWrites(*writes))
+        ctx.more, ctx.num_pieces = sight.more, len(starts)
+        ctx.save_for_backward(*sight[:-1], sinks_N, *starts, q_ZBKRH, *writes[:-1])
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        seen, begun, bias, sinks_N, *saved = ctx.saved_tensors
+        sight = Sight(seen, begun, bias, ctx.more)
+        starts, inputs = saved[: ctx.num_pieces], saved[ctx.num_pieces :]
+        found = [torch.empty_like(x) for x in inputs]
+        of_sinks = None if sinks_N is None else torch.zeros_like(sinks_N)
+        of_state = torch.zeros_like(starts[0])
+        cuts = pieces(inputs[0], inputs[2].shape[-1])
+        for part, start in zip(reversed(cuts), reversed(starts), strict=True):
+            q, *some = (x[part] for x in inputs)
+            writes = ChunkWrites._make((*some, start))
+            given = [x[part] for x in gradients[: 1 + sight.more]]
+            of_sink, of_state, new = backward_of_chunks(sight.part(part), q, sinks_N, writes, given, of_state)
+            for whole, one in zip(found, new, strict=True):
+                whole[part] = one
+            if of_sinks is not None and of_sink is not None:
+                of_sinks += of_sink
+        return None, found[0], of_sinks, *found[1:], of_state
+
+
+def backward_of_chunks(
+    sight: Sight,
+    q_ZBKRH: Tensor,
+    sinks_N: Tensor | None,
+    writes: ChunkWrites,
+    gradients: list[Tensor],
+    of_state: Tensor,
+) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+    """Gradients of the sinks, of the state before the chunks, and of the queries and writes, given those of what was
+    read and of the state after them."""
+    with no_autocast(q_ZBKRH):
+        states = run_scan(*writes[2:])
+        with torch.enable_grad():
+            inputs = (q_ZBKRH, writes.faded_ZBCM, writes.share_ZBCM, writes.k_ZBKCH, writes.v_ZBKCH)
+            leaves = [x.detach().requires_grad_() for x in (*inputs, *split_states(states))]
+            q, faded, share, k, v, state_k, state_v = leaves
+            sink = None if sinks_N is None else sinks_N.detach().requires_grad_()
+            again = writes._replace(faded_ZBCM=faded, share_ZBCM=share, k_ZBKCH=k, v_ZBKCH=v)
+            results = read_chunks(sight, q, sink, again, state_k, state_v)[: len(gradients)]
+            wanted = leaves if sink is None else [*leaves, sink]
+            of_q, of_faded, of_share, of_k, of_v, of_states_k, of_states_v, *of_sink = torch.autograd.grad(
+                results, wanted, gradients
+            )
+        whole = torch.empty_like(states)
+        torch.cat((of_states_k, of_states_v), dim=-1, out=whole[:-1])
+        whole[-1] = of_state
+        kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states)
+    of_writes = of_faded, of_share, kept, last, of_k.add_(more_k), of_v.add_(more_v)
+    return of_sink[0] if of_sink else None, start, (of_q, *of_writes)
+
+
+def read_chunks(
+    sight: Sight,
+    q_ZBKRH: Tensor,
+    sinks_N: Tensor | None,
+    writes: ChunkWrites,
+    state_k_ZBKMH: Tensor,
+    state_v_ZBKMH: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`read_slots` of a few chunks, given the states before each: [Z, B, N, C, H] and [Z, B, N, C]."""
+    faded, share, _, _, k, v, _ = writes
+    seen, begun, bias, more = sight
+    (num_chunks, batch, kv_heads, rows, width), (size, num_slots) = q_ZBKRH.shape, share.shape[2:]
+    heads = (num_chunks, batch, kv_heads * rows // size)  # then tokens of a chunk
+    k, v, state_k, state_v = (x.flatten(0, 2) for x in (k, v, state_k_ZBKMH, state_v_ZBKMH))
+    share, faded = share.flatten(0, 1), faded.unsqueeze(2)
+    if begun is not None:
+        seen, begun = seen.unsqueeze(2), begun[:, :, None, None, :, None]
+
+    def of_begun(x: Tensor) -> Tensor:
+        """Set rows of segments that begin in a chunk to 0: they find nothing of the state before it."""
+        return x if begun is None else (x.view(num_chunks, batch, kv_heads, -1, size, width) * begun).view(x.shape)
+
+    in_place = not torch.is_grad_enabled()
+    times, add = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
+    q = q_ZBKRH.flatten(0, 2)
+    pair = times(torch.bmm(q, k.mT).view(*heads, size, size), seen)
+    score = torch.bmm(of_begun(q), state_k.mT).view(share.shape[0], -1, num_slots)
+    score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
+    score = times(score, faded) if bias is None else torch.addcmul(bias, score, faded)
+    if more or sinks_N is not None:
+        total = score.logsumexp(dim=-1)
+        if sinks_N is not None:
+            total = torch.logaddexp(total, sinks_N.unsqueeze(-1))
+        weight = (score - total.unsqueeze(-1)).exp()
+    else:
+        total, weight = score.new_zeros(heads[:1]), score.softmax(dim=-1)
+    weight = times(weight, faded)
+    pair = torch.bmm(weight.view(share.shape[0], -1, num_slots), share.mT).view(*heads, size, size)
+    new = torch.bmm(times(pair, seen).view(-1, rows, size), v)
+    weight = weight.view(-1, rows, num_slots)
+    out = add(new, weight, state_v) if begun is None else new + of_begun(torch.bmm(weight, state_v))
+    return out.view(*heads, size, width), total
+
+
+# --- the window beside the slots
+
+
+def read_window(
+    q_BTNH: Tensor, weight_BTN: Tensor, window: GroupedKV, positions: TokenPositions, length: int
+) -> tuple[Tensor, Tensor]:
+    """[B, T, N, H] attention over the last `length` positions, and [B, T, N] the share in its softmax of something else
+    whose score is `weight_BTN`, which is worth nothing here. Queries are scaled; keys and values as in BoundedKV.
+
+    The score is one more coordinate of a query, and the something else a key that has nothing but 1 there.
     """
-
-    def __init__(self, k_BSKH: Tensor, v_BSKH: Tensor, position_BT: Tensor, window: int, dtype: torch.dtype):
-        self.length, past = position_BT.shape[1], k_BSKH.shape[1] - position_BT.shape[1]
-        self.block = min(-(-window // 2), self.length)
-        self.kv_heads, self.fill = k_BSKH.shape[2], -self.length % self.block
-        front = window if not past and self.length > self.block else 0
-        before = past + front
-        padded = (F.pad(x.to(dtype), (0, 0, 0, 0, front, self.fill)) for x in (k_BSKH, v_BSKH))
-        self.k, self.v = (x.unfold(1, before + self.block, self.block) for x in padded)  # [B, Z, K, H, L]
-        index = torch.arange(self.block, device=position_BT.device)[:, None]
-        distance = index + before - torch.arange(before + self.block, device=position_BT.device)
-        place = rearrange(F.pad(position_BT, (0, self.fill)).clamp(min=0), "b (z c) -> b z c 1", c=self.block)
-        seen_BZCL = (distance >= 0) & (distance < window) & (distance <= place)
-        self.bias = rearrange(bias_of(seen_BZCL, dtype), "b z c l -> b z 1 c 1 l")
-
-    def rows(self, x: Tensor) -> Tensor:
-        padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.fill)) if self.fill else x
-        return rearrange(padded, "b (z c) (k g) ... -> b z k c g ...", c=self.block, k=self.kv_heads)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        joined = rearrange(x, "b z k c g ... -> b (z c) (k g) ...")
-        return joined[:, : self.length] if self.fill else joined
-
-    def scores(self, q_BTNH: Tensor) -> Tensor:
-        """Rows of L: q k, minus infinity where it is not seen."""
-        return torch.einsum("bzkigh,bzkhl->bzkigl", self.rows(q_BTNH), self.k) + self.bias
-
-    def values(self, weight: Tensor) -> Tensor:
-        """[B, T, N, H] weight v, of weights that are rows of L."""
-        return self.tokens(torch.einsum("bzkigl,bzkhl->bzkigh", weight, self.v))
+    width, tokens = q_BTNH.shape[-1], q_BTNH.shape[1]
+    pad = -(width + 1) % 8
+    q = torch.cat((q_BTNH, weight_BTN.unsqueeze(-1), q_BTNH.new_zeros(()).expand(*weight_BTN.shape, pad)), dim=-1)
+    k, v = (F.pad(x.to(q.dtype), (0, 1 + pad)) for x in window)
+    other = (torch.arange(q.shape[-1], device=q.device) == width).to(q.dtype)
+    plain = not positions.segmented and positions.position_BT.shape[0] == 1 and k.shape[1] == tokens
+    first = min(length, tokens) if plain else 0
+    outs = []
+    if first:
+        outs.append(read_first(q[:, :first], k[:, :first], v[:, :first], other))
+    if first < tokens:
+        outs.append(read_blocks(q[:, first:], k, v, other, None if plain else positions, length))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return out[..., :width], out[..., width].contiguous()  # a view would keep all of it for the backward pass
 
 
-def softmax_read(reads: list[tuple[SlotRead | WindowRead, Tensor]], sinks_BTN: Tensor | None) -> Tensor:
-    """[B, T, N, H] one softmax over all that is read with the queries beside it, and a sink that is worth nothing.
+def read_first(q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> Tensor:
+    """Read what is before a token, no more than a window. The other key comes first, and a query for it."""
+    q = F.pad(q, (0, 0, 0, 0, 1, 0))
+    k, v = (torch.cat((other.expand_as(x[:, :1]), x), dim=1) for x in (k, v))
+    return sdpa(q, k, v, Dense(causal=True, allowed=None), 1.0, None)[:, 1:]
 
-    Weights are divided by their sum at the end, so that each is kept once for the backward pass, where it was made.
+
+def read_blocks(
+    q: Tensor, k: Tensor, v: Tensor, other: Tensor, positions: TokenPositions | None, window: int
+) -> Tensor:
+    """Read windows, by blocks of queries that look at the positions of the block and the W before it.
+
+    Of these, the first is too far from all, and its place is taken by the other key. `positions` None: all queries have
+    a whole window before them, of those that come first in `k`.
     """
-    scores = [read.scores(q_BTNH) for read, q_BTNH in reads]
-    with torch.no_grad():
-        tops = [read.tokens(score.amax(dim=-1)) for (read, _), score in zip(reads, scores, strict=True)]
-        top_BTN = torch.stack(tops if sinks_BTN is None else [*tops, sinks_BTN]).amax(dim=0)
-    total_BTN = torch.zeros_like(top_BTN) if sinks_BTN is None else (sinks_BTN - top_BTN).exp()
-    out_BTNH = torch.zeros_like(reads[0][1])
-    for (read, _), score in zip(reads, scores, strict=True):
-        weight = score.sub_(read.rows(top_BTN).unsqueeze(-1)).exp_()
-        total_BTN = total_BTN + read.tokens(weight.sum(dim=-1))
-        out_BTNH = out_BTNH + read.values(weight)
-    return out_BTNH / total_BTN.unsqueeze(-1)
+    batch, length = q.shape[:2]
+    block = min(-(-window // WINDOW_BLOCKS), length)
+    fill, before = -length % block, k.shape[1] - length
+    front, looked = window - before, window + block
+    key = torch.arange(looked, device=q.device)
+    distance = torch.arange(window, looked, device=q.device)[:, None] - key
+    allowed = (distance >= 0) & (distance < window)
+    if positions is not None:
+        place_BT = positions.position_BT[:, -length:]
+        place = F.pad(place_BT.clamp(min=0), (0, fill)).view(place_BT.shape[0], -1, 1, block, 1)
+        allowed = (allowed & (distance <= place)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+    allowed = allowed | (key == 0)
+    keys, values = (
+        F.pad(x, (0, 0, 0, 0, front, fill)).unfold(1, looked, block).permute(0, 1, 4, 2, 3)[:, :, 1:] for x in (k, v)
+    )
+    k, v = (torch.cat((other.expand_as(x[:, :, :1]), x), dim=2).flatten(0, 1) for x in (keys, values))
+    q = rearrange(F.pad(q, (0, 0, 0, 0, 0, fill)), "b (z c) n h -> (b z) c n h", c=block)
+    out = sdpa(q, k, v, Dense(causal=False, allowed=allowed), 1.0, None)
+    return rearrange(out, "(b z) c n h -> b (z c) n h", b=batch)[:, :length]
+
+
+# --- one token over a cache
+
+
+def read_step(
+    q_BTNH: Tensor, rotated_BTNH: Tensor | None, kv: BoundedKV, seen_BS: Tensor | None, sinks_N: Tensor | None
+) -> Tensor:
+    """[B, 1, N, H] one softmax of one scaled query over the slots, the window (`rotated_BTNH` is for it) and a sink."""
+    assert isinstance(kv.chunks, Tensor)
+    dtype, (batch, _, heads, width) = q_BTNH.dtype, q_BTNH.shape
+    state_k, state_v = kv.chunks.to(dtype).flatten(0, 1).chunk(2, dim=-1)
+    rows = batch * kv.chunks.shape[1]
+    scores = [torch.bmm(q_BTNH.view(rows, -1, width), state_k.mT)]
+    window_v = None
+    if rotated_BTNH is not None:
+        assert kv.window is not None
+        window_k, window_v = (x.to(dtype).flatten(0, 1) for x in kv.window)
+        scores.append(torch.bmm(rotated_BTNH.view(rows, -1, width), window_k.mT))
+    if sinks_N is not None:
+        scores.append(sinks_N.expand(batch, -1).reshape(rows, -1, 1))
+    score = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    if seen_BS is not None:
+        some = score.view(batch, heads, -1)[..., : seen_BS.shape[-1]]
+        some.masked_fill_(~seen_BS.unsqueeze(1), UNSEEN)
+    weight, num_slots = score.softmax(dim=-1), state_k.shape[1]
+    out = torch.bmm(weight[..., :num_slots], state_v)
+    if window_v is not None:
+        out.baddbmm_(weight[..., num_slots : num_slots + window_v.shape[1]], window_v)
+    return out.view(batch, 1, heads, width)
 
 
 # --- writing
@@ -320,16 +551,13 @@ class RingRouter(Router):
     """
 
     def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
-        ring_BTM = F.one_hot(position_BT % score_BTM.shape[-1], score_BTM.shape[-1]).to(score_BTM.dtype)
-        written_BTM = written_slots(position_BT, score_BTM.shape[-1])
+        num_slots = score_BTM.shape[-1]
+        slot_M = torch.arange(num_slots, device=position_BT.device)
+        ring_BTM = (slot_M == (position_BT % num_slots).unsqueeze(-1)).to(score_BTM.dtype)
+        written_BTM = written_slots(position_BT, num_slots)
         content_BTM = score_BTM.masked_fill(~written_BTM, -math.inf).softmax(dim=-1)
         share_BTM = (gate_BTM + RING_LOGIT).sigmoid()
         return share_BTM * ring_BTM + (1 - share_BTM) * content_BTM
-
-
-def written_slots(position_BT: Tensor, num_slots: int) -> Tensor:
-    """[B, T, M] slots that a ring has written by then."""
-    return torch.arange(num_slots, device=position_BT.device) <= position_BT.clamp(min=0).unsqueeze(-1)
 
 
 class BoundedWriter(nn.Module):
@@ -350,65 +578,61 @@ class BoundedWriter(nn.Module):
         rope: Rope,
         positions: TokenPositions,
         buffer: StateBuffer | None = None,
-        offset: int = 0,
+        offset: int | Tensor = 0,
     ) -> BoundedKV:
         """Return what readers need of the tokens [B, T, D].
 
-        With `buffer` the tokens continue the state it holds, which is replaced by the state after them.
+        With `buffer` the tokens continue the state it holds, which becomes the state after them; at `offset` 0 there is
+        none yet, whatever it holds. A tensor, as of a Step, is never 0.
         """
-        k, v = (rearrange(proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads) for proj in (self.k_proj, self.v_proj))
-        cached = None if buffer is None else buffer.tensors
-        if self.window is not None:
-            kv, after = self.write_evicted(k, v, rope, positions, cached)
+        empty = isinstance(offset, int) and not offset
+        k, v = (proj(x_BTD).view(*x_BTD.shape[:2], self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
+        window = None
+        if self.window is None:
+            p_BTM = self.router(x_BTD, positions.position_BT)
         else:
-            kv = self.write(k, v, self.router(x_BTD, positions.position_BT), positions, cached)
-            after = ()
-        if buffer is not None:
-            assert kv.chunks is not None  # those of one token are the buffer's own
-            state = kv.chunks if isinstance(kv.chunks, Tensor) else kv.chunks.state_BZMKE[:, -1]
-            buffer.replace((state, *after))
-        return kv
-
-    def write(
-        self, k: Tensor, v: Tensor, p_BTM: Tensor, positions: TokenPositions, cached: Tensors | None
-    ) -> BoundedKV:
-        """Write k and v [B, T, K, H] to the slots, of which `cached` has the state."""
+            k, v, window = self.leave_window(k, v, rope, positions, buffer, empty)
+            p_BTM = self.router(k.flatten(2), positions.position_BT - self.window)
         if positions.kernel is not None:
             return BoundedKV(k, v, p_BTM)
-        state = None if cached is None else cached[0]
-        if state is not None and k.shape[1] == 1:
-            new_B1KE = torch.cat((k, v), dim=-1).to(state.dtype)
-            state.masked_fill_(rearrange(positions.position_BT < 1, "b 1 -> b 1 1 1"), 0)  # what another row left
-            state.lerp_(new_B1KE, rearrange(p_BTM, "b 1 m -> b m 1 1").to(state.dtype))
-            return BoundedKV(k, v, p_BTM, state)
-        return BoundedKV(k, v, p_BTM, chunk_states(k, v, p_BTM, positions.position_BT, state))
+        if buffer is not None and k.shape[1] == 1:
+            return BoundedKV(k, v, p_BTM, write_step(k, v, p_BTM, buffer.tensors[0], empty), window)
+        state = None if buffer is None else buffer.tensors[0]
+        return BoundedKV(k, v, p_BTM, chunk_writes(k, v, p_BTM, positions, state, empty), window)
 
-    def write_evicted(
-        self, k: Tensor, v: Tensor, rope: Rope, positions: TokenPositions, cached: Tensors | None
-    ) -> tuple[BoundedKV, Tensors]:
-        """Write the tokens that leave the window; also return the keys, not rotated, and values of the window then."""
+    def leave_window(
+        self, k: Tensor, v: Tensor, rope: Rope, positions: TokenPositions, buffer: StateBuffer | None, empty: bool
+    ) -> tuple[Tensor, Tensor, GroupedKV]:
+        """Return keys, not rotated, and values of the tokens that leave the window as these come, and those that are
+        read, as BoundedKV has them. The buffer gets the window after them."""
         assert self.window is not None
-        length, rotated_k, visible_k, visible_v = k.shape[1], rotate(k, rope), k, v
-        if cached is not None:
-            assert positions.window_rope is not None
-            past_k, past_v = (tensor.to(k.dtype) for tensor in cached[1:])
-            visible_k, visible_v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
-            rotated_k = torch.cat((rotate(past_k, positions.window_rope), rotated_k), dim=1)
-        # With a cache, the first visible token is the one that leaves the window with the first new token.
-        shift = self.window if cached is None else 0
-        evicted_k, evicted_v = (F.pad(x, (0, 0, 0, 0, shift, 0))[:, :length] for x in (visible_k, visible_v))
-        p_BTM = self.router(evicted_k.flatten(2), positions.position_BT - self.window)
-        kv = self.write(evicted_k, evicted_v, p_BTM, positions, cached)
-        window = visible_k[:, -self.window :], visible_v[:, -self.window :]
-        return kv._replace(window=GroupedKV(rotated_k, visible_v)), window
+        length, rotated_k, position_BT = k.shape[1], rotate(k, rope), positions.position_BT
+        read = GroupedKV(rotated_k, v)
+        if buffer is None or (length > 1 and empty):
+            k, v = (F.pad(x, (0, 0, 0, 0, self.window, 0))[:, :length] for x in (k, v))
+        else:
+            assert positions.evicted_rope is not None
+            oldest = torch.arange(1 if length == 1 else self.window, device=k.device)
+            past = buffer.at(position_BT[:, :1] + oldest)
+            past_k, past_v = (x.transpose(1, 2).to(k.dtype) for x in past)
+            left_k = rotate(past_k[:, :length], positions.evicted_rope)
+            if length > 1:
+                read = GroupedKV(*(torch.cat(pair, dim=1) for pair in zip((past_k, past_v), read, strict=True)))
+            k, v = (torch.cat(pair, dim=1)[:, :length] for pair in ((left_k, k), (past_v, v)))
+        if buffer is not None:
+            newest = min(length, self.window)
+            buffer.put(position_BT[:, -newest:], (rotated_k[:, -newest:], read.v_BSKH[:, -newest:]))
+            if length == 1:
+                read = GroupedKV(*buffer.tensors[1:])
+        return k, v, read
 
 
-def chunk_states(k: Tensor, v: Tensor, p_BTM: Tensor, position_BT: Tensor, start: Tensor | None) -> ChunkStates:
-    """Compute the decay within chunks and the states between them, from the state `start` [B, M, K, 2H]."""
-    with no_autocast(k):
-        chunks = Chunks(position_BT)
-        decay_BZCM = chunks.decay(p_BTM)
-        return ChunkStates(decay_BZCM, chunks.states(k, v, p_BTM, decay_BZCM, start))
+def write_step(k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, state_BKME: Tensor, empty: bool) -> Tensor:
+    """Write one token to the state, in place; where there is none yet, to empty slots."""
+    if empty:
+        state_BKME.zero_()
+    new = torch.cat((k_BTKH, v_BTKH), dim=-1).transpose(1, 2).to(state_BKME.dtype)
+    return state_BKME.lerp_(new, p_BTM.to(state_BKME.dtype).unsqueeze(-1))
 
 
 # --- reading
@@ -430,56 +654,29 @@ class BoundedReader(nn.Module):
 
     def forward(self, x_BTD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
         """[B, T, D] for the residual stream."""
-        q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
+        q_BTNH = self.q_proj(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1)
         with no_autocast(x_BTD):
             if positions.kernel is None:
-                out_BTNH = self.read(q_BTNH, kv, rope, positions.position_BT)
+                out_BTNH = self.read(q_BTNH.to(kv.p_BTM.dtype) * self.scale, kv, rope, positions)
             else:
                 out_BTNH = positions.kernel(q_BTNH, kv.k_BTKH, kv.v_BTKH, kv.p_BTM, scale=self.scale)
-        out: Tensor = self.o_proj(rearrange(out_BTNH.to(q_BTNH.dtype), "b t n h -> b t (n h)"))
+        out: Tensor = self.o_proj(out_BTNH.to(q_BTNH.dtype).flatten(2))
         return out
 
-    def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, position_BT: Tensor) -> Tensor:
-        """[B, T, N, H] in the type of the strengths, by the chunk form."""
-        dtype, num_slots, seen_BTM = kv.p_BTM.dtype, kv.p_BTM.shape[-1], None
+    def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
+        """[B, T, N, H] in the type of the strengths, which scaled queries are of."""
+        sinks_N = None if self.sinks is None else self.sinks.to(q_BTNH.dtype)
+        rotated_BTNH = None if self.window is None else rotate(q_BTNH, rope)
+        if not isinstance(kv.chunks, ChunkWrites):
+            return read_step(q_BTNH, rotated_BTNH, kv, positions.seen_BS, sinks_N)
+        seen_BTM = None
         if self.ring:
-            seen_BTM = written_slots(position_BT, num_slots)
+            seen_BTM = written_slots(positions.position_BT, kv.p_BTM.shape[-1])
         if self.window is not None:
-            seen_BTM = (position_BT >= self.window).unsqueeze(-1)
-        q_BTNH = q_BTNH.to(dtype) * self.scale
-        if isinstance(kv.chunks, Tensor):
-            return self.read_one(q_BTNH, kv, rope, position_BT, seen_BTM)
-        reads: list[tuple[SlotRead | WindowRead, Tensor]] = [(SlotRead(kv, position_BT, seen_BTM), q_BTNH)]
-        if self.window is not None:
-            assert kv.window is not None
-            window_read = WindowRead(*kv.window, position_BT, self.window, dtype)
-            reads.append((window_read, rotate(q_BTNH, rope)))
-        sinks_BTN = None if self.sinks is None else self.sinks.to(dtype).expand(q_BTNH.shape[:3])
-        return softmax_read(reads, sinks_BTN)
-
-    def read_one(
-        self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, position_BT: Tensor, seen_BTM: Tensor | None
-    ) -> Tensor:
-        """`read` of one token over a cache: one softmax over the slots, the window and the sink."""
-        assert isinstance(kv.chunks, Tensor)
-        dtype, kv_heads = q_BTNH.dtype, kv.k_BTKH.shape[2]
-        k, v = kv.chunks.to(dtype).chunk(2, dim=-1)
-        score = torch.einsum("bkgh,bmkh->bkgm", rearrange(q_BTNH, "b 1 (k g) h -> b k g h", k=kv_heads), k)
-        if seen_BTM is not None:
-            score = score.masked_fill(~seen_BTM.unsqueeze(1), -math.inf)
-        scores, values = [score], [v]
-        if self.window is not None:
-            assert kv.window is not None
-            k, v = (x[:, 1:].to(dtype) for x in kv.window)  # the first has left the window
-            q = rearrange(rotate(q_BTNH, rope), "b 1 (k g) h -> b k g h", k=kv_heads)
-            distance = torch.arange(self.window - 1, -1, -1, device=k.device)
-            unseen = rearrange(distance > position_BT.clamp(min=0), "b w -> b 1 1 w")
-            scores.append(torch.einsum("bkgh,bwkh->bkgw", q, k).masked_fill(unseen, -math.inf))
-            values.append(v)
-        if self.sinks is not None:
-            sinks_NL = rearrange(self.sinks.to(dtype), "(k g) -> k g 1", k=kv_heads)
-            scores.append(sinks_NL.expand(*score.shape[:3], 1))
-        sizes = [score.shape[-1] for score in scores]
-        weights = torch.split(torch.cat(scores, dim=-1).softmax(dim=-1), sizes, dim=-1)
-        read = [torch.einsum("bkgs,bskh->bkgh", weight, v) for weight, v in zip(weights, values, strict=False)]
-        return rearrange(sum(read[1:], read[0]), "b k g h -> b 1 (k g) h")
+            seen_BTM = (positions.position_BT >= self.window).unsqueeze(-1)
+        out_BTNH, total_BTN = read_slots(q_BTNH, kv.chunks, positions, seen_BTM, sinks_N, self.window is not None)
+        if rotated_BTNH is None:
+            return out_BTNH
+        assert self.window is not None and kv.window is not None and total_BTN is not None
+        near_BTNH, share_BTN = read_window(rotated_BTNH, total_BTN, kv.window, positions, self.window)
+        return torch.addcmul(near_BTNH, share_BTN.unsqueeze(-1), out_BTNH)

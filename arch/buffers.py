@@ -141,16 +141,26 @@ class RingBuffer:
 
 
 class StateBuffer:
-    """Holds the state of a store that merges positions: [B, M, K, 2H], in at least fp32; and its last W positions, in
-    order, where it has a window: keys without positions, and values, [B, W, K, H] each."""
+    """Holds the state of a store that merges positions: [B, K, M, 2H], in at least fp32; and its last W positions,
+    where it has a window: rotated keys, and values, [B, K, W, H] each. Position i of a row lies in slot i mod W."""
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
 
-    def replace(self, tensors: Tensors) -> None:
-        """Overwrite all tensors with those after new tokens."""
-        for tensor, value in zip(self.tensors, tensors, strict=True):
-            tensor.copy_(value)
+    def at(self, position_BT: Tensor) -> Tensors:
+        """[B, K, T, H] what lies in the slots of positions [1 or B, T]."""
+        return tuple(tensor.gather(2, self.index(position_BT, tensor)) for tensor in self.tensors[1:])
+
+    def put(self, position_BT: Tensor, new: Tensors) -> None:
+        """Overwrite the slots of positions [1 or B, T], which are no more than W, with keys and values [B, T, K, H]."""
+        for tensor, value in zip(self.tensors[1:], new, strict=True):
+            tensor.scatter_(2, self.index(position_BT, tensor), value.transpose(1, 2).to(tensor.dtype))
+
+    @staticmethod
+    def index(position_BT: Tensor, tensor: Tensor) -> Tensor:
+        """[B, K, T, H] slots of the ring, for `gather` and `scatter`."""
+        batch, heads, window, width = tensor.shape
+        return (position_BT % window)[:, None, :, None].expand(batch, heads, -1, width)
 
     def take_row(self, row: int, other: "StateBuffer", length: int, offset: int) -> None:
         """Let row `row` hold the only row of `other`: positions count from the start of a row."""

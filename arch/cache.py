@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
-from .layers import rope_table
 from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
-from .positions import TokenPositions
+from .positions import TokenPositions, cached_positions
 from .stores import StoreSpec
 
 
@@ -144,15 +143,9 @@ class Cache:
         return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
 
     def token_positions(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
-        """Positions of the next `length` tokens, for a store not read by a mask, with rotary tables of its window."""
-        before = self.length if self.position is None else self.position
-        index = torch.arange(-(store.window or 0), length, device=device) + before
-        positions = index[None] if self.start_B is None else index - self.start_B[:, None]
-        if store.window is None:
-            return TokenPositions(positions)
-        past = positions[:, : store.window].clamp(min=0)
-        rope = rope_table(past[0] if self.start_B is None else past, *store.rope_key)
-        return TokenPositions(positions[:, store.window :], rope)
+        """Positions of the next `length` tokens, for a store not read by a mask."""
+        index = self.new_indices(length, device)
+        return cached_positions(store, index[None] if self.start_B is None else index - self.start_B[:, None])
 
 
 def allocate(

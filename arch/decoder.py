@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, D model, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -52,7 +52,7 @@ class Block(nn.Module):
         rope: Rope,
         visibility: Mask | TokenPositions,
         buffer: Buffer | None = None,
-        offset: int | Step = 0,
+        offset: int | Tensor | Step = 0,
         context: CrossContext | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, KV]:
@@ -142,10 +142,16 @@ class Stack(nn.Module):
         """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
         form = dense_backend(self.backend).form
         mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device, form))
+        positions = self.token_positions(cache, length, device)
         return [
-            mask_by_window[store.window] if store.masked else cache.token_positions(store, length, device)
+            mask_by_window[store.window] if store.masked else positions[store.positions_key]
             for store in self.plan.stores
         ]
+
+    def token_positions(self, cache: Cache, length: int, device: torch.device) -> dict[Hashable, TokenPositions]:
+        """Positions of the next `length` tokens over `cache` for each kind of bounded store."""
+        stores = {store.positions_key: store for store in self.plan.stores if not store.masked}
+        return {key: cache.token_positions(store, length, device) for key, store in stores.items()}
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
         """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
@@ -250,6 +256,7 @@ class Stack(nn.Module):
             (window, width): step_mask(self.backend, seen[window], x_BD.dtype, width, device)
             for window, width in dict.fromkeys((s.window, s.slot.k_dim) for s in self.plan.stores if s.masked)
         }
+        token_positions = self.token_positions(cache, 1, device)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -259,9 +266,8 @@ class Stack(nn.Module):
             if spec.masked:
                 x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window, spec.slot.k_dim], buffer, step)
             else:
-                visibility = cache.token_positions(spec, 1, device)
-                offset = 0 if step.static else cache.length
-                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, offset)
+                visibility = token_positions[spec.positions_key]
+                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, step.offset)
                 x_BD = x_B1D.squeeze(1)
             if owner:
                 written.append(kv)

@@ -7,6 +7,7 @@ layers save for the backward pass, listed in train/memory.py.
 
 import math
 import re
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
@@ -16,8 +17,12 @@ from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, head_dim, sty
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
 # Bounded-Cache Transformer (Yi et al. 2024), whose update formula we could not obtain.
 RULES = {"gated": False, "ring_slots": True, "ring_router": False}
-# Tokens that the parallel form of a bounded store takes at a time.
-CHUNK = 16
+# Tokens that the parallel form of a bounded store takes at a time; bounded.py says why not more.
+CHUNK = 8
+# Its scores that are made at a time on a CPU, so that they stay in a core's cache.
+SCORES = 1 << 18
+# Blocks that a window's queries are taken in; each looks at its own positions and a window more, a fifth in vain.
+WINDOW_BLOCKS = 4
 
 
 class LayoutError(ValueError):
@@ -171,6 +176,11 @@ class StoreSpec:
     def rope_key(self) -> tuple[int, float]:
         """(width, base) of the rotary table of its keys."""
         return self.rotary_dim or self.slot_rotary_dim, self.rope_theta
+
+    @property
+    def positions_key(self) -> tuple[Hashable, ...]:
+        """All that positions of tokens over a cache depend on."""
+        return self.window, self.num_slots, self.rule, self.rope_key
 
     @property
     def max_positions(self) -> int | None:
@@ -381,9 +391,12 @@ class BoundedSpec(GroupedSpec):
         return self.window or 0
 
     def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
-        """The state, keys beside values, and the window where there is one."""
-        state = CacheTensor((self.num_slots, self.slot.kv_heads, self.slot.k_dim + self.slot.v_dim), True)
-        return (state, *super().cache_tensors(context)) if self.window else (state,)
+        """The state, keys beside values, and the window where there is one; heads first, as products take them."""
+        heads = self.slot.kv_heads
+        state = CacheTensor((heads, self.num_slots, self.slot.k_dim + self.slot.v_dim), True)
+        if self.window is None:
+            return (state,)
+        return state, *(CacheTensor((heads, self.window, dim)) for dim in (self.slot.k_dim, self.slot.v_dim))
 
     def slot_bytes(self, itemsize: int) -> tuple[int, ...]:
         positions = super().slot_bytes(itemsize) if self.window else ()
@@ -401,14 +414,13 @@ class BoundedSpec(GroupedSpec):
         """In the form that trains: M slots, chunks of C tokens, heads of H.
 
         Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what
-        those weigh in the slots 4 C M; the owner adds 4 M H per key/value head for the states between chunks, and
-        2 C M for the sums of log(1 - p). Whole chunks and all pairs in them are computed and counted, unlike the pairs
-        of softmax attention.
+        those weigh in the slots 4 C M; every reader makes the states between chunks, 4 M H per key/value head, and the
+        owner the sums of log(1 - p), 2 C M. Whole chunks and all pairs in them are computed and counted, unlike the
+        pairs of softmax attention.
         """
         chunk, slots, width = min(CHUNK, seq_len), self.num_slots, self.slot.k_dim
         per_token = size.num_heads * 4 * (slots * width + chunk * width + chunk * slots)
-        if owner:
-            per_token += self.slot.kv_heads * 4 * slots * width + 2 * chunk * slots
+        per_token += self.slot.kv_heads * 4 * slots * width + (2 * chunk * slots if owner else 0)
         total = per_token * chunk * -(-seq_len // chunk)
         return total + (super().attention_flops(size, seq_len, owner) if self.window else 0)
 

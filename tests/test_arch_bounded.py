@@ -8,11 +8,13 @@ import types
 import pytest
 import torch
 from conftest import ROOT, build, small, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import RingRouter, WindowRead, scan, softmax_read, written_slots
+from arch.bounded import UNSEEN, RingRouter, read_window, scan, written_slots
 from arch.footprint import kv_bytes
+from arch.grouped import GroupedKV
 from arch.masks import Sequences
 from arch.positions import TokenPositions, token_positions
 from arch.stores import RULES
@@ -137,16 +139,18 @@ def test_nothing_has_left_the_window_yet(length: int) -> None:
 @pytest.mark.parametrize("window", [1, 3, 8, 40])
 def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     length, documents = 23, torch.tensor([[0] * 5 + [1] * 18, [3] * 23])
-    place = token_positions(Sequences(2, length, documents, documents.device)).position_BT
     k, v, q = (numbers(2, length, n, 4, seed=n) for n in (2, 2, 6))
-    read = WindowRead(k, v, place, window, torch.float64)
     distance = torch.arange(length)[:, None] - torch.arange(length)
-    allowed = (distance >= 0) & (distance < window) & (documents[:, :, None] == documents[:, None])
-    expected = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
-    )
-    ours = softmax_read([(read, q)], None)
-    torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
+    near = (distance >= 0) & (distance < window)
+    for segments, allowed in ((documents, near & (documents[:, :, None] == documents[:, None])), (None, near[None])):
+        place = token_positions(Sequences(2, length, segments, documents.device))
+        expected = F.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
+        )
+        nothing = torch.full((2, length, 6), UNSEEN, dtype=torch.float64)
+        ours, share = read_window(q, nothing, GroupedKV(k, v), place, window)
+        torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
+        assert share.eq(0).all()
 
 
 @pytest.mark.parametrize("bias", [-30.0, 0.0, 12.0])
@@ -170,8 +174,9 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
 
 def test_scan_is_a_proper_operator() -> None:
     """Schema, gradients, and what compilers are told of its shapes."""
-    inputs = (numbers(2, 5, 3).sigmoid(), numbers(2, 5, 3, 2, 4), numbers(2, 3, 2, 4))
-    for some in (inputs, tuple(x[:, :1] for x in inputs[:2]) + inputs[2:]):
+    inputs = (*(numbers(5, 2, *n).sigmoid() for n in ((3,), (4, 3))), *(numbers(5, 2, 2, 4, 3, seed=n) for n in (1, 2)))
+    for some in (inputs, tuple(x[:1] for x in inputs)):
+        some = (*some, numbers(2, 2, 3, 6))
         torch.library.opcheck(scan, tuple(x.clone().requires_grad_() for x in some))
         assert torch.autograd.gradcheck(scan, tuple(x.clone().requires_grad_() for x in some))
 
@@ -199,22 +204,42 @@ def test_long_after_the_prefill(name: str) -> None:
         torch.testing.assert_close(logits, model(batch), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("rule", list(RULES))
-def test_one_token_at_a_time(rule: str) -> None:
-    """Its own form, with sinks: the logits of the chunk form, where rows start late too, and the same state behind it,
-    in the memory that was allocated."""
-    model, batch, starts = one_layer(store(rule, sinks=True)), tokens(3, 21), (0, 3, 19)
-    torch.nn.init.normal_(model.layers[0].reader.sinks)
+def test_one_token_at_a_time(rule: str, sinks: bool) -> None:
+    """Its own form gives the logits of the chunk form, where rows start late too, and leaves the state of chunks in the
+    same memory; nothing that it does depends on data."""
+    model, batch = one_layer(store(rule, sinks=sinks)), tokens(3, 21)
+    if sinks:
+        torch.nn.init.normal_(model.layers[0].reader.sinks)
     with torch.no_grad():
-        steps, chunked = (model.allocate_cache(3, 30, start_B=torch.tensor(starts)) for _ in range(2))
+        steps, chunked = (model.allocate_cache(3, 30, start_B=torch.tensor([0, 3, 19])) for _ in range(2))
         before = [tensor.data_ptr() for tensor in steps.buffers[0].tensors]
         logits = torch.cat([model(part, steps) for part in batch.split(1, dim=1)], dim=1)
         expected = torch.cat([model(part, chunked) for part in batch.split(7, dim=1)], dim=1)
-    for row, start in enumerate(starts):
-        torch.testing.assert_close(logits[row, start:], expected[row, start:], rtol=0, atol=1e-12)
-    for one, other in zip(steps.buffers[0].tensors, chunked.buffers[0].tensors, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    assert before == [tensor.data_ptr() for tensor in steps.buffers[0].tensors]
+        for row, start in enumerate((0, 3, 19)):
+            torch.testing.assert_close(logits[row, start:], expected[row, start:], rtol=0, atol=1e-12)
+        for one, other in zip(steps.buffers[0].tensors, chunked.buffers[0].tensors, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert before == [tensor.data_ptr() for tensor in steps.buffers[0].tensors]
+        with FakeTensorMode(allow_non_fake_inputs=True):  # raises where an operation needs a value
+            assert model(batch[:, :1], steps).shape == (3, 1, 61)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_pieces_of_the_reader_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and gradients of a reader that takes a chunk at a time, in its backward pass too, with documents."""
+    segments = torch.tensor([[0] * 11 + [1] * 29, [0] * 40])
+    found = []
+    for scores in (1 << 30, 1):
+        monkeypatch.setattr("arch.bounded.SCORES", scores)
+        model = one_layer(store(rule, sinks=True))
+        logits = model(tokens(2, 40), segment_ids_BT=segments)
+        logits.square().mean().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens(2, 40), segment_ids_BT=segments), logits, rtol=0, atol=1e-12)
+        found.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["bct", "bct_gated", "bct_ring"])
@@ -269,5 +294,5 @@ def test_a_copy_of_the_file_has_operators_of_its_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "copy_of_arch", package)
     other = importlib.import_module("copy_of_arch.bounded")
     assert other.scan._opoverload.name() != scan._opoverload.name()
-    arguments = (numbers(2, 3, 4).sigmoid(), numbers(2, 3, 4, 5, 6), numbers(2, 4, 5, 6))
+    arguments = (*(numbers(3, 2, *n) for n in ((4,), (7, 4), (5, 7, 3), (5, 7, 3))), numbers(2, 5, 4, 6))
     assert torch.equal(other.scan(*arguments), scan(*arguments))

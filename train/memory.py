@@ -18,7 +18,7 @@ from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
 from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
-from arch.stores import CHUNK, BoundedSpec, query_blocks
+from arch.stores import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec, query_blocks
 from train.schema import loss_rows
 
 FP32 = 4
@@ -370,12 +370,16 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
     config, plan, size = stack.config, stack.plan, stack.config.size
     tokens, casts = stack.positions, cast_bytes(stack, how)
     loss, matrix = loss_bytes(config, how, stack.outputs), size.vocab_size * size.d_model
-    block = tokens * (width * 2 * (size.d_ff + size.d_model) - last_norm_bytes(size, how))
+    mlp = tokens * (width * 2 * (size.d_ff + size.d_model) - last_norm_bytes(size, how))
+    # What the feed-forward layer kept is gone when attention's turn comes.
+    freed = width * (size.d_model + 3 * size.d_ff)
     last = plan.store(plan.num_layers - 1)
-    freed = width * (
-        size.d_model + 3 * size.d_ff
-    )  # what the feed-forward layer kept is gone when attention's turn comes
-    block = max(block, round(tokens * (ACTIVATIONS[last.kind].gradients(config, last) - freed)))
+
+    def layer_peak(layer: int) -> int:
+        store = plan.store(layer)
+        return max(mlp, round(tokens * (ACTIVATIONS[store.kind].gradients(config, store, how) - freed)))
+
+    block = layer_peak(plan.num_layers - 1)
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
@@ -384,7 +388,9 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
             0 if how.compiled else all_cast_bytes(model, stacks, how)
         )  # autocast's cache lives to the end of the forward pass
         block += max(
-            round((layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how)) * tokens)
+            layer_peak(layer)
+            - layer_peak(plan.num_layers - 1)
+            + round((layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how)) * tokens)
             + mask_bytes(config, plan, layer, how)
             + casts[layer]
             for layer in range(plan.num_layers)
@@ -468,7 +474,7 @@ class MaskedActivations:
         sinks = store.sinks * (blocks.looked + store.window * (store.window + 1))
         return how.itemsize * (blocks.size * blocks.looked + sinks)
 
-    def gradients(self, config: ModelConfig, store: StoreSpec) -> float:
+    def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Gradients alive at a time in the reader's backward pass, where they may be more than the block's."""
         return 0
 
@@ -488,9 +494,10 @@ class BoundedActivations:
     """Activations saved by arch/bounded.py in the chunk form."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-        """Keys and values, strengths, fading and states in fp32, and the window's keys and values."""
+        """Keys and values, strengths and what chunks write, and the window's keys and values."""
         s = sizes(config, store)
-        return how.itemsize * 2 * s.keys * (1 if store.window is None else 2) + FP32 * (2 * s.slots + s.states)
+        near = 0 if store.window is None else how.itemsize * 2 * s.keys
+        return how.itemsize * 2 * s.keys + near + FP32 * (s.slots + s.writes)
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Tensors that reader and writer save, and the output."""
@@ -499,11 +506,11 @@ class BoundedActivations:
         return total + how.itemsize * config.size.num_heads * head_dim(config.size)
 
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
-        """The pattern of a ring, the same for each sequence."""
-        ring = store.rule == "ring_router" and owner and not how.compiled
-        return config.size.seq_len * store.num_slots * (FP32 + 1) if ring else 0
+        """The pattern of a ring and the slots that it has not reached, the same for each sequence."""
+        ring = store.rule == "ring_router" and not how.compiled
+        return config.size.seq_len * store.num_slots * ((FP32 + 1) * owner + FP32) if ring else 0
 
-    def gradients(self, config: ModelConfig, store: StoreSpec) -> float:
+    def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         return gradient_bytes(config, store)
 
 
@@ -517,76 +524,71 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations] = {
 # --- bounded stores, in the chunk form of arch/bounded.py
 #
 # Elements and bytes are per token: A address, C tokens of a chunk, N query heads, K key/value heads, H head, M slots,
-# W window, L positions that a block of queries looks at.
+# W window.
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements of a token: its keys (of one kind), queries, chunk, slots, states between chunks, and its window.
+    """Elements of a token: its keys (of one kind), queries and slots, what a chunk writes, and its window.
 
-    states   [M, 2 K H] per chunk, and one more per sequence
-    copies   of a key in the blocks of the window
-    looked   L
+    writes   what is left of the token, and of the chunk, in each slot; keys and values
+    pieces   that the reader takes tokens in
+    states   [M, 2 K H] before each piece
+    near     queries, keys, values and result of attention over the window, a coordinate wider, and rows' sums
     """
 
     keys: int
     queries: int
     chunk: int
     slots: int
+    writes: float
+    pieces: float
     states: float
-    copies: float
-    looked: int
+    near: float
 
 
 def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
-    length, keys = config.size.seq_len, store.slot.kv_heads * store.slot.k_dim
-    chunk, looked, copies = min(CHUNK, length), 0, 0.0
+    length, heads, keys = config.size.seq_len, config.size.num_heads, store.slot.kv_heads * store.slot.k_dim
+    chunk = min(CHUNK, length)
     chunks = -(-length // chunk)
+    pieces = max(1, chunks * heads * chunk * store.num_slots / SCORES)
+    near = 0.0
     if store.window is not None:
-        block = min(-(-store.window // 2), length)
-        looked = block + (store.window if length > block else 0)
-        copies = looked / block
-    states = 2 * keys * store.num_slots * (chunks + 1) / length
-    return Sizes(keys, config.size.num_heads * head_dim(config.size), chunk, store.num_slots, states, copies, looked)
+        wide, first = -(-(store.slot.k_dim + 1) // 8) * 8, min(store.window, length)
+        block = min(-(-store.window // WINDOW_BLOCKS), max(1, length - first))
+        copies = (first + (length - first) * (1 + store.window / block)) / length
+        near = heads * (2 * wide + 1) + 2 * store.slot.kv_heads * wide * copies
+    writes = (3 + 1 / chunk) * store.num_slots + 2 * keys
+    states = 2 * keys * store.num_slots * pieces / length
+    return Sizes(keys, heads * head_dim(config.size), chunk, store.num_slots, writes, pieces, states, near)
 
 
 def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize: int) -> float:
     """Bytes per token that the writer saves, besides the input of its projections.
 
     uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
-                strengths, what they leave and its logarithm's input, the sums' pattern (C); the share of the chunk's
-                last token, keys and values, and the states
+                strengths, what they leave, its logarithm's input, and what is left of a share; what chunks write
     compiled    strengths are made again from the address, which is kept in the type computed in
     """
     assert isinstance(store, BoundedSpec)
     s, address = sizes(config, store), store.address_dim
-    if compiled:
-        exact = address + 1 + (4 + 1 / s.chunk) * s.slots + 2 * s.keys + s.states
-        return FP32 * exact + itemsize * (address + s.slots)
     router = 2 * address + 2 + (3 if store.rule == "ring_router" else 2) * s.slots
-    return FP32 * (router + (5 + 1 / 4 + 1 / s.chunk) * s.slots + s.chunk + 2 * s.keys + s.states)
+    return FP32 * (router + 4 * s.slots + s.writes)
 
 
 def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float:
     """Bytes per token that the reader saves, besides the input of its projections.
 
-    uncompiled  all in fp32: what is left of each token of a chunk in each slot (C M); queries, as products take them,
-                and the sum before its division; products within chunks (N C) twice; products with the state as they
-                are, and weights, as they are and faded (N M each); keys, values and states as products take them. Of
-                the window weights (N L), rotated queries, and a copy of keys and values per block that looks at them
-    compiled    what is left in the slots and the sum before its division are made again
+    uncompiled  all in fp32: queries, and states; the slots' result and share where a window is merged with it
     """
     s, heads = sizes(config, store), config.size.num_heads
-    near = store.window is not None
-    exact = (s.chunk + 1) * s.slots + 2 * heads * s.slots + s.queries + heads * (1 + store.sinks) + heads * s.looked
-    operands = heads * s.slots + 2 * heads * s.chunk + 2 * s.keys * (1 + s.slots / s.chunk + s.copies)
-    operands += (2 if near else 1) * s.queries
-    made_again = 0 if compiled else (1 + 1 / 4) * s.slots + s.queries
-    return FP32 * (exact + operands + made_again)
+    merged = s.near + s.queries + heads if store.window is not None else 0
+    return FP32 * (s.queries + s.states + merged)
 
 
 def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
-    """An upper estimate of the gradients alive at a time in the reader's backward pass: of weights, by way of their
-    sum and of what they weigh. The window's go before those of the slots and of what is left of each token."""
+    """An upper estimate of what is alive at a time in the reader's backward pass: gradients, and of a piece the states
+    and theirs, scores, weights and theirs."""
     s, heads = sizes(config, store), config.size.num_heads
-    return FP32 * max(2 * heads * s.looked, (s.chunk + 2 * heads) * s.slots - heads * s.looked)
+    piece = 4 * s.keys * s.slots / s.chunk + 6 * heads * s.slots + 2 * heads * s.chunk
+    return FP32 * (s.queries + s.writes + piece / s.pieces)
