@@ -494,10 +494,12 @@ class BoundedActivations:
     """Activations saved by arch/bounded.py in the chunk form."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-        """Keys and values, strengths and what chunks write, and the window's keys and values."""
-        s = sizes(config, store)
-        near = 0 if store.window is None else how.itemsize * 2 * s.keys
-        return how.itemsize * 2 * s.keys + near + FP32 * (s.slots + s.writes)
+        """Keys and values, of what has left a window with those before it; strengths, what chunks write and the state
+        before them; and the window's keys and values."""
+        s, length = sizes(config, store), config.size.seq_len
+        positions = 1 if store.window is None else 2 + store.window / length
+        start = 2 * s.keys * s.slots / length
+        return how.itemsize * 2 * s.keys * positions + FP32 * (s.slots + s.writes + start)
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Tensors that reader and writer save, and the output."""
@@ -568,10 +570,13 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
 
     uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
                 strengths, what they leave, its logarithm's input, and what is left of a share; what chunks write
-    compiled    strengths are made again from the address, which is kept in the type computed in
+    compiled    the address, as projected and in fp32, and keys that have left a window; seven products over the slots
     """
     assert isinstance(store, BoundedSpec)
     s, address = sizes(config, store), store.address_dim
+    if compiled:
+        left = 0 if store.window is None else s.keys * (1 + store.window / config.size.seq_len)
+        return FP32 * (address + 3 + (7 + 1 / s.chunk) * s.slots + 2 * s.keys) + itemsize * (address + left)
     router = 2 * address + 2 + (3 if store.rule == "ring_router" else 2) * s.slots
     return FP32 * (router + 4 * s.slots + s.writes)
 
@@ -579,16 +584,26 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
 def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float:
     """Bytes per token that the reader saves, besides the input of its projections.
 
-    uncompiled  all in fp32: queries, and states; the slots' result and share where a window is merged with it
+    uncompiled  all in fp32: queries, and the states before each piece; the slots' result and share where a window is
+                merged with it
+    compiled    scores, weights, and these as faded (N M each); products within chunks (N C) twice; all states
     """
     s, heads = sizes(config, store), config.size.num_heads
-    merged = s.near + s.queries + heads if store.window is not None else 0
-    return FP32 * (s.queries + s.states + merged)
+    merged = s.near + s.queries + (2 if compiled else 1) * heads if store.window is not None else 0
+    read = s.states
+    if compiled:
+        states = 2 * s.keys * s.slots * (1 / s.chunk + 1 / config.size.seq_len)
+        read = 3 * heads * s.slots + 2 * heads * s.chunk + states
+    return FP32 * (s.queries + read + merged)
 
 
 def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
-    """An upper estimate of what is alive at a time in the reader's backward pass: gradients, and of a piece the states
-    and theirs, scores, weights and theirs."""
+    """What is alive at a time in the reader's backward pass: of a piece the states, scores, weights and their
+    gradients, one more where some slots are hidden; the gradients of queries and writes. What was kept of a window is
+    gone by then."""
     s, heads = sizes(config, store), config.size.num_heads
-    piece = 4 * s.keys * s.slots / s.chunk + 6 * heads * s.slots + 2 * heads * s.chunk
-    return FP32 * (s.queries + s.writes + piece / s.pieces)
+    piece = 2 * s.keys * s.slots / s.chunk + 5 * heads * s.slots + heads * s.chunk
+    total = piece / s.pieces + s.queries + 2 * s.slots
+    if store.window is not None:
+        total += heads * s.slots / s.pieces + 2 * s.queries - (s.near + s.queries + heads)
+    return FP32 * total
