@@ -31,10 +31,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attend import sdpa
-from .buffers import StateBuffer
+from .buffers import StateBuffer, Step
 from .config import SizeConfig, head_dim, style_of
 from .grouped import GroupedKV
-from .layers import Rope, rotate
+from .layers import Rope, rotate, rotate_step
 from .masks import Dense
 from .positions import TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
@@ -187,8 +187,8 @@ class BoundedKV(NamedTuple):
 
     In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
     values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
-    the place of the chunk form; of one token over a cache it is the slots after its write, [B, K, M, 2H], and `window`
-    is [B, K, W, H], in the order of a ring.
+    the place of the chunk form. Of one token over a cache it is the slots after its write, [B, K, M, 2H], and `window`
+    is [B, K, W, H], in the order of a ring; the others lack T.
     """
 
     k_BTKH: Tensor
@@ -483,30 +483,30 @@ def read_blocks(
 
 
 def read_step(
-    q_BTNH: Tensor, rotated_BTNH: Tensor | None, kv: BoundedKV, seen_BS: Tensor | None, sinks_N: Tensor | None
+    q_BNH: Tensor, rotated_BNH: Tensor | None, kv: BoundedKV, hidden_B1S: Tensor | None, sinks_N: Tensor | None
 ) -> Tensor:
-    """[B, 1, N, H] one softmax of one scaled query over the slots, the window (`rotated_BTNH` is for it) and a sink."""
+    """[B, N, H] one softmax of one scaled query over the slots, the window (`rotated_BNH` is for it) and a sink."""
     assert isinstance(kv.chunks, Tensor)
-    dtype, (batch, _, heads, width) = q_BTNH.dtype, q_BTNH.shape
+    dtype, (batch, heads, width) = q_BNH.dtype, q_BNH.shape
     state_k, state_v = kv.chunks.to(dtype).flatten(0, 1).chunk(2, dim=-1)
     rows = batch * kv.chunks.shape[1]
-    scores = [torch.bmm(q_BTNH.view(rows, -1, width), state_k.mT)]
+    scores = [torch.bmm(q_BNH.view(rows, -1, width), state_k.mT)]
     window_v = None
-    if rotated_BTNH is not None:
+    if rotated_BNH is not None:
         assert kv.window is not None
         window_k, window_v = (x.to(dtype).flatten(0, 1) for x in kv.window)
-        scores.append(torch.bmm(rotated_BTNH.view(rows, -1, width), window_k.mT))
+        scores.append(torch.bmm(rotated_BNH.view(rows, -1, width), window_k.mT))
     if sinks_N is not None:
         scores.append(sinks_N.expand(batch, -1).reshape(rows, -1, 1))
     score = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    if seen_BS is not None:
-        some = score.view(batch, heads, -1)[..., : seen_BS.shape[-1]]
-        some.masked_fill_(~seen_BS.unsqueeze(1), UNSEEN)
+    if hidden_B1S is not None:
+        some = score.view(batch, heads, -1)[..., : hidden_B1S.shape[-1]]
+        some.masked_fill_(hidden_B1S, UNSEEN)
     weight, num_slots = score.softmax(dim=-1), state_k.shape[1]
     out = torch.bmm(weight[..., :num_slots], state_v)
     if window_v is not None:
         out.baddbmm_(weight[..., num_slots : num_slots + window_v.shape[1]], window_v)
-    return out.view(batch, 1, heads, width)
+    return out.view(batch, heads, width)
 
 
 # --- writing
@@ -529,8 +529,11 @@ class Router(nn.Module):
         self.gate = nn.Parameter(torch.empty(width))
         self.gate_bias = nn.Parameter(torch.empty(store.num_slots))
 
-    def forward(self, source: Tensor, position_BT: Tensor) -> Tensor:
-        """[B, T, M] strengths, in at least fp32, of tokens given by [B, T, D], or [B, T, A] in rule `ring_slots`."""
+    def forward(self, source: Tensor, position_BT: Tensor, all_write: bool = False) -> Tensor:
+        """[B, T, M] strengths, in at least fp32, of tokens given by [B, T, D], or [B, T, A] in rule `ring_slots`.
+
+        Those of negative positions are 0; `all_write`: there is none.
+        """
         a_BTA = source if self.query_proj is None else self.query_proj(source)
         dtype = at_least_fp32(a_BTA.dtype)
         with no_autocast(a_BTA):
@@ -538,7 +541,8 @@ class Router(nn.Module):
             unit_BTA, keys_MA = (F.normalize(x, dim=-1) for x in (a_BTA, self.slot_keys.weight.to(dtype)))
             score_BTM = F.linear(unit_BTA, keys_MA) * SHARPNESS * math.sqrt(a_BTA.shape[-1])
             gate_BTM = (a_BTA * self.gate.to(dtype)).sum(-1, keepdim=True) + self.gate_bias.to(dtype)
-            return self.strengths(score_BTM, gate_BTM, position_BT) * (position_BT >= 0).unsqueeze(-1)
+            p_BTM = self.strengths(score_BTM, gate_BTM, position_BT)
+            return p_BTM if all_write else p_BTM * (position_BT >= 0).unsqueeze(-1)
 
     def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
         return gate_BTM.sigmoid() * score_BTM.softmax(dim=-1)
@@ -578,14 +582,17 @@ class BoundedWriter(nn.Module):
         rope: Rope,
         positions: TokenPositions,
         buffer: StateBuffer | None = None,
-        offset: int | Tensor = 0,
+        offset: int | Step = 0,
     ) -> BoundedKV:
-        """Return what readers need of the tokens [B, T, D].
+        """Return what readers need of the tokens [B, T, D]; of one of each row, [B, D], where `offset` is a Step.
 
         With `buffer` the tokens continue the state it holds, which becomes the state after them; at `offset` 0 there is
-        none yet, whatever it holds. A tensor, as of a Step, is never 0.
+        none yet, whatever it holds.
         """
-        empty = isinstance(offset, int) and not offset
+        if isinstance(offset, Step):
+            assert buffer is not None
+            return self.step(x_BTD, rope, positions, buffer, offset.offset)
+        empty = not offset
         k, v = (proj(x_BTD).view(*x_BTD.shape[:2], self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
         window = None
         if self.window is None:
@@ -595,8 +602,6 @@ class BoundedWriter(nn.Module):
             p_BTM = self.router(k.flatten(2), positions.position_BT - self.window)
         if positions.kernel is not None:
             return BoundedKV(k, v, p_BTM)
-        if buffer is not None and k.shape[1] == 1:
-            return BoundedKV(k, v, p_BTM, write_step(k, v, p_BTM, buffer.tensors[0], empty), window)
         state = None if buffer is None else buffer.tensors[0]
         return BoundedKV(k, v, p_BTM, chunk_writes(k, v, p_BTM, positions, state, empty), window)
 
@@ -608,31 +613,42 @@ class BoundedWriter(nn.Module):
         assert self.window is not None
         length, rotated_k, position_BT = k.shape[1], rotate(k, rope), positions.position_BT
         read = GroupedKV(rotated_k, v)
-        if buffer is None or (length > 1 and empty):
+        if buffer is None or empty:
             k, v = (F.pad(x, (0, 0, 0, 0, self.window, 0))[:, :length] for x in (k, v))
         else:
             assert positions.evicted_rope is not None
-            oldest = torch.arange(1 if length == 1 else self.window, device=k.device)
-            past = buffer.at(position_BT[:, :1] + oldest)
+            past = buffer.at(position_BT[:, :1] + torch.arange(self.window, device=k.device))
             past_k, past_v = (x.transpose(1, 2).to(k.dtype) for x in past)
             left_k = rotate(past_k[:, :length], positions.evicted_rope)
-            if length > 1:
-                read = GroupedKV(*(torch.cat(pair, dim=1) for pair in zip((past_k, past_v), read, strict=True)))
+            read = GroupedKV(*(torch.cat(pair, dim=1) for pair in zip((past_k, past_v), read, strict=True)))
             k, v = (torch.cat(pair, dim=1)[:, :length] for pair in ((left_k, k), (past_v, v)))
         if buffer is not None:
             newest = min(length, self.window)
             buffer.put(position_BT[:, -newest:], (rotated_k[:, -newest:], read.v_BSKH[:, -newest:]))
-            if length == 1:
-                read = GroupedKV(*buffer.tensors[1:])
         return k, v, read
 
-
-def write_step(k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, state_BKME: Tensor, empty: bool) -> Tensor:
-    """Write one token to the state, in place; where there is none yet, to empty slots."""
-    if empty:
-        state_BKME.zero_()
-    new = torch.cat((k_BTKH, v_BTKH), dim=-1).transpose(1, 2).to(state_BKME.dtype)
-    return state_BKME.lerp_(new, p_BTM.to(state_BKME.dtype).unsqueeze(-1))
+    def step(
+        self, x_BD: Tensor, rope: Rope, positions: TokenPositions, buffer: StateBuffer, offset: int | Tensor
+    ) -> BoundedKV:
+        """`forward` for one token of each row. A tensor as `offset` is never 0."""
+        assert positions.step is not None
+        state_BKME, ring = buffer.tensors[0], positions.step.ring
+        k, v = (proj(x_BD).view(len(x_BD), self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
+        source_BA, position_B1, window = x_BD, positions.position_BT, None
+        if self.window is not None:
+            assert positions.evicted_rope is not None
+            new = rotate_step(k, rope), v
+            past_k, past_v = (x.to(k.dtype) for x in buffer.slot(ring))
+            k, v = rotate_step(past_k, positions.evicted_rope), past_v
+            source_BA, position_B1, window = k.flatten(1), position_B1 - self.window, GroupedKV(*buffer.tensors[1:])
+        written_BKE = torch.cat((k, v), dim=-1).to(state_BKME.dtype)
+        if self.window is not None:
+            buffer.put_slot(ring, new)  # only now: what leaves the window may be a view of its slot
+        p_BM = self.router(source_BA.unsqueeze(1), position_B1, positions.step.all_write).squeeze(1)
+        if isinstance(offset, int) and not offset:
+            state_BKME.zero_()
+        state_BKME.lerp_(written_BKE.unsqueeze(2), p_BM.to(state_BKME.dtype)[:, None, :, None])
+        return BoundedKV(k, v, p_BM, state_BKME, window)
 
 
 # --- reading
@@ -653,7 +669,9 @@ class BoundedReader(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
 
     def forward(self, x_BTD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
-        """[B, T, D] for the residual stream."""
+        """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `positions` are of a step."""
+        if x_BTD.ndim == 2:
+            return self.step(x_BTD, kv, rope, positions)
         q_BTNH = self.q_proj(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1)
         with no_autocast(x_BTD):
             if positions.kernel is None:
@@ -667,8 +685,7 @@ class BoundedReader(nn.Module):
         """[B, T, N, H] in the type of the strengths, which scaled queries are of."""
         sinks_N = None if self.sinks is None else self.sinks.to(q_BTNH.dtype)
         rotated_BTNH = None if self.window is None else rotate(q_BTNH, rope)
-        if not isinstance(kv.chunks, ChunkWrites):
-            return read_step(q_BTNH, rotated_BTNH, kv, positions.seen_BS, sinks_N)
+        assert isinstance(kv.chunks, ChunkWrites)
         seen_BTM = None
         if self.ring:
             seen_BTM = written_slots(positions.position_BT, kv.p_BTM.shape[-1])
@@ -680,3 +697,14 @@ class BoundedReader(nn.Module):
         assert self.window is not None and kv.window is not None and total_BTN is not None
         near_BTNH, share_BTN = read_window(rotated_BTNH, total_BTN, kv.window, positions, self.window)
         return torch.addcmul(near_BTNH, share_BTN.unsqueeze(-1), out_BTNH)
+
+    def step(self, x_BD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
+        q_BNH = self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1)
+        with no_autocast(x_BD):
+            scaled_BNH = q_BNH.to(kv.p_BTM.dtype) * self.scale
+            rotated_BNH = None if self.window is None else rotate_step(scaled_BNH, rope)
+            assert positions.step is not None
+            sinks_N = None if self.sinks is None else self.sinks.to(scaled_BNH.dtype)
+            out_BNH = read_step(scaled_BNH, rotated_BNH, kv, positions.step.hidden_B1S, sinks_N)
+        out: Tensor = self.o_proj(out_BNH.to(q_BNH.dtype).flatten(1))
+        return out

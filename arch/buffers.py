@@ -156,6 +156,20 @@ class StateBuffer:
         for tensor, value in zip(self.tensors[1:], new, strict=True):
             tensor.scatter_(2, self.index(position_BT, tensor), value.transpose(1, 2).to(tensor.dtype))
 
+    def slot(self, ring: int | Tensor) -> Tensors:
+        """[B, K, H] what lies in a slot [1 or B, 1] of each row's ring; a view where it is one number for all."""
+        if isinstance(ring, int):
+            return tuple(tensor.select(2, ring) for tensor in self.tensors[1:])
+        return tuple(tensor.squeeze(2) for tensor in self.at(ring))
+
+    def put_slot(self, ring: int | Tensor, new: Tensors) -> None:
+        """Overwrite what `slot` returns with keys and values [B, K, H]."""
+        if isinstance(ring, int):
+            for tensor, value in zip(self.tensors[1:], new, strict=True):
+                tensor.select(2, ring).copy_(value)
+        else:
+            self.put(ring, tuple(value.unsqueeze(1) for value in new))
+
     @staticmethod
     def index(position_BT: Tensor, tensor: Tensor) -> Tensor:
         """[B, K, T, H] slots of the ring, for `gather` and `scatter`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
 from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
-from .positions import TokenPositions, cached_positions
+from .positions import TokenPositions, cached_positions, step_positions
 from .stores import StoreSpec
 
 
@@ -146,6 +146,12 @@ class Cache:
         """Positions of the next `length` tokens, for a store not read by a mask."""
         index = self.new_indices(length, device)
         return cached_positions(store, index[None] if self.start_B is None else index - self.start_B[:, None])
+
+    def step_positions(self, store: StoreSpec, device: torch.device) -> TokenPositions:
+        """Positions of the next token of each row, for a store not read by a mask."""
+        index, known = self.new_indices(1, device), self.start_B is None and self.position is None
+        position_B1 = index[None] if self.start_B is None else index - self.start_B[:, None]
+        return step_positions(store, position_B1, self.length if known else None)
 
 
 def allocate(

@@ -52,7 +52,7 @@ class Block(nn.Module):
         rope: Rope,
         visibility: Mask | TokenPositions,
         buffer: Buffer | None = None,
-        offset: int | Tensor | Step = 0,
+        offset: int | Step = 0,
         context: CrossContext | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, KV]:
@@ -142,16 +142,16 @@ class Stack(nn.Module):
         """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
         form = dense_backend(self.backend).form
         mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device, form))
-        positions = self.token_positions(cache, length, device)
+        positions = self.bounded_positions(lambda store: cache.token_positions(store, length, device))
         return [
             mask_by_window[store.window] if store.masked else positions[store.positions_key]
             for store in self.plan.stores
         ]
 
-    def token_positions(self, cache: Cache, length: int, device: torch.device) -> dict[Hashable, TokenPositions]:
-        """Positions of the next `length` tokens over `cache` for each kind of bounded store."""
+    def bounded_positions(self, make: Callable[[StoreSpec], TokenPositions]) -> dict[Hashable, TokenPositions]:
+        """Make token positions for each kind of bounded store."""
         stores = {store.positions_key: store for store in self.plan.stores if not store.masked}
-        return {key: cache.token_positions(store, length, device) for key, store in stores.items()}
+        return {key: make(store) for key, store in stores.items()}
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
         """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
@@ -256,19 +256,15 @@ class Stack(nn.Module):
             (window, width): step_mask(self.backend, seen[window], x_BD.dtype, width, device)
             for window, width in dict.fromkeys((s.window, s.slot.k_dim) for s in self.plan.stores if s.masked)
         }
-        token_positions = self.token_positions(cache, 1, device)
+        token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
             spec = self.plan.stores[read]
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
-            if spec.masked:
-                x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], masks[spec.window, spec.slot.k_dim], buffer, step)
-            else:
-                visibility = token_positions[spec.positions_key]
-                x_B1D, kv = block(x_BD.unsqueeze(1), kv, tables[spec.rope_key], visibility, buffer, step.offset)
-                x_BD = x_B1D.squeeze(1)
+            mask = masks[spec.window, spec.slot.k_dim] if spec.masked else token_positions[spec.positions_key]
+            x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step)
             if owner:
                 written.append(kv)
         return x_BD

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layers import Rope, rope_table
+from .layers import Rope, rope_table, step_rope
 from .masks import Sequences, segment_starts
 from .stores import StoreSpec
 
@@ -22,15 +22,28 @@ class TokenPositions(NamedTuple):
                   without a cache
     kernel        (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
     segmented     there may be several segments in a row, so that positions begin anew
-    seen_BS       [1 or B, S] of one token over a cache, the slots that it sees, then those of the ring of its window;
-                  None: all
+    step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
     """
 
     position_BT: Tensor
     evicted_rope: Rope | None = None
     kernel: Callable[..., Tensor] | None = None
     segmented: bool = False
-    seen_BS: Tensor | None = None
+    step: "StepPositions | None" = None
+
+
+class StepPositions(NamedTuple):
+    """One token of each row over a cache.
+
+    ring        slot of its window's ring: a number, or [1 or B, 1] where rows differ or no number may be known; that
+                of a store without a window means nothing
+    hidden_B1S  [1 or B, 1, S] slots that it does not see, then those of the ring; None: it sees all
+    all_write   each row has a token to write to the slots
+    """
+
+    ring: int | Tensor
+    hidden_B1S: Tensor | None
+    all_write: bool
 
 
 def token_positions(sequences: Sequences) -> TokenPositions:
@@ -43,19 +56,35 @@ def token_positions(sequences: Sequences) -> TokenPositions:
 
 def cached_positions(store: StoreSpec, position_BT: Tensor) -> TokenPositions:
     """Positions of tokens that continue a cache, for a bounded store."""
-    window, seen_BS, rope = store.window, None, None
-    if window is not None:
-        cos, sin = rope_table((position_BT[:, :window] - window).clamp(min=0), *store.rope_key)
-        # Sine and cosine are rounded: a key that is rotated back must not come out longer or shorter.
-        squares = cos.double() ** 2 + sin.double() ** 2
-        rope = (cos / squares, -sin / squares)
-    if position_BT.shape[1] == 1:
-        ring = window or (store.num_slots if store.rule == "ring_router" else 0)
-        if ring:
-            seen_BS = written_slots(position_BT, ring)[:, 0]
-            if window is not None:
-                seen_BS = torch.cat(((position_BT >= window).expand(-1, store.num_slots), seen_BS), dim=1)
-    return TokenPositions(position_BT, rope, seen_BS=seen_BS)
+    return TokenPositions(position_BT, evicted_rope(store, position_BT))
+
+
+def step_positions(store: StoreSpec, position_B1: Tensor, offset: int | None) -> TokenPositions:
+    """Positions of one token of each row over a cache, for a bounded store; `offset`: where it is the position of all,
+    as a number."""
+    window, num_slots = store.window, store.num_slots
+    ring = window or (num_slots if store.rule == "ring_router" else 0)
+    table = evicted_rope(store, position_B1)
+    hidden_B1S = None
+    if ring and (offset is None or offset < ring):
+        hidden_B1S = ~written_slots(position_B1, ring)
+        if window is not None:
+            before = (position_B1 < window).unsqueeze(-1).expand(-1, -1, num_slots)
+            hidden_B1S = torch.cat((before, hidden_B1S), dim=-1)
+    slot = position_B1 % (window or 1) if offset is None else offset % (window or 1)
+    step = StepPositions(slot, hidden_B1S, offset is not None and offset >= (window or 0))
+    return TokenPositions(position_B1, None if table is None else step_rope(table), step=step)
+
+
+def evicted_rope(store: StoreSpec, position_BT: Tensor) -> Rope | None:
+    """Table that undoes the rotation of keys that leave a window as tokens come; None without one."""
+    window = store.window
+    if window is None:
+        return None
+    cos, sin = rope_table((position_BT[:, :window] - window).clamp(min=0), *store.rope_key)
+    # Sine and cosine are rounded: a key that is rotated back must not come out longer or shorter.
+    squares = cos.double() ** 2 + sin.double() ** 2
+    return cos / squares, -sin / squares
 
 
 def written_slots(position_BT: Tensor, num_slots: int) -> Tensor:

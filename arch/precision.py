@@ -1,5 +1,7 @@
 """Types to compute in where half precision would lose too much."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast changes no type, on the device of `like`."""
+    if not (torch.compiler.is_compiling() or torch.is_autocast_enabled(like.device.type)):
+        return nullcontext()
     return torch.autocast(like.device.type, enabled=False)
