@@ -11,6 +11,8 @@
 #
 PYTHON ?= python3
 BIN := .venv/bin
+# Without bytecode every process compiles its packages anew.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_ARCHS ?= mha,gqa4,mqa,cla2,mixattention,block,bct
 DEMO_SEEDS ?= 0
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)

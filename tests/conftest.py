@@ -17,6 +17,8 @@ from unittest.mock import patch
 
 # Workers share the cores: one thread each, also in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A compiler that knows the processor's vectors; to ask it takes 14 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import train  # noqa: F401  before torch
 
@@ -42,6 +44,7 @@ BLOCKS = [name for name in ARCHS if load_arch(name).block is not None]
 DECODERS = [name for name in ARCHS if name not in BLOCKS]
 SIZES = names("size")
 WINDOW = 6
+SHIM = str(ROOT / "tests" / "forked_python.py")
 
 # Where transformers, once imported, copies the code of exported models to.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
@@ -96,6 +99,15 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str 
 
 def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Workers are forks of one process that has imported the packages (a fork cannot use CUDA that was looked at)."""
+    if sys.platform == "linux" and torch.version.cuda is None:
+        os.environ["FORK_SERVER"] = forked_python()["FORK_SERVER"]
+        for spec in specs:
+            spec.python = SHIM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -195,8 +207,7 @@ def forked_python() -> dict[str, str]:
     """The environment by which train/launch starts forks in place of interpreters, if the system allows it."""
     if sys.platform != "linux":
         return {}
-    shim = str(ROOT / "tests" / "forked_python.py")
-    return {"PYTHON": shim, "PYTHON_EXEC": shim, "FORK_SERVER": connect(process_environment()).address}
+    return {"PYTHON": SHIM, "PYTHON_EXEC": SHIM, "FORK_SERVER": connect(process_environment()).address}
 
 
 def run_script(script: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

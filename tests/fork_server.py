@@ -2,7 +2,8 @@
 
 A server imports them once and then forks: each fork becomes one command, with arguments, folder, environment, streams,
 signals and exit code of its own. Programs that are no tests get forks by `forked_python.py` in the place of their
-interpreter. What a command imports when nothing is there yet, tests of new interpreters see (`fresh`).
+interpreter; so do the workers of pytest, each with a server of its own forked beside it. What a command imports when
+nothing is there yet, tests of new interpreters see (`fresh`).
 """
 
 import atexit
@@ -20,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = (
-    "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "pytest", "execnet", "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
     "lightning.pytorch", "hydra", "wandb", "wandb.sdk.launch", "tokenizers", "einops", "matplotlib.pyplot",
     "plotly.graph_objects", "pandas", "rich",
     "train.training", "train.pretrain", "train.export", "eval.plots.pareto",
@@ -67,21 +68,27 @@ def connect(environment: dict[str, str]) -> type[subprocess.Popen]:
     if sys.platform != "linux":
         return subprocess.Popen
     if ForkedPopen.line is None:
-        import ctypes
-
-        ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ForkedPopen.address = f"kvfrontier-tests-{os.getpid()}"
-        listener.bind("\0" + ForkedPopen.address)
-        listener.listen()
+        theirs, listener = open_ends(environment)
         ends = [theirs.fileno(), listener.fileno()]
         command = [sys.executable, __file__, *map(str, ends)]
         subprocess.Popen(command, pass_fds=ends, env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         listener.close()
-        ForkedPopen.line, ForkedPopen.environment = ours, decisive(environment)
     return ForkedPopen
+
+
+def open_ends(environment: dict[str, str]) -> tuple[socket.socket, socket.socket]:
+    """Keep this process' end of a line to a server of `environment`; return the two that the server reads."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+    ForkedPopen.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ForkedPopen.environment = decisive(environment)
+    ForkedPopen.address = f"kvfrontier-tests-{os.getpid()}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("\0" + ForkedPopen.address)
+    listener.listen()
+    return theirs, listener
 
 
 def receive(line: socket.socket) -> tuple[dict, list[int]]:
@@ -111,7 +118,11 @@ def serve(line: socket.socket, listener: socket.socket) -> dict:
                 for end in {line, listener, connection}:
                     end.close()
                 become(job, streams)
-                second(job)
+                if job["argv"][0] != "-c":
+                    second(job)
+                elif (of_worker := beside(job)) is not None:
+                    line, listener = of_worker
+                    continue
                 return job
             if of_test:
                 os.write(writer, str(fork).encode())
@@ -147,6 +158,24 @@ def become(job: dict, streams: list[int]) -> None:
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # as on import
 
 
+def beside(job: dict) -> tuple[socket.socket, socket.socket] | None:
+    """Fork the server of a worker, which imports nothing again. Returns its ends there, and None in the worker."""
+    environment = {key: value for key, value in job["environment"].items() if key != "PYTHONPATH"}
+    ends = open_ends(environment)
+    if os.fork() == 0:
+        ForkedPopen.line.close()
+        ForkedPopen.line = None
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        idle = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(idle, number)
+        os.close(idle)
+        return ends
+    for end in ends:
+        end.close()
+    return None
+
+
 def second(job: dict) -> None:
     """Fork once more, before there are threads, for the process that Lightning starts beside the first."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -169,19 +198,27 @@ def second(job: dict) -> None:
     subprocess.Popen = ForkedPopen
 
 
-if __name__ == "__main__":
+def main(ends: list[str]) -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     for package in PACKAGES:
         importlib.import_module(package)
-    SHARED_FOLDERS += [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
+    SHARED_FOLDERS.extend(item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory))
     for folder in SHARED_FOLDERS:
         folder._finalizer.atexit = False  # or the fork that ends first deletes it for all
         atexit.unregister(folder.cleanup)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
-    arguments = serve(*(socket.socket(fileno=int(end)) for end in sys.argv[1:]))["argv"]
-    if arguments[0] == "-m":
+    arguments = serve(*(socket.socket(fileno=int(end)) for end in ends))["argv"]
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], os.getcwd()
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    from fork_server import main as serve_commands  # the module that workers import again
+
+    serve_commands(sys.argv[1:])
