@@ -19,6 +19,7 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A compiler that knows the processor's vectors; to ask it takes 14 s.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # a tenth of a small run
 
 import train  # noqa: F401  before torch
 

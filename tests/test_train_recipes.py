@@ -307,8 +307,8 @@ def test_sweep_is_the_papers_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=[gpu_125m,lr_sweep]", "+arch=mqa", sweep])
     assert [(name, lr) for name, lr, _ in ran] == [(f"mqa-125m-lr{lr}", lr) for lr in rates]
     ran.clear()
-    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=glob(cla_1b_design_*)", sweep])
-    assert [name for name, _, _ in ran] == [recipe for recipe in RECIPES if "design" in recipe]
+    launch_in_process(main, "pretrain", PretrainConfig, ["-m", "+experiment=glob(cla_1b_design_h64_*)", sweep])
+    assert [name for name, _, _ in ran] == [recipe for recipe in RECIPES if "design_h64" in recipe]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -58,7 +59,7 @@ def _make(base: Path, numbered: bool) -> tuple[Path, list[Path]]:
             made = made if base.exists() else [base, *made]
             base.mkdir(exist_ok=True)
             return base, made
-        for folder in (base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))):
+        for folder in chain([base], (base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))):
             with suppress(FileExistsError):
                 folder.mkdir()
                 return folder, [folder, *made]
