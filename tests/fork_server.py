@@ -202,7 +202,7 @@ def main(ends: list[str]) -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     for package in PACKAGES:
         importlib.import_module(package)
-    SHARED_FOLDERS.extend(item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory))
+    SHARED_FOLDERS.extend(item for item in gc.get_objects() if type(item) is tempfile.TemporaryDirectory)
     for folder in SHARED_FOLDERS:
         folder._finalizer.atexit = False  # or the fork that ends first deletes it for all
         atexit.unregister(folder.cleanup)
