@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = (
-    "pytest", "execnet", "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "pytest", "execnet", "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
     "lightning.pytorch", "hydra", "wandb", "wandb.sdk.launch", "tokenizers", "einops", "matplotlib.pyplot",
     "plotly.graph_objects", "pandas", "rich",
     "train.training", "train.pretrain", "train.export", "eval.plots.pareto",
