@@ -107,6 +107,7 @@ def kvcache_function(version: int) -> Any:
     return f"flash-attn {version} has no kvcache function here ({reason})"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # or a compiled step would trace an import
 def kvcache_missing(version: int) -> str | None:
     """Explain why flash-attn's kvcache function cannot run here; None if it can."""
     function = kvcache_function(version)

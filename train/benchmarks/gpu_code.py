@@ -59,7 +59,7 @@ def missing() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; needed is {MISSING}"
     try:
-        import triton  # noqa: F401
+        importlib.import_module("triton")
     except ImportError as error:
         return f"{error}; needed is {MISSING}"
     return None
@@ -83,10 +83,12 @@ def attention(
     half = query.dtype in (torch.bfloat16, torch.float16)
     if attn_mask is None and half and query.shape[-2] == key.shape[-2] and query.shape[-1] <= 128:
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
-        return cudnn(query, key, value, None, grad, dropout_p, is_causal, False, scale=scale)[0]
+        out: Tensor = cudnn(query, key, value, None, grad, dropout_p, is_causal, False, scale=scale)[0]
+        return out
     if attn_mask is None and half:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        out = flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return out
     if enable_gqa:
         group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -98,21 +100,21 @@ def attention(
         slots = bias.shape[-1]
         bias = F.pad(bias, (0, -slots % 16))[..., :slots].expand(*query.shape[:-1], slots)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, bias, grad, dropout_p, is_causal, scale=scale)[0]
+    out = efficient(query, key, value, bias, grad, dropout_p, is_causal, scale=scale)[0]
+    return out
 
 
 def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """F.rms_norm, which is one operator on CUDA and many on the CPU."""
-    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    out: Tensor = torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+    return out
 
 
 class Driver:
     """Triton's driver for a device that nothing is launched on."""
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -140,10 +142,22 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *arguments, **options: value
 
 
+def tensor_of(tensor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor, whose values on the device are not known: a driver would be asked to copy them."""
+
+    def make(values: Any, *, device: torch.device | str | None = None, **options: Any) -> Tensor:
+        if device is None or torch.device(device).type != "cuda":
+            return tensor(values, device=device, **options)
+        made = tensor(values, **options)
+        return torch.empty(made.shape, dtype=made.dtype, device=device)
+
+    return make
+
+
 @contextlib.contextmanager
 def as_on_an_h100() -> Iterator[Any]:
     """Let torch believe that there is one H100; yields the mode in which tensors on it are fake."""
-    import triton
+    triton: Any = importlib.import_module("triton")
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers
     from torch._subclasses import fake_tensor
@@ -200,6 +214,7 @@ def as_on_an_h100() -> Iterator[Any]:
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", always(None)))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(patch.object(F, "rms_norm", rms_norm))
+        stack.enter_context(patch.object(torch, "tensor", tensor_of(torch.tensor)))
         stack.enter_context(patch.object(flex_attention, "create_fw_bw_graph", scores_backward))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", always(None)))
         triton.runtime.driver.set_active(Driver())
@@ -210,14 +225,14 @@ def as_on_an_h100() -> Iterator[Any]:
                 triton.runtime.driver.set_active(before)
 
 
-def onto(module: nn.Module, device: torch.device) -> None:
-    """Replace the parameters and buffers of a module on the meta device by fake ones on `device`."""
+def onto(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Replace the parameters and buffers of a module on the meta device by fake ones on `device`, in `dtype`."""
     for part in module.modules():
         for table in (part._parameters, part._buffers):
             for name, tensor in table.items():
                 if tensor is None:
                     continue
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
                 is_weight = isinstance(tensor, nn.Parameter)
                 table[name] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_weight else fake  # type: ignore[assignment]
 
@@ -229,29 +244,31 @@ class Meta:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     requires_grad: bool = False
 
     @classmethod
     def of(cls, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return int(x) if isinstance(x, torch.SymInt) else x
-        return cls(tuple(map(int, x.shape)), tuple(map(int, x.stride())), x.dtype, x.requires_grad)
+        return cls(tuple(map(int, x.shape)), tuple(map(int, x.stride())), x.dtype, x.device, x.requires_grad)
 
-    def fake(self, device: torch.device | str, grad: bool = False) -> Tensor:
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+    def fake(self, device: torch.device | str | None = None, grad: bool = False) -> Tensor:
+        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device or self.device)
         return x.requires_grad_(grad and self.requires_grad)
 
 
-def fakes(metas: Sequence[Any], device: torch.device | str, grad: bool = False) -> list[Any]:
+def fakes(metas: Sequence[Any], device: torch.device | str | None = None, grad: bool = False) -> list[Any]:
     return [meta.fake(device, grad) if isinstance(meta, Meta) else meta for meta in metas]
 
 
 @dataclass
 class Traced:
-    """A graph that was handed to the compiler, with how often it is run.
+    """A graph that was handed to the compiler.
 
     autocast  type of autocast around it; None: off
     grad      whether gradients were on
+    calls     how often it was run, by the part of a step
     """
 
     module: fx.GraphModule
@@ -259,8 +276,7 @@ class Traced:
     outputs: list[Any]
     autocast: torch.dtype | None
     grad: bool
-    where: str
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
     lowered: list["Lowered"] = field(default_factory=list)
 
     @property
@@ -268,18 +284,27 @@ class Traced:
         return self.grad and any(isinstance(meta, Meta) and meta.requires_grad for meta in self.inputs)
 
 
+# (FLOPs, bytes, type) of each matrix product, and how often it is computed.
+Products = Counter[tuple[int, int, str]]
+
+
 @dataclass
 class Lowered:
-    """Code of a graph. `calls`: of kernels of its own, by name; `operators`: of others, by name."""
+    """Code of a graph, and what it takes to run it.
+
+    kernels      source of its own kernels, by name
+    calls        of its own kernels, by name
+    operators    calls of others, by name
+    fused_bytes  that its own kernels read and write, as the compiler counts them
+    """
 
     backward: bool
     code: str
     kernels: dict[str, str]
     calls: Counter[str]
     operators: Counter[str]
-    fused_bytes: float
-    operator_bytes: float
-    matmul_flops: int
+    fused_bytes: int
+    products: Products
 
     @property
     def launches(self) -> int:
@@ -289,13 +314,15 @@ class Lowered:
 class Compiler:
     """Takes the place of inductor in torch.compile: collects graphs, and lowers them when asked.
 
-    A compiled function returns fake tensors and computes nothing. Graphs that are equal are kept once.
+    A compiled function returns fake tensors and computes nothing. Graphs that are equal are kept once. `part` names the
+    part of a step that is run, to which calls are counted.
     """
 
     def __init__(self) -> None:
         from torch._inductor.compile_fx import compile_fx
 
         self.graphs: dict[str, Traced] = {}
+        self.part = ""
         self.compile_fx = compile_fx
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -307,14 +334,12 @@ class Compiler:
         text = "\n".join((*code_of(module), str(metas), str(autocast), str(grad)))
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.graphs:
-            where = torch._guards.CompileContext.current_trace_id()
-            outputs = [Meta.of(value) for value in values]
-            self.graphs[key] = Traced(copy_of(module), metas, outputs, autocast, grad, str(where))
+            self.graphs[key] = Traced(copy_of(module), metas, [Meta.of(value) for value in values], autocast, grad)
         traced = self.graphs[key]
 
         def run(*arguments: Any) -> Any:
-            traced.calls += 1
-            return fakes(traced.outputs, DEVICE, grad=True)
+            traced.calls[self.part] += 1
+            return fakes(traced.outputs, grad=True)
 
         return run
 
@@ -336,20 +361,26 @@ def code_of(module: fx.GraphModule) -> Iterator[str]:
 def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     """A copy whose nodes have no values."""
     copied = fx.GraphModule(dict(module.named_children()), copy.deepcopy(module.graph))
-    for name, value in (*vars(module).items(), *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+    for name, value in (
+        *vars(module).items(),
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ):
         if isinstance(value, Tensor) and not hasattr(copied, name):
             setattr(copied, name, value)
     return copied
 
 
 def move(module: fx.GraphModule, device: torch.device) -> None:
-    """Let a graph make its tensors on `device`, and forget the values that it was traced with."""
-    for name, child in module.named_children():
+    """Let a graph make its tensors on `device`; of the values that it was traced with, those of inner graphs move too."""
+    for child in module.children():
         if isinstance(child, fx.GraphModule):
             move(child, device)
     for node in module.graph.nodes:
         for key in ("val", "tensor_meta", "example_value"):
-            node.meta.pop(key, None)
+            value = node.meta.pop(key, None)
+            if key == "val" and isinstance(value, Tensor):
+                node.meta[key] = Meta.of(value).fake(device)
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda x: moved(x, device))
         if node.target is torch.amp.autocast_mode._enter_autocast:
             node.args = (device.type, *node.args[1:])
@@ -384,7 +415,7 @@ def lower(traced: Traced, mode: Any) -> list[Lowered]:
         torch._functorch.config.patch(force_non_lazy_backward_lowering=True, backward_pass_autocast="off"),
         patch.object(torch.cuda, "is_available", always(False)),
     ):
-        compile_fx(module, fakes(traced.inputs, "cpu", grad=True), inner_compile=keep)
+        compile_fx(module, fakes(traced.inputs, "cpu", grad=True), inner_compile=keep)  # type: ignore[arg-type]
     traced.lowered = [generate(*graph, mode) for graph in joint]
     return traced.lowered
 
@@ -401,21 +432,26 @@ def generate(module: fx.GraphModule, metas: Sequence[Any], backward: bool, infer
     move(module, DEVICE)
     inputs = fakes(metas, DEVICE)
     with V.set_fake_mode(mode), torch.no_grad(), inductor_config.patch(force_disable_caches=True, compile_threads=1):
-        view_to_reshape(module)
+        view_to_reshape(module)  # type: ignore[no-untyped-call]
         compile_fx.fake_tensor_prop(module, inputs, force_allow_non_fake_inputs=True)
         compile_fx.record_original_output_strides(module)
         post_grad_passes(module, is_inference=inference)
         graph = GraphLowering(
-            module, example_inputs=inputs, shape_env=mode.shape_env, graph_id=0, is_backward=backward, is_inference=inference
+            module,
+            example_inputs=inputs,
+            shape_env=mode.shape_env,
+            graph_id=0,
+            is_backward=backward,
+            is_inference=inference,
         )
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
             graph.run(*inputs)
             code = graph.codegen()[0]
-            sizes = [(node.is_extern(), node.get_read_write_buffers_sizes()) for node in graph.scheduler.nodes]
+            nodes = [node for node in graph.scheduler.nodes if not node.is_extern()]
+            fused = sum(node.get_read_write_buffers_sizes() for node in nodes)
     text = str(getattr(code, "value", code))
     calls, operators = called(text)
-    fused, operator = (sum(size for extern, size in sizes if extern == kind) for kind in (False, True))
-    return Lowered(backward, text, kernels(text), calls, operators, fused, operator, matmul_flops(module))
+    return Lowered(backward, text, kernels(text), calls, operators, int(fused), products(module))
 
 
 def called(code: str) -> tuple[Counter[str], Counter[str]]:
@@ -431,15 +467,28 @@ def kernels(code: str) -> dict[str, str]:
     return dict(found)
 
 
-def matmul_flops(module: fx.GraphModule) -> int:
-    """FLOPs of the matrix products of a graph, 2 per multiply-add, without attention."""
-    aten, total = torch.ops.aten, 0
-    factors = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+def products(module: fx.GraphModule) -> Products:
+    """The matrix products of a graph."""
+    found: Products = Counter()
     for node in module.graph.nodes:
-        if node.target in factors:
-            left = node.args[factors[node.target]].meta["val"]
-            total += 2 * math.prod(map(int, node.meta["val"].shape)) * int(left.shape[-1])
-    return total
+        if node.op == "call_function" and (left := left_factor(node.target, node.args)) is not None:
+            found[product(left.meta["val"], node.meta["val"])] += 1
+    return found
+
+
+def left_factor(function: Any, arguments: Sequence[Any]) -> Any:
+    """The first factor of a matrix product; None: it is none."""
+    if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.mm.out):
+        return arguments[0]
+    return arguments[1] if function in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default) else None
+
+
+def product(left: Tensor, out: Tensor) -> tuple[int, int, str]:
+    """FLOPs, 2 per multiply-add, bytes and type of a matrix product."""
+    *batch, rows, columns, inner = *map(int, out.shape), int(left.shape[-1])
+    count, size = math.prod(batch), left.dtype.itemsize
+    moved = count * (rows * inner + inner * columns) * size + count * rows * columns * out.dtype.itemsize
+    return 2 * count * rows * columns * inner, moved, str(left.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -482,7 +531,7 @@ def assemble(source: str) -> list[Assembled]:
 
 def binary_of(kernel: Any, config: Any) -> Any:
     """The compiled kernel, taken from Triton before torch asks a driver to load it."""
-    import triton
+    triton: Any = importlib.import_module("triton")
 
     compiled = []
     real = triton.compile
@@ -498,7 +547,7 @@ def binary_of(kernel: Any, config: Any) -> Any:
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
     """What `cuobjdump` of Triton says that a kernel takes: REG registers, STACK bytes, and so on."""
-    import triton
+    triton: Any = importlib.import_module("triton")
 
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,0 +1,111 @@
+"""Every layout as code for an H100, which needs no GPU but the CUDA build of torch; and counts that may not grow.
+
+The environment is made by `make gpu-code`, which also runs these tests.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHS, BLOCKS, whole_depth
+
+from train.benchmarks import gpu_counts
+from train.benchmarks.gpu_case import Options, model_config
+from train.benchmarks.gpu_code import SHARED_MEMORY, Assembled, Lowered, assemble, missing
+from train.benchmarks.gpu_counts import OUT, count_operators, count_step, count_token, micro_batch_that_fits
+
+REASON = missing()
+needs_cuda_build = [
+    pytest.mark.skipif(REASON is not None, reason=f"{REASON}: make gpu-code"),
+    pytest.mark.timeout(1800),
+    pytest.mark.slow,
+]
+# Bytes of stack per thread of kernels that spill registers; torch's own template of FlexAttention's backward pass does.
+SPILL = 512
+
+
+def recorded(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((OUT / name).read_text())
+    return content
+
+
+OPERATORS = recorded("operators.json")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_operators_do_not_grow(arch: str) -> None:
+    """Of a micro-step and of a decoded token, at a small size on the CPU: what a GPU would launch grows with them."""
+    version = OPERATORS["versions"]["torch"].partition("+")[0]
+    if torch.__version__.partition("+")[0] != version:
+        pytest.skip(f"operators were counted with torch {version}")
+    command = "python train/benchmarks/gpu_counts.py toy=true"
+    assert arch in OPERATORS["layouts"], f"{arch} was never counted: {command}"
+    for what, count in count_operators(arch).items():
+        limit = OPERATORS["layouts"][arch][what]
+        assert count <= limit, f"{arch}: {count} operators in a {what}, recorded {limit}; if that is meant: {command}"
+
+
+class Workshop:
+    """What was lowered and assembled, for the next layout that has the same block."""
+
+    def __init__(self) -> None:
+        self.lowered: dict[str, list[Lowered]] = {}
+        self.assembled: dict[str, list[Assembled]] = {}
+
+    def check(self, graphs: list[Lowered]) -> None:
+        """Assemble every kernel. Those without an alternative fit into the shared memory of a block of threads."""
+        for graph in graphs:
+            for name, source in graph.kernels.items():
+                if source not in self.assembled:
+                    self.assembled[source] = assemble(source)
+                made = self.assembled[source]
+                assert made, name
+                assert any(kernel.shared <= SHARED_MEMORY for kernel in made), (name, made)
+                assert min(kernel.stack for kernel in made) <= SPILL, (name, made)
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Workshop:
+    return Workshop()
+
+
+class TestCode:
+    pytestmark = needs_cuda_build
+
+    @pytest.mark.parametrize("arch", ARCHS)
+    @pytest.mark.parametrize("documents", [False, True])
+    def test_training_lowers_and_assembles(self, workshop: Workshop, arch: str, documents: bool) -> None:
+        """Forward and backward, each kind of block as one graph; and no more launches than were recorded."""
+        if documents and arch in BLOCKS:
+            pytest.skip("a Block Transformer cannot keep documents apart")
+        config = model_config(arch, gpu_counts.SIZE, Options(toy=False))
+        step = count_step(config, micro_batch_that_fits(config), documents, workshop.lowered)
+        blocks = [(calls, graphs) for part, calls, graphs in step.graphs if part == "model"]
+        assert all(len(graphs) == 2 for _, graphs in blocks), "forward and backward"
+        assert sum(calls for calls, _ in blocks) == num_blocks(config), "a block is one graph"
+        for _, _, graphs in step.graphs:
+            workshop.check(graphs)
+        known = recorded("counts.json")
+        if documents or known["versions"]["torch"].partition("+")[0] != torch.__version__.partition("+")[0]:
+            return
+        launches = sum(part.launches for part in step.parts.values())
+        limit = known["layouts"][arch]["launches"]
+        command = "python train/benchmarks/gpu_counts.py"
+        assert launches <= limit, f"{arch}: {launches} launches, recorded {limit}; if that is meant: {command}"
+
+    @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in BLOCKS])
+    def test_decoding_lowers_and_assembles(self, workshop: Workshop, arch: str) -> None:
+        """A compiled step of fixed shapes, at the least depth with all of the pattern."""
+        config = model_config(arch, gpu_counts.SIZE, Options(toy=False))
+        config.size.num_layers = whole_depth(arch, least=4)
+        before = len(workshop.lowered)
+        assert count_token(config, workshop.lowered)["compiled"]
+        for graphs in list(workshop.lowered.values())[before:]:
+            workshop.check(graphs)
+
+
+def num_blocks(config: Any) -> int:
+    from arch import resolve
+
+    return sum(stack.plan.num_layers for stack in resolve(config).stacks)

@@ -1,0 +1,449 @@
+"""Kernels, bytes and FLOPs of each layout on an H100, counted without one: `python train/benchmarks/gpu_counts.py`.
+
+A micro-step of training at the size 1b, and a decoded token, as train/benchmarks/gpu_code.py compiles them. From these
+counts and assumed rates follows a roof: the time that a micro-step takes at least. Writes counts.json and README.md
+into docs/results/gpu-counts. Needs torch's CUDA build, but for `toy=true`, which counts operators at a small size on
+the CPU and writes operators.json: a test keeps them from growing.
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+    import train  # noqa: F401  before torch
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from arch import BlockPlan, ModelConfig, build, resolve
+from arch.decoder import Decoder, Stack
+from arch.footprint import num_params, train_flops_per_token
+from arch.masks import BLOCK
+from arch.named import names
+from arch.static_step import StaticStep
+from data.cli import UsageError, did_you_mean, fail, parse
+from eval.environment import ROOT
+from eval.results import write_result
+from train.benchmarks.gpu_case import Options, model_config
+from train.benchmarks.gpu_code import (
+    DEVICE,
+    Compiler,
+    Lowered,
+    Meta,
+    Products,
+    always,
+    as_on_an_h100,
+    left_factor,
+    lower,
+    missing,
+    onto,
+    product,
+)
+from train.loss import cross_entropy_sum
+from train.memory import Execution, step_memory
+from train.parallel import parallelize
+
+OUT = ROOT / "docs" / "results" / "gpu-counts"
+SIZE = "1b"
+MICRO_BATCH = 16
+ACCUMULATE = 64  # micro-steps of an optimizer step
+MEMORY = 80e9  # bytes of an H100, of which training leaves some
+CONTEXT = 4096  # tokens in the cache of a decoded one
+# Rates assumed, per second: FLOPs of matrix products in each type, of attention forward and backward, bytes of memory.
+RATES = {"bfloat16": 700e12, "float32": 50e12, "tf32": 300e12}
+ATTENTION = {"sdpa": (550e12, 430e12), "flex": (380e12, 260e12)}
+WIDE = 0.75  # of these rates where keys are wider than 128
+BANDWIDTH = 3.0e12
+PEAK = 989.5e12
+# Goals of MFU, in percent, by layout; 46 for the plain ones.
+GOALS = {"mixattention": 43, "gemma3": 43, "mla": 43, "block": 44, "bct": 30}
+PLAIN_GOAL = 46
+
+
+@dataclass(frozen=True)
+class CountsConfig:
+    """Options.
+
+    archs  layouts; empty: all of configs/arch
+    toy    count operators on the CPU at a small size, with any torch
+    out    folder of the results
+    """
+
+    archs: tuple[str, ...] = ()
+    toy: bool = False
+    out: Path = OUT
+
+
+@dataclass
+class Part:
+    """What one part of a step takes: launches of kernels, bytes of those that compute no product, and the products."""
+
+    launches: int = 0
+    bytes: int = 0
+    products: Products = field(default_factory=Counter)
+
+    def add(self, lowered: Lowered, calls: int) -> None:
+        self.launches += calls * lowered.launches
+        self.bytes += calls * lowered.fused_bytes
+        for key, count in lowered.products.items():
+            self.products[key] += calls * count
+
+    @property
+    def flops(self) -> int:
+        return sum(flops * count for (flops, _, _), count in self.products.items())
+
+    @property
+    def product_seconds(self) -> float:
+        """At the assumed rates, each product bound by its FLOPs or its bytes."""
+        return sum(
+            count * max(flops / RATES[dtype], size / BANDWIDTH) for (flops, size, dtype), count in self.products.items()
+        )
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operators that are called one by one, each of which launches a kernel, by the part of a step."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # the compiler goes on below it
+
+    def __init__(self, compiler: Compiler | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.compiler = compiler
+        self.parts: dict[str, Part] = {}
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.paused and computes(func):
+            part = self.parts.setdefault("" if self.compiler is None else self.compiler.part, Part())
+            part.launches += 1
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+            if (left := left_factor(func, args)) is not None:
+                part.products[product(left, out)] += 1
+            else:
+                part.bytes += sum(x.numel() * x.dtype.itemsize for x in tensors)
+        return out
+
+
+def computes(func: Any) -> bool:
+    """Whether an operator launches a kernel: it makes no view, and more than memory."""
+    if isinstance(func, HigherOrderOperator):
+        return True
+    schema, name = func._schema, func._schema.name.partition("::")[2]
+    if name.startswith(("empty", "new_empty", "detach", "_local_scalar", "lift_fresh", "sym_", "is_", "_unsafe_view")):
+        return False
+    aliases = [out.alias_info for out in schema.returns if out.alias_info is not None]
+    return not aliases or any(alias.is_write for alias in aliases)
+
+
+def micro_batch_that_fits(config: ModelConfig) -> int:
+    """The largest power of two up to MICRO_BATCH whose step fits on one H100 by our own estimate; at least 1."""
+    plan, how, batch = resolve(config), Execution(accumulate=ACCUMULATE), MICRO_BATCH
+    while batch > 1 and step_memory(config, plan, how, batch).total > MEMORY:
+        batch //= 2
+    return batch
+
+
+@dataclass
+class Step:
+    """A micro-step of training, by its parts. `graphs`: of one call each, with the number of calls in a micro-step."""
+
+    parts: dict[str, Part]
+    graphs: list[tuple[str, int, list[Lowered]]]
+
+
+def micro_step(
+    config: ModelConfig, batch: int, compiler: Compiler, documents: bool = False, device: torch.device = DEVICE
+) -> tuple[Any, Callable[[], Tensor]]:
+    """A model of fake tensors on `device`, and its forward pass with the loss."""
+    with torch.device("meta"):
+        model = build(config, device_type="cuda", init=False)
+    compiled = device == DEVICE
+    parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.bfloat16)
+    onto(model, device)
+    shape = (batch, config.size.seq_len)
+    tokens, targets = (torch.empty(shape, dtype=torch.int64, device=device) for _ in range(2))
+    ids = torch.empty(shape, dtype=torch.int64, device=device) if documents else None
+
+    def forward() -> Tensor:
+        compiler.part = "model"
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            head = cross_entropy_sum(model.select_targets(targets), True)
+
+            def loss(*arguments: Tensor) -> Tensor:
+                compiler.part = "loss"
+                total = head(*arguments)
+                compiler.part = "model"
+                return total
+
+            out: Tensor = model(tokens, head=loss, segment_ids_BT=ids)
+        return out
+
+    return model, forward
+
+
+def count_step(config: ModelConfig, batch: int, documents: bool = False, known: dict[str, Any] | None = None) -> Step:
+    """Count a micro-step. `known` keeps what was lowered, by graph, for the next call."""
+    known = {} if known is None else known
+    compiler = Compiler()
+    with as_on_an_h100() as mode, compiler.installed():
+        _, forward = micro_step(config, batch, compiler, documents)
+        forward()  # compiles
+        for traced in compiler.graphs.values():
+            traced.calls.clear()
+        with Operators(compiler) as eager:
+            forward()
+        ran = [(key, traced, traced.calls.copy()) for key, traced in compiler.graphs.items() if traced.calls]
+        for key, traced, _ in ran:
+            if key not in known:
+                known[key] = lower(traced, mode)
+        outer = None if documents else count_outer_backward(config, batch, compiler)
+    parts: dict[str, Part] = {}
+    graphs = []
+    for key, _, calls in ran:
+        for name, count in calls.items():
+            graphs.append((name, count, known[key]))
+            for lowered in known[key]:
+                direction = name if name == "loss" else "backward" if lowered.backward else "forward"
+                parts.setdefault(direction, Part()).add(lowered, count)
+    parts["forward, outside of blocks"] = eager.parts.get("model", Part())
+    loss, eagerly = parts.setdefault("loss", Part()), eager.parts.get("loss", Part())
+    loss.launches, loss.bytes = loss.launches + eagerly.launches, loss.bytes + eagerly.bytes
+    loss.products += eagerly.products
+    if outer is not None:
+        parts["backward, outside of blocks"] = outer
+    return Step(parts, graphs)
+
+
+def count_outer_backward(config: ModelConfig, batch: int, compiler: Compiler) -> Part:
+    """The backward pass outside of blocks, with the sums of gradients over micro-steps, on fake tensors of the CPU.
+
+    The second micro-step is counted, since the first has nothing to add to.
+    """
+    cpu = torch.device("cpu")
+    model, forward = micro_step(config, batch, compiler, device=cpu)
+    # The CPU has no backward pass of FlexAttention, and none is run here.
+    with patch("torch.nn.attention.flex_attention._validate_device", always(None)), Operators() as eager:
+        for stack in model.stacks:
+            for block in stack.layers:
+                block.forward = partial(opaque, block, block.forward, eager)
+        for _ in range(2):
+            eager.paused = True
+            loss = forward()
+            eager.paused = False
+            eager.parts.clear()
+            loss.backward()  # type: ignore[no-untyped-call]
+    found: Part = eager.parts.get("", Part())
+    return found
+
+
+def opaque(block: nn.Module, forward: Callable[..., Any], eager: Operators, *arguments: Any, **options: Any) -> Any:
+    """The outputs of a block, whose gradients cost nothing."""
+    with torch.no_grad():
+        out = forward(*arguments, **options)
+    given = [x for x in tree_leaves((arguments, options)) if isinstance(x, Tensor)]
+    inputs = [x for x in (*given, *block.parameters()) if x.is_floating_point()]
+    leaves, spec = tree_flatten(out)
+    made = [x for x in leaves if isinstance(x, Tensor) and not any(x is other for other in given)]
+    results = iter(Opaque.apply(eager, [Meta.of(x) for x in made], *inputs))  # type: ignore[no-untyped-call]
+    return tree_unflatten([next(results) if any(x is m for m in made) else x for x in leaves], spec)
+
+
+class Opaque(torch.autograd.Function):
+    """A function of which nothing is known but the shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, eager: Operators, outputs: list[Meta], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.inputs = [Meta.of(x) for x in inputs]
+        return tuple(meta.fake() for meta in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *(meta.fake() if need else None for meta, need in zip(ctx.inputs, needed, strict=True))
+
+
+def count_token(config: ModelConfig, known: dict[str, Any] | None = None) -> dict[str, int | float]:
+    """Launches per decoded token of one row: operator by operator, in a step of fixed shapes, and that step compiled.
+
+    A Block Transformer's are the mean over a block.
+    """
+    known = {} if known is None else known
+    compiler, found = Compiler(), {}
+    with as_on_an_h100() as mode, compiler.installed(), torch.no_grad():
+        with torch.device("meta"):
+            model = build(config, device_type="cuda", init=False)
+        onto(model, DEVICE, torch.bfloat16)
+        token = torch.empty(1, 1, dtype=torch.int64, device=DEVICE)
+        tokens = torch.empty(1, CONTEXT, dtype=torch.int64, device=DEVICE)
+        length = 1 if not isinstance(model.plan, BlockPlan) else model.plan.block_length
+        cache = model.allocate_cache(1, CONTEXT + 256)
+        model.prefill(tokens, cache)
+        with Operators(compiler) as eager:
+            for _ in range(length):
+                model.decode_step(token, cache)
+        found["plain"] = sum(part.launches for part in eager.parts.values()) / length
+        if isinstance(model, Decoder):
+            for way in ("static", "compiled"):
+                step = StaticStep(model, cache, way)
+                step(token)
+                for traced in compiler.graphs.values():
+                    traced.calls.clear()
+                with Operators(compiler) as eager:
+                    step(token)
+                called = [(key, traced, sum(traced.calls.values())) for key, traced in compiler.graphs.items()]
+                launches = sum(part.launches for part in eager.parts.values())
+                for key, traced, count in called:
+                    if count and key not in known:
+                        known[key] = lower(traced, mode)
+                    launches += sum(count * lowered.launches for lowered in known[key]) if count else 0
+                step.close()
+                found[way] = launches
+    return found
+
+
+def attention_seconds(config: ModelConfig) -> tuple[int, float]:
+    """FLOPs of attention to visible pairs, forward and backward, over one sequence; and their time at assumed rates.
+
+    Kernels compute whole blocks of BLOCK x BLOCK pairs. Bounded stores are not in the time: theirs are matrix products.
+    """
+    total, seconds = 0, 0.0
+    with torch.device("meta"):
+        model = build(config, device_type="cuda", init=False)
+    length, plan = config.size.seq_len, model.plan
+    shapes = [(1, length)]
+    if isinstance(plan, BlockPlan):
+        predicted = (length - plan.num_unpredicted) // plan.block_length
+        shapes = [(1, length // plan.block_length - 1), (predicted, plan.num_positions)]
+    for stack, (rows, positions) in zip((s for s in model.stacks if isinstance(s, Stack)), shapes, strict=True):
+        for layer in range(stack.plan.num_layers):
+            store = stack.plan.store(layer)
+            flops = rows * store.attention_flops(stack.config.size, positions, store.owner == layer)
+            total += 3 * flops
+            if store.masked:
+                forward, backward = ATTENTION[stack.chosen[False][stack.plan.reads[layer]].name]
+                wide = WIDE if store.kernel_heads(stack.config.size).k_dim > 128 else 1.0
+                computed = flops * computed_share(positions, store.window) / wide
+                seconds += computed / forward + 2.5 * computed / backward
+    return total, seconds
+
+
+def computed_share(length: int, window: int | None) -> float:
+    """Pairs in blocks that FlexAttention computes, over those that are visible."""
+    window = min(window or length, length)
+    visible = sum(min(t + 1, window) for t in range(length))
+    blocks = sum(q // BLOCK - max(0, q - window + 1) // BLOCK + 1 for q in range(0, length, BLOCK))
+    return blocks * BLOCK * BLOCK / visible
+
+
+def roof(config: ModelConfig, batch: int, step: Step) -> dict[str, float]:
+    """Milliseconds that a micro-step takes at least, by what they go to, and the MFU that leaves."""
+    parts, params = step.parts.values(), num_params(config, resolve(config))
+    tokens = batch * config.size.seq_len
+    seconds = {
+        "products": sum(part.product_seconds for part in parts),
+        "attention": batch * attention_seconds(config)[1],
+        "memory": sum(part.bytes for part in parts) / BANDWIDTH,
+        # AdamW reads and writes 28 bytes per parameter; clipping, and clearing of gradients, 12.
+        "optimizer": 40 * params / BANDWIDTH / ACCUMULATE,
+    }
+    whole = sum(seconds.values())
+    mfu = tokens * train_flops_per_token(config, resolve(config)) / whole / PEAK
+    return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {"ms": 1e3 * whole, "mfu": mfu}
+
+
+def count(arch: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All counts of a layout at the size SIZE."""
+    config = model_config(arch, SIZE, Options(toy=False))
+    batch = micro_batch_that_fits(config)
+    step = count_step(config, batch, known=known)
+    return {
+        "micro_batch": batch,
+        "parts": {
+            name: {"launches": part.launches, "bytes": part.bytes, "product_flops": part.flops}
+            for name, part in step.parts.items()
+        },
+        "graphs": len(step.graphs),
+        "launches": sum(part.launches for part in step.parts.values()),
+        "bytes": sum(part.bytes for part in step.parts.values()),
+        "product_flops": sum(part.flops for part in step.parts.values()),
+        "attention_flops": batch * attention_seconds(config)[0],
+        "launches_per_token": count_token(config, known),
+        "roof": roof(config, batch, step),
+        "goal_mfu": GOALS.get(arch, PLAIN_GOAL) / 100,
+    }
+
+
+def count_operators(arch: str) -> dict[str, int]:
+    """Operators of a micro-step and of a decoded token at the toy size on the CPU, uncompiled."""
+    config = model_config(arch, SIZE, Options(toy=True))
+    model, size = build(config), config.size
+    tokens = torch.zeros(2, size.seq_len, dtype=torch.int64)
+    with Operators() as counter:
+        for _ in range(2):  # the second adds to gradients that there are
+            counter.parts.clear()
+            model(tokens, head=cross_entropy_sum(model.select_targets(tokens))).backward()
+    found = {"micro-step": counter.parts[""].launches}
+    with torch.no_grad():
+        cache = model.allocate_cache(1, size.seq_len)
+        model.prefill(tokens[:1, : size.seq_len // 2], cache)
+        model.decode_step(tokens[:1, :1], cache)
+        with Operators() as counter:
+            model.decode_step(tokens[:1, :1], cache)
+    return found | {"token": counter.parts[""].launches}
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        config = parse(CountsConfig, arguments)
+        if unknown := [arch for arch in config.archs if arch not in names("arch")]:
+            raise UsageError(f"archs= has no {unknown[0]}{did_you_mean(unknown[0], names('arch'))}")
+    except UsageError as error:
+        fail(str(error))
+    archs = config.archs or tuple(names("arch"))
+    if config.toy:
+        path = config.out / "operators.json"
+        write_result(path, {"layouts": {arch: count_operators(arch) for arch in archs}})
+        print(f"results: {path}")
+        return
+    if reason := missing():
+        fail(reason)
+    known: dict[str, Any] = {}
+    layouts = {}
+    for arch in archs:
+        begin = time.monotonic()
+        layouts[arch] = count(arch, known)
+        print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
+    assumed = {"rates": RATES, "attention": ATTENTION, "wide": WIDE, "bandwidth": BANDWIDTH, "peak": PEAK}
+    size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT}
+    write_result(config.out / "counts.json", {**size, "assumed": assumed, "layouts": layouts})
+    print(f"results: {config.out}")
+
+
+def line(counts: dict[str, Any]) -> str:
+    bound = counts["roof"]
+    return (
+        f"micro-batch {counts['micro_batch']}, {counts['launches']:,} launches, {counts['bytes'] / 1e9:.1f} GB, "
+        f"roof {bound['ms']:.0f} ms, MFU {bound['mfu']:.1%}; launches per token {counts['launches_per_token']}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
