@@ -17,7 +17,7 @@ from train.benchmarks.gpu_counts import OUT, count_operators, count_step, count_
 
 REASON = missing()
 needs_cuda_build = [
-    pytest.mark.skipif(REASON is not None, reason=f"{REASON}: make gpu-code"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.timeout(1800),
     pytest.mark.slow,
 ]

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-MISSING = 'the CUDA build of torch 2.11 or later (no GPU): see docs/gpu.md, "Without a GPU"'
+MISSING = (
+    "the CUDA build of torch 2.11 or later, and no GPU: make gpu-code installs it and runs tests/test_train_gpu_code.py"
+)
 DEVICE = torch.device("cuda", 0)
 SHARED_MEMORY = 232448  # bytes that a block of threads may have: 227 KiB
 # What the driver of an H100 SXM reports (CUDA C++ Programming Guide, table of compute capability 9.0).
@@ -57,7 +59,7 @@ H100 = SimpleNamespace(
 def missing() -> str | None:
     """Explain what this Python lacks to make code for an H100; None if nothing."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; needed is {MISSING}"
+        return f"torch {torch.__version__} was built without CUDA; needed is {MISSING}"
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -372,7 +374,7 @@ def copy_of(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def move(module: fx.GraphModule, device: torch.device) -> None:
-    """Let a graph make its tensors on `device`; of the values that it was traced with, those of inner graphs move too."""
+    """Let a graph make its tensors on `device`. The values that it was traced with move too."""
     for child in module.children():
         if isinstance(child, fx.GraphModule):
             move(child, device)
@@ -478,9 +480,11 @@ def products(module: fx.GraphModule) -> Products:
 
 def left_factor(function: Any, arguments: Sequence[Any]) -> Any:
     """The first factor of a matrix product; None: it is none."""
-    if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.mm.out):
+    packet = getattr(function, "overloadpacket", None)
+    if packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
         return arguments[0]
-    return arguments[1] if function in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default) else None
+    sums = (torch.ops.aten.addmm, torch.ops.aten.baddbmm, torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
+    return arguments[1] if packet in sums else None
 
 
 def product(left: Tensor, out: Tensor) -> tuple[int, int, str]:

@@ -6,6 +6,8 @@ into docs/results/gpu-counts. Needs torch's CUDA build, but for `toy=true`, whic
 the CPU and writes operators.json: a test keeps them from growing.
 """
 
+import importlib
+import json
 import sys
 import time
 from collections import Counter
@@ -432,8 +434,13 @@ def main(arguments: list[str]) -> None:
         layouts[arch] = count(arch, known)
         print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
     assumed = {"rates": RATES, "attention": ATTENTION, "wide": WIDE, "bandwidth": BANDWIDTH, "peak": PEAK}
-    size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT}
-    write_result(config.out / "counts.json", {**size, "assumed": assumed, "layouts": layouts})
+    triton: Any = importlib.import_module("triton")
+    size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT, "triton": triton.__version__}
+    path = config.out / "counts.json"
+    write_result(path, {**size, "assumed": assumed, "layouts": layouts})
+    before = config.out / "before.json"
+    text = report(json.loads(path.read_text()), json.loads(before.read_text()) if before.exists() else None)
+    (config.out / "README.md").write_text(text)
     print(f"results: {config.out}")
 
 
@@ -443,6 +450,102 @@ def line(counts: dict[str, Any]) -> str:
         f"micro-batch {counts['micro_batch']}, {counts['launches']:,} launches, {counts['bytes'] / 1e9:.1f} GB, "
         f"roof {bound['ms']:.0f} ms, MFU {bound['mfu']:.1%}; launches per token {counts['launches_per_token']}"
     )
+
+
+def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """The README of the results, as Markdown. `before`: counts of an earlier commit to compare with."""
+    layouts, size = result["layouts"], result["size"]
+    rows = []
+    for arch, counts in layouts.items():
+        bound, parts = counts["roof"], counts["parts"]
+        outside = sum(part["launches"] for name, part in parts.items() if "outside" in name)
+        share = counts["goal_mfu"] / bound["mfu"]
+        speed = counts["micro_batch"] * result["seq_len"] / bound["ms"] * 1e3
+        rows.append(
+            f"| `{arch}` | {counts['micro_batch']} | {parts['forward']['launches']:,} | {parts['backward']['launches']:,} "
+            f"| {parts['loss']['launches']} | {outside:,} | {counts['bytes'] / 1e9:.0f} | "
+            f"{counts['product_flops'] / 1e12:.0f} | {counts['attention_flops'] / 1e12:.1f} | {bound['products_ms']:.0f} | "
+            f"{bound['attention_ms']:.0f} | {bound['memory_ms']:.0f} | {bound['ms']:.0f} | {speed / 1e3:.1f}k | "
+            f"{bound['mfu']:.1%} | {counts['goal_mfu']:.0%} | {share:.2f}, {verdict(share)} |"
+        )
+    tokens = [
+        f"| `{arch}` | {number(counts, 'plain')} | {number(counts, 'static')} | {number(counts, 'compiled')} |"
+        for arch, counts in layouts.items()
+    ]
+    text = README.format(
+        command=" ".join(("python", *result["command"])),
+        date=result["date"][:10],
+        commit=result["git"],
+        torch=result["versions"]["torch"],
+        triton=result["triton"],
+        size=size,
+        seq_len=result["seq_len"],
+        accumulate=result["accumulate"],
+        context=f"{result['context']:,}",
+        rows="\n".join(rows),
+        tokens="\n".join(tokens),
+    )
+    return text if before is None else text + compared(layouts, before)
+
+
+def verdict(share: float) -> str:
+    """Whether a goal can be met that is so large a share of the roof; steps reach 0.80 to 0.92 of it."""
+    return "within reach" if share <= 0.8 else "at the upper edge" if share <= 0.92 else "out of reach"
+
+
+def number(counts: dict[str, Any], way: str) -> str:
+    value = counts["launches_per_token"].get(way)
+    return "" if value is None else f"{value:,.0f}"
+
+
+def compared(layouts: dict[str, Any], before: dict[str, Any]) -> str:
+    """The layouts whose counts have changed since `before`."""
+    lines = [
+        f"\n## Since commit {before['git']}\n",
+        "| layout | launches | GB | roof, ms | MFU at the roof |",
+        "|---|---|---|---|---|",
+    ]
+    for arch, counts in layouts.items():
+        was = before["layouts"].get(arch)
+        if was and (was["launches"], was["bytes"]) != (counts["launches"], counts["bytes"]):
+            lines.append(
+                f"| `{arch}` | {was['launches']:,} to {counts['launches']:,} | {was['bytes'] / 1e9:.0f} to "
+                f"{counts['bytes'] / 1e9:.0f} | {was['roof']['ms']:.0f} to {counts['roof']['ms']:.0f} | "
+                f"{was['roof']['mfu']:.1%} to {counts['roof']['mfu']:.1%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+README = """# Kernels, bytes and FLOPs on an H100, counted without one
+
+`{command}`, {date}, commit {commit}, torch {torch}, Triton {triton}. No figure here was measured on a GPU. torch's compiler made sm_90
+code for tensors that are fake (train/benchmarks/gpu_code.py); its kernels, and the bytes that they read and write, are
+its own count. `make gpu-code` makes the environment, assembles every kernel for sm_90 and compares with counts.json.
+
+## A micro-step of training
+
+Size {size}, micro-batch x {seq_len} tokens (16, or what fits into 80 GB by train/memory.py), bf16, compiled block by block.
+One launch is one fused kernel or one operator: cuDNN's backward pass and the gradient of the embedding launch more.
+Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over micro-steps.
+
+The roof: products at 700 TFLOP/s in bf16 (50 in fp32), bound by memory where they are narrow; attention at 550 and 430
+TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs; memory at 3.0
+TB/s; AdamW once in {accumulate} micro-steps. All rates are assumed. Steps reach 0.80 to 0.92 of such a roof, so that a goal
+is within reach at up to 0.80 of it. MFU counts visible pairs, as the repository does, over 989.5 TFLOP/s.
+
+| layout | micro-batch | forward | backward | loss | outside | GB moved | TFLOP of products | of attention | products, ms | attention | memory | roof, ms | tokens/s | MFU at the roof | goal | goal / roof |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
+{rows}
+
+## A decoded token
+
+Launches at batch 1 with {context} tokens in the cache, bf16: operator by operator; in a step of fixed shapes, as it is
+captured in a CUDA graph; and that step compiled. Of a Block Transformer the mean over a block.
+
+| layout | plain | fixed shapes | compiled |
+|---|---:|---:|---:|
+{tokens}
+"""
 
 
 if __name__ == "__main__":
