@@ -347,8 +347,10 @@ class Compiler:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Compiler"]:
+        """Every shape is compiled for itself."""
         torch._dynamo.reset()
-        with patch("torch._inductor.compile_fx.compile_fx", self):
+        fixed = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+        with fixed, patch("torch._inductor.compile_fx.compile_fx", self):
             yield self
         torch._dynamo.reset()
 

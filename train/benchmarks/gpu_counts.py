@@ -455,19 +455,26 @@ def line(counts: dict[str, Any]) -> str:
 def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
     """The README of the results, as Markdown. `before`: counts of an earlier commit to compare with."""
     layouts, size = result["layouts"], result["size"]
-    rows = []
+    rows = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for arch, counts in layouts.items():
         bound, parts = counts["roof"], counts["parts"]
         outside = sum(part["launches"] for name, part in parts.items() if "outside" in name)
         share = counts["goal_mfu"] / bound["mfu"]
         speed = counts["micro_batch"] * result["seq_len"] / bound["ms"] * 1e3
-        rows.append(
-            f"| `{arch}` | {counts['micro_batch']} | {parts['forward']['launches']:,} | {parts['backward']['launches']:,} "
-            f"| {parts['loss']['launches']} | {outside:,} | {counts['bytes'] / 1e9:.0f} | "
-            f"{counts['product_flops'] / 1e12:.0f} | {counts['attention_flops'] / 1e12:.1f} | {bound['products_ms']:.0f} | "
-            f"{bound['attention_ms']:.0f} | {bound['memory_ms']:.0f} | {bound['ms']:.0f} | {speed / 1e3:.1f}k | "
-            f"{bound['mfu']:.1%} | {counts['goal_mfu']:.0%} | {share:.2f}, {verdict(share)} |"
-        )
+        cells = [
+            f"`{arch}`",
+            counts["micro_batch"],
+            *(f"{parts[name]['launches']:,}" for name in ("forward", "backward", "loss")),
+            f"{outside:,}",
+            f"{counts['bytes'] / 1e9:.0f}",
+            *(f"{counts[key] / 1e12:.0f}" for key in ("product_flops", "attention_flops")),
+            *(f"{bound[key]:.0f}" for key in ("products_ms", "attention_ms", "memory_ms", "ms")),
+            f"{speed / 1e3:.1f}k",
+            f"{bound['mfu']:.1%}",
+            f"{counts['goal_mfu']:.0%}",
+            f"{share:.2f}, {verdict(share)}",
+        ]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     tokens = [
         f"| `{arch}` | {number(counts, 'plain')} | {number(counts, 'static')} | {number(counts, 'compiled')} |"
         for arch, counts in layouts.items()
@@ -516,25 +523,43 @@ def compared(layouts: dict[str, Any], before: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+COLUMNS = (
+    "layout",
+    "micro-batch",
+    "forward",
+    "backward",
+    "loss",
+    "outside",
+    "GB moved",
+    "TFLOP of products",
+    "of attention",
+    "products, ms",
+    "attention",
+    "memory",
+    "roof, ms",
+    "tokens/s",
+    "MFU at the roof",
+    "goal",
+    "goal / roof",
+)
 README = """# Kernels, bytes and FLOPs on an H100, counted without one
 
-`{command}`, {date}, commit {commit}, torch {torch}, Triton {triton}. No figure here was measured on a GPU. torch's compiler made sm_90
-code for tensors that are fake (train/benchmarks/gpu_code.py); its kernels, and the bytes that they read and write, are
-its own count. `make gpu-code` makes the environment, assembles every kernel for sm_90 and compares with counts.json.
+`{command}`, {date}, commit {commit}, torch {torch}, Triton {triton}. No figure here was measured on a GPU: torch's
+compiler made sm_90 code for tensors that are fake (train/benchmarks/gpu_code.py). The kernels, and the bytes that they
+read and write, are its own count. `make gpu-code` makes the environment, assembles every kernel and compares with
+counts.json.
 
 ## A micro-step of training
 
-Size {size}, micro-batch x {seq_len} tokens (16, or what fits into 80 GB by train/memory.py), bf16, compiled block by block.
-One launch is one fused kernel or one operator: cuDNN's backward pass and the gradient of the embedding launch more.
-Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over micro-steps.
+Size {size}, micro-batch x {seq_len} tokens (16, or what fits into 80 GB by train/memory.py), bf16, compiled block by
+block. One launch is one fused kernel or one operator: cuDNN's backward pass and the gradient of the embedding launch
+more. Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over micro-steps.
 
 The roof: products at 700 TFLOP/s in bf16 (50 in fp32), bound by memory where they are narrow; attention at 550 and 430
-TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs; memory at 3.0
-TB/s; AdamW once in {accumulate} micro-steps. All rates are assumed. Steps reach 0.80 to 0.92 of such a roof, so that a goal
-is within reach at up to 0.80 of it. MFU counts visible pairs, as the repository does, over 989.5 TFLOP/s.
+TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs; memory at
+3.0 TB/s; AdamW once in {accumulate} micro-steps. All rates are assumed. Steps reach 0.80 to 0.92 of such a roof, so
+that a goal is within reach at up to 0.80 of it. MFU counts visible pairs, as the repository does, over 989.5 TFLOP/s.
 
-| layout | micro-batch | forward | backward | loss | outside | GB moved | TFLOP of products | of attention | products, ms | attention | memory | roof, ms | tokens/s | MFU at the roof | goal | goal / roof |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|
 {rows}
 
 ## A decoded token
