@@ -107,7 +107,6 @@ def kvcache_function(version: int) -> Any:
     return f"flash-attn {version} has no kvcache function here ({reason})"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # or a compiled step would trace an import
 def kvcache_missing(version: int) -> str | None:
     """Explain why flash-attn's kvcache function cannot run here; None if it can."""
     function = kvcache_function(version)
@@ -122,6 +121,7 @@ class StepKernel:
     widths           that queries, keys and values may have
     gaps             what a row sees may have gaps
     growing          the number of slots may change from token to token
+    traced           it may be part of compiled code, and so may be looked for there
     unusable         why it cannot run on this machine, None if it can
     """
 
@@ -132,6 +132,7 @@ class StepKernel:
     widths: range = range(1 << 16)
     gaps: bool = True
     growing: bool = True
+    traced: bool = True
     unusable: Callable[[], str | None] = lambda: None
 
     def takes(self, device: str, dtype: torch.dtype, width: int, seen: Seen) -> bool:
@@ -141,6 +142,7 @@ class StepKernel:
             and width in self.widths
             and (self.gaps or seen.run is not None)
             and (self.growing or seen.static)
+            and (self.traced or not torch.compiler.is_compiling())
             and self.unusable() is None
         )
 
@@ -155,6 +157,7 @@ STEP_KERNELS = (
             HALF,
             WIDTHS_OF_FLASH,
             gaps=False,
+            traced=False,
             unusable=partial(kvcache_missing, version),
         )
         for version in (3, 2)
