@@ -51,6 +51,7 @@ KEYS = {
     "batch_size": Key("result", fixed=True),
     "seed": Key("seed", fixed=True),
     "init": Key("result", fixed=True),
+    "match": Key(None, fixed=True),  # the width that it led to is in `size`
     "train_only": Key("result", fixed=True),
     "name": Key(None, fixed=True),
     "folder": Key(None, fixed=True),

@@ -45,8 +45,8 @@ def test_arrows(path: Path) -> None:
 
 
 # Rooms of train/, none of which knows another. Commands know them all; training itself knows none.
-ROOMS = ("hub", "benchmarks")
-COMMANDS = ("pretrain", "export", "import_hf", "uptrain", "estimate", "plan")
+ROOMS = ("hub", "benchmarks", "studies")
+COMMANDS = ("pretrain", "export", "import_hf", "uptrain", "estimate", "plan", "study")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

@@ -32,6 +32,8 @@ CASES = [
     ("train/import_hf.py from=somewhere out=arch", 2, "is there already"),
     ("train/uptrain.py --help", 0, "Block Transformer"),
     ("train/uptrain.py out=nowhere", 2, "from= is not set"),
+    ("train/study.py --help", 0, "Compare layouts"),
+    ("train/study.py +study=cpu others=mix", 2, "choose refuse, keep, ignore"),
     ("data/prepare.py --help", 0, "Turn text into token shards"),
     ("eval/footprint.py +size=1b", 0, "mixattention"),
     (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),

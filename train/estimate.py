@@ -28,6 +28,7 @@ from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
 from train.capacity import does_not_fit, execution, largest_micro_batch, remedies
+from train.matching import matched
 from train.memory import Execution, step_memory
 from train.roofline import ROOF, Rates, published_rates, step_time
 from train.schema import (
@@ -102,7 +103,7 @@ def pretrain_config(options: EstimateConfig) -> PretrainConfig:
         for key, option in (("trainer.devices", "gpus"), ("trainer.num_nodes", "nodes")):
             found = [problem.replace(key, option) for problem in found]
         raise LayoutError(found)
-    return config
+    return matched(config)[0]
 
 
 def find_device(options: EstimateConfig) -> Device:

@@ -20,6 +20,7 @@ from arch import LayoutError, resolve
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.environment import launched_rank
+from train.matching import matched
 from train.run import resumed, to_object
 from train.run_folder import locked, new_folder
 from train.schema import PretrainConfig, problems
@@ -41,6 +42,9 @@ def main(config: DictConfig, choices: Choices) -> None:
     numbered = config.folder is None
     options = to_object(config)
     refuse_impossible(options)
+    options, match = matched(options)
+    if match is not None and launched_rank() == 0:
+        print(match)
     with claimed(new_folder(base, numbered), base) as folder:
         options.folder = str(folder)
         train(options)

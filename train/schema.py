@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data.batches import SequenceFormat
 
 MAX_SEED = 2**63 - 1
+MATCHES = ("none", "params", "flops", "kv")  # train/matching.py explains them
 # Bytes of the logits that exist at one time. Larger chunks add to the gradient of the output matrix less often, which
 # for 50304 tokens of width 2048 takes a GPU 0.3 ms; on the CPU sizes were measured to make no difference.
 LOSS_BYTES_ON_CUDA, LOSS_BYTES = 1 << 30, 1 << 27
@@ -161,6 +162,8 @@ class PretrainConfig:
     kv_itemsize  bytes per cache element in what is logged: 2 for a bf16 cache
     seed         of the weights and of the order of the data
     init         run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
+    match        params, flops or kv: the width of MLP or heads is changed until parameters, training FLOPs or bytes of
+                 cache at `context` tokens are those of multi-head attention at this size; none: it is not
     train_only   regular expression: only parameters in whose name it is found are trained; null: all
     resume       folder of a run to continue; its own configuration is used, other keys on the command line change it
     """
@@ -180,6 +183,7 @@ class PretrainConfig:
     kv_itemsize: int = 2
     seed: int = 0
     init: str | None = None
+    match: str = "none"
     train_only: str | None = None
     resume: str | None = None
 
@@ -273,6 +277,8 @@ def value_problems(config: PretrainConfig) -> list[str]:
     ):
         if value not in choices:
             found.append(f"trainer.{name} is {value}; choose {', '.join(choices)}")
+    if config.match not in MATCHES:
+        found.append(f"match is {config.match}; choose {', '.join(MATCHES)}")
     found += [
         f"{key} is {value!r}; ${{ begins an interpolation, and a run is plain data: write it without"
         for key, value in _texts(asdict(config), "")

@@ -1,0 +1,123 @@
+"""Studies: matched sizes, which runs are left, rows, and jobs that are cut and continue."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arch import LayoutError
+from arch.named import model_config, names
+from data.cli import UsageError
+from train.matching import find_match
+from train.schema import PretrainConfig
+from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
+from train.studies.launchers import DONE, STOPPED, Job, LocalHandle
+from train.studies.rows import append_row, read_rows
+from train.studies.schema import StudyConfig
+
+
+@pytest.mark.parametrize("name", names("arch"))
+def test_every_layout_is_matched_or_refused(name: str) -> None:
+    """At 1B a step of d_ff is 0.05 % of the model, one of head_dim at most 1 %."""
+    model = model_config(name, "1b")
+    for match, tolerance in (("params", 5e-4), ("flops", 5e-4), ("kv", 1e-2)):
+        try:
+            changed, found = find_match(model, match, model.size.seq_len)
+        except LayoutError as refused:
+            assert (name, match) == ("characterai", "kv") and "no width brings it nearer" in str(refused)
+            continue
+        assert abs(found.off) < tolerance, str(found)
+        assert getattr(changed.size, found.key) == found.width
+        if name == "mha":
+            assert changed.size == model.size or found.width == found.was
+
+
+def layout(name: str) -> Layout:
+    return Layout(name, PretrainConfig(), (f"+arch={name}",), None, "digest")
+
+
+def test_rates_first_then_seeds_outermost() -> None:
+    options = StudyConfig(archs=["a", "b"], seeds=[3, 4], lrs=[1e-3, 2e-3], lr_extra=2, tokens=10, lr_tokens=5)
+    losses: dict[tuple[str, str, float, int], float] = {}
+
+    def loss_of(cell: Any) -> float | None:
+        return losses.get((cell.stage, cell.arch, cell.lr, cell.seed))
+
+    def cells() -> list[Any]:
+        return next_cells(options, [layout("a"), layout("b")], loss_of, lambda cell: cell.lr == 4e-3)[0]
+
+    assert [(cell.stage, cell.arch, cell.lr, cell.tokens) for cell in cells()] == [
+        (RATE, arch, lr, 5) for arch in "ab" for lr in (1e-3, 2e-3)
+    ]
+    losses |= {(RATE, "a", 1e-3, 3): 2.0, (RATE, "a", 2e-3, 3): 1.0}  # at the edge: one more, which fails
+    assert [cell.lr for cell in cells() if cell.arch == "a" and cell.stage == RATE] == [1e-3, 2e-3, 4e-3]
+    losses |= {(RATE, "b", 1e-3, 3): 1.0, (RATE, "b", 2e-3, 3): 2.0, (RATE, "b", 5e-4, 3): 1.5}
+    main = [(cell.seed, cell.arch, cell.lr) for cell in cells() if cell.stage == MAIN]
+    assert main == [(3, "a", 2e-3), (3, "b", 1e-3), (4, "a", 2e-3), (4, "b", 1e-3)]
+    assert rate_to_try(StudyConfig(lrs=[1e-3]), {}) == []
+
+
+def test_keys_tell_configurations_apart_and_not_seeds() -> None:
+    options = StudyConfig(tokens=10)
+    one, seed, rate = (layout("a").cell(options, MAIN, lr, n) for lr, n in ((1e-3, 0), (1e-3, 1), (2e-3, 0)))
+    assert one.key == seed.key != rate.key
+    other = Layout("a", PretrainConfig(), ("+arch=a",), None, "other text")
+    assert other.cell(options, MAIN, 1e-3, 0).key != one.key
+
+
+def test_rows_survive_a_cut_line(tmp_path: Path) -> None:
+    path, row = tmp_path / "rows" / "results.jsonl", {"key": "k", "seed": 0, "arch": "a", "stage": MAIN, "loss": 1.0}
+    append_row(path, row)
+    with path.open("a") as file:
+        file.write('{"key": "k", "se')
+    assert read_rows(path) == [row]
+    append_row(path, {**row, "seed": 1})
+    assert [found["seed"] for found in read_rows(path)] == [0, 1]
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(UsageError, match="line 1"):
+        read_rows(path)
+
+
+class Steps(Job):
+    """A job of three commands, of which the file `state` says how many have ended."""
+
+    program = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text(str(int(p.read_text()) + 1))"
+
+    def next_command(self) -> list[str] | None:
+        state = self.folder / "state"
+        if not state.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            state.write_text("0")
+        done = int(state.read_text())
+        return None if done == 3 else [sys.executable, "-S", "-c", self.program, str(state)]
+
+    def progress(self) -> tuple[Any, ...]:
+        return ((self.folder / "state").read_text(),)
+
+
+def wait(handle: LocalHandle) -> str:
+    while (outcome := handle.poll()) is None:
+        if handle.process is not None:
+            handle.process.wait()
+    return outcome
+
+
+def test_a_job_goes_on_until_all_is_done(tmp_path: Path) -> None:
+    assert wait(LocalHandle(Steps(tmp_path / "a", (), (), (), 1))) == DONE
+    stopped = LocalHandle(Steps(tmp_path / "b", (), (), (), 1))
+    stopped.stop()
+    assert wait(stopped) in (STOPPED, DONE)
+    failing = Steps(tmp_path / "c", (), (), (), 1)
+    failing.next_command()
+    object.__setattr__(failing, "program", "print('no text here'); raise SystemExit(3)")
+    assert wait(LocalHandle(failing)) == "exit code 3: no text here"
+    object.__setattr__(failing, "program", "pass")
+    assert wait(LocalHandle(failing)).startswith("it ended without any progress")
+
+
+def test_commands_of_a_run(tmp_path: Path) -> None:
+    job = Job(tmp_path, ("+arch=mha",), ("tasks=recall",), ("recall",), 1)
+    assert job.next_command()[-2:] == ["+arch=mha", f"folder={tmp_path}"]
+    (tmp_path / "config.yaml").write_text("")
+    assert job.next_command()[-1] == f"resume={tmp_path}"

@@ -1,0 +1,226 @@
+"""Start the runs of a study: as processes of this machine, or as jobs of SLURM."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.cli import UsageError, hydra_value
+from eval.environment import ROOT
+from eval.evaluations import KEY
+from eval.runs import Run, RunError
+
+LOG = "study.log"  # in the folder of a run: what its commands printed
+PR_SET_PDEATHSIG = 1  # of prctl
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a run to its end, from wherever it is, then evaluate it; stopped at any time, the same job continues.
+
+    words       of train/pretrain.py
+    task_words  of eval/evaluate.py
+    tasks       names of the results in summary.json; without any, nothing is evaluated
+    """
+
+    folder: Path
+    words: tuple[str, ...]
+    task_words: tuple[str, ...]
+    tasks: tuple[str, ...]
+    threads: int
+
+    def next_command(self) -> list[str] | None:
+        """The command that brings the run on; None where it has ended and is evaluated."""
+        folder = hydra_value(str(self.folder))
+        if not Run(self.folder).finished:
+            started = (self.folder / "config.yaml").exists()
+            words = [f"resume={folder}"] if started else [*self.words, f"folder={folder}"]
+            return [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
+        evaluated = Run(self.folder).summary.get(KEY, {})
+        if all(task in evaluated for task in self.tasks):
+            return None
+        words = [f"checkpoint={self.folder}", "wandb=false", *self.task_words]
+        return [sys.executable, str(ROOT / "eval" / "evaluate.py"), *words]
+
+    def start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start `command` in a session of its own, so that Ctrl-C reaches it through the study alone; it is asked to
+        stop if this process dies."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        variables = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with (self.folder / LOG).open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=variables,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+    def progress(self) -> tuple[Any, ...]:
+        """A value that changes with whatever brings the run on."""
+        names = sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
+        try:
+            evaluated = sorted(Run(self.folder).summary.get(KEY, {})) if Run(self.folder).finished else None
+        except RunError:
+            evaluated = None
+        return (self.folder / "config.yaml").exists(), names, evaluated
+
+    def last_line(self) -> str:
+        """The line of the log that says why the last command failed."""
+        try:
+            lines = (self.folder / LOG).read_text(errors="replace").splitlines()
+        except OSError:
+            return "it has no log"
+        return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Handle(Protocol):
+    """A job that was started."""
+
+    job: Job
+
+    def poll(self) -> str | None:
+        """`done`, `stopped` (it can go on), a sentence about its failure, or None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to save and end."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+DONE, STOPPED = "done", "stopped"
+
+
+class LocalHandle:
+    """A job as processes of this machine, one after the other."""
+
+    def __init__(self, job: Job):
+        self.job, self.stopping = job, False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.before: tuple[Any, ...] = ()
+        self.outcome = self._advance()
+
+    def poll(self) -> str | None:
+        if self.process is not None and (code := self.process.poll()) is not None:
+            self.process = None
+            self.outcome = self._ended(code)
+        return self.outcome
+
+    def stop(self) -> None:
+        self.stopping = True
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def _advance(self) -> str | None:
+        command = self.job.next_command()
+        if command is None:
+            return DONE
+        self.before = self.job.progress()
+        self.process = self.job.start(command)
+        return None
+
+    def _ended(self, code: int) -> str | None:
+        if self.stopping:
+            return DONE if self.job.next_command() is None else STOPPED
+        if code:
+            return f"exit code {code}: {self.job.last_line()}"
+        if self.job.progress() == self.before:
+            return f"it ended without any progress: {self.job.last_line()}"
+        return self._advance()
+
+
+class LocalLauncher:
+    """Processes of this machine."""
+
+    def start(self, job: Job) -> Handle:
+        return LocalHandle(job)
+
+
+class SlurmJob:
+    """A job within SLURM, as submitit calls it; one that is preempted, or whose time is over, is queued again."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> str:
+        while (command := self.job.next_command()) is not None:
+            before = self.job.progress()
+            self.process = self.job.start(command)
+            if code := self.process.wait():
+                return f"exit code {code}: {self.job.last_line()}"
+            if self.job.progress() == before:
+                return f"it ended without any progress: {self.job.last_line()}"
+        return DONE
+
+    def checkpoint(self) -> Any:
+        """Let the run save, and return what submitit is to queue again."""
+        import submitit
+
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+        return submitit.helpers.DelayedSubmission(SlurmJob(self.job))
+
+
+class SlurmHandle:
+    """A job that submitit has handed to SLURM."""
+
+    def __init__(self, job: Job, submitted: Any):
+        self.job, self.submitted, self.stopping = job, submitted, False
+
+    def poll(self) -> str | None:
+        if not self.submitted.done():
+            return None
+        if self.stopping:
+            return DONE if self.job.next_command() is None else STOPPED
+        if error := self.submitted.exception():
+            return f"job {self.submitted.job_id}: {str(error).strip().splitlines()[-1]}"
+        result: str = self.submitted.result()
+        return result
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.submitted.cancel()
+
+    def kill(self) -> None:
+        self.submitted.cancel()
+
+
+class SlurmLauncher:
+    """Jobs of SLURM. Raises UsageError where submitit is not installed, or refuses the options."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], threads: int):
+        try:
+            import submitit
+        except ModuleNotFoundError as error:
+            raise UsageError("launcher=slurm needs submitit: pip install -c constraints.txt -e '.[slurm]'") from error
+        try:
+            self.executor = submitit.AutoExecutor(folder=str(folder / "slurm"))
+            self.executor.update_parameters(**{"cpus_per_task": threads, **options})
+        except (RuntimeError, TypeError, ValueError, NameError) as error:
+            raise UsageError(f"slurm={dict(options)}: {str(error).splitlines()[0]}") from error
+
+    def start(self, job: Job) -> Handle:
+        return SlurmHandle(job, self.executor.submit(SlurmJob(job)))
+
+
+Launcher = LocalLauncher | SlurmLauncher
+Start = Callable[[Job], Handle]

@@ -1,0 +1,143 @@
+"""Rows of a study: one line of JSON per run that has ended, with all that a report needs of it.
+
+study, stage, arch, lr, seed  which run; `stage` is `rate` (the search of the learning rate) or `main`
+key             digest of what decides the result but the seed: rows of one key are repetitions
+config          what decides the result, without the data; `speed`: precision, compilation, devices; `match`
+data            digest and name of the text
+loss, ppl, bpb  of validation; `curve`, `val_curve`: [tokens, loss]
+kv              bytes of a cache of bf16 at each context of CONTEXTS: [stored, read per token]
+tasks           figures, options and rows of the tasks of evaluation
+commit, ...     commit (`+`: changed files), versions, hardware, threads; `tokens_per_second`, the median of training
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from arch.config import to_dict
+from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from data.cli import UsageError
+from eval.evaluations import FOLDER, KEY
+from eval.identity import Identity
+from eval.runs import Run, deciding_values
+from train.run import load_config
+from train.studies.cells import Cell
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+POINTS = 60  # of a curve
+# Of a task's result; what else is in its file can be had from the run.
+TASK_KEYS = ("figures", "options", "rows", "context")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows in the file `path`; none where there is no file. A last line that was cut off is passed over.
+
+    Raises UsageError where another line is not a row.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and {"key", "seed", "arch", "stage", "loss"} <= row.keys()):
+                raise ValueError("it is no row of a study")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(
+                    f"{path}, line {number}: {error}; delete the line, its run is then done again"
+                ) from error
+    return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add `row` to the file `path`, flushed to the disk. A last line that was cut off goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def newest(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The last row of each (key, seed, commit)."""
+    return {(row["key"], row["seed"], row["commit"]): row for row in rows}
+
+
+def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
+    """The row of the run of `cell` in `folder`, which has ended. Raises RunError where it cannot be read."""
+    run, config = Run(folder), load_config(folder)
+    summary, plan, start = run.summary, run.plan, run.starts[-1]
+    tied, values = Identity.load(folder), to_dict(config)
+    decides = deciding_values(values, "result")
+    decides.pop("data")
+    commits = list(dict.fromkeys(str(each.get("git")) for each in run.starts))
+    speeds = [float(row["train/tokens_per_second"]) for row in run.metrics if row.get("train/tokens_per_second")]
+    return {
+        "study": cell.study,
+        "stage": cell.stage,
+        "arch": cell.arch,
+        "lr": cell.lr,
+        "seed": cell.seed,
+        "key": cell.key,
+        "config": decides,
+        "speed": deciding_values(values, "speed"),
+        "match": None if cell.match is None else {**asdict(cell.match), "off": cell.match.off},
+        "data": [] if tied is None else [{"name": of.name, "digest": of.digest} for of in tied.data],
+        "params": num_params(config.model, plan),
+        "train_flops_per_token": train_flops_per_token(config.model, plan),
+        "kv": {str(context): list(_bytes(plan, context)) for context in CONTEXTS},
+        "tokens": summary["tokens"],
+        "seq_len": summary["seq_len"],
+        "loss": _finite(summary["val"].get("loss")),
+        "ppl": _finite(summary["val"].get("ppl")),
+        "bpb": _finite(summary["val"].get("bpb")),
+        "val_tokens": config.data.val_tokens,
+        "curve": curve(run, "train/loss"),
+        "val_curve": curve(run, "val/loss"),
+        "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
+        "tasks": {task: _task(folder, task) for task in summary.get(KEY, {})},
+        "commit": ", ".join(commits),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": start.get("hardware"),
+        "threads": threads,
+        "python": start.get("python"),
+        "versions": start.get("versions"),
+        "starts": len(run.starts),
+    }
+
+
+def _bytes(plan: Any, context: int) -> Sequence[float]:
+    found = kv_bytes(plan, context)
+    return found.stored, found.read
+
+
+def _finite(value: Any) -> Any:
+    return value if isinstance(value, int | float) and abs(value) < float("inf") else None
+
+
+def _task(folder: Path, task: str) -> dict[str, Any]:
+    found = json.loads((folder / FOLDER / f"{task}.json").read_text())
+    return {key: found.get(key) for key in TASK_KEYS}
+
+
+def curve(run: Run, name: str) -> list[list[float]]:
+    """[tokens, loss] of a run, the means of at most POINTS even parts."""
+    step_tokens = int(run.config["batch_size"]) * int(run.config["size"]["seq_len"])
+    points = [(int(row["step"]) * step_tokens, float(row[name])) for row in run.metrics if row.get(name)]
+    width = -(-len(points) // POINTS) or 1
+    parts = [points[first : first + width] for first in range(0, len(points), width)]
+    return [[float(part[-1][0]), round(statistics.fmean(loss for _, loss in part), 5)] for part in parts]

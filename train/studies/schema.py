@@ -1,0 +1,136 @@
+"""Schema of `train/study.py`: every key of its command line, with its meaning."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.tasks import Chosen
+from train.schema import EvalsConfig, chosen_tasks, option_text
+
+LAUNCHERS = ("local", "slurm")
+OTHERS = ("refuse", "keep", "ignore")
+
+
+@dataclass
+class StudyData:
+    """The text of all runs.
+
+    path  prepared folder; null: the data set that the runs are configured with
+    """
+
+    path: str | None = None
+
+
+@dataclass
+class StudyConfig:
+    """Layouts x learning rates x seeds at one size and budget.
+
+    name           of the study
+    archs          layouts
+    seeds          of each layout
+    run            words of the command line of train/pretrain.py that all runs share: size, recipe, precision
+    tokens         training tokens of a run
+    match          none, or what is made equal to multi-head attention's in every layout: params, flops, kv
+    lrs            peak learning rates that the first stage tries with each layout; one: there is no such stage
+    lr_tokens      training tokens of a run of the first stage
+    lr_extra       further rates that are tried beyond an end of the list, by its factor, while the best is at that end
+    tasks          of eval/evaluate.py, on every run that has ended
+    options        of the tasks: options={recall: {pairs: 8}}
+    folder         folder of the run folders; null: runs/studies/<name>
+    results        file of the rows; null: results.jsonl in the folder
+    jobs           runs at a time
+    threads        threads of a run; null: the cores of this machine, shared evenly
+    limit_minutes  save and end after so many minutes; the same command continues. null: no limit
+    keep           keep the checkpoints of runs that have ended
+    others         rows of another commit: refuse, keep (they count as done, and stay told apart), or ignore
+    launcher       local, or slurm: jobs of SLURM, by submitit, which must be installed
+    slurm          its options: slurm={slurm_partition: gpu, gpus_per_node: 1, timeout_min: 60}
+    plan           print the plan and end
+    """
+
+    name: str = "study"
+    archs: list[str] = field(default_factory=lambda: ["mha"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    run: list[str] = field(default_factory=list)
+    tokens: int = 1_000_000
+    match: str = "none"
+    lrs: list[float] = field(default_factory=lambda: [1e-3])
+    lr_tokens: int = 250_000
+    lr_extra: int = 2
+    tasks: list[str] = field(default_factory=lambda: ["perplexity"])
+    options: Any = None  # a mapping; a typed one takes no new keys from the command line
+    data: StudyData = field(default_factory=StudyData)
+    folder: str | None = None
+    results: str | None = None
+    jobs: int = 1
+    threads: int | None = None
+    limit_minutes: float | None = None
+    keep: bool = True
+    others: str = "refuse"
+    launcher: str = "local"
+    slurm: Any = None
+    plan: bool = False
+
+    @property
+    def place(self) -> Path:
+        """The folder of the run folders."""
+        return Path(self.folder or f"runs/studies/{self.name}")
+
+    @property
+    def rows(self) -> Path:
+        """The file of the rows."""
+        return Path(self.results) if self.results else self.place / "results.jsonl"
+
+    @property
+    def threads_of_run(self) -> int:
+        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+
+    @property
+    def chosen(self) -> list[Chosen]:
+        """The tasks with their options. Raises UsageError where there is no such task or option."""
+        return chosen_tasks(EvalsConfig(tasks=self.tasks, options=self.options))
+
+    @property
+    def task_words(self) -> list[str]:
+        """The words of the command line of eval/evaluate.py that choose the tasks."""
+        options = (self.options or {}).items()
+        words = [f"{task}.{key}={option_text(value)}" for task, given in options for key, value in given.items()]
+        return [f"tasks={','.join(self.tasks)}", *words]
+
+
+def problems(config: StudyConfig) -> list[str]:
+    """List what makes no sense, each with the fix."""
+    found = []
+    for name, value, choices in (("launcher", config.launcher, LAUNCHERS), ("others", config.others, OTHERS)):
+        if value not in choices:
+            found.append(f"{name} is {value}; choose {', '.join(choices)}")
+    for name in ("archs", "seeds", "lrs"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            found.append(f"{name} is {list(values)}; give at least one, each once")
+    for name in ("jobs", "threads", "tokens", "lr_tokens", "limit_minutes"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            found.append(f"{name} is {value}; it must be positive")
+    if config.lr_extra < 0 or any(lr <= 0 for lr in config.lrs):
+        found.append("lrs must be positive, and lr_extra at least 0")
+    if config.slurm is not None and not isinstance(config.slurm, dict):
+        found.append(f"slurm is {config.slurm!r}; write slurm={{slurm_partition: NAME}}")
+    taken = (
+        "arch",
+        "seed",
+        "tokens",
+        "optim.lr",
+        "match",
+        "name",
+        "folder",
+        "resume",
+        "data.path",
+        "trainer.max_hours",
+    )
+    for word in config.run:
+        key = word.lstrip("+~").partition("=")[0]
+        if key in taken:
+            found.append(f"run has {word}; {key} is the study's to set")
+    return found

@@ -1,0 +1,267 @@
+"""Compare layouts with seeds, each at its own learning rate: `python train/study.py +study=cpu`. See --help."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from types import FrameType
+from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from data.cli import end_on_ctrl_c
+
+    end_on_ctrl_c()
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from arch import LayoutError
+from data.cli import TaskError, UsageError
+from eval.cli import Choices, launch
+from eval.console import PlainConsole
+from eval.environment import git_revision
+from eval.runs import RunError
+from eval.units import bytes_text, count_text, duration_text
+from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
+from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start
+from train.studies.rows import append_row, newest, read_rows, row_of
+from train.studies.schema import StudyConfig, problems
+
+PAUSE = 0.5  # seconds between two looks at what runs
+GRACE = 180.0  # seconds that a run has to save
+
+
+def main(config: DictConfig, choices: Choices) -> None:
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, StudyConfig)
+    if found := problems(options):
+        raise LayoutError(found)
+    assert options.chosen is not None  # the tasks exist
+    study = Study(options, layouts(options))
+    study.print_plan()
+    if options.plan:
+        return
+    options.place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(options.place / "study.lock")
+    try:
+        with lock.acquire(timeout=0):
+            study.run(LocalLauncher().start if options.launcher == "local" else slurm(options))
+    except Timeout:
+        raise UsageError(f"another process works on {options.place}; wait for it, or give another folder=") from None
+
+
+def slurm(options: StudyConfig) -> Start:
+    return SlurmLauncher(options.place, options.slurm or {}, options.threads_of_run).start
+
+
+class Study:
+    """The state of a study: rows that are done, runs that failed, and what they took."""
+
+    def __init__(self, options: StudyConfig, found: list[Layout]):
+        self.options, self.layouts = options, found
+        self.commit = str(git_revision())
+        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}  # by the name of the run's folder
+        self.seconds = self.trained = 0.0  # of the runs of this start, and their tokens
+        self._read_rows()
+
+    def _read_rows(self) -> None:
+        others: dict[str, int] = {}
+        for (key, seed, commit), row in newest(read_rows(self.options.rows)).items():
+            if commit == self.commit or self.options.others == "keep":
+                self.done[key, seed] = row
+            else:
+                others[commit] = others.get(commit, 0) + 1
+        if others and self.options.others == "refuse":
+            listed = ", ".join(f"{count} of {commit[:12]}" for commit, count in others.items())
+            raise UsageError(
+                f"{self.options.rows} has rows of other commits than this one, {self.commit[:12]}: {listed}. "
+                "others=keep counts them as done, others=ignore does their runs again; or give another results="
+            )
+
+    def loss_of(self, cell: Cell) -> float | None:
+        row = self.done.get((cell.key, cell.seed))
+        return None if row is None else row["loss"]
+
+    def is_done(self, cell: Cell) -> bool:
+        row = self.done.get((cell.key, cell.seed))
+        wanted = self.tasks_of(cell)
+        return row is not None and all(task in row["tasks"] for task in wanted)
+
+    def tasks_of(self, cell: Cell) -> tuple[str, ...]:
+        """The search of a learning rate needs no tasks."""
+        return tuple(self.options.tasks) if cell.stage == MAIN else ()
+
+    def cells(self) -> tuple[list[Cell], dict[str, Choice]]:
+        return next_cells(self.options, self.layouts, self.loss_of, lambda cell: cell.folder_name in self.failed)
+
+    def job(self, cell: Cell) -> Job:
+        options = self.options
+        folder = (options.place / cell.folder_name).absolute()
+        words = tuple(options.task_words) if self.tasks_of(cell) else ()
+        return Job(folder, cell.words, words, self.tasks_of(cell), options.threads_of_run)
+
+    def print_plan(self) -> None:
+        """The layouts, what is to be run, and how long that takes as far as it is known."""
+        options, console = self.options, PlainConsole()
+        table = Table("layout", "parameters", "FLOPs per token", "KV bytes", "match", title=options.name)
+        for layout in self.layouts:
+            counts = describe(layout)
+            match = "" if layout.match is None else f"{layout.match.key} {layout.match.width} ({layout.match.off:+.2%})"
+            texts = count_text(counts["params"]), count_text(round(counts["flops"])), bytes_text(counts["kv"])
+            table.add_row(layout.arch, *texts, match)
+        console.print(table)
+        cells, _ = self.cells()
+        left = [cell for cell in cells if not self.is_done(cell)]
+        rates = len(options.lrs) if len(options.lrs) > 1 else 0
+        total = len(options.archs) * len(options.seeds)
+        console.print(
+            f"{total} runs of {options.tokens:,} tokens ({len(options.archs)} layouts, {len(options.seeds)} seeds)"
+            + (
+                f", before them {rates * len(options.archs)} of {options.lr_tokens:,} for learning rates"
+                if rates
+                else ""
+            )
+        )
+        console.print(
+            f"{len(cells) - len(left)} are done; {self.left_text()}; {options.jobs} at a time, "
+            f"{options.threads_of_run} threads each; rows: {options.rows}",
+            soft_wrap=True,
+        )
+
+    def tokens_left(self) -> float:
+        """Tokens that are still to be trained; of learning rates, those that are known to be tried."""
+        options = self.options
+        cells, _ = self.cells()
+        rates = [cell for cell in cells if cell.stage == RATE and self.loss_of(cell) is None]
+        ended = sum(cell.stage == MAIN and self.loss_of(cell) is not None for cell in cells)
+        main = len(options.archs) * len(options.seeds) - ended
+        return sum(cell.tokens for cell in rates) + main * options.tokens
+
+    def left_text(self) -> str:
+        """The time that is left by the speed of the runs so far, else by that of the rows."""
+        left = self.tokens_left()
+        if not left:
+            return "no training is left"
+        rates = [row["tokens_per_second"] for row in self.done.values() if row.get("tokens_per_second")]
+        if self.trained:
+            speed = self.trained / self.seconds
+        elif rates:
+            speed = sum(rates) / len(rates)
+        else:
+            return f"{count_text(round(left))} tokens are left, the first run will tell how long they take"
+        return f"{count_text(round(left))} tokens are left, about {duration_text(left / speed / self.options.jobs)}"
+
+    def run(self, start: Start) -> None:
+        """Do what is left. Raises TaskError, at the end, where runs have failed."""
+        limit = self.options.limit_minutes
+        deadline = float("inf") if limit is None else time.monotonic() + 60 * limit
+        running: dict[str, tuple[Cell, Handle, float]] = {}
+        with stop_signals() as stopped:
+            while True:
+                if stopped or time.monotonic() > deadline:
+                    self.wait_for_stop(running)
+                    break
+                for cell in self.startable(running):
+                    running[cell.folder_name] = (cell, start(self.job(cell)), time.monotonic())
+                    self.say(f"{cell} starts")
+                if not running:
+                    break
+                time.sleep(PAUSE)
+                self.collect(running)
+        self.end(bool(stopped) or time.monotonic() > deadline)
+
+    def startable(self, running: Mapping[str, Any]) -> list[Cell]:
+        cells, _ = self.cells()
+        waiting = [
+            cell
+            for cell in cells
+            if not self.is_done(cell) and cell.folder_name not in running and cell.folder_name not in self.failed
+        ]
+        return waiting[: self.options.jobs - len(running)]
+
+    def collect(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
+        """Write the rows of what has ended, and take note of what has failed."""
+        for name, (cell, handle, began) in list(running.items()):
+            outcome = handle.poll()
+            if outcome is None:
+                continue
+            del running[name]
+            if outcome == DONE:
+                self.keep(cell, handle.job.folder, time.monotonic() - began)
+            elif outcome == STOPPED:
+                self.say(f"{cell} is stopped, and continues from its checkpoint")
+            else:
+                self.failed[name] = f"{cell}: {outcome}"
+                self.say(f"{cell} failed: {outcome}")
+
+    def keep(self, cell: Cell, folder: Path, seconds: float) -> None:
+        try:
+            row = row_of(cell, folder, self.options.threads_of_run)
+        except (RunError, UsageError, OSError, ValueError) as error:
+            self.failed[folder.name] = f"{cell}: {error}"
+            self.say(f"{cell} failed: {error}")
+            return
+        append_row(self.options.rows, row)
+        self.done[cell.key, cell.seed] = row
+        if row["starts"] == 1:
+            self.seconds, self.trained = self.seconds + seconds, self.trained + row["tokens"]
+        if not self.options.keep:
+            rmtree(folder / "checkpoints", ignore_errors=True)
+        speed = row["tokens_per_second"]
+        rate = "" if speed is None else f", {speed:,.0f} tokens/s"
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.say(f"{cell} has ended: loss {loss}{rate}; {self.left_text()}")
+
+    def wait_for_stop(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
+        for _, handle, _ in running.values():
+            handle.stop()
+        patience = time.monotonic() + GRACE
+        while running and time.monotonic() < patience:
+            time.sleep(PAUSE)
+            self.collect(running)
+        for cell, handle, _ in running.values():
+            handle.kill()
+            self.say(f"{cell} did not save in {GRACE:.0f} seconds; it continues from the checkpoint before")
+
+    def end(self, stopped: bool) -> None:
+        cells, chosen = self.cells()
+        for arch, choice in chosen.items():
+            if choice.at_edge:
+                self.say(f"{arch}: the best learning rate, {choice.lr:g}, is the last that was tried in its direction")
+        total = len(self.options.archs) * len(self.options.seeds)
+        ended = sum(cell.stage == MAIN and self.is_done(cell) for cell in cells)
+        self.say(f"{ended} of {total} runs are done; rows: {self.options.rows}")
+        if stopped and ended < total:
+            self.say("stopped; the same command continues")
+        if self.failed:
+            listed = "\n".join(self.failed.values())
+            raise TaskError(f"{len(self.failed)} runs failed; the same command tries them again:\n{listed}")
+
+    def say(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C in the list that is yielded, in place of being ended by them."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    launch(main, "study", StudyConfig)
