@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .attend_kernels import flash, flash_mask, flash_missing, flex, varlen
-from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, visible, windowed
+from .attend_kernels import flash, flash_mask, flash_missing, flex, flex_rows, varlen
+from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
 from .precision import at_least_fp32
 
 # (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
@@ -76,7 +76,8 @@ def reference(
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-# Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder has one for each block.
+# Rows of a batch that torch's CUDA kernels take (pytorch/pytorch#142228); a token decoder, where it is run by sdpa, and
+# an encoder of blocks have one for each block.
 MAX_ROWS = 65535
 # Elements of a gradient of queries in fp32, as FlashAttention's backward pass accumulates it: in whole tiles of 128
 # queries and of 32 coordinates. Its indices end at 1 << 31 (Dao-AILab/flash-attention#1500); a quarter is 2 GiB.
@@ -348,6 +349,18 @@ BACKENDS = {
     )
 }
 
+# Of the rows of a token decoder, which no one asks for by name.
+FLEX_ROWS = Backend(
+    "flex_rows",
+    flex_rows,
+    short_rows,
+    "torch's FlexAttention, short rows end to end",
+    devices=CUDA,
+    dtypes=HALF | {torch.float32},
+    widths=range(16, 257),
+    documents=False,
+)
+
 
 def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
     """The backends that `name` may stand for, best first.
@@ -356,7 +369,10 @@ def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
            (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
     fla    as auto: it is for bounded stores
     flash  the newest flash-attn installed that has what is needed
+    rows   of short rows: end to end on CUDA, where each would fill a tile of 128 queries, else sdpa
     """
+    if name == "rows":
+        return ["flex_rows", "sdpa"] if device == "cuda" else ["sdpa"]
     if name == "flash":
         return ["flash4", "flash3", "flash2"]
     if name not in ("auto", "fla"):
@@ -368,7 +384,7 @@ def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is a backend, of attention or of bounded stores (bounded_fla.py), or stands for
     several."""
-    if name not in ("auto", "flash", "fla", *BACKENDS):
+    if name not in ("auto", "flash", "fla", "rows", *BACKENDS):
         raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash, fla")
 
 
@@ -378,7 +394,8 @@ def select_backend(name: str, needs: Needs, device: str) -> Backend:
     Raises ValueError where there is none: nothing falls back at run time.
     """
     check_name(name)
-    tried = [BACKENDS[candidate] for candidate in candidate_backends(name, needs, device)]
+    known = BACKENDS | {FLEX_ROWS.name: FLEX_ROWS}
+    tried = [known[candidate] for candidate in candidate_backends(name, needs, device)]
     for backend in tried:
         if not backend.unsupported(needs, device):
             return backend

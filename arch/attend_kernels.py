@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .masks import Packed, Sequences, effective_window, packed
+from .masks import Packed, Rows, Sequences, effective_window, packed
 
 
 def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
@@ -52,6 +52,14 @@ def flex(
     )
     out_BTNV: Tensor = rearrange(result if sinks_N is None else result[0], "b n t v -> b t n v")
     return out_BTNV if sinks_N is None else with_sinks(out_BTNV, result[1].lse, sinks_N)
+
+
+def flex_rows(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: Rows, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """`attend` by FlexAttention over short rows end to end, which are views; [B, T, N, V]."""
+    q, k, v = (x.reshape(-1, mask.number * x.shape[1], *x.shape[2:]) for x in (q_BTNH, k_BSKH, v_BSKV))
+    return flex(q, k, v, mask.blocks, scale, sinks_N).reshape(*q_BTNH.shape[:3], v_BSKV.shape[-1])
 
 
 VARLEN_TAKES_GQA = torch.__version__ >= "2.12"

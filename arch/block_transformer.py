@@ -109,8 +109,9 @@ class BlockTransformer(LanguageModel):
         block_backend = "auto" if backend == "fla" and bounded == [False, True] else backend
         self.block_decoder = Stack(configs[0], block_backend, device_type)
         self.expansion = nn.Linear(block_size.d_model, self.plan.num_context_vectors * token_size.d_model)
-        # Other kernels fill a tile of 128 with each block, and not all take so many rows (attend.MAX_ROWS).
-        token_backend = backend if backend == "reference" or (backend == "fla" and bounded[1]) else "sdpa"
+        # On CUDA kernels fill a tile of 128 with each block, and not all take so many rows (attend.MAX_ROWS).
+        own = backend in ("reference", "sdpa") or (backend == "fla" and bounded[1])
+        token_backend = backend if own else "rows"
         self.token_decoder = Decoder(configs[1], token_backend, device_type, cross=self.plan.cross)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .attend import Mask, dense_backend
+from .attend import FLEX_ROWS, Mask, dense_backend
 from .attend_step import step_mask
 from .attention import build_reader, build_writer, choose_backends
 from .buffers import KV, Buffer, Step
@@ -20,7 +20,7 @@ from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
-from .masks import Dense, Sequences, Windowed, padded
+from .masks import Dense, Sequences, Windowed, padded, rows_across
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
 from .stores import StoreSpec
@@ -85,10 +85,10 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks over vectors of width D, and the norm after them, of the layout and size in `config`.
 
-    `backend` names an attention backend (`attend.BACKENDS`), or is `auto` or `flash`, decided here for each store and
-    the device the model is built on; raises ValueError where it cannot run the layout. Parameters are uninitialised
-    until `init_weights` of the whole model. `activation_checkpointing` recomputes each block in the backward pass.
-    With `cross` every layer also attends to the vectors passed to `run`.
+    `backend` names an attention backend (`attend.BACKENDS`), or is `auto`, `flash` or `rows`, decided here for each
+    store and the device the model is built on; raises ValueError where it cannot run the layout. Parameters are
+    uninitialised until `init_weights` of the whole model. `activation_checkpointing` recomputes each block in the
+    backward pass. With `cross` every layer also attends to the vectors passed to `run`.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
@@ -157,20 +157,39 @@ class Stack(nn.Module):
         """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
         if not all(store.masked for store in self.plan.stores):
             raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
-        mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
+        if self.in_short_rows:
+            batch, length = segment_ids_BT.shape
+            sequences = Sequences(batch, length, segment_ids_BT, segment_ids_BT.device)
+            mask_by_window = {
+                window: Mask(FLEX_ROWS.kernel, FLEX_ROWS.form(sequences, window)) for window in self.plan.windows
+            }
+        else:
+            mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
         return [mask_by_window[store.window] for store in self.plan.stores]
 
     def dense_masks(self, mask_of: Callable[[int | None], Dense | Windowed]) -> dict[int | None, Mask]:
         """Make a mask for each window of the plan, of the kernel that takes dense ones."""
         return {window: Mask(dense_backend(self.backend).kernel, mask_of(window)) for window in self.plan.windows}
 
-    def cross_context(self, context_BCD: Tensor | None, cache: Cache | None, layer: int) -> CrossContext | None:
-        """Vectors, or their cached keys and values, that `layer` attends to besides its sequence; None: it does not."""
+    @property
+    def in_short_rows(self) -> bool:
+        """Whether the rows of a pass without a cache are put end to end."""
+        return any(backend is FLEX_ROWS for backend in self.chosen[False])
+
+    def cross_contexts(
+        self, x_BTD: Tensor, context_BCD: Tensor | None, cache: Cache | None
+    ) -> list[CrossContext | None]:
+        """For each layer vectors, or their cached keys and values, that it attends to besides its sequence; None: it
+        does not."""
         if not self.cross:
-            return None
-        buffer = None if cache is None else cache.cross_buffers[layer]
-        mask = Mask(dense_backend(self.backend).kernel, Dense(causal=False, allowed=None))
-        return CrossContext(context_BCD, buffer, mask)
+            return [None] * len(self.layers)
+        if context_BCD is not None and cache is None and self.in_short_rows:
+            batch, length = x_BTD.shape[:2]
+            mask = Mask(FLEX_ROWS.kernel, rows_across(batch, length, context_BCD.shape[1], x_BTD.device))
+        else:
+            mask = Mask(dense_backend(self.backend).kernel, Dense(causal=False, allowed=None))
+        buffers = [None] * len(self.layers) if cache is None else cache.cross_buffers
+        return [CrossContext(context_BCD, buffer, mask) for buffer in buffers]
 
     def run(
         self,
@@ -210,6 +229,7 @@ class Stack(nn.Module):
             tail_masks = [mask.last_query(length) if isinstance(mask, Mask) else None for mask in masks]
             if all(tail_masks[read] for read in plan.reads[plan.tail :]):
                 tail = plan.tail
+        contexts = self.cross_contexts(x_BTD, context_BCD, cache)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
             read = plan.reads[layer]
@@ -226,7 +246,7 @@ class Stack(nn.Module):
                 (tail_masks if layer >= tail else masks)[read],
                 cache.buffers[read] if owner and cache is not None else None,
                 offset,
-                self.cross_context(context_BCD, cache, layer),
+                contexts[layer],
                 keep if layer == tail and owner else None,
             )
             if self.activation_checkpointing and self.training:

@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from .stores import query_blocks
 
+MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
 
 class Sequences(NamedTuple):
     """`batch` rows of `length` tokens that attend to themselves; `segment_ids_BT` None: a row is one segment."""
@@ -86,6 +88,16 @@ class Packed(NamedTuple):
     bounds: Tensor | None
     longest: int
     window: int | None
+
+
+class Rows(NamedTuple):
+    """Mask of short rows for FlexAttention, which gets `number` of them end to end as one long row.
+
+    A row of its own would fill whole blocks of queries and slots with a few tokens.
+    """
+
+    blocks: BlockMask
+    number: int
 
 
 def segment_starts(segment_ids_BT: Tensor) -> Tensor:
@@ -229,13 +241,79 @@ def blocks(sequences: Sequences, window: int | None) -> BlockMask:
     )
 
 
+# Tokens of a long row: its block mask grows with the square.
+LONGEST = 1 << 15
+
+
+def rows_end_to_end(batch: int, length: int) -> int:
+    """Number of rows of `length` tokens to put end to end: a divisor of `batch`, all where no other makes long rows."""
+    fitting = (n for n in range(min(batch, max(1, LONGEST // length)), 0, -1) if batch % n == 0)
+    number = next(fitting, batch)
+    return number if number * length >= min(batch * length, 8 * BLOCK) else batch
+
+
+def short_rows(sequences: Sequences, window: int | None) -> Rows:
+    """Mask of rows without segments that attend to themselves, or with negative ids at padding as `padded`."""
+    batch, length, segment_ids_BT, device = sequences
+    number = rows_end_to_end(batch, length)
+    index_T = torch.arange(number * length, device=device)
+    begin_T = index_T - index_T % length
+    first_T = begin_T if window is None else torch.maximum(begin_T, index_T - window + 1)
+    if segment_ids_BT is None:
+        return Rows(_interval_blocks(first_T, index_T, number * length), number)
+    allowed_BTS = padded(segment_ids_BT, window).allowed
+    assert allowed_BTS is not None
+    visible_RTS = rearrange(allowed_BTS, "(r n) 1 t s -> r (n t) s", n=number)
+    return Rows(_interval_blocks(begin_T, begin_T + length - 1, number * length, visible_RTS), number)
+
+
+def rows_across(batch: int, queries: int, slots: int, device: torch.device) -> Rows:
+    """Mask of rows of `queries` tokens, each of which sees all `slots` of its row and none of another."""
+    number = rows_end_to_end(batch, max(queries, slots))
+    begin_T = torch.arange(number, device=device).repeat_interleave(queries) * slots
+    return Rows(_interval_blocks(begin_T, begin_T + slots - 1, number * slots), number)
+
+
+def _interval_blocks(first_T: Tensor, last_T: Tensor, slots: int, visible_RTS: Tensor | None = None) -> BlockMask:
+    """Block mask of queries that see slots `first_T` to `last_T`, which never go back from one query to the next; no
+    block is visible in whole.
+
+    `visible_RTS`: of the slots from the first on, those that a query sees, for each long row.
+    """
+    queries, device = len(first_T), first_T.device
+    begin_I = torch.arange(0, queries, BLOCK, device=device)
+    end_I = (begin_I + BLOCK).clamp(max=queries) - 1
+    begin_J = torch.arange(0, slots, BLOCK, device=device)
+    some_BIJ = (begin_J <= last_T[end_I, None]) & (begin_J + BLOCK > first_T[begin_I, None])
+    some_BIJ = some_BIJ.expand(1 if visible_RTS is None else len(visible_RTS), -1, -1)
+    return BlockMask.from_kv_blocks(
+        *_in_order(some_BIJ),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_interval_rule(first_T.to(torch.int32), last_T.to(torch.int32), visible_RTS),
+        seq_lengths=(queries, slots),
+    )
+
+
+def _interval_rule(first_T: Tensor, last_T: Tensor, visible_RTS: Tensor | None) -> MaskRule:
+    """The mask of single pairs, read from tensors as `_rule`."""
+    if visible_RTS is None:
+        return lambda b, h, query, slot: (slot >= first_T[query]) & (slot <= last_T[query])
+    most = visible_RTS.shape[-1] - 1
+
+    def rule(b: Tensor, h: Tensor, query: Tensor, slot: Tensor) -> Tensor:
+        within = slot - first_T[query]
+        return (within >= 0) & (within <= most) & visible_RTS[b, query, within.clamp(0, most)]
+
+    return rule
+
+
 def _in_order(chosen_BIJ: Tensor) -> tuple[Tensor, Tensor]:
     """Count the chosen blocks of each block of queries, and list them first: int32, with an axis for heads."""
     chosen = rearrange(chosen_BIJ, "b i j -> b 1 i j").to(torch.int32)
     return chosen.sum(dim=-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
 
-def _rule(first: Tensor | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _rule(first: Tensor | None) -> MaskRule:
     """The mask of single pairs. Bounds are read from a tensor: a number that differs between layers would be compiled
     as one that varies."""
     if first is None:

@@ -27,12 +27,12 @@ from arch import (
     plan_from_dict,
     resolve,
 )
-from arch.attend import Mask, reference
+from arch.attend import FLEX_ROWS, Backend, Mask, reference
 from arch.block_plan import EMBEDDERS, KINDS
 from arch.cross_attention import CrossContext
 from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params
 from arch.layers import rope_table
-from arch.masks import Dense
+from arch.masks import LONGEST, Dense, rows_end_to_end
 from arch.stores import visible_pairs
 from eval.footprint import plan_tables
 
@@ -316,18 +316,81 @@ def test_impossible_parts() -> None:
         resolve(config)
 
 
-def test_within_a_block_masks_are_dense_on_cuda() -> None:
-    """FlexAttention is for long rows; it has one grid row per sequence, of which a token decoder has too many."""
+def test_within_a_block_rows_go_end_to_end_on_cuda() -> None:
+    """FlexAttention has one grid row per sequence, of which a token decoder has too many, unless they are one."""
     config = small("block", head_dim=16)
     for layout in (config.arch, config.arch.block.token):
         layout.stores["kv"].window = 3
     with torch.device("meta"):
-        model = BlockTransformer(config, "auto", "cuda")
-        asked = BlockTransformer(config, "flex", "cuda")
-    assert {backend.name for backend in model.block_decoder.chosen[False]} == {"flex"}
-    assert {backend.name for backend in model.token_decoder.chosen[False]} == {"sdpa"}
-    assert {backend.name for backend in asked.block_decoder.chosen[False]} == {"flex"}
-    assert {backend.name for backend in asked.token_decoder.chosen[False]} == {"sdpa"}
+        models = {name: BlockTransformer(config, name, "cuda") for name in ("auto", "flex", "sdpa")}
+        narrow = BlockTransformer(small("block", head_dim=8), "auto", "cuda")
+    chosen = {name: [stack.chosen[False][0].name for stack in model.stacks] for name, model in models.items()}
+    assert chosen == {"auto": ["flex", "flex_rows"], "flex": ["flex", "flex_rows"], "sdpa": ["sdpa", "sdpa"]}
+    assert [stack.chosen[False][0].name for stack in narrow.stacks] == ["sdpa", "sdpa"]
+
+
+def dense_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+    """FlexAttention by its definition, with a backward pass on the CPU: visible is what blocks and rule allow."""
+    mask, (queries, slots) = options["block_mask"], (q.shape[2], k.shape[2])
+    b, h, query, slot = torch.meshgrid(
+        *(torch.arange(n) for n in (len(mask.kv_num_blocks), 1, queries, slots)), indexing="ij"
+    )
+    within = mask.to_dense().bool().repeat_interleave(128, 2).repeat_interleave(128, 3)[:, :, :queries, :slots]
+    allowed = mask.mask_mod(b, h, query, slot) & within
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=allowed, scale=options["scale"], enable_gqa=options["enable_gqa"]
+    )
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("kind", ["prefix", "summation", "cross"])
+def test_rows_end_to_end_are_the_rows(kind: str, padding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64, logits and gradients: positions are those of each row, so nothing but the order of sums may differ."""
+    monkeypatch.setattr("arch.attend_kernels.flex_attention", dense_flex)
+    monkeypatch.setattr(Backend, "check_dtype", lambda *_: None)
+    monkeypatch.setattr("arch.masks.rows_end_to_end", lambda batch, length: batch // 4)
+    config = part_config(kind, "lookup", d_model=64, head_dim=16)
+    ids = torch.zeros(4, 160, dtype=torch.int64)
+    if padding:
+        ids[torch.rand(4, 160, generator=torch.Generator().manual_seed(0)) < 0.3] = -1
+    results = []
+    for device in ("cpu", "cuda"):
+        model = BlockTransformer(config, "auto", device)
+        model.init_weights()
+        model.double()
+        rows = FLEX_ROWS.name if device == "cuda" else "sdpa"
+        assert model.token_decoder.chosen[False][0].name == rows
+        out = model(tokens(4, 160), segment_ids_BT=ids if padding else None)
+        out.square().sum().backward()
+        results.append((out, *(parameter.grad for parameter in model.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_end_to_end_compile_once() -> None:
+    torch._dynamo.reset()
+    config = part_config("cross", "lookup", d_model=64, head_dim=16)
+    models = [BlockTransformer(config, "auto", device) for device in ("cuda", "cpu")]
+    for model in models:
+        model.init_weights()
+    for block in models[0].token_decoder.layers:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    generator, counts = torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for _ in range(3):
+            ids = -(torch.rand(2, 80, generator=generator) < 0.3).long()
+            ours, exact = (model(tokens(2, 80), segment_ids_BT=ids) for model in models)
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-5)
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] > 0
+    assert len(set(counts)) == 1
+
+
+def test_rows_end_to_end_of_any_number() -> None:
+    for batch, length in ((1, 5), (8192, 5), (16 * 511, 5), (509, 5), (8191, 5), (100003, 5), (3, 4096), (2, 40000)):
+        number = rows_end_to_end(batch, length)
+        assert batch % number == 0
+        assert number * length <= LONGEST or number in (1, batch)
+        assert number * length >= min(batch * length, 1024)
 
 
 def test_residual_streams_are_of_the_type_computed_in() -> None:
