@@ -101,7 +101,7 @@ def hugging_face(config: ModelConfig, device: torch.device, compiled: bool) -> B
                 rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
                 tie_word_embeddings=size.tie_embeddings,
                 initializer_range=size.init_std,
-                attn_implementation="sdpa",  # type: ignore[call-arg]
+                attn_implementation="sdpa",
             )
         )
     model.train()

@@ -443,7 +443,7 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[Any, Any], *args: Any, **kwargs: Any
     ) -> bool:
         passed = model_kwargs.get("past_key_values")
-        returned: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        returned: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         built = model_kwargs.get("past_key_values")
         if built is not None and passed is None:
             fit_windows(built, self.config)

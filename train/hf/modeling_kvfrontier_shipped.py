@@ -77,12 +77,14 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
             raise ValueError(f"every_n_layers is {every_n_layers}; this model recomputes every layer, or none")
         self.gradient_checkpointing = enable
         for stack in self.model.stacks:
-            stack.activation_checkpointing = enable
+            stack.activation_checkpointing = enable  # type: ignore[assignment]
 
     @property
     def decoder(self) -> Decoder:
         """The decoder that predicts tokens."""
-        return self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
+        decoder = self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
+        assert isinstance(decoder, Decoder)
+        return decoder
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the tokens that the decoder sees. A Block Transformer's embedder has one of its own."""
@@ -234,7 +236,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         return CausalLMOutput(loss=loss, logits=logits_BTV, hidden_states=hidden if with_hidden else None)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -291,7 +293,7 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
             follower.replay(rows if end is None else [row if len(row) == new else [*row, end] for row in rows])
         sequences = follower.finish()
         if settings.get("return_dict_in_generate"):
-            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)  # type: ignore[arg-type]
+            return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
         return sequences
 
 
