@@ -4,6 +4,7 @@ Shapes: B sequences of a micro-batch, T tokens of a sequence.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -143,6 +144,43 @@ class EvalBatches:
             batch = _batch(examples, len(real) * (self.windows.seq_len - self.sequence_format.num_unpredicted))
             batch["targets"][len(real) :] = IGNORE
             yield batch
+
+
+@dataclass(frozen=True)
+class Prefetched:
+    """`batches`, in pinned memory: a thread makes one while the one before is used. A copy to the GPU, which of other
+    memory would wait for all that is queued there, then waits for nothing.
+
+    What fails in the thread is raised where the batch that failed is asked for.
+    """
+
+    batches: TrainBatches | EvalBatches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        left, device = iter(self.batches), torch.cuda.current_device()  # which each thread chooses for itself
+
+        def make() -> Batch | None:
+            batch = next(left, None)
+            return None if batch is None else _pinned(batch)
+
+        with ThreadPoolExecutor(1, "batches", torch.cuda.set_device, (device,)) as thread:
+            ahead = thread.submit(make)
+            while (batch := ahead.result()) is not None:
+                ahead = thread.submit(make)
+                yield batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    ids = batch["segment_ids_BT"]
+    return {
+        "inputs": batch["inputs"].pin_memory(),
+        "targets": batch["targets"].pin_memory(),
+        "step_targets": batch["step_targets"],
+        "segment_ids_BT": None if ids is None else ids.pin_memory(),
+    }
 
 
 def documents_of(tokens: np.ndarray, end_of_text: int) -> np.ndarray:

@@ -12,11 +12,15 @@ import hashlib
 import json
 import os
 import re
+import stat
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,7 @@ from .files import DataError, sha256, write_json
 
 FORMAT = 2
 CHUNK = 2**24  # tokens of a shard that are looked at together
+THREADS = 8  # that look at files at the same time
 OPEN_FILES = 256  # many systems allow a process 1024
 
 
@@ -226,30 +231,66 @@ def _record(cls: Any, values: Any, where: str) -> Any:
     return record
 
 
+class OpenFiles:
+    """Shards that this process has open, at most OPEN_FILES of all folders together: those that were read last.
+
+    Several threads read: each holds `lock` until it has read.
+    """
+
+    def __init__(self) -> None:
+        self.lock = RLock()  # one that a finalizer can take, too, whatever it has interrupted
+        self._recent: OrderedDict[tuple[int, int], Files] = OrderedDict()
+
+    def open(self, files: "Files", shard: int, path: Path) -> tuple[int, int]:
+        """Return the descriptor of a shard and the time of its last change when it was opened. `files` are those that
+        its TokenWindows has open."""
+        key = id(files), shard
+        if shard in files:
+            self._recent.move_to_end(key)
+            return files[shard]
+        while len(self._recent) >= OPEN_FILES:
+            (_, oldest), others = self._recent.popitem(last=False)
+            os.close(others.pop(oldest)[0])
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        files[shard], self._recent[key] = (file, os.fstat(file).st_mtime_ns), files
+        return files[shard]
+
+    def close(self, files: "Files") -> None:
+        with self.lock:
+            for shard, (file, _) in files.items():
+                del self._recent[id(files), shard]
+                os.close(file)
+            files.clear()
+
+
+Files = dict[int, tuple[int, int]]  # shard -> file descriptor, time of last change
+OPEN = OpenFiles()
+
+
 class TokenWindows:
     """Windows of `seq_len` + 1 consecutive tokens of one split, each read from disk when it is indexed.
 
     Consecutive windows overlap by one token, the last target of one and the first input of the next, so every token of
     a shard except the first is a target exactly once. An incomplete last window of a shard is dropped.
 
-    Raises DataError if a file does not match the manifest, and on reading a file that was deleted or changed in the
-    meantime: a memory map would return garbage or kill the process.
+    Raises DataError if a file does not match the manifest, unless `check` is false: another process has compared them.
+    Also on reading a file that was deleted or changed in the meantime: a memory map would return garbage or kill the
+    process.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, seq_len: int):
+    def __init__(self, folder: Path, manifest: Manifest, split: str, seq_len: int, check: bool = True):
         if split not in manifest.splits:
             raise DataError(f"{folder} has no split {split}; it has {', '.join(manifest.splits)}")
         self.seq_len, self.end_of_text = seq_len, manifest.end_of_text
         self.dtype, self.vocab_size = np.dtype(manifest.dtype), manifest.vocab_size
-        self.files = [
-            (folder / shard.file, shard.tokens * self.dtype.itemsize) for shard in manifest.splits[split].shards
-        ]
-        self._open: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard -> file descriptor, time of last change
-        weakref.finalize(self, _close, self._open)
-        counts = [max(0, shard.tokens - 1) // seq_len for shard in manifest.splits[split].shards]
+        self.folder, self.shards = folder, manifest.splits[split].shards
+        self.files = [(folder / shard.file, shard.tokens * self.dtype.itemsize) for shard in self.shards]
+        self._open: Files = {}
+        weakref.finalize(self, OPEN.close, self._open)
+        counts = [max(0, shard.tokens - 1) // seq_len for shard in self.shards]
         self.starts = np.cumsum([0, *counts])
-        for number, shard in enumerate(manifest.splits[split].shards):
-            self._check(folder, number, shard)
+        if check:
+            self.check()
         if len(self) == 0:
             raise DataError(
                 f"{folder}: no shard of split {split} holds {seq_len + 1} tokens, one window at seq_len {seq_len}; "
@@ -266,17 +307,22 @@ class TokenWindows:
     def _read(self, shard: int, begin: int, tokens: int) -> np.ndarray:
         path, size = self.files[shard]
         try:
-            file, changed = self._open[shard] if shard in self._open else self._open_shard(shard)
-            state = os.fstat(file)
-            raw = os.pread(file, tokens * self.dtype.itemsize, begin * self.dtype.itemsize)
+            with OPEN.lock:
+                file, changed = OPEN.open(self._open, shard, path)
+                state = os.fstat(file)
+                raw = self._tokens_at(file, begin, tokens)
         except OSError as error:
-            raise DataError(
-                f"cannot read {path}: {error.strerror}; put it back, or prepare the folder again"
-            ) from error
+            raise _unreadable(path, error) from error
         if state.st_nlink == 0 or state.st_size != size or state.st_mtime_ns != changed:
             what = "deleted" if state.st_nlink == 0 else "changed"
             raise DataError(f"{path} was {what} while in use; put it back and resume the run, or prepare it again")
-        read = np.frombuffer(raw, self.dtype)
+        return self._checked(path, begin, raw)
+
+    def _tokens_at(self, file: int, begin: int, tokens: int) -> np.ndarray:
+        return np.frombuffer(os.pread(file, tokens * self.dtype.itemsize, begin * self.dtype.itemsize), self.dtype)
+
+    def _checked(self, path: Path, begin: int, read: np.ndarray) -> np.ndarray:
+        """Return tokens of `path` from `begin` on. Raises DataError where one is none of the vocabulary."""
         if len(read) and read.max() >= self.vocab_size:
             raise DataError(
                 f"{path} is altered: position {begin + int(read.argmax())} has token {read.max()} in a vocabulary of "
@@ -284,54 +330,110 @@ class TokenWindows:
             )
         return read
 
-    def _open_shard(self, shard: int) -> tuple[int, int]:
-        if len(self._open) >= OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1][0])
-        file = os.open(self.files[shard][0], os.O_RDONLY | os.O_CLOEXEC)
-        self._open[shard] = file, os.fstat(file).st_mtime_ns
-        return self._open[shard]
+    def check(self) -> None:
+        """Check sizes, offsets, the final end of text and a few tokens, without reading whole shards; several shards at
+        a time, because a network file system takes its time for each. Raises DataError that names the first file which
+        is not what the manifest says.
+        """
+        with ThreadPoolExecutor(min(THREADS, len(self.shards))) as pool:
+            found = pool.map(self._check, range(len(self.shards)))
+            try:
+                for _ in found:
+                    pass
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _check(self, folder: Path, number: int, shard: Shard) -> None:
-        """Check sizes, offsets, the final end of text and a few tokens, without reading the whole shard."""
-        path, size = self.files[number]
-        for file in (path, folder / shard.offsets):
-            if not file.is_file():
-                raise DataError(f"{file} is named by the manifest and is not there; prepare the folder again")
-        if path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}; prepare it again")
-        offsets = read_offsets(folder / shard.offsets)
-        if len(offsets) != shard.documents or offsets[0] != 0 or offsets[-1] >= shard.tokens:
-            raise DataError(f"{folder / shard.offsets} does not fit {path}; prepare it again")
+    def _check(self, number: int) -> None:
+        (path, size), shard = self.files[number], self.shards[number]
         count = min(shard.tokens, 1024)
-        for begin in (0, (shard.tokens - count) // 2):
-            self._read(number, begin, count)
-        if self._read(number, shard.tokens - 1, 1)[0] != self.end_of_text:
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                state = os.fstat(file)
+                if not stat.S_ISREG(state.st_mode):
+                    raise FileNotFoundError
+                if state.st_size != size:
+                    raise DataError(f"{path} has {state.st_size} bytes, its manifest says {size}; prepare it again")
+                for begin in (0, (shard.tokens - count) // 2):
+                    self._checked(path, begin, self._tokens_at(file, begin, count))
+                last = self._tokens_at(file, shard.tokens - 1, 1)[0]
+            finally:
+                os.close(file)
+        except FileNotFoundError:
+            raise _missing(path) from None
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if last != self.end_of_text:
             raise DataError(f"{path} is altered: its last token is not the end of text; prepare the folder again")
+        count, first, end = offset_ends(self.folder / shard.offsets)
+        if count != shard.documents or first != 0 or end >= shard.tokens:
+            raise DataError(f"{self.folder / shard.offsets} does not fit {path}; prepare it again")
+
+
+def _missing(path: Path) -> DataError:
+    return DataError(f"{path} is named by the manifest and is not there; prepare the folder again")
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror}; put it back, or prepare the folder again")
 
 
 def read_offsets(path: Path) -> np.ndarray:
     """Memory-map the offsets, int64 [documents]. Raises DataError if the file is not complete."""
     offsets = _load_array(path)
-    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
-        raise DataError(f"{path} holds no offsets; prepare the folder again")
+    _check_offsets(path, offsets.shape, offsets.dtype)
     return offsets
+
+
+def offset_ends(path: Path) -> tuple[int, int, int]:
+    """Read the number of offsets, the first and the last, with one opening of the file, where numpy's map takes three.
+
+    Raises DataError if the file is not there or not complete.
+    """
+    try:
+        file = path.open("rb", buffering=256)  # the header of np.save has 128 bytes
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with file, _array_errors(path):
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("it is not as prepare.py writes it")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        _check_offsets(path, shape, dtype)
+        raw = file.read(8)
+        file.seek(8 * (shape[0] - 2), os.SEEK_CUR)
+        raw += file.read(9)
+        if len(raw) != 16:
+            raise ValueError("its length is not that of its header")
+    first, last = np.frombuffer(raw, np.int64).tolist()
+    return shape[0], first, last
+
+
+def _check_offsets(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if len(shape) != 1 or dtype != np.int64 or shape[0] == 0:
+        raise DataError(f"{path} holds no offsets; prepare the folder again")
+
+
+@contextmanager
+def _array_errors(path: Path) -> Iterator[None]:
+    """Raise DataError where a .npy file cannot be read or is none."""
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:  # numpy parses the header as Python source: SyntaxError, TokenError, RecursionError, ...
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise DataError(f"{path} is altered or cut short ({reason}); prepare the folder again") from error
 
 
 def _load_array(path: Path) -> np.ndarray:
     """Memory-map a .npy file. Raises DataError if it is none."""
-    try:
+    with _array_errors(path):
         array: np.ndarray = np.load(path, mmap_mode="r")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; put it back, or prepare the folder again") from error
-    except Exception as error:  # numpy parses the header as Python source: SyntaxError, TokenError, RecursionError, ...
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise DataError(f"{path} is altered or cut short ({reason}); prepare the folder again") from error
     if not isinstance(array, np.ndarray):  # an archive of several
         raise DataError(f"{path} is altered: it holds no array; prepare the folder again")
     return array
-
-
-def _close(files: OrderedDict[int, tuple[int, int]]) -> None:
-    for file, _ in files.values():
-        os.close(file)
-    files.clear()

@@ -14,10 +14,9 @@ import numpy as np
 
 from . import source_record
 from .files import DataError, sha256, write_json
-from .shards import CHUNK, Manifest, Shard, read_offsets
+from .shards import CHUNK, THREADS, Manifest, Shard, read_offsets
 
 SMALL = 2**26  # bytes; a folder below this is hashed every time, in a fraction of a second, and has no stamp
-THREADS = 8
 LINE_SECONDS = 10
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import IGNORE, EvalBatches, SequenceFormat, TrainBatches, documents_of, order
+from data.batches import IGNORE, EvalBatches, Prefetched, SequenceFormat, TrainBatches, documents_of, order
 from data.files import DataError, sha256
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.shards import Manifest, TokenWindows, read_offsets
@@ -51,6 +52,67 @@ def test_order_is_a_function_of_seed_and_step(folder: Path) -> None:
     assert not torch.equal(whole, stream(folder, seed=4))
     assert torch.equal(whole, stream(folder, micro_batch=2)), "micro-batches do not change the order"
     assert torch.equal(whole[8 * 4 :], stream(folder, start_step=4)), "a resumed run goes on where it was"
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stand-ins for what Prefetched asks of CUDA, here the third device: the names of the threads that asked."""
+    seen: list[str] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(f"device {device}"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return seen
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_a_thread_makes_the_next_batch(folder: Path, no_cuda: list[str]) -> None:
+    """The same batches in the same order, from any step on, one ahead; and the thread ends with them, or before."""
+    form = SequenceFormat(document_mask=True)
+    for plain in (
+        TrainBatches(windows(folder), 3, 6, 8, 4, start_step=2, sequence_format=form),
+        EvalBatches(EvalWindows.of(windows(folder), 11), 4),
+    ):
+        ahead = list(Prefetched(plain))
+        assert len(Prefetched(plain)) == len(plain) and not threads()
+        for ours, expected in zip(ahead, plain, strict=True):
+            assert ours.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(ours[key], value) if isinstance(value, torch.Tensor) else ours[key] == value
+    assert no_cuda[0] == "device 2", "a thread begins on the first device"
+    assert set(no_cuda[1:]) == {"device 2", "batches_0"}
+    assert len(no_cuda) == 2 + 3 * 8 + 2 * 3, "all tensors"
+    batches = iter(Prefetched(TrainBatches(windows(folder), 3, 1000, 8, 4)))
+    next(batches)
+    assert threads()
+    batches.close()
+    assert not threads()
+
+
+def test_what_fails_in_the_thread_is_raised_when_its_batch_is_due(
+    folder: Path, no_cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = windows(folder)
+    place, count = TokenWindows.__getitem__, []
+
+    def fail(self: TokenWindows, index: int) -> np.ndarray:
+        count.append(index)
+        if len(count) > 20:
+            raise DataError("train-00000.bin was deleted while in use")
+        return place(self, index)
+
+    monkeypatch.setattr(TokenWindows, "__getitem__", fail)
+    made = []
+    with pytest.raises(DataError, match=r"^train-00000.bin was deleted while in use$"):
+        made.extend(Prefetched(TrainBatches(read, 3, 6, 8, 4)))
+    assert len(made) == 5 and not threads(), "the 21st sequence is of the sixth batch"
 
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(2, 4), (4, 1), (2, 2)])
@@ -442,8 +504,9 @@ def test_a_process_keeps_few_files_open(copy: Path, monkeypatch: pytest.MonkeyPa
     read = TokenWindows(
         copy, replace(manifest, splits={"all": replace(manifest.splits["train"], shards=shards)}), "all", 16
     )
+    rows = [read[index] for index in (0, len(read) - 1)]
     before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-    rows = [read[index] for index in (0, len(read) - 1, len(read) // 2, 0)]
+    rows += [read[index] for index in (len(read) // 2, 0)]
     assert np.array_equal(rows[0], rows[3])
     assert len(read._open) == 2
     if before:

@@ -1,5 +1,6 @@
 """What a run opens: one folder, a mixture, or a message with the command that prepares it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,34 @@ from data.prepare import prepare
 from data.presets import load
 from train.datamodule import TokenDataModule, check_limits
 from train.schema import PretrainConfig
+from train.training import check_data
 
 
 def run(data: DataConfig) -> TokenDataModule:
     arch = ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"])
     size = SizeConfig(vocab_size=600, seq_len=16)
     return TokenDataModule(PretrainConfig(arch=arch, size=size, data=data, tokens=16 * 8 * 4, batch_size=8))
+
+
+def test_the_first_process_of_a_machine_checks_the_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others trust it: they look at no shard before they read it."""
+    folder = shutil.copytree(corpus, tmp_path / "data")
+    shards = list(folder.glob("*.bin"))
+    for path in shards:
+        path.rename(path.with_suffix(".away"))
+    arch, size = ArchConfig({"kv": StoreConfig(kv_heads="all")}, ["new kv"]), SizeConfig(vocab_size=600, seq_len=16)
+    config = PretrainConfig(arch=arch, size=size, data=DataConfig(path=str(folder)), tokens=512, batch_size=8)
+    data = TokenDataModule(config, check=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_data(config, tmp_path / "run", None, None, data)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match=r"train-00000.bin is named by the manifest and is not there"):
+        check_data(config, tmp_path / "run", None, None, data)
+    for path in shards:
+        path.with_suffix(".away").rename(path)
+    assert len(data.train.corpora[0][3]) == 17
 
 
 @pytest.fixture

@@ -425,11 +425,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path)
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("prefetched", [False, True])
 def test_a_token_that_no_vocabulary_has_stops_the_run_after_a_save(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, prefetched: bool
 ) -> None:
-    """In a shard that its checksum does not protect: altered on the disk, as by a machine that compared it before."""
+    """In a shard that its checksum does not protect: altered on the disk, as by a machine that compared it before. Also
+    with batches that are made in a thread, as on CUDA."""
     monkeypatch.setattr("train.training.verify_once", lambda *_: None)
+    if prefetched:
+        monkeypatch.setattr("train.datamodule.TokenDataModule.on_cuda", True)
+        monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+        monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+        monkeypatch.setattr("torch.Tensor.pin_memory", lambda tensor: tensor)
     shutil.copytree(corpus, tmp_path / "data")
     places: list[tuple[Path, int]] = []
     read = TokenWindows._read

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import socket
 from functools import partialmethod
 from pathlib import Path
 
@@ -116,6 +117,29 @@ def test_frozen_weights_and_muon_on_two_processes(single: Path, tmp_path: Path, 
     again = column(tmp_path / "fsdp", "train/loss", start=1)
     assert 0 < len(again) < len(expected) == 8
     assert again == pytest.approx(expected[-len(again) :], rel=1e-5)
+
+
+def test_one_process_checks_the_shards_for_all(tmp_path: Path, corpus: Path) -> None:
+    """Launched together, both end with what the first has found, and no run is begun."""
+    data = shutil.copytree(corpus, tmp_path / "data")
+    shard = data / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [*SMALL, "trainer=ddp", f"data.path={data}", f"folder={tmp_path / 'run'}"]
+    both = []
+    for rank in range(2):
+        launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+        launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        environment = {key: str(value) for key, value in launcher.items()}
+        both.append(start_script("train/pretrain.py", "+arch=mha", "+size=tiny", *arguments, environment=environment))
+    size = shard.stat().st_size
+    for process in both:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2, errors[-3000:]
+        assert f"error: {shard} has {size} bytes, its manifest says {size + 2}; prepare it again\n" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from arch import resolve
-from data.batches import EvalBatches, SequenceFormat, TrainBatches
+from data.batches import EvalBatches, Prefetched, SequenceFormat, TrainBatches
+from data.cli import UsageError
 from data.config import DataConfig
 from data.dotted import lookup
 from data.files import DataError
@@ -19,16 +21,23 @@ from data.presets import changed_limits, command, overridden
 from data.shards import Manifest, TokenWindows, text_bytes_of_tokens
 from data.writing import differences
 from eval.identity import Identity
+from train.device import device_type
 from train.schema import PretrainConfig, num_steps, sequence_format
 
 
 class TokenDataModule(L.LightningDataModule):
-    """Batches of a run; they depend on the configuration and the step only."""
+    """Batches of a run; they depend on the configuration and the step only.
 
-    def __init__(self, config: PretrainConfig):
-        """Open the prepared folders. Raises DataError if data is missing, broken, or does not fit the model."""
+    problem  what this process has found wrong with the data; all processes end with it before the model is built
+    """
+
+    def __init__(self, config: PretrainConfig, check: bool = True):
+        """Open the prepared folders, without `check` no shard of them: `check_shards` does that.
+
+        Raises DataError if data is missing, broken, or does not fit the model.
+        """
         super().__init__()
-        self.config = config
+        self.config, self.problem = config, ""
         self.folders = open_data(config.data)
         self.folder, first = next(iter(self.folders.items()))
         for folder, manifest in self.folders.items():
@@ -41,11 +50,27 @@ class TokenDataModule(L.LightningDataModule):
                 f"set size.vocab_size={first.vocab_size}, or prepare the data with a smaller tokenizer"
             )
         self.train, self.val = self._corpora("train"), self._corpora("val")
+        if check:
+            self.check_shards()
+
+    def check_shards(self) -> None:
+        """Compare each shard with what the manifest says of it. Raises DataError."""
+        for windows in (*self.train.corpora, *self.val.corpora):
+            windows.check()
+
+    def setup(self, stage: str) -> None:
+        """Raises UsageError, in all processes, with the problem that any of them has found."""
+        problems = [self.problem]
+        if self.trainer is not None and self.trainer.world_size > 1:
+            problems *= self.trainer.world_size
+            dist.all_gather_object(problems, self.problem)
+        if found := next(filter(None, problems), None):
+            raise UsageError(found)
 
     def _corpora(self, split: str) -> Mixture:
         """Return one split of every folder; a single folder is a mixture of one."""
         seq_len, mix = self.config.size.seq_len, self.config.data.mix
-        corpora = [TokenWindows(folder, manifest, split, seq_len) for folder, manifest in self.folders.items()]
+        corpora = [TokenWindows(folder, manifest, split, seq_len, False) for folder, manifest in self.folders.items()]
         return Mixture(tuple(corpora), tuple(weights_of(mix).values()) if mix else (1.0,))
 
     @property
@@ -81,10 +106,10 @@ class TokenDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return self.config.batch_size // (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
-    def train_dataloader(self) -> TrainBatches:
+    def train_dataloader(self) -> TrainBatches | Prefetched:
         trainer, config = self.trainer, self.config
         assert trainer is not None
-        return TrainBatches(
+        batches = TrainBatches(
             self.train,
             seed=config.seed,
             steps=num_steps(config),
@@ -95,13 +120,19 @@ class TokenDataModule(L.LightningDataModule):
             start_step=trainer.global_step,
             sequence_format=self.sequence_format,
         )
+        return Prefetched(batches) if self.on_cuda else batches
 
-    def val_dataloader(self) -> EvalBatches:
+    def val_dataloader(self) -> EvalBatches | Prefetched:
         trainer, config = self.trainer, self.config
         assert trainer is not None
         windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
         unpadded = replace(self.sequence_format, block_padding=0)
-        return EvalBatches(windows, self.micro_batch, trainer.global_rank, trainer.world_size, unpadded)
+        batches = EvalBatches(windows, self.micro_batch, trainer.global_rank, trainer.world_size, unpadded)
+        return Prefetched(batches) if self.on_cuda else batches
+
+    @property
+    def on_cuda(self) -> bool:
+        return device_type(self.config.trainer.accelerator) == "cuda"
 
 
 def open_data(config: DataConfig) -> dict[Path, Manifest]:

@@ -9,6 +9,11 @@ from arch import ModelConfig, Plan
 from eval.hardware import TERA, find_gpu
 
 
+def device_type(accelerator: str) -> str:
+    """The type of device that `trainer.accelerator` means on this machine: cuda or cpu."""
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything that is queued on it."""
     if device.type == "cuda":

@@ -28,7 +28,7 @@ from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.capacity import choose_micro_batch
 from train.datamodule import TokenDataModule, check_limits
-from train.device import free_memory, fused_attention
+from train.device import device_type, free_memory, fused_attention
 from train.errors import TrainingError
 from train.evaluations import Evaluations
 from train.lightning_private import launched_processes
@@ -36,7 +36,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import loggers, record
 from train.metrics import Metrics, ProgressBar
-from train.run import first_on_machine, static_metrics, summarize, write_start
+from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
 from train.signals import RunStopped, Signals
 
@@ -58,18 +58,19 @@ def run(config: PretrainConfig) -> None:
             check_steps(config, start)
     except (TrainingError, OSError) as error:
         raise UsageError(str(error)) from error
-    data = TokenDataModule(config)
+    data = TokenDataModule(config, check=False)
     if config.resume is None:  # a resumed run keeps the limits it started with
         check_limits(config.data, data.folders)
-    elif launched_rank() == 0:
-        check_same_data(folder, tied, data)
-    if source is not None and launched_rank() == 0:
-        check_same_tokenizer(source, data)
-    if first_on_machine():  # the others wait for it before the first step
-        for path, manifest in data.folders.items():
-            verify_once(path, manifest)
+    try:
+        check_data(config, folder, source, tied, data)
+    except DataError as error:
+        if not launched_together(config):
+            raise
+        data.problem = str(error)
     tied = tied or data.identity
     module = LitModel(config, data.token_bytes(), tied)
+    if data.problem:  # the others wait to be told
+        lightning_trainer(config, device).fit(module, data)
     if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
         write_start(folder, config, plan, tied, {"from_step": step, "attention": attention})
@@ -106,7 +107,7 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
 
     Raises UsageError if the model cannot be trained there as configured, TrainingError if `init` does not match it.
     """
-    device = "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    device = device_type(config.trainer.accelerator)
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
     try:
@@ -125,6 +126,23 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         source = checkpoint.resolve(Path(config.init))
         checkpoint.check_matches(source, model)
     return device, attention, source
+
+
+def check_data(
+    config: PretrainConfig, folder: Path, source: Path | None, tied: Identity | None, data: TokenDataModule
+) -> None:
+    """Check the data for all processes: the first of the run compares it with what the run is tied to, and the first on
+    each machine with its manifest. The others trust them. Raises DataError.
+    """
+    if launched_rank() == 0:
+        if config.resume is not None:
+            check_same_data(folder, tied, data)
+        if source is not None:
+            check_same_tokenizer(source, data)
+    if first_on_machine():
+        data.check_shards()
+        for path, manifest in data.folders.items():
+            verify_once(path, manifest)
 
 
 def check_steps(config: PretrainConfig, start: Path | None) -> None:
