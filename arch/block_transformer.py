@@ -23,6 +23,7 @@ from .block_plan import (
     resolve_block,
     split_config,
 )
+from .buffers import repeat_row
 from .cache import Cache, allocate
 from .config import ModelConfig
 from .decoder import Decoder, Stack, check_segments
@@ -80,8 +81,35 @@ class BlockCache:
     context_BCD: Tensor | None = None
 
     @property
+    def stacks(self) -> tuple[Cache, Cache]:
+        """The cache of each decoder, that of the blocks first."""
+        return self.blocks, self.tokens
+
+    @property
     def nbytes(self) -> int:
         return self.blocks.nbytes + self.tokens.nbytes
+
+    @property
+    def takes_rows(self) -> bool:
+        """No block has begun."""
+        return not self.partial_BL.shape[1]
+
+    def repeat(self, rows: int) -> "BlockCache":
+        """A cache of `rows` sequences, each a copy of the only one of this."""
+        context_BCD = None if self.context_BCD is None else repeat_row(self.context_BCD, rows)
+        blocks, tokens = (cache.repeat(rows) for cache in self.stacks)
+        return BlockCache(blocks, tokens, repeat_row(self.partial_BL, rows), context_BCD)
+
+    def take_row(self, row: int, other: "BlockCache") -> None:
+        """Let row `row` hold the blocks of the only row of `other` in place of its own, as Cache.take_row.
+
+        Needs `takes_rows` here and there.
+        """
+        assert self.takes_rows and other.takes_rows and self.tokens.length == other.tokens.length
+        assert self.context_BCD is not None and other.context_BCD is not None
+        self.blocks.take_row(row, other.blocks)
+        self.tokens.copy_row(row, other.tokens)
+        self.context_BCD[row] = other.context_BCD[0]
 
     def pad_left(self, start_B: Tensor | None) -> None:
         """Set the block at which each row begins, as Cache.pad_left."""
@@ -215,14 +243,18 @@ class BlockTransformer(LanguageModel):
         """Encode complete blocks; return the context [B, D] after them, the start context of a row that has none."""
         if tokens_BT.shape[1]:
             context_BD = self.encode(tokens_BT, cache, segment_ids_BT, last_only=True)[:, -1]
-            if self.start is None or cache.start_B is None:
-                return context_BD
-            return torch.where(cache.start_B[:, None] >= cache.length, self.start.to(context_BD.dtype), context_BD)
+            return self.or_start(context_BD, cache, cache.length)
         if self.start is None:
             raise ValueError(
                 f"the first tokens are less than a block of {self.plan.block_length}; give a block or more"
             )
         return self.start.expand(len(tokens_BT), -1)
+
+    def or_start(self, context_BD: Tensor, cache: Cache, length: int | Tensor) -> Tensor:
+        """Put the start context in the place of those of rows that have no block among the first `length`."""
+        if self.start is None or cache.start_B is None:
+            return context_BD
+        return torch.where(cache.start_B[:, None] >= length, self.start.to(context_BD.dtype), context_BD)
 
     def encode(
         self,

@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S slots read, K key/value heads, H head, M slots, W window.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def write_slot(tensors: Tensors, new: Tensors, slot: int | Tensor) -> None:
 
 
 class AppendBuffer:
-    """Holds every position, in order. Its tensors are [B, capacity, ...]."""
+    """Holds every position, in order. Its tensors are [B, capacity, ...], each head's slots in one piece of memory."""
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
@@ -79,7 +79,8 @@ class AppendBuffer:
 
 
 class RingBuffer:
-    """Holds the last `size` positions: token i lies in slot i mod size. Its tensors are [B, size, ...]."""
+    """Holds the last `size` positions: token i lies in slot i mod size. Its tensors are [B, size, ...], as those of
+    AppendBuffer."""
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
@@ -193,10 +194,38 @@ def allocate_buffer(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
 ) -> Buffer:
     """An empty buffer of `store` for `batch` sequences of up to `capacity` tokens."""
-    tensors = tuple(
-        torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
-        for shape, accumulates in store.cache_tensors(capacity)
-    )
     if not store.masked:
-        return StateBuffer(tensors)
+        return StateBuffer(
+            tuple(
+                torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
+                for shape, accumulates in store.cache_tensors(capacity)
+            )
+        )
+    shapes = (tensor.shape for tensor in store.cache_tensors(capacity))
+    tensors = tuple(zero_slots((batch, *shape), dtype, device) for shape in shapes)
     return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
+
+
+def zero_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros of `shape`, [B, S, K, H] with the slots of a head in one piece of memory, or [B, S, R].
+
+    A kernel reads head by head. With heads side by side in memory it would leap from slot to slot: 1.3 to 1.4 times as
+    slow on a CPU.
+    """
+    if len(shape) < 4:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    batch, slots, heads, width = shape
+    return torch.zeros((batch, heads, slots, width), dtype=dtype, device=device).transpose(1, 2)
+
+
+AnyBuffer = TypeVar("AnyBuffer", bound=Buffer)
+
+
+def repeat_buffer(buffer: AnyBuffer, rows: int) -> AnyBuffer:
+    """A buffer of `rows` sequences, each a copy of the only one of `buffer`."""
+    return type(buffer)(tuple(repeat_row(tensor, rows) for tensor in buffer.tensors))
+
+
+def repeat_row(tensor: Tensor, rows: int) -> Tensor:
+    """Copies [rows, ...] of [1, ...], in the same order of memory."""
+    return tensor.new_empty_strided((rows, *tensor.shape[1:]), tensor.stride()).copy_(tensor)

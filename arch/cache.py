@@ -4,12 +4,21 @@ Shapes: B batch, T new tokens, S slots read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .buffers import AppendBuffer, Buffer, StateBuffer, Step, allocate_buffer
+from .buffers import (
+    AppendBuffer,
+    Buffer,
+    StateBuffer,
+    Step,
+    allocate_buffer,
+    repeat_buffer,
+    repeat_row,
+    zero_slots,
+)
 from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
 from .positions import TokenPositions, cached_positions, step_positions
@@ -34,6 +43,16 @@ class Cache:
     cross_buffers: tuple[AppendBuffer, ...] = ()
     position: Tensor | None = None
     num_slots: int = 0
+
+    @property
+    def stacks(self) -> tuple["Cache", ...]:
+        """The cache of each decoder of the model."""
+        return (self,)
+
+    @property
+    def takes_rows(self) -> bool:
+        """A row may now be taken from another cache."""
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +91,30 @@ class Cache:
         for buffer, source in zip(self.buffers, other.buffers, strict=True):
             buffer.take_row(row, source, other.length, self.length)  # type: ignore[arg-type]
         self.start_B[row] = self.length - other.length
+
+    def copy_row(self, row: int, other: "Cache") -> None:
+        """Let row `row` be that of the only row of `other`, of as many tokens."""
+        assert self.length == other.length
+        for buffer, source in zip(self.buffers, other.buffers, strict=True):
+            buffer.take_row(row, source, self.length, self.length)  # type: ignore[arg-type]
+        for cross, source in zip(self.cross_buffers, other.cross_buffers, strict=True):
+            num_vectors = cross.tensors[0].shape[1]
+            cross.take_row(row, source, num_vectors, num_vectors)
+
+    def repeat(self, rows: int) -> "Cache":
+        """A cache of `rows` sequences, each a copy of the only one of this."""
+        return replace(
+            self,
+            buffers=tuple(repeat_buffer(buffer, rows) for buffer in self.buffers),
+            cross_buffers=tuple(repeat_buffer(buffer, rows) for buffer in self.cross_buffers),
+            start_B=None if self.start_B is None else repeat_row(self.start_B, rows),
+            position=None,
+        )
+
+    def hold_position(self) -> None:
+        """Keep the position on the device from now on, for steps in unchanging shapes."""
+        self.position = torch.tensor([self.length], device=self.buffers[0].tensors[0].device)
+        self.num_slots = 0
 
     def drop(self, count: int) -> None:
         """Forget the first `count` tokens, which are padding in every row that matters."""
@@ -172,7 +215,7 @@ def allocate(
 
     buffers = tuple(allocate_buffer(store, batch, capacity, dtype, device) for store in plan.stores)
     cross = [
-        [torch.zeros((batch, num_cross_vectors, *shape), dtype=dtype, device=device) for shape in store.position_shapes]
+        [zero_slots((batch, num_cross_vectors, *shape), dtype, device) for shape in store.position_shapes]
         for store in map(plan.store, range(plan.num_layers if num_cross_vectors else 0))
     ]
     cross_buffers = tuple(AppendBuffer(tuple(tensors)) for tensors in cross)

@@ -47,7 +47,10 @@ class CrossAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: CrossContext) -> Tensor:
-        """Attend from the residual stream [B, T, D] to the context; return what is added to it, [B, T, D]."""
+        """Attend from the residual stream, [B, T, D] or [B, D] of single tokens, to the context; return what is added
+        to it, of the same shape."""
+        if x_BTD.ndim == 2:
+            return self(x_BTD.unsqueeze(1), context).squeeze(1)  # type: ignore[no-any-return]
         q_BTNH = rearrange(self.q_proj(self.norm(x_BTD)), "b t (n h) -> b t n h", n=self.num_heads)
         kv = self.context_kv(context)
         k_BCKH, v_BCKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type

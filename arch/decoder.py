@@ -209,9 +209,9 @@ class Stack(nn.Module):
         """
         length, device, plan = x_BTD.shape[1], x_BTD.device, self.plan
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
-        if cache is not None and masks is None and length == 1 and keep != 0 and not self.cross:
+        if cache is not None and masks is None and length == 1 and keep != 0:
             cache.check(self.plan, x_BTD.shape[0], 1)
-            x_BD = self.step(x_BTD.squeeze(1), cache)
+            x_BD = self.step(x_BTD.squeeze(1), cache, context_BCD)
             cache.length += 1
             return x_BD.unsqueeze(1)
         if cache is None:
@@ -263,20 +263,21 @@ class Stack(nn.Module):
             cache.length += length
         return x_BTD if keep is None else x_BTD[:, x_BTD.shape[1] - keep :]
 
-    def step(self, x_BD: Tensor, cache: Cache) -> Tensor:
+    def step(self, x_BD: Tensor, cache: Cache, context_BCD: Tensor | None = None) -> Tensor:
         """Run the layers on one token of each row, as `run`, but leave `cache.length` as it is; [B, D]."""
         device, step = x_BD.device, cache.step()
         positions = cache.positions(1, device)
         tables = {
             key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
         }
-        ropes = {key: step_rope(table) for key, table in tables.items()}
+        ropes = {key: step_rope(table, x_BD.dtype) for key, table in tables.items()}
         seen = {window: cache.step_seen(window, device) for window in self.plan.windows}
         masks = {
             (window, width): step_mask(self.backend, seen[window], x_BD.dtype, width, device)
             for window, width in dict.fromkeys((s.window, s.slot.k_dim) for s in self.plan.stores if s.masked)
         }
         token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
+        contexts = self.cross_contexts(x_BD, context_BCD, cache)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
             read = self.plan.reads[layer]
@@ -284,7 +285,7 @@ class Stack(nn.Module):
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
             mask = masks[spec.window, spec.slot.k_dim] if spec.masked else token_positions[spec.positions_key]
-            x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step)
+            x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer])
             if owner:
                 written.append(kv)
         return x_BD

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .block_plan import Plan
+from .cache import Cache
 from .language_model import LanguageModel
-from .static_step import StaticStep, step_fn
+from .static_step import StepFn, close, step_fn
 
 LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whether all rows have ended
 
@@ -74,7 +75,8 @@ def generate(
     cache_dtype    type of the cache's elements; None takes that of the weights
     cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
     max_batch      rows of the batch, where there are more prompts: a row that has ended takes the next prompt, the
-                   longest first. `on_step` is then given the tokens of whatever the rows hold; None: all at once
+                   longest first, between two blocks of a Block Transformer. `on_step` is then given the tokens of
+                   whatever the rows hold; None: all at once
     steps          how a token is decoded, as in `static_step.step_fn`: auto, plain, static, compiled or graph
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
@@ -82,7 +84,7 @@ def generate(
     prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
     device = model.output_weight.device
-    queue = Queue(model, prompts, max_batch, max_new_tokens)
+    queue = Queue(model, prompts, max_batch, max_new_tokens, pad_token)
     batch = batch_prompts(model.plan, [prompts[number] for number in queue.held], pad_token, device)
     num_steps = batch.forced_BF.shape[1] + max_new_tokens
     if cache is None:
@@ -96,25 +98,34 @@ def generate(
     generated: list[Tensor] = []
     with evaluating(model):
         logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
-        step = step_fn(model, cache, steps)
-        while True:
-            next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
-            if number < batch.forced_BF.shape[1]:
-                next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
-            generated.append(next_B)
-            if (on_step is not None and on_step(next_B)) or (not queue.used and len(generated) == num_steps):
-                break
-            ended = queue.ended(next_B, number, stop_token)
-            if len(ended) == len(queue.held) and not queue.waiting:
-                break
-            if queue.used:
-                queue.make_room(cache, ended)
-            logits_B1V = step(next_B[:, None])
-            for row in ended[: len(queue.waiting)]:
-                logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
-    if isinstance(step, StaticStep):
-        step.close()
+        with decoding(model, cache, steps) as step:
+            while True:
+                next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
+                if number < batch.forced_BF.shape[1]:
+                    next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
+                queue.force(next_B)
+                generated.append(next_B)
+                if (on_step is not None and on_step(next_B)) or (not queue.used and len(generated) == num_steps):
+                    break
+                ended = queue.ended(next_B, number, stop_token, full=queue.used and queue.full(cache))
+                if len(ended) == len(queue.held) and not queue.waiting:
+                    break
+                if queue.used and queue.full(cache):
+                    queue.make_room(cache.stacks[0], ended)
+                logits_B1V = step(next_B[:, None])
+                for row in ended[: len(queue.waiting)] if cache.takes_rows else ():
+                    logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
     return new_tokens(torch.stack(generated, dim=1), queue.spans, max_new_tokens, stop_token)
+
+
+@contextmanager
+def decoding(model: LanguageModel, cache: Any, steps: str) -> Iterator[StepFn]:
+    """The steps of `step_fn`, ended afterwards, whatever happened."""
+    step = step_fn(model, cache, steps)
+    try:
+        yield step
+    finally:
+        close(step)
 
 
 class Queue:
@@ -124,24 +135,27 @@ class Queue:
     waiting  those that no row has held, the longest first
     spans    (prompt, row, step of its first new token) of all that a row has held
     used     there were prompts that had to wait
+    forced   for rows that have taken a prompt, its tokens that come after whole blocks
     begin_B  step of the first new token of what each row holds
     done_B   whether it has made its last token
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: list[list[int]], max_batch: int | None, max_new_tokens: int
+        self,
+        model: LanguageModel,
+        prompts: list[list[int]],
+        max_batch: int | None,
+        max_new_tokens: int,
+        pad_token: int | None,
     ) -> None:
-        """Raises ValueError on an impossible `max_batch`, and where rows of the model cannot be refilled."""
-        self.model, self.prompts, self.max_new_tokens = model, prompts, max_new_tokens
+        """Raises ValueError on an impossible `max_batch`, and on a prompt too short without `pad_token`."""
+        self.model, self.prompts, self.max_new_tokens, self.pad_token = model, prompts, max_new_tokens, pad_token
+        self.forced: dict[int, list[int]] = {}
         numbers = list(range(len(prompts)))
         self.used = max_batch is not None and len(prompts) > max_batch
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1, or None")
-        if self.used and model.plan.block_length > 1:
-            raise ValueError(
-                f"max_batch is {max_batch} for {len(prompts)} prompts: rows of a Block Transformer begin their blocks "
-                "together, so that none can take another prompt; give as many rows as prompts, or None"
-            )
+        check_lengths(model.plan, prompts, pad_token)
         if self.used:
             numbers.sort(key=lambda number: -len(prompts[number]))  # later ones then fit before what is there
         self.held = numbers[:max_batch]
@@ -153,40 +167,60 @@ class Queue:
         begins = num_forced_B.tolist()
         self.spans = [(number, row, begins[row]) for row, number in enumerate(self.held)]
 
-    def ended(self, next_B: Tensor, number: int, stop_token: int | None) -> list[int]:
-        """List the rows that have made their last token after step `number`; empty where nobody looked."""
+    def force(self, next_B: Tensor) -> None:
+        """Put the tokens of prompts that rows have taken in the place of sampled ones."""
+        for row, tokens in list(self.forced.items()):
+            next_B[row] = tokens.pop(0)
+            if not tokens:
+                del self.forced[row]
+
+    def ended(self, next_B: Tensor, number: int, stop_token: int | None, full: bool) -> list[int]:
+        """List the rows that have made their last token after step `number`; empty where nobody looked, which happens
+        where the cache is not `full` alone."""
         if stop_token is None and not self.used:
             return []
         if stop_token is not None:
             self.done_B |= (next_B == stop_token) & (number >= self.begin_B)
         self.done_B |= number + 1 >= self.begin_B + self.max_new_tokens
-        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY:
+        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY and not full:
             return []  # each look waits for the device
         ended: list[int] = self.done_B.nonzero().flatten().tolist()
         return ended
 
-    def make_room(self, cache: Any, ended: Sequence[int]) -> None:
-        """Before a step of a full cache: forget what is padding in every row that goes on."""
-        if cache.length < cache.capacity:
-            return
-        starts = cache.start_B.tolist()
+    def full(self, cache: Any) -> bool:
+        """The next position of the first stack does not fit into `cache`."""
+        first = cache.stacks[0]
+        return bool(first.length >= first.capacity)
+
+    def make_room(self, cache: Cache, ended: Sequence[int]) -> None:
+        """Before a step of a full cache, that of the first stack: forget what is padding in every row that goes on."""
+        assert cache.start_B is not None
+        starts, block = cache.start_B.tolist(), self.model.plan.block_length
         needed = [cache.length - start for row, start in enumerate(starts) if row not in ended]
-        # The next prompt must fit in before the token that comes now.
-        needed += [len(self.prompts[number]) - 1 for number in self.waiting[:1]]
-        cache.drop(cache.length - max(needed))
+        # The next prompt must fit in before the position that comes now.
+        waiting = [max(len(self.prompts[number]), self.model.plan.min_prompt) for number in self.waiting[:1]]
+        needed += [max(0, length // block - 1) for length in waiting]
+        if count := cache.length - max(needed, default=cache.length):
+            cache.drop(count)
 
     def refill(
         self, row: int, cache: Any, step: int, prefill_chunk: int | None, cache_dtype: torch.dtype | None
     ) -> Tensor:
-        """Let `row` hold the next prompt, and return the logits [1, 1, V] of the token after it."""
-        number = self.waiting.pop(0)
-        tokens_1T = torch.tensor([self.prompts[number]], device=self.model.output_weight.device)
-        alone = self.model.allocate_cache(1, tokens_1T.shape[1], dtype=cache_dtype)
-        logits_11V = self.model.prefill(tokens_1T, alone, prefill_chunk)
+        """Let `row` hold the next prompt, and return the logits [1, 1, V] of the token after its whole blocks."""
+        number, model = self.waiting.pop(0), self.model
+        batch = batch_prompts(model.plan, [self.prompts[number]], self.pad_token, model.output_weight.device)
+        block, length = model.plan.block_length, batch.tokens_BT.shape[1]
+        whole = length // block * block
+        ids_1T = None if batch.segment_ids_BT is None else batch.segment_ids_BT[:, :whole]
+        alone = model.allocate_cache(1, max(whole, block), dtype=cache_dtype)
+        logits_11V = model.prefill(batch.tokens_BT[:, :whole], alone, prefill_chunk, ids_1T)
         cache.take_row(row, alone)
+        if whole < length:
+            self.forced[row] = batch.tokens_BT[0, whole:].tolist()
+        begin = step + length - whole
         self.held[row] = number
-        self.spans.append((number, row, step))
-        self.begin_B[row], self.done_B[row] = step, False
+        self.spans.append((number, row, begin))
+        self.begin_B[row], self.done_B[row] = begin, False
         return logits_11V
 
 
@@ -241,16 +275,12 @@ def check_options(
 def batch_prompts(
     plan: Plan, prompts: Sequence[Sequence[int]], pad_token: int | None, device: torch.device
 ) -> PromptBatch:
-    """Batch prompts of any lengths. Raises ValueError if one is shorter than `plan.min_prompt` and has no `pad_token`.
+    """Batch prompts of any lengths. Raises ValueError as `check_lengths`.
 
     A prompt need not end with a block: the block is completed by the tokens that are generated.
     """
-    block, shortest = plan.block_length, min(map(len, prompts))
-    if shortest < plan.min_prompt and pad_token is None:
-        raise ValueError(
-            f"a prompt has {shortest} tokens, less than a block of {block}: this model does not predict the first "
-            "block; give a longer prompt or a pad_token (or train with arch.block.start)"
-        )
+    check_lengths(plan, prompts, pad_token)
+    block = plan.block_length
     fill = [max(0, plan.min_prompt - len(prompt)) for prompt in prompts]
     rows = [[pad_token or 0] * pads + [int(t) for t in prompt] for pads, prompt in zip(fill, prompts, strict=True)]
     whole = [len(row) // block * block for row in rows]
@@ -274,6 +304,16 @@ def batch_prompts(
         forced_BF=tensor([row + [0] * (num_forced - len(row)) for row in forced]).view(len(rows), num_forced),
         num_forced_B=tensor([len(row) for row in forced]),
     )
+
+
+def check_lengths(plan: Plan, prompts: Sequence[Sequence[int]], pad_token: int | None) -> None:
+    """Raises ValueError if a prompt is shorter than `plan.min_prompt` and has no `pad_token`."""
+    shortest = min(map(len, prompts))
+    if shortest < plan.min_prompt and pad_token is None:
+        raise ValueError(
+            f"a prompt has {shortest} tokens, less than a block of {plan.block_length}: this model does not predict "
+            "the first block; give a longer prompt or a pad_token (or train with arch.block.start)"
+        )
 
 
 def sample(

@@ -109,7 +109,7 @@ class LanguageModel(nn.Module, ABC):
         """
         block, length = self.plan.block_length, tokens_BT.shape[1]
         step = -(-(chunk or length) // block) * block
-        for begin in range(0, length, step):
+        for begin in range(0, length, step) if length else (0,):  # of nothing, there is the start context
             ids_BT = None if segment_ids_BT is None else segment_ids_BT[:, begin : begin + step]
             more = begin + step < length
             logits_B1V: Tensor = self(

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from .config import SizeConfig, style_of
 from .precision import at_least_fp32
 
-Rope = tuple[Tensor, Tensor]
+# Cosines and sines, or a matrix that rotates.
+Rope = tuple[Tensor, ...]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -31,11 +32,11 @@ class RMSNorm(nn.Module):
         wide = at_least_fp32(x.dtype)
         if x.ndim == 2 and x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             # F.rms_norm is made of a dozen operators there.
-            x_BD = x.to(wide)
+            x_BD = x if x.dtype == wide else x.to(wide)
             norm_B1: Tensor = torch.linalg.vector_norm(x_BD, dim=-1, keepdim=True)
             share_B1 = torch.full_like(norm_B1, self.eps).addcmul_(norm_B1, norm_B1, value=1 / x.shape[-1]).rsqrt_()
             out: Tensor = (x_BD * share_B1).mul_(self.weight)
-            return out.to(x.dtype)
+            return out if x.dtype == wide else out.to(x.dtype)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
@@ -82,18 +83,34 @@ def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNP.dtype)
 
 
-def step_rope(rope: Rope) -> Rope:
-    """Tables for `rotate_step`, [1 or B, 1, P], made of those of one position for `rotate`."""
+def step_rope(rope: Rope, dtype: torch.dtype | None = None) -> Rope:
+    """The rotation for `rotate_step`, made of the tables of one position for `rotate`; of vectors of `dtype`, or in the
+    type of the tables.
+
+    Tables [1 or B, 1, P]; on the CPU the matrix [P, P], or [B, P, P], that rotates: there one small product takes the
+    place of five operators, whose calls cost more than what they compute.
+    """
     cos, sin = (table.reshape(-1, 1, table.shape[-1]) for table in rope)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    if cos.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    half, index = cos.shape[-1], 0 if len(cos) == 1 else slice(None)
+    cos, sin = cos[index, 0], sin[index, 0]
+    turned = torch.diag_embed(sin, half) - torch.diag_embed(sin, -half)
+    matrix = torch.diag_embed(torch.cat((cos, cos), dim=-1)) + turned
+    return (matrix if dtype is None else matrix.to(at_least_fp32(dtype)),)
 
 
 def rotate_step(x_BNP: Tensor, rope: Rope) -> Tensor:
-    """`rotate` single tokens in few operators, given tables of `step_rope`."""
-    cos, sin = rope
-    rotary = cos.shape[-1]
+    """`rotate` single tokens in few operators, given a rotation of `step_rope`."""
+    rotary = rope[0].shape[-1]
     if rotary < x_BNP.shape[-1]:
         return torch.cat((rotate_step(x_BNP[..., :rotary], rope), x_BNP[..., rotary:]), dim=-1)
+    if len(rope) == 1:
+        (matrix,) = rope
+        if matrix.dtype == x_BNP.dtype:
+            return torch.matmul(x_BNP, matrix)
+        return torch.matmul(x_BNP.to(matrix.dtype), matrix).to(x_BNP.dtype)
+    cos, sin = rope
     return torch.addcmul(x_BNP * cos, x_BNP.roll(rotary // 2, -1), sin).to(x_BNP.dtype)
 
 

@@ -107,8 +107,8 @@ class KVPlan:
         The last owner, which writes at every position and then goes on with the last, and all above it; a layer that
         reads its store not by a mask needs every position, and so do those below it.
         """
-        layers = range(self.last_owner, self.num_layers)
-        return max((layer + 1 for layer in layers if not self.store(layer).masked), default=self.last_owner)
+        above = range(self.last_owner, self.num_layers)
+        return max([self.last_owner, *(layer + 1 for layer in above if not self.store(layer).masked)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""

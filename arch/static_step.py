@@ -1,18 +1,21 @@
 """Decoding steps whose shapes are the same from token to token, to be captured in a CUDA graph or compiled.
 
 Tokens are written at a position that is a tensor; a step reads a bucket of slots that holds all there are, and a mask
-hides the rest. Nothing waits for the device. Where the bucket is full the next one begins, with a graph of its own.
+hides the rest. Nothing waits for the device. Where the bucket is full the next one begins, with a graph of its own. A
+Block Transformer has two kinds of step: one within a block, and one that completes a block and starts the next.
 
-Shapes: B batch, V vocabulary.
+Shapes: B batch, L block length, D model, V vocabulary.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .block_transformer import BlockCache, BlockTransformer
 from .buffers import StateBuffer
 from .cache import Cache
 from .decoder import Decoder
@@ -37,99 +40,197 @@ def step_logits(model: Decoder, cache: Cache, tokens_B1: Tensor) -> Tensor:
     return F.linear(model.norm(x_BD), model.output_weight).unsqueeze(1)
 
 
+def token_logits(model: BlockTransformer, cache: BlockCache, tokens_B1: Tensor) -> Tensor:
+    """Add one token of each row, which is not the last of its block, at `cache.tokens.position`, which stays;
+    [B, 1, V]."""
+    assert cache.context_BCD is not None and cache.tokens.position is not None
+    decoder = model.token_decoder
+    x_BD = decoder.embed(tokens_B1.squeeze(1))
+    if model.kind == "summation":
+        x_BD = x_BD + cache.context_BCD.index_select(1, cache.tokens.position).squeeze(1)
+    return F.linear(decoder.norm(decoder.step(x_BD, cache.tokens)), decoder.output_weight).unsqueeze(1)
+
+
+def block_logits(model: BlockTransformer, cache: BlockCache, tokens_BL: Tensor) -> Tensor:
+    """Add the block `tokens_BL` of each row at `cache.blocks.position`, which stays, and start the next; [B, 1, V]."""
+    blocks, tokens = cache.blocks, cache.tokens
+    assert cache.context_BCD is not None and blocks.position is not None
+    decoder = model.block_decoder
+    context_BD = decoder.norm(decoder.step(model.embedder(tokens_BL).squeeze(1), blocks))
+    cache.context_BCD.copy_(model.expand(model.or_start(context_BD, blocks, blocks.position + 1)))
+    position, tokens.position = tokens.position, None  # a block starts at 0, in shapes of its own
+    logits_B1V = model.start_block(cache.context_BCD, tokens_BL[:, :0], tokens)
+    tokens.position = position
+    return logits_B1V
+
+
 @functools.cache
-def compiled_logits() -> Callable[[Decoder, Cache, Tensor], Tensor]:
-    return torch.compile(step_logits, fullgraph=True, dynamic=False)
+def compiled(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(logits, fullgraph=True, dynamic=False)
 
 
-class StaticStep:
-    """`decode_step` of a decoder over a cache that has its prompts already.
+class Recorder:
+    """Runs `logits(model, cache, tokens)`, of unchanging shapes, in one of the ways of `step_fn`.
 
     static    plain operators, in shapes that never change
     compiled  the same by torch's compiler: about half a minute for each size of bucket, and then no overhead
     graph     captured in a CUDA graph. The logits lie in one tensor, which the next step overwrites
-
-    Other steps over the same cache may not come in between.
     """
 
-    def __init__(self, model: Decoder, cache: Cache, way: str):
-        self.model, self.cache, self.way = model, cache, way
-        device = model.output_weight.device
-        cache.position = torch.tensor([cache.length], device=device)
-        cache.num_slots = 0
-        self.tokens_B1: Tensor | None = None
+    def __init__(
+        self,
+        logits: Callable[..., Tensor],
+        model: LanguageModel,
+        cache: Cache | BlockCache,
+        way: str,
+    ):
+        self.logits, self.model, self.cache, self.way = logits, model, cache, way
+        self.tokens: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_B1V: Tensor | None = None
 
-    def __call__(self, tokens_B1: Tensor) -> Tensor:
-        cache = self.cache
-        cache.check(self.model.plan, len(tokens_B1), 1)
-        assert cache.position is not None
-        if cache.length >= cache.num_slots:
-            cache.num_slots = bucket(cache.length + 1, cache.capacity)
-            self.graph = None
-        logits_B1V = self.run(tokens_B1)
-        cache.position += 1
-        cache.length += 1
-        return logits_B1V
-
-    def run(self, tokens_B1: Tensor) -> Tensor:
+    def run(self, tokens: Tensor) -> Tensor:
         if self.way == "static":
-            return step_logits(self.model, self.cache, tokens_B1)
+            return self.logits(self.model, self.cache, tokens)
         if self.way == "compiled":
             with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-                return compiled_logits()(self.model, self.cache, tokens_B1)
-        if self.tokens_B1 is None:
-            self.tokens_B1 = tokens_B1.clone()
-        self.tokens_B1.copy_(tokens_B1)
+                return compiled(self.logits)(self.model, self.cache, tokens)
+        if self.tokens is None:
+            self.tokens = tokens.clone()
+        self.tokens.copy_(tokens)
         if self.graph is None:
-            self.graph, self.logits_B1V = self.capture(self.tokens_B1)
+            self.graph, self.logits_B1V = self.capture(self.tokens)
         self.graph.replay()
         assert self.logits_B1V is not None
         return self.logits_B1V
 
-    def capture(self, tokens_B1: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record a step. Its rehearsals write the same slots as the step, but states are put back."""
-        states = [t for buffer in self.cache.buffers if isinstance(buffer, StateBuffer) for t in buffer.tensors]
+        buffers = (buffer for cache in self.cache.stacks for buffer in cache.buffers)
+        states = [tensor for buffer in buffers if isinstance(buffer, StateBuffer) for tensor in buffer.tensors]
         saved = [tensor.clone() for tensor in states]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP):
-                step_logits(self.model, self.cache, tokens_B1)
+                self.logits(self.model, self.cache, tokens)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(states, saved, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits_B1V = step_logits(self.model, self.cache, tokens_B1)
+            logits_B1V = self.logits(self.model, self.cache, tokens)
         return graph, logits_B1V
+
+    def next_bucket(self, cache: Cache) -> None:
+        """Read a larger bucket of `cache` where the one before is full."""
+        if cache.length >= cache.num_slots:
+            cache.num_slots = bucket(cache.length + 1, cache.capacity)
+            self.graph = None
+
+
+class StaticStep(Recorder):
+    """`decode_step` of a decoder over a cache that has its prompts already.
+
+    Other steps over the same cache may not come in between.
+    """
+
+    cache: Cache
+
+    def __init__(self, model: Decoder, cache: Cache, way: str):
+        super().__init__(step_logits, model, cache, way)
+        cache.hold_position()
+
+    def __call__(self, tokens_B1: Tensor) -> Tensor:
+        cache = self.cache
+        assert cache.position is not None
+        cache.check(cache.plan, len(tokens_B1), 1)
+        self.next_bucket(cache)
+        logits_B1V = self.run(tokens_B1)
+        cache.position += 1
+        cache.length += 1
+        return logits_B1V
 
     def close(self) -> None:
         """Let the cache go on with steps of any length."""
         self.cache.position = None
 
 
-def step_fn(model: LanguageModel, cache: object, way: str = "auto") -> StepFn:
+class StaticBlockStep:
+    """`decode_step` of a Block Transformer over a cache that has its prompts already; as StaticStep.
+
+    A step that completes a block and one that does not are of different shapes, each recorded by itself.
+    """
+
+    def __init__(self, model: BlockTransformer, cache: BlockCache, way: str):
+        plan = model.plan
+        self.cache, self.length = cache, plan.block_length
+        self.first_length = plan.num_positions - plan.block_length + 1  # positions of a block before its first token
+        self.token_step = Recorder(token_logits, model, cache, way)
+        self.block_step = Recorder(block_logits, model, cache, way)
+        assert cache.context_BCD is not None
+        cache.context_BCD = cache.context_BCD.clone()
+        num_partial = cache.partial_BL.shape[1]
+        self.tokens_BL = cache.partial_BL.new_zeros((len(cache.partial_BL), self.length))
+        self.tokens_BL[:, :num_partial] = cache.partial_BL
+        cache.blocks.hold_position()
+        cache.tokens.hold_position()
+        cache.tokens.num_slots = cache.tokens.capacity
+
+    def __call__(self, tokens_B1: Tensor) -> Tensor:
+        cache, blocks, tokens = self.cache, self.cache.blocks, self.cache.tokens
+        assert blocks.position is not None and tokens.position is not None
+        last = cache.partial_BL.shape[1]
+        if last + 1 < self.length:
+            tokens.check(tokens.plan, len(tokens_B1), 1)
+            self.tokens_BL[:, last : last + 1] = tokens_B1
+            logits_B1V = self.token_step.run(tokens_B1)
+            tokens.position += 1
+            tokens.length += 1
+        else:
+            blocks.check(blocks.plan, len(tokens_B1), 1)
+            self.block_step.next_bucket(blocks)
+            self.tokens_BL[:, last:] = tokens_B1
+            logits_B1V = self.block_step.run(self.tokens_BL)
+            blocks.position += 1
+            blocks.length += 1
+            tokens.length = self.first_length
+            tokens.position.fill_(tokens.length)
+        cache.partial_BL = self.tokens_BL[:, : (last + 1) % self.length]
+        return logits_B1V
+
+    def close(self) -> None:
+        """Let the cache go on with steps of any length."""
+        self.cache.blocks.position = self.cache.tokens.position = None
+
+
+def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     """The function that decodes one token of each row over `cache`, which has its prompts.
 
-    way  plain: `decode_step`; static, compiled, graph: as StaticStep; auto: graph on CUDA, else plain. A Block
-         Transformer, whose steps differ within a block, and a model that is sharded, or compiled for training, take
-         plain steps
+    way  plain: `decode_step`; static, compiled, graph: as Recorder; auto: graph on CUDA, else plain. A model that is
+         sharded, or compiled for training, takes plain steps
 
     Raises ValueError on another way, and where `way` is impossible.
     """
     if way not in WAYS:
         raise ValueError(f"steps is {way!r}; choose {', '.join(WAYS)}")
     cuda = model.output_weight.is_cuda
-    whole = isinstance(model, Decoder) and isinstance(cache, Cache) and type(model.output_weight.data) is Tensor
+    whole = isinstance(model, Decoder | BlockTransformer) and type(model.output_weight.data) is Tensor
     if way == "auto":
         in_training = any(module._compiled_call_impl is not None for module in model.modules())
         way = "graph" if cuda and whole and not in_training else "plain"
     if way == "plain":
         return lambda tokens_B1: model.decode_step(tokens_B1, cache)
     if not whole or (way == "graph" and not cuda):
-        needs = "a model on CUDA" if whole else "a decoder in one piece, no Block Transformer"
+        needs = "a model on CUDA" if whole else "a model in one piece, of which no process holds a part"
         raise ValueError(f"steps={way} needs {needs}; take plain or auto")
-    assert isinstance(model, Decoder) and isinstance(cache, Cache)
+    if isinstance(model, BlockTransformer):
+        return StaticBlockStep(model, cache, way)
+    assert isinstance(model, Decoder)
     return StaticStep(model, cache, way)
+
+
+def close(step: StepFn) -> None:
+    """End the steps of `step_fn`: the cache then goes on with steps of any length."""
+    if isinstance(step, StaticStep | StaticBlockStep):
+        step.close()

@@ -5,6 +5,7 @@ import torch
 from conftest import WINDOW, build, small, tokens
 
 from arch import allocate, generate, resolve
+from arch.buffers import StateBuffer, Step
 from arch.footprint import allocated_bytes, kv_bytes
 
 
@@ -20,6 +21,16 @@ def test_bytes(arch: str, length: int, batch: int) -> None:
             model(token, cache)
     assert cache.nbytes == expected
     assert cache.length == length
+
+
+def test_a_head_is_read_in_one_piece(arch: str) -> None:
+    """Slots of one head follow each other in memory, in caches and in what steps are given of them."""
+    cache = allocate(resolve(small(arch)), 2, 20, dtype=torch.float32)
+    for buffer in cache.buffers:
+        if not isinstance(buffer, StateBuffer):
+            new = tuple(torch.ones(2, *tensor.shape[2:]) for tensor in buffer.tensors)
+            for tensor in (*buffer.tensors, *buffer.append(new, Step(4, 5))):
+                assert tensor.stride(1) == tensor.shape[-1], "from slot to slot"
 
 
 def test_bytes_follow_the_element_type(arch: str) -> None:

@@ -1,15 +1,44 @@
 """Steps of unchanging shapes equal plain steps, wait for nothing, and are captured once for each bucket."""
 
+import copy
+
 import pytest
 import torch
 from conftest import DECODERS, WINDOW, build, small, tokens
+from test_arch_block import block_config, build_block
+from test_arch_block_parts import BOUNDED, build_part
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from arch import allocate, generate, static_step
+from arch import ModelConfig, allocate, generate, static_step
 from arch import build as build_model
-from arch.static_step import StaticStep, bucket, step_fn, step_logits
+from arch.static_step import (
+    Recorder,
+    StaticBlockStep,
+    StaticStep,
+    block_logits,
+    bucket,
+    step_fn,
+    step_logits,
+    token_logits,
+)
 
-CPU = torch.device("cpu")
+BLOCK_MODELS = {
+    "block": lambda: build(small("block")),
+    "start, windows": lambda: build_block(block_config("start", "mixed", "mixed")),
+    "start, summation": lambda: build_block(block_config("start_summation", "gqa", "mla")),
+    "one token": lambda: build_block(block_config("length1", "cla2")),
+    "three of a prefix": lambda: build_block(block_config("prefix3_narrow", "mla", "gqa")),
+    "cross, start": lambda: build_part("cross", "lookup", start=True),
+    "cross, bounded": lambda: build_part("cross", "cls", fine=BOUNDED),
+    "bounded twice": lambda: build_block(bounded_twice()),
+}
+
+
+def bounded_twice() -> ModelConfig:
+    config = block_config("prefix1")
+    for part in (config.arch, config.arch.block.token):
+        part.stores, part.pattern = copy.deepcopy(BOUNDED)
+    return config
 
 
 @pytest.mark.parametrize(
@@ -74,7 +103,7 @@ def test_a_compiled_step_is_one_graph_for_all_tokens(monkeypatch: pytest.MonkeyP
         return graph
 
     compiled = torch.compile(step_logits, fullgraph=True, dynamic=False, backend=backend)
-    monkeypatch.setattr(static_step, "compiled_logits", lambda: compiled)
+    monkeypatch.setattr(static_step, "compiled", lambda logits: compiled)
     monkeypatch.setattr(static_step, "SMALLEST_BUCKET", 8)
     model, prompts = build(small("mixattention")), [[1, 2, 3], [4]]
     expected = generate(model, prompts, 10, steps="plain")
@@ -97,7 +126,7 @@ def test_a_graph_is_captured_for_each_bucket(monkeypatch: pytest.MonkeyPatch) ->
     """With the graph of CUDA replaced: rehearsals change no state, replays read the tokens and the position of now."""
     captured = []
 
-    def capture(self: StaticStep, tokens_B1: torch.Tensor) -> tuple:
+    def capture(self: Recorder, tokens_B1: torch.Tensor) -> tuple:
         graph = FakeGraph()
         graph.run = lambda: step_logits(self.model, self.cache, tokens_B1)
         graph.logits = torch.zeros(len(tokens_B1), 1, 61, dtype=torch.float64)
@@ -105,7 +134,7 @@ def test_a_graph_is_captured_for_each_bucket(monkeypatch: pytest.MonkeyPatch) ->
         return graph, graph.logits
 
     monkeypatch.setattr(static_step, "SMALLEST_BUCKET", 8)
-    monkeypatch.setattr(StaticStep, "capture", capture)
+    monkeypatch.setattr(Recorder, "capture", capture)
     model, batch = build(small("bct_mixed")), tokens(2, 20)
     with torch.no_grad():
         expected = model(batch)
@@ -119,19 +148,119 @@ def test_a_graph_is_captured_for_each_bucket(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_be_static() -> None:
-    model, block = build(small("mha")), build(small("block"))
-    for given, way, message in (
-        (model, "fast", "steps is 'fast'; choose auto, plain"),
-        (model, "graph", "steps=graph needs a model on CUDA"),
-        (block, "static", "no Block Transformer"),
+    model = build(small("mha"))
+    for way, message in (
+        ("fast", "steps is 'fast'; choose auto, plain"),
+        ("graph", "steps=graph needs a model on CUDA"),
     ):
-        with pytest.raises(ValueError, match=message):
-            step_fn(given, given.allocate_cache(1, 8), way)
-    assert step_fn(block, block.allocate_cache(1, 8)) is not None
+        for given in (model, build(small("block"))):
+            with pytest.raises(ValueError, match=message):
+                step_fn(given, given.allocate_cache(1, 8), way)
 
 
-def test_rows_of_a_block_transformer_cannot_be_refilled() -> None:
-    model, prompts = build(small("block")), [[1] * 4, [2] * 4]
-    with pytest.raises(ValueError, match="max_batch is 1 for 2 prompts: rows of a Block Transformer"):
-        generate(model, prompts, 4, max_batch=1)
-    assert generate(model, prompts, 4, max_batch=2) == generate(model, prompts, 4)
+@pytest.mark.parametrize("name", BLOCK_MODELS)
+@pytest.mark.parametrize("starts", [None, (0, 2, 1)])
+def test_static_steps_of_a_block_transformer_are_its_plain_ones(
+    name: str, starts: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the prompt's place in its block, from bucket to bucket, with rows that begin late; and plain steps go on
+    from where static ones ended."""
+    monkeypatch.setattr(static_step, "SMALLEST_BUCKET", 2)
+    model = BLOCK_MODELS[name]()
+    block = model.plan.block_length
+    batch, first = tokens(3, 8 * block), 3 * block + block // 2
+    start_B = None if starts is None else torch.tensor(starts)
+    found = {}
+    with torch.no_grad():
+        for way in ("plain", "static"):
+            cache = model.allocate_cache(3, 8 * block, start_B=None if start_B is None else start_B.clone())
+            model.prefill(batch[:, :first], cache)
+            step = step_fn(model, cache, way)
+            logits = [step(token) for token in batch[:, first : 6 * block + 1].split(1, dim=1)]
+            static_step.close(step)
+            logits += [model.decode_step(token, cache) for token in batch[:, 6 * block + 1 :].split(1, dim=1)]
+            found[way] = torch.cat(logits, dim=1)
+    torch.testing.assert_close(found["static"], found["plain"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["block", "start, summation", "cross, start", "bounded twice"])
+def test_a_static_step_of_a_block_transformer_waits_for_nothing(name: str) -> None:
+    model = BLOCK_MODELS[name]()
+    block = model.plan.block_length
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        cache = model.allocate_cache(2, 8 * block, start_B=torch.zeros(2, dtype=torch.int64))
+        model(torch.zeros(2, 2 * block, dtype=torch.int64), cache, last_only=True)
+        StaticBlockStep(model, cache, "static")
+        cache.blocks.num_slots = 4
+        assert block_logits(model, cache, torch.zeros(2, block, dtype=torch.int64)).shape[:2] == (2, 1)
+        if block > 1:
+            assert token_logits(model, cache, torch.zeros(2, 1, dtype=torch.int64)).shape[:2] == (2, 1)
+
+
+def test_two_graphs_decode_a_block_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the graphs of CUDA replaced, and compiled: one for each bucket of blocks, and one within blocks."""
+    torch._dynamo.reset()
+    captured, traced = [], []
+
+    def capture(self: Recorder, given: torch.Tensor) -> tuple:
+        graph = FakeGraph()
+        graph.run = lambda: self.logits(self.model, self.cache, given)
+        graph.logits = torch.zeros(len(given), 1, 61, dtype=torch.float64)
+        captured.append(self.logits)
+        return graph, graph.logits
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        traced.append(graph)
+        return graph
+
+    compiled = {
+        logits: torch.compile(logits, fullgraph=True, dynamic=False, backend=backend)
+        for logits in (block_logits, token_logits)
+    }
+    monkeypatch.setattr(Recorder, "capture", capture)
+    monkeypatch.setattr(static_step, "compiled", compiled.get)
+    monkeypatch.setattr(static_step, "SMALLEST_BUCKET", 4)
+    model = build(small("block"))
+    block = model.plan.block_length
+    prompts = [tokens(1, length)[0].tolist() for length in (block + 1, 2 * block)]
+    expected = generate(model, prompts, 6 * block)
+    assert generate(model, prompts, 6 * block, steps="compiled") == expected
+    assert len(traced) == 3
+    batch = tokens(2, 7 * block)
+    with torch.no_grad():
+        plain, graphs = (model.allocate_cache(2, 7 * block) for _ in range(2))
+        for cache in (plain, graphs):
+            model.prefill(batch[:, :block], cache)
+        step = StaticBlockStep(model, graphs, "graph")
+        for token in batch[:, block:].split(1, dim=1):
+            torch.testing.assert_close(step(token), model.decode_step(token, plain), rtol=0, atol=1e-12)
+    assert captured.count(token_logits) == 1 and captured.count(block_logits) == 2
+
+
+@pytest.mark.parametrize("name", BLOCK_MODELS)
+@pytest.mark.parametrize("steps", ["plain", "static"])
+def test_rows_of_a_block_transformer_are_refilled(name: str, steps: str) -> None:
+    """Between blocks: prompts of less than a block, of whole blocks, of more tokens, each continued as it is alone."""
+    model = BLOCK_MODELS[name]()
+    block = model.plan.block_length
+    lengths = [block + 1, 2 * block, 1, 3 * block + 2, block, 2]
+    prompts = [tokens(1, length)[0].tolist() for length in lengths]
+    alone = [row for prompt in prompts for row in generate(model, [prompt], 6, pad_token=3)]
+    stop = alone[1][2]
+    stopped = [row[: row.index(stop)] if stop in row else row for row in alone]
+    assert generate(model, prompts, 6, max_batch=1 if steps == "static" else 4, steps=steps, pad_token=3) == alone
+    assert generate(model, prompts, 6, max_batch=2, steps=steps, pad_token=3, stop_token=stop) == stopped
+
+
+def test_steps_end_with_an_error_too() -> None:
+    """The cache goes on with steps of any length."""
+    model = build(small("mha"))
+    cache = model.allocate_cache(1, 9)
+
+    def fails(_: torch.Tensor) -> bool:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        generate(model, [[1, 2, 3]], 7, steps="static", cache=cache, on_step=fails)
+    with torch.no_grad():
+        assert model(tokens(1, 2), cache).shape[1] == 2

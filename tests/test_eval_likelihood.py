@@ -12,7 +12,7 @@ from arch.named import load_arch
 from data.cli import UsageError
 from eval.tasks import copying
 from eval.tasks.intervals import counted_share, wilson
-from eval.tasks.likelihood import continuation_likelihoods, measure_next, repeat_rows, whole_likelihoods
+from eval.tasks.likelihood import continuation_likelihoods, measure_next, whole_likelihoods
 
 
 def blocks(**changes: object) -> LanguageModel:
@@ -65,7 +65,7 @@ def test_rows_of_a_repeated_cache_go_their_own_ways(arch: str) -> None:
     with torch.no_grad():
         cache = model.allocate_cache(1, 20)
         model.prefill(tokens(1, 13), cache)
-        copies = repeat_rows(cache, 3)
+        copies = cache.repeat(3)
         assert copies.nbytes == 3 * cache.nbytes
         before = [tensor.clone() for tensor in tensors(cache)]
         logits_31V = model.decode_step(torch.tensor([[1], [2], [3]]), copies)

@@ -3,7 +3,6 @@
 Shapes: B batch, N continuations, T tokens, D model, V vocabulary.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +15,6 @@ from arch.generation import batch_prompts, evaluating
 from arch.precision import at_least_fp32
 
 S = TypeVar("S")
-T = TypeVar("T")
 
 MAX_LOGITS = 2**26  # that exist at one time
 
@@ -37,37 +35,6 @@ def pieces(values: Sequence[S], size: int) -> Iterator[Sequence[S]]:
     """`values` in order, up to `size` at a time."""
     for begin in range(0, len(values), size):
         yield values[begin : begin + size]
-
-
-def repeat_rows(cache: T, rows: int) -> T:
-    """Copy a cache of one sequence for `rows` of them."""
-    copies: dict[int, Any] = {}
-
-    def copied(value: Any) -> Any:
-        if id(value) in copies:
-            return copies[id(value)]
-        if isinstance(value, Tensor):
-            result: Any = value.repeat_interleave(rows, dim=0) if value.dim() and len(value) == 1 else value.clone()
-        elif isinstance(value, list | tuple):
-            result = type(value)(map(copied, value))
-        elif isinstance(value, dict):
-            result = {key: copied(item) for key, item in value.items()}
-        elif hasattr(value, "__dict__") and not isinstance(value, type) and not _frozen(value):
-            result = copy.copy(value)
-            result.__dict__.update({key: copied(item) for key, item in vars(value).items()})
-        else:
-            return value
-        copies[id(value)] = result
-        return result
-
-    made: T = copied(cache)
-    return made
-
-
-def _frozen(value: Any) -> bool:
-    """True of plans and specs, which hold no tensors."""
-    parameters = getattr(type(value), "__dataclass_params__", None)
-    return parameters is not None and bool(parameters.frozen)
 
 
 @torch.no_grad()
@@ -94,7 +61,7 @@ def continuation_likelihoods(
             targets_NT = torch.tensor(_padded(rows, longest), device=device)
             logits_NTV = first_1V[:, None].expand(len(rows), 1, vocabulary)
             if longest > 1:
-                later_NTV = _continue(model, targets_NT[:, :-1], repeat_rows(cache, len(rows)))
+                later_NTV = _continue(model, targets_NT[:, :-1], cache.repeat(len(rows)))
                 logits_NTV = torch.cat((logits_NTV, wide(later_NTV)), dim=1)
             nats_NT = logits_NTV.log_softmax(-1).gather(-1, targets_NT[..., None])[..., 0]
             greedy_NT = logits_NTV.argmax(-1) == targets_NT
