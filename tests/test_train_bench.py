@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, launch_in_process, run_script, small, start_script
 from omegaconf import OmegaConf
 
-from arch import ArchConfig, SizeConfig
+from arch import ArchConfig, SizeConfig, resolve
+from arch.footprint import kv_bytes, num_params
 from arch.named import CONFIGS, load_arch, load_size, names
 from data.shards import Manifest
 from train import pretrain
@@ -26,6 +27,7 @@ from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.benchmarks.gpu_case import Case, Options
 from train.loss import cross_entropy_sum
+from train.memory import Execution
 from train.schema import PretrainConfig
 
 CPU = torch.device("cpu")
@@ -132,7 +134,7 @@ def test_suite_refuses_mistakes(wrong: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_micro_batch_halves_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(name: str, config: object, batch: int, options: Options) -> dict:
+    def run(name: str, config: object, batch: int, *_: object) -> dict:
         if batch > 1:
             raise torch.cuda.OutOfMemoryError("no")
         return {"micro_batch": batch}
@@ -140,6 +142,84 @@ def test_micro_batch_halves_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_suite.gpu_train, "run", run)
     found = gpu_suite.gpu_train.measure("ours", small("mha"), Options(toy=True))
     assert found == {"micro_batch": 1, "did_not_fit": [2]}
+
+
+def test_a_step_of_micro_batches_is_that_of_the_batch() -> None:
+    config, batch = small("cla2"), random_batch(61, 4, 16, CPU, seed=0)
+    models = [BUILDERS["ours"](config, CPU, False) for _ in range(2)]
+    steps = [Step(model, contextlib.nullcontext, accumulate) for model, accumulate in zip(models, (1, 2), strict=True)]
+    for _ in range(2):
+        whole, parts = (step(*batch).item() for step in steps)
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_training_is_measured_at_the_micro_batch_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the estimate of a run, at the sizes of a GPU; a layout that fits nowhere is tried, and then skipped."""
+    gpu_train, options = gpu_suite.gpu_train, Options(toy=False)
+    monkeypatch.setattr(Options, "device", torch.device("cuda"))
+    monkeypatch.setattr(gpu_train, "free_memory", lambda device: 79 * 2**30)
+    sizes = {
+        (arch, size, checkpointing): gpu_train.first_micro_batch(
+            gpu_train.model_config(arch, size, options), Execution(checkpointing=checkpointing), options
+        )
+        for arch, size in (("mha", "1b"), ("bct", "1b"), ("mha", "3b"), ("cla2", "3b"), ("bct", "3b"))
+        for checkpointing in (False, True)
+    }
+    assert sizes["mha", "1b", False] == 16 and sizes["cla2", "3b", False] == 2
+    assert 1 <= sizes["bct", "1b", False] < 16 and sizes["mha", "3b", True] >= 16
+    assert sizes["bct", "3b", False] == 1
+
+    def run(*_: object) -> dict:
+        raise torch.cuda.OutOfMemoryError("no")
+
+    monkeypatch.setattr(gpu_train, "run", run)
+    with pytest.raises(UnavailableError, match=r"a single sequence does not fit \(\d+ GiB by estimate\)"):
+        gpu_train.measure("ours", gpu_train.model_config("bct", "3b", options), options)
+
+
+def test_cases_of_training() -> None:
+    gpu_train, options = gpu_suite.gpu_train, Options(toy=False)
+    assert [case.key for case in gpu_train.train_3b(options)][-1] == "ours-mha-3b-2048-checkpointed"
+    assert not any("checkpointed" in case.key for case in gpu_train.train_1b(options))
+    assert {"mha", "cla2", "mixattention", "block", "bct"} < set(gpu_train.GOAL_MFU) < set(gpu_train.FAMILIES)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_measurement_stands_beside_roof_and_goal(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_train = gpu_suite.gpu_train
+    monkeypatch.setattr(gpu_train, "peak_flops", lambda device, dtype: 989.5e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
+    case = gpu_train.record("ours", "cla2", "1b", 2048, Options(toy=True), checkpointing)
+    assert case["micro_batch"] == case["accumulate"] == 2
+    assert 0 < case["mfu"] < case["roof_mfu"] < 1
+    assert case["mfu"] / case["roof_mfu"] == pytest.approx(case["tokens_per_second"] / case["roof_tokens_per_second"])
+    assert case["activation_checkpointing"] is checkpointing
+    case |= {"goal_mfu": 0.46, "goal_tokens_per_second": 52_325.0, "peak_memory_bytes": 2**36}
+    shown = gpu_train.table("train_1b", {"cases": {"ours-cla2": case, "copy": {"gb_per_second": 1}}})
+    name, goal, micro = (shown.splitlines()[-1].split(" | ")[column] for column in (0, 2, -1))
+    assert (name, goal, micro) == ("| ours-cla2", "52,325", "2 x 2 |")
+    assert " | 46.0% | " in shown and " | 64.0 | " in shown
+    assert "goal 46%" in gpu_train._line(case) and "roof " in gpu_train._line(case)
+
+
+def test_floor_of_a_decoded_token() -> None:
+    """Its bytes: every weight but the embedding's of a plain decoder; half of a Block Transformer's once per block."""
+    gpu_decode, plain, block = gpu_suite.gpu_decode, small("mha"), small("block")
+    mha = resolve(plain)
+    read = num_params(plain, mha) - 32  # all but the last norm
+    assert gpu_decode.floor_bytes(plain, 3, 20) == 2 * read + 3 * kv_bytes(mha, 20).read
+    plan = resolve(block)
+    whole = gpu_decode.floor_bytes(block, 1, 64) - kv_bytes(plan, 64).read
+    assert 0.5 < whole / (2 * num_params(block, plan)) < 0.8
+
+
+def test_ways_to_take_a_step(tmp_path: Path) -> None:
+    assert suite(tmp_path, "parts=decode_steps") == 0
+    cases = read(tmp_path, "decode_steps")["cases"]
+    assert {key.split("-")[0] for key in cases} == {"ours_static", "ours_plain"}
+    for key, case in cases.items():
+        assert case["cache_bytes"] == case["formula_bytes"], key
+        assert case["kernels"] == ([] if "bct" in key else ["sdpa"])
 
 
 def test_attention_goes_through_its_own_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,3 +446,11 @@ def test_study_prepares_its_own_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.prepare.prepare", made.append)
     folder = gpu_study.default_data()
     assert (folder.name, made[0].source.corpus, made[0].tokenizer.vocab_size) == ("stdlib-bpe8192", "stdlib", 8192)
+    assert made[0].tokenizer.sample_bytes < 5_000_000, "a tokenizer of all of it takes minutes"
+
+
+def test_study_takes_what_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.config.PREPARED", tmp_path)
+    (tmp_path / "stdlib-bpe512").mkdir()
+    (tmp_path / "stdlib-bpe512" / "manifest.json").touch()
+    assert gpu_study.default_data(toy=True) == tmp_path / "stdlib-bpe512"

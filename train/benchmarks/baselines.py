@@ -56,11 +56,19 @@ def llama_slot(config: ModelConfig) -> SlotShape:
     return slot
 
 
-def kvfrontier(config: ModelConfig, device: torch.device, compiled: bool) -> Baseline:
+def kvfrontier(
+    config: ModelConfig, device: torch.device, compiled: bool, activation_checkpointing: bool = False
+) -> Baseline:
     """Our model, built as `train/pretrain.py` does on one device; a Block Transformer predicts its inputs."""
     with torch.device("meta"):
         model = build(config, device_type=device.type)
-    parallelize(model, activation_checkpointing=False, compile_blocks=compiled, mesh=None, dtype=torch.float32)
+    parallelize(
+        model,
+        activation_checkpointing=activation_checkpointing,
+        compile_blocks=compiled,
+        mesh=None,
+        dtype=torch.float32,
+    )
     model.to_empty(device=device)
     model.init_weights(0)
 
@@ -213,21 +221,27 @@ def _litgpt_names(weights: Weights) -> Weights:
 
 
 class Step:
-    """One optimizer step, the same for every model: forward, loss, backward, clipping, fused AdamW."""
+    """One optimizer step, the same for every model: forward, loss, backward, clipping, fused AdamW.
 
-    def __init__(self, baseline: Baseline, precision: Callable[[], AbstractContextManager[Any]]):
-        self.baseline, self.precision = baseline, precision
+    A batch of B rows goes through in micro-batches of B / `accumulate`.
+    """
+
+    def __init__(self, baseline: Baseline, precision: Callable[[], AbstractContextManager[Any]], accumulate: int = 1):
+        self.baseline, self.precision, self.accumulate = baseline, precision, accumulate
         self.parameters = list(baseline.model.parameters())
         self.optimizer = build_optimizer(baseline.model, OptimConfig(lr=1e-4))
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with self.precision():
-            loss = self.baseline.loss(inputs_BT, targets_BT)
-        loss.backward()  # type: ignore[no-untyped-call]
+        total = torch.zeros((), device=inputs_BT.device)
+        for inputs, targets in zip(*(x.chunk(self.accumulate) for x in (inputs_BT, targets_BT)), strict=True):
+            with self.precision():
+                loss = self.baseline.loss(inputs, targets) / self.accumulate
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         nn.utils.clip_grad_norm_(self.parameters, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return total
 
 
 def random_batch(vocab_size: int, batch: int, length: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:

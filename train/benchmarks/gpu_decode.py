@@ -1,4 +1,4 @@
-"""Part of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
+"""Parts of the GPU suite: prefill and decode over the cache, and the bytes that the cache really takes.
 
 Both implementations decode greedily in bf16: ours with the steps that `generate` takes, captured in a CUDA graph,
 theirs eagerly over a DynamicCache. Neither decodes with cuDNN's attention, as ours never does. The floor of a step is
@@ -6,24 +6,28 @@ the time in which the device's memory delivers the weights and the cache.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from arch import ModelConfig, Plan, resolve
+from arch import ModelConfig, Plan, attend_step, resolve
 from arch.attend import NOT_CUDNN
-from arch.footprint import allocated_bytes, kv_bytes, num_params
+from arch.footprint import allocated_bytes, kv_bytes
 from eval.hardware import GIGA, find_gpu
 from train.benchmarks.baselines import hugging_face, random_batch
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
 from train.benchmarks.gpu_case import Case, Options, model_config
 from train.benchmarks.timing import seconds, summary_stats
+from train.memory import between_params, stack_layer_params, stack_shapes
 
 ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
 BASELINE_ARCHS = ("mha", "gqa4")
+OTHER_ARCHS = ("mha", "cla2", "mixattention", "bct")
 WARMUP, STEPS = 4, 32
 
 
@@ -37,21 +41,43 @@ class Session(NamedTuple):
 def decode(options: Options) -> list[Case]:
     """Contexts and batches at size 1b: the large batch first, where layouts differ most."""
     shapes = [(12, 2)] if options.toy else [(4096, 64), (32768, 8), (4096, 1), (32768, 1)]
-    cases = []
-    for context, batch in shapes:
-        for arch in ARCHS:
-            for name in SESSIONS if arch in BASELINE_ARCHS else ("ours",):
-                run = functools.partial(measure, name, model_config(arch, "1b", options), context, batch, options)
-                cases.append(Case(f"{name}-{arch}-1b-{context}x{batch}", 12, run, _line))
-    return cases
+    chosen = {arch: ("ours", *["hugging_face"] * (arch in BASELINE_ARCHS)) for arch in ARCHS}
+    return [_case(name, arch, *shape, options) for shape in shapes for arch in ARCHS for name in chosen[arch]]
+
+
+def decode_steps(options: Options) -> list[Case]:
+    """The ways to take a step, at batch 1: static ones without a graph, and plain ones, beside what `decode` has."""
+    context = 12 if options.toy else 4096
+    return [_case(name, arch, context, 1, options) for arch in OTHER_ARCHS for name in ("ours_static", "ours_plain")]
+
+
+def _case(name: str, arch: str, context: int, batch: int, options: Options) -> Case:
+    run = functools.partial(measure, name, model_config(arch, "1b", options), context, batch, options)
+    return Case(f"{name}-{arch}-1b-{context}x{batch}", 12, run, _line)
 
 
 def _line(result: dict[str, Any]) -> str:
     share = "" if result["share_of_floor"] is None else f" ({result['share_of_floor']:.0%} of the floor)"
+    kernels = f", {' and '.join(result['kernels'])}" if result["kernels"] else ""
     return (
         f"prefill {result['prefill_tokens_per_second']:,.0f} tok/s, decode {result['decode_tokens_per_second']:,.0f} "
-        f"tok/s{share}, cache {result['cache_bytes'] / 2**20:,.1f} MiB"
+        f"tok/s{share}{kernels}, cache {result['cache_bytes'] / 2**20:,.1f} MiB"
     )
+
+
+@contextmanager
+def kernels_of_steps() -> Iterator[set[str]]:
+    """Collect the names of the attention kernels that steps choose."""
+    names: set[str] = set()
+    select = attend_step.select_step_kernel
+
+    def selecting(*arguments: Any, **options: Any) -> attend_step.StepKernel:
+        chosen = select(*arguments, **options)
+        names.add(chosen.name)
+        return chosen
+
+    with patch.object(attend_step, "select_step_kernel", selecting):
+        yield names
 
 
 @torch.inference_mode()
@@ -72,7 +98,7 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
         nonlocal token
         token = argmax_last(session.decode(token))
 
-    with sdpa_kernel(NOT_CUDNN):
+    with sdpa_kernel(NOT_CUDNN), kernels_of_steps() as kernels:
         for _ in range(WARMUP):
             step()
         times = summary_stats(step_seconds(step, resolve(config), device))
@@ -80,6 +106,7 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
     return {
         "floor_seconds": floor,
         "share_of_floor": floor and floor / times["median"],
+        "kernels": sorted(kernels),
         "context": context,
         "batch": batch,
         "prefill_seconds": prefill,
@@ -95,14 +122,20 @@ def measure(name: str, config: ModelConfig, context: int, batch: int, options: O
 def floor_seconds(config: ModelConfig, batch: int, context: int, device: torch.device) -> float | None:
     """Seconds in which the memory delivers what one step reads: weights in bf16, without the embedding, and the cache.
 
-    None on a device whose bandwidth is not listed, and for a Block Transformer, whose steps differ.
+    Of a Block Transformer on average over the tokens of a block. None on a device whose bandwidth is not listed.
     """
-    plan, size = resolve(config), config.size
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if gpu is None or plan.block_length > 1:
-        return None
-    weights = num_params(config, plan) - (0 if size.tie_embeddings else size.vocab_size * size.d_model)
-    return (2 * weights + batch * kv_bytes(plan, context).read) / (gpu.bandwidth * GIGA)
+    return None if gpu is None else floor_bytes(config, batch, context) / (gpu.bandwidth * GIGA)
+
+
+def floor_bytes(config: ModelConfig, batch: int, context: int) -> float:
+    """Bytes of weights and cache that one step reads."""
+    plan = resolve(config)
+    *outer, inner = stack_shapes(config, plan, 1)
+    weights = float(sum(params for params, _ in stack_layer_params(inner)))
+    weights += config.size.vocab_size * inner.config.size.d_model
+    once = sum(params for stack in outer for params, _ in stack_layer_params(stack)) + between_params(config)
+    return 2 * (weights + once / plan.block_length) + batch * kv_bytes(plan, context).read
 
 
 def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> list[float]:
@@ -116,12 +149,14 @@ def step_seconds(step: Callable[[], None], plan: Plan, device: torch.device) -> 
     return [seconds(steps, device) / length for _ in range(STEPS // length)]
 
 
-def our_sessions(config: ModelConfig, batch: int, capacity: int, device: torch.device) -> Callable[[], Session]:
-    """Sessions of our model, each with an empty cache for `capacity` tokens."""
+def our_sessions(
+    config: ModelConfig, batch: int, capacity: int, device: torch.device, steps: str = "auto"
+) -> Callable[[], Session]:
+    """Sessions of our model, each with an empty cache for `capacity` tokens; `steps` as in `generate`."""
     model = build_model(config, torch.bfloat16, device)
 
     def start() -> Session:
-        decode, cache = decode_fn(model, batch, capacity)
+        decode, cache = decode_fn(model, batch, capacity, steps)
         return Session(decode, lambda: cache.nbytes)
 
     return start
@@ -144,4 +179,9 @@ def hugging_face_sessions(
     return start
 
 
-SESSIONS = {"ours": our_sessions, "hugging_face": hugging_face_sessions}
+SESSIONS: dict[str, Callable[[ModelConfig, int, int, torch.device], Callable[[], Session]]] = {
+    "ours": our_sessions,
+    "ours_plain": functools.partial(our_sessions, steps="plain"),
+    "ours_static": functools.partial(our_sessions, steps="static"),
+    "hugging_face": hugging_face_sessions,
+}

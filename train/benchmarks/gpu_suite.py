@@ -2,6 +2,7 @@
 
 Runs the parts in the order of their worth, each in a process of its own, and writes `<out>/<part>.json` after every
 case. A suite that was stopped, killed or ran out of `minutes` continues with what is missing when it is started again.
+At the end it prints what was measured of training beside its roof and its goal, and writes that to `<out>/training.md`.
 
 Needs torch, einops, numpy and PyYAML; what needs more is skipped with the reason. Without CUDA it says so and ends.
 """
@@ -28,7 +29,7 @@ if not __package__:  # run as a script
 import torch
 
 from data.cli import UsageError, did_you_mean, parse
-from data.files import write_json
+from data.files import write_json, write_text
 from eval.environment import ROOT, driver
 from eval.results import envelope
 from train.benchmarks import gpu_checks, gpu_decode, gpu_study, gpu_train
@@ -41,6 +42,7 @@ PARTS = {
     "tests": gpu_checks.tests,
     "attention": gpu_checks.attention,
     "decode": gpu_decode.decode,
+    "decode_steps": gpu_decode.decode_steps,
     "train_1b_8k": gpu_train.train_1b_8k,
     "train_3b": gpu_train.train_3b,
     "study": gpu_study.study,
@@ -114,6 +116,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{part}: no time left; start the suite again to go on")
             continue
         status = max(status, start_part(part, config, min(left, 60 * config.part_minutes)))
+    show_training(config.folder)
     print(f"results: {config.folder}")
     return status
 
@@ -130,10 +133,25 @@ def start_part(part: str, config: SuiteConfig, allowed: float) -> int:
         return 1
 
 
+def show_training(folder: Path) -> None:
+    """Print what is measured of training so far as a table, and write it beside the results."""
+    lines = [table for part in PARTS if (table := gpu_train.table(part, read_part(folder / f"{part}.json")))]
+    if lines:
+        text = "\n\n".join(lines) + "\n"
+        write_text(folder / "training.md", text)
+        print(f"\n{text}", end="")
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """The results of a part so far."""
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "cases": {}}
+    return result
+
+
 def run_part(part: str, config: SuiteConfig) -> int:
     """Run every case of the part that has no result yet and fits into the time. Returns 1 if one failed, else 0."""
     path = config.folder / f"{part}.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "cases": {}}
+    result = read_part(path)
     git = {"git": config.git} if config.git else {}
     result["starts"].append(envelope() | {"driver": driver()} | git)
     options = Options(config.toy, config.data)
