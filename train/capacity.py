@@ -21,7 +21,7 @@ def reserve_of(free: float) -> float:
 
 
 def execution(config: PretrainConfig) -> Execution:
-    """How a step of the run is executed on CUDA."""
+    """Execution of a step of the run on CUDA."""
     trainer = config.trainer
     return Execution(
         strategy="fsdp" if trainer.strategy == "hsdp" else trainer.strategy,
