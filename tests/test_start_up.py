@@ -34,6 +34,8 @@ CASES = [
     ("train/uptrain.py out=nowhere", 2, "from= is not set"),
     ("train/study.py --help", 0, "Compare layouts"),
     ("train/study.py +study=cpu others=mix", 2, "choose refuse, keep, ignore"),
+    ("eval/study.py --help", 0, "Student's t"),
+    ("eval/study.py nowhere/results.jsonl", 2, "there is no such file"),
     ("data/prepare.py --help", 0, "Turn text into token shards"),
     ("eval/footprint.py +size=1b", 0, "mixattention"),
     (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),

@@ -3,17 +3,22 @@
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from conftest import launch_in_process
 
 from arch import LayoutError
 from arch.named import model_config, names
 from data.cli import UsageError
+from eval import study as report
+from eval.study_rows import compare, frontier, groups, read_rows, sentence
+from train import study
 from train.matching import find_match
 from train.schema import PretrainConfig
 from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
 from train.studies.launchers import DONE, STOPPED, Job, LocalHandle
-from train.studies.rows import append_row, read_rows
+from train.studies.rows import append_row
 from train.studies.schema import StudyConfig
 
 
@@ -121,3 +126,47 @@ def test_commands_of_a_run(tmp_path: Path) -> None:
     assert job.next_command()[-2:] == ["+arch=mha", f"folder={tmp_path}"]
     (tmp_path / "config.yaml").write_text("")
     assert job.next_command()[-1] == f"resume={tmp_path}"
+
+
+def row(arch: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
+    kv = {str(context): [context * (2 if arch == "mha" else 1), 1] for context in (2048, 8192, 32768, 131072)}
+    made = {"arch": arch, "seed": seed, "loss": loss, "key": arch, "stage": MAIN, "commit": "c" * 40, "lr": 1e-3}
+    made |= {"data": [{"name": "books", "digest": "d"}], "tokens": 10, "seq_len": 4, "speed": {}, "val_tokens": 8}
+    made |= {"kv": kv, "params": 7, "val_curve": [[5, loss + 1], [10, loss]], "match": None, "date": "2026-01-31T00"}
+    return made | {"tasks": {"decode": {"figures": {"token_ms": 2.0}}}, "hardware": "a CPU"} | changes
+
+
+def test_layouts_are_compared_by_seed() -> None:
+    rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
+    rows += [row("cla2", seed, 3.1 + seed / 10 + seed / 1000) for seed in range(3)]  # paired, 0.1 above
+    rows += [row("mla", seed, loss) for seed, loss in enumerate((2.9, 3.3, 3.2))]
+    rows += [row("mla", 0, 1.0, commit="d" * 40)]
+    mha, cla2, mla, other = groups(rows, MAIN)
+    assert [mla.label, other.label] == ["mla (ccccccc)", "mla (ddddddd)"]
+    found = compare(cla2, mha)
+    assert found is not None and found.mean == pytest.approx(0.101)
+    assert found.half == pytest.approx(4.303 * 0.001 / 3**0.5)
+    assert sentence(cla2, mha) == "cla2: worse than mha (+0.1010 ± 0.0025 nats over 3 seeds)."
+    assert sentence(mla, mha).startswith("mla (ccccccc): not told apart from mha (+0.0333 ±")
+    assert compare(other, mha) is None and "under the same conditions" in sentence(other, mha)
+    assert frontier({"a": (1, 3.0), "b": (2, 3.1), "c": (3, 2.0)}) == ["a", "c"]
+
+
+def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for seed in range(2):
+        append_row(tmp_path / "results.jsonl", row("mha", seed, 3.0))
+        append_row(tmp_path / "results.jsonl", row("cla2", seed, 2.5))
+    with patch("eval.plots.style.Picture.write", lambda self, path, **options: path.write_bytes(b"png")):
+        report.main([str(tmp_path / "results.jsonl")])
+    page = (tmp_path / "report.html").read_text()
+    assert "cla2: better than mha (-0.5000 ± 0.0000 nats over 2 seeds)." in page and page.count("data:image/png") == 3
+    assert "http" not in page
+    assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,7,2048,8192")
+
+
+def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["+study=cpu", "plan=true", f"data.path={corpus}", f"folder={tmp_path}"]
+    for word, fix in (("archs=[mha,gqa5]", "did you mean gqa8"), ("run=['seed=3']", "the study's to set")):
+        with pytest.raises(SystemExit):
+            launch_in_process(study.main, "study", StudyConfig, [*words, word])
+        assert fix in capsys.readouterr().err

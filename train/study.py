@@ -26,10 +26,11 @@ from eval.cli import Choices, launch
 from eval.console import PlainConsole
 from eval.environment import git_revision
 from eval.runs import RunError
+from eval.study_rows import newest, read_rows
 from eval.units import bytes_text, count_text, duration_text
 from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
 from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start
-from train.studies.rows import append_row, newest, read_rows, row_of
+from train.studies.rows import append_row, row_of
 from train.studies.schema import StudyConfig, problems
 
 PAUSE = 0.5  # seconds between two looks at what runs

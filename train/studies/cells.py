@@ -10,13 +10,14 @@ from typing import Any
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError, resolve
 from arch.config import to_dict
 from data.cli import UsageError, hydra_value
 from data.shards import Manifest
-from eval.cli import explain, unknown_keys
+from eval.cli import explain, require, unknown_keys
 from eval.overrides import as_typed
 from eval.runs import deciding_values
 from train.matching import Match, matched
@@ -97,7 +98,10 @@ def _layout(study: StudyConfig, arch: str, digests: dict[tuple[Path, ...], str])
     if study.data.path is not None:
         words.append(f"data.path={hydra_value(study.data.path)}")
     try:
-        composed = compose("pretrain", overrides=as_typed(words, PretrainConfig, sweep=False))
+        composed = compose("pretrain", as_typed(words, PretrainConfig, sweep=False), return_hydra_config=True)
+        require(size=composed.hydra.runtime.choices.get("size"))
+        with open_dict(composed):
+            del composed["hydra"]
         if wrong := list(unknown_keys(composed)):
             raise UsageError("\n".join(f"run: {line}" for line in wrong))
         config = to_object(composed)

@@ -13,7 +13,7 @@ commit, ...     commit (`+`: changed files), versions, hardware, threads; `token
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any
 
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from data.cli import UsageError
 from eval.evaluations import FOLDER, KEY
 from eval.identity import Identity
 from eval.runs import Run, deciding_values
@@ -34,32 +33,6 @@ POINTS = 60  # of a curve
 TASK_KEYS = ("figures", "options", "rows", "context")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows in the file `path`; none where there is no file. A last line that was cut off is passed over.
-
-    Raises UsageError where another line is not a row.
-    """
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and {"key", "seed", "arch", "stage", "loss"} <= row.keys()):
-                raise ValueError("it is no row of a study")
-            rows.append(row)
-        except ValueError as error:
-            if number < len(lines):
-                raise UsageError(
-                    f"{path}, line {number}: {error}; delete the line, its run is then done again"
-                ) from error
-    return rows
-
-
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add `row` to the file `path`, flushed to the disk. A last line that was cut off goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +43,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
-
-
-def newest(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """The last row of each (key, seed, commit)."""
-    return {(row["key"], row["seed"], row["commit"]): row for row in rows}
 
 
 def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Pictures of a study: loss against bytes and against decoding time, curves of loss and of learning rates."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from eval.plots.style import GRID, Axes, Picture, line_looks, literal_text, plain_axes
+from eval.study_rows import Group, Row, frontier
+
+UNIT = 1 << 20
+Looks = Mapping[str, tuple[str, str]]
+
+
+def looks_of(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and dashes for each label."""
+    return {label: tuple(look) for label, look in zip(labels, line_looks(len(labels)), strict=True)}  # type: ignore[misc]
+
+
+def points(
+    axes: Axes, places: Mapping[str, float], values: Mapping[str, Sequence[float]], looks: Looks, lower: bool = True
+) -> None:
+    """Draw the mean of `values` at `places`, and the frontier with a band from the lowest to the highest.
+
+    lower  low values are the better ones
+    """
+    means = {name: statistics.fmean(values[name]) for name in places if values.get(name)}
+    kept = frontier({name: (places[name], mean if lower else -mean) for name, mean in means.items()})
+    axes.step([places[name] for name in kept], [means[name] for name in kept], where="post", color=GRID, zorder=1)
+    low, high = ([edge(values[name]) for name in kept] for edge in (min, max))
+    axes.fill_between([places[name] for name in kept], low, high, step="post", color=GRID, alpha=0.6, zorder=0)
+    for name, mean in means.items():
+        spread = [[mean - min(values[name])], [max(values[name]) - mean]]
+        axes.errorbar(places[name], mean, yerr=spread, fmt="o", color=looks[name][0], markersize=5, capsize=2)
+        axes.annotate(name, (places[name], mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    plain_axes(axes)
+
+
+@literal_text
+def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, title: str) -> Picture:
+    """`figure` (`loss`, or a task's) against bytes of cache, a panel for each context."""
+    looks = looks_of([group.label for group in groups])
+    loss = figure == "loss"
+    values = {group.label: list(group.losses.values()) if loss else group.figures(figure) for group in groups}
+    picture = Picture(figsize=(10, 7.2), layout="constrained")
+    picture.suptitle(title, fontsize=11)
+    for number, context in enumerate(contexts):
+        axes = picture.add_subplot(2, 2, number + 1)
+        places = {group.label: group.first["kv"][context][0] / UNIT for group in groups}
+        points(axes, places, values, looks, lower=loss)
+        axes.set_xscale("log")
+        axes.set_xlabel(f"MiB of cache at {int(context):,} tokens")
+        axes.set_ylabel("validation loss, nats" if loss else figure)
+    return picture
+
+
+@literal_text
+def draw_decoding(groups: Sequence[Group], title: str) -> Picture:
+    """Loss against the measured time of a token."""
+    picture = Picture(figsize=(6.4, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    places = {group.label: statistics.fmean(group.figures("decode/token_ms")) for group in groups}
+    losses = {group.label: list(group.losses.values()) for group in groups}
+    points(axes, places, losses, looks_of([group.label for group in groups]))
+    axes.set_xlabel("milliseconds per token")
+    axes.set_ylabel("validation loss, nats")
+    axes.set_title(title, fontsize=10)
+    return picture
+
+
+@literal_text
+def draw_curves(groups: Sequence[Group], title: str) -> Picture:
+    """Loss of validation against tokens, the mean over seeds with a band from the lowest to the highest."""
+    looks = looks_of([group.label for group in groups])
+    picture = Picture(figsize=(7.4, 4.8), layout="constrained")
+    axes = picture.add_subplot()
+    for group in groups:
+        curves = [dict(map(tuple, row["val_curve"])) for row in group.rows]
+        tokens = sorted(set.intersection(*(set(curve) for curve in curves)))
+        losses = [[curve[at] for curve in curves] for at in tokens]
+        color, style = looks[group.label]
+        axes.plot(tokens, [statistics.fmean(at) for at in losses], color=color, linestyle=style, label=group.label)
+        axes.fill_between(tokens, [min(at) for at in losses], [max(at) for at in losses], color=color, alpha=0.15)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("validation loss, nats")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+    plain_axes(axes)
+    return picture
+
+
+@literal_text
+def draw_rates(rates: Mapping[str, Mapping[float, float]], title: str) -> Picture:
+    """Loss against the learning rate, a line for each layout."""
+    looks = looks_of(list(rates))
+    picture = Picture(figsize=(6.4, 4.4), layout="constrained")
+    axes = picture.add_subplot()
+    for name, losses in rates.items():
+        color, style = looks[name]
+        axes.plot(
+            list(losses), list(losses.values()), color=color, linestyle=style, marker="o", markersize=4, label=name
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("peak learning rate")
+    axes.set_ylabel("validation loss, nats")
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+    plain_axes(axes)
+    return picture
+
+
+def has_curves(rows: Sequence[Row]) -> bool:
+    return all(len(row["val_curve"]) > 1 for row in rows)

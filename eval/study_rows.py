@@ -1,0 +1,158 @@
+"""Rows of a study (train/studies/rows.py writes them): read, grouped by layout, compared by seed."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.cli import UsageError
+
+Row = dict[str, Any]
+# Quantiles of Student's t at 0.975, by degrees of freedom from 1 on.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+NORMAL_975 = 1.960
+BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows in the file `path`; none where there is no file. A last line that was cut off is passed over.
+
+    Raises UsageError where another line is not a row.
+    """
+    rows: list[Row] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and {"key", "seed", "arch", "stage", "loss"} <= row.keys()):
+                raise ValueError("it is no row of a study")
+            rows.append(row)
+        except ValueError as error:
+            if number < len(lines):
+                raise UsageError(f"{path}, line {number}: {error}; delete it, its run is then done again") from error
+    return rows
+
+
+def newest(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
+    """The last row of each (key, seed, commit)."""
+    return {(row["key"], row["seed"], row["commit"]): row for row in rows}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration at one commit that differ in the seed. `label`: the layout, and what else is needed to
+    tell the group from others of it."""
+
+    label: str
+    rows: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Validation loss by seed."""
+        return {row["seed"]: row["loss"] for row in self.rows if row["loss"] is not None}
+
+    def figures(self, name: str) -> list[float]:
+        """The figure `task/figure` of every run that has it."""
+        task, _, figure = name.partition("/")
+        values = [row["tasks"].get(task, {}).get("figures", {}).get(figure) for row in self.rows]
+        return [value for value in values if value is not None]
+
+
+def groups(rows: Iterable[Row], stage: str) -> list[Group]:
+    """Group the rows of `stage`. Rows of different configurations or commits are never in one group."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in newest(row for row in rows if row["stage"] == stage).values():
+        found.setdefault((row["arch"], row["key"], row["commit"]), []).append(row)
+    labels = {}
+    for arch, key, commit in found:
+        others = [other for other in found if other[0] == arch]
+        note = [key[:4]] * (len({other[1] for other in others}) > 1)
+        note += [commit[:7] + "+" * commit.endswith("+")] * (len({other[2] for other in others}) > 1)
+        labels[arch, key, commit] = f"{arch} ({', '.join(note)})" if note else arch
+    return [Group(labels[name], tuple(sorted(same, key=lambda row: row["seed"]))) for name, same in found.items()]
+
+
+def comparable(one: Group, other: Group) -> bool:
+    """Tell whether two groups saw the same text, as many tokens and steps, in the same precision, at one commit."""
+    same = ("data", "tokens", "seq_len", "commit", "speed", "val_tokens")
+    return all(one.first[key] == other.first[key] for key in same)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean of paired differences over seeds, with the 95 % interval of Student's t; `half` None: of a single seed."""
+
+    mean: float
+    half: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        if self.half is None or abs(self.mean) <= self.half:
+            return UNDECIDED
+        return BETTER if self.mean < 0 else WORSE
+
+
+def interval(differences: Sequence[float]) -> Interval:
+    """Interval of `differences`, of which there is at least one."""
+    count, mean = len(differences), statistics.fmean(differences)
+    if count < 2:
+        return Interval(mean, None, count)
+    quantile = T_975[count - 2] if count - 2 < len(T_975) else NORMAL_975
+    return Interval(mean, quantile * statistics.stdev(differences) / math.sqrt(count), count)
+
+
+def compare(group: Group, baseline: Group) -> Interval | None:
+    """Loss of `group` minus that of `baseline`, by seed: equal seeds have the same order of the data.
+
+    None where no seed is in both, or they are not comparable.
+    """
+    if not comparable(group, baseline):
+        return None
+    ours, theirs = group.losses, baseline.losses
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return interval(differences) if differences else None
+
+
+def sentence(group: Group, baseline: Group) -> str:
+    """Say whether the layout is better or worse than the baseline, or not told apart from it."""
+    found = compare(group, baseline)
+    if found is None:
+        return f"{group.label}: no seed in common with {baseline.label} under the same conditions."
+    seeds = f"{found.pairs} seed" + "s" * (found.pairs != 1)
+    if found.half is None:
+        return f"{group.label}: not told apart from {baseline.label}: one seed ({found.mean:+.4f} nats)."
+    shown = f"{found.mean:+.4f} ± {found.half:.4f} nats over {seeds}"
+    than = "from" if found.verdict == UNDECIDED else "than"
+    return f"{group.label}: {found.verdict} {than} {baseline.label} ({shown})."
+
+
+def best_rates(rows: Iterable[Row]) -> dict[str, dict[float, float]]:
+    """Loss by learning rate of each layout, of the first stage."""
+    rates: dict[str, dict[float, float]] = {}
+    for row in newest(row for row in rows if row["stage"] == "rate" and row["loss"] is not None).values():
+        rates.setdefault(row["arch"], {})[row["lr"]] = row["loss"]
+    return {arch: dict(sorted(losses.items())) for arch, losses in rates.items()}
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The names of `points` (bytes, loss) to which no other is superior, by bytes."""
+    kept: list[str] = []
+    lowest = math.inf
+    for name, (_, loss) in sorted(points.items(), key=lambda item: item[1]):
+        if loss < lowest:
+            kept.append(name)
+            lowest = loss
+    return kept
