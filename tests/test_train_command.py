@@ -327,7 +327,7 @@ def test_how_a_run_is_executed_changes_little(
         (["+arch=cla2", "+size=tiny", "arch.pattern=[reuse kv]"], "layer 0: `reuse kv` has nothing to reuse"),
         (["+arch=cla2", "+size=tiny", "size.num_layers=0"], "it must be at least 1"),
         (["+arch=cla2", "+size=tiny", "trainer.strategy=ddd"], "choose auto, ddp, fsdp"),
-        (["+arch=cla2", "+size=tiny", "trainer.precision=fp8"], "choose auto, fp32, bf16"),
+        (["+arch=cla2", "+size=tiny", "trainer.precision=fp4"], "choose auto, fp32, bf16, fp8"),
         (["+arch=cla2", "+size=tiny", "trainer.devices=2"], "2 processes need trainer.strategy=ddp"),
         (["+arch=cla2", "+size=tiny", "trainer=ddp", "batch_size=3"], "not a multiple of the 2 processes"),
         (["+arch=cla2", "+size=tiny", "trainer=fsdp", "trainer.replicas=2"], "for trainer.strategy=hsdp alone"),

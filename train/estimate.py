@@ -183,6 +183,8 @@ def at_rates(
         source += f", bounded stores at {rates.exact:.0%} of that in fp32, for which nothing is published"
     elif plan.block_length > 1:
         source += "; nothing is published for Block Transformers"
+    if config.trainer.precision == "fp8":
+        source += "; in bf16: the gain of fp8 is not measured"
     return Speed(1 / seconds, flops / seconds / device.peak, source)
 
 

@@ -19,6 +19,7 @@ from data.batches import IGNORE, Batch
 from eval.identity import Identity
 from train.clock import Clock
 from train.errors import TrainingError
+from train.fp8 import convert_to_fp8
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.parallel import hybrid_mesh, parallelize
@@ -61,6 +62,8 @@ class LitModel(L.LightningModule):
             mesh = hybrid_mesh(device.type, num_replicas(trainer))
         with torch.device("meta"):
             self.model = build(self.config.model, device_type=device.type, backend=trainer.backend)
+        if trainer.precision == "fp8":
+            convert_to_fp8(self.model)
         parallelize(
             self.model,
             activation_checkpointing=trainer.activation_checkpointing,
@@ -83,7 +86,7 @@ class LitModel(L.LightningModule):
     def compute_dtype(self) -> torch.dtype:
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         precision = self.config.trainer.precision
-        return torch.bfloat16 if precision == "bf16" or (precision == "auto" and on_cuda) else torch.float32
+        return torch.bfloat16 if precision in ("bf16", "fp8") or (precision == "auto" and on_cuda) else torch.float32
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum the loss in nats over the real targets (not IGNORE) of a micro-batch; a scalar.

@@ -73,7 +73,9 @@ class TrainerConfig:
                       processes), or hsdp (FSDP2 within each replica: sharded over its processes, gradients averaged
                       across replicas)
     replicas          replicas under hsdp, of as many processes each; null: one on each node
-    precision         fp32, bf16 (weights and optimizer stay fp32), or auto: bf16 on CUDA, fp32 elsewhere
+    precision         fp32, bf16 (weights and optimizer stay fp32), fp8 (as bf16, and wide linear layers of the blocks
+                      multiply in fp8, by torchao, which changes more than rounding does), or auto: bf16 on CUDA, fp32
+                      elsewhere
     micro_batch       sequences per forward pass. null, on CUDA: the most that fit into memory by estimate, those of the
                       start before where a run goes on; on the CPU: the most that keep it within 32768 tokens
     compile           torch.compile each block; null: on CUDA
@@ -272,7 +274,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
     trainer, found = config.trainer, []
     for name, value, choices in (
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp", "hsdp")),
-        ("precision", trainer.precision, ("auto", "fp32", "bf16")),
+        ("precision", trainer.precision, ("auto", "fp32", "bf16", "fp8")),
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
     ):
         if value not in choices:

@@ -31,6 +31,7 @@ from train.datamodule import TokenDataModule, check_limits
 from train.device import device_type, free_memory, fused_attention
 from train.errors import TrainingError
 from train.evaluations import Evaluations
+from train.fp8 import check_fp8
 from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
@@ -110,6 +111,8 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
     device = device_type(config.trainer.accelerator)
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
+    if config.trainer.precision == "fp8":
+        check_fp8(device)
     try:
         with torch.device("meta"):
             model = build(config.model, device_type=device, backend=config.trainer.backend)
