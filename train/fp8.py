@@ -23,7 +23,6 @@ NARROW_OUT, NARROW_IN = 1024, 4096
 
 def check_fp8(device_type: str) -> None:
     """Raise UsageError unless this machine can compute in fp8."""
-    torchao_float8()
     have = torch.cuda.get_device_capability() if device_type == "cuda" else None
     if have is None or have < NEEDED:
         found = "there is no GPU here" if have is None else f"{torch.cuda.get_device_name()} has {have[0]}.{have[1]}"
@@ -31,6 +30,7 @@ def check_fp8(device_type: str) -> None:
             f"trainer.precision=fp8 needs a GPU of compute capability {NEEDED[0]}.{NEEDED[1]} or later (L4, RTX 4090, "
             f"H100, B200), and {found}; use trainer.precision=bf16"
         )
+    torchao_float8()
 
 
 def torchao_float8() -> Any:
