@@ -21,7 +21,9 @@ K key/value heads, G query heads per key/value head, H head, E 2 H (a key and it
 (G C) of queries.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attend import sdpa
+from .bounded_triton import kernels, triton_advance, triton_retreat
 from .buffers import StateBuffer, Step
 from .config import SizeConfig, head_dim, style_of
 from .grouped import GroupedKV
@@ -63,6 +66,29 @@ NAMESPACE = __name__.replace(".", "_")
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def advance(decay_ZBM: Tensor, written_ZBKME: Tensor, states_ZBKME: Tensor) -> None:
+    """Fill in the states [Z + 1, ...] after the first, in place: s_z+1 = decay_z s_z + written_z."""
+    parts, decays = states_ZBKME.unbind(), decay_ZBM[:, :, None, :, None].unbind()
+    for z, new in enumerate(written_ZBKME.unbind()):
+        torch.addcmul(new, decays[z], parts[z], out=parts[z + 1])
+
+
+def retreat(decay_ZBM: Tensor, states_ZBKME: Tensor, sums_ZBKME: Tensor) -> Tensor:
+    """Add to the gradient of each state what comes from later ones, in place; return that of `decay`."""
+    sums, decays = sums_ZBKME.unbind(), decay_ZBM[:, :, None, :, None].unbind()
+    for z in reversed(range(len(decays))):
+        sums[z].addcmul_(decays[z], sums[z + 1])
+    return (sums_ZBKME[1:] * states_ZBKME[:-1]).sum(dim=(2, 4))
+
+
+@functools.cache
+def recurrence(device_type: str) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """`advance` and `retreat`: one kernel each where the device is CUDA and Triton is installed."""
+    if device_type == "cuda" and kernels() is not None:
+        return triton_advance, triton_retreat
+    return advance, retreat
+
+
 def run_scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
     """[Z + 1, B, K, M, E] s_0 = start, s_z+1 = decay_z s_z + share_z^T (k_z | v_z)."""
     shape = *k_ZBKCH.shape[:3], decay_ZBM.shape[-1], start_BKME.shape[-1]
@@ -70,9 +96,7 @@ def run_scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Te
     written = torch.bmm(share.mT, torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)).view(shape)
     states = written.new_empty(shape[0] + 1, *shape[1:])
     states[0] = start_BKME
-    parts, decays = states.unbind(), decay_ZBM[:, :, None, :, None].unbind()
-    for z, new in enumerate(written.unbind()):
-        torch.addcmul(new, decays[z], parts[z], out=parts[z + 1])
+    recurrence(states.device.type)[0](decay_ZBM, written, states)
     return states
 
 
@@ -80,11 +104,8 @@ def run_scan_backward(
     gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
 ) -> Gradients:
     """Gradients of the inputs of `run_scan`; that of its result is overwritten."""
-    sums, decays = gradient.unbind(), decay_ZBM[:, :, None, :, None].unbind()
-    for z in reversed(range(len(decays))):
-        sums[z].addcmul_(decays[z], sums[z + 1])
+    decay = recurrence(states.device.type)[1](decay_ZBM, states, gradient)
     after = gradient[1:]
-    decay = (after * states[:-1]).sum(dim=(2, 4))
     shape = k_ZBKCH.shape[:3]
     kv = torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)
     share = torch.bmm(kv, after.flatten(0, 2).mT).view(*shape, -1, decay.shape[-1]).sum(dim=2)
