@@ -103,13 +103,13 @@ def step_time(
     `peak`: FLOP/s in the type computed in. Communication is taken to be hidden, and the processor never waited for.
     """
     counts, params = train_counts(config, plan, how), num_params(config, plan)
-    tokens, share = micro_batch * config.size.seq_len, how.world if how.strategy == "fsdp" else 1
+    tokens = micro_batch * config.size.seq_len
     bandwidth = rates.bandwidth * (gpu.bandwidth * GIGA if gpu else peak * H100_BYTES_PER_FLOP)
     exact_peak = gpu.fp32 * 1e12 if gpu else peak * 67 / 989.5
     again = 1 if how.checkpointing else 0
     per_micro_batch = 12 * params  # the cast of each weight, and of its gradient
     per_micro_batch += 12 * params if how.accumulate > 1 else 0  # which is added to a sum
-    per_step = 40 * params / share  # clipping, and the optimizer
+    per_step = 40 * params / how.shards  # clipping, and the optimizer
     return StepTime(
         matmul=(3 + again) * counts.matmul / (rates.matmul * peak),
         attention=(1 + again) * (counts.attention / rates.forward + counts.masked / rates.masked_forward) / peak
