@@ -5,8 +5,8 @@ import torch
 from conftest import small, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from arch import Decoder, resolve
-from arch.attend import BACKENDS, Backend, attend, reference, sdpa
+from arch import BlockTransformer, Decoder, resolve
+from arch.attend import BACKENDS, FLEX_ROWS, Backend, attend, reference, sdpa
 from arch.attention import choose_backends
 from arch.masks import Dense, Sequences, dense, visible
 
@@ -146,6 +146,32 @@ def test_models_train_as_the_definition(backend: str, name: str, compiled: bool)
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 out = model(batch, segment_ids_BT=packed)
             torch.nn.functional.cross_entropy(out.float().flatten(0, 1), batch.flatten()).backward()
+        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
+    for key, exact in gradients[1].items():
+        assert (gradients[0][key] - exact).norm() < 0.05 * exact.norm() + 1e-6, key
+
+
+@pytest.mark.parametrize("kind", ["prefix", "summation", "cross"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_block_transformers_train_as_the_definition(kind: str, padding: bool) -> None:
+    """Compiled, with the rows of the token decoder end to end."""
+    torch._dynamo.reset()
+    config, batch = small("block", head_dim=16), tokens(2, 800).cuda()
+    config.arch.block.token.kind = kind
+    ids = -(torch.rand(2, 800, generator=torch.Generator().manual_seed(0)) < 0.2).long().cuda() if padding else None
+    gradients = []
+    for backend in ("auto", "reference"):
+        model = BlockTransformer(config, backend, "cuda")
+        model.init_weights(seed=1)
+        model.cuda().train()
+        if backend == "auto":
+            assert model.token_decoder.chosen[False][0] is FLEX_ROWS
+            for block in model.token_decoder.layers:
+                block.compile(dynamic=False)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = model(batch, segment_ids_BT=ids)
+        targets = model.select_targets(batch).flatten()
+        torch.nn.functional.cross_entropy(out.float().flatten(0, 1), targets).backward()
         gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
     for key, exact in gradients[1].items():
         assert (gradients[0][key] - exact).norm() < 0.05 * exact.norm() + 1e-6, key
