@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +18,7 @@ from train import study
 from train.matching import find_match
 from train.schema import PretrainConfig
 from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
-from train.studies.launchers import DONE, STOPPED, Job, LocalHandle
+from train.studies.launchers import DONE, STOPPED, Job, LocalHandle, SlurmJob, SlurmLauncher
 from train.studies.rows import append_row
 from train.studies.schema import StudyConfig
 
@@ -170,3 +171,56 @@ def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, 
         with pytest.raises(SystemExit):
             launch_in_process(study.main, "study", StudyConfig, [*words, word])
         assert fix in capsys.readouterr().err
+
+
+class Submitted:
+    """A job of submitit's, which runs when it is submitted."""
+
+    job_id = "7"
+
+    def __init__(self, call: Any):
+        self.value = call()
+        self.cancelled = False
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> str:
+        return self.value
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Executor:
+    """submitit.AutoExecutor, as far as it is used."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def update_parameters(self, **options: Any) -> None:
+        if unknown := options.keys() - {"cpus_per_task", "timeout_min"}:
+            raise NameError(f"Unknown argument {unknown}")
+
+    def submit(self, call: Any) -> Submitted:
+        return Submitted(call)
+
+
+def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UsageError, match="needs submitit"):
+        SlurmLauncher(tmp_path, {}, 2)
+    submitit = SimpleNamespace(AutoExecutor=Executor, helpers=SimpleNamespace(DelayedSubmission=lambda call: call))
+    monkeypatch.setitem(sys.modules, "submitit", submitit)
+    with pytest.raises(UsageError, match="Unknown argument"):
+        SlurmLauncher(tmp_path, {"gpus": 1}, 2)
+    launcher = SlurmLauncher(tmp_path, {"timeout_min": 5}, 2)
+    handle = launcher.start(Steps(tmp_path / "a", (), (), (), 1))
+    assert handle.poll() == DONE and handle.job.next_command() is None
+    handle.stop()
+    assert handle.submitted.cancelled
+    again = SlurmJob(Steps(tmp_path / "b", (), (), (), 1)).checkpoint()  # preempted before its first command
+    assert again() == DONE
