@@ -3,7 +3,9 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from eval.plots.style import GRID, Axes, Picture, line_looks, literal_text, plain_axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from eval.plots.style import DOMINATED, GRID, Axes, Picture, line_looks, literal_text, plain_axes
 from eval.study_rows import Group, Row, frontier
 
 UNIT = 1 << 20
@@ -24,7 +26,7 @@ def points(
     """
     means = {name: statistics.fmean(values[name]) for name in places if values.get(name)}
     kept = frontier({name: (places[name], mean if lower else -mean) for name, mean in means.items()})
-    axes.step([places[name] for name in kept], [means[name] for name in kept], where="post", color=GRID, zorder=1)
+    axes.step([places[name] for name in kept], [means[name] for name in kept], where="post", color=DOMINATED, zorder=1)
     low, high = ([edge(values[name]) for name in kept] for edge in (min, max))
     axes.fill_between([places[name] for name in kept], low, high, step="post", color=GRID, alpha=0.6, zorder=0)
     for name, mean in means.items():
@@ -32,6 +34,15 @@ def points(
         axes.errorbar(places[name], mean, yerr=spread, fmt="o", color=looks[name][0], markersize=5, capsize=2)
         axes.annotate(name, (places[name], mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
     plain_axes(axes)
+
+
+def log_axis(axes: Axes) -> None:
+    """Make x logarithmic, with plain numbers at 1, 2 and 5 of each power of ten, and room for names at the right."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.12)
 
 
 @literal_text
@@ -46,7 +57,7 @@ def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, ti
         axes = picture.add_subplot(2, 2, number + 1)
         places = {group.label: group.first["kv"][context][0] / UNIT for group in groups}
         points(axes, places, values, looks, lower=loss)
-        axes.set_xscale("log")
+        log_axis(axes)
         axes.set_xlabel(f"MiB of cache at {int(context):,} tokens")
         axes.set_ylabel("validation loss, nats" if loss else figure)
     return picture
@@ -98,7 +109,7 @@ def draw_rates(rates: Mapping[str, Mapping[float, float]], title: str) -> Pictur
         axes.plot(
             list(losses), list(losses.values()), color=color, linestyle=style, marker="o", markersize=4, label=name
         )
-    axes.set_xscale("log")
+    log_axis(axes)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("validation loss, nats")
     axes.set_title(title, fontsize=10)
