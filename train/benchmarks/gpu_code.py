@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +279,6 @@ class Traced:
     autocast: torch.dtype | None
     grad: bool
     calls: Counter[str] = field(default_factory=Counter)
-    lowered: list["Lowered"] = field(default_factory=list)
 
     @property
     def trained(self) -> bool:
@@ -420,8 +419,7 @@ def lower(traced: Traced, mode: Any) -> list[Lowered]:
         patch.object(torch.cuda, "is_available", always(False)),
     ):
         compile_fx(module, fakes(traced.inputs, "cpu", grad=True), inner_compile=keep)  # type: ignore[arg-type]
-    traced.lowered = [generate(*graph, mode) for graph in joint]
-    return traced.lowered
+    return [generate(*graph, mode) for graph in joint]
 
 
 def generate(module: fx.GraphModule, metas: Sequence[Any], backward: bool, inference: bool, mode: Any) -> Lowered:
@@ -533,6 +531,30 @@ def assemble(source: str) -> list[Assembled]:
                 Assembled(meta.name, meta.num_warps, meta.num_stages, meta.shared, used["REG"], used["STACK"])
             )
     return results
+
+
+class Workshop:
+    """What was lowered, by graph, and assembled, by source: layouts have blocks in common."""
+
+    def __init__(self) -> None:
+        self.lowered: dict[str, list[Lowered]] = {}
+        self.assembled: dict[str, list[Assembled]] = {}
+
+    def lower(self, key: str, traced: Traced, mode: Any) -> list[Lowered]:
+        if key not in self.lowered:
+            self.lowered[key] = lower(traced, mode)
+        return self.lowered[key]
+
+    def assemble(self, graphs: Iterable[Lowered]) -> dict[str, list[Assembled]]:
+        """Assemble every kernel of `graphs`; of each, by name and digest, its configurations."""
+        found = {}
+        for graph in graphs:
+            for name, source in graph.kernels.items():
+                if source not in self.assembled:
+                    self.assembled[source] = assemble(source)
+                digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+                found[f"{name}-{digest}"] = self.assembled[source]
+        return found
 
 
 def binary_of(kernel: Any, config: Any) -> Any:

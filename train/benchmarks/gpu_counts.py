@@ -40,17 +40,19 @@ from arch.static_step import StaticStep
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT
 from eval.results import write_result
-from train.benchmarks.gpu_case import Options, model_config
+from train.benchmarks.gpu_case import FAMILIES, Options, model_config
 from train.benchmarks.gpu_code import (
     DEVICE,
+    SHARED_MEMORY,
+    Assembled,
     Compiler,
     Lowered,
     Meta,
     Products,
+    Workshop,
     always,
     as_on_an_h100,
     left_factor,
-    lower,
     missing,
     onto,
     product,
@@ -201,9 +203,8 @@ def micro_step(
     return model, forward
 
 
-def count_step(config: ModelConfig, batch: int, documents: bool = False, known: dict[str, Any] | None = None) -> Step:
-    """Count a micro-step. `known` keeps what was lowered, by graph, for the next call."""
-    known = {} if known is None else known
+def count_step(config: ModelConfig, batch: int, workshop: Workshop, documents: bool = False) -> Step:
+    """Count a micro-step; with documents only inside of blocks and of the loss."""
     compiler = Compiler()
     with as_on_an_h100() as mode, compiler.installed():
         _, forward = micro_step(config, batch, compiler, documents)
@@ -213,9 +214,7 @@ def count_step(config: ModelConfig, batch: int, documents: bool = False, known: 
         with Operators(compiler) as eager:
             forward()
         ran = [(key, traced, traced.calls.copy()) for key, traced in compiler.graphs.items() if traced.calls]
-        for key, traced, _ in ran:
-            if key not in known:
-                known[key] = lower(traced, mode)
+        known = {key: workshop.lower(key, traced, mode) for key, traced, _ in ran}
         outer = None if documents else count_outer_backward(config, batch, compiler)
     parts: dict[str, Part] = {}
     graphs = []
@@ -282,13 +281,20 @@ class Opaque(torch.autograd.Function):
         return None, None, *(meta.fake() if need else None for meta, need in zip(ctx.inputs, needed, strict=True))
 
 
-def count_token(config: ModelConfig, known: dict[str, Any] | None = None) -> dict[str, int | float]:
-    """Launches per decoded token of one row: operator by operator, in a step of fixed shapes, and that step compiled.
+@dataclass
+class Token:
+    """Launches per decoded token of one row, by the way of decoding, and the graphs that were compiled."""
 
-    A Block Transformer's are the mean over a block.
+    launches: dict[str, float]
+    graphs: list[list[Lowered]]
+
+
+def count_token(config: ModelConfig, workshop: Workshop, compiled: bool = True) -> Token:
+    """Count a decoded token: operator by operator, in a step of fixed shapes, and that step compiled.
+
+    A Block Transformer's are the mean over a block. All layers are one graph of a compiled step: a minute or two.
     """
-    known = {} if known is None else known
-    compiler, found = Compiler(), {}
+    compiler, found = Compiler(), Token({}, [])
     with as_on_an_h100() as mode, compiler.installed(), torch.no_grad():
         with torch.device("meta"):
             model = build(config, device_type="cuda", init=False)
@@ -301,9 +307,9 @@ def count_token(config: ModelConfig, known: dict[str, Any] | None = None) -> dic
         with Operators(compiler) as eager:
             for _ in range(length):
                 model.decode_step(token, cache)
-        found["plain"] = sum(part.launches for part in eager.parts.values()) / length
+        found.launches["plain"] = sum(part.launches for part in eager.parts.values()) / length
         if isinstance(model, Decoder):
-            for way in ("static", "compiled"):
+            for way in ("static", "compiled") if compiled else ("static",):
                 step = StaticStep(model, cache, way)
                 step(token)
                 for traced in compiler.graphs.values():
@@ -313,11 +319,12 @@ def count_token(config: ModelConfig, known: dict[str, Any] | None = None) -> dic
                 called = [(key, traced, sum(traced.calls.values())) for key, traced in compiler.graphs.items()]
                 launches = sum(part.launches for part in eager.parts.values())
                 for key, traced, count in called:
-                    if count and key not in known:
-                        known[key] = lower(traced, mode)
-                    launches += sum(count * lowered.launches for lowered in known[key]) if count else 0
+                    if count:
+                        graphs = workshop.lower(key, traced, mode)
+                        found.graphs.append(graphs)
+                        launches += sum(count * lowered.launches for lowered in graphs)
                 step.close()
-                found[way] = launches
+                found.launches[way] = launches
     return found
 
 
@@ -371,25 +378,42 @@ def roof(config: ModelConfig, batch: int, step: Step) -> dict[str, float]:
     return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {"ms": 1e3 * whole, "mfu": mfu}
 
 
-def count(arch: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All counts of a layout at the size SIZE."""
+def count(arch: str, workshop: Workshop) -> dict[str, Any]:
+    """All counts of a layout at the size SIZE, and what its kernels need, also with documents."""
     config = model_config(arch, SIZE, Options(toy=False))
     batch = micro_batch_that_fits(config)
-    step = count_step(config, batch, known=known)
+    step = count_step(config, batch, workshop)
+    token = count_token(config, workshop, compiled=arch in FAMILIES)
+    graphs = [*(lowered for _, _, lowered in step.graphs), *token.graphs]
+    if config.arch.block is None:
+        graphs += (lowered for _, _, lowered in count_step(config, batch, workshop, documents=True).graphs)
     return {
         "micro_batch": batch,
         "parts": {
             name: {"launches": part.launches, "bytes": part.bytes, "product_flops": part.flops}
             for name, part in step.parts.items()
         },
-        "graphs": len(step.graphs),
         "launches": sum(part.launches for part in step.parts.values()),
         "bytes": sum(part.bytes for part in step.parts.values()),
         "product_flops": sum(part.flops for part in step.parts.values()),
         "attention_flops": batch * attention_seconds(config)[0],
-        "launches_per_token": count_token(config, known),
+        "launches_per_token": token.launches,
+        "assembled": summary(workshop.assemble(lowered for group in graphs for lowered in group)),
         "roof": roof(config, batch, step),
         "goal_mfu": GOALS.get(arch, PLAIN_GOAL) / 100,
+    }
+
+
+def summary(kernels: dict[str, list[Assembled]]) -> dict[str, Any]:
+    """How many kernels there are, the most shared memory that one needs, and those that spill registers.
+
+    Of the configurations that are tried of a kernel, the most modest counts.
+    """
+    return {
+        "kernels": len(kernels),
+        "configurations": sum(map(len, kernels.values())),
+        "shared_memory": max(min(made.shared for made in tried) for tried in kernels.values()),
+        "stack_bytes": {name: least for name, tried in kernels.items() if (least := min(made.stack for made in tried))},
     }
 
 
@@ -427,17 +451,16 @@ def main(arguments: list[str]) -> None:
         return
     if reason := missing():
         fail(reason)
-    known: dict[str, Any] = {}
-    layouts = {}
-    for arch in archs:
-        begin = time.monotonic()
-        layouts[arch] = count(arch, known)
-        print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
     assumed = {"rates": RATES, "attention": ATTENTION, "wide": WIDE, "bandwidth": BANDWIDTH, "peak": PEAK}
     triton: Any = importlib.import_module("triton")
     size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT, "triton": triton.__version__}
     path = config.out / "counts.json"
-    write_result(path, {**size, "assumed": assumed, "layouts": layouts})
+    workshop, layouts = Workshop(), {}
+    for arch in archs:
+        begin = time.monotonic()
+        layouts[arch] = count(arch, workshop)
+        print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
+        write_result(path, {**size, "assumed": assumed, "layouts": layouts})
     before = config.out / "before.json"
     text = report(json.loads(path.read_text()), json.loads(before.read_text()) if before.exists() else None)
     (config.out / "README.md").write_text(text)
@@ -475,6 +498,14 @@ def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
             f"{share:.2f}, {verdict(share)}",
         ]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
+    kernels = []
+    for arch, counts in layouts.items():
+        made = counts["assembled"]
+        stacks = made["stack_bytes"].values()
+        kernels.append(
+            f"| `{arch}` | {made['kernels']} | {made['configurations']} | {made['shared_memory']:,} | {len(stacks)} | "
+            f"{max(stacks, default=0)} |"
+        )
     tokens = [
         f"| `{arch}` | {number(counts, 'plain')} | {number(counts, 'static')} | {number(counts, 'compiled')} |"
         for arch, counts in layouts.items()
@@ -491,6 +522,8 @@ def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
         context=f"{result['context']:,}",
         rows="\n".join(rows),
         tokens="\n".join(tokens),
+        kernels="\n".join(kernels),
+        limit=f"{SHARED_MEMORY:,}",
     )
     return text if before is None else text + compared(layouts, before)
 
@@ -562,10 +595,21 @@ that a goal is within reach at up to 0.80 of it. MFU counts visible pairs, as th
 
 {rows}
 
+## Kernels
+
+Every kernel of a micro-step, also with documents, and of a decoded token, assembled for sm_90. A block of threads may
+have {limit} bytes of shared memory. Stack is what a thread spills its registers to: FlexAttention's backward pass does,
+by torch's own template.
+
+| layout | kernels | configurations | shared memory, at most | kernels with a stack | its bytes |
+|---|---:|---:|---:|---:|---:|
+{kernels}
+
 ## A decoded token
 
 Launches at batch 1 with {context} tokens in the cache, bf16: operator by operator; in a step of fixed shapes, as it is
-captured in a CUDA graph; and that step compiled. Of a Block Transformer the mean over a block.
+captured in a CUDA graph; and that step compiled, for one layout of each family. For a Block Transformer it is the mean
+over a block.
 
 | layout | plain | fixed shapes | compiled |
 |---|---:|---:|---:|
