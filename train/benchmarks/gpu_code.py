@@ -144,6 +144,18 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *arguments, **options: value
 
 
+def addmm_of(addmm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.addmm, whose form with a type of its own fake tensors of torch 2.11 take for another: a product here."""
+
+    def add(total: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+        if "out_dtype" not in options:
+            return addmm(total, left, right, **options)
+        torch.mm(left, right)
+        return total
+
+    return add
+
+
 def tensor_of(tensor: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.tensor, whose values on the device are not known: a driver would be asked to copy them."""
 
@@ -216,6 +228,7 @@ def as_on_an_h100() -> Iterator[Any]:
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", always(None)))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(patch.object(F, "rms_norm", rms_norm))
+        stack.enter_context(patch.object(torch, "addmm", addmm_of(torch.addmm)))
         stack.enter_context(patch.object(torch, "tensor", tensor_of(torch.tensor)))
         stack.enter_context(patch.object(flex_attention, "create_fw_bw_graph", scores_backward))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", always(None)))
