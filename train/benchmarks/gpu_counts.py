@@ -69,7 +69,7 @@ MEMORY = 80e9  # bytes of an H100, of which training leaves some
 CONTEXT = 4096  # tokens in the cache of a decoded one
 # Rates assumed, per second: FLOPs of matrix products in each type, of attention forward and backward, bytes of memory.
 RATES = {"bfloat16": 700e12, "float32": 50e12, "tf32": 300e12}
-ATTENTION = {"sdpa": (550e12, 430e12), "flex": (380e12, 260e12)}
+ATTENTION = {"sdpa": (550e12, 430e12), "flex": (380e12, 260e12), "flex_rows": (380e12, 260e12)}
 WIDE = 0.75  # of these rates where keys are wider than 128
 BANDWIDTH = 3.0e12
 PEAK = 989.5e12
@@ -347,17 +347,23 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
             flops = rows * store.attention_flops(stack.config.size, positions, store.owner == layer)
             total += 3 * flops
             if store.masked:
-                forward, backward = ATTENTION[stack.chosen[False][stack.plan.reads[layer]].name]
+                backend = stack.chosen[False][stack.plan.reads[layer]].name
+                forward, backward = ATTENTION[backend]
                 wide = WIDE if store.kernel_heads(stack.config.size).k_dim > 128 else 1.0
-                computed = flops * computed_share(positions, store.window) / wide
+                computed = flops * computed_share(positions, store.window, packed=backend == "flex_rows") / wide
                 seconds += computed / forward + 2.5 * computed / backward
     return total, seconds
 
 
-def computed_share(length: int, window: int | None) -> float:
-    """Pairs in blocks that FlexAttention computes, over those that are visible."""
+def computed_share(length: int, window: int | None, packed: bool = False) -> float:
+    """Pairs in blocks that a kernel computes, over those that are visible.
+
+    `packed`: rows lie end to end, and a block of queries looks at its own block of keys and the one before.
+    """
     window = min(window or length, length)
     visible = sum(min(t + 1, window) for t in range(length))
+    if packed:
+        return 2 * BLOCK * length / visible
     blocks = sum(q // BLOCK - max(0, q - window + 1) // BLOCK + 1 for q in range(0, length, BLOCK))
     return blocks * BLOCK * BLOCK / visible
 
