@@ -257,7 +257,7 @@ def chunk_writes(
 
 
 class Sight(NamedTuple):
-    """What readers look at. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is added to scores; `more`:
+    """Visibility. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is added to scores; `more`:
     something besides the slots is read."""
 
     seen: Tensor

@@ -598,7 +598,7 @@ def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float
 
 
 def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
-    """What is alive at a time in the reader's backward pass: of a piece the states, scores, weights and their
+    """Bytes alive at a time in the reader's backward pass: of a piece the states, scores, weights and their
     gradients, one more where some slots are hidden; the gradients of queries and writes. What was kept of a window is
     gone by then."""
     s, heads = sizes(config, store), config.size.num_heads
