@@ -113,7 +113,9 @@ def generate(
                 if queue.used and queue.full(cache):
                     queue.make_room(cache.stacks[0], ended)
                 logits_B1V = step(next_B[:, None])
-                for row in ended[: len(queue.waiting)] if cache.takes_rows else ():
+                if not (queue.waiting and cache.takes_rows):
+                    continue
+                for row in ended[: len(queue.waiting)]:
                     logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
     return new_tokens(torch.stack(generated, dim=1), queue.spans, max_new_tokens, stop_token)
 

@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S tokens in all, V vocabulary.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,35 @@ class TransformersCache:
             seen.add(id(item))
         return sum(found.values())
 
+    def repeat(self, rows: int) -> "TransformersCache":
+        """A cache of `rows` sequences, each a copy of the only one of this."""
+        repeated: TransformersCache = _repeated(self, rows, {})
+        return repeated
+
     def pad_left(self, start_B: Tensor | None) -> None:
         """Set `start_B` of an empty cache. Raises ValueError where it is not empty."""
         if self.length:
             raise ValueError(f"the cache has {self.length} positions already; prompts need an empty one")
         self.start_B = start_B
+
+
+def _repeated(value: Any, rows: int, copies: dict[int, Any]) -> Any:
+    """A copy of `value`, of whatever class, in which each tensor of one row has `rows` of them."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, Tensor):
+        result: Any = value.repeat_interleave(rows, dim=0) if value.dim() and len(value) == 1 else value.clone()
+    elif isinstance(value, list | tuple):
+        result = type(value)(_repeated(item, rows, copies) for item in value)
+    elif isinstance(value, dict):
+        result = {key: _repeated(item, rows, copies) for key, item in value.items()}
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        result = copy.copy(value)
+        result.__dict__.update({key: _repeated(item, rows, copies) for key, item in vars(value).items()})
+    else:
+        return value
+    copies[id(value)] = result
+    return result
 
 
 class TransformersModel(nn.Module):

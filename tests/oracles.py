@@ -28,6 +28,7 @@ class Oracle(nn.Module):
     def allocate_cache(self, batch: int, capacity: int, **_: Any) -> SimpleNamespace:
         cache = SimpleNamespace(tokens_BT=torch.empty(batch, 0, dtype=torch.int64), start_B=None)
         cache.pad_left = lambda start_B: setattr(cache, "start_B", start_B)
+        cache.repeat = lambda rows: SimpleNamespace(tokens_BT=cache.tokens_BT.repeat(rows, 1), start_B=None)
         return cache
 
     def next_token_logits(self, tokens_BT: Tensor, new: int = 0, starts: Sequence[int] | None = None) -> Tensor:

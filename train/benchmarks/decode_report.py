@@ -26,11 +26,16 @@ COLUMNS = (
     "formula",
     "read per token",
     "largest batch",
+    "floor ms",
+    "of the floor",
 )
 NOTE = """Ratios are of times in the same round, the median over rounds (lowest to highest in brackets): more than 1 is
 faster than `{reference}`, or than transformers over its DynamicCache or StaticCache with the same weights. Cache and
 formula are bytes of all sequences at the end of the measurement. The largest batch is of sequences of the prompt's
-length, in {memory} with the weights, fp32. To compile: the first round of compiled steps, which compiles them."""
+length, in {memory} with the weights, fp32. The floor is the time in which one thread reads the weights and the cache of
+a step, at {bandwidth:.1f} GB/s as a sum over 256 MiB does; beside it the share that it is of the measured step (small
+models stay in the processor's cache, and may be faster than memory). To compile: the first round of compiled steps,
+which compiles them."""
 
 
 SHARED = """Layers that share a store each read it in full, one after the other. Were the queries of two layers (one key
@@ -77,7 +82,11 @@ def table(result: Result) -> str:
         ]
         lines += [row(_cells(name, text, result)) for name in rivals if "/" not in name]
         parts.append("\n".join(lines))
-    parts.append(NOTE.format(reference=reference, memory=result["options"]["memory"]))
+    parts.append(
+        NOTE.format(
+            reference=reference, memory=result["options"]["memory"], bandwidth=result.get("bandwidth", 0.0) / 1e9
+        )
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -102,7 +111,17 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
         "" if compiled is None else f"{compiled['first_round_seconds']:.0f} s",
         *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes", "read_bytes")),
         f"{result['models'][arch]['largest_batch'][shape]:,}",
+        *_floor(arch, values, result),
     ]
+
+
+def _floor(arch: str, values: Result, result: Result) -> tuple[str, str]:
+    """Milliseconds of the floor, and its share of a step; empty where it was not measured."""
+    weights = result["models"][arch].get("weight_bytes_read")
+    if weights is None or "bandwidth" not in result:
+        return "", ""
+    floor = (weights + values["read_bytes"]) / result["bandwidth"]
+    return f"{1e3 * floor:.3g}", f"{floor / values['step_seconds']['median']:.0%}"
 
 
 def faster(compiled: Result) -> Result:

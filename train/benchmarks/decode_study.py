@@ -6,7 +6,9 @@ not depend on them. A shape is PROMPTxBATCH. Every model prefills the prompts, t
 the steps that `generate` takes, greedily; the cache keeps growing.
 
 Beside the times stand the bytes of the cache, measured and by the formula, and the largest batch whose cache fits into
-`memory` beside the weights. Writes decode.json, decode.png and README.md.
+`memory` beside the weights; and the floor of a step, the time in which one thread's memory delivers what a step reads,
+weights without the embedding and the cache, at the bandwidth that a sum over a large tensor reaches. Writes
+decode.json, decode.png and README.md.
 """
 
 import json
@@ -73,7 +75,7 @@ class DecodeConfig:
     shapes: tuple[str, ...] = ("512x1", "2048x1", "8192x1", "1024x8")
     new: int = 16
     rounds: int = 7
-    prefills: int = 2
+    prefills: int = 4
     peers: tuple[str, ...] | None = PEERS
     compiled: tuple[str, ...] | None = ("mha", "mqa", "cla2")
     memory: str = "16GiB"
@@ -112,6 +114,7 @@ def main(arguments: list[str]) -> None:
         "threads": torch.get_num_threads(),
         "precision": "fp32",
         "load": {"before": os.getloadavg()},
+        "bandwidth": bandwidth(),
         "models": {arch: describe(config, shapes, options) for arch, config in configs.items()},
         "shapes": {},
     }
@@ -160,13 +163,23 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
     return shapes
 
 
+def bandwidth() -> float:
+    """Bytes per second that a sum over a tensor of a quarter GiB reads, the best of several."""
+    numbers = torch.ones(1 << 26)
+    turns = take_turns({"sum": lambda _: float(numbers.sum())}, 5, warmup=1)
+    return numbers.nbytes / min(turns.seconds["sum"])
+
+
 def describe(config: ModelConfig, shapes: dict[str, Shape], options: DecodeConfig) -> dict[str, Any]:
     """Describe a model: its weights, and per shape the largest batch of prompts that fits into the memory."""
     plan = resolve(config)
     params = num_params(config, plan)
     memory = parse_bytes(options.memory)
+    embedding = 0 if config.size.tie_embeddings else config.size.vocab_size * config.size.d_model
     return {
         "params": params,
+        # None for a Block Transformer, whose steps differ.
+        "weight_bytes_read": (params - embedding) * ITEMSIZE if plan.block_length == 1 else None,
         "largest_batch": {
             text: max_batch(plan, shape.prompt, memory, params * ITEMSIZE, ITEMSIZE) for text, shape in shapes.items()
         },
