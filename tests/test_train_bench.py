@@ -384,7 +384,7 @@ def test_the_core_runs_on_torch_einops_numpy_and_yaml(tmp_path: Path) -> None:
     assert len(trained["cases"]) == 10
     assert {"ours-block-1b-2048", "ours-bct-1b-2048"} < trained["cases"].keys()
     for case in trained["cases"].values():
-        tokens = case["micro_batch"] * case["seq_len"]
+        tokens = case["accumulate"] * case["micro_batch"] * case["seq_len"]
         assert tokens / case["seconds"]["median"] == pytest.approx(case["tokens_per_second"])
         assert len(case["losses"]) == 5
         assert {"arch", "size", "gpu", "seq_len", "peak_memory_bytes"} <= case.keys()  # of train/estimate.py
