@@ -26,7 +26,7 @@ import train  # noqa: F401  before torch
 # isort: split
 import pytest
 import torch
-from fork_server import connect
+from fork_server import MODULES, connect, place_modules
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -47,9 +47,10 @@ SIZES = names("size")
 WINDOW = 6
 SHIM = str(ROOT / "tests" / "forked_python.py")
 
-# Where transformers, once imported, copies the code of exported models to.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+# Where transformers copies the code of exported models to.
+os.environ[MODULES] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
+atexit.register(shutil.rmtree, os.environ[MODULES], ignore_errors=True)
+place_modules()
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 keep_einops_whole()  # in blocks that tests compile, as in training
 

@@ -29,13 +29,21 @@ PACKAGES = (
 )  # fmt: skip
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
+MODULES = "HF_MODULES_CACHE"  # each worker has a folder of its own
 SERVER = os.getpid()
 SHARED_FOLDERS: list[tempfile.TemporaryDirectory] = []  # made by packages as they are imported (wandb makes two)
 SUBREAPER = 36  # prctl: whose grandchildren, once orphaned, become its children
 
 
 def decisive(environment: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key.startswith(AT_IMPORT)}
+    return {key: value for key, value in environment.items() if key.startswith(AT_IMPORT) and key != MODULES}
+
+
+def place_modules() -> None:
+    """Let transformers, where it is imported already, copy the code of exported models to where it would look now."""
+    for name in ("transformers.utils.hub", "transformers.utils", "transformers.dynamic_module_utils"):
+        if name in sys.modules and MODULES in os.environ:
+            sys.modules[name].HF_MODULES_CACHE = os.environ[MODULES]
 
 
 class ForkedPopen(subprocess.Popen):
@@ -154,6 +162,7 @@ def become(job: dict, streams: list[int]) -> None:
     os.environ.update(job["environment"])
     sys.argv = job["argv"]
     sys.path[0] = str(Path(job["argv"][0]).resolve().parent)
+    place_modules()
     from lightning.fabric.utilities import rank_zero
 
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # as on import

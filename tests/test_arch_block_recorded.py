@@ -195,9 +195,13 @@ def keys_rotated(model: BlockTransformer) -> Iterator[list[Tensor]]:
     half = model.token_decoder.plan.stores[0].rope_key[0] // 2
 
     def keep(_: nn.Module, arguments: tuple) -> None:
-        cos, sin = arguments[1]
-        first = half if sin.shape[-1] > half else 0  # tables of a step have the sines of both halves, negative first
-        seen.append(torch.atan2(sin[..., first], cos[..., 0]).round())
+        tables = arguments[1]
+        if len(tables) == 1:  # the matrix by which a step rotates
+            (matrix,) = tables
+            cos, sin = matrix[..., 0, 0], matrix[..., 0, half]
+        else:
+            cos, sin = (table[..., 0] for table in tables)
+        seen.append(torch.atan2(sin, cos).round())
 
     handle = model.token_decoder.layers[0].writer.register_forward_pre_hook(keep)
     yield seen

@@ -74,7 +74,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("shapes=9x1", "9x1: 9 tokens; block needs a multiple of its block length 4"),
         ("rounds=0", "rounds is 0; it must be at least 1"),
         ("peers=paged", "peers is paged; choose of dynamic, static, or null"),
-        ("compiled=block", "compiled has block; the steps of a Block Transformer are not compiled"),
+        ("compiled=block", "compiled has block; this study does not compile the steps of a Block Transformer"),
         ("memory=much", "memory: cannot read 'much'"),
     ],
 )

@@ -142,7 +142,8 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
     if unknown := [arch for arch in options.compiled or () if arch not in names("arch")]:
         raise UsageError(f"compiled has {', '.join(unknown)}, which is not in configs/arch")
     if blocks := [arch for arch in options.compiled or () if load_arch(arch).block is not None]:
-        raise UsageError(f"compiled has {', '.join(blocks)}; the steps of a Block Transformer are not compiled")
+        named = ", ".join(blocks)
+        raise UsageError(f"compiled has {named}; this study does not compile the steps of a Block Transformer")
     if options.peers is not None and not set(options.peers) <= set(PEERS):
         raise UsageError(f"peers is {','.join(options.peers)}; choose of {', '.join(PEERS)}, or null")
     try:
