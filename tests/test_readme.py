@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import wandb
-from conftest import ROOT, run_script
+from conftest import ROOT, launch_in_process, run_script
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from arch.named import load_arch, load_size, names
 from data.cli import parse
 from data.presets import load
+from eval import study as report
 from eval.readme import committed, updated
+from train import study
 from train.schema import PretrainConfig
+from train.studies.schema import StudyConfig
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -38,7 +41,15 @@ def of(word: str) -> list[str]:
 def test_nothing_in_the_readme_is_left_out() -> None:
     """Each command is of a kind that a test below, or CI, executes."""
     scripts = ("train/pretrain", "train/estimate", "train/export", "train/import_hf", "train/uptrain", "data/prepare")
-    scripts += ("eval/footprint", "eval/pareto", "eval/curves", "eval/evaluate", "eval/generate")
+    scripts += (
+        "train/study",
+        "eval/study",
+        "eval/footprint",
+        "eval/pareto",
+        "eval/curves",
+        "eval/evaluate",
+        "eval/generate",
+    )
     kinds = (*(f"python {script}.py" for script in scripts), "make ", "uv ", "wandb sync ")
     by_hand = ("source .venv/bin/activate", "python -m venv .venv", ".venv/bin/pip install -c constraints.txt")
     for command in COMMANDS:
@@ -103,6 +114,20 @@ def test_import_and_uptrain(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "python train/pretrain.py" in done.stdout
     assert (tmp_path / "uptrained" / "pythia-70m" / "checkpoint.json").exists()
+
+
+def test_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """The plan on data that is there; the report from the rows of a study that are in the repository."""
+    (command,) = of("python train/study.py")
+    monkeypatch.chdir(tmp_path)
+    launch_in_process(study.main, "study", StudyConfig, [*shlex.split(command)[2:], f"data.path={corpus}"])
+    assert "30 runs of 5,000,000 tokens (10 layouts, 3 seeds)" in capsys.readouterr().out
+    (command,) = of("python eval/study.py")
+    rows = tmp_path / shlex.split(command)[2]
+    rows.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "docs/results/shakespeare-char/neox.jsonl", rows)
+    report.main(shlex.split(command)[2:])
+    assert rows.with_name("report.html").exists()
 
 
 def test_plan(tmp_path: Path) -> None:
