@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Set where the kernels are first needed: bounded.py is imported without Triton, which takes a second.
 tl: Any = None
-constexpr: Any = "constexpr"  # an annotation that Triton reads in the source
+constexpr: Any = "constexpr"  # an annotation that triton.jit reads here, and its compiler looks up again
 
 TILE = 2048  # elements of a state that a program holds
 
@@ -71,12 +71,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 @functools.cache
 def kernels() -> tuple[Any, Any, Any] | None:
     """Triton and the kernels forward and backward; None where it is not installed."""
-    global tl
+    global tl, constexpr
     try:
         triton: Any = importlib.import_module("triton")
     except ImportError:
         return None
     tl = importlib.import_module("triton.language")
+    constexpr = tl.constexpr
     return triton, triton.jit(forward_kernel), triton.jit(backward_kernel)
 
 
