@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -350,14 +350,12 @@ BACKENDS = {
 }
 
 # Of the rows of a token decoder, which no one asks for by name.
-FLEX_ROWS = Backend(
-    "flex_rows",
-    flex_rows,
-    short_rows,
-    "torch's FlexAttention, short rows end to end",
-    devices=CUDA,
-    dtypes=HALF | {torch.float32},
-    widths=range(16, 257),
+FLEX_ROWS = replace(
+    BACKENDS["flex"],
+    name="flex_rows",
+    kernel=flex_rows,
+    form=short_rows,
+    about="torch's FlexAttention, short rows end to end",
     documents=False,
 )
 

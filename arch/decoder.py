@@ -173,14 +173,14 @@ class Stack(nn.Module):
 
     @property
     def in_short_rows(self) -> bool:
-        """Whether the rows of a pass without a cache are put end to end."""
+        """True where the rows of a pass without a cache are put end to end."""
         return any(backend is FLEX_ROWS for backend in self.chosen[False])
 
     def cross_contexts(
         self, x_BTD: Tensor, context_BCD: Tensor | None, cache: Cache | None
     ) -> list[CrossContext | None]:
-        """For each layer vectors, or their cached keys and values, that it attends to besides its sequence; None: it
-        does not."""
+        """Vectors, or their cached keys and values, that each layer attends to besides its sequence; None: it does
+        not."""
         if not self.cross:
             return [None] * len(self.layers)
         if context_BCD is not None and cache is None and self.in_short_rows:

@@ -44,7 +44,7 @@ def torchao_float8() -> Any:
 
 
 def takes_fp8(module: nn.Module, name: str) -> bool:
-    """Whether the module `name` of a block is a linear layer that is faster in fp8."""
+    """Tell whether the module `name` of a block is a linear layer that is faster in fp8."""
     if not isinstance(module, nn.Linear) or "router" in name.split("."):
         return False
     narrow = module.out_features <= NARROW_OUT and module.in_features <= NARROW_IN

@@ -180,7 +180,7 @@ def as_on_an_h100() -> Iterator[Any]:
     create_fw_bw_graph = flex_attention.create_fw_bw_graph
 
     def scores_backward(score_mod: Any, values: Sequence[Tensor], *others: Any) -> Any:
-        """Of FlexAttention on the device the shapes alone are asked for here, and autograd has no stream for it."""
+        """Skip autograd, which has no stream for a fake device; of FlexAttention there only shapes are asked for."""
         if values[0].device.type == "cpu":
             return create_fw_bw_graph(score_mod, values, *others)
         return score_mod, score_mod
@@ -254,7 +254,7 @@ def onto(module: nn.Module, device: torch.device, dtype: torch.dtype | None = No
 
 @dataclass(frozen=True)
 class Meta:
-    """What a fake tensor is known by."""
+    """Shape, stride, type and device, by which a fake tensor is known."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -547,7 +547,7 @@ def assemble(source: str) -> list[Assembled]:
 
 
 class Workshop:
-    """What was lowered, by graph, and assembled, by source: layouts have blocks in common."""
+    """Graphs that were lowered and sources that were assembled, each once: layouts have blocks in common."""
 
     def __init__(self) -> None:
         self.lowered: dict[str, list[Lowered]] = {}
@@ -588,7 +588,7 @@ def binary_of(kernel: Any, config: Any) -> Any:
 
 
 def resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """What `cuobjdump` of Triton says that a kernel takes: REG registers, STACK bytes, and so on."""
+    """Resources of a kernel by `cuobjdump` of Triton: REG registers, STACK bytes, and so on."""
     triton: Any = importlib.import_module("triton")
 
     path.write_bytes(cubin)

@@ -94,7 +94,7 @@ class CountsConfig:
 
 @dataclass
 class Part:
-    """What one part of a step takes: launches of kernels, bytes of those that compute no product, and the products."""
+    """Cost of one part of a step: launches of kernels, bytes of those that compute no product, and the products."""
 
     launches: int = 0
     bytes: int = 0
@@ -147,7 +147,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def computes(func: Any) -> bool:
-    """Whether an operator launches a kernel: it makes no view, and more than memory."""
+    """Tell whether an operator launches a kernel: it makes no view, and more than memory."""
     if isinstance(func, HigherOrderOperator):
         return True
     schema, name = func._schema, func._schema.name.partition("::")[2]
@@ -411,7 +411,7 @@ def count(arch: str, workshop: Workshop) -> dict[str, Any]:
 
 
 def summary(kernels: dict[str, list[Assembled]]) -> dict[str, Any]:
-    """How many kernels there are, the most shared memory that one needs, and those that spill registers.
+    """Count the kernels, the most shared memory that one needs, and those that spill registers.
 
     Of the configurations that are tried of a kernel, the most modest counts.
     """
@@ -467,9 +467,7 @@ def main(arguments: list[str]) -> None:
         layouts[arch] = count(arch, workshop)
         print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
         write_result(path, {**size, "assumed": assumed, "layouts": layouts})
-    before = config.out / "before.json"
-    text = report(json.loads(path.read_text()), json.loads(before.read_text()) if before.exists() else None)
-    (config.out / "README.md").write_text(text)
+    (config.out / "README.md").write_text(report(json.loads(path.read_text())))
     print(f"results: {config.out}")
 
 
@@ -481,8 +479,8 @@ def line(counts: dict[str, Any]) -> str:
     )
 
 
-def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
-    """The README of the results, as Markdown. `before`: counts of an earlier commit to compare with."""
+def report(result: dict[str, Any]) -> str:
+    """The README of the results, as Markdown."""
     layouts, size = result["layouts"], result["size"]
     rows = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for arch, counts in layouts.items():
@@ -516,7 +514,7 @@ def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
         f"| `{arch}` | {number(counts, 'plain')} | {number(counts, 'static')} | {number(counts, 'compiled')} |"
         for arch, counts in layouts.items()
     ]
-    text = README.format(
+    return README.format(
         command=" ".join(("python", *result["command"])),
         date=result["date"][:10],
         commit=result["git"],
@@ -531,35 +529,16 @@ def report(result: dict[str, Any], before: dict[str, Any] | None) -> str:
         kernels="\n".join(kernels),
         limit=f"{SHARED_MEMORY:,}",
     )
-    return text if before is None else text + compared(layouts, before)
 
 
 def verdict(share: float) -> str:
-    """Whether a goal can be met that is so large a share of the roof; steps reach 0.80 to 0.92 of it."""
+    """Tell whether a goal can be met that is so large a share of the roof; steps reach 0.80 to 0.92 of it."""
     return "within reach" if share <= 0.8 else "at the upper edge" if share <= 0.92 else "out of reach"
 
 
 def number(counts: dict[str, Any], way: str) -> str:
     value = counts["launches_per_token"].get(way)
     return "" if value is None else f"{value:,.0f}"
-
-
-def compared(layouts: dict[str, Any], before: dict[str, Any]) -> str:
-    """The layouts whose counts have changed since `before`."""
-    lines = [
-        f"\n## Since commit {before['git']}\n",
-        "| layout | launches | GB | roof, ms | MFU at the roof |",
-        "|---|---|---|---|---|",
-    ]
-    for arch, counts in layouts.items():
-        was = before["layouts"].get(arch)
-        if was and (was["launches"], was["bytes"]) != (counts["launches"], counts["bytes"]):
-            lines.append(
-                f"| `{arch}` | {was['launches']:,} to {counts['launches']:,} | {was['bytes'] / 1e9:.0f} to "
-                f"{counts['bytes'] / 1e9:.0f} | {was['roof']['ms']:.0f} to {counts['roof']['ms']:.0f} | "
-                f"{was['roof']['mfu']:.1%} to {counts['roof']['mfu']:.1%} |"
-            )
-    return "\n".join(lines) + "\n"
 
 
 COLUMNS = (
