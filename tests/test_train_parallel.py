@@ -1,6 +1,7 @@
 """Two gloo processes do what one does, for every layout: DDP and FSDP2, with and without activation checkpointing."""
 
 import csv
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import ARCHS, build, run_script, small, start_script, tokens
 from torch.nn.parallel import DistributedDataParallel
 
 from arch import Decoder, ModelConfig, from_dict
+from eval import evaluate
 from train.checkpoint import checkpoints, load, load_info, step_of
 from train.parallel import parallelize
 
@@ -64,9 +66,10 @@ def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 @pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1"]])
 def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path, options: list[str]) -> None:
     """The command itself, launched on two processes: the same losses and validation, also when it accumulates, and with
-    tasks of evaluation in between, which every process runs."""
+    tasks of evaluation in between, which every process runs; one of them generates."""
     folder = tmp_path / "run"
-    arguments = [*SMALL, *options, "evals={every: 3, tasks: [perplexity]}", f"data.path={corpus}", f"folder={folder}"]
+    evals = "evals={every: 3, tasks: [perplexity, copy], options: {copy: {sequences: 2}}}"
+    arguments = [*SMALL, *options, evals, f"data.path={corpus}", f"folder={folder}"]
     arguments += ["trainer.checkpoint_minutes=1e-9", "trainer.keep_checkpoints=9"]
     done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,6 +78,10 @@ def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path
         assert column(folder, name) == pytest.approx(column(single, name), rel=1e-5), name
     evaluated = column(folder, "evaluations/perplexity/loss")
     assert len(evaluated) == 3 and evaluated[1:] == pytest.approx([column(folder, "val/loss")[n] for n in (-2, -1)])
+    copied = json.loads((folder / "evaluations" / "copy.json").read_text())["figures"]
+    assert any("generated" in name for name in copied)
+    evaluate.main([f"checkpoint={folder}", "tasks=copy", "copy.sequences=2"])
+    assert json.loads((folder / "evaluations" / "copy.json").read_text())["figures"] == pytest.approx(copied)
     expected, ours = whole_weights(single), whole_weights(folder)
     assert expected.keys() == ours.keys()
     for key, value in expected.items():

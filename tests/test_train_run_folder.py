@@ -30,7 +30,7 @@ from train.signals import RunStopped
 
 def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path: Path) -> None:
     """Four processes, released at once."""
-    ready, go = os.pipe(), os.pipe()
+    ready, go, end = os.pipe(), os.pipe(), os.pipe()
     processes = []
     for _ in range(4):
         if pid := os.fork():
@@ -39,13 +39,13 @@ def test_runs_that_start_in_one_second_get_a_folder_each(tmp_path: Path) -> None
         os.read(go[0], 1)
         with new_folder(tmp_path / "runs" / "now" / "mha-seed0", numbered=True) as folder:
             os.write(ready[1], f"{folder.name}\n".encode())
-            os.read(go[0], 1)
+            os.read(end[0], 1)  # not of `go`: the first process would take what another waits for
         os._exit(0)
     os.write(go[1], b"1234")
     names = b""
     while names.count(b"\n") < 4:
         names += os.read(ready[0], 1000)
-    os.write(go[1], b"1234")
+    os.write(end[1], b"1234")
     assert [os.waitpid(pid, 0)[1] for pid in processes] == [0] * 4
     assert sorted(names.decode().split()) == ["mha-seed0", "mha-seed0-2", "mha-seed0-3", "mha-seed0-4"]
     assert not list(tmp_path.rglob("mha*")), "nothing was written to them"
