@@ -37,7 +37,7 @@ from .bounded_triton import kernels, triton_advance, triton_retreat
 from .buffers import StateBuffer, Step
 from .config import SizeConfig, head_dim, style_of
 from .grouped import GroupedKV
-from .layers import Rope, rotate, rotate_step
+from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .masks import Dense
 from .positions import TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
@@ -595,6 +595,7 @@ class BoundedWriter(nn.Module):
         self.kv_heads, self.window = slot.kv_heads, store.window
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
         self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
+        self.k_norm = build_head_norm(size, slot.kv_heads, slot.k_dim)
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
     def forward(
@@ -615,7 +616,7 @@ class BoundedWriter(nn.Module):
             return self.step(x_BTD, rope, positions, buffer, offset.offset)
         empty = not offset
         k, v = (proj(x_BTD).view(*x_BTD.shape[:2], self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
-        window = None
+        k, window = norm_heads(self.k_norm, k), None
         if self.window is None:
             p_BTM = self.router(x_BTD, positions.position_BT)
         else:
@@ -655,6 +656,7 @@ class BoundedWriter(nn.Module):
         assert positions.step is not None
         state_BKME, ring = buffer.tensors[0], positions.step.ring
         k, v = (proj(x_BD).view(len(x_BD), self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
+        k = norm_heads(self.k_norm, k)
         source_BA, position_B1, window = x_BD, positions.position_BT, None
         if self.window is not None:
             assert positions.evicted_rope is not None
@@ -688,18 +690,21 @@ class BoundedReader(nn.Module):
         self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
+        self.q_norm = build_head_norm(size, self.num_heads, width)
+        self.gate_proj = build_output_gate(size, width)
 
     def forward(self, x_BTD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `positions` are of a step."""
         if x_BTD.ndim == 2:
             return self.step(x_BTD, kv, rope, positions)
-        q_BTNH = self.q_proj(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1)
+        q_BTNH = norm_heads(self.q_norm, self.q_proj(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1))
         with no_autocast(x_BTD):
             if positions.kernel is None:
                 out_BTNH = self.read(q_BTNH.to(kv.p_BTM.dtype) * self.scale, kv, rope, positions)
             else:
                 out_BTNH = positions.kernel(q_BTNH, kv.k_BTKH, kv.v_BTKH, kv.p_BTM, scale=self.scale)
-        out: Tensor = self.o_proj(out_BTNH.to(q_BTNH.dtype).flatten(2))
+        out_BTNH = gate_output(self.gate_proj, x_BTD, out_BTNH.to(q_BTNH.dtype))
+        out: Tensor = self.o_proj(out_BTNH.flatten(2))
         return out
 
     def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
@@ -720,12 +725,12 @@ class BoundedReader(nn.Module):
         return torch.addcmul(near_BTNH, share_BTN.unsqueeze(-1), out_BTNH)
 
     def step(self, x_BD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
-        q_BNH = self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1)
+        q_BNH = norm_heads(self.q_norm, self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1))
         with no_autocast(x_BD):
             scaled_BNH = q_BNH.to(kv.p_BTM.dtype) * self.scale
             rotated_BNH = None if self.window is None else rotate_step(scaled_BNH, rope)
             assert positions.step is not None
             sinks_N = None if self.sinks is None else self.sinks.to(scaled_BNH.dtype)
             out_BNH = read_step(scaled_BNH, rotated_BNH, kv, positions.step.hidden_B1S, sinks_N)
-        out: Tensor = self.o_proj(out_BNH.to(q_BNH.dtype).flatten(1))
+        out: Tensor = self.o_proj(gate_output(self.gate_proj, x_BD, out_BNH.to(q_BNH.dtype)).flatten(1))
         return out

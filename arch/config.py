@@ -146,6 +146,8 @@ class Style:
     bias: bool
     parallel_residual: bool
     rotary_fraction: float
+    qk_norm: str = "none"
+    output_gate: str = "none"
 
 
 # Presets of `SizeConfig.style`.
@@ -154,6 +156,7 @@ STYLES = {
     "neox": Style("layernorm", "gelu", bias=True, parallel_residual=True, rotary_fraction=0.25),
 }
 NORMS, MLPS = ("rmsnorm", "layernorm"), ("swiglu", "gelu")
+QK_NORMS, OUTPUT_GATES = ("none", "head", "all"), ("none", "head", "channel")
 STYLE_KEYS = tuple(field.name for field in fields(Style))
 
 
@@ -173,14 +176,20 @@ class SizeConfig:
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
     max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
-    style              preset of the next five keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
+    style              preset of the next seven keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
-                       parallel residuals, a quarter of each head rotated)
+                       parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or
+                       output gates
     norm               rmsnorm or layernorm
     mlp                swiglu or gelu
     bias               whether projections of attention and MLP have biases
     parallel_residual  whether attention and MLP read the same residual stream, and are added to it together
     rotary_fraction    leading share of each head that is rotated; latent stores have `latent.rope_dim` instead
+    qk_norm            RMSNorm of queries and of keys before they are rotated: none; head, over each head (Qwen3, Gemma
+                       3); all, over all heads together (OLMo 2)
+    output_gate        sigmoid of a projection of the layer's input, by which the heads' outputs are multiplied: none;
+                       head, one factor per head; channel, one per element (Qwen3-Next). Like qk_norm, not in the
+                       attention of a `cross` token decoder to its context
     tokens             training tokens: like the next two, a default of the trainer, never read by the model
     batch_size         sequences per optimizer step
     lr                 peak learning rate
@@ -204,6 +213,8 @@ class SizeConfig:
     bias: bool | None = None
     parallel_residual: bool | None = None
     rotary_fraction: float | None = None
+    qk_norm: str | None = None
+    output_gate: str | None = None
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3

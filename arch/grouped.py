@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
 from .config import SizeConfig, head_dim, style_of
-from .layers import Rope, rotate, rotate_step
+from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .stores import StoreSpec
 
 
@@ -35,6 +35,7 @@ class GroupedWriter(nn.Module):
         self.kv_heads = slot.kv_heads
         self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
         self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
+        self.k_norm = build_head_norm(size, slot.kv_heads, slot.k_dim)
 
     def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0) -> GroupedKV:
         if isinstance(offset, Step):
@@ -42,12 +43,12 @@ class GroupedWriter(nn.Module):
             return self.step(x_BTD, rope, buffer, offset)
         k_BTKH = rearrange(self.k_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
         v_BTKH = rearrange(self.v_proj(x_BTD), "b t (k h) -> b t k h", k=self.kv_heads)
-        kv = GroupedKV(rotate(k_BTKH, rope), v_BTKH)
+        kv = GroupedKV(rotate(norm_heads(self.k_norm, k_BTKH), rope), v_BTKH)
         return kv if buffer is None else GroupedKV(*buffer.update(kv, offset))
 
     def step(self, x_BD: Tensor, rope: Rope, buffer: SlotBuffer, step: Step) -> GroupedKV:
         k_BKH, v_BKH = (proj(x_BD).view(len(x_BD), self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
-        return GroupedKV(*buffer.append((rotate_step(k_BKH, rope), v_BKH), step))
+        return GroupedKV(*buffer.append((rotate_step(norm_heads(self.k_norm, k_BKH), rope), v_BKH), step))
 
 
 class GroupedReader(nn.Module):
@@ -60,19 +61,23 @@ class GroupedReader(nn.Module):
         self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
+        self.q_norm = build_head_norm(size, self.num_heads, width)
+        self.gate_proj = build_output_gate(size, width)
 
     def forward(self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         if x_BTD.ndim == 2:
             return self.step(x_BTD, kv, rope, mask)
-        q_BTNH = rotate(rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads), rope)
+        q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
+        q_BTNH = rotate(norm_heads(self.q_norm, q_BTNH), rope)
         k_BSKH, v_BSKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks)
+        out_BTNH = gate_output(self.gate_proj, x_BTD, attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks))
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
     def step(self, x_BD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
-        q_BNH = rotate_step(self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1), rope)
+        q_BNH = rotate_step(norm_heads(self.q_norm, self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1)), rope)
         k_BSKH, v_BSKH = (tensor.to(q_BNH.dtype) for tensor in kv)
-        out: Tensor = self.o_proj(attend(q_BNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks).flatten(1))
+        out_BNH = gate_output(self.gate_proj, x_BD, attend(q_BNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks))
+        out: Tensor = self.o_proj(out_BNH.flatten(1))
         return out

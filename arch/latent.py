@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
 from .config import SizeConfig, head_dim, style_of
-from .layers import RMSNorm, Rope, rotate, rotate_step
+from .layers import RMSNorm, Rope, build_output_gate, gate_output, rotate, rotate_step
 from .precision import at_least_fp32
 from .stores import StoreSpec
 
@@ -67,6 +67,7 @@ class LatentReader(nn.Module):
         self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
+        self.gate_proj = build_output_gate(size, self.width)
 
     def forward(self, x_BTD: Tensor, kv: LatentKV, rope: Rope, mask: Mask) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
@@ -76,7 +77,7 @@ class LatentReader(nn.Module):
         q_BTNH, q_rope_BTNP = q.split([self.width, self.rope_dim], dim=-1)
         read = self.expanded if kv.latent_BSR.shape[1] == x_BTD.shape[1] else self.absorbed
         kv = LatentKV(*(tensor.to(q.dtype) for tensor in kv))  # a cache may hold another type
-        out_BTNH = read(q_BTNH, rotate(q_rope_BTNP, rope), kv, mask)
+        out_BTNH = gate_output(self.gate_proj, x_BTD, read(q_BTNH, rotate(q_rope_BTNP, rope), kv, mask))
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
@@ -119,5 +120,5 @@ class LatentReader(nn.Module):
         weight_BNS = score_BNS.softmax(dim=-1)[..., : latent_BSR.shape[1]].to(q.dtype)
         out_BNR = torch.bmm(weight_BNS, latent_BSR)
         out_BNH = torch.bmm(out_BNR.transpose(0, 1), up_v_NHR.transpose(1, 2)).transpose(0, 1)
-        out: Tensor = self.o_proj(out_BNH.flatten(1))
+        out: Tensor = self.o_proj(gate_output(self.gate_proj, x_BD, out_BNH).flatten(1))
         return out

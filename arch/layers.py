@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .config import SizeConfig, style_of
 from .precision import at_least_fp32
+from .stores import gate_width, norm_width
 
 # Cosines and sines, or a matrix that rotates.
 Rope = tuple[Tensor, ...]
@@ -57,6 +58,34 @@ class LayerNorm(nn.Module):
 
 def build_norm(size: SizeConfig) -> RMSNorm | LayerNorm:
     return (LayerNorm if style_of(size).norm == "layernorm" else RMSNorm)(size.d_model, size.norm_eps)
+
+
+def build_head_norm(size: SizeConfig, heads: int, width: int) -> RMSNorm | None:
+    """The norm of queries or keys of `heads` heads; None: they have none."""
+    dim = norm_width(size, heads, width)
+    return RMSNorm(dim, size.norm_eps) if dim else None
+
+
+def norm_heads(norm: RMSNorm | None, x_BTNH: Tensor) -> Tensor:
+    """Norm the heads [*, N, H], each by itself or all together, as `norm` was built."""
+    if norm is None:
+        return x_BTNH
+    out: Tensor = norm(x_BTNH) if len(norm.weight) == x_BTNH.shape[-1] else norm(x_BTNH.flatten(-2)).view_as(x_BTNH)
+    return out
+
+
+def build_output_gate(size: SizeConfig, width: int) -> nn.Linear | None:
+    """The projection to the gates of outputs, of `width` per head; None: they have none."""
+    gates = gate_width(size, width)
+    return nn.Linear(size.d_model, gates, bias=style_of(size).bias) if gates else None
+
+
+def gate_output(gate: nn.Linear | None, x_BTD: Tensor, out_BTNH: Tensor) -> Tensor:
+    """The outputs [*, N, H] of heads, times the gates of the layer's input [*, D]."""
+    if gate is None:
+        return out_BTNH
+    factors: Tensor = gate(x_BTD).sigmoid()
+    return out_BTNH * factors.view(*out_BTNH.shape[:-1], -1)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:

@@ -20,6 +20,8 @@ from .config import (
     MAX_WIDTH,
     MLPS,
     NORMS,
+    OUTPUT_GATES,
+    QK_NORMS,
     STYLES,
     ModelConfig,
     SizeConfig,
@@ -201,8 +203,8 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
         return [f"size.style is {size.style!r}; it is {' or '.join(STYLES)}"]
     style, width = style_of(size), head_dim(size)
     problems = [
-        f"size.{key} is {getattr(style, key)!r}; it is {' or '.join(choices)}"
-        for key, choices in (("norm", NORMS), ("mlp", MLPS))
+        f"size.{key} is {getattr(style, key)!r}; it is {', '.join(choices[:-1])} or {choices[-1]}"
+        for key, choices in (("norm", NORMS), ("mlp", MLPS), ("qk_norm", QK_NORMS), ("output_gate", OUTPUT_GATES))
         if getattr(style, key) not in choices
     ]
     rotary = style.rotary_fraction * width

@@ -79,6 +79,16 @@ def state_itemsize(itemsize: int) -> int:
     return max(4, itemsize)
 
 
+def norm_width(size: SizeConfig, heads: int, width: int) -> int:
+    """Elements over which queries or keys of so many heads are normed at a time; 0: they are not."""
+    return {"none": 0, "head": width, "all": heads * width}[style_of(size).qk_norm]
+
+
+def gate_width(size: SizeConfig, width: int) -> int:
+    """Factors by which a layer multiplies the outputs, of `width` each, of its heads; 0: it does not."""
+    return size.num_heads * {"none": 0, "head": 1, "channel": width}[style_of(size).output_gate]
+
+
 def visible_pairs(seq_len: int, window: int | None) -> int:
     """Pairs (query, key) that causal attention over `seq_len` tokens looks at."""
     full = min(seq_len, window or seq_len)
@@ -214,15 +224,18 @@ class StoreSpec:
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim)
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
-        """Parameters of queries, output and sinks in each layer that reads the store."""
-        heads, width = size.num_heads, head_dim(size)
-        queries = heads * (width + self.slot.rope_dim)
-        biases = queries + size.d_model if style_of(size).bias else 0
-        return ParamCount(size.d_model * (queries + heads * width), biases + (heads if self.sinks else 0))
+        """Parameters of queries, their norm, output, its gate and sinks in each layer that reads the store."""
+        heads, width, style = size.num_heads, head_dim(size), style_of(size)
+        queries, gates = heads * (width + self.slot.rope_dim), gate_width(size, width)
+        biases = queries + size.d_model + gates if style.bias else 0
+        others = biases + (heads if self.sinks else 0) + norm_width(size, heads, width)
+        return ParamCount(size.d_model * (queries + heads * width + gates), others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
         """Parameters with which the owner writes the store, without a norm of its own."""
-        return ParamCount(size.d_model * self.slot.elements, self.slot.elements if style_of(size).bias else 0)
+        biases = self.slot.elements if style_of(size).bias else 0
+        norm = norm_width(size, self.slot.kv_heads, self.slot.k_dim)
+        return ParamCount(size.d_model * self.slot.elements, biases + norm)
 
     def pair_flops(self, size: SizeConfig) -> int:
         """FLOPs of one layer for the scores and weighted values of one (query, key) pair."""
@@ -303,6 +316,11 @@ class LatentSpec(StoreSpec):
         )
         if rope_dim % 2:
             problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
+        if style_of(size).qk_norm != "none":
+            problems.append(
+                f"size.qk_norm is {style_of(size).qk_norm}, and {where} holds latents, of which no keys are made over "
+                "a cache; the latent has a norm of its own: take size.qk_norm=none"
+            )
         return SlotShape(latent_dim=latent_dim, rope_dim=rope_dim)
 
     @classmethod

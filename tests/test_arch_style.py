@@ -6,12 +6,13 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import build, small, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from arch import LayoutError, ModelConfig, SizeConfig, allocate, convert_shipped, convert_stock, from_dict, resolve
 from arch import build as build_model
 from arch.config import STYLE_KEYS, STYLES, to_dict
 from arch.convert import UnsupportedModelError
-from arch.footprint import num_params
+from arch.footprint import forward_flops, num_params
 from arch.layers import GeluMLP, LayerNorm, SwiGLU
 
 MIXES = {
@@ -21,22 +22,34 @@ MIXES = {
     "swiglu-neox": {"style": "neox", "mlp": "swiglu"},
     "rmsnorm-neox": {"style": "neox", "norm": "rmsnorm", "bias": False},
     "layernorm": {"norm": "layernorm"},
+    "qk-norm": {"qk_norm": "head", "output_gate": "head", "bias": True},
+    "qk-norm-all": {"qk_norm": "all", "output_gate": "channel"},
 }
+
+
+def mixed(arch: str, mix: dict) -> dict:
+    """Latents have no keys that could be normed."""
+    return {key: value for key, value in mix.items() if arch != "mla" or key != "qk_norm"}
 
 
 @pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "cla2", "block"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
 def test_parameters_are_counted(arch: str, mix: dict) -> None:
-    config = small(arch, **mix)
+    config = small(arch, **mixed(arch, mix))
     with torch.device("meta"):
         model = build_model(config)
     assert num_params(config, resolve(config)) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_latents_take_no_norm_of_keys() -> None:
+    with pytest.raises(LayoutError, match=r"^- size.qk_norm is all, and arch.stores.latent holds latents"):
+        resolve(small("mla", qk_norm="all"))
+
+
 @pytest.mark.parametrize("arch", ["gqa2", "mla", "bct"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
 def test_decoding_equals_the_forward(arch: str, mix: dict) -> None:
-    model, batch = build(small(arch, **mix)), tokens(2, 20)
+    model, batch = build(small(arch, **mixed(arch, mix))), tokens(2, 20)
     with torch.no_grad():
         expected = model(batch)
         cache = allocate(model.plan, 2, 20, dtype=torch.float64)
@@ -45,6 +58,32 @@ def test_decoding_equals_the_forward(arch: str, mix: dict) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     changed = mix != {"rotary_fraction": 0.5} or arch != "mla"  # a latent store has a rotary width of its own
     assert torch.equal(expected, plain) != changed
+
+
+@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct"])
+def test_flops_of_gates(arch: str) -> None:
+    """What they add to the formula is what they add to the count."""
+    added = []
+    for gate in ("none", "head", "channel"):
+        config = small(arch, output_gate=gate)
+        model = build(config, torch.float32, "reference")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens(1, 9))
+        added.append(counter.get_total_flops() - forward_flops(config, model.plan, 9))
+    assert added[0] == added[1] == added[2]
+
+
+def test_norms_of_queries_and_keys_bound_scores() -> None:
+    """They come before the rotation, and what is cached is normed: no key is longer than the square root of its
+    width, whatever it is projected from; of all heads together, their squares are."""
+    for kind in ("head", "all"):
+        model = build(small("gqa2", qk_norm=kind))
+        cache = allocate(model.plan, 1, 9, dtype=torch.float64)
+        with torch.no_grad():
+            model(tokens(1, 9), cache)
+        lengths = cache.buffers[0].tensors[0].square().sum(-1)
+        wanted = lengths if kind == "head" else lengths.mean(-1)
+        torch.testing.assert_close(wanted, torch.full_like(wanted, 8.0), rtol=1e-3, atol=0)
 
 
 def test_a_preset_is_its_properties() -> None:
@@ -62,6 +101,8 @@ def test_a_preset_is_its_properties() -> None:
     ("change", "message"),
     [
         ({"norm": "batchnorm"}, "size.norm is 'batchnorm'; it is rmsnorm or layernorm"),
+        ({"qk_norm": "heads"}, "size.qk_norm is 'heads'; it is none, head or all"),
+        ({"output_gate": "all"}, "size.output_gate is 'all'; it is none, head or channel"),
         ({"mlp": "relu"}, "size.mlp is 'relu'; it is swiglu or gelu"),
         ({"rotary_fraction": 0.0}, "size.rotary_fraction is 0.0"),
         ({"rotary_fraction": 1.5}, "size.rotary_fraction is 1.5"),

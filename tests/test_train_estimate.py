@@ -71,6 +71,8 @@ STYLES = {
     "parallel": {"parallel_residual": True, "rotary_fraction": 0.5},
     "layernorm-swiglu": {"norm": "layernorm", "bias": True},
     "rmsnorm-gelu": {"style": "neox", "norm": "rmsnorm", "parallel_residual": False},
+    "heads": {"qk_norm": "head", "output_gate": "channel"},
+    "heads-all": {"qk_norm": "all", "output_gate": "head"},
 }
 
 
@@ -194,6 +196,7 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
         ("mha", "parallel"),
         ("mha", "layernorm-swiglu"),
         ("mha", "rmsnorm-gelu"),
+        ("cla2", "heads"),
     ],
 )
 def test_activations_of_compiled_blocks(name: str, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
