@@ -6,6 +6,7 @@ Shapes: B sequences of a micro-batch, T tokens of a sequence.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .mixture import EvalWindows, Mixture
+from .shards import IGNORE as IGNORE
 from .shards import TokenWindows
 
-# Target at pads and at positions that the model does not predict: no loss, not counted.
-IGNORE = -100
 Row = dict[str, np.ndarray]
 
 
@@ -91,8 +91,8 @@ class TrainBatches:
         for step in range(self.start_step, self.steps):
             sequences = range(step * self.batch_size, (step + 1) * self.batch_size)
             make, targets = row, self.batch_size * (self.windows.seq_len - self.sequence_format.num_unpredicted)
-            if self.sequence_format.block_padding:
-                # The number of pads is known once a row is made, so every process makes all rows of the step.
+            if self.sequence_format.block_padding or Mixture.of(self.windows).has_answers:
+                # The number of targets is known once a row is made, so every process makes all rows of the step.
                 made = {sequence: row(sequence) for sequence in sequences}
                 make, targets = made.__getitem__, sum(int((r["targets"] != IGNORE).sum()) for r in made.values())
             for first in sequences[self.rank * self.micro_batch :: self.micro_batch * self.world]:
@@ -111,6 +111,8 @@ class TrainBatches:
                 orders.pop(corpus, None)  # frees it before the next is made
                 orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
             tokens = windows[int(orders[corpus][1][place])]
+            if windows.has_answers:
+                return answered(tokens, self.sequence_format)
             return _to_example(
                 tokens, self.sequence_format, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence))
             )
@@ -140,10 +142,14 @@ class EvalBatches:
             real = range(min(first, len(self.windows)), min(first + self.micro_batch, len(self.windows)))
             windows = [self.windows[index] for index in real]
             windows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(real))
-            examples = [_to_example(tokens, self.sequence_format, self.windows.end_of_text) for tokens in windows]
-            batch = _batch(examples, len(real) * (self.windows.seq_len - self.sequence_format.num_unpredicted))
-            batch["targets"][len(real) :] = IGNORE
-            yield batch
+            form, end = self.sequence_format, self.windows.end_of_text
+            make = partial(_to_example, form=form, end_of_text=end)
+            if self.windows.has_answers:
+                make = partial(answered, form=form)
+            examples = [make(tokens) for tokens in windows]
+            for filler in examples[len(real) :]:
+                filler["targets"][:] = IGNORE
+            yield _batch(examples, sum(int((example["targets"] != IGNORE).sum()) for example in examples))
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,19 @@ def padded(
     result, segment_ids = np.full_like(tokens, end_of_text), np.full(len(tokens), -1)
     result[position[fits]], segment_ids[position[fits]] = tokens[fits], 0
     return result, segment_ids
+
+
+def answered(tokens: np.ndarray, form: SequenceFormat) -> Row:
+    """Make T inputs and T targets of a sequence with its answers, 2 T tokens; no answer, 0, is no target.
+
+    A model whose targets are its inputs is to give the answer in place of the token after the question.
+    """
+    inputs, answers = tokens.astype(np.int64).reshape(2, -1)
+    targets = np.where(answers == 0, IGNORE, answers)
+    if form.target_offset == 0:
+        targets = np.concatenate(([IGNORE], targets[:-1]))
+    targets[: form.num_unpredicted] = IGNORE
+    return {"inputs": inputs, "targets": targets}
 
 
 def _to_example(

@@ -13,10 +13,40 @@ PREPARED = Path(__file__).resolve().parent / "prepared"
 
 
 @dataclass
+class RecallConfig:
+    """Sequences of the corpus `recall`: keys and values, then keys whose values are asked for (data/recall.py).
+
+    kind      zoology, the paper's sequences, in which each key is asked for once; gap, ours, whose second half asks
+    pairs     pairs of a sequence; of a list, sequences have as many in turn
+    length    tokens of a sequence; training takes it as size.seq_len
+    vocab     number of different tokens; of `gap` it uses at most 72
+    noise     of zoology: random tokens where nothing is asked, in place of token 0
+    rows      sequences to train on
+    val_rows  sequences to validate on
+    seed      of all that is drawn
+    """
+
+    kind: str = "zoology"
+    pairs: Any = 4
+    length: int = 64
+    vocab: int = 8192
+    noise: bool = False
+    rows: int = 100_000
+    val_rows: int = 3_000
+    seed: int = 123
+
+    @property
+    def num_pairs(self) -> list[int]:
+        """`pairs` as a list; text of the command line is read. Raises ValueError on what is no number."""
+        return [int(pairs) for pairs in (self.pairs if isinstance(self.pairs, list) else [self.pairs])]
+
+
+@dataclass
 class SourceConfig:
     """Source of the text: `corpus`, or `dataset`, or, with neither, files.
 
-    corpus      text found on every machine: stdlib (the source of Python's standard library); it has its own splits
+    corpus      text found on every machine, with splits of its own: stdlib (the source of Python's standard library),
+                or recall (sequences of numbers, with the answers that are to be given; `recall` says which)
     dataset     a data set of the Hugging Face hub, or a local folder that `datasets` reads; it is streamed
     subset      configuration of the data set, if it has several
     revision    branch, tag or commit of the data set
@@ -43,6 +73,7 @@ class SourceConfig:
     val_share: float | None = 0.0
     test_share: float | None = 0.0
     document_start: str | None = None
+    recall: RecallConfig = field(default_factory=RecallConfig)
 
     @property
     def shares(self) -> dict[str, float | None]:
@@ -59,7 +90,8 @@ class SourceConfig:
 class TokenizerConfig:
     """Tokenizer of the data.
 
-    kind          bpe (byte-level, trained on the text), bytes (the 256 bytes), or pretrained
+    kind          bpe (byte-level, trained on the text), bytes (the 256 bytes), pretrained, or numbers (those below
+                  source.recall.vocab)
     vocab_size    bpe: size of the vocabulary, end of text included
     sample_bytes  bpe: bytes of text to train on, taken evenly from the beginnings of the training files
     name          pretrained: a tokenizer of the hub, a folder with a tokenizer.json, or such a file
@@ -103,8 +135,11 @@ class PrepareConfig:
         """`path`, or data/prepared/<name>-<tokenizer>."""
         if self.path:
             return Path(self.path)
-        tokenizer = self.tokenizer
-        if tokenizer.kind == "pretrained":
+        tokenizer, recall = self.tokenizer, self.source.recall
+        if tokenizer.kind == "numbers":
+            pairs = "-".join(map(str, recall.pairs)) if isinstance(recall.pairs, list) else recall.pairs
+            tag = f"{recall.kind}-{recall.length}-{pairs}-{recall.vocab}"
+        elif tokenizer.kind == "pretrained":
             tag = Path(tokenizer.name or "unnamed").name.removesuffix(".json")
         else:
             tag = f"bpe{tokenizer.vocab_size}" if tokenizer.kind == "bpe" else tokenizer.kind
@@ -113,7 +148,10 @@ class PrepareConfig:
     @property
     def recipe(self) -> dict[str, Any]:
         """The keys that decide the content of the folder, as plain data."""
-        return {key: value for key, value in asdict(self).items() if key in ("source", "tokenizer", *LIMITS)}
+        recipe = {key: value for key, value in asdict(self).items() if key in ("source", "tokenizer", *LIMITS)}
+        if self.source.corpus != "recall":
+            del recipe["source"]["recall"]
+        return recipe
 
 
 @dataclass
@@ -177,8 +215,12 @@ def problems(config: PrepareConfig) -> list[str]:
                 f"source.{split}_share is {share}, and the split has text of its own; choose one: "
                 f"source.{split}_share=0 keeps that text"
             )
-    if tokenizer.kind not in ("bpe", "bytes", "pretrained"):
-        errors.append(f"tokenizer.kind is {tokenizer.kind}; choose bpe, bytes, pretrained")
+    if tokenizer.kind not in ("bpe", "bytes", "pretrained", "numbers"):
+        errors.append(f"tokenizer.kind is {tokenizer.kind}; choose bpe, bytes, pretrained, numbers")
+    if (tokenizer.kind == "numbers") != (source.corpus == "recall"):
+        errors.append(
+            f"tokenizer.kind is {tokenizer.kind} and source.corpus is {source.corpus}; numbers and recall go together"
+        )
     if tokenizer.kind == "bpe" and not 257 <= tokenizer.vocab_size <= 2**20:
         errors.append(f"tokenizer.vocab_size is {tokenizer.vocab_size}; choose 257 to {2**20}")
     if tokenizer.kind == "pretrained" and not tokenizer.name:

@@ -5,6 +5,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import recall
+from .config import SourceConfig
+
 
 def stdlib() -> Iterator[tuple[str, str]]:
     """Yield (split, text) for every source file of the Python standard library, in a fixed order.
@@ -25,3 +28,13 @@ def stdlib() -> Iterator[tuple[str, str]]:
 
 
 CORPORA = {"stdlib": stdlib}
+
+
+def names() -> list[str]:
+    return [*CORPORA, "recall"]
+
+
+def corpus(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) for every document of the corpus that `source` names."""
+    assert source.corpus is not None
+    return recall.texts(source.recall) if source.corpus == "recall" else CORPORA[source.corpus]()

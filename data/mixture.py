@@ -37,6 +37,11 @@ class Mixture:
     def seq_len(self) -> int:
         return self.corpora[0].seq_len
 
+    @property
+    def has_answers(self) -> bool:
+        """Sequences come with their targets; corpora of one tokenizer all do or all do not."""
+        return self.corpora[0].has_answers
+
     @cached_property
     def bounds(self) -> list[int]:
         """Ends of the corpora's intervals in [0, RANGE], 0 first."""
@@ -76,6 +81,11 @@ class EvalWindows:
     @property
     def seq_len(self) -> int:
         return self.corpora[0].seq_len
+
+    @property
+    def has_answers(self) -> bool:
+        """Sequences come with their targets; corpora of one tokenizer all do or all do not."""
+        return self.corpora[0].has_answers
 
     @property
     def end_of_text(self) -> int:

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from data import source_record
 from data.cli import fail, interrupted
-from data.config import PrepareConfig, SourceConfig, TokenizerConfig, problems
+from data.config import PrepareConfig, RecallConfig, SourceConfig, TokenizerConfig, problems
 from data.files import DataError, sha256
 from data.held_out import ENOUGH, no_text
 from data.listing import SourceFile
@@ -40,6 +40,7 @@ from data.tokenizer import (
     byte_tokenizer,
     dtype_of,
     end_token,
+    number_tokenizer,
     pretrained,
     token_bytes,
     train_bpe,
@@ -285,6 +286,8 @@ class Preparation:
             tokenizer = pretrained(config.name, config.revision)
         elif config.kind == "bytes":
             tokenizer = byte_tokenizer()
+        elif config.kind == "numbers":
+            tokenizer = number_tokenizer(self.config.source.recall.vocab)
         else:
             print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr)
             tokenizer = train_bpe(self.source.sample(config.sample_bytes), config.vocab_size)
@@ -301,6 +304,7 @@ def usage() -> str:
     for cls, prefix in (
         (PrepareConfig, ""),
         (SourceConfig, "source."),
+        (RecallConfig, "source.recall."),
         (TokenizerConfig, "tokenizer."),
     ):
         defaults = {f"{prefix}{key}": value for key, value in asdict(cls()).items() if not isinstance(value, dict)}

@@ -111,6 +111,8 @@ def _read(key: str, text: str, hint: Any) -> Any:
 
     if text == "null":
         return None
+    if hint is bool and text in ("true", "false"):
+        return text == "true"
     is_list = hint is Any and text.startswith("[") and ("]" not in text or text.endswith("]"))
     is_quoted = hint is Any and len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if (is_list or is_quoted) and not os.path.lexists(text):
@@ -125,7 +127,7 @@ def _keys_of_file(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys and values of a file; a mapping is a value where the schema has no group."""
     for key, value in values.items() if isinstance(values, dict) else [("", values)]:
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in ("source", "tokenizer"):
+        if isinstance(value, dict) and name in ("source", "source.recall", "tokenizer"):
             yield from _keys_of_file(f"{name}.", value)
         else:
             yield name, value

@@ -32,6 +32,8 @@ FORMAT = 2
 CHUNK = 2**24  # tokens of a shard that are looked at together
 THREADS = 8  # that look at files at the same time
 OPEN_FILES = 256  # many systems allow a process 1024
+# Target at pads and at positions that the model does not predict: no loss, not counted.
+IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Manifest:
         """Checksum of tokenizer and tokens: equal digests mean equal data."""
         parts = [self.tokenizer_sha256, *(shard.sha256 for split in self.splits.values() for shard in split.shards)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    @property
+    def row_length(self) -> int | None:
+        """Tokens of a sequence, where a document is the inputs and the targets of one; None: documents are text."""
+        recall = self.recipe["source"].get("recall")
+        return recall["length"] if recall else None
 
     def save(self, folder: Path) -> None:
         """Write manifest.json atomically."""
@@ -273,6 +281,9 @@ class TokenWindows:
     Consecutive windows overlap by one token, the last target of one and the first input of the next, so every token of
     a shard except the first is a target exactly once. An incomplete last window of a shard is dropped.
 
+    Where documents are sequences with answers (`Manifest.row_length`), a window is one of them: `seq_len` inputs, and
+    as many targets, 0 where nothing is asked.
+
     Raises DataError if a file does not match the manifest, unless `check` is false: another process has compared them.
     Also on reading a file that was deleted or changed in the meantime: a memory map would return garbage or kill the
     process.
@@ -287,7 +298,13 @@ class TokenWindows:
         self.files = [(folder / shard.file, shard.tokens * self.dtype.itemsize) for shard in self.shards]
         self._open: Files = {}
         weakref.finalize(self, OPEN.close, self._open)
-        counts = [max(0, shard.tokens - 1) // seq_len for shard in self.shards]
+        self.has_answers = manifest.row_length is not None
+        if manifest.row_length not in (None, seq_len):
+            raise DataError(
+                f"{folder} holds sequences of {manifest.row_length} tokens; set size.seq_len={manifest.row_length}"
+            )
+        self.stride, self.taken = (2 * seq_len + 1, 2 * seq_len) if self.has_answers else (seq_len, seq_len + 1)
+        counts = [max(0, shard.tokens - self.taken + self.stride) // self.stride for shard in self.shards]
         self.starts = np.cumsum([0, *counts])
         if check:
             self.check()
@@ -302,7 +319,7 @@ class TokenWindows:
 
     def __getitem__(self, index: int) -> np.ndarray:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._read(shard, (index - int(self.starts[shard])) * self.seq_len, self.seq_len + 1)
+        return self._read(shard, (index - int(self.starts[shard])) * self.stride, self.taken)
 
     def _read(self, shard: int, begin: int, tokens: int) -> np.ndarray:
         path, size = self.files[shard]

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import corpora
 from .config import SPLITS, SourceConfig
-from .corpora import CORPORA
 from .files import DataError
 from .held_out import HeldOut, by_hash, hold_out
 from .listing import SourceFile, all_files, list_files
@@ -53,9 +53,9 @@ class TextSource:
         self.commit: str | None = None  # of a data set of the hub; None: what source.revision names when it is read
         values = {split: getattr(config, split) for split in SPLITS if getattr(config, split)}
         if config.corpus:
-            if config.corpus not in CORPORA:
+            if config.corpus not in corpora.names():
                 raise DataError(
-                    f"no corpus {config.corpus!r}; choose {', '.join(CORPORA)}, or set source.dataset, or "
+                    f"no corpus {config.corpus!r}; choose {', '.join(corpora.names())}, or set source.dataset, or "
                     "source.train to files"
                 )
             self.files = [SourceFile("train", config.corpus)]
@@ -86,7 +86,7 @@ class TextSource:
         config = self.config
         with _errors_named(config.corpus or config.dataset or "the sources"):
             if config.corpus:
-                return [SourceState("train", config.corpus, digest=_digest_of_corpus(config.corpus))]
+                return [SourceState("train", config.corpus, digest=_digest_of_corpus(config))]
             if not config.dataset:
                 return [state_of_file(file.split, file.name, digest) for file in self.files]
             if Path(config.dataset).is_dir():
@@ -158,7 +158,7 @@ class TextSource:
     def _read(self, file: SourceFile, anchor: dict[str, Any] | None) -> Iterator["_Row"]:
         with _errors_named(file.name):
             if self.config.corpus:
-                for count, (split, text) in enumerate(CORPORA[file.name](), 1):
+                for count, (split, text) in enumerate(corpora.corpus(self.config), 1):
                     yield _Row(text, count, split=split)
             elif self.config.dataset and not self.start:
                 yield from self._rows_of_dataset(file.name, anchor)
@@ -258,10 +258,10 @@ def _one(key: str, value: Any) -> str:
     return value
 
 
-def _digest_of_corpus(name: str) -> str:
+def _digest_of_corpus(source: SourceConfig) -> str:
     """Hash of the splits and texts of a corpus, which another version of Python has otherwise."""
     hashed = hashlib.blake2b(digest_size=16)
-    for split, text in CORPORA[name]():
+    for split, text in corpora.corpus(source):
         for part in (split.encode(), text.encode("utf-8", "surrogatepass")):
             hashed.update(len(part).to_bytes(8, "big") + part)
     return hashed.hexdigest()

@@ -47,6 +47,14 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def number_tokenizer(vocab_size: int) -> Tokenizer:
+    """The tokenizer of numbers below `vocab_size`, between blanks, whose token i is i; `vocab_size` ends a text."""
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(vocab_size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
 def pretrained(name: str, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a folder with a tokenizer.json, from such a file, or else from the hub.
 
@@ -95,7 +103,8 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """UTF-8 bytes that each token stands for, [V]; 0 for special tokens.
 
     In a byte-level vocabulary each character is a byte. In a SentencePiece vocabulary U+2581 is a space and <0x0A> is a
-    byte. In WordPiece the prefix ## stands for nothing. Added tokens that are not special stand for their own text.
+    byte. In WordPiece the prefix ## stands for nothing. A word between blanks stands for the one after it, too. Added
+    tokens that are not special stand for their own text.
     """
     sizes = np.zeros(vocabulary_size(tokenizer), dtype=np.uint16)
     parts = json.loads(tokenizer.to_str())
@@ -107,6 +116,8 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
             sizes[index] = 1
         elif "WordPiece" in kinds:
             sizes[index] = len(token.removeprefix("##").encode())
+        elif parts["model"]["type"] == "WordLevel" and "WhitespaceSplit" in kinds:
+            sizes[index] = len(token.encode()) + 1
         else:
             sizes[index] = len(token.replace("\u2581", " ").encode())
     for index, added in tokenizer.get_added_tokens_decoder().items():

@@ -14,8 +14,9 @@ from arch import Decoder
 from arch.named import load_arch
 from data.batches import IGNORE, Batch
 from data.cli import UsageError
+from data.recall import RecallTask, ZoologyTask
 from eval.positions import edges, loss_by_position
-from eval.recall import Questions, RecallTask, ZoologyTask, accuracy, questions, recall, zoology_questions
+from eval.recall import Questions, accuracy, questions, recall, zoology_questions
 from eval.tasks import recall as recall_task
 
 TASK = RecallTask(length=40, gap=10, noise=3, keys=7, values=5)

@@ -49,6 +49,9 @@ class TokenDataModule(L.LightningDataModule):
                 f"{self.folder} has a vocabulary of {first.vocab_size} tokens, the model of {config.size.vocab_size}; "
                 f"set size.vocab_size={first.vocab_size}, or prepare the data with a smaller tokenizer"
             )
+        masks = [f"data.{key}" for key in ("document_mask", "block_padding") if getattr(config.data, key)]
+        if masks and first.row_length is not None:
+            raise DataError(f"{self.folder} holds sequences with answers, each by itself; leave out {masks[0]}")
         self.train, self.val = self._corpora("train"), self._corpora("val")
         if check:
             self.check_shards()

@@ -1,4 +1,4 @@
-"""Multi-query associative recall of random tokens: Zoology's sequences, and ours with a gap (eval/recall.py)."""
+"""Multi-query associative recall of random tokens: Zoology's sequences, and ours with a gap (data/recall.py)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +98,8 @@ def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Itera
     """Batches of questions, each a function of (seed, number, pairs). Raises ValueError where they are impossible."""
     import numpy as np
 
-    from eval.recall import RecallTask, ZoologyTask, questions, zoology_questions
+    from data.recall import RecallTask, ZoologyTask
+    from eval.recall import questions, zoology_questions
 
     length, vocab_size = options.length or LENGTH * pairs, len(subject.model.output_weight)
     if length > subject.context:
@@ -109,9 +110,7 @@ def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Itera
             task = ZoologyTask(length, min(options.vocab, vocab_size), noise=options.noise)
             yield zoology_questions(task, pairs, size, np.random.RandomState((subject.seed, number, pairs)))
         else:
-            symbols = min(32, (vocab_size - 8) // 2)
-            gap = max(0, length // 2 - 2 * pairs)
-            yield questions(RecallTask(length, gap, keys=symbols, values=symbols), pairs, size, subject.seed, number)
+            yield questions(RecallTask.of(length, pairs, vocab_size), pairs, size, subject.seed, number)
 
 
 def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]":

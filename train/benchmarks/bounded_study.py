@@ -41,12 +41,13 @@ from data.batches import EvalBatches, TrainBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows
 from data.presets import load
+from data.recall import RecallTask
 from data.shards import Manifest, TokenWindows
 from eval.cli import MISTAKES
 from eval.console import PlainConsole
 from eval.environment import ROOT, git_revision
 from eval.positions import loss_by_position
-from eval.recall import RecallTask, accuracy, questions, recall
+from eval.recall import accuracy, questions, recall
 from eval.results import write_result
 from train.benchmarks.bounded_report import report
 from train.datamodule import open_data

@@ -58,7 +58,7 @@ def load_prepared(
     if run is not None and tied is None:
         check_summary_digest(str(checkpoint), run, data.digest, [folder], FIX)
     chosen = EvalWindows.of(data.val, num_windows)
-    windows = [chosen[i].tolist() for i in range(len(chosen))][:num_windows]
+    windows = [chosen[i][: config.size.seq_len + 1].tolist() for i in range(len(chosen))][:num_windows]
     return Corpus(tokenizer, manifest.end_of_text, windows)
 
 
