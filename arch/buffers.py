@@ -37,8 +37,10 @@ def write_slot(tensors: Tensors, new: Tensors, slot: int | Tensor) -> None:
     for tensor, value in zip(tensors, new, strict=True):
         if isinstance(slot, int):
             tensor.select(1, slot).copy_(value)
-        else:
+        elif tensor.ndim == 3:
             tensor.index_copy_(1, slot, value.unsqueeze(1).to(tensor.dtype))
+        else:  # in the order of memory, or compiled code takes the result for another order and copies all of it
+            tensor.transpose(1, 2).index_copy_(2, slot, value.unsqueeze(2).to(tensor.dtype))
 
 
 class AppendBuffer:

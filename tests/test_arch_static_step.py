@@ -7,10 +7,14 @@ import torch
 from conftest import DECODERS, WINDOW, build, small, tokens
 from test_arch_block import block_config, build_block
 from test_arch_block_parts import BOUNDED, build_part
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from arch import ModelConfig, allocate, generate, static_step
 from arch import build as build_model
+from arch.buffers import write_slot, zero_slots
 from arch.static_step import (
     Recorder,
     StaticBlockStep,
@@ -110,6 +114,24 @@ def test_a_compiled_step_is_one_graph_for_all_tokens(monkeypatch: pytest.MonkeyP
     for _ in range(2):
         assert generate(model, prompts, 10, steps="compiled") == expected
     assert len(traced) == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (2, 5, 4)])
+def test_compiled_code_writes_a_slot_without_copying_the_cache(shape: tuple[int, ...]) -> None:
+    """Of a result in another order than the cache's memory the compiler would make a copy for the readers."""
+
+    def write(tensor: torch.Tensor, value: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        write_slot((tensor,), (value,), slot)
+        return tensor.clone()  # stands for a reader
+
+    cache = zero_slots(shape, torch.float32, "cpu")
+    inputs = cache, torch.ones(shape[0], *shape[2:]), torch.tensor([3])
+    graph = make_fx(functionalize(write), decomposition_table=select_decomp_table())(*inputs)
+    operators = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten.index_put.default in operators
+    assert operators.count(torch.ops.aten.clone.default) == 1, graph.code
+    write(*inputs)
+    assert cache[:, 3].eq(1).all() and cache.sum() == inputs[1].numel()
 
 
 class FakeGraph:
