@@ -32,6 +32,8 @@ def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[T
         if torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        if x_ND.device.type == "cpu" and 2 * (real_N := targets_N != IGNORE).sum() < len(targets_N):
+            x_ND, targets_N = x_ND[real_N], targets_N[real_N]  # no logits where few are wanted; on CUDA it would wait
         total: Tensor = LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, softmax)  # type: ignore[no-untyped-call]
         return total
 
