@@ -18,15 +18,23 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(torch.float64, False), (torch.float32, False), pytest.param(torch.float32, True, marks=pytest.mark.slow)],
+    ("dtype", "compiled", "few"),
+    [
+        (torch.float64, False, False),
+        (torch.float32, False, False),
+        (torch.float32, False, True),
+        pytest.param(torch.float32, True, False, marks=pytest.mark.slow),
+    ],
 )
-def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype, compiled: bool) -> None:
+def test_loss_and_gradients(short_chunks: None, dtype: torch.dtype, compiled: bool, few: bool) -> None:
+    """`few`: answers among much without a target, whose logits are not made."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 10, 16, generator=generator, dtype=dtype).requires_grad_()
     weight = torch.randn(23, 16, generator=generator, dtype=dtype).requires_grad_()
     targets = torch.randint(23, (3, 10), generator=generator)
     targets[0, 3:6] = IGNORE
+    if few:
+        targets[1:, ::2] = targets[:, 7:] = IGNORE
     plain = F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     expected = torch.autograd.grad(plain * 0.37, (x, weight))
     ours = cross_entropy_sum(targets, compiled)(x, weight)
