@@ -30,9 +30,15 @@ from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
 from eval.fit import remarks
+from eval.released import load, shipped
+from eval.released.report import MEANING as RELEASED_MEANING
+from eval.released.report import as_json
+from eval.released.report import remarks as model_remarks
+from eval.released.report import table as table_of_released
 from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
 
 PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder
+RELEASED_CONTEXT = 32768
 MEANING = """\
 FLOPs/token: forward and backward. Prefill FLOPs: a prompt of that many tokens, for the logits of the next one alone.
 Largest batch: sequences whose caches fit into the memory beside the weights.
@@ -54,6 +60,7 @@ class FootprintConfig:
     itemsize: int = 2
     json: bool = False
     picture: str | None = PICTURE
+    hf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
             str(len(stores)),
             ranges(owners),
             readers,
-            " + ".join(text for text, _ in store.retention) or "all",
+            " + ".join(text for text, _ in store.retention) or ("all" if store.grows else "a state"),
             store.slot_text,
             " + ".join(f"{size:,}" for size in store.slot_bytes(itemsize)),
             bytes_text(len(stores) * store.nbytes(context, itemsize)),
@@ -189,6 +196,9 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 
 def main(config: DictConfig, choices: Choices) -> None:
+    if config.hf is not None:
+        show_released(config, choices)
+        return
     require(size=choices.size)
     archs: dict[str, Any]
     if choices.arch is None:
@@ -198,8 +208,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     if choices.arch is not None:
         archs = {choices.arch: options.arch}
     context = options.size.seq_len if options.context is None else options.context
-    if context < 1 or options.itemsize < 1:
-        raise UsageError(f"context ({context}) and itemsize ({options.itemsize}) must be at least 1")
+    check_counts(context, options.itemsize)
     try:
         memory = parse_bytes(options.memory)
     except ValueError as error:
@@ -232,9 +241,55 @@ def main(config: DictConfig, choices: Choices) -> None:
         console.print(STORES_MEANING)
         if options.picture:
             path = Path(options.picture.replace("<arch>", choices.arch).replace("<size>", str(choices.size)))
-            path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib calls it
-            draw(plan, f"{choices.arch} at {choices.size}", context, options.itemsize, path, options.picture == PICTURE)
+            path = drawn(plan, f"{choices.arch} at {choices.size}", context, options, path)
             console.print(f"ownership map: {path}")
+
+
+def show_released(config: DictConfig, choices: Choices) -> None:
+    """Print the figures of the models that `hf=` names; of a single one also its stores, and its picture."""
+    if choices.arch or choices.size:
+        raise UsageError(
+            "hf= figures released models, which have layouts and sizes of their own; leave +arch= and +size= out"
+        )
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, FootprintConfig) and options.hf is not None
+    context = RELEASED_CONTEXT if options.context is None else options.context
+    check_counts(context, options.itemsize)
+    given = options.hf.strip()
+    several = given == "all" or given.startswith("[")
+    names = shipped() if given == "all" else [name.strip() for name in given.strip("[]").split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"hf={given} names no model; one of configs/released is {shipped()[0]}")
+    models = [load(name) for name in names]
+    if options.json:
+        print(as_json(models, context, options.itemsize))
+        return
+    console = PlainConsole()
+    console.print(table_of_released(models, context, options.itemsize))
+    console.print(RELEASED_MEANING)
+    if several:
+        return
+    (model,) = models
+    console.print("\n".join(model_remarks(model)), end="\n" if model_remarks(model) else "")
+    for each in plan_tables(model.name, model.plan, context, options.itemsize):
+        console.print(each)
+    console.print(STORES_MEANING)
+    if options.picture:
+        file = f"{'--'.join(Path(model.name).parts[-2:])}.png".lstrip("/")
+        path = Path(PICTURE).with_name(file) if options.picture == PICTURE else Path(options.picture)
+        console.print(f"ownership map: {drawn(model.plan, model.name, context, options, path)}")
+
+
+def check_counts(context: int, itemsize: int) -> None:
+    if context < 1 or itemsize < 1:
+        raise UsageError(f"context ({context}) and itemsize ({itemsize}) must be at least 1")
+
+
+def drawn(plan: Plan, title: str, context: int, options: FootprintConfig, path: Path) -> Path:
+    """Draw the ownership map to `path`, and return the file that it became. Raises UsageError where that cannot be."""
+    path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib calls it
+    draw(plan, title, context, options.itemsize, path, options.picture == PICTURE)
+    return path
 
 
 def by_remark(found: Mapping[str, Sequence[str]]) -> list[str]:

@@ -47,7 +47,7 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 
 
 # Of a kind that is not here, a colour that is left.
-KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE}
+KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": PURPLE}
 LEGEND_COLUMNS = 4
 
 
@@ -64,7 +64,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = "+".join(str(number) for _, number in store.retention) or "all"
+            text = "+".join(str(number) for _, number in store.retention) or ("all" if store.grows else "state")
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
             if store.sinks:

@@ -4,7 +4,7 @@ The rules are those of the configuration and attention classes of transformers 5
 """
 
 import json
-
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from arch.stores import CacheTensor, StoreSpec
@@ -253,12 +253,15 @@ def gemma4(keys: Keys) -> Sequence[Layer | None]:
 
 def by_layer(keys: Keys, types: Sequence[str], kv_heads: int) -> tuple[int, int]:
     """(head width, key/value heads) of full layers from `per_layer_config`, which names them all and no other."""
-    given = keys.get("per_layer_config")
-    found = {json.dumps(given.get(str(i), {}), sort_keys=True) for i, kind in enumerate(types) if kind == FULL}
-    others = {key for key in given if not key.isdigit() or types[int(key) : int(key) + 1] != [FULL]}
+    section = keys.get("per_layer_config")
+    if not isinstance(section, dict) or not all(re.fullmatch(r"\d{1,6}", key) for key in section):
+        raise keys.refuse("per_layer_config", f"is {section!r:.60}; a section for each number of a layer belongs there")
+    given = {int(key): value for key, value in section.items()}  # transformers pads numbers with zeros
+    fulls = {layer for layer, kind in enumerate(types) if kind == FULL}
+    found = {json.dumps(given.get(layer, {}), sort_keys=True) for layer in fulls}
     inner = Keys(f"{keys.where}, per_layer_config", json.loads(min(found)), {})
     width, heads = inner.count("head_dim"), inner.optional("num_key_value_heads") or kv_heads
-    if len(found) > 1 or others or set(inner.values) - inner.read:
+    if len(found) > 1 or set(given) - fulls or set(inner.values) - inner.read:
         raise keys.refuse(
             "per_layer_config", "does not say head_dim, or num_key_value_heads too, alike for full layers"
         )
