@@ -57,7 +57,9 @@ def released(config: Any, name: str) -> Released:
         raise ReleasedError(f"{name}: model_type {kind} is not figured: {UNFIGURED[kind]}")
     if kind not in TYPES:
         known = ", ".join(sorted(TYPES))
-        raise ReleasedError(f"{name}: model_type {kind} is not understood{did_you_mean(kind, list(TYPES))} known: {known}")
+        raise ReleasedError(
+            f"{name}: model_type {kind} is not understood{did_you_mean(kind, list(TYPES))} known: {known}"
+        )
     rule, names = TYPES[kind]
     keys = Keys(f"{name} ({kind})", values, DEFAULTS.get(kind, {}), names)
     layers: Sequence[Layer | None] = rule(keys)
