@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from .attend import sdpa
 from .bounded_triton import kernels, triton_advance, triton_retreat
 from .buffers import StateBuffer, Step
-from .config import SizeConfig, head_dim, style_of
+from .config import SizeConfig, has_qkv_bias, head_dim, style_of
 from .grouped import GroupedKV
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .masks import Dense
@@ -593,8 +593,8 @@ class BoundedWriter(nn.Module):
         assert isinstance(store, BoundedSpec)
         slot = store.slot
         self.kv_heads, self.window = slot.kv_heads, store.window
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=has_qkv_bias(size))
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=has_qkv_bias(size))
         self.k_norm = build_head_norm(size, slot.kv_heads, slot.k_dim)
         self.router = (RingRouter if store.rule == "ring_router" else Router)(size, store)
 
@@ -687,7 +687,7 @@ class BoundedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.window, self.ring, self.scale = store.window, store.rule == "ring_router", width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=has_qkv_bias(size))
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
         self.q_norm = build_head_norm(size, self.num_heads, width)

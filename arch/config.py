@@ -11,6 +11,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
+# Keys of newer versions, left out of files where they are null.
+STORE_KEYS = ("rope",)
+
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
 MAX_WIDTH = 2**24  # heads, widths, slots, tokens of a vocabulary
@@ -22,7 +25,8 @@ MAX_NESTING = 16  # lists in the lists of a pattern
 class LatentConfig:
     """A multi-head latent store (DeepSeek-V2, section 2.1): one latent and one rotary key per token, for all heads.
 
-    Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices).
+    Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices). With a `rope_dim`
+    of 0 there is no rotary key, and the layers that read the store know no positions.
     """
 
     dim: Any = "4/1"
@@ -40,6 +44,8 @@ class StoreConfig:
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
     sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded)
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
+    rope        how much of each key is rotated: `full`, `none`, a leading share (`1/4`) or number of elements; null
+                takes the size's rotary_fraction. Latents have `latent.rope_dim` instead, which may be 0
     rope_theta  rotary base of this store; null takes the size's
     """
 
@@ -50,6 +56,7 @@ class StoreConfig:
     rule: str | None = None
     sinks: bool = False
     kv_norm: bool = False
+    rope: Any = None
     rope_theta: float | None = None
 
 
@@ -148,6 +155,7 @@ class Style:
     rotary_fraction: float
     qk_norm: str = "none"
     output_gate: str = "none"
+    qkv_bias: bool = False
 
 
 # Presets of `SizeConfig.style`.
@@ -176,7 +184,7 @@ class SizeConfig:
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
     max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
-    style              preset of the next seven keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
+    style              preset of the next eight keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or
                        output gates
@@ -190,6 +198,7 @@ class SizeConfig:
     output_gate        sigmoid of a projection of the layer's input, by which the heads' outputs are multiplied: none;
                        head, one factor per head; channel, one per element (Qwen3-Next). Like qk_norm, not in the
                        attention of a `cross` token decoder to its context
+    qkv_bias           whether projections to queries, keys and values have biases where `bias` is false (Qwen2)
     tokens             training tokens: like the next two, a default of the trainer, never read by the model
     batch_size         sequences per optimizer step
     lr                 peak learning rate
@@ -215,6 +224,7 @@ class SizeConfig:
     rotary_fraction: float | None = None
     qk_norm: str | None = None
     output_gate: str | None = None
+    qkv_bias: bool | None = None
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3
@@ -258,12 +268,20 @@ def style_of(size: SizeConfig) -> Style:
     return replace(STYLES[size.style], **{key: value for key, value in own.items() if value is not None})
 
 
+def has_qkv_bias(size: SizeConfig) -> bool:
+    """Return whether projections to queries, keys and values, or to latents, have biases."""
+    style = style_of(size)
+    return style.bias or style.qkv_bias
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass `config` as plain nested dicts, which `from_dict` reads back.
 
-    Style properties that are null are left out, so that files and the grouping of runs are as before these keys.
+    Style properties and newer keys of a store that are null are left out, so that files and the grouping of runs are as
+    before these keys.
     """
-    return asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None or k not in STYLE_KEYS})
+    newer = {*STYLE_KEYS, *STORE_KEYS}
+    return asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None or k not in newer})
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .config import HF_SIZE_KEYS, STYLE_KEYS, STYLES, ModelConfig, SizeConfig, style_of
+from .config import HF_SIZE_KEYS, STYLE_KEYS, STYLES, ModelConfig, SizeConfig, Style, style_of
 from .model import build
 
 # Field of SizeConfig, key of config.json.
@@ -145,9 +145,9 @@ def size_problems(hf: Mapping[str, Any], required: Sequence[str], optional: Sequ
     return problems
 
 
-def style_problems(size: SizeConfig) -> list[str]:
-    """The style of `size` as a reason against an export, unless it is the llama preset."""
-    if style_of(size) == STYLES["llama"]:
+def style_problems(size: SizeConfig, known: Sequence[Style] = (STYLES["llama"],)) -> list[str]:
+    """The style of `size` as a reason against an export, unless it is one of `known`."""
+    if style_of(size) in known:
         return []
     own = [f"{key} {getattr(size, key)}" for key in STYLE_KEYS if getattr(size, key) is not None]
     return [f"size.style: {', '.join([size.style, *own])} is not exported"]

@@ -1,7 +1,7 @@
 """The remote-code decoder of train/hf, for layouts that no stock class holds: its config.json and weights.
 
-It shares keys and values between layers as the plan does, with windows, heads and rotary bases per store, attention
-sinks, and norms before keys and values. Its weights have Llama's names: they are those of convert_stock.py.
+It shares keys and values between layers as the plan does, with windows, heads, rotary bases and widths per store,
+attention sinks, and norms before keys and values. Its weights have Llama's names: they are those of convert_stock.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -53,7 +53,9 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         raise UnsupportedModelError(problems)
     windows = _per_layer(plan, lambda store: store.window)
     heads = _per_layer(plan, lambda store: store.slot.kv_heads)
-    thetas = _per_layer(plan, lambda store: store.rope_theta)
+    base = next((store.rope_theta for store in plan.stores if store.rope_theta), config.size.rope_theta)
+    thetas = _per_layer(plan, lambda store: store.rope_theta or base)
+    turned = _per_layer(plan, lambda store: store.rope_key[0])
     sinks = _per_layer(plan, lambda store: store.sinks)
     norms = [plan.store(i).kv_norm and owner == i for i, owner in enumerate(plan.owners)]
     distinct_windows = {window for window in windows if window is not None}
@@ -67,6 +69,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_key_value_heads": heads if len(set(heads)) > 1 else None,
         "rope_parameters": {"rope_type": "default", "rope_theta": thetas[0]},
         "layer_rope_thetas": thetas if len(set(thetas)) > 1 else None,
+        "layer_rotary_dims": turned if set(turned) != {plan.stores[0].slot.k_dim} else None,
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": max(distinct_windows, default=None),
         "layer_sliding_windows": windows if len(distinct_windows) > 1 else None,
@@ -116,6 +119,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         "layer_sliding_windows": [window if kind == "sliding_attention" else None for kind in hf["layer_types"]],
         "layer_key_value_heads": [hf["num_key_value_heads"]] * depth,
         "layer_rope_thetas": [theta] * depth,
+        "layer_rotary_dims": [hf["head_dim"]] * depth,
         "layer_sinks": [False] * depth,
         "layer_kv_norms": [False] * depth,
     }
@@ -125,8 +129,15 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
             [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
         )
     stores = [
-        StoreConfig(heads, window=span, sinks=sink, kv_norm=norm, rope_theta=base)
-        for span, heads, base, sink, norm in zip(*lists.values(), strict=True)
+        StoreConfig(
+            heads,
+            window=span,
+            sinks=sink,
+            kv_norm=norm,
+            rope=turned if 0 < turned < hf["head_dim"] else None if turned else "none",
+            rope_theta=base if turned else None,
+        )
+        for span, heads, base, turned, sink, norm in zip(*lists.values(), strict=True)
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
     size = from_dict(SizeConfig, sizes)
@@ -149,6 +160,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
         "layer_sliding_windows": (int, type(None)),
         "layer_key_value_heads": (int,),
         "layer_rope_thetas": number,
+        "layer_rotary_dims": (int,),
         "layer_sinks": (bool,),
         "layer_kv_norms": (bool,),
     }

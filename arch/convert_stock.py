@@ -2,6 +2,9 @@
 
 grouped heads, no window       LlamaForCausalLM (MistralForCausalLM where Llama's config refuses the widths)
 grouped heads, one window size MinistralForCausalLM, each layer sliding or full
+... and layers without rotation SmolLM3ForCausalLM
+... and biases of Q, K and V   Qwen2ForCausalLM
+... and norms of Q and K heads Qwen3ForCausalLM
 latent                         DeepseekV3ForCausalLM, dense layers and uncompressed queries
 
 Import reads MistralForCausalLM with a window, too.
@@ -11,7 +14,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .config import ArchConfig, LatentConfig, ModelConfig, SizeConfig, StoreConfig, from_dict, head_dim
+from .config import (
+    STYLES,
+    ArchConfig,
+    LatentConfig,
+    ModelConfig,
+    SizeConfig,
+    StoreConfig,
+    Style,
+    from_dict,
+    head_dim,
+    style_of,
+)
 from .convert import (
     NO_SPECIAL_TOKENS,
     SIZE_KEYS,
@@ -31,8 +45,15 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "ministral": "MinistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+# Properties of the style llama that these classes have otherwise.
+OWN_STYLES: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"}}
+# Classes that have windows where layer_types says so; `use_sliding_window` turns all of them off.
+SWITCHED_WINDOWS = ("smollm3", "qwen2", "qwen3")
 
 # The stock classes' values of keys that a config.json lacks.
 DEFAULTS: dict[str, Any] = {
@@ -45,11 +66,22 @@ DEFAULTS: dict[str, Any] = {
     "sliding_window": None,
     "layer_types": None,
 }
+SWITCHED_DEFAULTS = {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28}
 MISTRAL_DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": MISTRAL_DEFAULTS,
     "ministral": MISTRAL_DEFAULTS,
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "qwen2": SWITCHED_DEFAULTS,
+    "qwen3": SWITCHED_DEFAULTS | {"head_dim": 128},
     "deepseek_v3": {"num_key_value_heads": 128, "q_lora_rank": 1536, "first_k_dense_replace": 3},
 }
 # Keys that, if present, must have the one value for which the stock class and a Decoder compute the same.
@@ -75,8 +107,10 @@ LAYER_MODULES = {
     "kv_norm": "kv_layernorm",
     "reader": "self_attn",
     "reader.q_proj": "self_attn.q_proj",
+    "reader.q_norm": "self_attn.q_norm",
     "writer.k_proj": "self_attn.k_proj",
     "writer.v_proj": "self_attn.v_proj",
+    "writer.k_norm": "self_attn.k_norm",
     "writer.kv_down_proj": "self_attn.kv_a_proj_with_mqa",
     "writer.latent_norm": "self_attn.kv_a_layernorm",
     "reader.kv_up_proj": "self_attn.kv_b_proj",
@@ -97,7 +131,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     if config.arch.block is not None:
         raise UnsupportedModelError(["block: a Block Transformer is two decoders; a stock class is one"])
     plan = resolve_stack(config)
-    problems = _unsupported(plan) + style_problems(config.size)
+    problems = _unsupported(plan) + _style_problems(config.size, plan)
     hf = {} if problems else _stock_config(config.size, plan)
     # A property that `_unsupported` does not know would be lost in silence.
     if not problems and _without_names(resolve_stack(from_hf_config(hf))) != _without_names(plan):
@@ -107,6 +141,21 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     return hf
 
 
+def _own_style(model_type: str) -> Style:
+    return replace(STYLES["llama"], **OWN_STYLES.get(model_type, {}))
+
+
+def _style_problems(size: SizeConfig, plan: KVPlan) -> list[str]:
+    """The style of `size` as a reason against every stock class, or against that which has it."""
+    problems = style_problems(size, [_own_style(model_type) for model_type in ARCHITECTURES])
+    if not problems and style_of(size) != STYLES["llama"]:
+        model_type = next(name for name in OWN_STYLES if _own_style(name) == style_of(size))
+        if any(store.kind != "grouped" or store.rotary_dim is not None for store in plan.stores):
+            own = ", ".join(f"{key} {value}" for key, value in OWN_STYLES[model_type].items())
+            problems = [f"size.style: {own} is {ARCHITECTURES[model_type]}, whose layers rotate keys per head"]
+    return problems
+
+
 def _without_names(plan: KVPlan) -> KVPlan:
     """`plan` without the names of its stores, which compute nothing."""
     return replace(plan, stores=tuple(replace(store, name="") for store in plan.stores))
@@ -114,7 +163,7 @@ def _without_names(plan: KVPlan) -> KVPlan:
 
 def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
     """Return the config.json of a plan whose layers differ only in whether they have the window."""
-    slot, theta = plan.stores[0].slot, plan.stores[0].rope_theta
+    slot, theta = plan.stores[0].slot, max(store.rope_theta for store in plan.stores) or size.rope_theta
     windows = [plan.store(layer).window for layer in range(plan.num_layers)]
     layout: dict[str, Any] = {"num_key_value_heads": slot.kv_heads, "head_dim": slot.k_dim}
     if slot.latent_dim:
@@ -132,10 +181,16 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
             "num_nextn_predict_layers": 0,
             "attention_bias": False,
         }
+    elif style_of(size) != STYLES["llama"] or any(store.rotary_dim == 0 for store in plan.stores):
+        model_type = next((name for name in OWN_STYLES if _own_style(name) == style_of(size)), "smollm3")
+        layout |= _window_keys(windows) | {"use_sliding_window": any(windows), "max_window_layers": plan.num_layers}
+        if model_type == "smollm3":
+            del layout["max_window_layers"]
+            layout["no_rope_layers"] = [int(plan.store(i).rotary_dim != 0) for i in range(plan.num_layers)]
+            layout |= {"attention_bias": False, "mlp_bias": False}
     elif any(windows):
         model_type = "ministral"
-        layout["sliding_window"] = max(window for window in windows if window)
-        layout["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
+        layout |= _window_keys(windows)
     elif size.d_model % size.num_heads:  # refused by Llama's config, although its modules would do
         model_type = "mistral"
         layout["sliding_window"] = None
@@ -152,6 +207,14 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rope_theta": theta,  # for readers older than rope_parameters
         **NO_SPECIAL_TOKENS,
+    }
+
+
+def _window_keys(windows: list[int | None]) -> dict[str, Any]:
+    """Return the keys that say which layers have a window, and its size."""
+    return {
+        "sliding_window": max((window for window in windows if window), default=None),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
     }
 
 
@@ -182,7 +245,11 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"window: windows of {', '.join(map(str, windows))}; a stock class has one size")
     if 1 in windows:
         problems.append("window: the stock cache does not drop positions for a window of 1")
-    thetas = sorted({store.rope_theta for store in plan.stores})
+    if part := [
+        store for store in plan.stores if store.rotary_dim or (store.slot.latent_dim and not store.slot.rope_dim)
+    ]:
+        problems.append(f"rope: {names(part)} has keys that are not rotated in whole")
+    thetas = sorted({store.rope_theta for store in plan.stores if store.rope_theta})
     if len(thetas) > 1:
         problems.append(f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have one")
     return problems
@@ -198,6 +265,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
     values = DEFAULTS | MODEL_DEFAULTS[model_type] | dict(hf)
+    if model_type in SWITCHED_WINDOWS and not values["use_sliding_window"]:
+        values["sliding_window"] = None
     latent = model_type == "deepseek_v3"
     problems = value_problems(values, REQUIRED_VALUES | {"architectures": [ARCHITECTURES[model_type]]})
     theta = _rope_theta(values, problems)
@@ -208,7 +277,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     if problems:
         raise UnsupportedModelError(problems)
     sizes = {key: values[hf_key] for key, hf_key in SIZE_KEYS.items()}
-    config = ModelConfig(arch, from_dict(SizeConfig, sizes | {"head_dim": width, "rope_theta": theta}))
+    sizes |= {"head_dim": width, "rope_theta": theta} | OWN_STYLES.get(model_type, {})
+    config = ModelConfig(arch, from_dict(SizeConfig, sizes))
     resolve_stack(config)
     return config
 
@@ -256,15 +326,26 @@ def _latent_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCon
 
 
 def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchConfig, int]:
-    """Return the layout and head width of a Llama, Mistral or Ministral config; appends as `_latent_layout` does."""
+    """Return the layout and head width of a config of grouped heads; appends as `_latent_layout` does."""
     heads, depth, window = values["num_attention_heads"], values["num_hidden_layers"], values["sliding_window"]
-    names = {"full_attention": "global", "sliding_attention": "local"}
+    model_type, names = values["model_type"], {"full_attention": "global", "sliding_attention": "local"}
     uniform = "full_attention" if window is None else "sliding_attention"
     layer_types = [uniform] * depth if values["layer_types"] is None else values["layer_types"]
+    turned = _rotated_layers(values, problems)
+    if values["layer_types"] is None and window is not None:  # the defaults of classes that switch windows
+        if model_type == "smollm3":
+            layer_types = [uniform if not turns else "full_attention" for turns in turned]
+        elif model_type in SWITCHED_WINDOWS:
+            first = values["max_window_layers"]
+            if type(first) is not int or first < 0:
+                problems.append(f"max_window_layers is {first!r}; it must be a whole number, at least 0")
+                first = 0
+            first = min(depth, first)
+            layer_types = ["full_attention"] * first + [uniform] * (depth - first)
     types = list(map(str, layer_types)) if isinstance(layer_types, list) else []
-    if values["model_type"] == "llama" and window is not None:
+    if model_type == "llama" and window is not None:
         problems.append(f"sliding_window is {window}; Llama has no windows, so it must be None")
-    allowed = list(names) if values["model_type"] == "ministral" else [uniform]
+    allowed = list(names) if model_type in ("ministral", *SWITCHED_WINDOWS) else [uniform]
     if len(types) != depth or not set(types) <= set(allowed):
         problems.append(f"layer_types is {layer_types!r}; it must be {depth} times {' or '.join(allowed)}")
     elif window is None and "sliding_attention" in types:
@@ -273,10 +354,33 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
         problems.append(f"head_dim is missing, and hidden_size {values['hidden_size']} is no multiple of {heads} heads")
     kv_heads = heads if values["num_key_value_heads"] is None else values["num_key_value_heads"]
     windows = {"full_attention": None, "sliding_attention": window}
-    stores = {names[kind]: StoreConfig(kv_heads=kv_heads, window=windows[kind]) for kind in names if kind in types}
-    pattern = [f"new {names.get(kind)}" for kind in types]
+    layers = list(zip(types, turned, strict=False))
+    labels = {(kind, turns): names[kind] + ("" if turns else "_nope") for kind in names for turns in (True, False)}
+    stores = {
+        labels[layer]: StoreConfig(kv_heads=kv_heads, window=windows[layer[0]], rope=None if layer[1] else "none")
+        for layer in labels
+        if layer in layers
+    }
+    pattern = [f"new {labels.get(layer)}" for layer in layers]
     width = values["hidden_size"] // heads if values["head_dim"] is None else values["head_dim"]
     return ArchConfig(stores, pattern if len(stores) > 1 else pattern[:1]), width
+
+
+def _rotated_layers(values: dict[str, Any], problems: list[str]) -> list[bool]:
+    """Return whether each layer rotates its keys; appends to `problems` where `no_rope_layers` is no such list."""
+    depth, marks = values["num_hidden_layers"], values.get("no_rope_layers")
+    if values["model_type"] != "smollm3":
+        return [True] * depth
+    if marks is None:
+        interval = values["no_rope_layer_interval"]
+        if type(interval) is not int or interval < 1:
+            problems.append(f"no_rope_layer_interval is {interval!r}; it must be a whole number, at least 1")
+            interval = 1
+        return [(layer + 1) % interval != 0 for layer in range(depth)]
+    if not isinstance(marks, list) or len(marks) < depth or any(mark not in (0, 1) for mark in marks):
+        problems.append(f"no_rope_layers is {str(marks)[:80]}; it must be {depth} times 1 (rotated) or 0")
+        return [True] * depth
+    return [bool(mark) for mark in marks[:depth]]
 
 
 def weights(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:

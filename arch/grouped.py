@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
-from .config import SizeConfig, head_dim, style_of
+from .config import SizeConfig, has_qkv_bias, head_dim, style_of
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .stores import StoreSpec
 
@@ -33,8 +33,8 @@ class GroupedWriter(nn.Module):
         super().__init__()
         slot = store.slot
         self.kv_heads = slot.kv_heads
-        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=style_of(size).bias)
-        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=style_of(size).bias)
+        self.k_proj = nn.Linear(size.d_model, slot.kv_heads * slot.k_dim, bias=has_qkv_bias(size))
+        self.v_proj = nn.Linear(size.d_model, slot.kv_heads * slot.v_dim, bias=has_qkv_bias(size))
         self.k_norm = build_head_norm(size, slot.kv_heads, slot.k_dim)
 
     def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0) -> GroupedKV:
@@ -58,7 +58,7 @@ class GroupedReader(nn.Module):
         super().__init__()
         self.num_heads, width = size.num_heads, head_dim(size)
         self.scale = width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=style_of(size).bias)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=has_qkv_bias(size))
         self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
         self.q_norm = build_head_norm(size, self.num_heads, width)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
-from .config import SizeConfig, head_dim, style_of
+from .config import SizeConfig, has_qkv_bias, head_dim, style_of
 from .layers import RMSNorm, Rope, build_output_gate, gate_output, rotate, rotate_step
 from .precision import at_least_fp32
 from .stores import StoreSpec
@@ -34,7 +34,7 @@ class LatentWriter(nn.Module):
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         self.widths = [store.slot.latent_dim, store.slot.rope_dim]
-        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=style_of(size).bias)
+        self.kv_down_proj = nn.Linear(size.d_model, sum(self.widths), bias=has_qkv_bias(size))
         self.latent_norm = RMSNorm(store.slot.latent_dim, LATENT_NORM_EPS)
 
     def forward(self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0) -> LatentKV:
@@ -63,7 +63,7 @@ class LatentReader(nn.Module):
         super().__init__()
         self.num_heads, self.width, self.rope_dim = size.num_heads, head_dim(size), store.slot.rope_dim
         self.scale = (self.width + self.rope_dim) ** -0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=style_of(size).bias)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * (self.width + self.rope_dim), bias=has_qkv_bias(size))
         self.kv_up_proj = nn.Linear(store.slot.latent_dim, self.num_heads * 2 * self.width, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.width, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None

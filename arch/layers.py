@@ -106,6 +106,8 @@ def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     """
     cos, sin = (table.unsqueeze(-2) for table in rope)
     rotary = 2 * cos.shape[-1]
+    if not rotary:
+        return x_BTNP
     if rotary < x_BTNP.shape[-1]:
         return torch.cat((rotate(x_BTNP[..., :rotary], rope), x_BTNP[..., rotary:]), dim=-1)
     first, second = x_BTNP.to(at_least_fp32(x_BTNP.dtype)).chunk(2, dim=-1)
@@ -119,7 +121,7 @@ def step_rope(rope: Rope, dtype: torch.dtype | None = None) -> Rope:
     Tables [1 or B, 1, P]; on the CPU the matrix [P, P], or [B, P, P], that rotates: there one small product takes the
     place of five operators, whose calls cost more than what they compute.
     """
-    cos, sin = (table.reshape(-1, 1, table.shape[-1]) for table in rope)
+    cos, sin = (table.flatten(0, -2).unsqueeze(1) for table in rope)
     if cos.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     half, index = cos.shape[-1], 0 if len(cos) == 1 else slice(None)
@@ -132,6 +134,8 @@ def step_rope(rope: Rope, dtype: torch.dtype | None = None) -> Rope:
 def rotate_step(x_BNP: Tensor, rope: Rope) -> Tensor:
     """`rotate` single tokens in few operators, given a rotation of `step_rope`."""
     rotary = rope[0].shape[-1]
+    if not rotary:
+        return x_BNP
     if rotary < x_BNP.shape[-1]:
         return torch.cat((rotate_step(x_BNP[..., :rotary], rope), x_BNP[..., rotary:]), dim=-1)
     if len(rope) == 1:

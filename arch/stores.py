@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
-from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, head_dim, style_of
+from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, has_qkv_bias, head_dim, style_of
 
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
 # Bounded-Cache Transformer (Yi et al. 2024), whose update formula we could not obtain.
@@ -136,7 +136,8 @@ def query_blocks(seq_len: int, window: int | None) -> QueryBlocks | None:
 class StoreSpec:
     """The store that layer `owner` writes. `window` counts the current position; None keeps every position.
 
-    rotary_dim  leading elements of a key that are rotated; None: all that the slot allows
+    rotary_dim  leading elements of a key that are rotated, 0 for none (rope_theta is 0 then, too); None: all that the
+                slot allows
     num_slots   of a bounded store, the slots into which positions are merged by `rule`; its window, if any, keeps the
                 last positions unmerged beside them
 
@@ -185,7 +186,7 @@ class StoreSpec:
     @property
     def rope_key(self) -> tuple[int, float]:
         """(width, base) of the rotary table of its keys."""
-        return self.rotary_dim or self.slot_rotary_dim, self.rope_theta
+        return self.slot_rotary_dim if self.rotary_dim is None else self.rotary_dim, self.rope_theta
 
     @property
     def positions_key(self) -> tuple[Hashable, ...]:
@@ -227,13 +228,13 @@ class StoreSpec:
         """Parameters of queries, their norm, output, its gate and sinks in each layer that reads the store."""
         heads, width, style = size.num_heads, head_dim(size), style_of(size)
         queries, gates = heads * (width + self.slot.rope_dim), gate_width(size, width)
-        biases = queries + size.d_model + gates if style.bias else 0
+        biases = (queries if has_qkv_bias(size) else 0) + (size.d_model + gates if style.bias else 0)
         others = biases + (heads if self.sinks else 0) + norm_width(size, heads, width)
         return ParamCount(size.d_model * (queries + heads * width + gates), others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
         """Parameters with which the owner writes the store, without a norm of its own."""
-        biases = self.slot.elements if style_of(size).bias else 0
+        biases = self.slot.elements if has_qkv_bias(size) else 0
         norm = norm_width(size, self.slot.kv_heads, self.slot.k_dim)
         return ParamCount(size.d_model * self.slot.elements, biases + norm)
 
@@ -311,9 +312,11 @@ class LatentSpec(StoreSpec):
         assert store.latent is not None
         width = head_dim(size)
         latent_dim = resolve_share(f"{where}.latent.dim", store.latent.dim, width, "the head dimension", problems)
-        rope_dim = resolve_share(
-            f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems
-        )
+        rope_dim = 0
+        if store.latent.rope_dim not in (0, "0"):
+            rope_dim = resolve_share(
+                f"{where}.latent.rope_dim", store.latent.rope_dim, width, "the head dimension", problems
+            )
         if rope_dim % 2:
             problems.append(f"{where}.latent.rope_dim is {rope_dim}; rotary embeddings need an even number")
         if style_of(size).qk_norm != "none":
@@ -355,7 +358,8 @@ class LatentSpec(StoreSpec):
 
     @property
     def slot_text(self) -> str:
-        return f"latent {self.slot.latent_dim} + rope {self.slot.rope_dim}"
+        rope = f" + rope {self.slot.rope_dim}" if self.slot.rope_dim else ""
+        return f"latent {self.slot.latent_dim}{rope}"
 
 
 class BoundedSpec(GroupedSpec):
@@ -387,7 +391,7 @@ class BoundedSpec(GroupedSpec):
             problems += [
                 f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
                 "leave it out, or choose ring_slots"
-                for key in ("window", "rope_theta")
+                for key in ("window", "rope", "rope_theta")
                 if getattr(store, key) is not None
             ]
 
@@ -475,7 +479,7 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         problems.append(f"{where}.rope_theta is {store.rope_theta}; it must be positive and finite")
     if window is not None and size.max_window is not None:
         window = min(window, size.max_window)
-    rotary = style_of(size).rotary_fraction
+    rotary_dim = resolve_rotary(where, store, slot, size, problems)
     return kind(
         name=name,
         owner=-1,
@@ -483,11 +487,40 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         window=window,
         sinks=store.sinks,
         kv_norm=store.kv_norm,
-        rope_theta=float(store.rope_theta or size.rope_theta),
+        rope_theta=0.0 if rotary_dim == 0 else float(store.rope_theta or size.rope_theta),
         num_slots=min(store.slots or 0, size.max_window or store.slots or 0),
         rule=store.rule,
-        rotary_dim=round(rotary * slot.k_dim) if slot.k_dim and rotary < 1 else None,
+        rotary_dim=rotary_dim,
     )
+
+
+def resolve_rotary(
+    where: str, store: StoreConfig, slot: SlotShape, size: SizeConfig, problems: list[str]
+) -> int | None:
+    """The leading elements of a key that are rotated; None: all. Adds to `problems` what is wrong with the keys that
+    decide it."""
+    if not slot.k_dim:
+        if store.rope is not None and store.latent is not None:
+            problems.append(
+                f"{where}.rope is {store.rope!r}; latents have a rotary key: write latent.rope_dim, 0 for none"
+            )
+        return None
+    if store.rope is None:
+        fraction = style_of(size).rotary_fraction
+        return round(fraction * slot.k_dim) if fraction < 1 else None
+    if store.rope == "full":
+        return None
+    if store.rope == "none":
+        if store.rope_theta is not None:
+            problems.append(f"{where}.rope_theta is {store.rope_theta}, and rope is none: leave one of them out")
+        return 0
+    rotary = resolve_share(f"{where}.rope", store.rope, slot.k_dim, "the width of a key", problems)
+    if rotary % 2 or rotary > slot.k_dim:
+        problems.append(
+            f"{where}.rope is {store.rope}, {rotary} of {slot.k_dim} elements; rotary embeddings need an even number "
+            "of them: write full, none or another share"
+        )
+    return rotary if rotary < slot.k_dim else None
 
 
 def resolve_share(where: str, value: int | str | None, whole: int, of: str, problems: list[str]) -> int:

@@ -35,6 +35,8 @@ STOCK = {
     "mqa": "LlamaForCausalLM",
     "swa": "MinistralForCausalLM",
     "mla": "DeepseekV3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo3": "MinistralForCausalLM",
 }
 INTERLEAVED = ArchConfig(
     {"local": StoreConfig("1/4", window=4), "global": StoreConfig("1/4")}, ["new local x2", "new global"]
@@ -108,6 +110,11 @@ def exported(layout: ArchConfig | str, **changes: object) -> tuple[Decoder, dict
         ("gqa2", {"d_model": 36}),  # no multiple of the heads
         ("mla", {"d_model": 36, "head_dim": 12}),
         ("swa", {"window": 2}),
+        ("smollm3", {"num_layers": 5}),
+        (ArchConfig({"kv": StoreConfig(2, window=4, rope="none")}, ["new kv"]), {}),
+        ("gqa2", {"qkv_bias": True}),
+        ("gqa2", {"qk_norm": "head"}),
+        (INTERLEAVED, {"qk_norm": "head", "d_model": 36, "num_layers": 4}),
     ],
 )
 def test_export_is_the_stock_model(layout: ArchConfig | str, changes: dict[str, object], tmp_path: Path) -> None:
@@ -219,6 +226,7 @@ LATENT = {
     "first_k_dense_replace": 3,
 }
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+SWITCHED = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
 
 
 @pytest.mark.parametrize(
@@ -234,9 +242,17 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
         ("DeepseekV3", LATENT | {"rope_interleave": True, "rms_norm_eps": 1e-2}, None),
         ("DeepseekV3", LATENT | {"rope_interleave": False, "tie_word_embeddings": True}, None),
         ("DeepseekV3", LATENT | {"qk_rope_head_dim": 2, "kv_lora_rank": 7}, None),
+        ("Qwen2", {"num_key_value_heads": 2, "sliding_window": 5}, None),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}, None),
+        ("Qwen3", SWITCHED | {"max_window_layers": 1, "head_dim": 8}, [None, 5, 5]),
+        ("Qwen2", SWITCHED | {"layer_types": MIXED}, 5),
+        ("SmolLM3", {"no_rope_layers": [0, 1, 0], "pad_token_id": None}, None),
+        ("SmolLM3", SWITCHED | {"no_rope_layer_interval": 2, "pad_token_id": None}, [None, 5, None]),
     ],
 )
-def test_import_is_the_stock_model(name: str, own: dict[str, Any], window: int | None, tmp_path: Path) -> None:
+def test_import_is_the_stock_model(
+    name: str, own: dict[str, Any], window: int | list[int | None] | None, tmp_path: Path
+) -> None:
     """From the folder that the stock class saves."""
     transformers = pytest.importorskip("transformers")
     from safetensors.torch import load_file
@@ -248,6 +264,7 @@ def test_import_is_the_stock_model(name: str, own: dict[str, Any], window: int |
     config, weights = from_hf(hf, tensors)
     ours = decoder(config, weights)
     windows = [window if kind == "sliding_attention" else None for kind in own.get("layer_types", [])] or [window] * 3
+    windows = window if isinstance(window, list) else windows
     assert [ours.plan.store(layer).window for layer in range(3)] == windows
     assert config.size.seq_len == 64
     assert_same(ours, theirs)
@@ -260,13 +277,19 @@ def test_import_is_the_stock_model(name: str, own: dict[str, Any], window: int |
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False, **WIDTHS}
 MINISTRAL = LLAMA | {"model_type": "ministral", "head_dim": 8, "sliding_window": 5}
+QWEN3 = LLAMA | SWITCHED | {"model_type": "qwen3"}
+SMOLLM3 = LLAMA | {"model_type": "smollm3"}
 DEEPSEEK = LLAMA | {"model_type": "deepseek_v3", **LATENT}
 
 
 @pytest.mark.parametrize(
     ("hf", "change"),
     [
-        (LLAMA, {"model_type": "qwen3"}),
+        (LLAMA, {"model_type": "qwen3_moe"}),
+        (QWEN3, {"attention_bias": True}),
+        (QWEN3, {"max_window_layers": -1}),
+        (SMOLLM3, {"no_rope_layers": [1, 0]}),
+        (SMOLLM3, {"no_rope_layer_interval": 0}),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}),
         (LLAMA, {"hidden_act": "gelu"}),
         (LLAMA, {"attention_bias": True}),

@@ -23,6 +23,7 @@ MIXES = {
     "rmsnorm-neox": {"style": "neox", "norm": "rmsnorm", "bias": False},
     "layernorm": {"norm": "layernorm"},
     "qk-norm": {"qk_norm": "head", "output_gate": "head", "bias": True},
+    "qkv-bias": {"qkv_bias": True, "output_gate": "head"},
     "qk-norm-all": {"qk_norm": "all", "output_gate": "channel"},
 }
 

@@ -40,13 +40,14 @@ REFUSED |= {  # layouts of one's own
     for name in set(DECODERS) - set(REFUSED)
     if any(store.slots or store.latent for store in load_arch(name).stores.values())
 }
-# Two windows, three numbers of heads, two rotary bases, sinks, a norm, and a reader of what is not the latest.
+# Two windows, three numbers of heads, two rotary bases, three rotary widths, sinks, a norm, and a reader of what is not
+# the latest.
 MIXED = ArchConfig(
     {
         "short": StoreConfig(2, window=4, rope_theta=500.0, sinks=True),
-        "long": StoreConfig(4, window=7, kv_norm=True),
+        "long": StoreConfig(4, window=7, kv_norm=True, rope="1/2"),
         "global": StoreConfig(1),
-        "same": StoreConfig(1),
+        "same": StoreConfig(1, rope="none"),
     },
     ["new short", "new long", "new global", "reuse short", "new same", "reuse global", "reuse long", "reuse short"],
 )

@@ -21,6 +21,7 @@ class KVFrontierConfig(PreTrainedConfig):
     layer_sliding_windows, layer_key_value_heads, layer_rope_thetas
                            where these three differ between layers: lists that take the place of the single value, which
                            then is the largest window, the most heads, and the first layer's base
+    layer_rotary_dims      leading elements of each head that are rotated, 0 for none, where not all of `head_dim` are
     layer_sinks            whether it has a learned attention-sink logit for each query head
     layer_kv_norms         whether it computes its keys and values from a norm of their own
     vllm_cache             how vLLM keeps what layers share, which must be said there: `joined`, as its plugin says, or
@@ -52,6 +53,7 @@ class KVFrontierConfig(PreTrainedConfig):
         layer_sliding_windows: list[int | None] | None = None,
         layer_key_value_heads: list[int] | None = None,
         layer_rope_thetas: list[float] | None = None,
+        layer_rotary_dims: list[int] | None = None,
         layer_sinks: list[bool] | None = None,
         layer_kv_norms: list[bool] | None = None,
         vllm_cache: str | None = None,
@@ -76,6 +78,7 @@ class KVFrontierConfig(PreTrainedConfig):
         self.layer_sliding_windows = layer_sliding_windows
         self.layer_key_value_heads = layer_key_value_heads
         self.layer_rope_thetas = layer_rope_thetas
+        self.layer_rotary_dims = layer_rotary_dims
         self.layer_sinks = layer_sinks
         self.layer_kv_norms = layer_kv_norms
         self.vllm_cache = vllm_cache
@@ -109,6 +112,12 @@ class KVFrontierConfig(PreTrainedConfig):
     @property
     def rope_thetas(self) -> list[float]:
         return self.layer_rope_thetas or [self.rope_parameters["rope_theta"]] * self.num_hidden_layers
+
+    @property
+    def rope_keys(self) -> list[tuple[int, float]]:
+        """(elements that are rotated, base) of each layer."""
+        dims = self.layer_rotary_dims or [self.head_dim] * self.num_hidden_layers
+        return list(zip(dims, self.rope_thetas, strict=True))
 
     @property
     def sinks(self) -> list[bool]:
@@ -153,7 +162,7 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
         if getattr(config, name) < 1
     ]
     names = ("layer_types", "kv_source_layers", "layer_sliding_windows", "layer_key_value_heads", "layer_rope_thetas")
-    for name in (*names, "layer_sinks", "layer_kv_norms"):
+    for name in (*names, "layer_rotary_dims", "layer_sinks", "layer_kv_norms"):
         values = getattr(config, name)
         if values is not None and len(values) != config.num_hidden_layers:
             problems.append(f"{name} has {len(values)} entries; num_hidden_layers is {config.num_hidden_layers}")
@@ -187,6 +196,9 @@ def _rotation(config: KVFrontierConfig) -> list[str]:
     problems = []
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}; rotary embeddings need an even number")
+    for layer, (rotary, _) in enumerate(config.rope_keys):
+        if rotary % 2 or not 0 <= rotary <= config.head_dim:
+            problems.append(f"layer {layer}: {rotary} of {config.head_dim} elements are rotated; it is an even number")
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
         problems.append(f"rope_parameters is {rope!r}; it must be of rope_type default, with a rope_theta")
@@ -200,7 +212,7 @@ def _sources(config: KVFrontierConfig) -> list[str]:
         if not 0 <= source <= layer or config.kv_source_layers[source] != source:
             problems.append(f"layer {layer} reads layer {source}; it must read itself, or an earlier layer that does")
             continue
-        for name in ("layer_types", "windows", "key_value_heads", "rope_thetas"):
+        for name in ("layer_types", "windows", "key_value_heads", "rope_keys"):
             values = getattr(config, name)
             if values[layer] != values[source]:
                 problems.append(

@@ -86,8 +86,13 @@ def last_position(rope: Rope) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """The two halves of the last axis, rotated against each other in at least fp32."""
+    """The two halves of the last axis, as far as the tables go, rotated against each other in at least fp32."""
     cos, sin = rope
+    rotary = 2 * cos.shape[-1]
+    if not rotary:
+        return x
+    if rotary < x.shape[-1]:
+        return torch.cat((rotate(x[..., :rotary], rope), x[..., rotary:]), dim=-1)
     first, second = x.to(at_least_fp32(x.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -349,7 +354,7 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
             masks = self.create_masks_for_generate(config, inputs_embeds, masks, past_key_values, position_ids)
         if missing := sorted(set(config.mask_names) - masks.keys()):
             raise ValueError(f"no attention mask for {', '.join(missing)}; generate_batch knows one window size alone")
-        ropes = {theta: rope_table(position_ids, config.head_dim, theta) for theta in set(config.rope_thetas)}
+        ropes = {key: rope_table(position_ids, *key) for key in set(config.rope_keys)}
 
         tail, length = len(self.layers), inputs_embeds.shape[1]
         if last_only and length > 1 and self.can_stop(masks, **kwargs):
@@ -359,7 +364,7 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         written: list[tuple[Tensor | None, Tensor | None]] = [nothing] * len(self.layers)
         for layer, block in enumerate(self.layers):
             source = config.kv_source_layers[layer]
-            mask, rope, read = masks[config.mask_names[layer]], ropes[config.rope_thetas[layer]], written[source]
+            mask, rope, read = masks[config.mask_names[layer]], ropes[config.rope_keys[layer]], written[source]
             if layer >= tail:
                 mask = None if mask is None else mask[..., -1:, :]
             if layer > tail:
