@@ -69,7 +69,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_key_value_heads": heads if len(set(heads)) > 1 else None,
         "rope_parameters": {"rope_type": "default", "rope_theta": thetas[0]},
         "layer_rope_thetas": thetas if len(set(thetas)) > 1 else None,
-        "layer_rotary_dims": turned if set(turned) != {plan.stores[0].slot.k_dim} else None,
+        **({"layer_rotary_dims": turned} if set(turned) != {plan.stores[0].slot.k_dim} else {}),
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": max(distinct_windows, default=None),
         "layer_sliding_windows": windows if len(distinct_windows) > 1 else None,

@@ -57,7 +57,7 @@ VARIANTS = dict(variants())
 class Text:
     """The bytes of the unit corpus, each document followed by an end of text, in rows of SEQ_LEN + 1."""
 
-    seq_len, end_of_text = SEQ_LEN, END_OF_TEXT
+    seq_len, end_of_text, has_answers = SEQ_LEN, END_OF_TEXT, False
 
     def __init__(self) -> None:
         tokens = [token for _, text in documents() for token in (*text.encode(), END_OF_TEXT)]
