@@ -1,4 +1,7 @@
-"""Write the README's table of layouts, made from the files of configs/arch that git tracks: `python eval/readme.py`."""
+"""Write what is made from the files of configs/arch that git tracks: `python eval/readme.py`.
+
+That is README's table of layouts, and docs/layouts.md with its pictures.
+"""
 
 import itertools
 import re
@@ -17,6 +20,7 @@ from arch import ModelConfig, resolve
 from arch.footprint import kv_bytes
 from arch.named import CONFIGS, load_arch, load_size, names
 from data.cli import fail
+from eval.families import FAMILIES, family
 from eval.units import bytes_text, number_text
 
 README = CONFIGS.parent / "README.md"
@@ -25,14 +29,20 @@ SIZE, CONTEXT = "1b", 32768
 
 
 def layouts() -> str:
-    """A Markdown table of the layouts at `SIZE`: the heaviest cache first."""
-    rows = []
+    """A Markdown table of the layouts at `SIZE`, by family; in each the heaviest cache first."""
+    rows: dict[str, list[tuple[int, str]]] = {each.title: [] for each in FAMILIES}
     for name in committed():
-        kv = kv_bytes(resolve(ModelConfig(load_arch(name), load_size(SIZE))), CONTEXT)
+        plan = resolve(ModelConfig(load_arch(name), load_size(SIZE)))
+        kv = kv_bytes(plan, CONTEXT)
         cells = (f"`{name}`", description(name), number_text(kv.per_token), bytes_text(kv.stored), bytes_text(kv.read))
-        rows.append((-kv.stored, "| " + " | ".join(cells) + " |\n"))
-    header = f"| `+arch=` | what it is | bytes per token | stored at {CONTEXT:,} tokens | read per decoded token |\n"
-    return header + "|---|---|---:|---:|---:|\n" + "".join(row for _, row in sorted(rows))
+        rows[family(plan).title].append((-kv.stored, "| " + " | ".join(cells) + " |\n"))
+    text = f"| `+arch=` | what it is | bytes per token | stored at {CONTEXT:,} tokens | read per decoded token |\n"
+    text += "|---|---|---:|---:|---:|\n"
+    for title, found in rows.items():
+        if found:
+            link = f"docs/layouts.md#{title.lower().replace(' ', '-')}"
+            text += f"| **[{title}]({link})** | | | | |\n" + "".join(row for _, row in sorted(found))
+    return text
 
 
 def committed() -> list[str]:
@@ -62,6 +72,10 @@ def updated(text: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:]:
         fail(f"{__doc__} It takes no arguments")
+    from eval import layouts as pages  # which asks this module
+
     before = README.read_text()
     README.write_text(updated(before))
-    print(f"{README.name}: {'as it was' if README.read_text() == before else 'a new table of layouts'}")
+    changed = [README] if README.read_text() != before else []
+    written = [str(path.relative_to(README.parent)) for path in (*changed, *pages.write())]
+    print("\n".join(written) or "README.md, docs/layouts.md: as they were")

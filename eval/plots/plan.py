@@ -64,7 +64,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = "+".join(str(number) for _, number in store.retention) or ("all" if store.grows else "state")
+            text = "\n+".join(str(number) for _, number in store.retention) or ("all" if store.grows else "state")
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
             if store.sinks:
@@ -75,8 +75,8 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
     stores = f"{counted(len(plan.stores), 'store')} for {counted(plan.num_layers, 'layer')}"
     axes.text(-0.4, 2.05, visible(f"{title}: {stores}"), fontsize=11, weight="bold")
     figures = (
-        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows and slots; at {context:,} {unit}s "
-        f"{bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
+        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows, slots and states; "
+        f"at {context:,} {unit}s {bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
     )
     axes.text(-0.4, 1.8, figures, fontsize=9, color=DARK_INK)
     axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions, slots)"], fontsize=9)
