@@ -6,7 +6,7 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,12 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def pictures(layouts: dict[str, Plan], models: Sequence[Released]) -> dict[str, tuple[str, Callable[[Path], None]]]:
+def pictures(layouts: dict[str, Plan], models: Sequence[Released]) -> dict[str, tuple[str, Callable[[Path], object]]]:
     """By name, the digest of what a picture shows, and what draws it."""
     from eval.plots.plan import draw_plan
     from eval.plots.released import draw_released
 
-    result: dict[str, tuple[str, Callable[[Path], None]]] = {}
+    result: dict[str, tuple[str, Callable[[Path], object]]] = {}
     for each in FAMILIES:
         if each.example in layouts:
             plan = layouts[each.example]
@@ -107,7 +107,7 @@ def pictures(layouts: dict[str, Plan], models: Sequence[Released]) -> dict[str, 
                 draw_plan(plan, f"{name} at {SIZE}", CONTEXT, path=path)
 
             result[each.example] = (digest(each.example, [shown(stack) for stack in plan.stacks]), draw)
-    groups = [
+    groups: list[tuple[str, Mapping[str, Plan]]] = [
         ("released models", {model.name: model.plan for model in models}),
         (f"layouts at {SIZE}", layouts),
     ]
