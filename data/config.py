@@ -19,8 +19,9 @@ class RecallConfig:
     kind      zoology, the paper's sequences, in which each key is asked for once; gap, ours, whose second half asks
     pairs     pairs of a sequence; of a list, sequences have as many in turn
     length    tokens of a sequence; training takes it as size.seq_len
-    vocab     number of different tokens; of `gap` it uses at most 72
+    vocab     number of different tokens; of `gap` it uses at most 72, of joined pairs 1,096
     noise     of zoology: random tokens where nothing is asked, in place of token 0
+    joined    of gap: a pair is one token, so that one layer can answer; learned in a minute
     rows      sequences to train on
     val_rows  sequences to validate on
     seed      of all that is drawn
@@ -31,6 +32,7 @@ class RecallConfig:
     length: int = 64
     vocab: int = 8192
     noise: bool = False
+    joined: bool = False
     rows: int = 100_000
     val_rows: int = 3_000
     seed: int = 123
@@ -138,7 +140,7 @@ class PrepareConfig:
         tokenizer, recall = self.tokenizer, self.source.recall
         if tokenizer.kind == "numbers":
             pairs = "-".join(map(str, recall.pairs)) if isinstance(recall.pairs, list) else recall.pairs
-            tag = f"{recall.kind}-{recall.length}-{pairs}-{recall.vocab}"
+            tag = f"{recall.kind}-{recall.length}-{pairs}-{recall.vocab}{'-joined' if recall.joined else ''}"
         elif tokenizer.kind == "pretrained":
             tag = Path(tokenizer.name or "unnamed").name.removesuffix(".json")
         else:
@@ -151,6 +153,8 @@ class PrepareConfig:
         recipe = {key: value for key, value in asdict(self).items() if key in ("source", "tokenizer", *LIMITS)}
         if self.source.corpus != "recall":
             del recipe["source"]["recall"]
+        elif not self.source.recall.joined:  # which the first such folders do not say
+            del recipe["source"]["recall"]["joined"]
         return recipe
 
 

@@ -18,6 +18,7 @@ nothing is asked, which is never an answer.
 Shapes: B sequences, T tokens, P pairs.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,10 +58,12 @@ class RecallTask:
     joined: bool = False
 
     @classmethod
-    def of(cls, length: int, pairs: int, vocab_size: int) -> "RecallTask":
+    def of(cls, length: int, pairs: int, vocab_size: int, joined: bool = False) -> "RecallTask":
         """Sequences whose second half asks, of up to 32 keys and as many values."""
-        symbols = min(32, (vocab_size - cls.noise) // 2)
-        return cls(length, max(0, length // 2 - 2 * pairs), keys=symbols, values=symbols)
+        room = vocab_size - cls.noise
+        symbols = min(32, math.isqrt(room + 1) - 1 if joined else room // 2)
+        gap = max(0, length // 2 - (1 if joined else 2) * pairs)
+        return cls(length, gap, keys=symbols, values=symbols, joined=joined)
 
     @property
     def vocab_size(self) -> int:
@@ -204,6 +207,8 @@ def problems(config: RecallConfig) -> list[str]:
         for name, least in (("length", 2), ("rows", 1), ("val_rows", 1), ("vocab", 10), ("seed", 0))
         if getattr(config, name) < least
     ]
+    if config.joined and config.kind == "zoology":
+        found.append("joined is of kind=gap; the paper's pairs are two tokens")
     try:
         counts = config.num_pairs
     except (TypeError, ValueError):
@@ -219,7 +224,7 @@ def problems(config: RecallConfig) -> list[str]:
 def _task(config: RecallConfig, pairs: int) -> RecallTask | ZoologyTask:
     if config.kind == "zoology":
         return ZoologyTask(config.length, config.vocab, noise=config.noise)
-    return RecallTask.of(config.length, pairs, config.vocab)
+    return RecallTask.of(config.length, pairs, config.vocab, config.joined)
 
 
 def _rows(config: RecallConfig, pairs: int, rows: int, number: int) -> Rows:

@@ -98,6 +98,18 @@ def test_sequences_of_several_numbers_of_pairs_take_turns() -> None:
     assert sum(answer > 0 for answer in lines[6][1]) == sum(answer > 0 for answer in lines[7][1]) == 12
 
 
+def test_joined_pairs_fill_the_vocabulary() -> None:
+    """A pair is one token, and there are as many keys and values as have room."""
+    task = RecallTask.of(64, 8, 296, joined=True)
+    assert (task.keys, task.values, task.gap, task.vocab_size) == (16, 16, 24, 296)
+    made = recall_rows(task, 8, 4, 0, 0)
+    number_BP = made.inputs_BT[:, :8] - task.first_pair
+    keys_BP, values_BP = 8 + number_BP // 16, 24 + number_BP % 16
+    for row, place in ((0, 32), (3, 63)):
+        (pair,) = np.flatnonzero(keys_BP[row] == made.inputs_BT[row, place])
+        assert made.targets_BT[row, place] == values_BP[row, pair]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -107,6 +119,7 @@ def test_sequences_of_several_numbers_of_pairs_take_turns() -> None:
         ({"pairs": [2, 9]}, "9 pairs: at least 1, and at most 4 find room"),
         ({"rows": 0}, "rows is 0; it must be at least 1"),
         ({"vocab": 16}, "the length must be even, and below the vocabulary"),
+        ({"joined": True}, "joined is of kind=gap"),
     ],
 )
 def test_impossible_sequences(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -125,6 +138,9 @@ def test_keys_of_the_command_line_reach_the_corpus() -> None:
     config = load("recall", words).preparation
     assert config.source.recall == RecallConfig(pairs=["4", "8"], length=128, noise=True)
     assert config.folder.name == "recall-zoology-128-4-8-8192"
+    assert "joined" not in config.recipe["source"]["recall"], "folders made before there were joined pairs stay"
+    joined = load("recall", ["source.recall.kind=gap", "source.recall.joined=true"]).preparation
+    assert joined.folder.name.endswith("-joined") and joined.recipe["source"]["recall"]["joined"]
     assert "recall" not in load("stdlib", []).preparation.recipe["source"], "other folders stay as they are"
 
 
