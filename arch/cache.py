@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S slots read.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,20 @@ class Cache:
     def takes_rows(self) -> bool:
         """A row may now be taken from another cache."""
         return True
+
+    @property
+    def takes_steps(self) -> bool:
+        """A single token may be run by kernels for one query."""
+        return True
+
+    @property
+    def sees_queries(self) -> bool:
+        """Queries of all layers at all positions are wanted, also where nothing else depends on them."""
+        return False
+
+    def store_masks(self, masks: list[Any], length: int, device: torch.device) -> list[Any]:
+        """Masks of the next `length` tokens, one per store, from those that `mask` made of its window."""
+        return masks
 
     @property
     def nbytes(self) -> int:
@@ -214,9 +229,16 @@ def allocate(
     """
 
     buffers = tuple(allocate_buffer(store, batch, capacity, dtype, device) for store in plan.stores)
+    cross_buffers = allocate_cross(plan, batch, num_cross_vectors, dtype, device)
+    return Cache(plan, buffers, capacity, start_B, cross_buffers=cross_buffers)
+
+
+def allocate_cross(
+    plan: KVPlan, batch: int, num_cross_vectors: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[AppendBuffer, ...]:
+    """A buffer of each layer for keys and values of the vectors that it attends to besides its sequence, if any."""
     cross = [
         [zero_slots((batch, num_cross_vectors, *shape), dtype, device) for shape in store.position_shapes]
         for store in map(plan.store, range(plan.num_layers if num_cross_vectors else 0))
     ]
-    cross_buffers = tuple(AppendBuffer(tuple(tensors)) for tensors in cross)
-    return Cache(plan, buffers, capacity, start_B, cross_buffers=cross_buffers)
+    return tuple(AppendBuffer(tuple(tensors)) for tensors in cross)

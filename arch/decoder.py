@@ -143,10 +143,11 @@ class Stack(nn.Module):
         form = dense_backend(self.backend).form
         mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device, form))
         positions = self.bounded_positions(lambda store: cache.token_positions(store, length, device))
-        return [
+        masks: list[Mask | TokenPositions] = [
             mask_by_window[store.window] if store.masked else positions[store.positions_key]
             for store in self.plan.stores
         ]
+        return cache.store_masks(masks, length, device)
 
     def bounded_positions(self, make: Callable[[StoreSpec], TokenPositions]) -> dict[Hashable, TokenPositions]:
         """Make token positions for each kind of bounded store."""
@@ -209,7 +210,10 @@ class Stack(nn.Module):
         """
         length, device, plan = x_BTD.shape[1], x_BTD.device, self.plan
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
-        if cache is not None and masks is None and length == 1 and keep != 0:
+        wanted = keep
+        if cache is not None and cache.sees_queries:
+            keep = None
+        if cache is not None and masks is None and length == 1 and keep != 0 and cache.takes_steps:
             cache.check(self.plan, x_BTD.shape[0], 1)
             x_BD = self.step(x_BTD.squeeze(1), cache, context_BCD)
             cache.length += 1
@@ -261,7 +265,7 @@ class Stack(nn.Module):
                 break
         if cache is not None:
             cache.length += length
-        return x_BTD if keep is None else x_BTD[:, x_BTD.shape[1] - keep :]
+        return x_BTD if wanted is None else x_BTD[:, x_BTD.shape[1] - wanted :]
 
     def step(self, x_BD: Tensor, cache: Cache, context_BCD: Tensor | None = None) -> Tensor:
         """Run the layers on one token of each row, as `run`, but leave `cache.length` as it is; [B, D]."""

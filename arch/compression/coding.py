@@ -1,0 +1,134 @@
+"""Codecs: blocks of tokens as packed integers (or smaller floats) with scales and zeros, and back.
+
+A number is `code * scale + zero`, with `zero` the least of its group; scales and zeros are fp16, and codes are made of
+the rounded ones, so that rounding them costs half a step at most at the edges of a group.
+
+Shapes: B batch, J blocks, G tokens of a block, H last axis, P bytes of it when packed, A scales of it.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..precision import at_least_fp32
+from .layout import TensorLayout
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0
+LEAST_SCALE = 2.0**-24  # the smallest fp16
+MOST_SCALE = 65504.0
+
+
+def split_last(x: Tensor, size: int) -> Tensor:
+    """[..., A, size]: the last axis in pieces of `size`."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+
+
+def pack(code: Tensor, bits: int) -> Tensor:
+    """Integers below 2 ** `bits`, uint8 [..., H], as bytes [..., P]; the first is in the lowest bits."""
+    per = 8 // bits
+    if per == 1:
+        return code
+    full = split_last(F.pad(code, (0, -code.shape[-1] % per)), per)
+    packed: Tensor = full[..., 0].clone()
+    for place in range(1, per):
+        packed |= full[..., place] << (bits * place)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """What `pack` packed: uint8 [..., H], of `width` numbers."""
+    per = 8 // bits
+    if per == 1:
+        return packed
+    parts = [(packed >> (bits * place)) & ((1 << bits) - 1) for place in range(per)]
+    return torch.stack(parts, dim=-1).flatten(-2)[..., :width]
+
+
+@functools.cache
+def hadamard_matrix(size: int) -> Tensor:
+    """Sylvester's matrix of `size`, a power of two, divided by the root of it: symmetric, and its own inverse. fp64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return matrix / math.sqrt(size)
+
+
+def rotate_hadamard(x: Tensor) -> Tensor:
+    """Rotate the last axis by Hadamard matrices of the largest power of two that divides it; its own inverse."""
+    width = x.shape[-1]
+    size = width & -width
+    matrix = hadamard_matrix(size).to(x.device, x.dtype)
+    return (split_last(x, size) @ matrix).flatten(-2)
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """[..., A, group]: the last axis in groups, the last of which is filled up with its last element."""
+    more = -x.shape[-1] % group
+    if more:
+        x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], more)), dim=-1)
+    return split_last(x, group)
+
+
+def ungroup(x: Tensor, width: int) -> Tensor:
+    return x.flatten(-2)[..., :width]
+
+
+def encode(x_BJGxH: Tensor, layout: TensorLayout) -> tuple[Tensor, ...]:
+    """Codes [B, J, G, ..., P], then scales and zeros [B, J, ..., A] where the codec has them."""
+    codec = layout.codec
+    assert codec is not None
+    if codec.name == "bf16":
+        return (x_BJGxH.to(torch.bfloat16),)
+    x = x_BJGxH.to(at_least_fp32(x_BJGxH.dtype))
+    if codec.hadamard:
+        x = rotate_hadamard(x)
+    grouped = in_groups(x, layout.group)
+    if codec.name == "fp8":
+        scale = _fp16(grouped.abs().amax(dim=(2, -1), keepdim=True) / FP8_MOST)
+        code = (grouped / scale.to(x.dtype)).clamp(-FP8_MOST, FP8_MOST)
+        return ungroup(code, x.shape[-1]).to(FP8), scale.squeeze(-1).squeeze(2)
+    most = (1 << codec.bits) - 1
+    low, high = grouped.amin(dim=(2, -1), keepdim=True), grouped.amax(dim=(2, -1), keepdim=True)
+    if codec.clip < 1:
+        low, high = low * codec.clip, high * codec.clip
+    zero = low.clamp(-MOST_SCALE, MOST_SCALE).to(torch.float16)
+    scale = _fp16((high - zero.to(x.dtype)) / most)
+    code = ((grouped - zero.to(x.dtype)) / scale.to(x.dtype)).round().clamp(0, most).to(torch.uint8)
+    return pack(ungroup(code, x.shape[-1]), codec.bits), *(part.squeeze(-1).squeeze(2) for part in (scale, zero))
+
+
+def _fp16(scale: Tensor) -> Tensor:
+    return scale.clamp(LEAST_SCALE, MOST_SCALE).to(torch.float16)
+
+
+def decode(coded: tuple[Tensor, ...], layout: TensorLayout, dtype: torch.dtype) -> Tensor:
+    """Blocks [B, J, G, ..., H] of what `encode` made."""
+    codec, width = layout.codec, layout.shape[-1]
+    assert codec is not None
+    if codec.name == "bf16":
+        return coded[0].to(dtype)
+    code = coded[0] if codec.name == "fp8" else unpack(coded[0], codec.bits, width)
+    made = at_least_fp32(dtype)
+    grouped = in_groups(code.to(made), layout.group)
+    x = grouped * coded[1].to(made).unsqueeze(2).unsqueeze(-1)
+    if codec.name != "fp8":
+        x = x + coded[2].to(made).unsqueeze(2).unsqueeze(-1)
+    x = ungroup(x, width)
+    return (rotate_hadamard(x) if codec.hadamard else x).to(dtype)
+
+
+def zero_codes(layout: TensorLayout, batch: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """Empty blocks, in the shapes of `encode`."""
+    codec = layout.codec
+    if codec is None:
+        return ()
+    heads, width = layout.shape[:-1], layout.shape[-1]
+    kinds = {"bf16": (width, torch.bfloat16), "fp8": (width, FP8)}
+    last, dtype = kinds.get(codec.name, (-(-width // (8 // min(8, codec.bits))), torch.uint8))
+    codes = torch.zeros((batch, layout.blocks, layout.block, *heads, last), dtype=dtype, device=device)
+    scales = (batch, layout.blocks, *heads, -(-width // layout.group))
+    return codes, *(torch.zeros(scales, dtype=torch.float16, device=device) for _ in range(layout.scales))

@@ -1,0 +1,223 @@
+"""Layout of compressed stores, and their bytes, without torch.
+
+Tokens leave the newest, which are whole, in blocks; a block is stored as integers with scales and zeros. Where the
+cache of a store holds every position its blocks lie in order, else in a ring.
+"""
+
+from dataclasses import dataclass
+
+from ..block_plan import BlockPlan, Plan
+from ..footprint import cross_bytes
+from ..plan import KVPlan, StackPlan
+from ..stores import StoreSpec
+from .method import CacheMethod, CodecSpec, KeepSpec
+
+SCALE_BYTES = 2  # scales and zeros are fp16
+POSITION_BYTES = 4  # positions of kept slots are int32
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor of a store.
+
+    shape   of one position
+    limit   the most tokens that it must hold
+    window  None: it holds every position
+    codec   None: it is stored whole
+    fixed   nothing is added to it after it was first written
+    block   tokens that are stored at a time: of a group over tokens, else 1
+    group   elements of the last axis that share a scale; 1 where `block` tokens do
+    """
+
+    shape: tuple[int, ...]
+    limit: int
+    window: int | None
+    codec: CodecSpec | None
+    block: int
+    group: int
+    fixed: bool = False
+
+    @property
+    def recent(self) -> int:
+        """The newest tokens, which are always whole."""
+        if self.codec is None:
+            return self.limit
+        return 0 if self.fixed else min(self.limit, self.codec.recent)
+
+    @property
+    def whole(self) -> int:
+        """Slots of whole tokens: the newest, and those of a block that is not yet complete."""
+        if self.fixed and self.codec is not None:
+            return self.limit % self.block
+        return min(self.limit, self.recent + self.block - 1)
+
+    @property
+    def blocks(self) -> int:
+        """Slots of blocks."""
+        if self.codec is None:
+            return 0
+        most = (self.limit - self.recent) // self.block
+        if self.window is None:
+            return max(0, most)
+        looked = self.window - 1 - self.recent  # tokens before the newest that the next token sees
+        return 0 if looked <= 0 else (looked + self.block - 2) // self.block + 1
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the last axis of one position, without scales."""
+        assert self.codec is not None
+        return -(-self.shape[-1] * self.codec.bits // 8)
+
+    @property
+    def groups(self) -> int:
+        """Scales of the last axis, of a token or of a block."""
+        return -(-self.shape[-1] // self.group)
+
+    @property
+    def scales(self) -> int:
+        """Numbers of a group besides its elements: a scale, and a zero where they are integers."""
+        assert self.codec is not None
+        return {"bf16": 0, "fp8": 1}.get(self.codec.name, 2)
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes of one sequence."""
+        heads = 1
+        for size in self.shape[:-1]:
+            heads *= size
+        total = self.whole * heads * self.shape[-1] * itemsize
+        if self.codec is not None:
+            per_block = self.block * self.packed_bytes + self.scales * self.groups * SCALE_BYTES
+            total += self.blocks * heads * per_block
+        return total
+
+
+def tensor_layouts(
+    store: StoreSpec, codec: CodecSpec | None, capacity: int, window: int | None = None, fixed: bool = False
+) -> tuple[TensorLayout, ...]:
+    """Layouts of the tensors of a store that is read by a mask, of up to `capacity` tokens of which the next one sees
+    no more than `window`, itself included. Keys and values, or the latent, are coded; the rotary key of a latent is
+    whole."""
+    limit = capacity if window is None else min(capacity, window)
+    window = window if window is not None and window < capacity else None
+    layouts = []
+    for index, shape in enumerate(store.position_shapes):
+        coded = None if store.slot.latent_dim and index == 1 else codec
+        by_channel = coded is not None and coded.keys == "channel" and index == 0 and not store.slot.latent_dim
+        block = coded.group if by_channel and coded is not None else 1
+        group = 1 if by_channel or coded is None else min(coded.group, shape[-1])
+        layouts.append(TensorLayout(shape, limit, window, coded, block, group, fixed))
+    return tuple(layouts)
+
+
+def check_method(plan: Plan, method: CacheMethod) -> None:
+    """Raises ValueError where `method` has nothing to act on in a cache of `plan`, or cannot."""
+    for stack in plan.stacks:
+        codec, stores = method.codec, [store for store in stack.plan.stores if store.masked]
+        for store in stores:
+            for shape in (layout.shape for layout in tensor_layouts(store, codec, 1) if layout.codec):
+                if codec is not None and codec.hadamard and shape[-1] % 2:
+                    raise ValueError(
+                        f"{method.text}: store {store.name} has width {shape[-1]}, and a Hadamard rotation needs an "
+                        "even one; leave hadamard out"
+                    )
+    every = [store for stack in plan.stacks for store in stack.plan.stores]
+    if method.codec is not None and not any(store.masked for store in every):
+        raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
+    if method.keep is not None and not any(keeps(store) for store in every):
+        raise ValueError(f"{method.text}: no store grows with the context, so that a keep has nothing to drop")
+
+
+def keeps(store: StoreSpec) -> bool:
+    """Whether a keep acts on a store: on those that hold every position."""
+    return store.masked and store.window is None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Slots of a store after a keep acted on a prompt.
+
+    chosen  slots for positions that were chosen, which may differ between rows and heads
+    newest  tokens at the end of the prompt that stay in any case; later tokens follow them
+    window  later tokens push out the earlier of those: tokens that a query sees; None: they do not
+    """
+
+    chosen: int
+    newest: int
+    window: int | None = None
+
+
+def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> Kept | None:
+    """Slots of a store after `keep` acted on a prompt; None: everything stays, and nothing changes.
+
+    A budget in bytes is one of slots as they are without a codec.
+    """
+    assert keep.budget is not None
+    budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
+    if budget >= prompt:
+        return None
+    sinks = min(keep.options["sinks"], budget - 1)
+    return Kept(sinks, budget - sinks, budget - sinks)
+
+
+def position_heads(store: StoreSpec) -> int:
+    """Heads whose kept positions may differ."""
+    return store.slot.kv_heads or 1
+
+
+def kept_layouts(
+    store: StoreSpec, codec: CodecSpec | None, kept: Kept, capacity: int, prompt: int
+) -> tuple[tuple[TensorLayout, ...], tuple[TensorLayout, ...]]:
+    """Layouts of the chosen slots, and of the newest with later tokens, for up to `capacity` tokens in all."""
+    later = capacity - prompt + kept.newest
+    return (
+        tensor_layouts(store, codec, kept.chosen, fixed=True),
+        tensor_layouts(store, codec, later, kept.window),
+    )
+
+
+def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: int | None, itemsize: int) -> int:
+    """Bytes of one store of one sequence; `prompt` None: before compression, else after that of as many tokens."""
+    if not store.masked:
+        return store.nbytes(capacity, itemsize)
+    kept = None
+    if method.keep is not None and keeps(store):
+        if prompt is not None:
+            kept = kept_slots(store, method.keep, prompt, itemsize)
+        if kept is None and prompt is None:  # whole until it is compressed
+            return store.nbytes(capacity, itemsize)
+    if kept is None:
+        if method.codec is None:
+            return store.nbytes(capacity, itemsize)
+        return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, method.codec, capacity, store.window))
+    assert prompt is not None
+    parts = kept_layouts(store, method.codec, kept, capacity, prompt)
+    return kept.chosen * position_heads(store) * POSITION_BYTES + sum(
+        layout.nbytes(itemsize) for part in parts for layout in part
+    )
+
+
+def stack_bytes(
+    stack: StackPlan, plan: KVPlan, method: CacheMethod, capacity: int, prompt: int | None, itemsize: int
+) -> int:
+    stores = sum(store_bytes(store, method, capacity, prompt, itemsize) for store in plan.stores)
+    return stores + cross_bytes(stack, itemsize)
+
+
+def compressed_bytes(
+    plan: Plan, method: CacheMethod, batch: int, capacity: int, *, prompt: int | None = None, itemsize: int = 2
+) -> int:
+    """Bytes of the tensors of a compressed cache for `batch` sequences of up to `capacity` tokens.
+
+    `prompt` None: before `compress`; else after it, called when the cache held as many tokens. A Block Transformer's
+    keep acts on its block decoder, whose positions are blocks.
+    """
+    if isinstance(plan, BlockPlan):
+        blocks, tokens = plan.stacks
+        length = plan.block_length
+        total = stack_bytes(
+            blocks, plan.block, method, capacity // length, None if prompt is None else prompt // length, itemsize
+        )
+        codec_only = CacheMethod(method.text, method.codec)
+        total += stack_bytes(tokens, plan.token, codec_only, plan.num_positions, prompt, itemsize)
+        return batch * total
+    return batch * stack_bytes(plan.stacks[0], plan, method, capacity, prompt, itemsize)

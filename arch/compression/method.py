@@ -1,0 +1,184 @@
+"""Names of what is done to a cache at evaluation, without torch: `none`, `int4`, `streaming@25%`, `int4+streaming@256`.
+
+A method is a codec (how a slot is stored), a keep (which positions stay), or both, joined by `+`. Options stand in
+brackets, `int4(group=64,recent=0)`; the budget of a keep follows an `@`: a share of the prompt (`25%`), tokens (`256`),
+or bytes of each sequence and store (`16KiB`).
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+Value = int | float | bool | str
+
+# Options of each codec, with their defaults:
+#   group     elements that share a scale and a zero: of a channel over tokens, or of a token over channels
+#   recent    newest tokens that stay whole
+#   keys      `channel`: a group is of one channel of the keys, and is stored when its tokens are there (KIVI);
+#             `token`: of one token, as it always is of values and latents
+#   hadamard  keys and values are rotated by a Hadamard matrix before they are rounded, and back after (QuaRot)
+#   clip      share of the range of a group that its integers span
+_INTEGER: dict[str, Value] = {"group": 32, "recent": 32, "keys": "channel", "hadamard": False, "clip": 1.0}
+CODECS: dict[str, dict[str, Value]] = {
+    "bf16": {"recent": 0},
+    "fp8": {"group": 32, "recent": 0},
+    "int8": _INTEGER,
+    "int4": _INTEGER,
+    "int2": _INTEGER,
+}
+BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+CHOICES = {"keys": ("channel", "token")}
+
+# Options of each keep, with their defaults:
+#   sinks   first tokens of a row that always stay
+#   recent  newest tokens that always stay; they and the sinks count towards the budget
+KEEPS: dict[str, dict[str, Value]] = {
+    "streaming": {"sinks": 4},
+}
+WITHOUT_BUDGET: frozenset[str] = frozenset()  # keeps that decide by themselves how many stay
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "KiB": 2**10, "MiB": 2**20}
+MOST = 1 << 24  # of a number in an option
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A codec and its options. `bits`: of an element, without scales."""
+
+    name: str
+    group: int = 32
+    recent: int = 0
+    keys: str = "token"
+    hadamard: bool = False
+    clip: float = 1.0
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.name]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a store stays for each sequence: `unit` is share (of the prompt), tokens or bytes."""
+
+    unit: str
+    amount: Fraction
+
+    def tokens(self, prompt: int, slot_bytes: int) -> int:
+        """Tokens that stay of a prompt, at least 1, where a position of the store takes `slot_bytes` bytes."""
+        whole = {"share": self.amount * prompt, "tokens": self.amount, "bytes": self.amount / max(1, slot_bytes)}
+        return max(1, math.floor(whole[self.unit]))
+
+
+@dataclass(frozen=True)
+class KeepSpec:
+    """A keep, its budget (None: it needs none), and its options by name."""
+
+    name: str
+    budget: Budget | None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class CacheMethod:
+    """What is done to a cache; `text` as it was written, without spaces."""
+
+    text: str = "none"
+    codec: CodecSpec | None = None
+    keep: KeepSpec | None = None
+
+    @property
+    def is_none(self) -> bool:
+        return self.codec is None and self.keep is None
+
+
+PART = re.compile(r"(?P<name>[a-z0-9_]+)(?:\((?P<first>[^()]*)\))?(?:@(?P<budget>[^()]+))?(?:\((?P<last>[^()]*)\))?")
+
+
+def parse_method(text: str) -> CacheMethod:
+    """Read a method. Raises ValueError, which names the fix."""
+    compact = re.sub(r"\s+", "", text)
+    if compact == "none":
+        return CacheMethod()
+    codec: CodecSpec | None = None
+    keep: KeepSpec | None = None
+    for part in compact.split("+"):
+        match = PART.fullmatch(part)
+        if match is None or (match["first"] is not None and match["last"] is not None):
+            raise ValueError(f"cannot read {part!r} in cache method {text!r}; write such as int4, or snapkv@25%")
+        name, options, budget = match["name"], match["first"] or match["last"] or "", match["budget"]
+        if name in CODECS:
+            if codec is not None:
+                raise ValueError(f"cache method {text!r} has two codecs; leave one out")
+            if budget is not None:
+                raise ValueError(f"{name} is a codec and takes no budget; write {name}, or {name}+streaming@{budget}")
+            codec = CodecSpec(name, **_options(name, CODECS[name], options))
+        elif name in KEEPS:
+            if keep is not None:
+                raise ValueError(f"cache method {text!r} has two keeps; leave one out")
+            keep = KeepSpec(name, _budget(name, budget), _options(name, KEEPS[name], options))
+        elif name == "none":
+            raise ValueError(f"none joins nothing; write {compact.replace('none+', '').replace('+none', '')}")
+        else:
+            raise ValueError(
+                f"no cache method {name!r}; codecs are {', '.join(CODECS)}, keeps (with a budget, as in "
+                f"streaming@25%) {', '.join(KEEPS)}, and none leaves the cache as it is"
+            )
+    return CacheMethod(compact, codec, keep)
+
+
+def _options(name: str, defaults: dict[str, Value], text: str) -> dict[str, Any]:
+    values: dict[str, Any] = dict(defaults)
+    for entry in filter(None, text.split(",")):
+        key, _, written = entry.partition("=")
+        if key not in defaults or not written:
+            known = ", ".join(f"{key}={value}".lower() for key, value in defaults.items()) or "none"
+            raise ValueError(f"{name} has no option {entry!r}; its options and their defaults: {known}")
+        values[key] = _value(f"{name}({key})", key, written, defaults[key])
+    return values
+
+
+def _value(where: str, key: str, text: str, default: Value) -> Value:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{where} is {text!r}; it is true or false")
+        return text.lower() == "true"
+    if isinstance(default, str):
+        if text not in CHOICES.get(key, (text,)):
+            raise ValueError(f"{where} is {text!r}; it is {' or '.join(CHOICES[key])}")
+        return text
+    if isinstance(default, int):
+        least = 1 if key in ("group", "every", "window", "kernel", "page", "rank", "layers") else 0
+        if not re.fullmatch(r"\d{1,8}", text) or not least <= int(text) <= MOST:
+            raise ValueError(f"{where} is {text!r}; it is a whole number, at least {least}")
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 1:
+        raise ValueError(f"{where} is {text!r}; it is a number above 0 and at most 1")
+    return number
+
+
+def _budget(name: str, text: str | None) -> Budget | None:
+    if name in WITHOUT_BUDGET:
+        if text is not None:
+            raise ValueError(f"{name} needs no budget, it decides itself what stays; leave out @{text}")
+        return None
+    example = f"{name}@25% of the prompt, {name}@256 tokens, or {name}@16KiB of each sequence and store"
+    if text is None:
+        raise ValueError(f"{name} needs a budget: {example}")
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)(%|[KM]i?B|B)?", text)
+    if match is None:
+        raise ValueError(f"cannot read the budget {text!r}: {example}")
+    amount, unit = Fraction(match[1]), match[2]
+    if unit == "%":
+        return Budget("share", amount / 100)
+    if unit is None:
+        if amount.denominator != 1:
+            raise ValueError(f"{name}@{text} is no whole number of tokens: {example}")
+        return Budget("tokens", amount)
+    return Budget("bytes", amount * UNITS[unit])

@@ -1,0 +1,207 @@
+"""Compressed caches: bytes are those of the formula, codecs round as they should, and what is left whole is exact."""
+
+import math
+
+import pytest
+import torch
+from conftest import ARCHS, build, small, tokens
+
+from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
+from arch.attend import Mask, sdpa
+from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotate_hadamard, unpack
+from arch.compression.compressed import allocate_compressed
+from arch.compression.layout import compressed_bytes, tensor_layouts
+from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
+from arch.masks import Dense
+
+CODEC_TEXTS = (
+    "bf16",
+    "fp8(group=5)",
+    "int8",
+    "int4(group=64,recent=0)",  # larger than the cache
+    "int4(keys=token,group=3,recent=2,hadamard=true,clip=0.95)",
+    "int2(group=4,recent=3)",
+)
+KEEP_TEXTS = ("streaming@25%", "streaming@1", "streaming@3(sinks=0)", "streaming@2KiB", "streaming@1000")
+METHODS = (*CODEC_TEXTS, *KEEP_TEXTS, "int4(group=4,recent=2)+streaming@50%", "int8+streaming@9")
+
+
+def test_methods_are_read() -> None:
+    assert parse_method("none") == CacheMethod() and parse_method("none").is_none
+    method = parse_method(" int4(group=16, recent=8) + streaming@12.5%(sinks=2)")
+    assert method.text == "int4(group=16,recent=8)+streaming@12.5%(sinks=2)"
+    assert method.codec == CodecSpec("int4", 16, 8, "channel")
+    assert method.keep is not None and method.keep.budget is not None and method.keep.options == {"sinks": 2}
+    budgets = {"25%": 25, "1": 1, "64": 64, "1KiB": 10, "5B": 1}
+    for text, expected in budgets.items():
+        keep = parse_method(f"streaming@{text}").keep
+        assert keep is not None and keep.budget is not None
+        assert keep.budget.tokens(100, 100) == expected, text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int3", "no cache method 'int3'; codecs are bf16"),
+        ("", "cannot read ''"),
+        ("int4+int8", "two codecs"),
+        ("streaming@1+streaming@2", "two keeps"),
+        ("int4@25%", "takes no budget"),
+        ("streaming", "needs a budget: streaming@25% of the prompt"),
+        ("streaming@1.5", "no whole number of tokens"),
+        ("streaming@many", "cannot read the budget"),
+        ("int4(group=0)", "at least 1"),
+        ("int4(recent=-1)", "at least 0"),
+        ("int4(keys=head)", "channel or token"),
+        ("int4(hadamard=2)", "true or false"),
+        ("int4(clip=0)", "above 0"),
+        ("bf16(group=4)", "bf16 has no option 'group=4'; its options and their defaults: recent=0"),
+        ("none+int4", "write int4"),
+    ],
+)
+def test_wrong_methods_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        parse_method(text)
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
+    """Before and after compression, for codec x keep x layout, in two types of element."""
+    plan = resolve(small(name))
+    stacks = [stack.plan for stack in plan.stacks]
+    for text in METHODS:
+        method = parse_method(text)
+        if method.codec and not any(s.masked for p in stacks for s in p.stores):
+            with pytest.raises(ValueError, match="every store is bounded"):
+                allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
+            continue
+        if method.keep and not any(s.masked and s.window is None for p in stacks for s in p.stores):
+            with pytest.raises(ValueError, match="no store grows"):
+                allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
+            continue
+        for dtype, capacity, prompt in ((torch.float32, 41, 24), (torch.bfloat16, 13, 13)):
+            cache = allocate_compressed(plan, 2, capacity, dtype=dtype, method=method)
+            assert cache.nbytes == compressed_bytes(plan, method, 2, capacity, itemsize=dtype.itemsize), text
+            for stack, inner in zip(plan.stacks, cache.stacks, strict=True):
+                inner.length = min(stack.num_positions(prompt), inner.capacity)
+            cache.compress()
+            expected = compressed_bytes(plan, method, 2, capacity, prompt=prompt, itemsize=dtype.itemsize)
+            assert cache.nbytes == expected, text
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_decoding_over_a_compressed_cache(name: str) -> None:
+    """Chunks, compression, a second turn and steps: 8 bits are near the uncompressed cache, `none` and a budget that
+    keeps all are it, bit for bit, and what is dropped leaves logits finite."""
+    model, batch = build(small(name), torch.float32), tokens(2, 24)
+    block = model.plan.block_length
+    starts = torch.tensor([0, 1 if block > 1 else 5])
+    prompt, chunk = 4 * block if block > 1 else 13, block if block > 1 else 5
+
+    def logits(cache: object) -> torch.Tensor:
+        with torch.no_grad():
+            parts = [model.prefill(batch[:, :prompt], cache, chunk)]
+            if hasattr(cache, "compress"):
+                cache.compress()
+            parts.append(model(batch[:, prompt : prompt + 3], cache, last_only=True))
+            parts += [model.decode_step(token, cache) for token in batch[:, prompt + 3 : 24].split(1, dim=1)]
+        return torch.cat(parts, dim=1)
+
+    expected = logits(model.allocate_cache(2, 24, start_B=starts.clone()))
+    every = [store for stack in model.plan.stacks for store in stack.plan.stores]
+    for text in ("none", "streaming@100%", "int8(group=4,recent=2)", "int8(keys=token,recent=0)+streaming@5"):
+        method = parse_method(text)
+        if method.codec and not any(s.masked for s in every):
+            continue
+        if method.keep and not any(s.masked and s.window is None for s in every):
+            continue
+        cache = allocate_compressed(model.plan, 2, 24, dtype=torch.float32, method=method, start_B=starts.clone())
+        got = logits(cache)
+        if method.codec is None:
+            assert torch.equal(got, expected), text
+        elif method.keep is None:
+            assert (got - expected).abs().max() < 0.1 * expected.std(), text
+        assert got.isfinite().all(), text
+
+
+def test_streaming_is_attention_to_sinks_and_the_newest() -> None:
+    """Against a mask that is written down over a cache that has everything."""
+    model, batch = build(small("gqa2")), tokens(1, 12)
+    cache = allocate_compressed(model.plan, 1, 12, dtype=torch.float64, method=parse_method("streaming@5(sinks=2)"))
+    whole = allocate(model.plan, 1, 12, dtype=torch.float64)
+    with torch.no_grad():
+        model.prefill(batch[:, :8], cache)
+        model.prefill(batch[:, :8], whole)
+        cache.compress()
+        for place in range(8, 12):
+            allowed = torch.zeros(1, place + 1, dtype=torch.bool)
+            allowed[:, [0, 1, place - 2, place - 1, place]] = True
+            masks = [Mask(sdpa, Dense(False, allowed)) for _ in model.plan.stores]
+            out = model.run(model.embed(batch[:, place : place + 1]), whole, masks)
+            expected = model.norm(out) @ model.output_weight.T
+            got = model.decode_step(batch[:, place : place + 1], cache)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("width", [1, 7, 16])
+def test_packing_is_undone(bits: int, width: int) -> None:
+    code = torch.randint(1 << bits, (3, 2, width), dtype=torch.uint8)
+    packed = pack(code, bits)
+    assert packed.shape[-1] == math.ceil(width * bits / 8) and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, bits, width), code)
+
+
+def test_hadamard_is_its_definition() -> None:
+    for size in (1, 2, 8, 64):
+        matrix = hadamard_matrix(size) * math.sqrt(size)
+        assert set(matrix.round(decimals=9).flatten().tolist()) <= {1.0, -1.0}
+        torch.testing.assert_close(matrix @ matrix.T, size * torch.eye(size, dtype=torch.float64))
+        entries = [[(-1.0) ** bin(i & j).count("1") for j in range(size)] for i in range(size)]  # Sylvester's
+        torch.testing.assert_close(matrix, torch.tensor(entries, dtype=torch.float64))
+    x = torch.randn(5, 24, dtype=torch.float64)  # three matrices of 8
+    torch.testing.assert_close(rotate_hadamard(rotate_hadamard(x)), x)
+    torch.testing.assert_close(rotate_hadamard(x).norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("by_channel", [True, False])
+def test_integers_are_those_of_the_affine_formula(bits: int, by_channel: bool) -> None:
+    """Element by element: round((x - least) / step) * step + least over a group, as HQQ and quanto define it with a
+    zero in the units of x; half a step is the most that is lost, and a group of equal numbers is exact."""
+    torch.manual_seed(bits)
+    store = resolve(small("mha")).stores[0]
+    codec = CodecSpec(f"int{bits}", 3, 0, "channel" if by_channel else "token")
+    layout = tensor_layouts(store, codec, 12)[0]
+    heads, width = layout.shape
+    x = torch.randn(1, 4 if by_channel else 12, 3 if by_channel else 1, heads, width).half().float()
+    x[0, 0] = 1.5
+    got = decode(encode(x, layout), layout, torch.float32)
+    most = 2**bits - 1
+    for j in range(x.shape[1]):
+        for k in range(heads):
+            for begin in range(0, width, 1 if by_channel else 3):
+                part = x[0, j, :, k, begin : begin + (1 if by_channel else 3)]
+                least = part.min().item()
+                step = torch.tensor((part.max().item() - least) / most).half().clamp(min=2**-24).item()
+                expected = ((part - least) / step).round().clamp(0, most) * step + least
+                mine = got[0, j, :, k, begin : begin + (1 if by_channel else 3)]
+                torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
+                assert (mine - part).abs().max() <= 0.51 * step + 1e-5
+    assert (got[0, 0] == 1.5).all()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    cache = allocate_compressed(resolve(small("mha")), 1, 8, dtype=torch.float32, method=parse_method("int8"))
+    with pytest.raises(ValueError, match="rows of a compressed cache"):
+        cache.buffers[0].drop(1, 2)
+    with pytest.raises(ValueError, match="no steps in unchanging shapes"):
+        cache.hold_position()
+    with pytest.raises(ValueError, match="needs an even one"):
+        layout = ArchConfig({"l": StoreConfig(latent=LatentConfig(dim=7, rope_dim=4))}, ["new l"])
+        odd = resolve(small(layout))
+        allocate_compressed(odd, 1, 8, dtype=torch.float32, method=parse_method("int4(hadamard=true)"))
+
+
+def test_codecs_and_keeps_have_names_of_their_own() -> None:
+    assert not set(CODECS) & set(KEEPS) and "none" not in {*CODECS, *KEEPS}
