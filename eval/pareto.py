@@ -25,8 +25,9 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
-from eval.figures import METRICS, Axis, axis, figure, names_of, not_alike
+from eval.figures import BYTES, METRICS, Axis, axis, figure, names_of, not_alike
 from eval.identity import name_data
+from eval.released import load
 from eval.runs import (
     Point,
     Run,
@@ -56,6 +57,9 @@ class ParetoConfig:
     x         figure from left to right: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
     y         figure from bottom to top; several, with commas, are a panel each; empty: `metric`
     list      print the figures that the runs have, and draw nothing
+    reference released models, with commas, drawn as vertical lines: a config.json, a folder with one, a name of the
+              hub or of configs/released. Their bytes are those of the axis `x`: of one sequence of `context` tokens,
+              or of each further token where x=per_token
     """
 
     folders: tuple[str, ...] = ()
@@ -66,6 +70,7 @@ class ParetoConfig:
     x: str = "stored"
     y: tuple[str, ...] = ()
     list: bool = False
+    reference: tuple[str, ...] = ()
 
 
 def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[Point]:
@@ -180,18 +185,36 @@ def list_table(runs: Sequence[Run], context: int, itemsize: int) -> Table:
     return result
 
 
-def write(rows: Sequence[Point], context: int, metric: str, out: Path, x: str = "stored") -> list[Path]:
+References = Sequence[tuple[str, float]]
+
+
+def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -> References:
+    """(name, bytes on the axis `x`) of released models. Raises UsageError where one cannot be read, and where the axis
+    is none of bytes of the cache."""
+    if names and x not in BYTES:
+        raise UsageError(f"reference= draws bytes of the KV cache, and x={x} is not; choose x={', '.join(BYTES)}")
+    models = [load(name) for name in names]
+    lines = [(model.name, BYTES[x][1](model.plan, context, itemsize)) for model in models]
+    warn([f"{name} has no bytes on the axis {x}: no line" for name, value in lines if value <= 0])
+    return [(name, value) for name, value in lines if value > 0]
+
+
+def write(
+    rows: Sequence[Point], context: int, metric: str, out: Path, x: str = "stored", references: References = ()
+) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    return write_panels({metric: rows}, context, out, x)
+    return write_panels({metric: rows}, context, out, x, references)
 
 
-def write_panels(panels: Mapping[str, Sequence[Point]], context: int, out: Path, x: str) -> list[Path]:
+def write_panels(
+    panels: Mapping[str, Sequence[Point]], context: int, out: Path, x: str, references: References = ()
+) -> list[Path]:
     """The files of `write` with a panel for each figure of `panels`, one below the other in tables."""
     from eval.plots.pareto import Panel, draw_panels, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
-    drawn = [Panel(rows, axis(x, context), axis(metric, context)) for metric, rows in panels.items()]
+    drawn = [Panel(rows, axis(x, context), axis(metric, context), references) for metric, rows in panels.items()]
     draw_panels(drawn, paths[0])
     plot_pareto_html(drawn, paths[1])
     records = [{"context": context, "metric": metric, **asdict(row)} for metric, rows in panels.items() for row in rows]
@@ -251,6 +274,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     metrics = options.y or (options.metric,)
     check_names([options.x, *metrics], runs)
+    references = reference_lines(options.reference, options.x, context, options.itemsize)
     out = options.out or default_out(folders)
     panels = {metric: points(runs, context, metric, options.itemsize, options.x) for metric in metrics}
     lines = [passed_over(runs, context, metric, options.itemsize, options.x) for metric in metrics]
@@ -259,6 +283,8 @@ def main(arguments: Sequence[str]) -> None:
     warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
     for metric, rows in panels.items():
         console.print(table(rows, axis(options.x, context), axis(metric, context)))
+    for name, value in references:
+        console.print(f"{name}: {bytes_text(value)} on the axis {options.x}")
     if others := differences(runs):
         warn([f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(runs)])
     for name in (options.x, *metrics):
@@ -266,9 +292,9 @@ def main(arguments: Sequence[str]) -> None:
             warn([f"{name} was measured with other options, or on other text, in some runs: it hardly compares"])
     try:
         if len(panels) == 1:
-            paths = write(panels[metrics[0]], context, metrics[0], out, options.x)
+            paths = write(panels[metrics[0]], context, metrics[0], out, options.x, references)
         else:
-            paths = write_panels(panels, context, out, options.x)
+            paths = write_panels(panels, context, out, options.x, references)
     except OSError as error:
         raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import launch_in_process
+from conftest import ROOT, launch_in_process
 
 from arch.footprint import kv_bytes
-from eval import footprint, released
+from data.cli import UsageError
+from eval import footprint, pareto, released
 from eval.released import FOLDER, ReleasedError, load, shipped
 from eval.released.defaults import DEFAULTS
 from eval.released.rules import TEXT_TYPES, TYPES, UNFIGURED
@@ -383,3 +385,51 @@ def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixtu
         run(*arguments)
     assert stopped.value.code == 2
     assert message in capfd.readouterr().err
+
+
+OLD_RUN = ROOT / "tests" / "golden" / "old" / "run-mixattention"
+
+
+def test_lines_of_a_pareto_plot(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line is named, no name is over another; lines widen the axis, and stand on the page too."""
+    from eval.plots import pareto as pictures
+
+    drawn: dict[str, Any] = {}
+    original = pictures._refer
+
+    def refer(figure: Any, axes: Any, references: Any) -> list[Any]:
+        boxes = original(figure, axes, references)
+        drawn.update(names=[text.get_text() for text in axes.texts], boxes=boxes, limits=axes.get_xlim())
+        return boxes
+
+    monkeypatch.setattr(pictures, "_refer", refer)
+    names = ["gemma-3-1b", "llama-3.1-8b", "mistral-7b-v0.3", "mixtral-8x7b", "qwen3-8b"]
+    pareto.main([str(OLD_RUN), "context=1000", f"out={tmp_path}", f"reference=[{','.join(names)}]"])
+    assert "gemma-3-1b: 14.9 MiB on the axis stored" in capsys.readouterr().out
+    shown = ["gemma-3-1b", "llama-3.1-8b, mistral-7b-v0.3, mixtral-8x7b", "qwen3-8b"]
+    assert drawn["names"] == shown, "one line where bytes are equal"
+    boxes = drawn["boxes"]
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+    assert drawn["limits"][1] > 1000 * gqa(36, 8, 128)
+    page = (tmp_path / "pareto.html").read_text()
+    assert all(f'"text":"{name}: ' in page for name in shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x=params", "reference=gemma-3-1b"], "x=params is not; choose x=stored, read"),
+        (["reference=nowhere"], "there is no nowhere"),
+    ],
+)
+def test_lines_that_cannot_be_drawn(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        pareto.main([str(OLD_RUN), f"out={tmp_path}", *arguments])
+
+
+def test_lines_are_bytes_of_the_axis(capsys: pytest.CaptureFixture) -> None:
+    lines = dict(pareto.reference_lines(["gemma-3-1b", "mistral-7b-v0.1"], "per_token", 8, 2))
+    assert lines == {"gemma-3-1b": gqa(4, 1, 256)}
+    assert "mistral-7b-v0.1 has no bytes on the axis per_token" in capsys.readouterr().err
+    stored = dict(pareto.reference_lines(["gemma-4-e2b"], "read", CONTEXT, 2))
+    assert stored["gemma-4-e2b"] == 7 * CONTEXT * gqa(1, 1, 512) + 28 * 512 * gqa(1, 1, 256)

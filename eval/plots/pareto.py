@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation, Transform
@@ -19,6 +18,7 @@ from eval.plots.style import (
     DOMINATED,
     INK,
     LIGHT_INK,
+    REFERENCE,
     Axes,
     Picture,
     common_suffix,
@@ -36,11 +36,15 @@ MARKER = 13  # width of a point with room around it, in pixels
 
 @dataclass(frozen=True)
 class Panel:
-    """Points, and what their axes are."""
+    """Points, and what their axes are.
+
+    references  (name, place from left to right) of vertical lines
+    """
 
     rows: Sequence[Point]
     x: Axis
     y: Axis
+    references: Sequence[tuple[str, float]] = ()
 
 
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
@@ -67,11 +71,12 @@ def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
     wide = bool(places) and min(places) > 0 and (x_axis.in_bytes or max(places) > 20 * min(places))
     if wide or not places:
         axes.set_xscale("log", base=2)
-    if len(set(places)) == 1 and wide:
+    lines = [place for _, place in panel.references]
+    if len({*places, *lines}) == 1 and wide:
         axes.set_xlim(places[0] / 2, places[0] * 2)
     frontier = [row for row in rows if row.frontier]
     for values in ([row.lowest for row in rows], [row.highest for row in rows]):  # sets the limits
-        axes.plot(places, values, linestyle="")
+        axes.plot([*places, *lines], [*values, *values[:1] * len(lines)] if values else lines, linestyle="")
     axes.margins(x=0.12, y=0.16)
     if wide:
         axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
@@ -109,8 +114,48 @@ def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
         Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
         Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label="dominated" + spread),
     ]
+    if lines:
+        handles.append(Line2D([], [], color=REFERENCE, linestyle=":", label="bytes of a released model"))
     legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-    _label(figure, axes, rows, legend)
+    _label(figure, axes, rows, [legend.get_window_extent(), *_refer(figure, axes, panel.references)])
+
+
+def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Lines from left to right, one for those at the same place, with all of their names."""
+    names: dict[float, list[str]] = {}
+    for name, place in sorted(references, key=lambda reference: reference[1]):
+        names.setdefault(place, []).append(name)
+    return [(", ".join(those), place) for place, those in names.items()]
+
+
+def _refer(figure: Picture, axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
+    """Draw vertical lines with their names along them, and return where the names are: at the first end of the line,
+    and on the first side of it, where no other name is and no other line runs."""
+    taken: list[Bbox] = []
+    drawn = {place: axes.transData.transform((place, 0))[0] for _, place in references}
+    for name, place in _merged(references):
+        axes.axvline(place, color=REFERENCE, linewidth=1.0, linestyle=":", zorder=0)
+        ends = [(x, end, horizontal) for end in (1, 0) for x, horizontal in ((2, "left"), (-2, "right"))]
+        for number, (x, end, horizontal) in enumerate(ends):
+            text = axes.annotate(
+                visible(name),
+                (place, end),
+                (x, -3 if end else 3),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                rotation=90,
+                ha=horizontal,
+                va="top" if end else "bottom",
+                fontsize=7,
+                color=LIGHT_INK,
+            )
+            box = text.get_window_extent(figure.canvas.get_renderer())
+            crossed = any(box.x0 < line < box.x1 for line in drawn.values())
+            if number == len(ends) - 1 or not (crossed or any(box.overlaps(other) for other in taken)):
+                taken.append(box)
+                break
+            text.remove()
+    return taken
 
 
 def _title(of: Axis) -> str:
@@ -148,10 +193,10 @@ def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transfor
     return [axes.transData + ScaledTranslation(shift / figure.dpi, 0, inch) for shift in shifts]
 
 
-def _label(figure: Picture, axes: Axes, rows: Sequence[Point], legend: Legend) -> None:
-    """Name each point at the first place around it where the name touches no other point, name or whisker."""
+def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]) -> None:
+    """Name each point at the first place around it where the name touches no other point, name or whisker, and nothing
+    that is in `taken`."""
     figure.canvas.draw()
-    taken = [legend.get_window_extent()]
     drawn = _places(figure, axes, rows)
     for row, transform in zip(rows, drawn, strict=True):
         (x, low), (_, high) = transform.transform([(row.across, row.lowest), (row.across, row.highest)])
@@ -227,8 +272,29 @@ def _plot(figure: Any, panel: Panel, number: int) -> None:
             hoverinfo="text",
             **place,
         )
-    if x_axis.in_bytes and min(ends) > 0:
-        powers = [math.frexp(end)[1] for end in ends]
+    logarithmic = x_axis.in_bytes and min(ends) > 0
+    if rows:  # lines alone would not widen the axis
+        hidden = {"opacity": 0, "size": 1}
+        lines = [line for _, line in panel.references]
+        figure.add_scatter(
+            x=lines,
+            y=[rows[0].value] * len(lines),
+            mode="markers",
+            marker=hidden,
+            hoverinfo="skip",
+            **place | {"showlegend": False},
+        )
+    for name, line_place in _merged(panel.references):
+        where = {"row": 1, "col": number}
+        figure.add_vline(x=line_place, line={"color": REFERENCE, "width": 1, "dash": "dot"}, **where)
+        at = math.log10(line_place) if logarithmic else line_place  # in which plotly wants it on such an axis
+        text = html_text(f"{name}: {bytes_text(line_place)}")
+        figure.add_annotation(
+            x=at, y=1, yref="y domain", text=text, textangle=-90, xanchor="left", yanchor="top", showarrow=False,
+            font={"size": 10, "color": LIGHT_INK}, **where,
+        )  # fmt: skip
+    if logarithmic:
+        powers = [math.frexp(end)[1] for end in (*ends, *(line for _, line in panel.references))]
         ticks = sorted({2.0**power for power in (*powers, *(power - 1 for power in powers))})
         shown = {"type": "log", "tickvals": ticks, "ticktext": [bytes_text(tick) for tick in ticks]}
         title = f"{x_axis.label} (log scale)"
