@@ -397,8 +397,8 @@ def test_lines_of_a_pareto_plot(tmp_path: Path, capsys: pytest.CaptureFixture, m
     drawn: dict[str, Any] = {}
     original = pictures._refer
 
-    def refer(figure: Any, axes: Any, references: Any) -> list[Any]:
-        boxes = original(figure, axes, references)
+    def refer(axes: Any, references: Any) -> list[Any]:
+        boxes = original(axes, references)
         drawn.update(names=[text.get_text() for text in axes.texts], boxes=boxes, limits=axes.get_xlim())
         return boxes
 

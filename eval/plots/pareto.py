@@ -117,7 +117,7 @@ def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
     if lines:
         handles.append(Line2D([], [], color=REFERENCE, linestyle=":", label="bytes of a released model"))
     legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-    _label(figure, axes, rows, [legend.get_window_extent(), *_refer(figure, axes, panel.references)])
+    _label(figure, axes, rows, [legend.get_window_extent(), *_refer(axes, panel.references)])
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -128,7 +128,7 @@ def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(", ".join(those), place) for place, those in names.items()]
 
 
-def _refer(figure: Picture, axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
+def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
     """Draw vertical lines with their names along them, and return where the names are: at the first end of the line,
     and on the first side of it, where no other name is and no other line runs."""
     taken: list[Bbox] = []
@@ -149,7 +149,7 @@ def _refer(figure: Picture, axes: Axes, references: Sequence[tuple[str, float]])
                 fontsize=7,
                 color=LIGHT_INK,
             )
-            box = text.get_window_extent(figure.canvas.get_renderer())
+            box = text.get_window_extent()
             crossed = any(box.x0 < line < box.x1 for line in drawn.values())
             if number == len(ends) - 1 or not (crossed or any(box.overlaps(other) for other in taken)):
                 taken.append(box)
