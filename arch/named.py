@@ -71,6 +71,7 @@ def _read(group: str, kind: str, name: str) -> dict[str, Any]:
         yaml = import_module("yaml")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"the {kind} {name!r} is a YAML file; pip install pyyaml to read it") from error
-    values = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, five times as fast, where it is there
+    values = yaml.load((CONFIGS / group / f"{name}.yaml").read_text(), loader)
     number = re.compile(r"\d+(\.\d*)?[eE][+-]?\d+")
     return {key: float(v) if isinstance(v, str) and number.fullmatch(v) else v for key, v in values.items()}

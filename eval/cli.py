@@ -7,13 +7,16 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -104,7 +107,8 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
             print(help_text(name, schema, words, options.config_dir))
             return
         sys.argv = [typed[0], *flags, *words]
-        job()
+        with composed_once(flags, words):
+            job()
         if failed:
             runs = "\n".join(name for name, _ in failed)
             fail(f"{len(failed)} of the runs of the sweep failed:\n{runs}", min(code for _, code in failed))
@@ -118,6 +122,22 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         fail(explain(error))  # Hydra's, about the command line: no task has raised it
     finally:
         sys.argv = typed
+
+
+@contextmanager
+def composed_once(flags: Sequence[str], words: Sequence[str]) -> Iterator[None]:
+    """Keep Hydra 1.3 from composing everything twice, first for `hydra.mode` alone, where nothing can set that key.
+
+    No file of `configs` does; Hydra's own flags may lead to others, and a word about `hydra` may name it.
+    """
+    ask = Hydra.get_mode
+    named = any(re.match(r"[+~]*hydra(\.mode)?([^.\w]|$)", word) for word in words)
+    if not named and not {*flags} - {"-m", "--multirun"}:
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = ask  # type: ignore[method-assign]
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, list[str]]:

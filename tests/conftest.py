@@ -26,8 +26,7 @@ import train  # noqa: F401  before torch
 # isort: split
 import pytest
 import torch
-from fork_server import MODULES, connect, place_modules
-from PIL import Image
+from fork_server import BLANK, MODULES, blank, connect, place_modules
 from safetensors.torch import load_file
 
 import data.corpora
@@ -51,6 +50,7 @@ SHIM = str(ROOT / "tests" / "forked_python.py")
 os.environ[MODULES] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
 atexit.register(shutil.rmtree, os.environ[MODULES], ignore_errors=True)
 place_modules()
+os.environ.setdefault(BLANK, "1")
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 keep_einops_whole()  # in blocks that tests compile, as in training
 
@@ -151,12 +151,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     folder = checkpoints(run)[0]
     tensors = load_file(next(folder.glob("*.safetensors")))
     return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-
-
-def blank(*arguments: Any, **options: Any) -> None:
-    """A picture of one point, at the path among the arguments."""
-    (path,) = (value for value in (*arguments, *options.values()) if isinstance(value, Path))
-    Image.new("RGB", (1, 1)).save(path, format="png")
 
 
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 PACKAGES = (
     "pytest", "execnet", "torch", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
@@ -30,6 +31,7 @@ PACKAGES = (
 # Read while packages are imported: a process with other values is started the ordinary way.
 AT_IMPORT = ("PYTHON", "OMP_", "KMP_", "MKL_", "GOMP_", "OPENBLAS_", "CUDA_", "LD_", "TORCH_", "HF_", "MPL")
 MODULES = "HF_MODULES_CACHE"  # each worker has a folder of its own
+BLANK = "BLANK_PICTURES"  # of runs, whose pictures take as long as their training; "" draws them
 SERVER = os.getpid()
 SHARED_FOLDERS: list[tempfile.TemporaryDirectory] = []  # made by packages as they are imported (wandb makes two)
 SUBREAPER = 36  # prctl: whose grandchildren, once orphaned, become its children
@@ -44,6 +46,14 @@ def place_modules() -> None:
     for name in ("transformers.utils.hub", "transformers.utils", "transformers.dynamic_module_utils"):
         if name in sys.modules and MODULES in os.environ:
             sys.modules[name].HF_MODULES_CACHE = os.environ[MODULES]
+
+
+def blank(*arguments: Any, **options: Any) -> None:
+    """A picture of one point, at the path among the arguments."""
+    from PIL import Image
+
+    (path,) = (value for value in (*arguments, *options.values()) if isinstance(value, Path))
+    Image.new("RGB", (1, 1)).save(path, format="png")
 
 
 class ForkedPopen(subprocess.Popen):
@@ -166,6 +176,9 @@ def become(job: dict, streams: list[int]) -> None:
     from lightning.fabric.utilities import rank_zero
 
     rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # as on import
+    if os.environ.get(BLANK) and sys.argv[0].endswith("train/pretrain.py"):
+        pictures = sys.modules["eval.plots.pareto"]
+        pictures.draw_panels = pictures.plot_pareto_html = blank
 
 
 def beside(job: dict) -> tuple[socket.socket, socket.socket] | None:
@@ -208,6 +221,19 @@ def second(job: dict) -> None:
     subprocess.Popen = ForkedPopen
 
 
+def warm_up() -> None:
+    """Compose a configuration: what Hydra's parsers keep of a first command line, every fork has then."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    from arch.named import CONFIGS
+    from train.schema import PretrainConfig
+
+    ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        compose("pretrain", ["+arch=cla2", "+size=tiny", "tokens=640", "data.path=/x/y_1", "logger=csv"])
+
+
 def main(ends: list[str]) -> None:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     for package in PACKAGES:
@@ -216,6 +242,7 @@ def main(ends: list[str]) -> None:
     for folder in SHARED_FOLDERS:
         folder._finalizer.atexit = False  # or the fork that ends first deletes it for all
         atexit.unregister(folder.cleanup)
+    warm_up()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
     arguments = serve(*(socket.socket(fileno=int(end)) for end in ends))["argv"]

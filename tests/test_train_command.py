@@ -16,6 +16,7 @@ import pytest
 import torch
 import wandb
 from conftest import ARCHS, ROOT, SIZES, launch_in_process, run_script, start_script, weights
+from fork_server import BLANK
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -534,7 +535,8 @@ def test_the_command_itself(tmp_path: Path, corpus: Path) -> None:
         "logger=csv",
         f"data.path={corpus}",
     ]
-    done = run_script("train/pretrain.py", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+    arguments.append(f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = run_script("train/pretrain.py", *arguments, cwd=tmp_path, environment={BLANK: ""})
     assert done.returncode == 0, done.stderr
     assert sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/summary.json")) == [
         "cla2-tiny-seed0",
@@ -542,6 +544,7 @@ def test_the_command_itself(tmp_path: Path, corpus: Path) -> None:
         "mha-tiny-seed0",
         "mha-tiny-seed1",
     ]
+    assert (tmp_path / "sweep" / "cla2-tiny-seed0" / "pareto" / "pareto.png").stat().st_size > 5000
     assert "step 2/2  loss" in done.stdout
     done = run_script("eval/pareto.py", str(tmp_path / "sweep"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
