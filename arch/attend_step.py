@@ -54,6 +54,8 @@ def sdpa_step(
         dense = Dense(False, mask.seen.allowed)
         return sdpa(q_BNH.unsqueeze(1), k_BSKH, v_BSKV, dense, scale, sinks_N).squeeze(1)
     batch, heads, width = q_BNH.shape
+    if sinks_N is not None and width != v_BSKV.shape[-1]:  # the fused kernel takes one width
+        return reference_step(q_BNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
     # Heads that read the same keys are so many more queries to them.
     q_BKGH = q_BNH.view(batch, k_BSKH.shape[2], -1, width)
     k_BKSH, v_BKSV = k_BSKH.transpose(1, 2), v_BSKV.transpose(1, 2)
@@ -120,6 +122,7 @@ class StepKernel:
     devices, dtypes  empty: all of them
     widths           that queries, keys and values may have
     gaps             what a row sees may have gaps
+    uneven           keys and values may be of different widths
     growing          the number of slots may change from token to token
     traced           it may be part of compiled code, and so may be looked for there
     unusable         why it cannot run on this machine, None if it can
@@ -131,15 +134,17 @@ class StepKernel:
     dtypes: frozenset[torch.dtype] = frozenset()
     widths: range = range(1 << 16)
     gaps: bool = True
+    uneven: bool = True
     growing: bool = True
     traced: bool = True
     unusable: Callable[[], str | None] = lambda: None
 
-    def takes(self, device: str, dtype: torch.dtype, width: int, seen: Seen) -> bool:
+    def takes(self, device: str, dtype: torch.dtype, widths: tuple[int, ...], seen: Seen) -> bool:
         return (
             (not self.devices or device in self.devices)
             and (not self.dtypes or dtype in self.dtypes)
-            and width in self.widths
+            and all(width in self.widths for width in widths)
+            and (self.uneven or len(set(widths)) == 1)
             and (self.gaps or seen.run is not None)
             and (self.growing or seen.static)
             and (self.traced or not torch.compiler.is_compiling())
@@ -157,6 +162,7 @@ STEP_KERNELS = (
             HALF,
             WIDTHS_OF_FLASH,
             gaps=False,
+            uneven=False,
             traced=False,
             unusable=partial(kvcache_missing, version),
         )
@@ -167,18 +173,24 @@ STEP_KERNELS = (
 )
 
 
-def select_step_kernel(backend: str, device: str, dtype: torch.dtype, width: int, seen: Seen) -> StepKernel:
+def select_step_kernel(
+    backend: str, device: str, dtype: torch.dtype, width: int, seen: Seen, v_dim: int | None = None
+) -> StepKernel:
     """The first kernel that takes such a step; sdpa where nothing is masked, the definition for that backend."""
     if backend == "reference":
         return StepKernel("reference", reference_step)
     if seen.allowed is None:
         return STEP_KERNELS[-1]
-    return next(kernel for kernel in STEP_KERNELS if kernel.takes(device, dtype, width, seen))
+    widths = (width, v_dim or width)
+    return next(kernel for kernel in STEP_KERNELS if kernel.takes(device, dtype, widths, seen))
 
 
-def step_mask(backend: str, seen: Seen, dtype: torch.dtype, width: int, device: torch.device) -> Mask:
-    """The mask of a step for layers with keys of `width`, with the kernel that takes it."""
-    chosen = select_step_kernel(backend, device.type, dtype, width, seen)
+def step_mask(
+    backend: str, seen: Seen, dtype: torch.dtype, width: int, device: torch.device, v_dim: int | None = None
+) -> Mask:
+    """The mask of a step for layers with keys of `width`, and values of `v_dim` (None: the same), with the kernel that
+    takes it."""
+    chosen = select_step_kernel(backend, device.type, dtype, width, seen, v_dim)
     bias = blocks = None
     if seen.allowed is not None and device.type == "cpu":
         bias = torch.zeros(seen.allowed.shape, dtype=dtype).masked_fill_(~seen.allowed, -math.inf)

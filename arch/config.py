@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("rope",)
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "rope")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
@@ -39,6 +39,10 @@ class StoreConfig:
 
     kv_heads    key/value heads: a number, a share of the query heads (`1/4`), or `all`
     latent      a latent instead of key/value heads
+    head_dim    width of each key and value, and of the queries and outputs of layers that read them: a number, or a
+                share of the size's head dimension (`2/1`); null: that dimension
+    k_dim       the same of keys and queries alone (thin keys: `1/4`); null: head_dim
+    v_dim       the same of values and outputs alone; null: head_dim
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     slots       a bounded store: this many slots into which positions are merged, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
@@ -51,6 +55,9 @@ class StoreConfig:
 
     kv_heads: Any = None
     latent: LatentConfig | None = None
+    head_dim: Any = None
+    k_dim: Any = None
+    v_dim: Any = None
     window: int | None = None
     slots: int | None = None
     rule: str | None = None

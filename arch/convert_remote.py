@@ -97,6 +97,9 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(
             f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
         )
+    grouped = [store for store in plan.stores if store.kind == "grouped"]
+    if len({width for store in grouped for width in (store.slot.k_dim, store.slot.v_dim)}) > 1:
+        problems.append(f"k_dim, v_dim: {names(grouped)} have different widths; the remote decoder has one head_dim")
     if any(store.window == 1 for store in plan.stores if store.kind == "grouped"):
         problems.append("window: the caches of transformers do not drop positions for a window of 1")
     return problems

@@ -240,6 +240,8 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append("window: latents are kept whole in the stock DeepSeek classes")
     if len({store.slot for store in plan.stores}) > 1:
         problems.append(f"kv_heads, latent: {names(plan.stores)} hold slots of different shapes")
+    if uneven := [store for store in plan.stores if store.slot.k_dim != store.slot.v_dim]:
+        problems.append(f"v_dim: {names(uneven)} has keys and values of different widths")
     windows = sorted({store.window for store in plan.stores if store.window})
     if len(windows) > 1:
         problems.append(f"window: windows of {', '.join(map(str, windows))}; a stock class has one size")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attend import Mask, attend
 from .buffers import AppendBuffer
-from .config import SizeConfig, head_dim, style_of
+from .config import SizeConfig, style_of
 from .grouped import GroupedKV
 from .layers import build_norm
 from .stores import StoreSpec
@@ -38,13 +38,13 @@ class CrossAttention(nn.Module):
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
         assert store.slot.kv_heads
-        self.num_heads, self.kv_heads, width = size.num_heads, store.slot.kv_heads, head_dim(size)
-        self.scale, bias = width**-0.5, style_of(size).bias
+        self.num_heads, (self.kv_heads, k_dim, v_dim) = size.num_heads, store.kernel_heads(size)
+        self.scale, bias = k_dim**-0.5, style_of(size).bias
         self.norm = build_norm(size)
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=bias)
-        self.k_proj = nn.Linear(size.d_model, self.kv_heads * width, bias=bias)
-        self.v_proj = nn.Linear(size.d_model, self.kv_heads * width, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=bias)
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * k_dim, bias=bias)
+        self.k_proj = nn.Linear(size.d_model, self.kv_heads * k_dim, bias=bias)
+        self.v_proj = nn.Linear(size.d_model, self.kv_heads * v_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * v_dim, size.d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor, context: CrossContext) -> Tensor:
         """Attend from the residual stream, [B, T, D] or [B, D] of single tokens, to the context; return what is added

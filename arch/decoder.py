@@ -277,8 +277,8 @@ class Stack(nn.Module):
         ropes = {key: step_rope(table, x_BD.dtype) for key, table in tables.items()}
         seen = {window: cache.step_seen(window, device) for window in self.plan.windows}
         masks = {
-            (window, width): step_mask(self.backend, seen[window], x_BD.dtype, width, device)
-            for window, width in dict.fromkeys((s.window, s.slot.k_dim) for s in self.plan.stores if s.masked)
+            (window, *widths): step_mask(self.backend, seen[window], x_BD.dtype, widths[0], device, widths[1])
+            for window, *widths in dict.fromkeys(map(step_key, (s for s in self.plan.stores if s.masked)))
         }
         token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
         contexts = self.cross_contexts(x_BD, context_BCD, cache)
@@ -288,11 +288,16 @@ class Stack(nn.Module):
             spec = self.plan.stores[read]
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
-            mask = masks[spec.window, spec.slot.k_dim] if spec.masked else token_positions[spec.positions_key]
+            mask = masks[step_key(spec)] if spec.masked else token_positions[spec.positions_key]
             x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer])
             if owner:
                 written.append(kv)
         return x_BD
+
+
+def step_key(store: StoreSpec) -> tuple[int | None, int, int]:
+    """All that the mask of a step depends on."""
+    return store.window, store.slot.k_dim, store.slot.v_dim
 
 
 def last_position(rope: Rope) -> Rope:

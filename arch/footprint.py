@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .block_plan import BlockPlan, Plan, block_config, embed_dim, has_encoder, num_embedded_vectors, split_config
-from .config import BlockConfig, ModelConfig, SizeConfig, head_dim, style_of
+from .config import BlockConfig, ModelConfig, SizeConfig, style_of
 from .plan import KVPlan, StackPlan
 
 
@@ -115,14 +115,14 @@ def encoder_params(block: BlockConfig) -> int:
 
 def cross_matrices(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
     """Elements of the matrices of one layer's cross-attention: of queries and output; of keys and values."""
-    size = config.size
-    return 2 * size.d_model * size.num_heads * head_dim(size), size.d_model * plan.store(layer).slot.elements
+    size, slot = config.size, plan.store(layer).slot
+    return size.d_model * size.num_heads * (slot.k_dim + slot.v_dim), size.d_model * slot.elements
 
 
 def cross_params(config: ModelConfig, plan: KVPlan, layer: int) -> int:
     """Parameters of one layer's cross-attention, with its norm."""
-    size = config.size
-    biases = size.num_heads * head_dim(size) + plan.store(layer).slot.elements + size.d_model
+    size, slot = config.size, plan.store(layer).slot
+    biases = size.num_heads * slot.k_dim + slot.elements + size.d_model
     return sum(cross_matrices(config, plan, layer)) + style_of(size).bias * biases + norm_params(size)
 
 

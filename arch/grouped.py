@@ -1,6 +1,6 @@
 """Stores of keys and values per head: their writer and reader.
 
-Shapes: B batch, T new tokens, S slots read, D model, N query heads, K key/value heads, H head.
+Shapes: B batch, T new tokens, S slots read, D model, N query heads, K key/value heads, H head (of keys, or of values).
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
-from .config import SizeConfig, has_qkv_bias, head_dim, style_of
+from .config import SizeConfig, has_qkv_bias, style_of
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .stores import StoreSpec
 
@@ -56,13 +56,13 @@ class GroupedReader(nn.Module):
 
     def __init__(self, size: SizeConfig, store: StoreSpec):
         super().__init__()
-        self.num_heads, width = size.num_heads, head_dim(size)
-        self.scale = width**-0.5
-        self.q_proj = nn.Linear(size.d_model, self.num_heads * width, bias=has_qkv_bias(size))
-        self.o_proj = nn.Linear(self.num_heads * width, size.d_model, bias=style_of(size).bias)
+        self.num_heads, (_, k_dim, v_dim) = size.num_heads, store.kernel_heads(size)
+        self.scale = k_dim**-0.5
+        self.q_proj = nn.Linear(size.d_model, self.num_heads * k_dim, bias=has_qkv_bias(size))
+        self.o_proj = nn.Linear(self.num_heads * v_dim, size.d_model, bias=style_of(size).bias)
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
-        self.q_norm = build_head_norm(size, self.num_heads, width)
-        self.gate_proj = build_output_gate(size, width)
+        self.q_norm = build_head_norm(size, self.num_heads, k_dim)
+        self.gate_proj = build_output_gate(size, v_dim)
 
     def forward(self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""

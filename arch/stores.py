@@ -226,11 +226,11 @@ class StoreSpec:
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
         """Parameters of queries, their norm, output, its gate and sinks in each layer that reads the store."""
-        heads, width, style = size.num_heads, head_dim(size), style_of(size)
-        queries, gates = heads * (width + self.slot.rope_dim), gate_width(size, width)
+        heads, style, (_, k_dim, v_dim) = size.num_heads, style_of(size), self.kernel_heads(size)
+        queries, gates = heads * k_dim, gate_width(size, v_dim)
         biases = (queries if has_qkv_bias(size) else 0) + (size.d_model + gates if style.bias else 0)
-        others = biases + (heads if self.sinks else 0) + norm_width(size, heads, width)
-        return ParamCount(size.d_model * (queries + heads * width + gates), others)
+        others = biases + (heads if self.sinks else 0) + norm_width(size, heads, k_dim)
+        return ParamCount(size.d_model * (queries + heads * v_dim + gates), others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
         """Parameters with which the owner writes the store, without a norm of its own."""
@@ -240,7 +240,8 @@ class StoreSpec:
 
     def pair_flops(self, size: SizeConfig) -> int:
         """FLOPs of one layer for the scores and weighted values of one (query, key) pair."""
-        return 2 * size.num_heads * (2 * head_dim(size) + self.slot.rope_dim)
+        _, k_dim, v_dim = self.kernel_heads(size)
+        return 2 * size.num_heads * (k_dim + v_dim)
 
     def step_flops(self, size: SizeConfig) -> int:
         """`pair_flops` of one token over a cache."""
@@ -295,7 +296,15 @@ class GroupedSpec(StoreSpec):
         if kv_heads and heads % kv_heads:
             divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             problems.append(f"{where}.kv_heads {kv_heads} does not divide the {heads} query heads; choose {divisors}")
-        return SlotShape(kv_heads=kv_heads, k_dim=width, v_dim=width)
+        if store.head_dim is not None:
+            width = resolve_share(f"{where}.head_dim", store.head_dim, width, "the head dimension", problems)
+        k_dim, v_dim = (
+            width
+            if value is None
+            else resolve_share(f"{where}.{key}", value, head_dim(size), "the head dimension", problems)
+            for key, value in (("k_dim", store.k_dim), ("v_dim", store.v_dim))
+        )
+        return SlotShape(kv_heads=kv_heads, k_dim=k_dim, v_dim=v_dim)
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:
@@ -311,6 +320,9 @@ class LatentSpec(StoreSpec):
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
         assert store.latent is not None
         width = head_dim(size)
+        problems += own_widths(
+            where, store, "made of latents are as wide as size.head_dim; latent.dim is the latent's width"
+        )
         latent_dim = resolve_share(f"{where}.latent.dim", store.latent.dim, width, "the head dimension", problems)
         rope_dim = 0
         if store.latent.rope_dim not in (0, "0"):
@@ -377,6 +389,7 @@ class BoundedSpec(GroupedSpec):
     @classmethod
     def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
         assert store.slots is not None
+        problems += own_widths(where, store, "are as wide as size.head_dim in a bounded store")
         if store.slots < 1:
             problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
         if store.latent is not None:
@@ -455,6 +468,12 @@ class BoundedSpec(GroupedSpec):
         return (*super().retention, (f"{self.num_slots:,} slots", self.num_slots))
 
 
+def own_widths(where: str, store: StoreConfig, why: str) -> list[str]:
+    """A problem for each width of its own that a store has whose keys and values `why`."""
+    keys = [key for key in ("head_dim", "k_dim", "v_dim") if getattr(store, key) is not None]
+    return [f"{where}.{key} is {getattr(store, key)}; keys and values {why}: leave it out" for key in keys]
+
+
 # In this order: the first kind whose key a configuration sets is the store's.
 KINDS: tuple[type[StoreSpec], ...] = (BoundedSpec, LatentSpec, GroupedSpec)
 
@@ -507,8 +526,17 @@ def resolve_rotary(
         return None
     if store.rope is None:
         fraction = style_of(size).rotary_fraction
+        if abs(fraction * slot.k_dim / 2 - round(fraction * slot.k_dim / 2)) > 1e-6:
+            problems.append(
+                f"{where}: {fraction:g} of keys of width {slot.k_dim} is rotated, and rotary embeddings need an even "
+                "number of elements: change k_dim, or set rope"
+            )
         return round(fraction * slot.k_dim) if fraction < 1 else None
     if store.rope == "full":
+        if slot.k_dim % 2:
+            problems.append(
+                f"{where}.rope is full, of keys of width {slot.k_dim}; rotary embeddings need an even number"
+            )
         return None
     if store.rope == "none":
         if store.rope_theta is not None:

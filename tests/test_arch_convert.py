@@ -172,6 +172,8 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     expected |= {"rope_theta"} if len({store.rope_theta for store in stores}) > 1 else set()
     plan = resolve(config)
     windows = {store.window for store in plan.stores} - {None}
+    expected |= {"v_dim"} if any(store.slot.k_dim != store.slot.v_dim for store in plan.stores) else set()
+    expected |= {"rope"} if any(store.rotary_dim for store in plan.stores) else set()
     expected |= {"kv_heads, latent"} if len({store.slot for store in plan.stores}) > 1 else set()
     latent_window = any(store.latent and store.window for store in stores)
     expected |= {"window"} if len(windows) > 1 or 1 in windows or latent_window else set()

@@ -51,6 +51,7 @@ LAYOUTS = [
     "mixattention:window41",
     "mla",
     "swa_sinks",
+    "mimo",
     "bct",
     "bct_gated",
     "bct_ring",

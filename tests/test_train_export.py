@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
-SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "mla_cla2"}
+SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "mimo", "mla_cla2"}
 
 
 def target_of(name: str) -> str:

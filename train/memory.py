@@ -313,11 +313,12 @@ def head_bytes(size: SizeConfig, store: StoreSpec, owner: bool, how: Execution) 
 
     Norms save what RMSNorm does; compiled, queries and keys as projected, and 1 / rms.
     """
-    total, style = how.itemsize * gate_width(size, head_dim(size)), style_of(size)
+    _, k_dim, v_dim = store.kernel_heads(size)
+    total, style = how.itemsize * gate_width(size, v_dim), style_of(size)
     if style.qk_norm != "none":
         heads = size.num_heads + owner * store.slot.kv_heads
         per_element, norms = how.itemsize if how.compiled else 2 * FP32, heads if style.qk_norm == "head" else 1 + owner
-        total += per_element * heads * head_dim(size) + FP32 * norms
+        total += per_element * heads * k_dim + FP32 * norms
     return total
 
 
@@ -329,8 +330,9 @@ def cross_bytes(stack: StackShape, layer: int, how: Execution) -> float:
     """
     if not stack.cross_vectors:
         return 0
-    size, kv_heads, head = stack.config.size, stack.plan.store(layer).slot.kv_heads, head_dim(stack.config.size)
-    wide = -(-head // 8) * 8 if how.dense else head
+    size = stack.config.size
+    kv_heads, k_dim, head = stack.plan.store(layer).kernel_heads(size)
+    wide = -(-max(k_dim, head) // 8) * 8 if how.dense else max(k_dim, head)
     elements: float = size.d_model + size.num_heads * (2 * wide + (head if wide > head else 0))
     elements += 2 * kv_heads * wide * stack.cross_vectors / size.seq_len
     norm: float = norm_bytes(size)
@@ -448,32 +450,34 @@ class MaskedActivations:
         In blocks of queries it always is, and what fills up blocks or widths is copied.
         """
         heads, appended, wide = config.size.num_heads, store.sinks and how.dense, self.width(config, store, how)
+        kv_heads, k_dim, v_dim = store.kernel_heads(config.size)
         blocks = query_blocks(config.size.seq_len, store.window) if how.dense else None
         if blocks is not None:
             assert store.window is not None
-            length, window, kernel = config.size.seq_len, store.window, store.kernel_heads(config.size)
+            length, window = config.size.seq_len, store.window
             queries, slots = window + blocks.queries, blocks.slots
-            copied = appended or wide > kernel.k_dim
-            kept = queries if copied else length + blocks.queries * (queries > length)
+            kept = queries if appended or wide > k_dim else length + blocks.queries * (queries > length)
             if appended:
                 slots += slots // blocks.size + 1
-            read = window if copied else length * (owner or self.expands)
-            read += slots if copied or slots > length else 0
-            total = heads * wide * (kept + queries) + 2 * kernel.kv_heads * wide * read
-            total += heads * head_dim(config.size) * length * (2 if gate_width(config.size, 1) else 1)
+            total = heads * wide * (kept + queries)
+            for copied in (appended or wide > k_dim, appended or wide > v_dim):
+                read = window if copied else length * (owner or self.expands)
+                total += kv_heads * wide * (read + (slots if copied or slots > length else 0))
+            total += heads * v_dim * length * (2 if gate_width(config.size, 1) else 1)
             return (how.itemsize * total + FP32 * heads * queries) / length
         elements = 2 * heads * wide
-        if owner or appended or self.expands:
-            elements += 2 * store.kernel_heads(config.size).kv_heads * wide
-        if wide > head_dim(config.size) or store.sinks or gate_width(config.size, 1):
-            elements += heads * head_dim(config.size)
+        for width in (k_dim, v_dim):
+            if owner or appended or self.expands or wide > width:
+                elements += kv_heads * wide
+        if wide > v_dim or store.sinks or gate_width(config.size, 1):
+            elements += heads * v_dim
         return how.itemsize * elements + FP32 * heads
 
     expands = False  # whether every layer makes keys and values of its own from the slots
 
     def width(self, config: ModelConfig, store: StoreSpec, how: Execution) -> int:
-        """Width of the kernel's keys."""
-        width = store.kernel_heads(config.size).k_dim
+        """Width of the kernel's keys and values, the wider ones."""
+        width = max(store.kernel_heads(config.size)[1:])
         return -(-(width + 2 * (store.sinks and how.dense)) // 8) * 8 if how.dense else width
 
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
