@@ -287,8 +287,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     Style properties and newer keys of a store that are null are left out, so that files and the grouping of runs are as
     before these keys.
     """
-    newer = {*STYLE_KEYS, *STORE_KEYS}
-    return asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None or k not in newer})
+
+    def written(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        newer = STORE_KEYS if any(key == "kv_heads" for key, _ in items) else STYLE_KEYS
+        return {key: value for key, value in items if value is not None or key not in newer}
+
+    return asdict(config, dict_factory=written)
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
