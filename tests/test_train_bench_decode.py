@@ -39,24 +39,27 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "rounds=2",
         "memory=1GiB",
         "compiled=null",
+        "cache=none,int8",
     ]
     decode_study.main([*options, f"out={tmp_path}"])
     result = json.loads((tmp_path / "decode.json").read_text())
     assert list(result["without_peer"]) == ["cla2", "block"]
     for shape, batch in (("8x1", 1), ("12x2", 2)):
         found = result["shapes"][shape]
-        assert list(found) == ["mha", "mha/dynamic", "mha/static", "cla2", "block"]
+        methods = [f"{arch}/{method}" for arch in ("mha", "cla2", "block") for method in ("none", "int8")]
+        assert list(found) == ["mha", "mha/dynamic", "mha/static", "cla2", "block", *methods]
         for name, values in found.items():
             assert values["tokens_per_second"] == pytest.approx(batch / values["step_seconds"]["median"])
             assert "tokens_differ" not in values
-            if "/" not in name:
+            if "/" not in name or name in methods:
                 assert values["cache_bytes"] == values["formula_bytes"]
         assert found["mha/static"]["cache_bytes"] == found["mha"]["cache_bytes"]
         assert found["mha"]["decode_over_reference"]["speed"] == 1
     weights = result["models"]["mha"]["params"] * 4
     assert result["models"]["mha"]["largest_batch"]["8x1"] == (2**30 - weights) // (8 * 8 * 2 * 128 * 4)
     text = (tmp_path / "README.md").read_text()
-    assert text.count("| `cla2` |") == 2
+    assert text.count("| `cla2` |") == 2 + 2 * 2
+    assert text.count("| `cla2` | `int8` |") == 2
     assert text.index("## 12 tokens of prompt, batch 2") < text.index("1GiB with the weights")
     assert result["shared_read"]["context"] == 12
     assert "| `cla2` |" in capsys.readouterr().out
@@ -74,6 +77,7 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("shapes=9x1", "9x1: 9 tokens; block needs a multiple of its block length 4"),
         ("rounds=0", "rounds is 0; it must be at least 1"),
         ("peers=paged", "peers is paged; choose of dynamic, static, or null"),
+        ("cache=int3", "cache: no cache method 'int3'; codecs are "),
         ("compiled=block", "compiled has block; this study does not compile the steps of a Block Transformer"),
         ("memory=much", "memory: cannot read 'much'"),
     ],

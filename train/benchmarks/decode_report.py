@@ -82,12 +82,49 @@ def table(result: Result) -> str:
         ]
         lines += [row(_cells(name, text, result)) for name in rivals if "/" not in name]
         parts.append("\n".join(lines))
+    parts += compressed_tables(result)
     parts.append(
         NOTE.format(
             reference=reference, memory=result["options"]["memory"], bandwidth=result.get("bandwidth", 0.0) / 1e9
         )
     )
     return "\n\n".join(parts) + "\n"
+
+
+def compressed_tables(result: Result) -> list[str]:
+    """A table of compressed caches per shape, if there are any: their speed over that of the same model's plain one."""
+    methods = result["options"].get("cache") or ()
+    if not methods:
+        return []
+    parts = []
+    for text, rivals in result["shapes"].items():
+        prompt, batch = text.split("x")
+        lines = [
+            f"## {int(prompt):,} tokens of prompt, batch {batch}: compressed caches",
+            "",
+            row(("layout", "method", "ms/token", "compressed / plain", "cache", "formula", "of the plain cache")),
+            f"|---|---|{'---:|' * 5}",
+        ]
+        for name, values in rivals.items():
+            arch, _, method = name.partition("/")
+            if method not in methods:
+                continue
+            speed = "{median:.2f} ({min:.2f}-{max:.2f})".format(**faster(values))
+            lines.append(
+                row(
+                    (
+                        f"`{arch}`",
+                        f"`{method}`",
+                        f"{1e3 * values['step_seconds']['median']:.3g}",
+                        speed,
+                        *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes")),
+                        f"{values['cache_bytes'] / rivals[arch]['cache_bytes']:.0%}",
+                    )
+                )
+            )
+        parts.append("\n".join(lines))
+    reasons = result.get("without_method") or {}
+    return parts + ["Not measured: " + "; ".join(reasons.values()) + "."] * bool(reasons)
 
 
 def _cells(arch: str, shape: str, result: Result) -> list[str]:

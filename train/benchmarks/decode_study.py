@@ -34,9 +34,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arch import LanguageModel, ModelConfig, resolve
+from arch.compression.compressed import allocate_compressed
+from arch.compression.layout import check_method, compressed_bytes
+from arch.compression.method import CacheMethod, parse_method
 from arch.config import head_dim
 from arch.footprint import allocated_bytes, kv_bytes, max_batch, num_params
 from arch.named import load_arch, load_size, names
+from arch.static_step import step_fn
 from data.cli import UsageError, fail, parse
 from eval.environment import ROOT
 from eval.results import write_result
@@ -64,6 +68,8 @@ class DecodeConfig:
     rounds   timed rounds of decoding, after one to warm up
     prefills rounds of prefill; the first is not counted where there are more
     peers    caches of transformers to decode with: dynamic, static; null: none
+    cache    methods with which every layout decodes, too, as in `none,int8,int4`: what a smaller cache costs in time
+             (arch/compression/method.py); null: none
     compiled layouts whose steps are also compiled, half a minute for each shape; null: none
     memory   what weights and caches may take together, for the largest batch
     threads  torch threads; null: torch's default
@@ -77,6 +83,7 @@ class DecodeConfig:
     rounds: int = 7
     prefills: int = 4
     peers: tuple[str, ...] | None = PEERS
+    cache: tuple[str, ...] | None = None
     compiled: tuple[str, ...] | None = ("mha", "mqa", "cla2")
     memory: str = "16GiB"
     threads: int | None = 1
@@ -119,6 +126,8 @@ def main(arguments: list[str]) -> None:
         "shapes": {},
     }
     rivals, result["without_peer"] = competitors(configs, options.peers or (), options.compiled or ())
+    compressed, result["without_method"] = compressed_competitors(rivals, configs, options.cache or ())
+    rivals |= compressed
     for text, shape in shapes.items():
         print(f"{text}: {', '.join(rivals)}", flush=True)
         result["shapes"][text] = measure(rivals, configs, shape, options)
@@ -139,6 +148,11 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
     for name in ("new", "rounds", "prefills"):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} is {getattr(options, name)}; it must be at least 1")
+    try:
+        for text in options.cache or ():
+            parse_method(text)
+    except ValueError as error:
+        raise UsageError(f"cache: {error}") from error
     if unknown := [arch for arch in options.compiled or () if arch not in names("arch")]:
         raise UsageError(f"compiled has {', '.join(unknown)}, which is not in configs/arch")
     if blocks := [arch for arch in options.compiled or () if load_arch(arch).block is not None]:
@@ -209,6 +223,39 @@ def competitors(
     return found, reasons
 
 
+def compressed_competitors(
+    rivals: dict[str, Competitor], configs: dict[str, ModelConfig], methods: tuple[str, ...]
+) -> tuple[dict[str, Competitor], dict[str, str]]:
+    """Every layout with each method on its cache, as LAYOUT/METHOD, and why where that cannot be."""
+    found, reasons = {}, {}
+    for arch, config in configs.items():
+        for method in map(parse_method, methods):
+            try:
+                check_method(resolve(config), method)
+            except ValueError as error:
+                reasons[f"{arch}/{method.text}"] = str(error)
+                continue
+            model = rivals[arch].model
+            found[f"{arch}/{method.text}"] = Competitor(model, partial(compressed_session, model, method))
+    return found, reasons
+
+
+def compressed_session(model: LanguageModel, method: CacheMethod, batch: int, capacity: int) -> Session:
+    """Decoding over a compressed cache, which is compressed after the prompt."""
+    cache = allocate_compressed(model.plan, batch, capacity, dtype=model.output_weight.dtype, method=method)
+    steps: list[DecodeFn] = []
+
+    def decode(tokens_BT: Tensor) -> Tensor:
+        if steps:
+            return steps[0](tokens_BT)
+        logits_B1V: Tensor = model(tokens_BT, cache, last_only=True)
+        cache.compress()
+        steps.append(step_fn(model, cache, "plain"))
+        return logits_B1V
+
+    return Session(decode, lambda: int(cache.nbytes))
+
+
 def our_session(model: LanguageModel, batch: int, capacity: int, steps: str = "plain") -> Session:
     decode, cache = decode_fn(model, batch, capacity, steps)
     return Session(decode, lambda: int(cache.nbytes))
@@ -267,6 +314,15 @@ def measure(
             plan = resolve(configs[arch])
             values["formula_bytes"] = allocated_bytes(plan, shape.batch, capacity, ITEMSIZE)
             values["read_bytes"] = shape.batch * kv_bytes(plan, capacity, ITEMSIZE).read
+        elif peer in (options.cache or ()):
+            values["formula_bytes"] = compressed_bytes(
+                resolve(configs[arch]),
+                parse_method(peer),
+                shape.batch,
+                capacity,
+                prompt=shape.prompt,
+                itemsize=ITEMSIZE,
+            )
         elif not torch.equal(last[name], last[arch]):
             values["tokens_differ"] = "equal weights, and the last token is another: a tie of rounding"
     return results
