@@ -12,6 +12,8 @@ from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotat
 from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
+from arch.compression.small_buffers import KeptBuffer
+from arch.layers import rotate
 from arch.masks import Dense
 
 CODEC_TEXTS = (
@@ -22,7 +24,16 @@ CODEC_TEXTS = (
     "int4(keys=token,group=3,recent=2,hadamard=true,clip=0.95)",
     "int2(group=4,recent=3)",
 )
-KEEP_TEXTS = ("streaming@25%", "streaming@1", "streaming@3(sinks=0)", "streaming@2KiB", "streaming@1000")
+KEEP_TEXTS = (
+    "think(recent=3)",
+    "think(ratio=1,recent=0)",
+    "int4(group=4)+think(recent=0)",
+    "streaming@25%",
+    "streaming@1",
+    "streaming@3(sinks=0)",
+    "streaming@2KiB",
+    "streaming@1000",
+)
 METHODS = (*CODEC_TEXTS, *KEEP_TEXTS, "int4(group=4,recent=2)+streaming@50%", "int8+streaming@9")
 
 
@@ -56,6 +67,7 @@ def test_methods_are_read() -> None:
         ("int4(hadamard=2)", "true or false"),
         ("int4(clip=0)", "above 0"),
         ("bf16(group=4)", "bf16 has no option 'group=4'; its options and their defaults: recent=0"),
+        ("think@25%", "takes no budget"),
         ("none+int4", "write int4"),
     ],
 )
@@ -79,11 +91,19 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             with pytest.raises(ValueError, match="no store grows"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
+        if "think" in text and any(s.slot.latent_dim for p in stacks for s in p.stores):
+            with pytest.raises(ValueError, match="holds latents"):
+                allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
+            continue
         for dtype, capacity, prompt in ((torch.float32, 41, 24), (torch.bfloat16, 13, 13)):
             cache = allocate_compressed(plan, 2, capacity, dtype=dtype, method=method)
             assert cache.nbytes == compressed_bytes(plan, method, 2, capacity, itemsize=dtype.itemsize), text
             for stack, inner in zip(plan.stacks, cache.stacks, strict=True):
                 inner.length = min(stack.num_positions(prompt), inner.capacity)
+                for buffer, store in zip(inner.buffers, stack.plan.stores, strict=True):
+                    if isinstance(buffer, KeptBuffer):
+                        k, q = buffer.tensors[0], torch.zeros(2, 1, 8, max(1, store.slot.k_dim), dtype=dtype)
+                        buffer.see(q, k, Dense(False, None), 1.0, None)
             cache.compress()
             expected = compressed_bytes(plan, method, 2, capacity, prompt=prompt, itemsize=dtype.itemsize)
             assert cache.nbytes == expected, text
@@ -141,6 +161,53 @@ def test_streaming_is_attention_to_sinks_and_the_newest() -> None:
             expected = model.norm(out) @ model.output_weight.T
             got = model.decode_step(batch[:, place : place + 1], cache)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["gqa2", "cla2"])
+def test_think_is_the_whole_cache_with_channels_of_keys_zeroed(name: str) -> None:
+    """Channels by ThinK's formula, |Q_c K_c^T|_F, of the queries of all readers, over two rows and chunks."""
+    model, batch = build(small(name)), tokens(2, 14)
+    method = parse_method("think(ratio=0.5,recent=2,window=4)")
+    cache = allocate_compressed(model.plan, 2, 14, dtype=torch.float64, method=method)
+    whole = allocate(model.plan, 2, 14, dtype=torch.float64)
+    queries: dict[int, list[torch.Tensor]] = {}
+
+    def hook(layer: int, reader: torch.nn.Module) -> None:
+        def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x, _, rope, _ = inputs
+            q = rotate(module.q_proj(x).unflatten(-1, (module.num_heads, -1)), rope)  # type: ignore[operator]
+            queries.setdefault(layer, []).append(q)
+
+        handles.append(reader.register_forward_pre_hook(note))
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    with torch.no_grad():
+        for layer, block in enumerate(model.layers):
+            hook(layer, block.reader)
+        for part in batch[:, :10].split((7, 3), dim=1):
+            model(part, whole)
+        for handle in handles:
+            handle.remove()
+        model.prefill(batch[:, :10], cache, 7)
+        cache.compress()
+        for store, buffer in zip(model.plan.stores, whole.buffers, strict=True):
+            keys = buffer.tensors[0]
+            heads, width = store.slot.kv_heads, store.slot.k_dim
+            for row in range(2):
+                for head in range(heads):
+                    score = torch.zeros(width, dtype=torch.float64)
+                    for layer in model.plan.readers(store):
+                        last = torch.cat(queries[layer], dim=1)[row, -4:]
+                        group = last.shape[1] // heads
+                        for n in range(head * group, head * group + group):
+                            product = last[:, n, None, :] * keys[row, None, :8, head]
+                            score += product.square().sum(dim=(0, 1))
+                    keys[row, :8, head, score.argsort()[: width // 2]] = 0
+        for token in batch[:, 10:].split(1, dim=1):
+            torch.testing.assert_close(
+                model.decode_step(token, cache), model.decode_step(token, whole), rtol=0, atol=1e-10
+            )
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 14, prompt=10, itemsize=8)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -4,7 +4,7 @@ Tokens leave the newest, which are whole, in blocks; a block is stored as intege
 cache of a store holds every position its blocks lie in order, else in a ring.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..block_plan import BlockPlan, Plan
 from ..footprint import cross_bytes
@@ -13,7 +13,7 @@ from ..stores import StoreSpec
 from .method import CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16
-POSITION_BYTES = 4  # positions of kept slots are int32
+POSITION_BYTES = 4  # positions of kept slots, or numbers of kept channels, are int32
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,13 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
     every = [store for stack in plan.stacks for store in stack.plan.stores]
     if method.codec is not None and not any(store.masked for store in every):
         raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
+    if method.keep is not None and method.keep.name == "think":
+        for store in every:
+            if store.slot.latent_dim:
+                raise ValueError(
+                    f"{method.text}: store {store.name} holds latents, whose channels are values, too; think drops "
+                    "channels of keys: take a codec"
+                )
     if method.keep is not None and not any(keeps(store) for store in every):
         raise ValueError(f"{method.text}: no store grows with the context, so that a keep has nothing to drop")
 
@@ -139,11 +146,13 @@ class Kept:
     chosen  slots for positions that were chosen, which may differ between rows and heads
     newest  tokens at the end of the prompt that stay in any case; later tokens follow them
     window  later tokens push out the earlier of those: tokens that a query sees; None: they do not
+    channels  of a key that stay in the chosen slots, which are then all but the newest; 0: all
     """
 
     chosen: int
     newest: int
     window: int | None = None
+    channels: int = 0
 
 
 def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> Kept | None:
@@ -151,6 +160,10 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
 
     A budget in bytes is one of slots as they are without a codec.
     """
+    if keep.name == "think":
+        recent, width = keep.options["recent"], store.slot.k_dim
+        channels = max(2, int(width * (1 - keep.options["ratio"])) // 2 * 2)
+        return None if prompt <= recent or channels >= width else Kept(prompt - recent, recent, None, channels)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if budget >= prompt:
@@ -169,8 +182,9 @@ def kept_layouts(
 ) -> tuple[tuple[TensorLayout, ...], tuple[TensorLayout, ...]]:
     """Layouts of the chosen slots, and of the newest with later tokens, for up to `capacity` tokens in all."""
     later = capacity - prompt + kept.newest
+    narrow = replace(store, slot=replace(store.slot, k_dim=kept.channels)) if kept.channels else store
     return (
-        tensor_layouts(store, codec, kept.chosen, fixed=True),
+        tensor_layouts(narrow, codec, kept.chosen, fixed=True),
         tensor_layouts(store, codec, later, kept.window),
     )
 
@@ -191,7 +205,8 @@ def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: in
         return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, method.codec, capacity, store.window))
     assert prompt is not None
     parts = kept_layouts(store, method.codec, kept, capacity, prompt)
-    return kept.chosen * position_heads(store) * POSITION_BYTES + sum(
+    numbers = kept.channels or kept.chosen
+    return numbers * position_heads(store) * POSITION_BYTES + sum(
         layout.nbytes(itemsize) for part in parts for layout in part
     )
 

@@ -33,11 +33,14 @@ CHOICES = {"keys": ("channel", "token")}
 
 # Options of each keep, with their defaults:
 #   sinks   first tokens of a row that always stay
-#   recent  newest tokens that always stay; they and the sinks count towards the budget
+#   ratio   share of the channels of a key that are dropped
+#   recent  newest tokens of the prompt of which nothing is dropped
+#   window  last queries of the prompt that decide
 KEEPS: dict[str, dict[str, Value]] = {
     "streaming": {"sinks": 4},
+    "think": {"ratio": 0.4, "recent": 32, "window": 32},
 }
-WITHOUT_BUDGET: frozenset[str] = frozenset()  # keeps that decide by themselves how many stay
+WITHOUT_BUDGET: frozenset[str] = frozenset({"think"})  # of which every token stays
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "KiB": 2**10, "MiB": 2**20}
 MOST = 1 << 24  # of a number in an option
@@ -166,7 +169,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
 def _budget(name: str, text: str | None) -> Budget | None:
     if name in WITHOUT_BUDGET:
         if text is not None:
-            raise ValueError(f"{name} needs no budget, it decides itself what stays; leave out @{text}")
+            raise ValueError(f"{name} takes no budget, every token stays; leave out @{text}, and see its options")
         return None
     example = f"{name}@25% of the prompt, {name}@256 tokens, or {name}@16KiB of each sequence and store"
     if text is None:

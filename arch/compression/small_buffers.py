@@ -1,0 +1,297 @@
+"""Buffers of compressed caches: with a codec, and with a keep.
+
+Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H head, C chosen slots.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buffers import AppendBuffer, Step, Tensors, repeat_row, zero_slots
+from ..masks import Dense, visible
+from ..stores import StoreSpec
+from .coding import decode, encode, zero_codes
+from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
+from .method import CacheMethod
+
+NO_ROWS = "rows of a compressed cache cannot be replaced or shifted; generate without a queue of prompts"
+
+
+class CodedTensor:
+    """One tensor of a store in the layout of `layout`: whole tokens in a ring, and blocks of earlier ones in another.
+
+    Of `n` tokens the first `coded(n)` are in blocks. What lies where follows from the number of tokens alone.
+    """
+
+    def __init__(self, layout: TensorLayout, whole: Tensor, codes: Tensors):
+        self.layout, self.whole, self.codes = layout, whole, codes
+
+    @classmethod
+    def allocate(cls, layout: TensorLayout, batch: int, dtype: torch.dtype, device: Any) -> "CodedTensor":
+        whole = zero_slots((batch, layout.whole, *layout.shape), dtype, device)
+        return cls(layout, whole, zero_codes(layout, batch, device))
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.whole, *self.codes
+
+    def coded(self, count: int) -> int:
+        """Number of the first tokens of `count` that are in blocks, or were."""
+        layout = self.layout
+        return 0 if layout.codec is None else max(0, count - layout.recent) // layout.block * layout.block
+
+    def read(self, first: int, count: int) -> Tensor:
+        """[B, S, ...] tokens `first` to `count` - 1, of `count` that were written."""
+        layout, end = self.layout, self.coded(count)
+        parts = []
+        if first < end:
+            begin = first // layout.block
+            blocks = (ring_slots(codes, begin, end // layout.block) for codes in self.codes)
+            parts.append(
+                decode(tuple(blocks), layout, self.whole.dtype).flatten(1, 2)[:, first - begin * layout.block :]
+            )
+        if max(first, end) < count or not parts:
+            parts.append(ring_slots(self.whole, max(first, end), count))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def write(self, new: Tensor, offset: int) -> None:
+        """Add tokens [B, T, ...] `offset`, `offset` + 1, ..."""
+        layout, count = self.layout, offset + new.shape[1]
+        before, after = self.coded(offset), self.coded(count)
+        new = new.to(self.whole.dtype)
+        if after > before:
+            pending = torch.cat((ring_slots(self.whole, before, offset), new), dim=1)
+            newest = max(before, after - layout.blocks * layout.block)  # a ring has no room for more
+            if newest < after:
+                blocks = pending[:, newest - before : after - before]
+                blocks = blocks.reshape(len(blocks), -1, layout.block, *layout.shape)
+                for codes, values in zip(self.codes, encode(blocks, layout), strict=True):
+                    write_ring(codes, values, newest // layout.block)
+            rest, first = pending[:, after - before :], after
+        else:
+            rest, first = new, offset
+        kept = min(rest.shape[1], self.whole.shape[1])
+        write_ring(self.whole, rest[:, rest.shape[1] - kept :], first + rest.shape[1] - kept)
+
+    def repeat(self, rows: int) -> "CodedTensor":
+        whole, *codes = (repeat_row(tensor, rows) for tensor in self.tensors)
+        return CodedTensor(self.layout, whole, tuple(codes))
+
+
+def ring_slots(ring: Tensor, first: int, end: int) -> Tensor:
+    """[B, end - first, ...] entries of a ring, which it holds: a view where they lie side by side."""
+    size = ring.shape[1]
+    if first >= end:
+        return ring[:, :0]
+    begin = first % size
+    if begin + end - first <= size:
+        return ring[:, begin : begin + end - first]
+    return torch.cat((ring[:, begin:], ring[:, : begin + end - first - size]), dim=1)
+
+
+def write_ring(ring: Tensor, new: Tensor, first: int) -> None:
+    """Write entries `first`, `first` + 1, ... of a ring, no more than it has."""
+    count, size = new.shape[1], ring.shape[1]
+    if not count:
+        return
+    begin = first % size
+    head = min(count, size - begin)
+    ring[:, begin : begin + head] = new[:, :head]
+    ring[:, : count - head] = new[:, head:]
+
+
+class CodedBuffer:
+    """The cache of a store with a codec. Readers get tokens in order, all up to the last, or those of a window."""
+
+    def __init__(self, coded: tuple[CodedTensor, ...], window: int | None):
+        self.coded, self.window = coded, window
+
+    @classmethod
+    def allocate(cls, layouts: tuple[TensorLayout, ...], batch: int, dtype: torch.dtype, device: Any) -> "CodedBuffer":
+        coded = tuple(CodedTensor.allocate(layout, batch, dtype, device) for layout in layouts)
+        return cls(coded, layouts[0].window)
+
+    @property
+    def tensors(self) -> Tensors:
+        return tuple(tensor for coded in self.coded for tensor in coded.tensors)
+
+    def first(self, offset: int) -> int:
+        """The first token that token `offset` sees."""
+        return 0 if self.window is None else max(0, offset + 1 - self.window)
+
+    def read(self, first: int, count: int) -> Tensors:
+        """[B, S, ...] tokens `first` to `count` - 1 of `count`."""
+        return tuple(coded.read(first, count) for coded in self.coded)
+
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        """Write as AppendBuffer.update; the new tokens come back as they are, and those before them decoded."""
+        first = self.first(offset)
+        seen = new
+        if first < offset:
+            past = self.read(first, offset)
+            seen = tuple(torch.cat((old, value.to(old.dtype)), dim=1) for old, value in zip(past, new, strict=True))
+        for coded, value in zip(self.coded, new, strict=True):
+            coded.write(value, offset)
+        return seen
+
+    def append(self, new: Tensors, step: Step) -> Tensors:
+        """Write the slots [B, ...] of one token; return as `update`."""
+        assert isinstance(step.offset, int)
+        return self.update(tuple(value.unsqueeze(1) for value in new), step.offset)
+
+    def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `update` returns."""
+        return torch.arange(self.first(offset), offset + length, device=device)
+
+    def step_indices(self, step: Step, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `append` returns."""
+        assert isinstance(step.offset, int)
+        return self.indices(step.offset, 1, device)
+
+    def repeat(self, rows: int) -> "CodedBuffer":
+        return CodedBuffer(tuple(coded.repeat(rows) for coded in self.coded), self.window)
+
+    def take_row(self, row: int, other: Any, length: int, offset: int) -> None:
+        """Raises ValueError."""
+        raise ValueError(NO_ROWS)
+
+    def drop(self, count: int, offset: int) -> None:
+        """Raises ValueError."""
+        raise ValueError(NO_ROWS)
+
+
+class KeptBuffer:
+    """The cache of a store with a keep: whole until `compress`, then chosen slots, and the newest and later tokens.
+
+    `see` is called with the queries of each reader of the store, in every forward pass; a keep that scores by queries
+    overrides it, and sets `sees_queries`. `choose` says what stays.
+    """
+
+    sees_queries = False
+
+    def __init__(self, store: StoreSpec, method: CacheMethod, capacity: int, whole: AppendBuffer):
+        self.store, self.method, self.capacity = store, method, capacity
+        self.whole: AppendBuffer | None = whole
+        self.position_BKC: Tensor | None = None
+        self.chosen: CodedBuffer | None = None
+        self.later: CodedBuffer | None = None
+        self.base = 0  # the token that is the first of `later`
+
+    @property
+    def tensors(self) -> Tensors:
+        if self.whole is not None:
+            return self.whole.tensors
+        assert self.later is not None
+        if self.chosen is None or self.position_BKC is None:
+            return self.later.tensors
+        return *self.later.tensors, *self.chosen.tensors, self.position_BKC
+
+    def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
+        """Take note of the queries of one reader of the store, before compression or after it."""
+
+    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
+        """[B, K, C] tokens that stay of those before the newest, negative where there are fewer.
+
+        StreamingLLM's: the first of each row.
+        """
+        assert self.whole is not None
+        tensor = self.whole.tensors[0]
+        index = torch.arange(kept.chosen, device=tensor.device).expand(tensor.shape[0], position_heads(self.store), -1)
+        if start_B is not None:
+            index = index + start_B[:, None, None]
+        return torch.where(index < length - kept.newest, index, -1)
+
+    def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | AppendBuffer":
+        """Let go of what the keep does not choose of `length` tokens, and code the rest. Return the buffer that goes on
+        with them: where everything stays, it is one without a keep."""
+        assert self.whole is not None and self.method.keep is not None
+        tensors, codec = self.whole.tensors, self.method.codec
+        batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
+        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size())
+        if kept is None:
+            if codec is None:
+                return self.whole
+            coded = CodedBuffer.allocate(tensor_layouts(self.store, codec, self.capacity), batch, dtype, device)
+            coded.update(tuple(tensor[:, :length] for tensor in tensors), 0)
+            return coded
+        chosen_layouts, later_layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
+        position_BKC = self.choose(kept, length, start_B)
+        self.base = length - kept.newest
+        self.later = CodedBuffer.allocate(later_layouts, batch, dtype, device)
+        self.later.update(tuple(tensor[:, self.base : length] for tensor in tensors), 0)
+        if kept.chosen:
+            self.chosen = CodedBuffer.allocate(chosen_layouts, batch, dtype, device)
+            self.chosen.update(tuple(gather_slots(tensor, position_BKC) for tensor in tensors), 0)
+            self.position_BKC = position_BKC.to(torch.int32)
+        self.whole = None
+        return self
+
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        """Write as AppendBuffer.update; the chosen slots come back first, then the tokens from `base` on."""
+        if self.whole is not None:
+            return self.whole.update(new, offset)
+        assert self.later is not None
+        later = self.later.update(new, offset - self.base)
+        if self.chosen is None or self.position_BKC is None:
+            return later
+        chosen = self.chosen.read(0, self.position_BKC.shape[-1])
+        return tuple(torch.cat((old, value.to(old.dtype)), dim=1) for old, value in zip(chosen, later, strict=True))
+
+    def allowed(self, offset: int, length: int, device: torch.device, start_B: Tensor | None) -> Tensor | None:
+        """[1 or B, 1 or K, T, S] what each of `length` queries sees of the slots that `update` returns.
+
+        None before compression, when slots are those of all tokens.
+        """
+        if self.whole is not None:
+            return None
+        assert self.later is not None
+        query = torch.arange(offset, offset + length, device=device)
+        slots = self.base + self.later.indices(offset - self.base, length, device)
+        allowed = visible(query, slots, self.later.window, start_B)
+        allowed = allowed if allowed.ndim == 4 else allowed[None, None]
+        if self.position_BKC is None:
+            return allowed
+        batch, heads = self.position_BKC.shape[:2]
+        chosen = (self.position_BKC >= 0).unsqueeze(2).expand(-1, -1, length, -1)
+        return torch.cat((chosen, allowed.expand(batch, heads, -1, -1)), dim=-1)
+
+    def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
+        """[S] token index of each slot that `update` returns before compression; after it `allowed` decides."""
+        return torch.arange(offset + length, device=device)
+
+    def append(self, new: Tensors, step: Step) -> Tensors:
+        """Write the slots [B, ...] of one token; return as `update`."""
+        assert isinstance(step.offset, int)
+        if self.whole is not None:
+            return self.whole.append(new, step)
+        return self.update(tuple(value.unsqueeze(1) for value in new), step.offset)
+
+    def step_indices(self, step: Step, device: torch.device) -> Tensor:
+        assert isinstance(step.offset, int)
+        return self.indices(step.offset, 1, device)
+
+    def repeat(self, rows: int) -> "KeptBuffer":
+        copy = type(self)(self.store, self.method, self.capacity, self.whole)  # type: ignore[arg-type]
+        copy.__dict__.update(self.__dict__)
+        if self.whole is not None:
+            copy.whole = AppendBuffer(tuple(repeat_row(tensor, rows) for tensor in self.whole.tensors))
+        copy.chosen = None if self.chosen is None else self.chosen.repeat(rows)
+        copy.later = None if self.later is None else self.later.repeat(rows)
+        copy.position_BKC = None if self.position_BKC is None else repeat_row(self.position_BKC, rows)
+        return copy
+
+    def take_row(self, row: int, other: Any, length: int, offset: int) -> None:
+        """Raises ValueError."""
+        raise ValueError(NO_ROWS)
+
+    def drop(self, count: int, offset: int) -> None:
+        """Raises ValueError."""
+        raise ValueError(NO_ROWS)
+
+
+def gather_slots(tensor: Tensor, index_BKC: Tensor) -> Tensor:
+    """[B, C, ...] slots of [B, S, K, H], or of [B, S, R] with K = 1; those of a negative index are slot 0."""
+    index = index_BKC.clamp(min=0).transpose(1, 2)
+    index = index if tensor.ndim == 3 else index.unsqueeze(-1)
+    return tensor.gather(1, index.expand(*index.shape[: tensor.ndim - 1], tensor.shape[-1]))
