@@ -256,7 +256,7 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4
     [
         ([1], "a config.json is an object of keys, not list"),
         ({"hidden_size": 8}, "model_type is missing"),
-        ({"model_type": "lama"}, "model_type lama is not understood, did you mean llama? known: apertus, arcee"),
+        ({"model_type": "lama"}, "model_type lama is not understood, did you mean llama? Known: apertus, arcee"),
         ({"model_type": "deepseek_v32"}, "not figured: an indexer keeps keys of its own"),
         ({**LLAMA, "num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide the 4 query heads"),
         ({**LLAMA, "num_hidden_layers": "two"}, "num_hidden_layers is 'two'; a whole number of at least 1"),

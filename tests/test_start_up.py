@@ -40,7 +40,7 @@ CASES = [
     ("eval/footprint.py +size=1b", 0, "mixattention"),
     (f"eval/footprint.py {TINY} picture=null", 0, "cla2"),
     ("eval/footprint.py hf=gemma-3-1b picture=null", 0, "139 MiB"),
-    ("eval/footprint.py hf=nowhere", 2, "give a config.json"),
+    ("eval/footprint.py hf=nowhere", 2, "Give a config.json"),
     ("eval/pareto.py --help", 0, "bytes per element"),
     ("eval/pareto.py runs metrc=bpb", 2, "did you mean metric?"),
     ("eval/evaluate.py --help", 0, "perplexity."),

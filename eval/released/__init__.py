@@ -58,7 +58,7 @@ def released(config: Any, name: str) -> Released:
     if kind not in TYPES:
         known = ", ".join(sorted(TYPES))
         raise ReleasedError(
-            f"{name}: model_type {kind} is not understood{did_you_mean(kind, list(TYPES))} known: {known}"
+            f"{name}: model_type {kind} is not understood{did_you_mean(kind, list(TYPES))} Known: {known}"
         )
     rule, names = TYPES[kind]
     keys = Keys(f"{name} ({kind})", values, DEFAULTS.get(kind, {}), names)
@@ -94,7 +94,7 @@ def load(given: str) -> Released:
     if path.suffix == ".json" or not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         near = did_you_mean(given, shipped())
         raise ReleasedError(
-            f"there is no {given}{near} give a config.json, a folder with one, a hub name as Qwen/Qwen3-8B, or one of "
+            f"there is no {given}{near} Give a config.json, a folder with one, a hub name as Qwen/Qwen3-8B, or one of "
             f"{', '.join(shipped())}"
         )
     return released(_read(_of_hub(given)), given)

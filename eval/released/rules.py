@@ -1,4 +1,4 @@
-"""How the configuration of each `model_type` is read: a rule that makes its layers.
+"""Rules that read the configuration of each `model_type` and make its layers.
 
 The rules are those of the configuration and attention classes of transformers 5.23.
 """
@@ -43,7 +43,7 @@ def shared_width(keys: Keys, heads: int) -> int:
 
 
 def own_width(keys: Keys, heads: int) -> int:
-    """As `shared_width`, of classes that take no head_dim."""
+    """`shared_width` of classes that take no head_dim."""
     width = shared_width(keys, heads)
     keys.same("head_dim", width, "the width of the model over its query heads: this type takes no other")
     return width

@@ -10,7 +10,7 @@ from arch.stores import CacheTensor, GroupedSpec, LatentSpec, SlotShape, StoreSp
 
 @dataclass(frozen=True)
 class StateSpec(StoreSpec):
-    """What a layer keeps of all tokens together, at any context: matrices, and the last inputs of a convolution."""
+    """A state of the same bytes at any context: matrices of all tokens, and the last inputs of a convolution."""
 
     tensors: tuple[CacheTensor, ...] = ()
 
