@@ -2,13 +2,14 @@
 
 The model is that of a run (results go into its folder, its summary.json and its wandb run), of a single checkpoint, or
 any that transformers loads: an exported folder, or a name on the Hugging Face hub. Prints a table.
+With `cache=[none,int4,snapkv@25%]` tasks run through a cache that is made smaller at test time, once for each method.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -16,12 +17,15 @@ if not __package__:  # run as a script
 
     end_on_ctrl_c()
 
+from arch.compression.layout import check_method
 from data.cli import UsageError, fail, parse, usage
-from eval.tasks import Chosen, choose, sections
+from eval.methods import NONE, name_of, read_method, with_brackets
+from eval.tasks import TASKS, Chosen, choose, sections
 from eval.tasks.task import TaskResult
 from train.source import Source
 
 if TYPE_CHECKING:
+    from arch.compression.method import CacheMethod
     from train.subjects import Opened
 
 
@@ -42,7 +46,9 @@ class EvaluateConfig:
     """Options.
 
     checkpoint  a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
-    tasks       names of tasks, with commas
+    tasks       names of tasks, with commas; empty: perplexity, or with cache= compressed
+    cache       what is done to the cache: a codec (int4), a rule of what to keep (snapkv@25%), both (int4+snapkv@25%),
+                or none; with commas, the tasks run once with each
     text        files of text (.txt .md .jsonl .parquet, also packed) that tasks read, with commas; empty: the prepared
                 data of data.path=, or of the run
     text_key    the key of .jsonl, or the column of .parquet, that has the text
@@ -58,7 +64,8 @@ class EvaluateConfig:
     """
 
     checkpoint: str = ""
-    tasks: tuple[str, ...] = ("perplexity",)
+    tasks: tuple[str, ...] = ()
+    cache: tuple[str, ...] = ()
     text: tuple[Path, ...] = ()
     text_key: str = "text"
     which: str = "newest"
@@ -77,14 +84,15 @@ def main(arguments: Sequence[str]) -> None:
         print(help_text())
         return
     options, data, words = read(arguments)
-    tasks = choose(options.tasks, words)
+    tasks = choose(options.tasks or (("compressed",) if options.cache else ("perplexity",)), words)
+    methods = methods_of(options.cache, tasks)
     check(options, data)
     source = Source(options.checkpoint, options.which, options.device, options.dtype, options.trust, options.revision)
     source.check()
     from train.subjects import open_subject  # brings torch
 
     opened = open_subject(source, options.context, options.text, options.text_key, options.seed)
-    evaluate(with_data(opened, tasks, data), tasks, options, data)
+    evaluate(with_data(opened, tasks, data), tasks, options, data, methods)
 
 
 def read(arguments: Sequence[str]) -> tuple[EvaluateConfig, DataOptions, list[str]]:
@@ -98,6 +106,21 @@ def read(arguments: Sequence[str]) -> tuple[EvaluateConfig, DataOptions, list[st
     words = [word for group in prefixes.values() for word in group]
     parsed = parse(DataOptions, [word.removeprefix("data.") for word in of_data], prefix="data.")
     return parse(EvaluateConfig, own), parsed, words
+
+
+def methods_of(words: Sequence[str], tasks: Sequence[Chosen]) -> "list[CacheMethod | None]":
+    """The cache methods that `cache=` names, each once; without any, none.
+
+    Raises UsageError on a method that there is not, and where a task does not run over a cache.
+    """
+    methods = dict.fromkeys(map(read_method, with_brackets(words or (NONE,))))
+    if any(methods) and (others := [chosen.name for chosen in tasks if not chosen.task.compresses]):
+        able = [name for name, task in TASKS.items() if task.compresses]
+        raise UsageError(
+            f"cache= is for tasks that run over a cache ({', '.join(able)}); {', '.join(others)} runs without one: "
+            "measure it by a command of its own, without cache="
+        )
+    return list(methods)
 
 
 def help_text() -> str:
@@ -130,30 +153,44 @@ def with_data(opened: "Opened", tasks: Sequence[Chosen], data: DataOptions) -> "
 
 
 def evaluate(
-    opened: "Opened", tasks: Sequence[Chosen], options: EvaluateConfig, data: DataOptions
+    opened: "Opened",
+    tasks: Sequence[Chosen],
+    options: EvaluateConfig,
+    data: DataOptions,
+    methods: "Sequence[CacheMethod | None]" = (None,),
 ) -> dict[str, TaskResult]:
     """Run `tasks`, write each result as soon as there is one, and print all of them."""
     from eval.console import PlainConsole
-    from eval.evaluations import FOLDER, figures_table, key_of, record, rows_table
+    from eval.evaluations import FOLDER, comparisons, digest_of, entry, figures_table, key_of, record, rows_table
 
     subject = opened.subject
     folder = options.out or (opened.run or Path("runs", FOLDER, subject.name)) / (FOLDER if opened.run else "")
     given = options.text[0] if options.text else data.path
     about = {"checkpoint": options.checkpoint if opened.loaded is None else str(opened.loaded.checkpoint)}
+    for given_method in filter(None, methods):
+        try:
+            check_method(subject.model.plan, given_method)
+        except ValueError as error:
+            raise UsageError(f"cache= of {subject.name}: {error}") from error
     console, results, written = PlainConsole(), {}, list[Path]()
-    for chosen in tasks:
-        key = key_of(chosen, None if given is None else str(given))
+    entries: dict[str, dict[str, Any]] = {}
+    for chosen, method in ((chosen, method) for chosen in tasks for method in methods):
+        subject = replace(opened.subject, method=method)
+        key = key_of(chosen, None if given is None else str(given), name_of(method))
         results[key] = chosen.run(subject)
         try:
             written += record(key, chosen, subject, results[key], folder, about | {"step": opened.step})
         except OSError as error:
             raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
+        if opened.step is not None:
+            entries[key] = entry(results[key].figures, opened.step, digest_of(chosen, subject), name_of(method))
         if results[key].rows:
             console.print(rows_table(key, results[key]))
         for note in results[key].notes:
             console.print(f"{key}: {note}")
-    console.print(figures_table(subject.name, results))
-    share(opened, tasks, results)
+    for table in (figures_table(subject.name, results), *comparisons(results)):
+        console.print(table)
+    share(opened, entries)
     if options.wandb:
         log(opened, results, [path for path in written if path.suffix == ".png"])
     for path in written:
@@ -161,17 +198,15 @@ def evaluate(
     return results
 
 
-def share(opened: "Opened", tasks: Sequence[Chosen], results: dict[str, TaskResult]) -> None:
-    """Put the figures into the summary of the run, where that is of the same checkpoint."""
-    from eval.evaluations import digest_of, entry, merge, steps_of_summary
+def share(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
+    """Put the entries of results into the summary of the run, where that is of the same checkpoint."""
+    from eval.evaluations import merge, steps_of_summary
 
     if opened.run is None or opened.step is None:
         return
     steps = steps_of_summary(opened.run)
     if steps == opened.step:
-        pairs = zip(results.items(), tasks, strict=True)
-        digests = {key: digest_of(chosen, opened.subject) for (key, _), chosen in pairs}
-        merge(opened.run, {key: entry(found.figures, steps, digests[key]) for key, found in results.items()})
+        merge(opened.run, entries)
     elif steps is None:
         print("the run has not ended: it has no summary.json yet to put these figures into", file=sys.stderr)
     else:

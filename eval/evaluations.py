@@ -1,14 +1,16 @@
 """Results of tasks in the folder of a run: evaluations/<key>.json with its pictures, and the figures in summary.json.
 
-The key is the name of the task, with the name of a text that was given (`perplexity@wiki.test`). In summary.json, under
-`evaluations`: for each key its figures, `step` of the checkpoint, and a digest of the options and the text.
+The key is the name of the task, with the name of a text that was given (`perplexity@wiki.test`), and with the cache
+method where there is one (`compressed[int4]`). In summary.json, under `evaluations`: for each key its figures, `step`
+of the checkpoint, a digest of the options and the text, and the method, if any.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,26 @@ from rich.table import Table
 
 from data.cli import UsageError, value_text
 from data.files import write_json
+from eval.methods import NONE, name_of
 from eval.results import write_result
 from eval.tasks import Chosen
+from eval.tasks.intervals import Z95
 from eval.tasks.task import Subject, TaskResult
 
 FOLDER, KEY = "evaluations", "evaluations"
 
 
-def key_of(chosen: Chosen, text: str | None) -> str:
-    """The key of a result: the task, and the name of the text where that was given and changes the figures."""
+def key_of(chosen: Chosen, text: str | None, method: str = NONE) -> str:
+    """The key of a result: the task, the name of the text where that was given and changes the figures, the method."""
+    of_method = "" if method == NONE else f"[{method}]"
     if not chosen.task.reads_text or text is None:
-        return chosen.name
-    return f"{chosen.name}@{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(text).name.split('.jsonl')[0]) or 'text'}"
+        return chosen.name + of_method
+    return f"{chosen.name}@{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(text).name.split('.jsonl')[0]) or 'text'}{of_method}"
+
+
+def file_name(key: str) -> str:
+    """`key` without the brackets of its method, which shells and glob patterns read."""
+    return re.sub(r"[\[\](),]+", "-", key).rstrip("-")
 
 
 def digest_of(chosen: Chosen, subject: Subject) -> str:
@@ -50,24 +60,26 @@ def record(
 
     Raises OSError where that cannot be written.
     """
-    paths = [folder / f"{key}.json"]
+    paths = [folder / f"{file_name(key)}.json"]
     payload = {
         "task": chosen.name,
         "model": subject.name,
         "device": str(subject.device),
         "context": subject.context,
         "seed": subject.seed,
+        "cache": name_of(subject.method),
         "texts": [str(path) for path in subject.texts],
         "options": asdict(chosen.options),
         "digest": digest_of(chosen, subject),
         "notes": list(result.notes),
         "figures": plain(result.figures),
         "rows": [plain(row) for row in result.rows],
+        "samples": result.samples,
         **about,
     }
     write_result(paths[0], payload)
     for name, picture in result.pictures.items():
-        paths.append(folder / f"{key}-{name}.png")
+        paths.append(folder / f"{file_name(key)}-{name}.png")
         picture.savefig(paths[-1], dpi=160, facecolor="white")
     return paths
 
@@ -104,9 +116,10 @@ def entries_of_step(run: Path, step: int) -> dict[str, Any]:
         return {}
 
 
-def entry(figures: Mapping[str, float], step: int, digest: str) -> dict[str, Any]:
+def entry(figures: Mapping[str, float], step: int, digest: str, method: str = NONE) -> dict[str, Any]:
     """The entry of a result in summary.json."""
-    return {"step": step, "digest": digest, "figures": plain(figures)}
+    of_method = {} if method == NONE else {"method": method}
+    return {"step": step, "digest": digest, **of_method, "figures": plain(figures)}
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +137,45 @@ def figures_table(name: str, results: Mapping[str, TaskResult]) -> Table:
         for figure, value in result.figures.items():
             table.add_row(f"{key}/{figure}", number(value))
     return table
+
+
+def comparisons(results: Mapping[str, TaskResult]) -> list[Table]:
+    """For each task that ran with several methods: what each changes, by the same windows and sequences.
+
+    The interval is that of the mean of paired differences to `none`, or to the first method, by a normal distribution.
+    """
+    groups: dict[str, dict[str, TaskResult]] = {}
+    for key, result in results.items():
+        if result.samples:
+            task, _, method = key.partition("[")
+            groups.setdefault(task, {})[method.removesuffix("]") or NONE] = result
+    tables = []
+    for task, group in groups.items():
+        base = NONE if NONE in group else next(iter(group))
+        names = [name for name in group[base].samples if all(name in result.samples for result in group.values())]
+        if len(group) < 2 or not names:
+            continue
+        table = Table("cache", title=f"{task}: difference to {base}, paired, 95 %", title_justify="left")
+        for name in names:
+            table.add_column(name, justify="right")
+        for method, result in group.items():
+            if method != base:
+                pairs = [(result.samples[name], group[base].samples[name]) for name in names]
+                table.add_row(method, *(difference(*pair) for pair in pairs))
+        tables.append(table)
+    return tables
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> str:
+    """The mean of `values` less `others`, and half of its interval of 95 %; `same` where all are equal."""
+    found = [value - other for value, other in zip(values, others, strict=True)]
+    mean = math.fsum(found) / len(found)
+    if not any(found):
+        return "same"
+    if len(found) == 1:
+        return f"{mean:+.4f}"
+    half = Z95 * statistics.stdev(found) / math.sqrt(len(found))
+    return f"{mean:+.4f} ± {half:.4f}{'' if abs(mean) > half else ', not told apart'}"
 
 
 def rows_table(key: str, result: TaskResult) -> Table:

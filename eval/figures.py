@@ -4,6 +4,8 @@ stored, read, allocated, per_token, constant  bytes of the KV cache at a context
 params, tokens                                of the model, and of its training
 ppl, bpb, loss                                of validation
 TASK/FIGURE                                   of a task, as eval/evaluate.py or training (evals.tasks) recorded it
+
+With a cache method (eval/methods.py) a run has figures of tasks that ran with it, and `stored` by the method's formula.
 """
 
 import re
@@ -12,8 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from arch import Plan
+from arch.compression.layout import check_method, compressed_bytes
+from arch.compression.method import parse_method
 from arch.footprint import allocated_bytes, kv_bytes
 from eval.checks import is_finite
+from eval.methods import NONE
 from eval.runs import Run
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}  # of validation, beside `loss`
@@ -30,6 +35,15 @@ BYTES: dict[str, tuple[str, Callable[[Plan, int, int], float]]] = {
 LOSS = {"loss": "loss in nats per token"}
 # Of tasks, where the name alone does not say what it is.
 LABELS = {
+    "compressed/loss": "loss through the cache, in nats per token",
+    "compressed/recall/accuracy": "recall across the compression",
+    "compressed/known/accuracy": "recall, asked before the compression",
+    "compressed/new/accuracy": "recall, not asked before the compression",
+    "compressed/end_bytes": "cache of one window at its end, measured",
+    "compressed/mean_bytes": "cache of one window, mean over steps, measured",
+    "compressed/peak_bytes": "cache of one window at its largest, measured",
+    "compressed/recall/end_bytes": "cache of a sequence of recall at its end, measured",
+    "compressed/recall/mean_bytes": "cache of a sequence of recall, mean over steps, measured",
     "induction/text": "loss when text repeats, minus before",
     "induction/random": "loss when random tokens repeat, minus before",
     "perplexity/repeat_ppl": "perplexity of tokens that repeat a pair seen before",
@@ -72,25 +86,50 @@ def without_text(name: str) -> str:
     return f"{task.partition('@')[0]}/{rest}"
 
 
-def figure(run: Run, name: str, context: int, itemsize: int) -> Any:
-    """The figure `name` of a finished run, whatever was recorded; None where there is none."""
+def figure(run: Run, name: str, context: int, itemsize: int, method: str = NONE) -> Any:
+    """The figure `name` of a finished run, with a cache method; whatever was recorded, None where there is none."""
     if name in BYTES:
+        if method != NONE:
+            return stored_bytes(run.plan, method, context, itemsize) if name == "stored" else None
         return BYTES[name][1](run.plan, context, itemsize)
     if name in COUNTS:
         return run.summary[name]
     if name in METRICS or name in LOSS:
-        return run.summary["val"].get(name)
-    return evaluations(run).get(name)
+        return run.summary["val"].get(name) if method == NONE else None
+    return evaluations(run, method).get(name)
 
 
-def evaluations(run: Run) -> dict[str, Any]:
-    """The figures of all tasks in the summary of `run`, as `TASK/FIGURE`."""
-    return {f"{key}/{name}": value for key, found in _entries(run).items() for name, value in found["figures"].items()}
+def stored_bytes(plan: Plan, method: str, context: int, itemsize: int) -> int | None:
+    """Bytes of a cache of `context` tokens that has just been compressed, by the formula of `method`; None where it has
+    none, or `plan` does not take it."""
+    try:
+        found = parse_method(method)
+        check_method(plan, found)
+        return compressed_bytes(plan, found, 1, context, prompt=context, itemsize=itemsize)
+    except ValueError:
+        return None
+
+
+def evaluations(run: Run, method: str = NONE) -> dict[str, Any]:
+    """The figures of all tasks in the summary of `run`, as `TASK/FIGURE`: those with a cache method, or without."""
+    return {
+        f"{key.removesuffix(f'[{method}]')}/{name}": value
+        for key, found in _entries(run).items()
+        if found.get("method", NONE) == method
+        for name, value in found["figures"].items()
+    }
+
+
+def methods_of(runs: Sequence[Run]) -> list[str]:
+    """The cache methods with which any of `runs` has figures, `none` first."""
+    found = [entry.get("method", NONE) for run in runs for entry in _entries(run).values()]
+    return list(dict.fromkeys([NONE, *sorted(found)]))
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
     """All figures that any of `runs` has."""
-    recorded = dict.fromkeys(name for run in runs for name in evaluations(run))
+    methods = methods_of(runs)
+    recorded = dict.fromkeys(name for method in methods for run in runs for name in evaluations(run, method))
     measured = [name for name in (*METRICS, *LOSS) if any(is_finite(run.summary["val"].get(name)) for run in runs)]
     return [*BYTES, *COUNTS, *measured, *recorded]
 
@@ -98,7 +137,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def not_alike(runs: Sequence[Run], name: str) -> bool:
     """Tell whether `name` is a figure of a task that ran with other options, or on another text, for some of `runs`."""
     key = name.partition("/")[0]
-    return len({entry["digest"] for run in runs if (entry := _entries(run).get(key))}) > 1
+    entries = [(of, entry) for run in runs for of, entry in _entries(run).items()]
+    return len({entry["digest"] for of, entry in entries if of.partition("[")[0] == key}) > 1
 
 
 def _entries(run: Run) -> dict[str, dict[str, Any]]:
@@ -107,5 +147,8 @@ def _entries(run: Run) -> dict[str, dict[str, Any]]:
     return {
         key: entry
         for key, entry in (entries.items() if isinstance(entries, dict) else ())
-        if isinstance(entry, dict) and isinstance(entry.get("figures"), dict) and isinstance(entry.get("digest"), str)
+        if isinstance(entry, dict)
+        and isinstance(entry.get("figures"), dict)
+        and isinstance(entry.get("digest"), str)
+        and isinstance(entry.get("method", NONE), str)
     }

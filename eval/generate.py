@@ -1,13 +1,14 @@
 """Continue text with a model: `python eval/generate.py checkpoint=runs/mine prompt="def " max_new_tokens=100`.
 
 The text appears as it is made. With several prompts, of any lengths, all are continued at once: the first appears as it
-is made, the others when all are done. At the end: tokens per second, and the bytes of the cache.
+is made, the others when all are done. At the end: tokens per second, and the bytes of the cache, which `cache=int4`,
+`cache=snapkv@25%` and other methods make smaller after the prompt.
 """
 
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if not __package__:  # run as a script
 from data.cli import TaskError, UsageError, fail, parse
 from data.files import DataError
 from eval.console import visible
+from eval.methods import NONE, read_method
 from eval.units import bytes_text
 from train.source import Source
 
@@ -42,6 +44,7 @@ class GenerateConfig:
     top_p           sample from the smallest set of tokens that has this much probability
     min_p           sample from tokens at least this share as likely as the most likely one
     seed            of the sampling
+    cache           what is done to the cache: a codec, a rule of what to keep, both (int4+snapkv@25%), or none
     stop            texts at which a continuation ends, with commas; they are left out
     which           of a run's checkpoints the newest, or the best by validation loss
     device          cpu, cuda, ...; auto: cuda where there is one
@@ -61,6 +64,7 @@ class GenerateConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    cache: str = NONE
     stop: tuple[str, ...] = ()
     which: str = "newest"
     device: str = "auto"
@@ -133,6 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     words = [word for word in arguments if not word.startswith("prompt=")]
     options = parse(GenerateConfig, words or ["--help"])
     check(options)
+    method = read_method(options.cache)
     prompts = [*given, *(read_prompts(options.prompts) if options.prompts else [])] or [""]
     source = Source(
         options.checkpoint,
@@ -146,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     source.check()
     from train.subjects import open_subject  # brings torch
 
-    generate(open_subject(source).subject, prompts, options)
+    generate(replace(open_subject(source).subject, method=method), prompts, options)
 
 
 def check(options: GenerateConfig) -> None:
@@ -196,13 +201,20 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     except ValueError as error:
         raise UsageError(str(error)) from error
     with torch.inference_mode():
-        cache = model.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
+        cache = subject.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
+    whole_bytes = cache.nbytes
     streams = [Stream(tokenizer, prompt, options.stop) for prompt in tokens]
     watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=show)
     if len(prompts) > 1:
         show(f"[1] {prompts[0]}")
     elif prompts[0]:
         show(prompts[0])
+
+    def on_step(token_B: torch.Tensor) -> bool:
+        if not watch.first and subject.method is not None:  # the prompt is in the cache, and no step was taken
+            cache.compress()
+        return watch(token_B)
+
     continue_prompts(
         model,
         tokens,
@@ -212,7 +224,8 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         top_p=options.top_p,
         min_p=options.min_p,
         stop_token=tokenizer.end,
-        on_step=watch,
+        on_step=on_step,
+        steps="auto" if subject.method is None else "plain",
         pad_token=subject.pad_token,
         cache=cache,
         seed=options.seed,
@@ -221,7 +234,8 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     for number, (prompt, stream) in enumerate(zip(prompts[1:], streams[1:], strict=True), start=2):
         show(f"\n[{number}] {prompt}{stream.shown}\n")
     if not options.quiet:
-        print(watch.report(cache.nbytes, subject), file=sys.stderr)
+        before = "" if subject.method is None else f", {bytes_text(whole_bytes)} before {subject.method.text}"
+        print(watch.report(cache.nbytes, subject) + before, file=sys.stderr)
     return [stream.shown for stream in streams]
 
 

@@ -2,6 +2,7 @@
 
 Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
 Any figure that a run has recorded can be on either axis: `x=read y=recall/accuracy`; `list=true` says which there are.
+Where runs were evaluated with cache methods (evaluate.py cache=), each is a point beside that of its run.
 """
 
 import csv
@@ -25,8 +26,9 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
-from eval.figures import BYTES, METRICS, Axis, axis, figure, names_of, not_alike
+from eval.figures import BYTES, METRICS, Axis, axis, figure, methods_of, names_of, not_alike
 from eval.identity import name_data
+from eval.methods import NONE
 from eval.released import load
 from eval.runs import (
     Point,
@@ -82,25 +84,37 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
     across, up = axis(x, context), axis(metric, context)
     signs = [-1 if of.larger else 1 for of in (across, up)]
     rows = []
-    usable = [run for run in runs if all(possible(name, figure(run, name, context, itemsize)) for name in (x, metric))]
-    for name, group in group_by_seed(usable, experiment).items():
-        values = [figure(run, metric, context, itemsize) for run in group]
-        kv = kv_bytes(group[0].plan, context, itemsize)
-        places = [figure(run, x, context, itemsize) for run in group]
+    methods = methods_of(runs)
+
+    def usable(run: Run, method: str) -> bool:
+        return all(possible(name, figure(run, name, context, itemsize, method)) for name in (x, metric))
+
+    groups = group_by_seed([run for run in runs if any(usable(run, method) for method in methods)], experiment)
+    for name, method, group in (
+        (name, method, found)
+        for name, every in groups.items()
+        for method in methods
+        if (found := [run for run in every if usable(run, method)])
+    ):
+        values = [figure(run, metric, context, itemsize, method) for run in group]
+        kv = kv_bytes(group[0].plan, context, itemsize) if method == NONE else None
+        places = [figure(run, x, context, itemsize, method) for run in group]
+        stored = figure(group[0], "stored", context, itemsize, method)
         rows.append(
             {
                 "name": name,
-                "bytes": kv.stored,
+                "bytes": stored,
                 "value": sum(values) / len(values),
                 "lowest": min(values),
                 "highest": max(values),
                 "runs": len(group),
                 "params": group[0].summary["params"],
                 "tokens": group[0].summary["tokens"],
-                "kv_per_token": kv.per_token,
-                "kv_constant": kv.constant,
-                "kv_read": kv.read,
+                "kv_per_token": kv and kv.per_token,
+                "kv_constant": kv and kv.constant,
+                "kv_read": kv and kv.read,
                 "x": None if x == "stored" else sum(places) / len(places),
+                "method": method,
             }
         )
     rows.sort(key=lambda row: (signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]))
@@ -120,11 +134,14 @@ def possible(name: str, value: Any) -> bool:
 def passed_over(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[str]:
     """A line for each run that `points` passes over, because a figure of it is missing or impossible."""
     lines = []
-    for run in runs:
+    for run, method in ((each, method) for each in runs for method in methods_of([each])):
+        if method != NONE and figure(run, metric, context, itemsize, method) is None:
+            continue  # no task with this figure ran with this method
         for name in (x, metric):
-            value = figure(run, name, context, itemsize)
+            value = figure(run, name, context, itemsize, method)
             if not possible(name, value):
-                who = f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']})"
+                with_method = "" if method == NONE else f", cache={method}"
+                who = f"{run.folder} ({run.summary['name']}, seed {run.summary['seed']}{with_method})"
                 lines.append(f"{who} is passed over: its {axis(name, context).label} is {value}")
                 break
     return lines
@@ -149,6 +166,9 @@ def differences(runs: Sequence[Run]) -> list[str]:
 def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
     result = Table(title=f"{x.label} against {y.label}", title_justify="left")
     result.add_column("run", style="bold", overflow="fold")
+    compressed = any(row.method != NONE for row in rows)
+    if compressed:
+        result.add_column("cache", overflow="fold")
     extra = [] if x.name in ("stored", "read", "per_token", "constant", "params") else [x.label]
     for column in (*extra, "KV stored", "per token", "constant", "KV read", y.label, "spread", "runs", "params"):
         result.add_column(column, justify="right")
@@ -156,11 +176,12 @@ def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
     for row in rows:
         result.add_row(
             row.name,
+            *([row.method] if compressed else []),
             *([bytes_text(row.across) if x.in_bytes else f"{row.across:.5g}"] if extra else []),
-            bytes_text(row.bytes),
-            f"{number_text(row.kv_per_token)} B",
+            "-" if row.bytes is None else bytes_text(row.bytes),
+            "-" if row.kv_per_token is None else f"{number_text(row.kv_per_token)} B",
             bytes_text(row.kv_constant) if row.kv_constant else "-",
-            bytes_text(row.kv_read),
+            "-" if row.kv_read is None else bytes_text(row.kv_read),
             bytes_text(row.value) if y.in_bytes else f"{row.value:.3f}",
             f"{row.highest - row.lowest:.3f}" if row.runs > 1 else "-",
             str(row.runs),
@@ -177,11 +198,15 @@ def list_table(runs: Sequence[Run], context: int, itemsize: int) -> Table:
         result.add_column(column, justify="right")
     for name in names_of(runs):
         of = axis(name, context)
-        values = [value for run in runs if is_finite(value := figure(run, name, context, itemsize))]
+        found = [
+            [value for method in methods_of([run]) if is_finite(value := figure(run, name, context, itemsize, method))]
+            for run in runs
+        ]
+        values, having = [value for each in found for value in each], sum(map(bool, found))
         ends = (
             [bytes_text(end) if of.in_bytes else f"{end:,.6g}" for end in (min(values), max(values))] if values else []
         )
-        result.add_row(name, f"{of.label} ({of.better})", *(ends or ["-", "-"]), str(len(values)))
+        result.add_row(name, f"{of.label} ({of.better})", *(ends or ["-", "-"]), str(having))
     return result
 
 

@@ -358,11 +358,13 @@ def differing(values: Mapping[str, Sequence[Any]]) -> list[str]:
 class Point:
     """Runs that differ in nothing but the seed. `value` is their mean; bytes are of one sequence of the context.
 
-    x  the mean of the figure on the other axis; None: `bytes`
+    x       the mean of the figure on the other axis; None: `bytes`
+    method  what is done to the cache at test time; figures of the layout alone are then None, as are bytes without a
+            formula
     """
 
     name: str
-    bytes: int
+    bytes: int | None
     value: float
     lowest: float
     highest: float
@@ -370,12 +372,15 @@ class Point:
     frontier: bool
     params: int
     tokens: int
-    kv_per_token: float
-    kv_constant: int
-    kv_read: float
+    kv_per_token: float | None
+    kv_constant: int | None
+    kv_read: float | None
     x: float | None = None
+    method: str = "none"
 
     @property
     def across(self) -> float:
         """The place on the axis from left to right."""
-        return float(self.bytes) if self.x is None else self.x
+        across = self.bytes if self.x is None else self.x
+        assert across is not None
+        return float(across)

@@ -1,7 +1,7 @@
 """Pareto plot, KV footprint against quality: a picture and an interactive page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
 from eval.console import visible
 from eval.figures import LOSS, METRICS, Axis, axis
+from eval.methods import NONE
 from eval.plots.style import (
     BLUE,
     DARK_INK,
     DOMINATED,
     INK,
     LIGHT_INK,
+    LINE_COLORS,
     REFERENCE,
     Axes,
     Picture,
@@ -31,6 +33,23 @@ from eval.runs import Point
 from eval.units import bytes_text, number_text
 
 SIDES = ((1, "left"), (-1, "right"))
+# Of cache methods, in the order of the legend; colours of LINE_COLORS but black.
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
+PLOTLY = {
+    "s": "square",
+    "^": "triangle-up",
+    "D": "diamond",
+    "v": "triangle-down",
+    "P": "cross",
+    "X": "x",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "p": "pentagon",
+    "h": "hexagon",
+    "*": "star",
+    "d": "diamond-tall",
+}
+CROWDED = 14  # points beyond which a name that finds no room is left out
 MARKER = 13  # width of a point with room around it, in pixels
 
 
@@ -58,14 +77,29 @@ def draw_panels(panels: Sequence[Panel], path: Path | None = None) -> Picture:
 
     With a `path` the picture is also written there.
     """
-    figure = Picture(figsize=(7.2 if len(panels) == 1 else 5.6 * len(panels), 4.6), layout="constrained")
+    looks = method_looks([row for panel in panels for row in panel.rows])
+    height = 5.4 if looks else 4.6
+    figure = Picture(figsize=(7.2 if len(panels) == 1 else 5.6 * len(panels), height), layout="constrained")
+    if looks:  # below the panels, where it hides no point
+        spread = any(row.runs > 1 for panel in panels for row in panel.rows)
+        handles = _handles(spread, any(panel.references for panel in panels), looks)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(panels), frameon=False, fontsize=8)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw(figure, axes, panel)
+        _draw(figure, axes, panel, looks)
     figure.write(path, dpi=200)
     return figure
 
 
-def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
+def method_looks(rows: Sequence[Point]) -> dict[str, tuple[str, str]]:
+    """Marker and colour of each cache method among `rows`, equal in all panels."""
+    methods = list(dict.fromkeys(sorted(row.method for row in rows if row.method != NONE)))
+    colors = LINE_COLORS[1:] + LINE_COLORS[:1]
+    return {
+        method: (MARKERS[number % len(MARKERS)], colors[number % len(colors)]) for number, method in enumerate(methods)
+    }
+
+
+def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]]) -> None:
     rows, x_axis, y_axis = panel.rows, panel.x, panel.y
     places = [row.across for row in rows]
     wide = bool(places) and min(places) > 0 and (x_axis.in_bytes or max(places) > 20 * min(places))
@@ -79,7 +113,7 @@ def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
         axes.plot([*places, *lines], [*values, *values[:1] * len(lines)] if values else lines, linestyle="")
     axes.margins(x=0.12, y=0.16)
     if wide:
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7 if looks else 9))
         axes.xaxis.set_minor_locator(NullLocator())
     for one, of in ((axes.xaxis, x_axis), (axes.yaxis, y_axis)):
         if of.in_bytes:
@@ -96,28 +130,50 @@ def _draw(figure: Picture, axes: Axes, panel: Panel) -> None:
     axes.set_ylim(axes.get_ylim())
     plain_axes(axes)
     figure.canvas.draw()  # places what follows is measured in
-    for row, place in zip(rows, _places(figure, axes, rows), strict=True):
-        tint = BLUE if row.frontier else DOMINATED
+    places_of = _places(figure, axes, rows)
+    _join(axes, rows, places_of)
+    for row, place in zip(rows, places_of, strict=True):
+        marker, tint = looks.get(row.method, ("o", BLUE if row.frontier else DOMINATED))
         if row.runs > 1:
             axes.vlines(row.across, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2, transform=place)
             ends = [row.lowest, row.highest]
             axes.scatter([row.across] * 2, ends, marker="_", color=tint, s=60, zorder=2, transform=place)
         face = tint if row.frontier else "white"
         axes.scatter(
-            row.across, row.value, s=52, facecolor=face, edgecolor=tint, linewidth=1.5, zorder=3, transform=place
+            row.across,
+            row.value,
+            s=52 if row.method == NONE else 34,
+            marker=marker,
+            facecolor=face,
+            edgecolor=tint,
+            linewidth=1.5,
+            zorder=3,
+            transform=place,
         )
     if not rows:
         text = f"no run with a finite {y_axis.label}"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
-    spread = "; whiskers: lowest and highest seed" if any(row.runs > 1 for row in rows) else ""
+    taken: list[Bbox] = []
+    if not looks:
+        handles = _handles(any(row.runs > 1 for row in rows), bool(lines), looks)
+        legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
+        taken = [legend.get_window_extent()]
+    _label(figure, axes, rows, [*taken, *_refer(axes, panel.references)])
+
+
+def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]]) -> list[Line2D]:
+    """Entries of the legend: the frontier, what is not on it, lines of released models, and each cache method."""
+    dominated = "dominated; whiskers: lowest and highest seed" if spread else "dominated"
     handles = [
         Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
-        Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label="dominated" + spread),
+        Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label=dominated),
     ]
-    if lines:
+    if referred:
         handles.append(Line2D([], [], color=REFERENCE, linestyle=":", label="bytes of a released model"))
-    legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-    _label(figure, axes, rows, [legend.get_window_extent(), *_refer(axes, panel.references)])
+    for method, (marker, tint) in looks.items():
+        text = visible(method)
+        handles.append(Line2D([], [], marker=marker, color=tint, markerfacecolor="white", linestyle="", label=text))
+    return handles
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -156,6 +212,19 @@ def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
                 break
             text.remove()
     return taken
+
+
+def _join(axes: Axes, rows: Sequence[Point], places: Sequence[Transform]) -> None:
+    """Draw a thin line from the point of each run to each point of its cache methods."""
+    spots = [
+        axes.transData.inverted().transform(place.transform((row.across, row.value)))
+        for row, place in zip(rows, places, strict=True)
+    ]
+    own = {row.name: spot for row, spot in zip(rows, spots, strict=True) if row.method == NONE}
+    for row, spot in zip(rows, spots, strict=True):
+        if row.method != NONE and row.name in own:
+            (x, y), (left, top) = spot, own[row.name]
+            axes.plot([left, x], [top, y], color=LIGHT_INK, linewidth=0.6, alpha=0.5, zorder=1)
 
 
 def _title(of: Axis) -> str:
@@ -208,10 +277,12 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
     ]
     common = common_suffix([row.name for row in rows])
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
-    for row, transform in zip(rows, drawn, strict=True):
+    named = [(row, transform) for row, transform in zip(rows, drawn, strict=True) if row.method == NONE or row.frontier]
+    for row, transform in sorted(named, key=lambda pair: (pair[0].method != NONE, not pair[0].frontier)):
         for x, y, horizontal, vertical in places:
+            of_method = "" if row.method == NONE else f"+{visible(row.method)}"
             text = axes.annotate(
-                without_suffix(row.name, common),
+                without_suffix(row.name, common) + of_method,
                 (row.across, row.value),
                 (x, y),
                 xycoords=transform,
@@ -224,7 +295,8 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
             )
             box = text.get_window_extent()
             inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
-            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y) == places[-1][:2]:
+            forced = len(rows) <= CROWDED and (x, y) == places[-1][:2]
+            if forced or (inside and not any(box.overlaps(other) for other in taken)):
                 taken.append(box)
                 break
             text.remove()
@@ -235,13 +307,14 @@ def plot_pareto_html(panels: Sequence[Panel], path: Path) -> None:
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=1, cols=len(panels))
+    looks = method_looks([row for panel in panels for row in panel.rows])
     for number, panel in enumerate(panels, start=1):
-        _plot(figure, panel, number)
+        _plot(figure, panel, number, looks)
     figure.update_layout(template="plotly_white", legend={"orientation": "h", "y": 1.08}, margin={"t": 40})
     figure.write_html(path, include_plotlyjs=True)
 
 
-def _plot(figure: Any, panel: Panel, number: int) -> None:
+def _plot(figure: Any, panel: Panel, number: int, looks: Mapping[str, tuple[str, str]]) -> None:
     rows, x_axis, y_axis = panel.rows, panel.x, panel.y
     place = {"row": 1, "col": number, "showlegend": number == 1}
     frontier = [row for row in rows if row.frontier]
@@ -249,18 +322,29 @@ def _plot(figure: Any, panel: Panel, number: int) -> None:
     x, y = _staircase(frontier, min(ends) / 1.5 if x_axis.larger else 1.5 * max(ends))
     line = {"shape": "hv", "color": BLUE, "width": 1.5}
     figure.add_scatter(x=x, y=y, mode="lines", line=line, name="frontier", hoverinfo="skip", **place)
-    for name, chosen, tint in (
-        ("on the frontier", frontier, BLUE),
-        ("dominated", [row for row in rows if not row.frontier], DOMINATED),
-    ):
+    own = [row for row in rows if row.method == NONE]
+    models = {row.name: row for row in own}
+    joined = [(models[row.name], row) for row in rows if row.method != NONE and row.name in models]
+    if joined:
+        ends_x = [end for model, row in joined for end in (model.across, row.across, None)]
+        ends_y = [end for model, row in joined for end in (model.value, row.value, None)]
+        thin = {"color": LIGHT_INK, "width": 0.6}
+        figure.add_scatter(x=ends_x, y=ends_y, mode="lines", line=thin, name="same model", hoverinfo="skip", **place)
+    groups: list[tuple[str, list[Point], str, str]] = [
+        ("on the frontier", [row for row in own if row.frontier], BLUE, "circle"),
+        ("dominated", [row for row in own if not row.frontier], DOMINATED, "circle"),
+    ]
+    for method, (marker, tint) in looks.items():
+        groups.append((html_text(method), [row for row in rows if row.method == method], tint, PLOTLY[marker]))
+    for name, chosen, tint, symbol in groups:
         figure.add_scatter(
             x=[row.across for row in chosen],
             y=[row.value for row in chosen],
-            mode="markers+text",
+            mode="markers+text" if chosen and chosen[0].method == NONE else "markers",
             text=[html_text(row.name) for row in chosen],
             textposition="top right",
             cliponaxis=False,
-            marker={"size": 10, "color": tint},
+            marker={"size": 10, "color": tint, "symbol": symbol},
             error_y={
                 "type": "data",
                 "symmetric": False,
@@ -306,9 +390,12 @@ def _plot(figure: Any, panel: Panel, number: int) -> None:
 
 def _hover(row: Point, x_axis: Axis, y_axis: Axis) -> str:
     across = "" if x_axis.name == "stored" else f"{html_text(x_axis.label)} {row.across:,.6g}<br>"
+    stored = "" if row.bytes is None else f"stored {bytes_text(row.bytes)}"
+    if row.kv_per_token is not None and row.kv_constant is not None and row.kv_read is not None:
+        stored += f": {number_text(row.kv_per_token)} B per token + {bytes_text(row.kv_constant)}<br>"
+        stored += f"read per decoded token {bytes_text(row.kv_read)}"
+    of_method = "" if row.method == NONE else f" + {html_text(row.method)}"
     return (
-        f"<b>{html_text(row.name)}</b><br>{html_text(y_axis.label)} {row.value:.4f} ({row.runs} runs)<br>{across}"
-        f"stored {bytes_text(row.bytes)}: {number_text(row.kv_per_token)} B per token + "
-        f"{bytes_text(row.kv_constant)}<br>"
-        f"read per decoded token {bytes_text(row.kv_read)}<br>{row.params:,} parameters, {row.tokens:,} tokens"
+        f"<b>{html_text(row.name)}{of_method}</b><br>{html_text(y_axis.label)} {row.value:.4f} ({row.runs} runs)<br>"
+        f"{across}{stored}<br>{row.params:,} parameters, {row.tokens:,} tokens"
     )

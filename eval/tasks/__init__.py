@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.cli import UsageError, did_you_mean, parse
-from eval.tasks import copying, decoding, harness, needles, perplexity, recall
+from eval.tasks import compressed, copying, decoding, harness, needles, perplexity, recall
 from eval.tasks.task import Options, Subject, Task, TaskResult
 
 __all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choose", "sections"]
@@ -20,6 +20,7 @@ TASKS: dict[str, Task] = {
     "copy": Task(copying.CopyOptions, copying.copy),
     "induction": Task(copying.InductionOptions, copying.induction, reads_text=True),
     "decode": Task(decoding.Options, decoding.run),
+    "compressed": Task(compressed.Options, compressed.run, reads_text=True, compresses=True),
     "lm-eval": Task(harness.Options, harness.run, argument="names"),
 }
 

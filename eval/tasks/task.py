@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from data.cli import UsageError
 from data.shards import Manifest
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from arch import LanguageModel
+    from arch.compression.method import CacheMethod
 
 T = TypeVar("T")
 LINE_SECONDS = 30  # between lines of progress where there is no terminal
@@ -68,6 +70,7 @@ class Subject:
     prepared   the data given with data.path=, or that of the run; None: there is none
     pad_token  fills up prompts that are too short; None: they are refused
     quiet      no progress is shown
+    method     what is done to the cache at test time; None: nothing
     """
 
     model: "LanguageModel"
@@ -81,6 +84,32 @@ class Subject:
     seed: int = 0
     pad_token: int | None = None
     quiet: bool = False
+    method: "CacheMethod | None" = None
+
+    def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
+        """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
+
+        `dtype`: type of what is not coded; None: that of the weights. Raises UsageError where the model, or its layout,
+        does not take the method.
+        """
+        from arch import LanguageModel
+        from arch.compression.compressed import allocate_compressed
+
+        if not isinstance(self.model, LanguageModel):
+            if self.method is None:
+                return self.model.allocate_cache(rows, capacity)
+            text = f"cache={self.method.text}: {self.name} keeps a cache of transformers; give a run of ours"
+            raise UsageError(text)
+        weight = self.model.output_weight
+        if self.method is None:
+            return self.model.allocate_cache(rows, capacity, dtype=dtype)
+        dtype = dtype or weight.dtype
+        try:
+            return allocate_compressed(
+                self.model.plan, rows, capacity, dtype=dtype, device=weight.device, method=self.method
+            )
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
 
     def documents(self) -> Iterator[str]:
         """The documents in `texts`: lines of .jsonl, rows of .parquet, any other file as a whole. Empty ones are
@@ -140,12 +169,14 @@ class TaskResult:
     rows      a table of details, equal keys in every row
     pictures  by name
     notes     sentences about what was measured, for the reader of the table
+    samples   values of single windows or sequences, by name, the same ones for every model and cache method
     """
 
     figures: dict[str, float]
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, "Figure"] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,9 +187,11 @@ class Task:
     run         evaluates a subject
     argument    the field of `options`, a tuple of str, that collects what follows a colon: tasks=[name:a,name:b]
     reads_text  what text= or data.path= names changes the figures
+    compresses  runs over a cache of the subject's method
     """
 
     options: type[Options]
     run: Callable[[Subject, Any], TaskResult]
     argument: str | None = None
     reads_text: bool = False
+    compresses: bool = False

@@ -1,0 +1,355 @@
+"""Loss, recall and bytes of a cache that is made smaller at test time, by one protocol for every model and method.
+
+text     a prefix of `prefix` tokens goes into the cache, the cache is compressed, and the next `new` tokens are scored
+         one after the other over what is left (teacher forcing): the same windows of text for every model and method
+recall   keys and values, and noise, before the compression; questions after it (eval/recall.py, the sequences of
+         `recall.kinds=gap`), none of which the compression has seen
+turns    the same, with a first turn of questions for every other key before the compression: the second turn asks for
+         those again (`known`), and for keys that nobody had asked for (`new`), which a method that keeps what the first
+         questions looked at has thrown away (SCBench, Li et al. 2024)
+
+The first token after the compression is fed and not scored as a target, so that every score comes through the
+compressed cache. Bytes are those of the cache's tensors, for one sequence: `end_bytes` after the last token,
+`mean_bytes` over the steps after the compression, `peak_bytes` also before it.
+
+Shapes: B sequences, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from data.cli import UsageError
+from eval.methods import name_of
+from eval.tasks.intervals import wilson
+from eval.tasks.task import Options as TaskOptions
+from eval.tasks.task import Subject, TaskResult
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.recall import RecallTask
+
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+PARTS = ("text", "recall", "turns")
+MOST_NEW = 128  # tokens that are scored of a window by default: each is a step
+
+
+@dataclass(frozen=True)
+class Options(TaskOptions):
+    """A prefix, compression, and what comes after it through the compressed cache; cache= names the methods.
+
+    parts      text, recall, turns, with commas
+    prefix     tokens of text before the compression; null: those of the context but the new ones
+    new        tokens of text that are scored after it; null: a quarter of the context, 128 at most
+    windows    pieces of text
+    pairs      numbers of keys and values in a sequence of recall
+    joined     a pair is one token, for models trained on data.source.recall.joined=true
+    length     tokens of such a sequence, of which half come before the questions; null: 16 for each pair
+    sequences  of recall, and of turns, for each number of pairs
+    dtype      type of what is not coded in the cache: bf16, fp16 or fp32, whatever that of the weights
+    batch      sequences at a time
+    """
+
+    parts: tuple[str, ...] = PARTS
+    prefix: int | None = None
+    new: int | None = None
+    windows: int = 64
+    pairs: tuple[int, ...] = (4, 8)
+    joined: bool = False
+    length: int | None = None
+    sequences: int = 64
+    dtype: str = "bf16"
+    batch: int = 16
+
+    def problems(self) -> list[str]:
+        found = [f"parts: {part} is none of {', '.join(PARTS)}" for part in self.parts if part not in PARTS]
+        if self.dtype not in ITEMSIZES:
+            found.append(f"dtype is {self.dtype}; choose {', '.join(ITEMSIZES)}")
+        if not self.parts or not self.pairs:
+            found.append("parts and pairs must not be empty")
+        found += [f"pairs: {pairs} is less than 2" for pairs in self.pairs if pairs < 2]
+        found += [
+            f"{name} is {value}; it must be at least 1"
+            for name in ("prefix", "new", "windows", "length", "sequences", "batch")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        return found
+
+
+@dataclass
+class Bytes:
+    """Bytes of a cache for one sequence, as it goes on."""
+
+    end: float = 0.0
+    peak: float = 0.0
+    steps: list[float] = field(default_factory=list)
+
+    def see(self, cache: Any, rows: int, step: bool) -> None:
+        """Note the bytes of `cache` now, which holds `rows` sequences; of a `step` after the compression."""
+        self.end = cache.nbytes / rows
+        self.peak = max(self.peak, self.end)
+        if step:
+            self.steps.append(self.end)
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "end_bytes": self.end,
+            "mean_bytes": math.fsum(self.steps) / len(self.steps),
+            "peak_bytes": self.peak,
+        }
+
+
+def run(subject: Subject, options: Options) -> TaskResult:
+    """Measure the parts; those for which the model, or its context, is not made are left out with a note.
+
+    Raises UsageError where there is no text for `text`, or nothing can be measured.
+    """
+    figures: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    samples: dict[str, list[float]] = {}
+    for part in PARTS:
+        if part in options.parts:
+            found = of_text(subject, options) if part == "text" else of_recall(subject, options, part)
+            figures |= found.figures
+            rows += found.rows
+            samples |= found.samples
+            notes += found.notes
+    if not rows:
+        raise UsageError("compressed: nothing can be measured:\n" + "\n".join(notes))
+    return TaskResult(figures, rows, notes=tuple(dict.fromkeys(notes)), samples=samples)
+
+
+def row(part: str, what: str, count: int, name: str, value: float, low: float, high: float) -> dict[str, Any]:
+    return {"part": part, "what": what, "count": count, "figure": name, "value": value, "low": low, "high": high}
+
+
+def through(
+    subject: Subject,
+    tokens_BT: "torch.Tensor",
+    prefix: int,
+    dtype: str,
+    measure: "Callable[[torch.Tensor, int], None]",
+    seen: Bytes,
+) -> None:
+    """Fill a cache of the subject's method with `prefix` tokens, compress it, and feed the others one by one.
+
+    `measure` is given the logits [B, V] after each token from number `prefix` on, and that number.
+    """
+    import torch
+
+    rows, length = tokens_BT.shape
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    with torch.inference_mode():
+        cache = subject.allocate_cache(rows, length, types[dtype])
+        subject.model.prefill(tokens_BT[:, :prefix], cache)
+        seen.see(cache, rows, step=False)
+        if subject.method is not None:
+            cache.compress()
+        seen.see(cache, rows, step=False)
+        for place in range(prefix, length):
+            logits_B1V = subject.model.decode_step(tokens_BT[:, place : place + 1], cache)
+            measure(logits_B1V[:, -1], place)
+            seen.see(cache, rows, step=True)
+
+
+def of_text(subject: Subject, options: Options) -> TaskResult:
+    """Loss of the tokens after the compression, in nats per token, and the bytes of the cache."""
+    import torch
+
+    from eval.tasks.likelihood import wide
+
+    prefix, new = lengths(subject, options)
+    seen, nats = Bytes(), list[torch.Tensor]()
+    tokens_NT = text_windows(subject, prefix + new + 1, options.windows)
+    parts = torch.split(tokens_NT, options.batch)
+    for tokens_BT in subject.progress(parts, len(parts), f"{subject.name}: text through {name_of(subject.method)}"):
+        of_batch: list[torch.Tensor] = []
+        on_device_BT = tokens_BT.to(subject.device)
+
+        def measure(
+            logits_BV: torch.Tensor,
+            place: int,
+            tokens_BT: torch.Tensor = on_device_BT,
+            of_batch: list[torch.Tensor] = of_batch,
+        ) -> None:
+            likely_BV = wide(logits_BV).log_softmax(-1)
+            of_batch.append(-likely_BV.gather(1, tokens_BT[:, place + 1, None])[:, 0].cpu())
+
+        through(subject, on_device_BT[:, :-1], prefix, options.dtype, measure, seen)
+        nats.append(torch.stack(of_batch, dim=1))
+    nats_NT = torch.cat(nats).double()
+    means_N = nats_NT.mean(dim=1)
+    count, loss = len(means_N), means_N.mean().item()
+    error = (means_N.std() / math.sqrt(count)).item() if count > 1 else math.nan
+    rows = [row("text", f"{new} tokens after {prefix}", count, "loss", loss, loss - 1.96 * error, loss + 1.96 * error)]
+    figures = {"loss": loss, **seen.figures(), "formula_bytes": formula_bytes(subject, prefix, new, options.dtype)}
+    note = (
+        f"text: {count} windows of {prefix:,} tokens, compression, and {new:,} tokens scored one by one, each window "
+        "from scratch; the same windows for every model of this tokenizer and every method"
+    )
+    return TaskResult(figures, rows, notes=(note,), samples={"loss": means_N.tolist()})
+
+
+def lengths(subject: Subject, options: Options) -> tuple[int, int]:
+    """Tokens of text before the compression and after it. Raises UsageError where they do not fit into the context."""
+    new = options.new or min(max(1, subject.context // 4), MOST_NEW)
+    prefix = options.prefix or subject.context - new
+    if prefix < subject.model.plan.min_prompt:
+        raise UsageError(
+            f"compressed.prefix is {prefix}; it must be at least {subject.model.plan.min_prompt}, a context of "
+            f"{subject.context} less the {new} new tokens"
+        )
+    return prefix, new
+
+
+def text_windows(subject: Subject, length: int, count: int) -> "torch.Tensor":
+    """Up to `count` windows [N, `length`] of the text, evenly spaced. Raises UsageError where there is none."""
+    import numpy as np
+    import torch
+
+    from data.mixture import EvalWindows, Mixture
+    from data.shards import TokenWindows
+    from eval.scoring import texts
+
+    if subject.prepared is not None:
+        folders = subject.prepared.folders.items()
+        corpora = tuple(TokenWindows(folder, manifest, "val", length - 1) for folder, manifest in folders)
+        mixture = Mixture(corpora, tuple(subject.prepared.weights))
+        windows = EvalWindows.of(mixture, count)
+        return torch.from_numpy(np.stack([windows[number] for number in range(len(windows))]).astype(np.int64))
+    if not subject.texts:
+        raise UsageError(
+            "compressed needs text: give text=FILE, data.path=FOLDER of prepared data, or "
+            "compressed.parts=recall,turns, which need none"
+        )
+    (stream,) = texts(subject, "windows")
+    room = len(stream.tokens) // length
+    if not room:
+        raise UsageError(f"compressed: the text has {len(stream.tokens):,} tokens, less than a window of {length:,}")
+    chosen = np.linspace(0, room - 1, min(count, room)).round().astype(int)
+    return torch.from_numpy(np.stack([stream.tokens[at * length : (at + 1) * length] for at in chosen]))
+
+
+def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
+    """Shares of questions answered right after the compression; of `turns`, of known and of new ones.
+
+    `accuracy`: the value is the likeliest of all tokens; `choice`: the likeliest of the values in its sequence.
+    """
+    import torch
+
+    kinds = ("recall",) if part == "recall" else ("known", "new")
+    counts = {kind: torch.zeros(3, dtype=torch.float64) for kind in kinds}
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    samples: dict[str, list[float]] = {kind: [] for kind in kinds}
+    seen = Bytes()
+    for pairs in subject.progress(
+        options.pairs, len(options.pairs), f"{subject.name}: {part}, {name_of(subject.method)}"
+    ):
+        of_pairs = {kind: torch.zeros(3, dtype=torch.float64) for kind in kinds}
+        try:
+            for asked in batches(subject, options, part, pairs):
+                for kind, right_BT3 in right(subject, asked, part, options.dtype, seen).items():
+                    of_pairs[kind] += right_BT3.sum(dim=(0, 1))
+                    samples[kind] += (right_BT3[..., 1].sum(1) / right_BT3[..., 2].sum(1)).tolist()
+        except ValueError as problem:
+            if isinstance(problem, UsageError):
+                raise
+            notes.append(f"{part} with {pairs} pairs is left out: {problem}")
+            continue
+        for kind, (accuracy, choice, count) in ((kind, found.tolist()) for kind, found in of_pairs.items()):
+            for name, value in (("accuracy", accuracy), ("choice", choice)):
+                ends = wilson(value, int(count))
+                rows.append(row(kind, f"{pairs} pairs", int(count), f"{kind}/{name}", value / count, *ends))
+            counts[kind] += of_pairs[kind]
+    if not seen.steps:
+        return TaskResult({}, notes=tuple(notes))
+    figures = {
+        f"{kind}/{name}": (found[number] / found[2]).item()
+        for kind, found in counts.items()
+        for number, name in enumerate(("accuracy", "choice"))
+    }
+    figures |= {f"{part}/{name}": value for name, value in seen.figures().items()}
+    return TaskResult(figures, rows, notes=tuple(notes), samples=samples)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sequences with questions: inputs [B, T]; the pair that each question asks for [B, T]; values of the pairs [B, P].
+
+    prefix  tokens before the compression
+    """
+
+    inputs_BT: "torch.Tensor"
+    pair_BT: "torch.Tensor"
+    values_BP: "torch.Tensor"
+    prefix: int
+
+
+def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[Asked]:
+    """Batches of questions. Of `turns`, half of them are those of the first turn, for keys of the even pairs alone.
+
+    Each batch is a function of (seed, number, pairs). Raises ValueError where they are impossible.
+    """
+    from data.recall import RecallTask
+    from eval.recall import questions
+
+    length, vocab_size = options.length or 16 * pairs, len(subject.model.output_weight)
+    if length > subject.context:
+        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set compressed.length")
+    task = RecallTask.of(length, pairs, vocab_size, options.joined)
+    step = task.pair_length
+    first = step * pairs + task.gap
+    turn = (length - first) // 2 if part == "turns" else 0
+    for number in range(-(-options.sequences // options.batch)):
+        size = min(options.batch, options.sequences - number * options.batch)
+        asked = questions(task, pairs, size, subject.seed, number)
+        pair_BT = asked.source_BT // step  # negative before the questions
+        keys_BP, values_BP = pairs_of(task, asked.inputs_BT, pairs)
+        early_BQ = pair_BT[:, first : first + turn] // 2 * 2
+        asked.inputs_BT[:, first : first + turn] = keys_BP.gather(1, early_BQ)
+        pair_BT[:, first : first + turn] = early_BQ
+        yield Asked(asked.inputs_BT, pair_BT, values_BP, first + turn)
+
+
+def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Keys and values [B, P] of sequences."""
+    if not task.joined:
+        return inputs_BT[:, 0 : 2 * pairs : 2], inputs_BT[:, 1 : 2 * pairs : 2]
+    number_BP = inputs_BT[:, :pairs] - task.first_pair
+    return task.noise + number_BP // task.values, task.noise + task.keys + number_BP % task.values
+
+
+def right(subject: Subject, asked: Asked, part: str, dtype: str, seen: Bytes) -> "dict[str, torch.Tensor]":
+    """Of each kind of question, [B, T, 3] at those after the compression: right by accuracy, by choice, and asked."""
+    import torch
+
+    inputs_BT, pair_BT, values_BP = (x.to(subject.device) for x in (asked.inputs_BT, asked.pair_BT, asked.values_BP))
+    found: list[torch.Tensor] = []
+
+    def measure(logits_BV: torch.Tensor, place: int) -> None:
+        best_B = values_BP.gather(1, logits_BV.gather(1, values_BP).argmax(dim=1, keepdim=True))[:, 0]
+        target_B = values_BP.gather(1, pair_BT[:, place, None])[:, 0]
+        found.append(torch.stack((logits_BV.argmax(-1) == target_B, best_B == target_B), dim=-1).cpu())
+
+    through(subject, inputs_BT, asked.prefix, dtype, measure, seen)
+    right_BT2 = torch.stack(found, dim=1).double()
+    right_BT3 = torch.cat((right_BT2, torch.ones_like(right_BT2[..., :1])), dim=-1)
+    if part == "recall":
+        return {"recall": right_BT3}
+    known_BT1 = (asked.pair_BT[:, asked.prefix :] % 2 == 0)[..., None]
+    return {"known": right_BT3 * known_BT1, "new": right_BT3 * ~known_BT1}
+
+
+def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float:
+    """Bytes that the formula gives for the cache of one window at its end."""
+    from arch.compression.layout import compressed_bytes
+    from arch.footprint import allocated_bytes
+
+    plan, itemsize = subject.model.plan, ITEMSIZES[dtype]
+    if subject.method is None:
+        return float(allocated_bytes(plan, 1, prefix + new, itemsize))
+    return float(compressed_bytes(plan, subject.method, 1, prefix + new, prompt=prefix, itemsize=itemsize))

@@ -1,0 +1,238 @@
+"""Caches that are made smaller at test time: the protocol of `tasks=compressed`, what is written, and its picture."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+from data.cli import UsageError
+from data.recall import RecallTask
+from eval import pareto
+from eval.evaluate import main
+from eval.evaluations import difference
+from eval.figures import Axis, evaluations, methods_of
+from eval.methods import read_method, with_brackets
+from eval.plots.pareto import Panel, draw_panels
+from eval.runs import Point, find_runs
+from eval.tasks import compressed
+from eval.tasks.compressed import Asked, Bytes, Options, batches, pairs_of, text_windows, through
+from train.source import Source
+from train.subjects import data_of_run, open_subject
+
+OLD = ROOT / "tests" / "golden" / "old"
+CODED = "int4(group=4,recent=2)+streaming@50%"
+FEW = ["compressed.windows=4", "compressed.pairs=2", "compressed.length=16", "compressed.sequences=4", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished runs, evaluated with cache methods."""
+    folder = tmp_path_factory.mktemp("compressed") / "old"
+    shutil.copytree(OLD, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for run in ("run-mixattention", "run-block"):
+            main([f"checkpoint={run}", f"cache=[none,streaming@100%,streaming@50%,{CODED}]", *FEW])
+    return folder
+
+
+def entries(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())["evaluations"]
+
+
+@pytest.mark.parametrize("run", ["run-mixattention", "run-block"])
+def test_every_method_has_its_figures_and_its_bytes(run: str, old: Path) -> None:
+    found = entries(old / run)
+    names = ["compressed", *(f"compressed[{method}]" for method in ("streaming@100%", "streaming@50%", CODED))]
+    assert list(found) == names and "method" not in found["compressed"] and found[names[3]]["method"] == CODED
+    assert len({entry["digest"] for entry in found.values()}) == 1, "the method is no option of the protocol"
+    none, full, half, both = (found[name]["figures"] for name in names)
+    assert full == none, "a full budget changes no bit"
+    for figures in (none, full, half, both):
+        assert figures["end_bytes"] == figures["formula_bytes"] <= figures["peak_bytes"]
+    assert both["end_bytes"] < none["end_bytes"] and half["mean_bytes"] < none["mean_bytes"]
+    written = json.loads((old / run / "evaluations" / "compressed-streaming@50%.json").read_text())
+    assert written["cache"] == "streaming@50%" and len(written["samples"]["loss"]) == 4
+    assert half["loss"] != none["loss"] == pytest.approx(sum(written_loss(old / run)) / 4)
+
+
+def written_loss(run: Path) -> list[float]:
+    return json.loads((run / "evaluations" / "compressed.json").read_text())["samples"]["loss"]
+
+
+def test_a_method_measured_again_takes_the_place_of_its_figures_alone(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run-mixattention"
+    shutil.copytree(old / run.name, run)
+    shutil.copytree(old / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    before = entries(run)
+    words = [*FEW, "compressed.parts=text", "compressed.new=4"]
+    main([f"checkpoint={run}", "cache=streaming@50%", *words])
+    after = entries(run)
+    assert after.keys() == before.keys()
+    changed = [name for name in after if after[name] != before[name]]
+    assert changed == ["compressed[streaming@50%]"] and "recall/choice" not in after[changed[0]]["figures"]
+
+
+def test_the_loss_without_a_method_is_that_of_a_pass_without_a_cache(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tokens after the first that follows the prefix."""
+    monkeypatch.chdir(old)
+    opened = open_subject(Source("run-mixattention", device="cpu"))
+    subject = replace(opened.subject, prepared=data_of_run(opened), quiet=True)
+    found = compressed.run(subject, Options(parts=("text",), prefix=20, new=8, windows=3, dtype="fp32"))
+    tokens_NT = text_windows(subject, 29, 3)
+    with torch.no_grad():
+        logits_NTV = subject.model.next_token_logits(tokens_NT[:, :-1])
+    nats_NT = F.cross_entropy(logits_NTV.transpose(1, 2), tokens_NT[:, 1:], reduction="none")
+    assert found.samples["loss"] == pytest.approx(nats_NT[:, 20:].mean(dim=1).tolist(), rel=1e-5)
+
+
+class Oracle:
+    """A model that answers every question by looking at what it was fed; `method` forgets some of it."""
+
+    class plan:  # noqa: N801
+        min_prompt = 1
+
+    output_weight = torch.zeros(40, 1)
+
+    def prefill(self, tokens_BT: torch.Tensor, cache: list) -> None:
+        cache.append(tokens_BT)
+
+    def decode_step(self, tokens_B1: torch.Tensor, cache: list) -> torch.Tensor:
+        prompt_BT = cache[0]
+        logits_BV = torch.zeros(len(prompt_BT), 40)
+        for row, (key,) in enumerate(tokens_B1.tolist()):
+            value = dict(zip(*(prompt_BT[row, place:4:2].tolist() for place in (0, 1)), strict=True)).get(key, 0)
+            logits_BV[row, value] = 1.0
+        return logits_BV[:, None]
+
+
+class OracleCache(list):
+    nbytes = 12
+
+
+class OracleSubject:
+    model, device, seed, context, method, name = Oracle(), torch.device("cpu"), 0, 64, None, "oracle"
+
+    def allocate_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> OracleCache:
+        return OracleCache()
+
+    def progress(self, items: tuple, total: int, what: str) -> tuple:
+        return items
+
+
+@pytest.mark.parametrize("part", ["recall", "turns"])
+def test_who_knows_the_pairs_answers_everything(part: str) -> None:
+    found = compressed.of_recall(OracleSubject(), Options(pairs=(2,), sequences=8), part)  # type: ignore[arg-type]
+    for kind in ("recall",) if part == "recall" else ("known", "new"):
+        assert found.figures[f"{kind}/accuracy"] == found.figures[f"{kind}/choice"] == 1
+    assert found.figures[f"{part}/end_bytes"] == 12 / 8
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_first_turn_asks_for_every_other_pair(joined: bool) -> None:
+    subject = OracleSubject()
+    subject.model = Oracle()
+    subject.model.output_weight = torch.zeros(296, 1)
+    (asked,) = batches(subject, Options(joined=joined, sequences=6), "turns", 4)  # type: ignore[arg-type]
+    assert isinstance(asked, Asked) and asked.inputs_BT.shape == (6, 64) and asked.prefix == 48
+    keys_BP, values_BP = pairs_of(RecallTask.of(64, 4, 296, joined), asked.inputs_BT, 4)
+    assert torch.equal(values_BP, asked.values_BP)
+    assert torch.equal(keys_BP.gather(1, asked.pair_BT[:, 32:]), asked.inputs_BT[:, 32:])
+    assert set(asked.pair_BT[:, 32:48].unique().tolist()) == {0, 2}
+    assert set(asked.pair_BT[:, 48:].unique().tolist()) == {0, 1, 2, 3}
+
+
+def test_bytes_are_seen_before_and_after_the_compression() -> None:
+    class Cache(OracleCache):
+        nbytes = 8
+
+        def compress(self) -> None:
+            self.nbytes = 4
+
+    subject = OracleSubject()
+    subject.method = "half"  # type: ignore[assignment]
+    subject.allocate_cache = lambda *_: Cache()  # type: ignore[method-assign]
+    seen = Bytes()
+    through(subject, torch.zeros(2, 6, dtype=torch.int64), 4, "bf16", lambda logits, place: None, seen)  # type: ignore[arg-type]
+    assert seen.figures() == {"end_bytes": 2, "mean_bytes": 2, "peak_bytes": 4} and len(seen.steps) == 2
+
+
+def test_methods_are_read_from_a_list() -> None:
+    words = ("none", "int4(group=8", "recent=2)", "streaming@5%(sinks=2)")
+    assert with_brackets(words) == ["none", "int4(group=8,recent=2)", "streaming@5%(sinks=2)"]
+    assert read_method(" none ") is None and str(read_method("'int8'").text) == "int8"
+    with pytest.raises(UsageError, match="cache=int5: no cache method 'int5'"):
+        read_method("int5")
+
+
+def test_a_method_that_a_layout_does_not_take_is_refused_before_any_work(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(old)
+    with pytest.raises(UsageError, match="cache= of bct-tiny-seed0: int4: every store is bounded"):
+        main(["checkpoint=run-bct", "cache=none,int4", *FEW])
+    assert "evaluations" not in json.loads(Path("run-bct/summary.json").read_text())
+
+
+def test_points_of_methods_stand_beside_those_of_their_runs(old: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = find_runs([old / "run-mixattention", old / "run-block"], finished=True)
+    assert methods_of(runs) == ["none", CODED, "streaming@100%", "streaming@50%"]
+    assert evaluations(runs[0], CODED)["compressed/loss"] > 0
+    pareto.main([str(run.folder) for run in runs] + ["list=true"])
+    shown = capsys.readouterr().out
+    assert "compressed/loss" in shown and "compressed/end_bytes" in shown and "[" not in shown
+    words = ["x=compressed/end_bytes", "y=compressed/loss,compressed/recall/choice", f"out={old / 'out'}"]
+    pareto.main([*(str(run.folder) for run in runs), *words])
+    with (old / "out" / "pareto.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 4 and {row["method"] for row in rows} == set(methods_of(runs))
+    one = next(row for row in rows if row["method"] == "streaming@50%" and row["name"] == "mixattention-tiny")
+    assert float(one["x"]) == 464 and one["kv_read"] == "" and int(one["bytes"]) < 768
+    pareto.main([str(run.folder) for run in runs] + [f"out={old / 'plain'}"])
+    with (old / "plain" / "pareto.csv").open(newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["none", "none"], "perplexity is of no method"
+
+
+def test_forty_points_can_be_told_apart() -> None:
+    """Every method is in the legend and joined to its model; names touch no point and no other name."""
+    methods = ["none", *(f"method{number}" for number in range(7))]
+    rows = [
+        Point(f"layout{n}-tiny", 2 ** (20 - n) // (m + 1), 5 + 0.1 * n + 0.02 * m, 5.0, 5.0, 1, n == m, 1, 1, 1, 0, 1)
+        for n in range(5)
+        for m in range(8)
+    ]
+    rows = [
+        replace(row, method=methods[place % 8], lowest=row.value, highest=row.value) for place, row in enumerate(rows)
+    ]
+    figure = draw_panels([Panel(rows, Axis("stored", "bytes", in_bytes=True), Axis("loss", "loss"))])
+    figure.canvas.draw()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert [text.get_text() for text in legend.get_texts()][2:] == methods[1:]
+    assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 0.6 for line in axes.lines) == 35
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) >= 5
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
+    assert not any(legend.get_window_extent().overlaps(box) for box in [*boxes, axes.bbox])
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "text"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], "same"),
+        ([1.5, 2.5, 3.5], [1.0, 2.0, 3.0], "+0.5000 ± 0.0000"),
+        ([1.0, 3.0], [2.0, 2.0], "+0.0000 ± 1.9600, not told apart"),
+    ],
+)
+def test_differences_are_paired(values: list[float], others: list[float], text: str) -> None:
+    assert difference(values, others) == text
