@@ -53,8 +53,8 @@ class TensorLayout:
 
     @property
     def blocks(self) -> int:
-        """Slots of blocks."""
-        if self.codec is None:
+        """Slots of blocks; none where a window has room among the whole tokens."""
+        if self.codec is None or (self.window is not None and self.whole == self.limit):
             return 0
         most = (self.limit - self.recent) // self.block
         if self.window is None:

@@ -39,7 +39,7 @@ class CodedTensor:
     def coded(self, count: int) -> int:
         """Number of the first tokens of `count` that are in blocks, or were."""
         layout = self.layout
-        return 0 if layout.codec is None else max(0, count - layout.recent) // layout.block * layout.block
+        return max(0, count - layout.recent) // layout.block * layout.block if layout.blocks else 0
 
     def read(self, first: int, count: int) -> Tensor:
         """[B, S, ...] tokens `first` to `count` - 1, of `count` that were written."""
