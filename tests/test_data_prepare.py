@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import ROOT, documents, run_script
+from conftest import ROOT, documents, process_environment, run_script
+from fork_server import connect
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data.corpora
@@ -252,7 +253,7 @@ def test_a_killed_preparation_goes_on(workers: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = [sys.executable, str(script), "files", *options, f"workers={workers}", f"path={out}"]
     for kill in range(4):
-        process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = connect(process_environment())(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         before = finished_shards(out)
         while kill < 3 and len(finished_shards(out)) == len(before):
             assert process.poll() is None, process.stderr.read()
