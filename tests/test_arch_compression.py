@@ -1,5 +1,6 @@
 """Compressed caches: bytes are those of the formula, codecs round as they should, and what is left whole is exact."""
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes, keeps, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import KeptBuffer
+from arch.compression.zipcache import ZipCacheBuffer
 from arch.layers import rotate
 from arch.masks import Dense
 
@@ -25,6 +27,8 @@ CODEC_TEXTS = (
     "int2(group=4,recent=3)",
 )
 KEEP_TEXTS = (
+    "zipcache(recent=3,group=4)",
+    "zipcache(recent=0,salient=0.01)",
     "think(recent=3)",
     "think(ratio=1,recent=0)",
     "int4(group=4)+think(recent=0)",
@@ -67,6 +71,7 @@ def test_methods_are_read() -> None:
         ("int4(hadamard=2)", "true or false"),
         ("int4(clip=0)", "above 0"),
         ("bf16(group=4)", "bf16 has no option 'group=4'; its options and their defaults: recent=0"),
+        ("int4+zipcache", "codecs of its own"),
         ("think@25%", "takes no budget"),
         ("none+int4", "write int4"),
     ],
@@ -91,7 +96,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             with pytest.raises(ValueError, match="no store grows"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
-        if "think" in text and any(s.slot.latent_dim for p in stacks for s in p.stores):
+        if ("think" in text or "zipcache" in text) and any(s.slot.latent_dim for p in stacks for s in p.stores):
             with pytest.raises(ValueError, match="holds latents"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
@@ -133,15 +138,19 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         "streaming@100%" if any(map(keeps, every)) else "none",
         "int8(group=4,recent=2)",
         "int8(keys=token,recent=0)+streaming@5",
+        "int8+think(recent=3)",
+        "zipcache(recent=3,group=2)",
     ):
         method = parse_method(text)
+        if ("think" in text or "zipcache" in text) and any(s.slot.latent_dim for s in every):
+            continue
         if method.codec and not any(s.masked for s in every):
             continue
         if method.keep and not any(s.masked and s.window is None for s in every):
             continue
         cache = allocate_compressed(model.plan, 2, 21, dtype=torch.float32, method=method, start_B=starts.clone())
         got = logits(cache)
-        if method.codec is None:
+        if text in ("none", "streaming@100%"):
             assert torch.equal(got, expected), text
         elif method.keep is None:
             assert (got - expected).abs().max() < 0.1 * expected.std(), text
@@ -165,6 +174,49 @@ def test_streaming_is_attention_to_sinks_and_the_newest() -> None:
             expected = model.norm(out) @ model.output_weight.T
             got = model.decode_step(batch[:, place : place + 1], cache)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_zipcache_rounds_what_few_look_at_to_two_bits() -> None:
+    """Saliency against a loop over readers, heads and probes; the whole cache comes back, rounded in two ways."""
+    model, batch = build(small("cla2")), tokens(2, 16)
+    starts, method = torch.tensor([0, 2]), parse_method("zipcache(salient=0.5,random=0.3,window=3,recent=2,group=3)")
+    cache = allocate_compressed(model.plan, 2, 16, dtype=torch.float64, method=method, start_B=starts)
+    with torch.no_grad():
+        model.prefill(batch[:, :12], cache, 5)
+        buffer = cache.kept[1]
+        assert isinstance(buffer, ZipCacheBuffer) and buffer.whole is not None
+        keys = buffer.whole.tensors[0][:, :12].clone()
+        saliency, probes = buffer.saliency(12, starts), list(buffer.probes)
+        assert len(probes) == len(model.plan.readers(model.plan.stores[1])) == 2
+        places = [p for p in range(12) if p >= 9 or (p * 2654435761) % 2**32 < 0.3 * 2**32]
+        assert len(places) > 3 and all(place.tolist() == places for _, place in probes)
+        heads = keys.shape[2]
+        for row, head, slot in itertools.product(range(2), range(heads), range(12)):
+            found, number = 0.0, 0
+            for q, _ in probes:
+                group = q.shape[2] // heads
+                for i, place in enumerate(places):
+                    first = int(starts[row])
+                    if not first <= slot <= place:
+                        continue
+                    number += 1
+                    for n in range(head * group, (head + 1) * group):
+                        weight = (keys[row, first : place + 1, head] @ q[row, i, n] * buffer.scale).softmax(0)
+                        found += float(weight[slot - first]) / group
+            expected = found / number if number else -math.inf
+            assert float(saliency[row, head, slot]) == pytest.approx(expected, abs=1e-12)
+        cache.compress()
+        assert isinstance(buffer, ZipCacheBuffer) and buffer.position_BKC is not None
+        best = saliency[..., :10].topk(5, dim=-1).indices.sort(dim=-1).values
+        assert torch.equal(buffer.position_BKC[0, :, :5].long(), best[0])
+        new = tuple(torch.zeros(2, 1, *tensor.shape[2:], dtype=torch.float64) for tensor in (keys, keys))
+        got = buffer.update(new, 12)[0]
+        order = torch.where(buffer.position_BKC >= 0, buffer.position_BKC.long(), 0)
+        true = keys.gather(1, order.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, keys.shape[-1]))
+        error = (got[:, :10] - true).abs()[0]
+        assert 0 < error[:5].mean() < error[5:].mean() / 2
+        assert torch.equal(got[:, 10:12], keys[:, 10:])
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 16, prompt=12, itemsize=8)
 
 
 @pytest.mark.parametrize("name", ["gqa2", "cla2"])

@@ -22,9 +22,10 @@ from .layout import check_method, keeps, tensor_layouts
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, KeptBuffer
 from .think import ThinkBuffer
+from .zipcache import ZipCacheBuffer
 
 # Keeps by name: each a KeptBuffer that chooses by its own scores.
-KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {"streaming": KeptBuffer, "think": ThinkBuffer}
+KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {"streaming": KeptBuffer, "think": ThinkBuffer, "zipcache": ZipCacheBuffer}
 
 
 @dataclass(frozen=True)

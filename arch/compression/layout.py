@@ -123,12 +123,12 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
     every = [store for stack in plan.stacks for store in stack.plan.stores]
     if method.codec is not None and not any(store.masked for store in every):
         raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
-    if method.keep is not None and method.keep.name == "think":
+    if method.keep is not None and method.keep.name in ("think", "zipcache"):
         for store in every:
             if store.slot.latent_dim:
                 raise ValueError(
-                    f"{method.text}: store {store.name} holds latents, whose channels are values, too; think drops "
-                    "channels of keys: take a codec"
+                    f"{method.text}: store {store.name} holds latents, and {method.keep.name} compares queries with "
+                    "keys, which are not there: take a codec"
                 )
     if method.keep is not None and not any(keeps(store) for store in every):
         raise ValueError(f"{method.text}: no store grows with the context, so that a keep has nothing to drop")
@@ -147,12 +147,18 @@ class Kept:
     newest  tokens at the end of the prompt that stay in any case; later tokens follow them
     window  later tokens push out the earlier of those: tokens that a query sees; None: they do not
     channels  of a key that stay in the chosen slots, which are then all but the newest; 0: all
+    salient  of the chosen slots, those that have 4 bits, where the others have 2
+    group   elements of a group in both
+    recent  newest of all tokens, which stay whole, where those before them have 4 bits
     """
 
     chosen: int
     newest: int
     window: int | None = None
     channels: int = 0
+    salient: int = 0
+    group: int = 0
+    recent: int = 0
 
 
 def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> Kept | None:
@@ -164,6 +170,10 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
         recent, width = keep.options["recent"], store.slot.k_dim
         channels = max(2, int(width * (1 - keep.options["ratio"])) // 2 * 2)
         return None if prompt <= recent or channels >= width else Kept(prompt - recent, recent, None, channels)
+    if keep.name == "zipcache":
+        recent, chosen = keep.options["recent"], prompt - keep.options["recent"]
+        salient = max(0, int(chosen * keep.options["salient"]))
+        return None if chosen < 1 else Kept(chosen, recent, None, 0, salient, keep.options["group"], recent)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if budget >= prompt:
@@ -179,9 +189,17 @@ def position_heads(store: StoreSpec) -> int:
 
 def kept_layouts(
     store: StoreSpec, codec: CodecSpec | None, kept: Kept, capacity: int, prompt: int
-) -> tuple[tuple[TensorLayout, ...], tuple[TensorLayout, ...]]:
-    """Layouts of the chosen slots, and of the newest with later tokens, for up to `capacity` tokens in all."""
+) -> tuple[tuple[TensorLayout, ...], ...]:
+    """Layouts of the chosen slots, which may be two parts, and of the newest with later tokens, for up to `capacity`
+    tokens in all."""
     later = capacity - prompt + kept.newest
+    if kept.group:
+        four, two = (CodecSpec(name, kept.group, kept.recent, "channel") for name in ("int4", "int2"))
+        return (
+            tensor_layouts(store, four, kept.salient, fixed=True),
+            tensor_layouts(store, two, kept.chosen - kept.salient, fixed=True),
+            tensor_layouts(store, four, later),
+        )
     narrow = replace(store, slot=replace(store.slot, k_dim=kept.channels)) if kept.channels else store
     return (
         tensor_layouts(narrow, codec, kept.chosen, fixed=True),

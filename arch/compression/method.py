@@ -36,11 +36,15 @@ CHOICES = {"keys": ("channel", "token")}
 #   ratio   share of the channels of a key that are dropped
 #   recent  newest tokens of the prompt of which nothing is dropped
 #   window  last queries of the prompt that decide
+#   salient share of the tokens that get 4 bits, and not 2
+#   random  share of the other queries of the prompt that decide, too
+#   group   as that of a codec
 KEEPS: dict[str, dict[str, Value]] = {
     "streaming": {"sinks": 4},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
+    "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
 }
-WITHOUT_BUDGET: frozenset[str] = frozenset({"think"})  # of which every token stays
+WITHOUT_BUDGET: frozenset[str] = frozenset({"think", "zipcache"})  # of which every token stays
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "KiB": 2**10, "MiB": 2**20}
 MOST = 1 << 24  # of a number in an option
@@ -129,6 +133,8 @@ def parse_method(text: str) -> CacheMethod:
                 f"no cache method {name!r}; codecs are {', '.join(CODECS)}, keeps (with a budget, as in "
                 f"streaming@25%) {', '.join(KEEPS)}, and none leaves the cache as it is"
             )
+    if codec is not None and keep is not None and keep.name == "zipcache":
+        raise ValueError(f"zipcache has codecs of its own, 4 and 2 bits; leave out {codec.name}")
     return CacheMethod(compact, codec, keep)
 
 

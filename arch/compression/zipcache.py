@@ -1,0 +1,122 @@
+"""ZipCache (He et al. 2024): tokens that much attention falls on are stored with 4 bits, the others with 2.
+
+Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H head, P probes.
+"""
+
+import torch
+from torch import Tensor
+
+from ..buffers import AppendBuffer, Tensors
+from ..masks import Dense
+from ..precision import at_least_fp32
+from .layout import kept_layouts, kept_slots
+from .small_buffers import CodedBuffer, KeptBuffer, gather_slots
+
+
+def is_random_probe(place: Tensor, share: float) -> Tensor:
+    """Whether a query at each place probes: a `share` of all, scattered by a hash of the place (Knuth's)."""
+    return (place * 2654435761) % 2**32 < share * 2**32
+
+
+class ZipCacheBuffer(KeptBuffer):
+    """Prompts in two parts, by saliency for each key/value head; the newest and later tokens have 4 bits once they are
+    no longer among the newest, which are whole.
+
+    Saliency is attention of the probes, over the number of probes that see a token: the last queries of the prompt and
+    a share of the others, of all readers. Values are grouped within a token, without the paper's scales of channels.
+    """
+
+    sees_queries = True
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self.probes: list[tuple[Tensor, Tensor]] = []  # for each reader queries [B, P, N, H] and their places [P]
+        self.reader = self.offset = 0
+        self.scale = 1.0
+        self.salient = 0
+        self.rest: CodedBuffer | None = None
+
+    @property
+    def tensors(self) -> Tensors:
+        return super().tensors if self.rest is None else (*super().tensors, *self.rest.tensors)
+
+    def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
+        if self.whole is None:
+            return
+        place_T = self.offset + torch.arange(q_BTNH.shape[1], device=q_BTNH.device)
+        if self.reader < len(self.probes):
+            before, places = self.probes[self.reader]
+            q_BTNH, place_T = torch.cat((before, q_BTNH), dim=1), torch.cat((places, place_T))
+        taken = self.is_probe(place_T, int(place_T[-1]) + 1)
+        self.probes[self.reader : self.reader + 1] = [(q_BTNH[:, taken], place_T[taken])]
+        self.reader, self.scale = self.reader + 1, scale
+
+    def is_probe(self, place_T: Tensor, length: int) -> Tensor:
+        assert self.method.keep is not None
+        options = self.method.keep.options
+        last: Tensor = place_T >= length - options["window"]
+        return last | is_random_probe(place_T, options["random"])
+
+    def saliency(self, length: int, start_B: Tensor | None) -> Tensor:
+        """[B, K, S] of the tokens before `length`; those of padding get minus infinity."""
+        assert self.whole is not None
+        keys = self.whole.tensors[0][:, :length]
+        dtype, (batch, _, heads, _) = at_least_fp32(keys.dtype), keys.shape
+        slot_S = torch.arange(length, device=keys.device)
+        start_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=keys.device) if start_B is None else start_B[:, None]
+        total = torch.zeros(batch, heads, length, dtype=dtype, device=keys.device)
+        number_BS = torch.zeros(batch, length, dtype=dtype, device=keys.device)
+        for q_BPNH, place_P in self.probes:
+            sees_BPS = (slot_S <= place_P[:, None]) & (slot_S >= start_B1)[:, None]
+            q_BPKGH = q_BPNH.to(dtype).reshape(batch, len(place_P), heads, -1, q_BPNH.shape[-1])
+            score = torch.einsum("bpkgh,bskh->bkgps", q_BPKGH, keys.to(dtype)) * self.scale
+            weight = score.masked_fill(~sees_BPS[:, None, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+            total += weight.mean(dim=2).sum(dim=2)
+            number_BS += sees_BPS.sum(dim=1)
+        mean = total / number_BS.clamp(min=1)[:, None]
+        return mean.masked_fill((slot_S < start_B1)[:, None], -torch.inf)
+
+    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | AppendBuffer:
+        assert self.whole is not None and self.method.keep is not None
+        tensors = self.whole.tensors
+        batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
+        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size())
+        if kept is None:
+            self.probes = []
+            return super().compress(length, start_B)
+        self.base = length - kept.newest
+        order_BKS = self.saliency(length, start_B)[..., : self.base].argsort(dim=-1, descending=True, stable=True)
+        sizes = [kept.salient, self.base - kept.salient]
+        parts = torch.split(order_BKS, sizes, dim=-1)
+        index_BKS = torch.cat([part.sort(dim=-1).values for part in parts], dim=-1)
+        layouts = kept_layouts(self.store, None, kept, self.capacity, length)
+        buffers = [CodedBuffer.allocate(layout, batch, dtype, device) for layout in layouts]
+        for buffer, index in zip(buffers, torch.split(index_BKS, sizes, dim=-1), strict=False):
+            buffer.update(tuple(gather_slots(tensor, index) for tensor in tensors), 0)
+        self.chosen, self.rest, self.later = buffers
+        self.later.update(tuple(tensor[:, self.base : length] for tensor in tensors), 0)
+        padding = False if start_B is None else index_BKS < start_B[:, None, None]
+        self.position_BKC = index_BKS.masked_fill(torch.as_tensor(padding, device=device), -1).to(torch.int32)
+        self.salient = kept.salient
+        self.whole, self.probes = None, []
+        return self
+
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        """Write as AppendBuffer.update; salient slots come back first, then the others, then the tokens from `base`."""
+        self.reader, self.offset = 0, offset
+        if self.whole is not None:
+            return self.whole.update(new, offset)
+        assert self.later is not None and self.chosen is not None and self.rest is not None
+        later = self.later.update(new, offset - self.base)
+        salient, others = self.chosen.read(0, self.salient), self.rest.read(0, self.base - self.salient)
+        return tuple(
+            torch.cat((first, second, last.to(first.dtype)), dim=1)
+            for first, second, last in zip(salient, others, later, strict=True)
+        )
+
+    def repeat(self, rows: int) -> "ZipCacheBuffer":
+        copy = super().repeat(rows)
+        assert isinstance(copy, ZipCacheBuffer)
+        copy.probes = [(q.repeat_interleave(rows, dim=0), place) for q, place in self.probes]
+        copy.rest = None if self.rest is None else self.rest.repeat(rows)
+        return copy
