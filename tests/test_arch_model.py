@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHS, SIZES, build, small, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from arch import ArchConfig, Decoder, ModelConfig, SizeConfig, StoreConfig, allocate, resolve
+from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, SizeConfig, StoreConfig, allocate, kv_bytes, resolve
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
 from arch.footprint import forward_flops, num_params, prefill_flops, train_flops_per_token
@@ -246,6 +246,28 @@ def test_absorbed_latent_attention_is_expanded() -> None:
         cache = allocate(model.plan, 2, 15, dtype=torch.float64)
         steps = torch.cat([model(token, cache) for token in batch.split(1, dim=1)], dim=1)
         torch.testing.assert_close(steps, model(batch), rtol=0, atol=1e-11)
+
+
+def test_latents_without_a_rotary_key() -> None:
+    """Beside others and shared: decoding is the forward, and parameters, FLOPs and bytes are those counted."""
+    latents = {"nope": LatentConfig("2/1", 0), "rope": LatentConfig()}
+    arch = ArchConfig({name: StoreConfig(latent=latent) for name, latent in latents.items()}, [])
+    arch.pattern = ["new nope", "new rope", "reuse nope", "reuse rope"]
+    config, batch = small(arch, num_layers=4), tokens(2, 15)
+    model = build(config)
+    assert num_params(config, model.plan) == sum(parameter.numel() for parameter in model.parameters())
+    cache = allocate(model.plan, 2, 15, dtype=torch.float64)
+    assert cache.nbytes == 2 * kv_bytes(model.plan, 15, 8).stored == 2 * 15 * 8 * (16 + 32 + 4)
+    with torch.no_grad():
+        steps = torch.cat([model(part, cache) for part in batch.split([4, *[1] * 11], dim=1)], dim=1)
+        torch.testing.assert_close(steps, model(batch), rtol=0, atol=1e-11)
+        with FlopCounterMode(display=False) as counter:
+            build(config, backend="reference")(batch[:1])
+    pairs = [unseen_flops(config, model.plan.store(layer), 15) for layer in range(4)]
+    assert counter.get_total_flops() == forward_flops(config, model.plan, 15) + sum(pairs)
+    alone = small(ArchConfig({"kv": StoreConfig(latent=latents["nope"])}, ["new kv"]), num_layers=1)
+    gradient = input_gradients(build(alone), batch[:1, [3, 3, 3, 8]], 3)
+    torch.testing.assert_close(gradient[:3], gradient[:1].expand(3), rtol=1e-9, atol=0)  # it knows no positions
 
 
 def test_each_store_turns_with_its_own_base() -> None:
