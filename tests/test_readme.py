@@ -30,6 +30,8 @@ SHORT = [
     "size.seq_len=32", "batch_size=4", "tokens=512", "data.val_tokens=128", "trainer.accelerator=cpu", "logger=csv",
     "trainer.log_every=1",
 ]  # fmt: skip
+# A tenth of the standard library, which training prepares at first use.
+LITTLE = ["data.max_tokens=1_000_000", "data.max_eval_tokens=100_000", "data.tokenizer.sample_bytes=1_000_000"]
 
 
 def of(word: str) -> list[str]:
@@ -81,6 +83,8 @@ def test_prepare_train_and_compare(tmp_path: Path) -> None:
             arguments = [argument.replace("devices=8", "devices=2") for argument in arguments]
             arguments = [f"resume={resumable}" if a.startswith("resume=") else a for a in arguments]
             arguments += ["tokens=640"] if f"resume={resumable}" in arguments else SHORT
+            if not any(argument.startswith(("resume=", "data.path=")) for argument in arguments):
+                arguments += [*LITTLE, f"data.name={tmp_path / 'little'}"]
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-3000:]}"
         resumable = resumable or next(tmp_path.glob("runs/*/cla2-tiny-seed0"))
