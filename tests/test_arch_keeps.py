@@ -1,0 +1,171 @@
+"""Scores and kept positions: against kvpress and KVCache-Factory on a stock model with equal weights, and by hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import record_keeps
+import torch
+from torch import Tensor
+
+from arch import attend
+from arch.compression import scores
+from arch.compression.scores import EMPTY
+from arch.masks import Dense
+
+RECORDED = json.loads((Path(__file__).parent / "recorded_keeps.json").read_text())["layers"]
+LENGTH = record_keeps.LENGTH
+BUDGET = int(LENGTH * (1 - record_keeps.RATIO))
+
+
+class Seen:
+    """Record of what the readers of one model asked of their stores: queries, keys and scale, layer by layer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, float]] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, form: Dense, scale: float, sinks: Tensor | None) -> Tensor:
+        self.calls.append((q, k, scale))
+        return attend.reference(q, k, v, form, scale, sinks)
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(keys [B, S, K, H], attention [B, N, T, S], its mean over the heads of a group) of each layer of the model that
+    was recorded."""
+    model, seen = record_keeps.model(), Seen()
+    form = Dense(causal=True, allowed=None)
+    with torch.no_grad():
+        model.run(model.embed(record_keeps.prompt()), masks=[attend.Mask(seen, form)] * 2)
+    causal = torch.ones(LENGTH, LENGTH).tril().bool()
+    made = []
+    for q, k, scale in seen.calls:
+        weight = scores.attention_weights(q, k, causal, scale)
+        made.append((k, weight, scores.observe(weight, causal, 2).weight))
+    return made
+
+
+def positions(rows: int, heads: int, length: int, start: tuple[int, ...] = ()) -> Tensor:
+    """Positions [B, K, S] of rows padded on the left."""
+    index = torch.arange(length) - torch.tensor(start or (0,) * rows)[:, None]
+    return index.clamp(min=EMPTY)[:, None].expand(rows, heads, length)
+
+
+def kept(score: Tensor, sinks: int = 0, recent: int = 0, budget: int = BUDGET) -> Any:
+    rows, heads, length = score.shape
+    return scores.select(score, positions(rows, heads, length), torch.full((rows,), budget), sinks, recent).tolist()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_scores_are_those_of_kvpress(layers: list[tuple[Tensor, Tensor, Tensor]], layer: int) -> None:
+    """Scores and kept positions of SnapKV, key norms and accumulated attention, recorded with equal weights."""
+    k, _, weight = layers[layer]
+    window = record_keeps.WINDOW
+    by_name = {
+        "snapkv": scores.snapkv_scores(weight[:, :, -window:], record_keeps.KERNEL, window),
+        "knorm": scores.knorm_scores(k),
+        "observed": weight.sum(dim=2) / torch.arange(LENGTH, 0, -1),  # over the queries that see a slot
+    }
+    for name, score in by_name.items():
+        recorded = RECORDED[name][layer]
+        want = torch.tensor(recorded["scores"], dtype=torch.float64)
+        until = LENGTH - window if name == "snapkv" else LENGTH  # kvpress gives its window another high number
+        torch.testing.assert_close(score[..., :until], want[..., :until], rtol=2e-6, atol=1e-7)
+        assert kept(score) == recorded["kept"], name
+    sinks = record_keeps.SINKS
+    assert kept(torch.zeros(2, 2, LENGTH), sinks, BUDGET - sinks) == RECORDED["streaming"][layer]["kept"]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_selection_is_that_of_kvcache_factory(layers: list[tuple[Tensor, Tensor, Tensor]], layer: int) -> None:
+    """The best by accumulated attention, beside sinks and recent positions."""
+    score = layers[layer][2].sum(dim=2)
+    want = RECORDED["scissorhands_of_kvcache_factory"][layer]["kept"]
+    assert kept(score, record_keeps.SINKS, record_keeps.RECENT) == want
+
+
+def test_attention_is_what_readers_compute() -> None:
+    """With windows, sinks, and rows that see different slots."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 6, 8).double(), torch.randn(2, 9, 3, 8).double(), torch.randn(2, 9, 3, 4).double()
+    sinks, allowed = torch.randn(6).double(), torch.rand(2, 1, 5, 9) < 0.6
+    allowed[..., 0] = True
+    weight = scores.attention_weights(q, k, allowed, 0.3, sinks)
+    out = torch.einsum("bnts,bsnv->btnv", weight, v.repeat_interleave(2, dim=2))
+    torch.testing.assert_close(out, attend.reference(q, k, v, Dense(False, allowed), 0.3, sinks))
+    assert scores.attention_weights(q, k, torch.zeros(5, 9).bool(), 0.3).eq(0).all(), "a query that sees nothing"
+
+
+def test_counts_by_hand() -> None:
+    """Heads of a group are counted one by one, against the average over what a query sees."""
+    weight = torch.tensor([[[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], [[0.9, 0.1, 0.0], [0.4, 0.35, 0.25]]]])
+    causal = torch.tensor([[True, True, False], [True, True, True]])
+    rows = scores.observe(weight, causal, 1)
+    assert rows.above.tolist() == [[[[2, 1, 0], [1, 1, 1]]]]
+    assert rows.below.tolist() == [[[[0, 1, 0], [1, 1, 1]]]]
+    torch.testing.assert_close(rows.weight, weight.mean(dim=1, keepdim=True))
+    both = rows + rows
+    assert scores.scissorhands_scores(both.below).tolist() == [[[-2, -4, -2]]]
+    assert scores.corm_kept(rows.above[:, :, :1]).tolist() == [[[True, True, False]]]
+
+
+def test_selection_protects_and_pads() -> None:
+    """The last go before the sinks, and both before scores; a row's padding is never kept in place of a token."""
+    score = torch.tensor([[[0.0, 5, 1, 4, 2, 3]], [[9.0, 9, 9, 1, 2, 0]]])
+    at = positions(2, 1, 6, (0, 3))
+    for budget, want in (
+        (0, [[], []]),
+        (1, [[5], [5]]),
+        (2, [[0, 5], [3, 5]]),
+        (3, [[0, 1, 5], [3, 4, 5]]),
+        (4, [[0, 1, 3, 5], [3, 4, 5, EMPTY]]),
+        (100, [[0, 1, 2, 3, 4, 5], [3, 4, 5, EMPTY, EMPTY, EMPTY]]),
+    ):
+        chosen = scores.select(score, at, torch.tensor([budget, budget]), sinks=1, recent=1)
+        assert chosen[:, 0].tolist() == want, budget
+    each = scores.select(score, at, torch.tensor([1, 3]))
+    assert each[:, 0].tolist() == [[1, EMPTY, EMPTY], [3, 4, 5]], "rows have budgets of their own"
+    marked = scores.select_marked(score > 1.5, at)
+    assert marked[:, 0].tolist() == [[1, 3, 4, 5], [4, EMPTY, EMPTY, EMPTY]]
+
+
+def test_random_scores_depend_on_positions_alone() -> None:
+    """Padding and the other rows change nothing; seeds and heads do, and the numbers are spread evenly."""
+    alone, padded = positions(1, 4, 1000), positions(2, 4, 1007, (7, 3))
+    score = scores.random_scores(alone, 3)
+    assert torch.equal(scores.random_scores(padded, 3)[0, :, 7:], score[0])
+    assert not torch.equal(score, scores.random_scores(alone, 4)) and not torch.equal(score[:, 0], score[:, 1])
+    assert score.min() >= 0 and score.max() < 1 and abs(score.mean() - 0.5) < 0.02
+    correlation = torch.corrcoef(score[0])
+    assert (correlation - torch.eye(4)).abs().max() < 0.1
+
+
+def test_budgets_from_one_threshold() -> None:
+    """A store whose importance lies in few slots gets fewer; no more bytes are taken, and no slot fits in besides."""
+    peaked, flat = torch.tensor([0.01, 0.9, 0.01, 0.04, 0.04]), torch.ones(5)
+    assert scores.prefix_budgets([peaked, flat], [10, 10], 60) == [1, 5]  # thresholds .6, .8, .9, .94
+    assert scores.prefix_budgets([peaked, flat], [10, 10], 50) == [1, 4]
+    assert scores.prefix_budgets([peaked, flat], [10, 20], 70) == [1, 3]
+    assert scores.prefix_budgets([peaked, flat], [10, 10], 100) == [5, 5]
+    assert scores.prefix_budgets([peaked, flat], [10, 10], 0, least=1) == [1, 1]
+    assert scores.prefix_budgets([flat, torch.zeros(0)], [1, 1], 3) == [3, 0]
+
+
+def test_dropped_slots_are_merged_into_the_nearest() -> None:
+    """The mean of a kept slot and of those that are nearest to it; padding goes nowhere."""
+    x = torch.tensor([[100.0, 1, 2, 4, 8, 16]]).double()[..., None, None]
+    at = positions(1, 1, 6, (1,))
+    chosen = torch.tensor([[[2, 5, EMPTY]]])
+    merged = scores.merge_dropped(x, at, chosen).flatten().tolist()
+    assert merged == [(1 + 2 + 4) / 3, (8 + 16) / 2, 0]
+    assert scores.take_slots(x, chosen).flatten().tolist() == [2, 16, 0]
+    everything = torch.arange(1, 6)[None, None]
+    assert torch.equal(scores.merge_dropped(x, at, everything), x[:, 1:])
+    assert scores.merge_dropped(x, at, everything[..., :0]).shape == (1, 0, 1, 1)
+
+
+def test_a_window_longer_than_the_prompt_keeps_it() -> None:
+    score = scores.snapkv_scores(torch.rand(1, 2, 4, 4), 5, 8)
+    assert score.shape == (1, 2, 4) and bool((score == math.inf).all())
