@@ -38,7 +38,22 @@ KEEP_TEXTS = (
     "streaming@2KiB",
     "streaming@1000",
 )
-METHODS = (*CODEC_TEXTS, *KEEP_TEXTS, "int4(group=4,recent=2)+streaming@50%", "int8+streaming@9")
+SCORED = (
+    "random@40%",
+    "knorm@1",
+    "snapkv@7",
+    "snapstream(ring=3)@7",
+    "h2o@50%",
+    "scissorhands(recent=0,sinks=0,merge=true)@5",
+)
+METHODS = (
+    *CODEC_TEXTS,
+    *KEEP_TEXTS,
+    *SCORED,
+    "int8+snapkv@9",
+    "int4(group=4,recent=2)+streaming@50%",
+    "int8+streaming@9",
+)
 
 
 def test_methods_are_read() -> None:
@@ -107,7 +122,8 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
                 inner.length = min(stack.num_positions(prompt), inner.capacity)
                 for buffer, store in zip(inner.buffers, stack.plan.stores, strict=True):
                     if isinstance(buffer, KeptBuffer):
-                        k, q = buffer.tensors[0], torch.zeros(2, 1, 8, max(1, store.slot.k_dim), dtype=dtype)
+                        k = buffer.tensors[0] if store.slot.kv_heads else buffer.tensors[0].unsqueeze(2)
+                        q = torch.zeros(2, 1, 8, k.shape[-1], dtype=dtype)
                         buffer.see(q, k, Dense(False, None), 1.0, None)
             cache.compress()
             expected = compressed_bytes(plan, method, 2, capacity, prompt=prompt, itemsize=dtype.itemsize)
@@ -136,6 +152,9 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
     every = [store for stack in model.plan.stacks for store in stack.plan.stores]
     for text in (
         "streaming@100%" if any(map(keeps, every)) else "none",
+        *SCORED[ARCHS.index(name) % 3 :: 3],
+        "snapkv@100%" if any(map(keeps, every)) else "none",
+        "int8(group=4,recent=2)+h2o@6",
         "int8(group=4,recent=2)",
         "int8(keys=token,recent=0)+streaming@5",
         "int8+think(recent=3)",
@@ -150,7 +169,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
             continue
         cache = allocate_compressed(model.plan, 2, 21, dtype=torch.float32, method=method, start_B=starts.clone())
         got = logits(cache)
-        if text in ("none", "streaming@100%"):
+        if text in ("none", "streaming@100%", "snapkv@100%"):
             assert torch.equal(got, expected), text
         elif method.keep is None:
             assert (got - expected).abs().max() < 0.1 * expected.std(), text

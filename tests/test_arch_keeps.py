@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import record_keeps
 import torch
+from conftest import build, small, tokens
 from torch import Tensor
 
 from arch import attend
 from arch.compression import scores
+from arch.compression.compressed import allocate_compressed
+from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
+from arch.compression.small_buffers import KeptBuffer
 from arch.masks import Dense
+from arch.plan import KVPlan
 
 RECORDED = json.loads((Path(__file__).parent / "recorded_keeps.json").read_text())["layers"]
 LENGTH = record_keeps.LENGTH
@@ -169,3 +174,85 @@ def test_dropped_slots_are_merged_into_the_nearest() -> None:
 def test_a_window_longer_than_the_prompt_keeps_it() -> None:
     score = scores.snapkv_scores(torch.rand(1, 2, 4, 4), 5, 8)
     assert score.shape == (1, 2, 4) and bool((score == math.inf).all())
+
+
+def compressed(model: Any, batch: Tensor, text: str, chunk: int | None = None, start: tuple[int, ...] = ()) -> Any:
+    """A cache of the prompts `batch`, compressed, with room for 60 tokens."""
+    start_B = torch.tensor(start) if start else None
+    method = parse_method(text)
+    cache = allocate_compressed(model.plan, len(batch), 60, dtype=torch.float64, method=method, start_B=start_B)
+    with torch.no_grad():
+        model.prefill(batch, cache, chunk)
+    cache.compress()
+    return cache
+
+
+def kept_of(buffer: Any, row: int = 0) -> list[list[int]]:
+    """Positions [K][...] of a row that stayed of the prompt, the newest left out."""
+    assert isinstance(buffer, KeptBuffer) and buffer.position_BKC is not None
+    return [[place for place in head if place >= 0] for head in buffer.position_BKC[row].tolist()]
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_caches_keep_what_kvpress_does(chunk: int | None) -> None:
+    """The whole way of a prompt, at once and in chunks: chosen positions and the newest are those recorded."""
+    model, prompt = record_keeps.model(), record_keeps.prompt()
+    window = record_keeps.WINDOW
+    for text, name, newest in (
+        (f"snapkv@{BUDGET}(sinks=0,window={window},kernel={record_keeps.KERNEL})", "snapkv", window),
+        (f"knorm@{BUDGET}(sinks=0,recent=0)", "knorm", 0),
+    ):
+        cache = compressed(model, prompt, text, chunk)
+        for layer, buffer in enumerate(cache.buffers):
+            for row in range(2):
+                end = list(range(LENGTH - newest, LENGTH))
+                assert [head + end for head in kept_of(buffer, row)] == RECORDED[name][layer]["kept"][row], text
+
+
+def test_readers_of_a_store_score_it_together() -> None:
+    """SnapKV of a store that two layers read, from a sum of the attention of both that is computed here by itself."""
+    model, batch, length, window = build(small("cla2", num_layers=4)), tokens(2, 24), 24, 4
+    assert isinstance(model.plan, KVPlan) and [len(model.plan.readers(store)) for store in model.plan.stores] == [2, 2]
+    seen = Seen()
+    with torch.no_grad():
+        model.run(model.embed(batch), masks=[attend.Mask(seen, Dense(True, None)) for _ in model.plan.stores])
+    cache = compressed(model, batch, f"snapkv@10(sinks=0,window={window},kernel=3)")
+    differs = False
+    for place, buffer in enumerate(cache.buffers):
+        both: list[Tensor] = []
+        for q, k, scale in seen.calls[2 * place : 2 * place + 2]:
+            score = torch.einsum("bthd,bsd->bhts", q, k.squeeze(2)) * scale
+            score = score.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+            mean = score.softmax(-1)[:, :, -window:, :-window].mean(dim=(1, 2))
+            both.append(torch.nn.functional.avg_pool1d(mean, 3, 1, 1))
+        for row in range(2):
+            want = [sorted(score[row].topk(6).indices.tolist()) for score in (both[0] + both[1], *both)]
+            assert kept_of(buffer, row) == want[:1]
+            differs |= want[0] != want[1]
+    assert differs, "one reader alone would choose others somewhere"
+
+
+@pytest.mark.parametrize("name", ["gqa2", "mla", "yoco"])
+def test_padding_is_never_kept(name: str) -> None:
+    """A row padded on the left keeps the tokens that it keeps alone."""
+    model, batch = build(small(name)), tokens(2, 20)
+    for text in ("random@9", "knorm@9", "snapkv@9(window=3)", "h2o@9", "scissorhands@9(recent=2,history=8)"):
+        ragged = compressed(model, batch, text, start=(0, 6))
+        alone = compressed(model, batch[1:, 6:], text)
+        for one, other in zip(ragged.buffers, alone.buffers, strict=True):
+            if isinstance(one, KeptBuffer):
+                assert [[place - 6 for place in head] for head in kept_of(one, 1)] == kept_of(other), text
+
+
+def test_a_ring_takes_generated_tokens() -> None:
+    """SnapStream: memory ends at the ring, what was chosen stays, and the next token sees no more than both."""
+    model, batch = build(small("gqa2")), tokens(1, 60)
+    cache = compressed(model, batch[:, :20], "snapstream@8(window=3,ring=5)")
+    weight, (buffer, *_) = cache.nbytes, cache.buffers
+    chosen = kept_of(buffer)
+    with torch.no_grad():
+        for token in batch[:, 20:60].split(1, dim=1):
+            assert model.decode_step(token, cache).isfinite().all()
+    assert cache.nbytes == weight and kept_of(buffer) == chosen
+    assert weight < compressed(model, batch[:, :20], "snapkv@8(window=3)").nbytes, "which has room for 60"
+    assert buffer.later.tensors[0].shape[1] == 5 and buffer.position_BKC.shape[-1] == 5

@@ -18,14 +18,25 @@ from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
-from .layout import check_method, keeps, tensor_layouts
+from .keeps import H2OBuffer, KnormBuffer, RandomBuffer, ScissorhandsBuffer, SnapBuffer
+from .layout import acts, check_method, tensor_layouts
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, KeptBuffer
 from .think import ThinkBuffer
 from .zipcache import ZipCacheBuffer
 
 # Keeps by name: each a KeptBuffer that chooses by its own scores.
-KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {"streaming": KeptBuffer, "think": ThinkBuffer, "zipcache": ZipCacheBuffer}
+KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {
+    "streaming": KeptBuffer,
+    "random": RandomBuffer,
+    "knorm": KnormBuffer,
+    "snapkv": SnapBuffer,
+    "snapstream": SnapBuffer,
+    "h2o": H2OBuffer,
+    "scissorhands": ScissorhandsBuffer,
+    "think": ThinkBuffer,
+    "zipcache": ZipCacheBuffer,
+}
 
 
 @dataclass(frozen=True)
@@ -182,12 +193,13 @@ def _allocate(
 ) -> CompressedCache:
     buffers: list[Any] = []
     for store in plan.stores:
-        if not store.masked or (method.codec is None and not (method.keep and keeps(store))):
+        keep = method.keep if method.keep and acts(store, method.keep, capacity, dtype.itemsize) else None
+        if not store.masked or (method.codec is None and keep is None):
             buffers.append(allocate_buffer(store, batch, capacity, dtype, device))
-        elif method.keep is not None and keeps(store):
+        elif keep is not None:
             whole = allocate_buffer(store, batch, capacity, dtype, device)
             assert isinstance(whole, AppendBuffer)
-            buffers.append(KEPT_BUFFERS[method.keep.name](store, method, capacity, whole))
+            buffers.append(KEPT_BUFFERS[keep.name](store, method, capacity, whole))
         else:
             layouts = tensor_layouts(store, method.codec, capacity, store.window)
             buffers.append(CodedBuffer.allocate(layouts, batch, dtype, device))

@@ -178,8 +178,18 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if budget >= prompt:
         return None
-    sinks = min(keep.options["sinks"], budget - 1)
-    return Kept(sinks, budget - sinks, budget - sinks)
+    if keep.name == "streaming":
+        sinks = min(keep.options["sinks"], budget - 1)
+        return Kept(sinks, budget - sinks, budget - sinks)
+    protected: int = keep.options["window" if "window" in keep.options else "recent"]
+    newest = min(protected, max(1, budget // 2))
+    ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
+    return Kept(budget - newest, newest, ring)
+
+
+def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
+    """Whether `keep` drops something of a store of some prompt of up to `capacity` tokens."""
+    return keeps(store) and kept_slots(store, keep, capacity, itemsize) is not None
 
 
 def position_heads(store: StoreSpec) -> int:
@@ -215,7 +225,7 @@ def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: in
     if method.keep is not None and keeps(store):
         if prompt is not None:
             kept = kept_slots(store, method.keep, prompt, itemsize)
-        if kept is None and prompt is None:  # whole until it is compressed
+        if prompt is None and acts(store, method.keep, capacity, itemsize):  # whole until it is compressed
             return store.nbytes(capacity, itemsize)
     if kept is None:
         if method.codec is None:

@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     above: Tensor
     below: Tensor
 
-    def __add__(self, other: tuple[object, ...]) -> "Rows":  # type: ignore[override]
+    def __add__(self, other: tuple[object, ...]) -> "Rows":
         assert isinstance(other, Rows)
         return Rows(*(mine + its for mine, its in zip(self, other, strict=True)))
 
@@ -54,7 +54,8 @@ def attention_weights(
         sink = sinks_N.to(dtype).view(1, kv_heads, -1, 1, 1).expand(*score.shape[:-1], 1)
         score = torch.cat((score, sink), dim=-1)
     weight = score.softmax(dim=-1)[..., : k_BSKH.shape[1]].nan_to_num(0.0)  # of a query that sees nothing
-    return weight.flatten(1, 2)
+    out: Tensor = weight.flatten(1, 2)
+    return out
 
 
 def observe(weight_BNTS: Tensor, allowed: Tensor, kv_heads: int) -> Rows:
@@ -87,7 +88,8 @@ def snapkv_scores(weight_BKWS: Tensor, kernel: int, window: int) -> Tensor:
 
 def knorm_scores(k_BSKH: Tensor) -> Tensor:
     """Keys of small norm get much attention (Devoto et al. 2024), [B, K, S]."""
-    return -k_BSKH.to(at_least_fp32(k_BSKH.dtype)).norm(dim=-1).transpose(1, 2)
+    norm_BSK = torch.linalg.vector_norm(k_BSKH.to(at_least_fp32(k_BSKH.dtype)), dim=-1)
+    return -norm_BSK.transpose(1, 2)
 
 
 def random_scores(position_BKS: Tensor, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from ..stores import StoreSpec
 from .coding import decode, encode, zero_codes
 from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
 from .method import CacheMethod
+from .scores import EMPTY, merge_dropped
 
 NO_ROWS = "rows of a compressed cache cannot be replaced or shifted; generate without a queue of prompts"
 
@@ -222,7 +223,15 @@ class KeptBuffer:
         self.later.update(tuple(tensor[:, self.base : length] for tensor in tensors), 0)
         if kept.chosen:
             self.chosen = CodedBuffer.allocate(chosen_layouts, batch, dtype, device)
-            self.chosen.update(tuple(gather_slots(tensor, position_BKC) for tensor in tensors), 0)
+            merge = self.method.keep.options.get("merge", False)
+            before = (tensor[:, : self.base] for tensor in tensors)
+            self.chosen.update(
+                tuple(
+                    merge_slots(tensor, position_BKC, start_B) if merge else gather_slots(tensor, position_BKC)
+                    for tensor in before
+                ),
+                0,
+            )
             self.position_BKC = position_BKC.to(torch.int32)
         self.whole = None
         return self
@@ -295,3 +304,13 @@ def gather_slots(tensor: Tensor, index_BKC: Tensor) -> Tensor:
     index = index_BKC.clamp(min=0).transpose(1, 2)
     index = index if tensor.ndim == 3 else index.unsqueeze(-1)
     return tensor.gather(1, index.expand(*index.shape[: tensor.ndim - 1], tensor.shape[-1]))
+
+
+def merge_slots(tensor: Tensor, index_BKC: Tensor, start_B: Tensor | None) -> Tensor:
+    """[B, C, ...] slots as `gather_slots`, each the mean of itself and of those to which it is the nearest."""
+    x_BSKH = tensor if tensor.ndim == 4 else tensor.unsqueeze(2)
+    index_BKS = torch.arange(tensor.shape[1], device=tensor.device).expand(*index_BKC.shape[:2], -1)
+    if start_B is not None:
+        index_BKS = torch.where(index_BKS >= start_B[:, None, None], index_BKS, EMPTY)
+    merged = merge_dropped(x_BSKH, index_BKS, index_BKC)
+    return merged if tensor.ndim == 4 else merged.squeeze(2)

@@ -1,0 +1,178 @@
+"""Keeps that score the positions of a prompt, and choose the best of each row and key/value head after it.
+
+A store that several layers read is scored by the queries of all of them. What they tell is held beside the cache until
+it is compressed.
+
+Shapes: B batch, T queries, S slots, K key/value heads, C chosen slots.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..buffers import repeat_row
+from ..masks import Dense
+from ..precision import at_least_fp32
+from .layout import Kept, position_heads
+from .scores import (
+    EMPTY,
+    attention_weights,
+    knorm_scores,
+    observe,
+    random_scores,
+    scissorhands_scores,
+    select,
+    snapkv_scores,
+)
+from .small_buffers import KeptBuffer
+
+QUERIES = 256  # whose attention is computed at a time
+
+
+class ScoredBuffer(KeptBuffer):
+    """A KeptBuffer that chooses by `score`, besides the sinks."""
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        """[B, K, S] scores of the tokens before the newest, high for those that should stay."""
+        raise NotImplementedError
+
+    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
+        """[B, K, C] tokens as KeptBuffer.choose; fewer where no row has so many."""
+        assert self.whole is not None and self.method.keep is not None
+        tensor = self.whole.tensors[0]
+        index = torch.arange(length - kept.newest, device=tensor.device)
+        position = index.expand(len(tensor), -1) if start_B is None else (index - start_B[:, None]).clamp(min=EMPTY)
+        position_BKS = position[:, None].expand(-1, position_heads(self.store), -1)
+        budget_B = torch.full((len(tensor),), kept.chosen, device=tensor.device)
+        score = self.score(position_BKS, kept.newest)
+        chosen = select(score, position_BKS, budget_B, sinks=self.method.keep.options["sinks"])
+        return F.pad(chosen, (0, kept.chosen - chosen.shape[-1]), value=EMPTY)
+
+
+class RandomBuffer(ScoredBuffer):
+    """The control: positions are chosen by chance, which depends on seed, store, head and position alone."""
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        assert self.method.keep is not None
+        return random_scores(position_BKS, self.method.keep.options["seed"] + (self.store.owner << 16))
+
+
+class KnormBuffer(ScoredBuffer):
+    """Keys of small norm stay. The key of a latent store is the latent and the rotated key, as its readers see it."""
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        assert self.whole is not None
+        slots, tensors = position_BKS.shape[-1], self.whole.tensors
+        key = tensors[0] if tensors[0].ndim == 4 else torch.cat(tensors, dim=-1).unsqueeze(2)
+        return knorm_scores(key[:, :slots])
+
+
+class AttentionBuffer(ScoredBuffer):
+    """Scores made of attention: rows of the last `window` queries, or their sum.
+
+    seen  [B, K, W, S], for each of the last queries, summed over readers; W is 1 where all queries are summed
+    end   tokens whose queries were seen
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.seen: Tensor | None = None
+        self.end = 0
+
+    @property
+    def sees_queries(self) -> bool:  # type: ignore[override]
+        return self.whole is not None
+
+    @property
+    def window(self) -> int | None:
+        """Number of queries whose rows are held; None: they are summed."""
+        raise NotImplementedError
+
+    def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
+        """[B, K, T, S] what the queries tell: by default their attention, a mean over the heads of a group."""
+        return observe(weight_BNTS, allowed, position_heads(self.store)).weight
+
+    def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
+        if self.whole is None:
+            return
+        queries, slots = q_BTNH.shape[1], k_BSKH.shape[1]
+        if self.seen is None:
+            shape = len(k_BSKH), position_heads(self.store), 0 if self.window else 1, 0
+            self.seen = torch.zeros(shape, dtype=at_least_fp32(k_BSKH.dtype), device=k_BSKH.device)
+        if slots > self.end:  # the first reader of these tokens
+            self.seen = F.pad(self.seen, (0, slots - self.end, 0, queries if self.window else 0))
+            self.seen = self.seen if self.window is None else self.seen[:, :, -self.window :]
+            self.end = slots
+        first = 0 if self.window is None else max(0, queries - self.window)
+        index = torch.arange(slots, device=k_BSKH.device)
+        for begin in range(first, queries, QUERIES):
+            end = min(begin + QUERIES, queries)
+            allowed = index <= index[slots - queries + begin : slots - queries + end, None]
+            if mask.allowed is not None:
+                allowed = mask.allowed[..., begin:end, :]
+            weight = attention_weights(q_BTNH[:, begin:end], k_BSKH, allowed, scale, sinks_N)
+            row = self.row(weight, allowed)
+            if self.window is None:
+                self.seen += row.sum(dim=2, keepdim=True)
+            else:
+                behind = self.seen.shape[2] - queries
+                self.seen[:, :, behind + begin : behind + end] += row
+
+    def told(self, position_BKS: Tensor) -> Tensor:
+        """[B, K, W, S'] what was seen, with the newest slots; nothing, where no reader ran."""
+        if self.seen is None:
+            return position_BKS.new_zeros(*position_BKS.shape[:2], 1, position_BKS.shape[-1]).float()
+        return self.seen
+
+    def compress(self, length: int, start_B: Tensor | None) -> Any:
+        made = super().compress(length, start_B)
+        self.seen = None
+        return made
+
+    def repeat(self, rows: int) -> "KeptBuffer":
+        copy = super().repeat(rows)
+        assert isinstance(copy, AttentionBuffer)
+        copy.seen = None if self.seen is None else repeat_row(self.seen, rows)
+        return copy
+
+
+class SnapBuffer(AttentionBuffer):
+    """SnapKV: pooled attention of the last queries. They are those of the newest tokens, which stay."""
+
+    @property
+    def window(self) -> int:
+        assert self.method.keep is not None
+        return int(self.method.keep.options["window"])
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        assert self.method.keep is not None
+        scores = snapkv_scores(self.told(position_BKS)[:, :, -newest:], self.method.keep.options["kernel"], newest)
+        return scores[..., : position_BKS.shape[-1]]
+
+
+class H2OBuffer(AttentionBuffer):
+    """H2O (Zhang et al. 2023): the attention of all queries of the prompt, summed."""
+
+    @property
+    def window(self) -> None:
+        return None
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        return self.told(position_BKS)[:, :, 0, : position_BKS.shape[-1]]
+
+
+class ScissorhandsBuffer(AttentionBuffer):
+    """Scissorhands: the fewer of the last queries gave a position less than average, the better."""
+
+    @property
+    def window(self) -> int:
+        assert self.method.keep is not None
+        return int(self.method.keep.options["history"])
+
+    def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
+        return observe(weight_BNTS, allowed, position_heads(self.store)).below.float()
+
+    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+        return scissorhands_scores(self.told(position_BKS)[..., : position_BKS.shape[-1]])
