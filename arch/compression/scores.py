@@ -88,7 +88,7 @@ def snapkv_scores(weight_BKWS: Tensor, kernel: int, window: int) -> Tensor:
 
 def knorm_scores(k_BSKH: Tensor) -> Tensor:
     """Keys of small norm get much attention (Devoto et al. 2024), [B, K, S]."""
-    norm_BSK = torch.linalg.vector_norm(k_BSKH.to(at_least_fp32(k_BSKH.dtype)), dim=-1)
+    norm_BSK: Tensor = torch.linalg.vector_norm(k_BSKH.to(at_least_fp32(k_BSKH.dtype)), dim=-1)
     return -norm_BSK.transpose(1, 2)
 
 
