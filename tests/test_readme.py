@@ -154,7 +154,7 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """Tasks, a text and a plot of both, on a run in the place that the commands name."""
     from eval import evaluate, generate, pareto
 
-    (command,) = of("python eval/evaluate.py")
+    command, compressed = of("python eval/evaluate.py")
     place = next(word for word in shlex.split(command) if word.startswith("checkpoint=")).removeprefix("checkpoint=")
     old = ROOT / "tests" / "golden" / "old"
     shutil.copytree(old / "run-mixattention", tmp_path / place)
@@ -167,8 +167,11 @@ def test_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (of("python eval/pareto.py")[1], pareto.main),
     ):
         small = ["recall.pairs=2"] if main is evaluate.main else []  # whose sequences have room in a context of 32
+        if command == compressed:
+            small = [f"compressed.{word}" for word in ("pairs=2", "length=16", "windows=2", "sequences=2")]
         main([*shlex.split(command)[2:], *small])
     out = capsys.readouterr().out
+    assert "difference to none, paired" in out
     assert "perplexity@book.txt/ppl" in out and "recall/zoology/accuracy" in out and "def " in out
     assert list((tmp_path / "runs").rglob("pareto.png"))
 
