@@ -365,7 +365,7 @@ def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
 
     auto   on CUDA, FlexAttention for whatever is not plainly causal: a dense mask costs 14 to 51 times as much there
            (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
-    fla    as auto: it is for bounded stores
+    fla    as auto: it is for bounded stores and matrices per head
     flash  the newest flash-attn installed that has what is needed
     rows   of short rows: end to end on CUDA, where each would fill a tile of 128 queries, else sdpa
     """

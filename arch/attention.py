@@ -15,6 +15,8 @@ from .attend import Backend, Needs, check_name, select_backend
 from .bounded import BoundedReader, BoundedWriter
 from .bounded_fla import BoundedBackend, select_bounded_backend
 from .config import SizeConfig
+from .delta import DeltaReader, DeltaWriter
+from .delta_fla import select_delta_backend
 from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
 from .plan import KVPlan
@@ -57,6 +59,7 @@ STORE_MODULES = {
     "grouped": StoreModules(GroupedWriter, GroupedReader, select_masked_backend),
     "latent": StoreModules(LatentWriter, LatentReader, select_masked_backend),
     "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend),
+    "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend),
 }
 
 
@@ -79,7 +82,9 @@ def choose_backends(
     """
     check_name(name)
     if name == "fla" and all(store.masked for store in plan.stores):
-        raise ValueError("backend fla is for bounded stores, and the layout has none; choose another backend or auto")
+        raise ValueError(
+            "backend fla is for bounded stores and matrices, and the layout has none; choose another or auto"
+        )
     return tuple(
         STORE_MODULES[store.kind].select_backend(name, size, store, device_type, documents) for store in plan.stores
     )

@@ -34,6 +34,25 @@ class LatentConfig:
 
 
 @dataclass
+class MatrixConfig:
+    """A matrix per head in place of positions, written by the gated delta rule (delta.py has the formulas).
+
+    rule       gated_delta (Gated DeltaNet, Qwen3-Next): a decay per head; or kda (Kimi Linear): per channel of its keys
+    heads      states, each with values of its own: a number, or a share of the query heads
+    key_heads  heads of queries and keys, each of which serves `heads / key_heads` states; likewise
+    k_dim, v_dim   widths of keys and values: elements, or a share of the head dimension
+    conv       tokens that the short convolution of queries, keys and values sees, counting the current one
+    """
+
+    rule: str = "gated_delta"
+    heads: Any = "1/1"
+    key_heads: Any = "1/1"
+    k_dim: Any = "1/1"
+    v_dim: Any = "1/1"
+    conv: int = 4
+
+
+@dataclass
 class StoreConfig:
     """A type of store: what one cached position holds and how long it is kept.
 
@@ -43,6 +62,7 @@ class StoreConfig:
                 share of the size's head dimension (`2/1`); null: that dimension
     k_dim       the same of keys and queries alone (thin keys: `1/4`); null: head_dim
     v_dim       the same of values and outputs alone; null: head_dim
+    matrix      a matrix per head instead of positions, which no other layer reads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     slots       a bounded store: this many slots into which positions are merged, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
@@ -58,6 +78,7 @@ class StoreConfig:
     head_dim: Any = None
     k_dim: Any = None
     v_dim: Any = None
+    matrix: MatrixConfig | None = None
     window: int | None = None
     slots: int | None = None
     rule: str | None = None

@@ -155,9 +155,9 @@ class Stack(nn.Module):
         return {key: make(store) for key, store in stores.items()}
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
-        """Make one mask per store where negative ids are padding. Raises ValueError where a store is bounded."""
+        """Make one mask per store where negative ids are padding. Raises ValueError where a store merges positions."""
         if not all(store.masked for store in self.plan.stores):
-            raise ValueError("a bounded store cannot leave out tokens in the middle; give no padding")
+            raise ValueError("bounded stores and matrices cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:
             batch, length = segment_ids_BT.shape
             sequences = Sequences(batch, length, segment_ids_BT, segment_ids_BT.device)

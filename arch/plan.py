@@ -123,7 +123,7 @@ class KVPlan:
 
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
-        for bounded stores."""
+        for bounded stores, `d` for a matrix per head."""
         stores = map(self.store, range(self.num_layers))
         return " ".join(f"{store.owner}{store.mark}" for store in stores)
 
@@ -161,6 +161,9 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
                 f"layer {layer}: `reuse {name}` has nothing to reuse, no layer below it writes a {name} store; "
                 f"put a `new {name}` at or below layer {layer}"
             )
+            continue
+        elif types[name].unshared:
+            problems.append(f"layer {layer}: `reuse {name}` is impossible: {types[name].unshared}; write `new {name}`")
             continue
         reads.append(latest[name])
     if problems:

@@ -39,6 +39,8 @@ MIX_24 = {
 OTHERS = {
     ("bct", 3): "0b 1b 2b",
     ("bct_mixed", 9): "0 1b 1b 3s 0 5b 5b 7 8b",
+    ("qwen3_next", 9): "0d 1d 2d 3 4d 5d 6d 7 8d",
+    ("kimi_linear", 9): "0d 1d 2d 3 4d 5d 6d 7 8d",
     ("characterai", 13): "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0",
     ("gemma3", 26): "0s 1s 2s 3s 4s 5 6s 7s 8s 9s 10s 11 12s 13s 14s 15s 16s 17 18s 19s 20s 21s 22s 23 24s 25s",
     ("tail_sharing", 35): (

@@ -74,7 +74,7 @@ def test_buckets() -> None:
     assert [bucket(length, 5000) for length in (1, 256, 257, 4096, 4097)] == [256, 256, 512, 4096, 5000]
 
 
-@pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct", "bct_gated", "bct_ring"])
+@pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct", "bct_gated", "bct_ring", "qwen3_next"])
 def test_a_static_step_waits_for_nothing(name: str) -> None:
     """No value of a tensor decides what is computed: those of fake tensors cannot be asked for."""
     with FakeTensorMode(allow_non_fake_inputs=False):

@@ -56,6 +56,7 @@ LAYOUTS = [
     "bct_gated",
     "bct_ring",
     "bct_mixed",
+    "qwen3_next",
     "block",
     "block:projection",
     "block:encoder",

@@ -105,7 +105,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
-SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "mimo", "mla_cla2"}
+SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "kimi_linear", "mimo", "mla_cla2", "qwen3_next"}
 
 
 def target_of(name: str) -> str:
@@ -422,6 +422,8 @@ def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, 
         ("block", "stock", "block: a Block Transformer is two decoders"),
         ("block", "remote", "block: a Block Transformer is no stack"),
         ("bct", "remote", "slots: `memory` is bounded"),
+        ("qwen3_next", "remote", "matrix: `state` holds a matrix per head"),
+        ("qwen3_next", "stock", "matrix: `state` holds a matrix per head"),
     ):
         source = write_checkpoint(tmp_path / name / target / "step-00000003", name)
         message = refused(source, f"target={target}", data=corpus)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F
 
+from arch.delta import ShortConv
 from train.optim import build_optimizer, lr_share, schedule
 from train.pretrain import main
 from train.schema import OptimConfig, PretrainConfig, optim_problems
@@ -101,7 +102,8 @@ def test_mistakes(changes: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_groups_of_every_layout(arch: str, kind: str, tied: bool) -> None:
-    """Each parameter once; what decays has two axes; Muon has all the matrices of the blocks and nothing else."""
+    """Each parameter once; what decays has two axes; Muon has all the matrices of the blocks and nothing else: the
+    channels of a convolution are no axis of a product."""
     model = build(small(arch, tie_embeddings=tied), torch.float32)
     optimizer = build_optimizer(model, OptimConfig(name=kind, lr=1e-3))
     name_of = {parameter: name for name, parameter in model.named_parameters()}
@@ -109,6 +111,7 @@ def test_groups_of_every_layout(arch: str, kind: str, tied: bool) -> None:
     assert sorted(name for group in groups for name in group) == sorted(name_of.values())
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
     outer = {"embed.weight"} if tied else {"embed.weight", "lm_head.weight"}
+    outer |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ShortConv)}
     hidden = {
         f"{name}.weight"
         for name, module in model.layers.named_modules(prefix="layers")

@@ -137,7 +137,7 @@ def test_what_a_step_spends_once_is_shared_by_its_micro_batches() -> None:
     assert recomputed.matmul == pytest.approx(many.matmul * 4 / 3)
 
 
-@pytest.mark.parametrize("arch", ["mha", "mixattention", "mla", "block", "bct", "bct_gated"])
+@pytest.mark.parametrize("arch", ["mha", "mixattention", "mla", "block", "bct", "bct_gated", "qwen3_next"])
 def test_no_estimate_is_above_its_roof(arch: str) -> None:
     found = planned(arch, "1b", gpus=8)
     assert found["tokens_per_second"] < found["roof_tokens_per_second"]
@@ -146,6 +146,7 @@ def test_no_estimate_is_above_its_roof(arch: str) -> None:
     )
     assert ("published for Block" in found["source"]) == (arch == "block")
     assert ("bounded stores at" in found["source"]) == arch.startswith("bct")
+    assert ("matrices per head at" in found["source"]) == (arch == "qwen3_next")
     assert planned(arch, "1b", gpus=8, mfu=0.3)["source"] == "assumed: 30% of the peak of 990 TFLOP/s"
 
 

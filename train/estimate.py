@@ -39,6 +39,8 @@ from train.schema import (
 )
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+# Kinds of store that compute in fp32, at a rate that nobody has published.
+UNMEASURED = {"bounded": "bounded stores", "matrix": "matrices per head"}
 
 
 @dataclass
@@ -179,8 +181,10 @@ def at_rates(
         f"assumed: matrix products at {rates.matmul:.0%} and attention at {rates.forward:.0%} of the peak of "
         f"{device.peak / TERA:,.0f} TFLOP/s, as in published runs"
     )
-    if not all(store.masked for stack in plan.stacks for store in stack.plan.stores):
-        source += f", bounded stores at {rates.exact:.0%} of that in fp32, for which nothing is published"
+    kinds = {store.kind for stack in plan.stacks for store in stack.plan.stores if not store.masked}
+    if kinds:
+        merging = " and ".join(name for kind, name in UNMEASURED.items() if kind in kinds)
+        source += f", {merging} at {rates.exact:.0%} of that in fp32, for which nothing is published"
     elif plan.block_length > 1:
         source += "; nothing is published for Block Transformers"
     if config.trainer.precision == "fp8":

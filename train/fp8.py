@@ -2,7 +2,7 @@
 
 Inputs, weights and gradients are scaled by their largest magnitude, each as a whole, in every product (Micikevicius et
 al. 2022, "FP8 formats for deep learning"): E4M3 forward, E5M2 for gradients. Outputs are bf16. The output matrix,
-embeddings, norms, attention and the routers of bounded stores are not touched.
+embeddings, norms, attention, the routers of bounded stores and the decays of matrices are not touched.
 """
 
 import importlib
@@ -45,7 +45,7 @@ def torchao_float8() -> Any:
 
 def takes_fp8(module: nn.Module, name: str) -> bool:
     """Tell whether the module `name` of a block is a linear layer that is faster in fp8."""
-    if not isinstance(module, nn.Linear) or "router" in name.split("."):
+    if not isinstance(module, nn.Linear) or not {"router", "decay"}.isdisjoint(name.split(".")):
         return False
     narrow = module.out_features <= NARROW_OUT and module.in_features <= NARROW_IN
     return not (module.in_features % MULTIPLE or module.out_features % MULTIPLE or narrow)

@@ -18,7 +18,16 @@ from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
 from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
 from arch.config import SizeConfig, head_dim, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
-from arch.stores import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec, gate_width, query_blocks
+from arch.stores import (
+    CHUNK,
+    SCORES,
+    WINDOW_BLOCKS,
+    BoundedSpec,
+    MatrixSpec,
+    delta_chunk,
+    gate_width,
+    query_blocks,
+)
 from train.schema import loss_rows
 
 FP32 = 4
@@ -395,7 +404,16 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
         store = plan.store(layer)
         return max(mlp, round(tokens * (ACTIVATIONS[store.kind].gradients(config, store, how) - freed)))
 
-    block = layer_peak(plan.num_layers - 1)
+    def above(layer: int) -> int:
+        """Bytes that the layers above kept, which are gone when the turn of `layer` comes."""
+        later = range(layer + 1, plan.num_layers)
+        per_token = sum(layer_bytes(config, plan, one, how) + cross_bytes(stack, one, how) for one in later)
+        return round(tokens * per_token) + sum(mask_bytes(config, plan, one, how) for one in later)
+
+    block = last_peak = layer_peak(plan.num_layers - 1)
+    if not how.checkpointing:
+        matrices = [layer for layer in range(plan.num_layers) if plan.store(layer).kind == "matrix"]
+        block = max([block, *(layer_peak(layer) - above(layer) for layer in matrices)])
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
@@ -405,7 +423,7 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
         )  # autocast's cache lives to the end of the forward pass
         block += max(
             layer_peak(layer)
-            - layer_peak(plan.num_layers - 1)
+            - last_peak
             + round((layer_bytes(config, plan, layer, how) + cross_bytes(stack, layer, how)) * tokens)
             + mask_bytes(config, plan, layer, how)
             + casts[layer]
@@ -535,10 +553,51 @@ class BoundedActivations:
         return gradient_bytes(config, store)
 
 
-ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations] = {
+class MatrixActivations:
+    """Activations saved by arch/delta.py, which recomputes the rule, and the gated norm, in the backward pass."""
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """No other layer reads it."""
+        return 0
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        """Inputs of the rule (queries, keys, values, strengths and decays, as projected); what it reads, in fp32; the
+        gate and the output. In rule `kda` also what lies within both projections of low rank."""
+        assert isinstance(store, MatrixSpec)
+        values = store.slot.kv_heads * store.slot.v_dim
+        projected = store.num_channels + store.slot.kv_heads + store.num_decays + 2 * values
+        inner = 2 * store.slot.v_dim if store.matrix.rule == "kda" else 0
+        return how.itemsize * (projected + inner) + FP32 * values
+
+    def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        return 0
+
+    def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """The rule, computed again, and its gradients; what the reader and the MLP with its norm kept is gone by then.
+
+        Tensors of fp32 as wide as what passes the convolution (4), keys and values of the states (9 and 8, or 8 and 5
+        where products of pairs, 6 or 8, are wider), and the states between chunks. In rule `kda`, where every level of
+        `faded_by_halves` has keys of its own, about so many.
+        """
+        assert isinstance(store, MatrixSpec)
+        length, values = config.size.seq_len, store.slot.kv_heads * store.slot.v_dim
+        keys, chunk = store.slot.kv_heads * store.slot.k_dim, delta_chunk(config.size.seq_len)
+        states = keys * store.slot.v_dim * (1 / chunk + 1 / length)
+        pairs = store.slot.kv_heads * chunk
+        if store.matrix.rule == "kda":
+            rule = max(38 * keys + 8 * values + 2 * pairs + states, 39 * keys + 5 * values + 5 * pairs)
+        else:
+            rule = max(8 * keys + 5 * values + 8 * pairs, 9 * keys + 8 * values + 6 * pairs + states)
+        gone = FP32 * values + how.itemsize * 2 * values
+        gone += 0 if how.compiled else how.itemsize * config.size.d_ff + norm_bytes(config.size)
+        return FP32 * (4 * store.num_channels + rule) - gone
+
+
+ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivations] = {
     "grouped": MaskedActivations(),
     "latent": LatentActivations(),
     "bounded": BoundedActivations(),
+    "matrix": MatrixActivations(),
 }
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from arch.delta import ShortConv
 from train.schema import OptimConfig
 
 
@@ -71,13 +72,14 @@ def _within_replica(tensor: DTensor) -> Tensor:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer of `config` for the trained parameters of `model`.
 
-    Matrices and embeddings decay; norms, biases and sinks (one axis) do not. Muon takes the hidden matrices: not the
-    embedding, and not the output matrix (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
+    Matrices, embeddings and short convolutions decay; norms, biases, sinks and decays of states (one axis) do not. Muon
+    takes the hidden matrices: not the embedding, not the output matrix (Jordan et al. 2024, "Muon: an optimizer for
+    hidden layers"), and not a convolution, whose channels are no axis of a product.
     """
     outer = {
         parameter
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] == "lm_head"
+        if isinstance(module, nn.Embedding | ShortConv) or name.rpartition(".")[2] == "lm_head"
         for parameter in module.parameters(recurse=False)
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -82,7 +82,7 @@ class TrainerConfig:
     activation_checkpointing  compute activations again in the backward pass, which saves memory
     backend           attention backend: auto (the best for layout and device), sdpa, reference, or on CUDA flex,
                       varlen, flash4, flash3, flash2, flash (the newest that is installed and can), and fla (bounded
-                      stores of rule gated); decoding over a cache runs sdpa, or reference
+                      stores of rule gated, matrices); decoding over a cache runs sdpa, or reference
     log_every         steps between reports
     val_every         steps between validations; null: four in the run
     checkpoint_every  steps between checkpoints
@@ -261,9 +261,9 @@ def block_problems(config: PretrainConfig) -> list[str]:
         found.append(f"size.seq_len {config.size.seq_len} is not a multiple of arch.block.length {block.length}")
     elif config.size.seq_len < 2 * block.length:
         found.append(f"size.seq_len {config.size.seq_len} is one block, and the block decoder needs one before it")
-    bounded = any(store.slots for layout in (config.arch, block.token) for store in layout.stores.values())
-    if data.block_padding and bounded:
-        found.append("data.block_padding is not for bounded stores, which cannot leave out pads; choose one of them")
+    stores = [store for layout in (config.arch, block.token) for store in layout.stores.values()]
+    if data.block_padding and any(store.slots or store.matrix for store in stores):
+        found.append("data.block_padding is not for bounded stores and matrices, which cannot leave out pads; drop it")
     if data.document_mask:
         found.append("data.document_mask is not for a Block Transformer, whose blocks cross the borders of documents")
     return found

@@ -18,6 +18,7 @@ from eval.plots.style import (
     ORANGE,
     PURPLE,
     STORE_COLORS,
+    TEAL,
     Axes,
     Picture,
     literal_text,
@@ -47,7 +48,7 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 
 
 # Of a kind that is not here, a colour that is left.
-KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": PURPLE}
+KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": TEAL, "matrix": TEAL}
 LEGEND_COLUMNS = 4
 
 
@@ -106,15 +107,16 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
 
 
 def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
-    """Bytes per position; for a bounded store, whose slots are larger than its positions, bytes in total."""
+    """Bytes per position; for a bounded store, whose slots are larger than its positions, and for a matrix per head,
+    bytes in total."""
     if not store.grows:
         return f"{bytes_text(store.nbytes(context, itemsize))} at any context"
     return f"{sum(store.slot_bytes(itemsize)):,} B per position"
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
-    """Colour by name, a different one while there are any: green for latents, purple for bounded stores, orange for
-    windows, blue for stores that keep everything; further types take the remaining colours."""
+    """Colour by name, a different one while there are any: green for latents, purple for bounded stores, teal for a
+    matrix per head, orange for windows, blue for stores that keep everything; further types take what is left."""
     left = list(STORE_COLORS)
     result = {}
     for store in types:

@@ -20,9 +20,9 @@ NOTE = re.compile(r" \([^()]*\)$")  # of runs.group_by_seed
 P = ParamSpec("P")
 T = TypeVar("T")
 
-BLUE, ORANGE, GREEN, PURPLE = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c"
+BLUE, ORANGE, GREEN, PURPLE, TEAL = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#1f9fa8"
 # Of store types, told apart by every kind of colour vision as far as eight can be; no grey, which means nothing here.
-STORE_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c0392b", "#1f9fa8", "#7a5230", "#d977b5")
+STORE_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c0392b", TEAL, "#7a5230", "#d977b5")
 # Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
 LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
