@@ -50,6 +50,12 @@ NAMESPACE = __name__.replace(".", "_")
 States = tuple[Tensor, Tensor]
 
 
+def apart(x: Tensor, axis: int, *sizes: int) -> Tensor:
+    """`x` with one axis as several."""
+    out: Tensor = x.unflatten(axis, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
 # --- from chunk to chunk
 
 
@@ -66,7 +72,7 @@ def run_states(
         found[z].baddbmm_(erase[z], states[z], alpha=-1)
         torch.mul(states[z], kept[z], out=states[z + 1])
         states[z + 1].baddbmm_(k[z].mT, found[z])
-    return states.unflatten(1, (batch, heads)), found.unflatten(1, (batch, heads))
+    return apart(states, 1, batch, heads), apart(found, 1, batch, heads)
 
 
 def run_states_backward(
@@ -86,8 +92,8 @@ def run_states_backward(
         of_kept = of_kept.sum(dim=-1, keepdim=True)
     of_k = torch.matmul(found, after[1:].mT)
     of_erase = torch.matmul(new, states[:-1].mT).neg_()
-    gradients = (x.unflatten(1, (batch, heads)) for x in (of_kept, of_k, of_erase, new))
-    return *gradients, after[0].clone().unflatten(0, (batch, heads))
+    gradients = (apart(x, 1, batch, heads) for x in (of_kept, of_k, of_erase, new))
+    return *gradients, apart(after[0].clone(), 0, batch, heads)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::delta_states", mutates_args=())
@@ -204,11 +210,11 @@ def fade_by_halves(rows_2ZBNCK: Tensor, k_ZBNCK: Tensor, log_ZBNCK: Tensor) -> t
     until, half = torch.zeros_like(since), 1
     while half < k_ZBNCK.shape[-2]:
         rows, k = (
-            rows_2ZBNCK.unflatten(-2, (-1, 2, half))[..., 1, :, :],
-            k_ZBNCK.unflatten(-2, (-1, 2, half))[..., 0, :, :],
+            apart(rows_2ZBNCK, -2, -1, 2, half)[..., 1, :, :],
+            apart(k_ZBNCK, -2, -1, 2, half)[..., 0, :, :],
         )
         (since_1, since_2), (until_1, until_2), (first, second) = (
-            x.unflatten(-3, (-1, 2)).unbind(dim=-3) for x in (since, until, blocks)
+            apart(x, -3, -1, 2).unbind(dim=-3) for x in (since, until, blocks)
         )
         across = (rows * since_2.exp()) @ (k * until_1.exp()).mT
         blocks = torch.cat((F.pad(first, (0, half)), torch.cat((across, second), dim=-1)), dim=-2)
@@ -322,7 +328,8 @@ class Decay(OwnInit):
     def forward(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
         """[..., N, A] given `proj` of the tokens."""
         rate_NA = self.A_log.to(dtype).exp().unsqueeze(-1)
-        return -rate_NA * F.softplus(raw.to(dtype) + self.dt_bias.to(dtype)).unflatten(-1, (self.heads, self.channels))
+        steps = F.softplus(raw.to(dtype) + self.dt_bias.to(dtype))
+        return -rate_NA * apart(steps, -1, self.heads, self.channels)
 
 
 def low_rank(size: SizeConfig, store: MatrixSpec, width: int) -> nn.Module:
@@ -444,17 +451,17 @@ class DeltaWriter(nn.Module):
             state_BNKV, before_BWX = buffer.tensors
             q_BNK, k_BNK, v_BNV = self.heads_of(self.conv.step(x_BX, before_BWX))
             a_BNA, b_BN = self.decay(raw, dtype).exp(), beta.to(dtype).sigmoid()
-            operands = (x.to(state_BNKV.dtype) for x in (q_BNK, k_BNK, v_BNV, a_BNA, b_BN))
-            return read_step(*operands, state_BNKV).to(dtype)
+            q, k, v, a, b = (x.to(state_BNKV.dtype) for x in (q_BNK, k_BNK, v_BNV, a_BNA, b_BN))
+            return read_step(q, k, v, a, b, state_BNKV).to(dtype)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, scaled, keys, and values of each state, [..., N, K or V], given what leaves the convolution."""
         width = self.key_heads * self.k_dim
-        q, k, v = x.split([width, width, self.heads * self.v_dim], dim=-1)
-        q, k = (unit(y.unflatten(-1, (self.key_heads, self.k_dim))) for y in (q, k))
+        q, k, v = x[..., :width], x[..., width : 2 * width], x[..., 2 * width :]
+        q, k = (unit(apart(y, -1, self.key_heads, self.k_dim)) for y in (q, k))
         if self.heads > self.key_heads:
             q, k = (y.repeat_interleave(self.heads // self.key_heads, dim=-2) for y in (q, k))
-        return q * self.k_dim**-0.5, k, v.unflatten(-1, (self.heads, self.v_dim))
+        return q * self.k_dim**-0.5, k, apart(v, -1, self.heads, self.v_dim)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -498,4 +505,5 @@ class DeltaReader(nn.Module):
         """[..., N V] given what heads read, [..., N, V], and the gate before its activation, of whose type it is."""
         with no_autocast(gate):
             normed = self.norm(read.flatten(0, -2)).view(gate.shape)
-            return (normed * self.activation(gate.to(read.dtype))).to(gate.dtype)
+            out: Tensor = (normed * self.activation(gate.to(read.dtype))).to(gate.dtype)
+            return out
