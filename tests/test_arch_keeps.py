@@ -108,12 +108,9 @@ def test_counts_by_hand() -> None:
     weight = torch.tensor([[[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], [[0.9, 0.1, 0.0], [0.4, 0.35, 0.25]]]])
     causal = torch.tensor([[True, True, False], [True, True, True]])
     rows = scores.observe(weight, causal, 1)
-    assert rows.above.tolist() == [[[[2, 1, 0], [1, 1, 1]]]]
     assert rows.below.tolist() == [[[[0, 1, 0], [1, 1, 1]]]]
     torch.testing.assert_close(rows.weight, weight.mean(dim=1, keepdim=True))
-    both = rows + rows
-    assert scores.scissorhands_scores(both.below).tolist() == [[[-2, -4, -2]]]
-    assert scores.corm_kept(rows.above[:, :, :1]).tolist() == [[[True, True, False]]]
+    assert scores.scissorhands_scores(rows.below).tolist() == [[[-1, -2, -1]]]
 
 
 def test_selection_protects_and_pads() -> None:
@@ -132,8 +129,6 @@ def test_selection_protects_and_pads() -> None:
         assert chosen[:, 0].tolist() == want, budget
     each = scores.select(score, at, torch.tensor([1, 3]))
     assert each[:, 0].tolist() == [[1, EMPTY, EMPTY], [3, 4, 5]], "rows have budgets of their own"
-    marked = scores.select_marked(score > 1.5, at)
-    assert marked[:, 0].tolist() == [[1, 3, 4, 5], [4, EMPTY, EMPTY, EMPTY]]
 
 
 def test_random_scores_depend_on_positions_alone() -> None:
@@ -145,17 +140,6 @@ def test_random_scores_depend_on_positions_alone() -> None:
     assert score.min() >= 0 and score.max() < 1 and abs(score.mean() - 0.5) < 0.02
     correlation = torch.corrcoef(score[0])
     assert (correlation - torch.eye(4)).abs().max() < 0.1
-
-
-def test_budgets_from_one_threshold() -> None:
-    """A store whose importance lies in few slots gets fewer; no more bytes are taken, and no slot fits in besides."""
-    peaked, flat = torch.tensor([0.01, 0.9, 0.01, 0.04, 0.04]), torch.ones(5)
-    assert scores.prefix_budgets([peaked, flat], [10, 10], 60) == [1, 5]  # thresholds .6, .8, .9, .94
-    assert scores.prefix_budgets([peaked, flat], [10, 10], 50) == [1, 4]
-    assert scores.prefix_budgets([peaked, flat], [10, 20], 70) == [1, 3]
-    assert scores.prefix_budgets([peaked, flat], [10, 10], 100) == [5, 5]
-    assert scores.prefix_budgets([peaked, flat], [10, 10], 0, least=1) == [1, 1]
-    assert scores.prefix_budgets([flat, torch.zeros(0)], [1, 1], 3) == [3, 0]
 
 
 def test_dropped_slots_are_merged_into_the_nearest() -> None:
@@ -256,3 +240,19 @@ def test_a_ring_takes_generated_tokens() -> None:
     assert cache.nbytes == weight and kept_of(buffer) == chosen
     assert weight < compressed(model, batch[:, :20], "snapkv@8(window=3)").nbytes, "which has room for 60"
     assert buffer.later.tensors[0].shape[1] == 5 and buffer.position_BKC.shape[-1] == 5
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_caches_count_the_attention_of_a_prompt(layers: list[tuple[Tensor, Tensor, Tensor]], chunk: int | None) -> None:
+    """H2O's sums over all queries and Scissorhands' counts over the last, from the whole attention of the prompt."""
+    model, prompt = record_keeps.model(), record_keeps.prompt()
+    causal, recent = torch.ones(LENGTH, LENGTH).tril().bool(), 5
+    h2o = compressed(model, prompt, f"h2o@{BUDGET}(recent={recent})", chunk)
+    counted = compressed(model, prompt, f"scissorhands@{BUDGET}(recent={recent},history=11)", chunk)
+    for (_, weight, mean), by_sum, by_count in zip(layers, h2o.buffers, counted.buffers, strict=True):
+        average = 1 / causal.sum(dim=1)
+        low = (weight < average[:, None]) & causal
+        count = -low[:, :, -11:].unflatten(1, (2, 2)).sum(dim=(2, 3)).double()
+        for row in range(2):
+            for buffer, score in ((by_sum, mean.sum(dim=2)), (by_count, count)):
+                assert kept_of(buffer, row) == kept(score[..., : LENGTH - recent], 4, 0, BUDGET - recent)[row]
