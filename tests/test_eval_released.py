@@ -297,6 +297,8 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4
             "each once",
         ),
         ({"model_type": "gemma3", "text_config": {"global_kv": 1}}, "global_kv is 1; it may decide"),
+        ({"model_type": "hunyuan_v1_dense", "use_cla": True, "cla_share_factor": 2}, "use_cla is true"),
+        ({"model_type": "minimax_m2", "attn_type_list": [0] * 62}, "attn_type_list marks layers"),
         ({"model_type": "falcon", "head_dim": 32}, "head_dim is 32 and must be 64"),
     ],
 )
@@ -304,6 +306,19 @@ def test_what_is_not_understood_is_refused(values: Any, message: str) -> None:
     with pytest.raises(ReleasedError) as refused:
         released.released(values, "m")
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_keys_of_the_hub_that_decide_nothing() -> None:
+    """They are in the hub's files whether the model uses them or not."""
+    for values in (
+        {"model_type": "minimax_m2", "attn_type_list": [1] * 62, "shared_intermediate_size": 0, "sliding_window": None},
+        {"model_type": "hunyuan_v1_dense", "use_cla": False, "cla_share_factor": 2},
+        {"model_type": "qwen3_moe", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 48},
+        {"model_type": "gemma2", "cache_implementation": "hybrid", "use_cache": True},
+        {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "n_shared_experts": 1, "moe_layer_freq": 1},
+    ):
+        bare = {"model_type": values["model_type"]}
+        assert released.released(values, "m").plan == released.released(bare, "m").plan
 
 
 def test_whole_models_have_the_cache_of_their_language_model() -> None:

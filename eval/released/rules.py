@@ -88,6 +88,22 @@ def all_full(keys: Keys) -> Sequence[Layer | None]:
     return [full(keys)] * keys.count("num_hidden_layers")
 
 
+def minimax_m2(keys: Keys) -> Sequence[Layer | None]:
+    """The hub's file marks each layer: 1 is softmax attention, which all of these have."""
+    marks = keys.entries("attn_type_list", keys.count("num_hidden_layers"), int)
+    if marks is not None and set(marks) != {1}:
+        raise keys.refuse("attn_type_list", "marks layers that are not full attention (1); of this type, all are")
+    return all_full(keys)
+
+
+def hunyuan(keys: Keys) -> Sequence[Layer | None]:
+    """Keys of cross-layer attention are in the hub's files, whether it is used or not."""
+    if keys.flag("use_cla"):
+        raise keys.refuse("use_cla", "is true; transformers shares nothing between layers, and others not alike")
+    keys.ignore("cla_share_factor")
+    return all_full(keys)
+
+
 def all_full_shared_width(keys: Keys) -> Sequence[Layer | None]:
     return [full(keys, own_width)] * keys.count("num_hidden_layers")
 
@@ -486,7 +502,9 @@ def lfm2(keys: Keys) -> Sequence[Layer | None]:
 GPT = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd"}
 RULES: dict[Rule, str] = {
     all_full: "apertus arcee bitnet cohere ernie4_5 ernie4_5_moe gemma glm glm4 glm4_moe granite granitemoe helium"
-    " hunyuan_v1_dense hunyuan_v1_moe hy_v3 llama minimax_m2 nemotron olmo olmo2 olmoe phi seed_oss",
+    " hy_v3 llama nemotron olmo olmo2 olmoe phi seed_oss",
+    hunyuan: "hunyuan_v1_dense hunyuan_v1_moe",
+    minimax_m2: "minimax_m2",
     all_full_shared_width: "stablelm",
     multi_head: "gpt_neox opt gpt2 gptj",
     one_window: "ministral3 mistral mixtral phi3 phimoe starcoder2",
