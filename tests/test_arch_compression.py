@@ -13,7 +13,7 @@ from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotat
 from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes, keeps, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
-from arch.compression.small_buffers import KeptBuffer
+from arch.compression.small_buffers import CodedBuffer, KeptBuffer
 from arch.compression.zipcache import ZipCacheBuffer
 from arch.layers import rotate
 from arch.masks import Dense
@@ -331,6 +331,29 @@ def test_integers_are_those_of_the_affine_formula(bits: int, by_channel: bool) -
                 torch.testing.assert_close(mine, expected, rtol=0, atol=1e-5)
                 assert (mine - part).abs().max() <= 0.51 * step + 1e-5
     assert (got[0, 0] == 1.5).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 9])
+def test_tokens_come_back_in_order(window: int | None) -> None:
+    """Whatever the window, block, newest tokens and chunks: every token that can be seen comes back, near what it was,
+    the newest as they were; groups larger than the cache, and widths that no group divides."""
+    store = resolve(small("mha")).stores[0]
+    generator = torch.Generator().manual_seed(window or 0)
+    x = torch.rand(2, 24, *store.position_shapes[0], generator=generator)
+    for group, recent, keys in itertools.product((1, 3, 32), (0, 4, 30), ("channel", "token")):
+        codec = CodecSpec("int8", group, recent, keys)
+        buffer = CodedBuffer.allocate(tensor_layouts(store, codec, 24, window), 2, torch.float32, "cpu")
+        offset = 0
+        for length in (7, 1, 1, 10, 1, 4):
+            new = x[:, offset : offset + length]
+            got = buffer.update((new, new), offset)
+            index = buffer.indices(offset, length, x.device)
+            assert index[0] == (0 if window is None else max(0, offset + 1 - window))
+            for tensor in got:
+                torch.testing.assert_close(tensor, x[:, index], rtol=0, atol=0.003)
+                newest = min(tensor.shape[1], recent + length)
+                assert torch.equal(tensor[:, tensor.shape[1] - newest :], x[:, index[-newest:]])
+            offset += length
 
 
 def test_what_cannot_be_is_refused() -> None:
