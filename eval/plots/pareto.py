@@ -1,6 +1,7 @@
 """Pareto plot, KV footprint against quality: a picture and an interactive page."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ PLOTLY = {
     "*": "star",
     "d": "diamond-tall",
 }
+OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
 MARKER = 13  # width of a point with room around it, in pixels
 
@@ -280,7 +282,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
     named = [(row, transform) for row, transform in zip(rows, drawn, strict=True) if row.method == NONE or row.frontier]
     for row, transform in sorted(named, key=lambda pair: (pair[0].method != NONE, not pair[0].frontier)):
         for x, y, horizontal, vertical in places:
-            of_method = "" if row.method == NONE else f"+{visible(row.method)}"
+            of_method = "" if row.method == NONE else f"+{visible(OPTIONS.sub('', row.method))}"
             text = axes.annotate(
                 without_suffix(row.name, common) + of_method,
                 (row.across, row.value),
@@ -295,7 +297,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
             )
             box = text.get_window_extent()
             inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
-            forced = len(rows) <= CROWDED and (x, y) == places[-1][:2]
+            forced = len(rows) <= CROWDED and row.method == NONE and (x, y) == places[-1][:2]
             if forced or (inside and not any(box.overlaps(other) for other in taken)):
                 taken.append(box)
                 break
