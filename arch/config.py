@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "rope")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "rope", "matrix")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
