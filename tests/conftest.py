@@ -94,9 +94,7 @@ def whole_depth(name: str, least: int = 7) -> int:
 
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> LanguageModel:
     """In fp64, so that two ways of computing the same thing agree to rounding and nothing else passes."""
-    model = build_model(config, backend=backend)
-    model.init_weights(seed=1)
-    return model.to(dtype).eval()
+    return build_model(config, backend=backend, seed=1).to(dtype).eval()
 
 
 def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:

@@ -75,8 +75,7 @@ def measure(config: ModelConfig) -> dict[str, object]:
     """Loss in nats per target at each of a few fp32 steps, and the shape of each tensor of the state dict."""
     config = deepcopy(config)
     config.size.vocab_size, config.size.seq_len = END_OF_TEXT + 1, SEQ_LEN
-    model = build(config)
-    model.init_weights(seed=0)
+    model = build(config, seed=0)
     optimizer = build_optimizer(model, OptimConfig(lr=3e-3))
     losses = []
     for batch in TrainBatches(

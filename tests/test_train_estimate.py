@@ -155,7 +155,6 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
     plan, vocab = resolve(model_config), model_config.size.vocab_size
     how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing, dense=True)
     model = build(model_config)
-    model.init_weights()
     for stack in model.stacks:
         stack.activation_checkpointing = checkpointing
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
@@ -208,7 +207,6 @@ def test_activations_of_compiled_blocks(name: str, style: str, monkeypatch: pyte
     model_config = config(name, num_layers=3, style=style)
     plan = resolve(model_config)
     model = build(model_config)
-    model.init_weights()
     parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.bfloat16)
     for (
         stack
@@ -278,7 +276,6 @@ def test_ddp_copies_gradients_into_buckets() -> None:
     model_config = config("cla2", num_layers=2)
     plan = resolve(model_config)
     model = build(model_config)
-    model.init_weights()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with Storages() as storages:
