@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from data.cli import UsageError
 from data.recall import RecallTask
-from eval import pareto
+from eval import generate, pareto
 from eval.evaluate import main
 from eval.evaluations import difference
 from eval.figures import Axis, evaluations, methods_of
@@ -237,3 +238,20 @@ def test_forty_points_can_be_told_apart() -> None:
 )
 def test_differences_are_paired(values: list[float], others: list[float], text: str) -> None:
     assert difference(values, others) == text
+
+
+def test_text_is_continued_over_a_compressed_cache(
+    old: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With the bytes before and after; a full budget continues as no method does."""
+    monkeypatch.chdir(old)
+    texts, reports = [], []
+    for method in ("none", "streaming@100%", "streaming@50%"):
+        generate.main(
+            ["checkpoint=run-mixattention", "prompt=def function_1(x):", "max_new_tokens=6", f"cache={method}"]
+        )
+        out, err = capsys.readouterr()
+        texts.append(out)
+        reports.append([int(found.replace(",", "")) for found in re.findall(r"\(([\d,]+) bytes\)", err)])
+    assert texts[0] == texts[1]
+    assert reports[2] < reports[1] == reports[0]
