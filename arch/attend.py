@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -254,28 +254,36 @@ HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
-class Backend:
-    """A kernel, the maker of its masks, and its claims, which hold for forward and backward.
+class ClaimedKernel:
+    """A kernel, and where it can run.
 
     devices, dtypes  empty: all of them
     widths           that queries, keys and values may have
     unusable         why it cannot run on this machine, None if it can
-    about            what it is, for the log
     """
 
     name: str
     kernel: Kernel
+    devices: frozenset[str] = field(default=frozenset(), kw_only=True)
+    dtypes: frozenset[torch.dtype] = field(default=frozenset(), kw_only=True)
+    widths: range = field(default=range(1, 1 << 16), kw_only=True)
+    unusable: Callable[[], str | None] = field(default=lambda: None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Backend(ClaimedKernel):
+    """A kernel, the maker of its masks, and its claims, which hold for forward and backward.
+
+    about  what it is, for the log
+    """
+
     form: Callable[[Sequences, int | None], Any]
     about: str
-    devices: frozenset[str] = frozenset()
-    dtypes: frozenset[torch.dtype] = frozenset()
-    widths: range = range(1, 1 << 16)
     windows: bool = True
     documents: bool = True
     sinks: bool = True
     gqa: bool = True
     uneven_value_width: bool = True
-    unusable: Callable[[], str | None] = lambda: None
 
     def unsupported(self, needs: Needs, device: str) -> list[str]:
         """List what `needs` and `device` require and this backend lacks, or why it cannot run; empty if it can."""

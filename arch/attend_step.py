@@ -11,7 +11,6 @@ width.
 import functools
 import importlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attend import CUDA, HALF, WIDTHS_OF_FLASH, Kernel, Mask, reference, sdpa
+from .attend import CUDA, HALF, WIDTHS_OF_FLASH, ClaimedKernel, Mask, reference, sdpa
 from .attend_kernels import FLASH, flash_missing, flex, with_sinks
 from .masks import BLOCK, Dense, Seen
 
@@ -116,28 +115,19 @@ def kvcache_missing(version: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class StepKernel:
+class StepKernel(ClaimedKernel):
     """A kernel of decoding steps, and its claims.
 
-    devices, dtypes  empty: all of them
-    widths           that queries, keys and values may have
-    gaps             what a row sees may have gaps
-    uneven           keys and values may be of different widths
-    growing          the number of slots may change from token to token
-    traced           it may be part of compiled code, and so may be looked for there
-    unusable         why it cannot run on this machine, None if it can
+    gaps     what a row sees may have gaps
+    uneven   keys and values may be of different widths
+    growing  the number of slots may change from token to token
+    traced   it may be part of compiled code, and so may be looked for there
     """
 
-    name: str
-    kernel: Kernel
-    devices: frozenset[str] = frozenset()
-    dtypes: frozenset[torch.dtype] = frozenset()
-    widths: range = range(1 << 16)
     gaps: bool = True
     uneven: bool = True
     growing: bool = True
     traced: bool = True
-    unusable: Callable[[], str | None] = lambda: None
 
     def takes(self, device: str, dtype: torch.dtype, widths: tuple[int, ...], seen: Seen) -> bool:
         return (
@@ -158,9 +148,9 @@ STEP_KERNELS = (
         StepKernel(
             f"flash{version}-kvcache",
             partial(kvcache_step, version=version),
-            CUDA,
-            HALF,
-            WIDTHS_OF_FLASH,
+            devices=CUDA,
+            dtypes=HALF,
+            widths=WIDTHS_OF_FLASH,
             gaps=False,
             uneven=False,
             traced=False,
@@ -168,7 +158,14 @@ STEP_KERNELS = (
         )
         for version in (3, 2)
     ),
-    StepKernel("flex", flex_step, CUDA, HALF | {torch.float32}, range(16, 257), growing=False),  # or compiled each time
+    StepKernel(
+        "flex",
+        flex_step,
+        devices=CUDA,
+        dtypes=HALF | {torch.float32},
+        widths=range(16, 257),
+        growing=False,  # or compiled each time
+    ),
     StepKernel("sdpa", sdpa_step),
 )
 

@@ -16,8 +16,7 @@ from train import checkpoint as checkpoints
 from train.loading import LoadedModel, load, run_of
 from train.schema import PretrainConfig
 from train.source import Source, kind
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from train.tensor_pieces import COMPUTE_DTYPES
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ def open_subject(
         from eval.transformers_model import load_transformers
 
         auto = torch.float32 if device.type == "cpu" else "auto"
-        dtype = DTYPES.get(source.dtype, auto)
+        dtype = COMPUTE_DTYPES.get(source.dtype, auto)
         model, tokenizer, longest = load_transformers(source.checkpoint, device, dtype, source.trust, source.revision)
         name = Path(source.checkpoint.rstrip("/")).name
         found = Subject(model, tokenizer, device, name, context or longest, tuple(texts), text_key, seed=seed)
         return Opened(found, None, None)
-    dtype = DTYPES.get(source.dtype, torch.float32)
+    dtype = COMPUTE_DTYPES.get(source.dtype, torch.float32)
     loaded = load(source.checkpoint, which=source.which, device=device, dtype=dtype, prepared=source.prepared)
     config = loaded.config
     folder = Path(source.checkpoint)

@@ -20,6 +20,7 @@ COLUMNS = (
     "decode / {reference}",
     "over dynamic",
     "over static",
+    "at most",
     "compiled / plain",
     "to compile",
     "cache",
@@ -34,8 +35,9 @@ faster than `{reference}`, or than transformers over its DynamicCache or StaticC
 formula are bytes of all sequences at the end of the measurement. The largest batch is of sequences of the prompt's
 length, in {memory} with the weights, fp32. The floor is the time in which one thread reads the weights and the cache of
 a step, at {bandwidth:.1f} GB/s as a sum over 256 MiB does; beside it the share that it is of the measured step (small
-models stay in the processor's cache, and may be faster than memory). To compile: the first round of compiled steps,
-which compiles them."""
+models stay in the processor's cache, and may be faster than memory). At most: how much faster than transformers' static
+cache a step would be at its floor; what it reads leaves room for no more. To compile: the first round of compiled
+steps, which compiles them."""
 
 
 SHARED = """Layers that share a store each read it in full, one after the other. Were the queries of two layers (one key
@@ -144,6 +146,7 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
         ratio(values["prefill_over_reference"]),
         ratio(values["decode_over_reference"]),
         *map(ratio, peers),
+        _most(arch, rivals, result),
         "" if compiled is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**faster(compiled)),
         "" if compiled is None else f"{compiled['first_round_seconds']:.0f} s",
         *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes", "read_bytes")),
@@ -154,11 +157,24 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
 
 def _floor(arch: str, values: Result, result: Result) -> tuple[str, str]:
     """Milliseconds of the floor, and its share of a step; empty where it was not measured."""
+    floor = _floor_seconds(arch, values, result)
+    if floor is None:
+        return "", ""
+    return f"{1e3 * floor:.3g}", f"{floor / values['step_seconds']['median']:.0%}"
+
+
+def _most(arch: str, rivals: Result, result: Result) -> str:
+    """Speed over transformers' StaticCache that no step of this model can exceed: that of the floor."""
+    static, floor = rivals.get(f"{arch}/static"), _floor_seconds(arch, rivals[arch], result)
+    return "" if static is None or floor is None else f"{static['step_seconds']['median'] / floor:.2f}"
+
+
+def _floor_seconds(arch: str, values: Result, result: Result) -> float | None:
+    """The time in which memory delivers what a step reads; None where it was not measured."""
     weights = result["models"][arch].get("weight_bytes_read")
     if weights is None or "bandwidth" not in result:
-        return "", ""
-    floor = (weights + values["read_bytes"]) / result["bandwidth"]
-    return f"{1e3 * floor:.3g}", f"{floor / values['step_seconds']['median']:.0%}"
+        return None
+    return float((weights + values["read_bytes"]) / result["bandwidth"])
 
 
 def faster(compiled: Result) -> Result:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from arch.convert import TensorReader
 from train.errors import TrainingError
-from train.tensor_pieces import DTYPE_NAMES, Layout, StoredTensor, open_file, write_file
+from train.hub import request
+from train.tensor_pieces import COMPUTE_DTYPES, DTYPE_NAMES, Layout, StoredTensor, open_file, write_file
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # that can be written
+DTYPES = {name: COMPUTE_DTYPES[name] for name in request.DTYPE_NAMES}  # that can be written
 
 
 class SafetensorsReader:
