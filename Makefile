@@ -25,7 +25,7 @@ DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 help:
 	@sed -n '/^#/s/^# \{0,1\}//p' Makefile
 
-# The pip that comes with Python 3.11 takes twice as long to resolve as a new one.
+# The pip that comes with Python 3.11 takes twice as long to resolve as a new one, but does where there is no other.
 #
 # pip takes torch from the package index, which on Linux is the CUDA build; for the small CPU build:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make env
@@ -33,7 +33,7 @@ env: $(BIN)/.ready
 $(BIN)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade pip
+	-$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -166,7 +166,7 @@ STEP_KERNELS = (
         widths=range(16, 257),
         growing=False,  # or compiled each time
     ),
-    StepKernel("sdpa", sdpa_step),
+    StepKernel("sdpa", sdpa_step, widths=range(1 << 16)),  # 0: latents, whose reader takes the mask alone
 )
 
 
