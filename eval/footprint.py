@@ -256,7 +256,6 @@ def show_released(config: DictConfig, choices: Choices) -> None:
     context = RELEASED_CONTEXT if options.context is None else options.context
     check_counts(context, options.itemsize)
     given = options.hf.strip()
-    several = given == "all" or given.startswith("[")
     names = shipped() if given == "all" else [name.strip() for name in given.strip("[]").split(",") if name.strip()]
     if not names:
         raise UsageError(f"hf={given} names no model; one of configs/released is {shipped()[0]}")
@@ -267,7 +266,7 @@ def show_released(config: DictConfig, choices: Choices) -> None:
     console = PlainConsole()
     console.print(table_of_released(models, context, options.itemsize))
     console.print(RELEASED_MEANING)
-    if several:
+    if given == "all" or given.startswith("[") or len(models) > 1:
         return
     (model,) = models
     console.print("\n".join(model_remarks(model)), end="\n" if model_remarks(model) else "")

@@ -22,7 +22,7 @@ from arch import KVPlan
 from arch.named import CONFIGS
 from data.cli import did_you_mean
 from eval.released.defaults import DEFAULTS
-from eval.released.keys import Keys, ReleasedError
+from eval.released.keys import Keys, ReleasedError, shown
 from eval.released.rules import TEXT_TYPES, TYPES, UNFIGURED
 from eval.released.stores import Layer, assemble
 
@@ -49,7 +49,8 @@ def released(config: Any, name: str) -> Released:
         raise ReleasedError(f"{name}: a config.json is an object of keys, not {type(config).__name__}")
     text = config.get("text_config")
     values = text if isinstance(text, dict) else config
-    kind = values.get("model_type") or TEXT_TYPES.get(config.get("model_type", ""))
+    whole = config.get("model_type")
+    kind = values.get("model_type") or (TEXT_TYPES.get(whole) if isinstance(whole, str) else None)
     kind = TEXT_TYPES.get(kind, kind) if isinstance(kind, str) else None
     if kind is None:
         raise ReleasedError(f"{name}: model_type is missing; it says how the other keys are to be read")
@@ -58,7 +59,7 @@ def released(config: Any, name: str) -> Released:
     if kind not in TYPES:
         known = ", ".join(sorted(TYPES))
         raise ReleasedError(
-            f"{name}: model_type {kind} is not understood{did_you_mean(kind, list(TYPES))} Known: {known}"
+            f"{name}: model_type {shown(kind)} is not understood{did_you_mean(kind, list(TYPES))} Known: {known}"
         )
     rule, names = TYPES[kind]
     keys = Keys(f"{name} ({kind})", values, DEFAULTS.get(kind, {}), names)

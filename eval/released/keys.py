@@ -7,6 +7,7 @@ from typing import Any
 from data.cli import UsageError
 
 LARGEST = 1 << 24  # of a count or a width in a config.json
+MOST_LAYERS = 1 << 14
 
 # Keys of such names may decide what is cached: one that no rule has read is refused.
 SUSPECT = re.compile(
@@ -25,6 +26,11 @@ HARMLESS = re.compile(
 
 class ReleasedError(UsageError):
     """A config.json whose cache cannot be figured; the message names the file, the key, and the fix."""
+
+
+def shown(name: str) -> str:
+    """The beginning of a name out of a file, as one line."""
+    return repr(name)[1:-1][:60]
 
 
 class Keys:
@@ -47,15 +53,18 @@ class Keys:
         return value
 
     def refuse(self, key: str, problem: str) -> ReleasedError:
-        return ReleasedError(f"{self.where}: {self.names.get(key, key)} {problem}")
+        return ReleasedError(f"{self.where}: {shown(self.names.get(key, key))} {problem}")
 
     def optional(self, key: str, least: int = 1) -> int | None:
         """A count, or None where the key is null or missing."""
         value = self.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-            raise self.refuse(key, f"is {value!r}; a whole number of at least {least} belongs there")
+        most = MOST_LAYERS if key in ("num_hidden_layers", "num_layers") else LARGEST
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.refuse(
+                key, f"is {value!r:.60}; a whole number of at least {least}, at most {most:,}, belongs there"
+            )
         return value
 
     def count(self, key: str, least: int = 1) -> int:
@@ -67,7 +76,7 @@ class Keys:
     def flag(self, key: str) -> bool:
         value = self.get(key)
         if value not in (None, True, False):
-            raise self.refuse(key, f"is {value!r}; true or false belongs there")
+            raise self.refuse(key, f"is {value!r:.60}; true or false belongs there")
         return bool(value)
 
     def entries(self, key: str, length: int | None, kind: type) -> list[Any] | None:

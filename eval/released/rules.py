@@ -66,7 +66,7 @@ def layer_types(keys: Keys, default: Callable[[int], str], known: Sequence[str] 
     types = [default(layer) for layer in range(number)] if types is None else [OLD_NAMES.get(t, t) for t in types]
     for kind in types:
         if kind not in known:
-            raise keys.refuse("layer_types", f"has {kind!r}; of this type, {', '.join(known)} are understood")
+            raise keys.refuse("layer_types", f"has {kind!r:.60}; of this type, {', '.join(known)} are understood")
     return types
 
 
@@ -188,7 +188,7 @@ def exaone4(keys: Keys) -> Sequence[Layer | None]:
     """Without a window every layer is full; the pattern may be the number of layers of a period, or its letters."""
     window, pattern = keys.optional("sliding_window"), keys.get("sliding_window_pattern")
     if pattern is not None and not isinstance(pattern, int) and keys.get("layer_types") is None:
-        raise keys.refuse("sliding_window_pattern", f"is {pattern!r}; without layer_types, a number is understood")
+        raise keys.refuse("sliding_window_pattern", f"is {pattern!r:.60}; without layer_types, a number is understood")
     period = pattern if isinstance(pattern, int) and pattern and window else 1
     types = layer_types(keys, lambda layer: every(period, layer))
     return of_types(keys, types, {FULL: lambda: full(keys), SLIDING: lambda: sliding(keys)})
@@ -468,7 +468,7 @@ def nemotron_h(keys: Keys) -> Sequence[Layer | None]:
     types = [OLD_NAMES.get(kind, kind) for kind in types]
     for kind in types:
         if kind not in NEMOTRON.values():
-            raise keys.refuse("layer_types", f"has {kind!r}; {', '.join(NEMOTRON.values())} are understood")
+            raise keys.refuse("layer_types", f"has {kind!r:.60}; {', '.join(NEMOTRON.values())} are understood")
     keys.same("num_hidden_layers", len(types), "the number of layers that are listed")
     keys.ignore("mtp_layers_block_type", "mtp_hybrid_override_pattern", "mamba_num_groups")
     if keys.optional("sliding_window") is not None:
