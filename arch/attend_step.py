@@ -11,7 +11,7 @@ width.
 import functools
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -118,12 +118,14 @@ def kvcache_missing(version: int) -> str | None:
 class StepKernel(ClaimedKernel):
     """A kernel of decoding steps, and its claims.
 
+    widths   0 is that of a latent store, whose readers have queries of another width
     gaps     what a row sees may have gaps
     uneven   keys and values may be of different widths
     growing  the number of slots may change from token to token
     traced   it may be part of compiled code, and so may be looked for there
     """
 
+    widths: range = field(default=range(1 << 16), kw_only=True)
     gaps: bool = True
     uneven: bool = True
     growing: bool = True
