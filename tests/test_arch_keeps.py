@@ -40,7 +40,11 @@ class Seen:
 def layers() -> list[tuple[Tensor, Tensor, Tensor]]:
     """(keys [B, S, K, H], attention [B, N, T, S], its mean over the heads of a group) of each layer of the model that
     was recorded."""
-    model, seen = record_keeps.model(), Seen()
+    return observed(record_keeps.model())
+
+
+def observed(model: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    seen = Seen()
     form = Dense(causal=True, allowed=None)
     with torch.no_grad():
         model.run(model.embed(record_keeps.prompt()), masks=[attend.Mask(seen, form)] * 2)
@@ -108,9 +112,11 @@ def test_counts_by_hand() -> None:
     weight = torch.tensor([[[[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], [[0.9, 0.1, 0.0], [0.4, 0.35, 0.25]]]])
     causal = torch.tensor([[True, True, False], [True, True, True]])
     rows = scores.observe(weight, causal, 1)
+    assert rows.above.tolist() == [[[[2, 1, 0], [1, 1, 1]]]]
     assert rows.below.tolist() == [[[[0, 1, 0], [1, 1, 1]]]]
     torch.testing.assert_close(rows.weight, weight.mean(dim=1, keepdim=True))
     assert scores.scissorhands_scores(rows.below).tolist() == [[[-1, -2, -1]]]
+    assert scores.corm_kept(rows.above[:, :, :1]).tolist() == [[[True, True, False]]]
 
 
 def test_selection_protects_and_pads() -> None:
@@ -129,6 +135,8 @@ def test_selection_protects_and_pads() -> None:
         assert chosen[:, 0].tolist() == want, budget
     each = scores.select(score, at, torch.tensor([1, 3]))
     assert each[:, 0].tolist() == [[1, EMPTY, EMPTY], [3, 4, 5]], "rows have budgets of their own"
+    marked = scores.select_marked(score > 1.5, at)
+    assert marked[:, 0].tolist() == [[1, 3, 4, 5], [4, EMPTY, EMPTY, EMPTY]]
 
 
 def test_random_scores_depend_on_positions_alone() -> None:
@@ -220,7 +228,10 @@ def test_readers_of_a_store_score_it_together() -> None:
 def test_padding_is_never_kept(name: str) -> None:
     """A row padded on the left keeps the tokens that it keeps alone."""
     model, batch = build(small(name)), tokens(2, 20)
-    for text in ("random@9", "knorm@9", "snapkv@9(window=3)", "h2o@9", "scissorhands@9(recent=2,history=8)"):
+    for text in (
+        *("random@9", "knorm@9", "snapkv@9(window=3)", "h2o@9", "scissorhands@9(recent=2,history=8)"),
+        "corm(window=4)",
+    ):
         ragged = compressed(model, batch, text, start=(0, 6))
         alone = compressed(model, batch[1:, 6:], text)
         for one, other in zip(ragged.buffers, alone.buffers, strict=True):
@@ -256,3 +267,56 @@ def test_caches_count_the_attention_of_a_prompt(layers: list[tuple[Tensor, Tenso
         for row in range(2):
             for buffer, score in ((by_sum, mean.sum(dim=2)), (by_count, count)):
                 assert kept_of(buffer, row) == kept(score[..., : LENGTH - recent], 4, 0, BUDGET - recent)[row]
+
+
+def test_prefix_budgets_share_one_threshold() -> None:
+    """Against every threshold tried one by one, over stores with slots of unlike size."""
+    generator = torch.Generator().manual_seed(0)
+    importance = [torch.rand(n, generator=generator).double() ** power for n, power in ((20, 1), (20, 8), (12, 3))]
+    sizes = [2, 3, 5]
+    shares = [x.sort(descending=True).values.cumsum(0) / x.sum() for x in importance]
+    for budget, least in ((0, 0), (7, 0), (60, 2), (90, 0), (100, 2), (1000, 1)):
+        best = [least] * 3
+        for threshold in torch.cat(shares).sort().values:
+            counts = [max(least, int((share < threshold).sum()) + 1) for share in shares]
+            if sum(n * size for n, size in zip(counts, sizes, strict=True)) <= budget:
+                best = counts
+        want = best if budget < 160 else [20, 20, 12]
+        assert scores.prefix_budgets(importance, sizes, budget, least) == want, budget
+    assert scores.prefix_budgets([torch.zeros(8), torch.zeros(8)], [1, 1], 9) == [4, 4], "nobody looked"
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_stores_share_a_budget(chunk: int | None) -> None:
+    """PrefixKV over a prompt: numbers of slots and chosen positions from the whole attention; no more than an even
+    budget together, and not the same for both stores."""
+    model = record_keeps.model()
+    model.layers[0].reader.q_proj.weight.data *= 0.1  # it looks at everything
+    cache = compressed(model, record_keeps.prompt(), "prefixkv@16(sinks=1,recent=5)", chunk)
+    columns = [mean.sum(dim=2)[..., : LENGTH - 5] for _, _, mean in observed(model)]
+    shares = []
+    for column in columns:
+        ordered = column.sum(dim=1).sort(descending=True).values
+        shares.append((ordered / ordered.sum(dim=1, keepdim=True)).mean(dim=0).cumsum(0))
+    most = max(
+        (c for t in torch.cat(shares) if sum(c := [int((s < t - 1e-12).sum()) + 1 for s in shares]) <= 22), key=sum
+    )
+    assert list(cache.chosen_slots) == most and most[0] != most[1] and 20 <= sum(most) <= 22
+    for column, buffer, count in zip(columns, cache.buffers, most, strict=True):
+        for row in range(2):
+            assert kept_of(buffer, row) == kept(column, 1, 0, count)[row]
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_what_no_query_gave_the_average_goes(layers: list[tuple[Tensor, Tensor, Tensor]], chunk: int | None) -> None:
+    """CORM over a prompt: a position stays where one of the last queries, of a head of the group, gave it the average
+    over what it saw."""
+    cache = compressed(record_keeps.model(), record_keeps.prompt(), "corm(sinks=1,window=6)", chunk)
+    for (_, weight, _), buffer in zip(layers, cache.buffers, strict=True):
+        counts = []
+        for row, head in ((row, head) for row in range(2) for head in range(2)):
+            last = weight[row, 2 * head : 2 * head + 2, -6:] * torch.arange(LENGTH - 5, LENGTH + 1)[:, None]
+            want = [s for s in range(LENGTH - 6) if s < 1 or bool((last[:, :, s] >= 1).any())]
+            assert kept_of(buffer, row)[head] == want
+            counts.append(len(want))
+        assert buffer.chosen_slots == max(counts) and len(set(counts)) > 1

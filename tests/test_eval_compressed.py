@@ -29,6 +29,7 @@ from train.subjects import data_of_run, open_subject
 OLD = ROOT / "tests" / "golden" / "old"
 CODED = "int4(group=4,recent=2)+streaming@50%"
 WIDE = "int4(recent=0)"  # its blocks of 32 tokens are wider than the windows
+COUNTED = "corm(window=2)"  # its bytes depend on the text
 FEW = ["compressed.windows=4", "compressed.pairs=2", "compressed.length=16", "compressed.sequences=4", "device=cpu"]
 
 
@@ -40,7 +41,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for run in ("run-mixattention", "run-block"):
-            main([f"checkpoint={run}", f"cache=[none,streaming@100%,streaming@50%,{CODED},{WIDE}]", *FEW])
+            main([f"checkpoint={run}", f"cache=[none,streaming@100%,streaming@50%,{CODED},{WIDE},{COUNTED}]", *FEW])
     return folder
 
 
@@ -51,13 +52,17 @@ def entries(run: Path) -> dict:
 @pytest.mark.parametrize("run", ["run-mixattention", "run-block"])
 def test_every_method_has_its_figures_and_its_bytes(run: str, old: Path) -> None:
     found = entries(old / run)
-    names = ["compressed", *(f"compressed[{method}]" for method in ("streaming@100%", "streaming@50%", CODED, WIDE))]
+    names = [
+        "compressed",
+        *(f"compressed[{method}]" for method in ("streaming@100%", "streaming@50%", CODED, WIDE, COUNTED)),
+    ]
     assert list(found) == names and "method" not in found["compressed"] and found[names[3]]["method"] == CODED
     assert len({entry["digest"] for entry in found.values()}) == 1, "the method is no option of the protocol"
-    none, full, half, both, wide = (found[name]["figures"] for name in names)
+    none, full, half, both, wide, counted = (found[name]["figures"] for name in names)
     assert full == none, "a full budget changes no bit"
     for figures in (none, full, half, both, wide):
         assert figures["end_bytes"] == figures["formula_bytes"] <= figures["peak_bytes"]
+    assert "formula_bytes" not in counted and 0 < counted["end_bytes"] <= counted["peak_bytes"]
     assert both["end_bytes"] < none["end_bytes"] and half["mean_bytes"] < none["mean_bytes"]
     written = json.loads((old / run / "evaluations" / "compressed-streaming@50%.json").read_text())
     assert written["cache"] == "streaming@50%" and len(written["samples"]["loss"]) == 4
@@ -189,7 +194,7 @@ def test_a_method_that_a_layout_does_not_take_is_refused_before_any_work(
 
 def test_points_of_methods_stand_beside_those_of_their_runs(old: Path, capsys: pytest.CaptureFixture) -> None:
     runs = find_runs([old / "run-mixattention", old / "run-block"], finished=True)
-    assert methods_of(runs) == ["none", CODED, WIDE, "streaming@100%", "streaming@50%"]
+    assert methods_of(runs) == ["none", COUNTED, CODED, WIDE, "streaming@100%", "streaming@50%"]
     assert evaluations(runs[0], CODED)["compressed/loss"] > 0
     pareto.main([str(run.folder) for run in runs] + ["list=true"])
     shown = capsys.readouterr().out
@@ -198,7 +203,7 @@ def test_points_of_methods_stand_beside_those_of_their_runs(old: Path, capsys: p
     pareto.main([*(str(run.folder) for run in runs), *words])
     with (old / "out" / "pareto.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 5 and {row["method"] for row in rows} == set(methods_of(runs))
+    assert len(rows) == 2 * 2 * 6 and {row["method"] for row in rows} == set(methods_of(runs))
     one = next(row for row in rows if row["method"] == "streaming@50%" and row["name"] == "mixattention-tiny")
     assert float(one["x"]) == 464 and one["kv_read"] == "" and int(one["bytes"]) < 768
     pareto.main([str(run.folder) for run in runs] + [f"out={old / 'plain'}"])

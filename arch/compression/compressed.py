@@ -18,7 +18,16 @@ from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
-from .keeps import H2OBuffer, KnormBuffer, RandomBuffer, ScissorhandsBuffer, SnapBuffer
+from .keeps import (
+    CormBuffer,
+    H2OBuffer,
+    KnormBuffer,
+    PrefixBuffer,
+    RandomBuffer,
+    ScissorhandsBuffer,
+    SnapBuffer,
+    share_budget,
+)
 from .layout import acts, check_method, tensor_layouts
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, KeptBuffer
@@ -34,6 +43,8 @@ KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {
     "snapstream": SnapBuffer,
     "h2o": H2OBuffer,
     "scissorhands": ScissorhandsBuffer,
+    "prefixkv": PrefixBuffer,
+    "corm": CormBuffer,
     "think": ThinkBuffer,
     "zipcache": ZipCacheBuffer,
 }
@@ -72,6 +83,12 @@ class CompressedCache(Cache):
         return [buffer for buffer in buffers if isinstance(buffer, KeptBuffer)]
 
     @property
+    def chosen_slots(self) -> tuple[int | None, ...]:
+        """Slots of each store that its keep chose besides the newest; None where it did not act, or not yet."""
+        buffers: tuple[Any, ...] = self.buffers
+        return tuple(buffer.chosen_slots if isinstance(buffer, KeptBuffer) else None for buffer in buffers)
+
+    @property
     def takes_rows(self) -> bool:
         return False
 
@@ -86,6 +103,9 @@ class CompressedCache(Cache):
     def compress(self) -> None:
         """Apply the keep to the tokens that are there, and code what was whole until now."""
         buffers: list[Any] = list(self.buffers)
+        shared = [buffer for buffer in self.kept if isinstance(buffer, PrefixBuffer) and buffer.drops(self.length)]
+        if shared:
+            share_budget(shared, self.length, self.start_B)
         for place, buffer in enumerate(buffers):
             if isinstance(buffer, KeptBuffer) and buffer.whole is not None:
                 buffers[place] = buffer.compress(self.length, self.start_B)
@@ -140,6 +160,12 @@ class CompressedCache(Cache):
 @dataclass
 class CompressedBlockCache(BlockCache):
     """A BlockCache whose caches are compressed: a keep acts on the blocks, whose positions grow with the context."""
+
+    @property
+    def chosen_slots(self) -> tuple[int | None, ...]:
+        """As CompressedCache.chosen_slots, of the block decoder."""
+        assert isinstance(self.blocks, CompressedCache)
+        return self.blocks.chosen_slots
 
     @property
     def takes_rows(self) -> bool:

@@ -6,6 +6,8 @@ it is compressed.
 Shapes: B batch, T queries, S slots, K key/value heads, C chosen slots.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from torch.nn import functional as F
 from ..buffers import repeat_row
 from ..masks import Dense
 from ..precision import at_least_fp32
-from .layout import Kept, position_heads
+from .layout import POSITION_BYTES, Kept, kept_slots, position_heads
 from .scores import (
     EMPTY,
     attention_weights,
+    corm_kept,
     knorm_scores,
     observe,
+    prefix_budgets,
     random_scores,
     scissorhands_scores,
     select,
+    select_marked,
     snapkv_scores,
 )
 from .small_buffers import KeptBuffer
@@ -40,15 +45,20 @@ class ScoredBuffer(KeptBuffer):
 
     def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
         """[B, K, C] tokens as KeptBuffer.choose; fewer where no row has so many."""
-        assert self.whole is not None and self.method.keep is not None
-        tensor = self.whole.tensors[0]
-        index = torch.arange(length - kept.newest, device=tensor.device)
-        position = index.expand(len(tensor), -1) if start_B is None else (index - start_B[:, None]).clamp(min=EMPTY)
-        position_BKS = position[:, None].expand(-1, position_heads(self.store), -1)
-        budget_B = torch.full((len(tensor),), kept.chosen, device=tensor.device)
+        assert self.method.keep is not None
+        position_BKS = self.positions(length - kept.newest, start_B)
+        budget_B = torch.full((len(position_BKS),), kept.chosen, device=position_BKS.device)
         score = self.score(position_BKS, kept.newest)
         chosen = select(score, position_BKS, budget_B, sinks=self.method.keep.options["sinks"])
         return F.pad(chosen, (0, kept.chosen - chosen.shape[-1]), value=EMPTY)
+
+    def positions(self, count: int, start_B: Tensor | None) -> Tensor:
+        """[B, K, S] positions in their rows of the first `count` tokens, EMPTY for padding."""
+        assert self.whole is not None
+        tensor = self.whole.tensors[0]
+        index = torch.arange(count, device=tensor.device)
+        position = index.expand(len(tensor), -1) if start_B is None else (index - start_B[:, None]).clamp(min=EMPTY)
+        return position[:, None].expand(-1, position_heads(self.store), -1)
 
 
 class RandomBuffer(ScoredBuffer):
@@ -176,3 +186,82 @@ class ScissorhandsBuffer(AttentionBuffer):
 
     def score(self, position_BKS: Tensor, newest: int) -> Tensor:
         return scissorhands_scores(self.told(position_BKS)[..., : position_BKS.shape[-1]])
+
+
+class PrefixBuffer(H2OBuffer):
+    """PrefixKV: chosen by the attention of all queries, as H2O; how many, `share_budget` says."""
+
+    budget = 0
+
+    def importance(self, length: int, start_B: Tensor | None) -> Tensor:
+        """[S] share of attention that the tokens before the newest get, from the greatest: a mean over the rows, each
+        of which sums to 1, of a sum over heads."""
+        newest = self.uniform(length).newest
+        score_BKS = self.score(self.positions(length - newest, start_B), newest).double()
+        ordered_BS = score_BKS.sum(dim=1).sort(dim=-1, descending=True).values
+        return (ordered_BS / ordered_BS.sum(dim=-1, keepdim=True).clamp(min=1e-30)).mean(dim=0)
+
+    def drops(self, length: int) -> bool:
+        """Whether something of `length` tokens goes, if all stores have the same budget, and did not go yet."""
+        return self.whole is not None and self._kept(length) is not None
+
+    def uniform(self, length: int) -> Kept:
+        """The slots of the store if all had the same budget."""
+        kept = self._kept(length)
+        assert kept is not None
+        return kept
+
+    def _kept(self, length: int) -> Kept | None:
+        assert self.whole is not None and self.method.keep is not None
+        return kept_slots(self.store, self.method.keep, length, self.whole.tensors[0].element_size())
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a chosen slot without a codec, and of its positions."""
+        assert self.whole is not None
+        elements = self.store.slot.elements * self.whole.tensors[0].element_size()
+        return elements + position_heads(self.store) * POSITION_BYTES
+
+    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
+        return super().choose(replace(kept, chosen=self.budget), length, start_B)
+
+
+def share_budget(buffers: Sequence[PrefixBuffer], length: int, start_B: Tensor | None) -> None:
+    """Set the budgets of the stores, of which each would drop something of `length` tokens with the same budget.
+
+    Together they have no more bytes than with that. All rows of a batch have the same budgets, as a tensor has one
+    length.
+    """
+    even = [buffer.uniform(length).chosen for buffer in buffers]
+    sizes = [buffer.slot_bytes for buffer in buffers]
+    keep = buffers[0].method.keep
+    assert keep is not None
+    budgets = prefix_budgets(
+        [buffer.importance(length, start_B) for buffer in buffers],
+        sizes,
+        sum(count * size for count, size in zip(even, sizes, strict=True)),
+        least=min(keep.options["sinks"], *even),
+    )
+    for buffer, budget in zip(buffers, budgets, strict=True):
+        buffer.budget = budget
+
+
+class CormBuffer(AttentionBuffer):
+    """CORM: a position goes when none of the last queries gave it the average, whatever head of a group and reader.
+
+    They are the queries of the newest tokens, which stay. There are as many slots as in the row and head with most.
+    """
+
+    @property
+    def window(self) -> int:
+        assert self.method.keep is not None
+        return int(self.method.keep.options["window"])
+
+    def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
+        return observe(weight_BNTS, allowed, position_heads(self.store)).above.float()
+
+    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
+        assert self.method.keep is not None
+        position_BKS = self.positions(length - kept.newest, start_B)
+        marked = corm_kept(self.told(position_BKS)[..., : position_BKS.shape[-1]])
+        return select_marked(marked | (position_BKS < self.method.keep.options["sinks"]), position_BKS)

@@ -4,13 +4,14 @@ Tokens leave the newest, which are whole, in blocks; a block is stored as intege
 cache of a store holds every position its blocks lie in order, else in a ring.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..block_plan import BlockPlan, Plan
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
 from ..stores import StoreSpec
-from .method import CacheMethod, CodecSpec, KeepSpec
+from .method import BY_CONTENT, CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16
 POSITION_BYTES = 4  # positions of kept slots, or numbers of kept channels, are int32
@@ -164,7 +165,8 @@ class Kept:
 def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> Kept | None:
     """Slots of a store after `keep` acted on a prompt; None: everything stays, and nothing changes.
 
-    A budget in bytes is one of slots as they are without a codec.
+    A budget in bytes is one of slots as they are without a codec. Where the text decides, `chosen` is that of an even
+    budget (PrefixKV), or the most that there can be (CORM).
     """
     if keep.name == "think":
         recent, width = keep.options["recent"], store.slot.k_dim
@@ -174,6 +176,9 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
         recent, chosen = keep.options["recent"], prompt - keep.options["recent"]
         salient = max(0, int(chosen * keep.options["salient"]))
         return None if chosen < 1 else Kept(chosen, recent, None, 0, salient, keep.options["group"], recent)
+    if keep.name == "corm":
+        newest = keep.options["window"]
+        return None if prompt <= newest else Kept(prompt - newest, newest)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if budget >= prompt:
@@ -181,10 +186,15 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
     if keep.name == "streaming":
         sinks = min(keep.options["sinks"], budget - 1)
         return Kept(sinks, budget - sinks, budget - sinks)
-    protected: int = keep.options["window" if "window" in keep.options else "recent"]
+    protected = keep.options["window" if "window" in keep.options else "recent"]
     newest = min(protected, max(1, budget // 2))
     ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
     return Kept(budget - newest, newest, ring)
+
+
+def has_formula(method: CacheMethod) -> bool:
+    """Whether bytes follow from the length of the prompt, and not from its text alone."""
+    return method.keep is None or method.keep.name not in BY_CONTENT or method.keep.budget is not None
 
 
 def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
@@ -217,8 +227,18 @@ def kept_layouts(
     )
 
 
-def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: int | None, itemsize: int) -> int:
-    """Bytes of one store of one sequence; `prompt` None: before compression, else after that of as many tokens."""
+def store_bytes(
+    store: StoreSpec,
+    method: CacheMethod,
+    capacity: int,
+    prompt: int | None,
+    itemsize: int,
+    chosen: int | None = None,
+) -> int:
+    """Bytes of one store of one sequence; `prompt` None: before compression, else after that of as many tokens.
+
+    `chosen`: slots that the cache chose, where that depends on the text.
+    """
     if not store.masked:
         return store.nbytes(capacity, itemsize)
     kept = None
@@ -232,6 +252,8 @@ def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: in
             return store.nbytes(capacity, itemsize)
         return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, method.codec, capacity, store.window))
     assert prompt is not None
+    if chosen is not None:
+        kept = replace(kept, chosen=chosen)
     parts = kept_layouts(store, method.codec, kept, capacity, prompt)
     numbers = kept.channels or kept.chosen
     return numbers * position_heads(store) * POSITION_BYTES + sum(
@@ -240,27 +262,49 @@ def store_bytes(store: StoreSpec, method: CacheMethod, capacity: int, prompt: in
 
 
 def stack_bytes(
-    stack: StackPlan, plan: KVPlan, method: CacheMethod, capacity: int, prompt: int | None, itemsize: int
+    stack: StackPlan,
+    plan: KVPlan,
+    method: CacheMethod,
+    capacity: int,
+    prompt: int | None,
+    itemsize: int,
+    chosen: Sequence[int | None] | None = None,
 ) -> int:
-    stores = sum(store_bytes(store, method, capacity, prompt, itemsize) for store in plan.stores)
+    stores = sum(
+        store_bytes(store, method, capacity, prompt, itemsize, count)
+        for store, count in zip(plan.stores, chosen or [None] * len(plan.stores), strict=True)
+    )
     return stores + cross_bytes(stack, itemsize)
 
 
 def compressed_bytes(
-    plan: Plan, method: CacheMethod, batch: int, capacity: int, *, prompt: int | None = None, itemsize: int = 2
+    plan: Plan,
+    method: CacheMethod,
+    batch: int,
+    capacity: int,
+    *,
+    prompt: int | None = None,
+    itemsize: int = 2,
+    chosen: Sequence[int | None] | None = None,
 ) -> int:
     """Bytes of the tensors of a compressed cache for `batch` sequences of up to `capacity` tokens.
 
     `prompt` None: before `compress`; else after it, called when the cache held as many tokens. A Block Transformer's
-    keep acts on its block decoder, whose positions are blocks.
+    keep acts on its block decoder, whose positions are blocks. `chosen`: `CompressedCache.chosen_slots`, where the text
+    decides how many there are; without, PrefixKV has the bytes of an even budget, of which it takes no more.
+
+    Raises ValueError where the text decides and `chosen` is missing (CORM).
     """
+    if method.keep is None or method.keep.name not in BY_CONTENT:
+        chosen = None
+    elif prompt is not None and chosen is None and not has_formula(method):
+        raise ValueError(f"{method.text}: bytes depend on the text, not on its length alone; measure them")
     if isinstance(plan, BlockPlan):
         blocks, tokens = plan.stacks
         length = plan.block_length
-        total = stack_bytes(
-            blocks, plan.block, method, capacity // length, None if prompt is None else prompt // length, itemsize
-        )
+        before = None if prompt is None else prompt // length
+        total = stack_bytes(blocks, plan.block, method, capacity // length, before, itemsize, chosen)
         codec_only = CacheMethod(method.text, method.codec)
         total += stack_bytes(tokens, plan.token, codec_only, plan.num_positions, prompt, itemsize)
         return batch * total
-    return batch * stack_bytes(plan.stacks[0], plan, method, capacity, prompt, itemsize)
+    return batch * stack_bytes(plan.stacks[0], plan, method, capacity, prompt, itemsize, chosen)

@@ -35,7 +35,7 @@ CHOICES = {"keys": ("channel", "token")}
 #   sinks   first tokens of a row that always stay
 #   recent  newest tokens of the prompt that always stay as they are; with a budget at most half of it, towards which
 #           they and the sinks count
-#   window  last queries of the prompt that decide; SnapKV's tokens of theirs always stay, as the recent
+#   window  last queries of the prompt that decide; SnapKV's and CORM's tokens of theirs always stay, as the recent
 #   kernel  slots over which scores are pooled
 #   ring    newest tokens that stay while later ones are added; those that were chosen in the prompt stay for good
 #   history queries among which is counted how often a position gets less attention than average
@@ -55,10 +55,17 @@ KEEPS: dict[str, dict[str, Value]] = {
     "snapstream": {**_SNAP, "ring": 64},
     "h2o": _SCORED,
     "scissorhands": {**_SCORED, "history": 64},
+    "prefixkv": _SCORED,
+    "corm": {"sinks": 4, "window": 32, "merge": False},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
 }
-WITHOUT_BUDGET: frozenset[str] = frozenset({"think", "zipcache"})  # of which every token stays
+WITHOUT_BUDGET: dict[str, str] = {  # and why
+    "corm": "what stays depends on attention alone",
+    "think": "every token stays",
+    "zipcache": "every token stays",
+}
+BY_CONTENT: frozenset[str] = frozenset({"prefixkv", "corm"})  # the number of slots of a store depends on the text
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "KiB": 2**10, "MiB": 2**20}
 MOST = 1 << 24  # of a number in an option
@@ -189,7 +196,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
 def _budget(name: str, text: str | None) -> Budget | None:
     if name in WITHOUT_BUDGET:
         if text is not None:
-            raise ValueError(f"{name} takes no budget, every token stays; leave out @{text}, and see its options")
+            raise ValueError(f"{name} takes no budget, {WITHOUT_BUDGET[name]}; leave out @{text}, and see its options")
         return None
     example = f"{name}@25% of the prompt, {name}@256 tokens, or {name}@16KiB of each sequence and store"
     if text is None:

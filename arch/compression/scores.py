@@ -7,6 +7,7 @@ Shapes: B batch, T queries, S slots, N query heads, K key/value heads, H head, M
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,12 @@ class Rows(NamedTuple):
     """Attention of the queries of a reader to the slots, [B, K, T, S] each.
 
     weight  attention, mean over the query heads of a key/value head
-    below   number of query heads that gave a slot less than the average over the slots that they saw
+    above   number of query heads that gave a slot at least the average over the slots that they saw
+    below   number of those that gave less
     """
 
     weight: Tensor
+    above: Tensor
     below: Tensor
 
 
@@ -60,7 +63,7 @@ def observe(weight_BNTS: Tensor, allowed: Tensor, kv_heads: int) -> Rows:
     weight = weight_BNTS.view(batch, kv_heads, heads // kv_heads, queries, slots)
     seen = (allowed if allowed.ndim == 4 else allowed.expand(1, 1, queries, slots)).unsqueeze(2)
     below = (weight * seen.sum(dim=-1, keepdim=True) < 1) & seen
-    return Rows(weight.mean(dim=2), below.sum(dim=2))
+    return Rows(weight.mean(dim=2), (~below & seen).sum(dim=2), below.sum(dim=2))
 
 
 def snapkv_scores(weight_BKWS: Tensor, kernel: int, window: int) -> Tensor:
@@ -107,6 +110,11 @@ def scissorhands_scores(below_BKWS: Tensor) -> Tensor:
     return -below_BKWS.sum(dim=2).double()
 
 
+def corm_kept(above_BKWS: Tensor) -> Tensor:
+    """CORM (Dai et al. 2024): slots [B, K, S] to which a query of the window gave at least the average."""
+    return above_BKWS.sum(dim=2) > 0
+
+
 def select(score_BKS: Tensor, position_BKS: Tensor, budget_B: Tensor, sinks: int = 0, recent: int = 0) -> Tensor:
     """Indices [B, K, M] of the slots to keep, in the order of positions; M is the largest budget, and EMPTY fills up.
 
@@ -133,6 +141,46 @@ def select(score_BKS: Tensor, position_BKS: Tensor, budget_B: Tensor, sinks: int
     place = torch.where(wanted, position_BKS.gather(-1, chosen), torch.iinfo(position_BKS.dtype).max)
     by_position = place.argsort(dim=-1, stable=True)
     return torch.where(wanted, chosen.gather(-1, by_position), EMPTY)
+
+
+def select_marked(kept_BKS: Tensor, position_BKS: Tensor) -> Tensor:
+    """Indices [B, K, M] of marked slots that hold something, in the order of positions; M is the largest number of
+    them in a head, and EMPTY fills up."""
+    kept = kept_BKS & (position_BKS != EMPTY)
+    most = int(kept.sum(dim=-1).max()) if kept.numel() else 0
+    place = torch.where(kept, position_BKS, torch.iinfo(position_BKS.dtype).max)
+    order = place.argsort(dim=-1, stable=True)[..., :most]
+    return torch.where(kept.gather(-1, order), order, EMPTY)
+
+
+def prefix_budgets(
+    importance_XS: Sequence[Tensor], slot_bytes: Sequence[int], budget_bytes: int, least: int = 0
+) -> list[int]:
+    """PrefixKV (Wang et al. 2024): slots of each store, the fewest whose cumulative importance reaches one threshold.
+
+    The threshold is the highest at which all stores together take no more than `budget_bytes`; every store keeps
+    `least` of what it has in any case. `importance_XS`: a vector for each store; it is sorted and normalised here, and
+    where it is zero all slots are as important. What is left of the budget, less than the next step of the threshold
+    would take, is not used.
+    """
+    shares = []
+    for importance_S in importance_XS:
+        ordered = importance_S.double().sort(descending=True).values + torch.finfo(torch.float64).tiny
+        shares.append((ordered.cumsum(0) / ordered.sum()).cpu())
+    if sum(len(share) * size for share, size in zip(shares, slot_bytes, strict=True)) <= budget_bytes:
+        return [len(share) for share in shares]
+    thresholds = torch.cat([torch.zeros(1, dtype=torch.float64), *shares]).unique()  # type: ignore[no-untyped-call]
+
+    def counts(threshold: Tensor) -> list[int]:
+        reached = (int(torch.searchsorted(share, threshold)) + 1 if threshold > 0 else 0 for share in shares)
+        return [min(max(count, least), len(share)) for count, share in zip(reached, shares, strict=True)]
+
+    low, high = 0, len(thresholds)
+    while high - low > 1:
+        middle = (low + high) // 2
+        taken = sum(n * size for n, size in zip(counts(thresholds[middle]), slot_bytes, strict=True))
+        low, high = (middle, high) if taken <= budget_bytes else (low, middle)
+    return counts(thresholds[low])
 
 
 def merge_dropped(x_BSKH: Tensor, position_BKS: Tensor, chosen_BKM: Tensor) -> Tensor:

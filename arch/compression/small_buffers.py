@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H head, C chosen slots.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -188,6 +189,13 @@ class KeptBuffer:
             return self.later.tensors
         return *self.later.tensors, *self.chosen.tensors, self.position_BKC
 
+    @property
+    def chosen_slots(self) -> int | None:
+        """Slots of positions that were chosen; None before compression."""
+        if self.whole is not None:
+            return None
+        return 0 if self.position_BKC is None else self.position_BKC.shape[-1]
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         """Take note of the queries of one reader of the store, before compression or after it."""
 
@@ -216,8 +224,9 @@ class KeptBuffer:
             coded = CodedBuffer.allocate(tensor_layouts(self.store, codec, self.capacity), batch, dtype, device)
             coded.update(tuple(tensor[:, :length] for tensor in tensors), 0)
             return coded
-        chosen_layouts, later_layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
         position_BKC = self.choose(kept, length, start_B)
+        kept = replace(kept, chosen=position_BKC.shape[-1])
+        chosen_layouts, later_layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
         self.base = length - kept.newest
         self.later = CodedBuffer.allocate(later_layouts, batch, dtype, device)
         self.later.update(tuple(tensor[:, self.base : length] for tensor in tensors), 0)

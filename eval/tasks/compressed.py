@@ -80,22 +80,25 @@ class Options(TaskOptions):
 
 @dataclass
 class Bytes:
-    """Bytes of a cache for one sequence, as it goes on."""
+    """Bytes of a cache for one sequence, as it goes on, of several batches."""
 
-    end: float = 0.0
+    ends: list[float] = field(default_factory=list)
     peak: float = 0.0
     steps: list[float] = field(default_factory=list)
 
-    def see(self, cache: Any, rows: int, step: bool) -> None:
-        """Note the bytes of `cache` now, which holds `rows` sequences; of a `step` after the compression."""
-        self.end = cache.nbytes / rows
-        self.peak = max(self.peak, self.end)
+    def see(self, cache: Any, rows: int, step: bool, last: bool = False) -> None:
+        """Note the bytes of `cache` now, which holds `rows` sequences; of a `step` after the compression, the `last` of
+        its batch."""
+        now = cache.nbytes / rows
+        self.peak = max(self.peak, now)
         if step:
-            self.steps.append(self.end)
+            self.steps.append(now)
+        if last:
+            self.ends.append(now)
 
     def figures(self) -> dict[str, float]:
         return {
-            "end_bytes": self.end,
+            "end_bytes": math.fsum(self.ends) / len(self.ends),
             "mean_bytes": math.fsum(self.steps) / len(self.steps),
             "peak_bytes": self.peak,
         }
@@ -152,7 +155,7 @@ def through(
         for place in range(prefix, length):
             logits_B1V = subject.model.decode_step(tokens_BT[:, place : place + 1], cache)
             measure(logits_B1V[:, -1], place)
-            seen.see(cache, rows, step=True)
+            seen.see(cache, rows, step=True, last=place == length - 1)
 
 
 def of_text(subject: Subject, options: Options) -> TaskResult:
@@ -185,7 +188,10 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
     count, loss = len(means_N), means_N.mean().item()
     error = (means_N.std() / math.sqrt(count)).item() if count > 1 else math.nan
     rows = [row("text", f"{new} tokens after {prefix}", count, "loss", loss, loss - 1.96 * error, loss + 1.96 * error)]
-    figures = {"loss": loss, **seen.figures(), "formula_bytes": formula_bytes(subject, prefix, new, options.dtype)}
+    figures = {"loss": loss, **seen.figures()}
+    formula = formula_bytes(subject, prefix, new, options.dtype)
+    if formula is not None:
+        figures["formula_bytes"] = formula
     note = (
         f"text: {count} windows of {prefix:,} tokens, compression, and {new:,} tokens scored one by one, each window "
         "from scratch; the same windows for every model of this tokenizer and every method"
@@ -344,12 +350,14 @@ def right(subject: Subject, asked: Asked, part: str, dtype: str, seen: Bytes) ->
     return {"known": right_BT3 * known_BT1, "new": right_BT3 * ~known_BT1}
 
 
-def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float:
-    """Bytes that the formula gives for the cache of one window at its end."""
-    from arch.compression.layout import compressed_bytes
+def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:
+    """Bytes that the formula gives for the cache of one window at its end; None where the text decides them."""
+    from arch.compression.layout import compressed_bytes, has_formula
     from arch.footprint import allocated_bytes
 
     plan, itemsize = subject.model.plan, ITEMSIZES[dtype]
     if subject.method is None:
         return float(allocated_bytes(plan, 1, prefix + new, itemsize))
+    if not has_formula(subject.method):
+        return None
     return float(compressed_bytes(plan, subject.method, 1, prefix + new, prompt=prefix, itemsize=itemsize))

@@ -119,7 +119,10 @@ def compressed_tables(result: Result) -> list[str]:
                         f"`{method}`",
                         f"{1e3 * values['step_seconds']['median']:.3g}",
                         speed,
-                        *(bytes_text(values[key]) for key in ("cache_bytes", "formula_bytes")),
+                        *(
+                            bytes_text(values[key]) if key in values else "by text"
+                            for key in ("cache_bytes", "formula_bytes")
+                        ),
                         f"{values['cache_bytes'] / rivals[arch]['cache_bytes']:.0%}",
                     )
                 )

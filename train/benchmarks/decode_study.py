@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from arch import LanguageModel, ModelConfig, resolve
 from arch.compression.compressed import allocate_compressed
-from arch.compression.layout import check_method, compressed_bytes
+from arch.compression.layout import check_method, compressed_bytes, has_formula
 from arch.compression.method import CacheMethod, parse_method
 from arch.config import head_dim
 from arch.footprint import allocated_bytes, kv_bytes, max_batch, num_params
@@ -318,14 +318,11 @@ def measure(
             values["formula_bytes"] = allocated_bytes(plan, shape.batch, capacity, ITEMSIZE)
             values["read_bytes"] = shape.batch * kv_bytes(plan, capacity, ITEMSIZE).read
         elif peer in (options.cache or ()):
-            values["formula_bytes"] = compressed_bytes(
-                resolve(configs[arch]),
-                parse_method(peer),
-                shape.batch,
-                capacity,
-                prompt=shape.prompt,
-                itemsize=ITEMSIZE,
-            )
+            method, plan = parse_method(peer), resolve(configs[arch])
+            if has_formula(method):
+                values["formula_bytes"] = compressed_bytes(
+                    plan, method, shape.batch, capacity, prompt=shape.prompt, itemsize=ITEMSIZE
+                )
         elif not torch.equal(last[name], last[arch]):
             values["tokens_differ"] = "equal weights, and the last token is another: a tie of rounding"
     return results
