@@ -95,7 +95,9 @@ class LitModel(L.LightningModule):
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            head = cross_entropy_sum(self.model.select_targets(batch["targets"]), self.compiled)
+            positions = self.config.batch_size * self.config.size.seq_len if self.training else batch["inputs"].numel()
+            few = 2 * batch["step_targets"] < positions
+            head = cross_entropy_sum(self.model.select_targets(batch["targets"]), self.compiled, few)
             loss: Tensor = self.model(batch["inputs"], head=head, segment_ids_BT=batch["segment_ids_BT"])
         return loss
 

@@ -21,10 +21,13 @@ from train.schema import loss_rows
 NllAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+def cross_entropy_sum(
+    targets_BT: Tensor, compiled: bool = False, few: bool = False
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a head for `LanguageModel.forward`: the loss in nats, summed over the real targets (not IGNORE), in fp32.
 
-    `compiled`: elementwise operations on the logits of a chunk become one kernel.
+    `compiled`: elementwise operations on the logits of a chunk become one kernel. `few`: most targets are none, and no
+    logits are made there; on CUDA they are, since how many there are would have to be waited for.
     """
     softmax = fused_nll_and_gradient if compiled else nll_and_gradient
 
@@ -32,8 +35,9 @@ def cross_entropy_sum(targets_BT: Tensor, compiled: bool = False) -> Callable[[T
         if torch.is_autocast_enabled(x_BTD.device.type):
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-        if x_ND.device.type == "cpu" and 2 * (real_N := targets_N != IGNORE).sum() < len(targets_N):
-            x_ND, targets_N = x_ND[real_N], targets_N[real_N]  # no logits where few are wanted; on CUDA it would wait
+        if few and not x_ND.is_cuda:
+            real_N = targets_N != IGNORE
+            x_ND, targets_N = x_ND[real_N], targets_N[real_N]
         total: Tensor = LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, softmax)  # type: ignore[no-untyped-call]
         return total
 
