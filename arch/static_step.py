@@ -215,7 +215,9 @@ def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     if way not in WAYS:
         raise ValueError(f"steps is {way!r}; choose {', '.join(WAYS)}")
     cuda = model.output_weight.is_cuda
-    whole = isinstance(model, Decoder | BlockTransformer) and type(model.output_weight.data) is Tensor
+    # FSDP2 leaves the weights outside of blocks gathered after a forward pass: all are looked at.
+    in_one_piece = all(type(parameter.data) is Tensor for parameter in model.parameters())
+    whole = isinstance(model, Decoder | BlockTransformer) and in_one_piece
     if way == "auto":
         in_training = any(module._compiled_call_impl is not None for module in model.modules())
         way = "graph" if cuda and whole and not in_training else "plain"

@@ -206,15 +206,50 @@ class ValidationBatches:
             yield Scored(batch, torch.from_numpy(sizes_V)[batch["targets"].clamp(min=0)])
 
 
+class BatchScore(NamedTuple):
+    """Sums over a batch, as in Scores; and the loss of its targets, with those that count, [B, T] on the CPU."""
+
+    nats: float
+    tokens: int
+    text_bytes: float
+    repeated_nats: float
+    repeated: int
+    nats_BT: Tensor
+    real_BT: Tensor
+
+
+@torch.no_grad()
+def score_batch(subject: Subject, found: Scored) -> BatchScore:
+    """Score a batch by one forward pass."""
+    batch, device = found.batch, subject.device
+    ids_BT = batch["segment_ids_BT"]
+    on_device: Batch = {
+        "inputs": batch["inputs"].to(device),
+        "targets": batch["targets"].to(device),
+        "step_targets": batch["step_targets"],
+        "segment_ids_BT": None if ids_BT is None else ids_BT.to(device),
+    }
+    nats_BT, real_BT = (x.cpu() for x in score(subject.model, on_device))
+    again_BT = repeats(batch, subject.model.plan.target_offset) & real_BT
+    return BatchScore(
+        nats_BT.double().sum().item(),
+        int(real_BT.sum()),
+        (found.sizes_BT * real_BT).sum().item(),
+        nats_BT[again_BT].double().sum().item(),
+        int(again_BT.sum()),
+        nats_BT,
+        real_BT,
+    )
+
+
 @dataclass
 class Scores:
-    """Sums of the loss in nats, the scored tokens and their bytes of text; `add` takes a batch.
+    """Sums of the loss in nats, the scored tokens and their bytes of text.
 
     repeated, repeated_nats  tokens that end a pair of tokens seen before in the window, and their loss
     words, raw_bytes         of the text as it stands in the file, where those are to be counted
     """
 
-    subject: Subject
     nats: float = 0.0
     tokens: int = 0
     text_bytes: float = 0.0
@@ -224,24 +259,13 @@ class Scores:
     raw_bytes: int = 0
     scored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    @torch.no_grad()
-    def add(self, found: Scored) -> None:
-        batch, device = found.batch, self.subject.device
-        ids_BT = batch["segment_ids_BT"]
-        on_device: Batch = {
-            "inputs": batch["inputs"].to(device),
-            "targets": batch["targets"].to(device),
-            "step_targets": batch["step_targets"],
-            "segment_ids_BT": None if ids_BT is None else ids_BT.to(device),
-        }
-        nats_BT, real_BT = (x.cpu() for x in score(self.subject.model, on_device))
-        self.nats += nats_BT.double().sum().item()
-        self.tokens += int(real_BT.sum())
-        self.text_bytes += (found.sizes_BT * real_BT).sum().item()
-        again_BT = repeats(batch, self.subject.model.plan.target_offset) & real_BT
-        self.repeated += int(again_BT.sum())
-        self.repeated_nats += nats_BT[again_BT].double().sum().item()
-        self.scored.append((nats_BT, real_BT))
+    def add(self, batch: BatchScore) -> None:
+        self.nats += batch.nats
+        self.tokens += batch.tokens
+        self.text_bytes += batch.text_bytes
+        self.repeated_nats += batch.repeated_nats
+        self.repeated += batch.repeated
+        self.scored.append((batch.nats_BT, batch.real_BT))
 
     @property
     def loss(self) -> float:

@@ -11,6 +11,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from arch import ModelConfig, allocate, generate, static_step
 from arch import build as build_model
@@ -132,6 +133,15 @@ def test_compiled_code_writes_a_slot_without_copying_the_cache(shape: tuple[int,
     assert operators.count(torch.ops.aten.clone.default) == 1, graph.code
     write(*inputs)
     assert cache[:, 3].eq(1).all() and cache.sum() == inputs[1].numel()
+
+
+def test_a_model_of_which_a_part_is_elsewhere_takes_plain_steps() -> None:
+    """FSDP2 has the output matrix whole after a forward pass, and the blocks in parts."""
+    model = build(small("mha")).eval()
+    cache, norm = model.allocate_cache(1, 4), model.layers[0].attn_norm
+    norm.weight = torch.nn.Parameter(TwoTensor(norm.weight.detach(), norm.weight.detach()))
+    with pytest.raises(ValueError, match="needs a model in one piece, of which no process holds a part"):
+        step_fn(model, cache, "static")
 
 
 class FakeGraph:

@@ -3,16 +3,22 @@
 import csv
 import json
 import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import launch_in_process, weights
+from oracles import subject
 from test_train_command import SMALL
 
-from eval.tasks import TASKS
-from eval.tasks.task import Options, Subject, Task, TaskResult
+import arch
+from eval.tasks import TASKS, choose
+from eval.tasks.task import Options, Share, Subject, Task, TaskResult
 from train.pretrain import main
 from train.schema import EvalsConfig, PretrainConfig, evals_problems
 
@@ -26,6 +32,68 @@ def unruly(subject: Subject, options: Options) -> TaskResult:
     assert not subject.model.training
     tokens = subject.generate([[1, 2, 3], [4]], 4)
     return TaskResult({"tokens": float(sum(map(len, tokens)))})
+
+
+def shared(processes: int, lockstep: bool, run: Callable[[Share, list[int]], TaskResult]) -> list[tuple]:
+    """(result, lengths of its forward passes) of each of `processes`, which are threads here."""
+    barrier, parts = threading.Barrier(processes, timeout=60), [None] * processes
+
+    def gather(rank: int, mine: object) -> list:
+        parts[rank] = mine
+        barrier.wait()
+        found = list(parts)
+        barrier.wait()  # before anyone gives the next
+        return found
+
+    def one(rank: int) -> tuple:
+        passes: list[int] = []
+        return run(Share(rank, processes, partial(gather, rank), lockstep), passes), passes
+
+    with ThreadPoolExecutor(processes) as threads:
+        return list(threads.map(one, range(processes)))
+
+
+SHARED = {
+    "perplexity": ["perplexity.batch=1", "perplexity.window=32"],
+    "recall": ["recall.pairs=2,3", "recall.sequences=5", "recall.batch=1", "recall.kinds=gap,zoology"],
+    "copy": ["copy.lengths=4,6", "copy.sequences=4", "copy.batch=1"],
+    "induction": ["induction.length=12", "induction.sequences=5", "induction.batch=2"],
+    "needles": ["needles.kinds=passkey", "needles.depths=0,50", "needles.samples=1", "needles.lengths=320,20"],
+}
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_share_a_task(name: str, lockstep: bool, tmp_path: Path) -> None:
+    """Three give the result of one, to the last digit, and each makes fewer forward passes; as many as the others where
+    the model is in parts, and then all of them where a text decides how many there are."""
+    (chosen,) = choose([name], SHARED[name])
+    text = tmp_path / "a.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 4)
+    model = arch.build("cla2", "tiny", num_layers=2, vocab_size=300).eval()
+
+    def run(share: Share | None, passes: list[int]) -> TaskResult:
+        def counted(module: torch.nn.Module, args: tuple) -> None:
+            if threading.get_ident() == here:
+                passes.append(args[0].shape[-2])
+
+        here, hook = threading.get_ident(), model.layers[0].register_forward_pre_hook(counted)
+        try:
+            return chosen.run(subject(model, texts=(text,), share=share))
+        finally:
+            hook.remove()
+
+    alone: list[int] = []
+    expected = run(None, alone)
+    found = shared(3, lockstep, run)
+    for result, _ in found:
+        assert result.figures == expected.figures and result.rows == expected.rows and result.notes == expected.notes
+    counts = [len(passes) for _, passes in found]
+    if not lockstep:
+        assert sum(counts) == len(alone) and max(counts) < len(alone)
+    else:
+        assert len(set(counts)) == 1
+        assert (counts[0] == len(alone)) == (name == "needles") and counts[0] <= len(alone)
 
 
 def pretrain(corpus: Path, folder: Path, *arguments: str) -> None:

@@ -66,9 +66,9 @@ def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 @pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1"]])
 def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path, options: list[str]) -> None:
     """The command itself, launched on two processes: the same losses and validation, also when it accumulates, and with
-    tasks of evaluation in between, which every process runs; one of them generates."""
+    tasks of evaluation in between, which they share; one of them generates."""
     folder = tmp_path / "run"
-    evals = "evals={every: 3, tasks: [perplexity, copy], options: {copy: {sequences: 2}}}"
+    evals = "evals={every: 3, tasks: [perplexity, copy], options: {copy: {sequences: 3, batch: 1}}}"
     arguments = [*SMALL, *options, evals, f"data.path={corpus}", f"folder={folder}"]
     arguments += ["trainer.checkpoint_minutes=1e-9", "trainer.keep_checkpoints=9"]
     done = run_script("train/pretrain.py", "+arch=mixattention", "+size=tiny", *arguments)
@@ -80,7 +80,7 @@ def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path
     assert len(evaluated) == 3 and evaluated[1:] == pytest.approx([column(folder, "val/loss")[n] for n in (-2, -1)])
     copied = json.loads((folder / "evaluations" / "copy.json").read_text())["figures"]
     assert any("generated" in name for name in copied)
-    evaluate.main([f"checkpoint={folder}", "tasks=copy", "copy.sequences=2"])
+    evaluate.main([f"checkpoint={folder}", "tasks=copy", "copy.sequences=3", "copy.batch=1"])
     assert json.loads((folder / "evaluations" / "copy.json").read_text())["figures"] == pytest.approx(copied)
     expected, ours = whole_weights(single), whole_weights(folder)
     assert expected.keys() == ours.keys()

@@ -11,8 +11,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.fsdp import FSDPModule
 
 from arch.generation import evaluating
 from data.cli import TaskError, UsageError
@@ -20,7 +22,7 @@ from data.files import DataError
 from data.tokenizer import pretrained
 from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, record
 from eval.tasks import Chosen
-from eval.tasks.task import Prepared, Subject, TaskResult
+from eval.tasks.task import Prepared, Share, Subject, TaskResult
 from train.datamodule import TokenDataModule
 from train.device import synchronize
 from train.lit_module import LitModel, lit_model
@@ -31,8 +33,8 @@ from train.schema import EvalsConfig, chosen_tasks
 class Evaluations(L.Callback):
     """Run tasks every `config.every` steps and at the end; log their figures beside the loss.
 
-    Every process runs them on the same inputs: under FSDP2 all are needed for a forward pass. They change nothing of
-    the training: random states and modes are put back, and the clock stands still. A task that cannot be run is a
+    Processes share the items of a task (`Subject.each`), and each has the whole result. They change nothing of the
+    training: random states and modes are put back, and the clock stands still. A task that cannot be run is a
     warning, and has no figures. `entries` are those of the last evaluation, for summary.json.
     """
 
@@ -145,7 +147,23 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
         prepared=None if texts else prepared,
         pad_token=tokenizer.end if config.data.block_padding else None,
         quiet=quiet,
+        share=share_of(module),
     )
+
+
+def share_of(module: LitModel) -> Share | None:
+    """The share of this process in evaluations; None where it is alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    sharded = isinstance(module.model, FSDPModule)  # its weights may be whole between two forward passes
+    return Share(dist.get_rank(), dist.get_world_size(), gather, lockstep=sharded)
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each process has, by rank."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 @contextmanager

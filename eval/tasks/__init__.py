@@ -1,7 +1,7 @@
 """Tasks of evaluation: a registry, and the part of a command line that chooses them.
 
 A task is a module here with a frozen dataclass of options and a function `run(subject, options) -> TaskResult`, and an
-entry of TASKS. In training (`evals.tasks`) every process runs it on the same inputs.
+entry of TASKS. In training (`evals.tasks`) processes share the items of `Subject.each`.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,9 @@
 begin x1 x2 ... xn x1 x2 ... xn        scored: x2 to xn of the second occurrence, of which x1 cannot be known
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
@@ -73,10 +74,6 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
 
     Raises UsageError where no length fits into the context.
     """
-    import torch
-
-    from eval.tasks.likelihood import next_token_likelihoods
-
     most = (subject.context - 1) // 2
     lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most) or (most,)
     rows: list[dict[str, Any]] = []
@@ -84,19 +81,12 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     if not fitting:
         raise UsageError(f"copy.lengths: a context of {subject.context} has room for 2 to {most} tokens twice")
     for length in subject.progress(fitting, len(fitting), f"{subject.name}: copy"):
-        predicted = generated = 0
-        for number in range(-(-options.sequences // options.batch)):
-            size = min(options.batch, options.sequences - number * options.batch)
-            x_BN = random_tokens(subject, size, length, number)
-            tokens_BT = repeated(subject, x_BN)
-            with torch.no_grad():
-                _, greedy_BT = next_token_likelihoods(subject.model, tokens_BT)
-            predicted += int(greedy_BT[:, 1 - length :].sum())
-            if options.generate:
-                generated += generated_right(subject, x_BN)
+        batches = [random_tokens(subject, size, length, number) for number, size in batch_sizes(options)]
+        predicted = sum(subject.each(batches, partial(predicted_right, subject)))
         row: dict[str, Any] = {"length": length, "sequences": options.sequences}
         asked = {"accuracy": (predicted, options.sequences * (length - 1))}
         if options.generate:
+            generated = sum(subject.each(batches, partial(generated_right, subject), same_passes=False))
             asked["generated"] = (generated, options.sequences * (length - length // 2))
         for name, (right, count) in asked.items():
             share = counted_share(right, count)
@@ -109,6 +99,23 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     left_out = [length for length in dict.fromkeys(lengths) if length not in fitting]
     notes = tuple(f"{length} tokens are left out: the context has room for {most} twice" for length in left_out)
     return TaskResult(figures, rows, notes=notes)
+
+
+def batch_sizes(options: CopyOptions | InductionOptions) -> Iterator[tuple[int, int]]:
+    """The number of each batch, and its sequences."""
+    for number in range(-(-options.sequences // options.batch)):
+        yield number, min(options.batch, options.sequences - number * options.batch)
+
+
+def predicted_right(subject: Subject, x_BN: "torch.Tensor") -> int:
+    """Tokens of the second occurrence of `x_BN`, but the first one, that are the likeliest in their places."""
+    import torch
+
+    from eval.tasks.likelihood import next_token_likelihoods
+
+    with torch.no_grad():
+        _, greedy_BT = next_token_likelihoods(subject.model, repeated(subject, x_BN))
+    return int(greedy_BT[:, 1 - x_BN.shape[1] :].sum())
 
 
 def generated_right(subject: Subject, x_BN: "torch.Tensor") -> int:
@@ -179,19 +186,19 @@ def occurrences(
     from eval.positions import by_position
     from eval.tasks.likelihood import next_token_likelihoods
 
+    @torch.no_grad()
+    def scored(x_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nats_BT, greedy_BT = next_token_likelihoods(subject.model, repeated(subject, x_BN))
+        return nats_BT.cpu(), greedy_BT.cpu()
+
+    draw = random_tokens if source == "random" else text_tokens
+    batches = (draw(subject, size, length, number) for number, size in batch_sizes(options))
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
     second: list[tuple[torch.Tensor, torch.Tensor]] = []
     right, total = 0, 0
     skipped = max(0, subject.model.plan.min_prompt - 1)  # of x, in the first block
-    for number in range(-(-options.sequences // options.batch)):
-        size = min(options.batch, options.sequences - number * options.batch)
-        x_BN = (
-            random_tokens(subject, size, length, number)
-            if source == "random"
-            else text_tokens(subject, size, length, number)
-        )
-        with torch.no_grad():
-            nats_BT, greedy_BT = (x.cpu() for x in next_token_likelihoods(subject.model, repeated(subject, x_BN)))
+    for nats_BT, greedy_BT in subject.each(batches, scored):
+        size = len(nats_BT)
         real_BN = torch.ones(size, length, dtype=torch.bool)
         real_BN[:, : max(1, skipped)] = False
         missing = torch.zeros(size, skipped)

@@ -1,7 +1,7 @@
 """A model of lm-eval around a subject: shared prefixes are prefilled once, and text is generated over the cache."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -80,12 +80,15 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         single = [group[0] for group in groups if len(group) == 1]
         single.sort(key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
         work = [*shared, *pieces(single, self.batch)]
-        for number, group in enumerate(self.subject.progress(work, len(work), f"{self.subject.name}: lm-eval")):
+
+        def score(numbered: tuple[int, Sequence[int]]) -> list[Likelihood]:
+            number, group = numbered
             if number < len(shared):
-                rests = [pairs[index][1] for index in group]
-                scored = continuation_likelihoods(model, pairs[group[0]][0], rests, pad)
-            else:
-                scored = whole_likelihoods(model, [pairs[index] for index in group], pad)
+                return continuation_likelihoods(model, pairs[group[0]][0], [pairs[index][1] for index in group], pad)
+            return whole_likelihoods(model, [pairs[index] for index in group], pad)
+
+        shown = self.subject.progress(enumerate(work), len(work), f"{self.subject.name}: lm-eval")
+        for group, scored in zip(work, self.subject.each(shown, score, same_passes=False), strict=True):
             for index, likelihood in zip(group, scored, strict=True):
                 found[index] = likelihood
         answers = [(likelihood.nats, likelihood.greedy) for likelihood in found if likelihood is not None]
@@ -115,8 +118,12 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         for group in by_prefix([repr(request.args[1]) for request in requests]):
             group.sort(key=lambda index: -len(encoded[index]))
             work += [list(part) for part in pieces(group, self.batch)]
-        for group in self.subject.progress(work, len(work), f"{self.subject.name}: lm-eval"):
-            texts = self._generate([encoded[index] for index in group], requests[group[0]].args[1])
+
+        def write(group: list[int]) -> list[str]:
+            return self._generate([encoded[index] for index in group], requests[group[0]].args[1])
+
+        shown = self.subject.progress(work, len(work), f"{self.subject.name}: lm-eval")
+        for group, texts in zip(work, self.subject.each(shown, write, same_passes=False), strict=True):
             for index, text in zip(group, texts, strict=True):
                 found[index] = text
         return found

@@ -19,6 +19,8 @@ from eval.tasks.task import Subject, TaskResult
 if TYPE_CHECKING:
     from eval.tasks.samples import Sample
 
+# Kind, length, depth, and what makes a sample of (length, depth, number).
+Cell = tuple[str, int, float | None, Callable[[int, float | None, int], "Sample"]]
 WITH_DEPTH = ("passkey", "single", "multikey", "multivalue", "multiquery")
 KINDS = (*WITH_DEPTH, "variables", "words")
 
@@ -82,14 +84,19 @@ def run(subject: Subject, options: Options) -> TaskResult:
         for length in lengths
         for depth in (options.depths if kind in WITH_DEPTH else (None,))
     ]
-    rows, notes = [], []
-    for kind, length, depth, make in subject.progress(cells, len(cells), f"{subject.name}: needles"):
+
+    def measure(cell: Cell) -> dict[str, Any] | str:
+        """A row of the table, or why there is none."""
+        kind, length, depth, make = cell
         try:
             samples = [make(length, depth, number) for number in range(options.samples)]
         except ValueError as problem:
-            notes.append(f"{kind} at {length:,} tokens is left out: {problem}")
-            continue
-        rows.append(row_of(kind, length, depth, samples, scores(subject, options, samples)))
+            return f"{kind} at {length:,} tokens is left out: {problem}"
+        return row_of(kind, length, depth, samples, scores(subject, options, samples))
+
+    found = subject.each(subject.progress(cells, len(cells), f"{subject.name}: needles"), measure, same_passes=False)
+    rows = [row for row in found if not isinstance(row, str)]
+    notes = [note for note in found if isinstance(note, str)]
     if not rows:
         raise UsageError("needles: nothing fits:\n" + "\n".join(dict.fromkeys(notes)))
     return TaskResult(figures_of(rows), rows, pictures_of(subject.name, rows), tuple(dict.fromkeys(notes)))

@@ -19,6 +19,7 @@ Shapes: B windows, T tokens.
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from data.cli import UsageError
@@ -64,14 +65,14 @@ class Options(TaskOptions):
 
 def run(subject: Subject, options: Options) -> TaskResult:
     """Score the text. Raises UsageError where there is none, or nothing of it can be scored."""
-    from eval.scoring import Scores, TextBatches, ValidationBatches
+    from eval.scoring import Scores, TextBatches, ValidationBatches, score_batch
 
     protocol, plan = protocol_of(subject, options), subject.model.plan
     window = (options.window or subject.context) // plan.block_length * plan.block_length
     if window <= plan.num_unpredicted:
         raise UsageError(f"perplexity.window is {window}; it must hold two blocks of {plan.block_length} tokens")
     stride = window if protocol in ("windows", "words") else options.stride or max(1, window // 2)
-    scores = Scores(subject)
+    scores = Scores()
     batches: ValidationBatches | TextBatches
     if subject.prepared is not None and protocol == "windows":
         tokens = options.tokens or subject.prepared.val_tokens
@@ -83,8 +84,9 @@ def run(subject: Subject, options: Options) -> TaskResult:
         if protocol == "words" and options.tokens is None:
             scores.words = sum(stream.words for stream in streams)
             scores.raw_bytes = sum(stream.text_bytes for stream in streams)
-    for batch in subject.progress(batches, len(batches), f"{subject.name}: perplexity"):
-        scores.add(batch)
+    shown = subject.progress(batches, len(batches), f"{subject.name}: perplexity")
+    for scored in subject.each(shown, partial(score_batch, subject)):
+        scores.add(scored)
     if not scores.tokens:
         raise UsageError(f"perplexity: nothing can be scored: no document has {plan.num_unpredicted + 1} tokens")
     return result(subject, scores, describe(subject, protocol, window, stride))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
@@ -67,8 +68,8 @@ def run(subject: Subject, options: Options) -> TaskResult:
     for kind, pairs in subject.progress(cells, len(cells), f"{subject.name}: recall"):
         try:
             counts: dict[int, torch.Tensor] = {}
-            for questions in batches(subject, options, kind, pairs):
-                for distance, count in right(subject, questions).items():
+            for found in subject.each(batches(subject, options, kind, pairs), partial(right, subject)):
+                for distance, count in found.items():
                     counts[distance] = counts.get(distance, torch.zeros(3)) + count
         except ValueError as problem:
             notes.append(f"{kind} with {pairs} pairs is left out: {problem}")

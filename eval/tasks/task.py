@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from arch.compression.method import CacheMethod
 
 T = TypeVar("T")
+R = TypeVar("R")
 LINE_SECONDS = 30  # between lines of progress where there is no terminal
 
 
@@ -60,6 +62,20 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The place of this process among those that hold the model and share its evaluation.
+
+    gather    returns what every process gives it, in the order of ranks; all call it together
+    lockstep  a forward pass needs all processes at once, since each has a part of the weights
+    """
+
+    rank: int
+    processes: int
+    gather: Callable[[Any], list[Any]]
+    lockstep: bool
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model under evaluation, in eval mode.
 
@@ -71,6 +87,7 @@ class Subject:
     pad_token  fills up prompts that are too short; None: they are refused
     quiet      no progress is shown
     method     what is done to the cache at test time; None: nothing
+    share      of the items of tasks, among several processes; None: this one does all
     """
 
     model: "LanguageModel"
@@ -85,6 +102,7 @@ class Subject:
     pad_token: int | None = None
     quiet: bool = False
     method: "CacheMethod | None" = None
+    share: Share | None = None
 
     def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
         """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
@@ -134,6 +152,26 @@ class Subject:
 
         options = {"pad_token": self.pad_token, **options}
         return generate(self.model, [list(prompt) for prompt in prompts], max_new_tokens, **options)
+
+    def each(self, items: Iterable[T], run: Callable[[T], R], same_passes: bool = True) -> list[R]:
+        """`run` of each of `items`, in order: by turns among the processes that share them, each of which makes all.
+
+        same_passes  it takes as many forward passes of the model whatever the item is. Where it may not, every process
+                     runs all items of a model that needs them in lockstep
+        """
+        share = self.share
+        if share is None or (share.lockstep and not same_passes):
+            return [run(item) for item in items]
+        mine: list[R] = []
+        source = iter(items)
+        # A whole turn is made before any of it is run: an item that cannot be made ends it in all processes alike.
+        while turn := list(islice(source, share.processes)):
+            if share.rank < len(turn):
+                mine.append(run(turn[share.rank]))
+            elif share.lockstep:
+                run(turn[-1])  # for the others' sake
+        parts = share.gather(mine)
+        return [part[number] for number in range(len(parts[0])) for part in parts if number < len(part)]
 
     def progress(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:
         """Yield `items` and show on standard error how many of `total` are done: a bar, or a line now and then."""
