@@ -76,7 +76,7 @@ def build_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
 ) -> tuple[StoreBackend, ...]:
-    """The backend of the layers that read each store, in the order of `plan.stores`; with or without packed documents.
+    """The backend of the layers that see each of `plan.views`, in that order; with or without packed documents.
 
     Raises ValueError where the backend `name` cannot run them.
     """
@@ -86,5 +86,5 @@ def choose_backends(
             "backend fla is for bounded stores and matrices, and the layout has none; choose another or auto"
         )
     return tuple(
-        STORE_MODULES[store.kind].select_backend(name, size, store, device_type, documents) for store in plan.stores
+        STORE_MODULES[store.kind].select_backend(name, size, store, device_type, documents) for store in plan.views
     )

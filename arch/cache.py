@@ -66,7 +66,7 @@ class Cache:
         return False
 
     def store_masks(self, masks: list[Any], length: int, device: torch.device) -> list[Any]:
-        """Masks of the next `length` tokens, one per store, from those that `mask` made of its window."""
+        """Masks of the next `length` tokens, one per view, from those that `mask` made of its window."""
         return masks
 
     @property
@@ -157,21 +157,35 @@ class Cache:
         """The next token of each row."""
         return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
 
-    def step_seen(self, window: int | None, device: torch.device) -> Seen:
-        """Slots that the next token sees of what buffers of this window return."""
+    def step_seen(self, window: int | None, device: torch.device, own: int | None = None) -> Seen:
+        """Slots that the next token sees of what buffers of this window return, in layers with a window of their `own`.
+
+        Of a buffer that holds every position, such layers get the last `own` slots, but where shapes are the same at
+        every length.
+        """
         step = self.step()
-        if self.start_B is None and not step.static:
+        newest = None if step.static or window is not None else own
+        if self.start_B is None and not step.static and own == newest:
             return Seen(None)
         stores = zip(self.plan.stores, self.buffers, strict=True)
         buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
         assert not isinstance(buffer, StateBuffer)
-        position_1, run = self.new_indices(1, device), None
-        allowed = visible(position_1, buffer.step_indices(step, device), window, self.start_B)
-        if window is None or self.start_B is None:
+        position_1, run, looked = self.new_indices(1, device), None, own or window
+        slots_S = buffer.step_indices(step, device)
+        if newest is not None:
+            slots_S = slots_S[-newest:]
+        allowed = visible(position_1, slots_S, looked, self.start_B)
+        if window is None or (self.start_B is None and own is None):
             rows, slots = buffer.tensors[0].shape[:2]
-            end_1 = (position_1 + 1).clamp(max=slots).to(torch.int32)
-            first_B = None if self.start_B is None else self.start_B.to(torch.int32)
-            run = Run(end_1.expand(rows).contiguous(), first_B)
+            dropped = 0 if newest is None else max(0, self.length + 1 - newest)  # slots that the layer does not get
+            end_1 = (position_1 + 1).clamp(max=slots) - dropped
+            first = self.start_B
+            if own is not None:
+                first_1 = (position_1 + 1 - own).clamp(min=0)
+                first = first_1.expand(rows) if first is None else torch.maximum(first, first_1)
+                first = (first - dropped).clamp(min=0)
+            first_B = None if first is None else first.to(torch.int32).contiguous()
+            run = Run(end_1.to(torch.int32).expand(rows).contiguous(), first_B)
         return Seen(allowed, run, step.static)
 
     def mask(
@@ -180,8 +194,10 @@ class Cache:
         length: int,
         device: torch.device,
         form: Callable[[Sequences, int | None], Dense | Windowed] = dense,
+        own: int | None = None,
     ) -> Dense | Windowed:
-        """Mask of the next `length` tokens over the slots that buffers of this window return.
+        """Mask of the next `length` tokens over the slots that buffers of this window return, in layers with a window
+        of their `own`.
 
         Over an empty cache they attend to themselves, and `form` makes it. Else it is dense: no other kernel knows the
         order of slots in a ring, and a step has few tokens.
@@ -190,15 +206,15 @@ class Cache:
             rows, ids_BT = self.buffers[0].tensors[0].shape[0], None
             if self.start_B is not None:  # padding is a segment of its own
                 ids_BT = (torch.arange(length, device=device) >= self.start_B[:, None]).int()
-            return form(Sequences(rows, length, ids_BT, device), window)
-        if self.start_B is None and window is None and length == 1:
+            return form(Sequences(rows, length, ids_BT, device), own or window)
+        if self.start_B is None and window is None and own is None and length == 1:
             return Dense(causal=False, allowed=None)
         stores = zip(self.plan.stores, self.buffers, strict=True)
         buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
         assert not isinstance(buffer, StateBuffer)
         query = torch.arange(self.length, self.length + length, device=device)
         slots = buffer.indices(self.length, length, device)
-        return Dense(causal=False, allowed=visible(query, slots, window, self.start_B))
+        return Dense(causal=False, allowed=visible(query, slots, own or window, self.start_B))
 
     def token_positions(self, store: StoreSpec, length: int, device: torch.device) -> TokenPositions:
         """Positions of the next `length` tokens, for a store not read by a mask."""

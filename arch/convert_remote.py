@@ -17,7 +17,7 @@ from .convert import (
     size_problems,
     style_problems,
 )
-from .convert_stock import TIED, weights
+from .convert_stock import TIED, own_windows_text, weights
 from .plan import KVPlan, resolve_stack
 from .stores import StoreSpec
 
@@ -97,6 +97,8 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(
             f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
         )
+    if plan.reader_windows:
+        problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
     grouped = [store for store in plan.stores if store.kind == "grouped"]
     if len({width for store in grouped for width in (store.slot.k_dim, store.slot.v_dim)}) > 1:
         problems.append(f"k_dim, v_dim: {names(grouped)} have different widths; the remote decoder has one head_dim")

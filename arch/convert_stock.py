@@ -229,6 +229,8 @@ def _unsupported(plan: KVPlan) -> list[str]:
     if readers:
         layers = ", ".join(map(str, readers))
         problems.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
+    if plan.reader_windows:
+        problems.append(f"reader_windows: {own_windows_text(plan)}; stock layers see what they cache")
     if sinks := [store for store in plan.stores if store.sinks]:
         problems.append(f"sinks: {names(sinks)} has attention sinks")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
@@ -255,6 +257,12 @@ def _unsupported(plan: KVPlan) -> list[str]:
     if len(thetas) > 1:
         problems.append(f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have one")
     return problems
+
+
+def own_windows_text(plan: KVPlan) -> str:
+    """Name the layers of `plan` that have windows of their own."""
+    layers = [str(layer) for layer in range(plan.num_layers) if plan.own_window(layer) is not None]
+    return f"layers {', '.join(layers)} see fewer positions than their store keeps"
 
 
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, D model, V vocabulary.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,13 @@ class Block(nn.Module):
     """Pre-norm attention, then the MLP; or, with parallel residuals, both of the same input. The owner of a store also
     writes it.
 
-    With `cross`, attention to the vectors of a CrossContext comes after that to the sequence.
+    With `cross`, attention to the vectors of a CrossContext comes after that to the sequence. `newest`: in a step over
+    a cache that grows, the last so many slots are read, of all that a store has.
     """
 
-    def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False):
+    def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False, newest: int | None = None):
         super().__init__()
+        self.newest = newest
         self.masked = store.masked
         self.parallel_residual = style_of(size).parallel_residual
         self.attn_norm = build_norm(size)
@@ -74,7 +77,11 @@ class Block(nn.Module):
             if not keep:
                 return x_BTD, kv
             rope = last_position(rope)
-        attended_BTD = x_BTD + self.reader(h_BTD, kv, rope, visibility)
+        seen = kv
+        if self.newest is not None and isinstance(offset, Step) and not offset.static:
+            make: Any = type(kv)
+            seen = make(*(tensor[:, -self.newest :] for tensor in kv))
+        attended_BTD = x_BTD + self.reader(h_BTD, seen, rope, visibility)
         if self.cross is not None:
             assert context is not None
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
@@ -102,7 +109,8 @@ class Stack(nn.Module):
         self.chosen = {False: choose_backends(backend, size, self.plan, device_type)}  # with documents: at first use
         self.activation_checkpointing = False
         self.layers = nn.ModuleList(
-            Block(size, self.plan.store(layer), owner == layer, cross) for layer, owner in enumerate(self.plan.owners)
+            Block(size, self.plan.store(layer), owner == layer, cross, self.newest_slots(layer))
+            for layer, owner in enumerate(self.plan.owners)
         )
         self.norm = build_norm(size)
 
@@ -111,17 +119,22 @@ class Stack(nn.Module):
         """The stacks that the model is made of."""
         return (self,)
 
+    def newest_slots(self, layer: int) -> int | None:
+        """The last slots that `layer` sees of a store that keeps every position, in order; None: all."""
+        held, own = self.plan.read_windows[self.plan.view_reads[layer]]
+        return own if held is None else None
+
     def attention(self, documents: bool = False) -> str:
         """Name the attention backends and their stores, for a log. Raises ValueError where they cannot run `documents`,
         several in one row."""
         chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
         used: dict[str, dict[str, None]] = {}
-        for backend, store in zip(chosen, self.plan.stores, strict=True):
+        for backend, store in zip(chosen, self.plan.views, strict=True):
             used.setdefault(f"{backend.name} ({backend.about})", {})[store.name] = None
         return "; ".join(f"{', '.join(stores)}: {backend}" for backend, stores in used.items())
 
     def masks(self, x_BTD: Tensor, segment_ids_BT: Tensor | None = None) -> list[Mask | TokenPositions]:
-        """Make one mask per store for `x_BTD` attending to itself; bounded stores get token positions instead.
+        """Make one mask per view for `x_BTD` attending to itself; bounded stores get token positions instead.
 
         Raises ValueError where the backend cannot run segments, or computes in another type.
         """
@@ -131,7 +144,7 @@ class Stack(nn.Module):
                 self.backend, self.config.size, self.plan, self.device_type, segmented
             )
         sequences = Sequences(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
-        kinds = [(backend, s.window) for backend, s in zip(self.chosen[segmented], self.plan.stores, strict=True)]
+        kinds = [(backend, s.window) for backend, s in zip(self.chosen[segmented], self.plan.views, strict=True)]
         made = {
             (backend, window): backend.mask(sequences, window, compute_dtype(x_BTD))
             for backend, window in dict.fromkeys(kinds)
@@ -139,13 +152,15 @@ class Stack(nn.Module):
         return [made[kind] for kind in kinds]
 
     def cached_masks(self, cache: Cache, length: int, device: torch.device) -> list[Mask | TokenPositions]:
-        """Make one mask per store for the next `length` tokens over `cache`, or token positions, as `masks`."""
+        """Make one mask per view for the next `length` tokens over `cache`, or token positions, as `masks`."""
         form = dense_backend(self.backend).form
-        mask_by_window = self.dense_masks(lambda window: cache.mask(window, length, device, form))
+        kernel, plan = dense_backend(self.backend).kernel, self.plan
+        read = dict.fromkeys(key for view, key in zip(plan.views, plan.read_windows, strict=True) if view.masked)
+        made = {key: Mask(kernel, cache.mask(key[0], length, device, form, key[1])) for key in read}
         positions = self.bounded_positions(lambda store: cache.token_positions(store, length, device))
         masks: list[Mask | TokenPositions] = [
-            mask_by_window[store.window] if store.masked else positions[store.positions_key]
-            for store in self.plan.stores
+            made[key] if view.masked else positions[view.positions_key]
+            for view, key in zip(plan.views, plan.read_windows, strict=True)
         ]
         return cache.store_masks(masks, length, device)
 
@@ -155,7 +170,7 @@ class Stack(nn.Module):
         return {key: make(store) for key, store in stores.items()}
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
-        """Make one mask per store where negative ids are padding. Raises ValueError where a store merges positions."""
+        """Make one mask per view where negative ids are padding. Raises ValueError where a store merges positions."""
         if not all(store.masked for store in self.plan.stores):
             raise ValueError("bounded stores and matrices cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:
@@ -166,7 +181,7 @@ class Stack(nn.Module):
             }
         else:
             mask_by_window = self.dense_masks(partial(padded, segment_ids_BT))
-        return [mask_by_window[store.window] for store in self.plan.stores]
+        return [mask_by_window[view.window] for view in self.plan.views]
 
     def dense_masks(self, mask_of: Callable[[int | None], Dense | Windowed]) -> dict[int | None, Mask]:
         """Make a mask for each window of the plan, of the kernel that takes dense ones."""
@@ -202,7 +217,7 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Run the layers on `x_BTD` and return the residual stream [B, T, D], before the last norm.
 
-        With `cache`, the tokens continue what it holds and are added to it. `masks`: one per store; None: causal.
+        With `cache`, the tokens continue what it holds and are added to it. `masks`: one per view; None: causal.
         `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `keep`: only the last
         position of the result is wanted (1), or nothing but what goes into the cache (0): what the layers from
         `plan.tail` on would do beyond that is left out. Raises ValueError where the tokens do not fit into the cache,
@@ -231,7 +246,7 @@ class Stack(nn.Module):
         tail_ropes = {key: last_position(rope) for key, rope in ropes.items()}
         if keep == 1 and length > 1:
             tail_masks = [mask.last_query(length) if isinstance(mask, Mask) else None for mask in masks]
-            if all(tail_masks[read] for read in plan.reads[plan.tail :]):
+            if all(tail_masks[view] for view in plan.view_reads[plan.tail :]):
                 tail = plan.tail
         contexts = self.cross_contexts(x_BTD, context_BCD, cache)
         written: list[KV] = []
@@ -247,7 +262,7 @@ class Stack(nn.Module):
                 x_BTD,
                 () if owner else written[read],
                 ropes[spec.rope_key],
-                (tail_masks if layer >= tail else masks)[read],
+                (tail_masks if layer >= tail else masks)[plan.view_reads[layer]],
                 cache.buffers[read] if owner and cache is not None else None,
                 offset,
                 contexts[layer],
@@ -275,10 +290,15 @@ class Stack(nn.Module):
             key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in self.plan.stores)
         }
         ropes = {key: step_rope(table, x_BD.dtype) for key, table in tables.items()}
-        seen = {window: cache.step_seen(window, device) for window in self.plan.windows}
+        keys = [
+            (key, view.slot.k_dim, view.slot.v_dim)
+            for view, key in zip(self.plan.views, self.plan.read_windows, strict=True)
+        ]
+        masked = dict.fromkeys(key for view, key in zip(self.plan.views, keys, strict=True) if view.masked)
+        seen = {key: cache.step_seen(key[0], device, key[1]) for key in dict.fromkeys(key for key, *_ in masked)}
         masks = {
-            (window, *widths): step_mask(self.backend, seen[window], x_BD.dtype, widths[0], device, widths[1])
-            for window, *widths in dict.fromkeys(map(step_key, (s for s in self.plan.stores if s.masked)))
+            (key, *widths): step_mask(self.backend, seen[key], x_BD.dtype, widths[0], device, widths[1])
+            for key, *widths in masked
         }
         token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
         contexts = self.cross_contexts(x_BD, context_BCD, cache)
@@ -288,16 +308,11 @@ class Stack(nn.Module):
             spec = self.plan.stores[read]
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
-            mask = masks[step_key(spec)] if spec.masked else token_positions[spec.positions_key]
+            mask = masks[keys[self.plan.view_reads[layer]]] if spec.masked else token_positions[spec.positions_key]
             x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer])
             if owner:
                 written.append(kv)
         return x_BD
-
-
-def step_key(store: StoreSpec) -> tuple[int | None, int, int]:
-    """All that the mask of a step depends on."""
-    return store.window, store.slot.k_dim, store.slot.v_dim
 
 
 def last_position(rope: Rope) -> Rope:

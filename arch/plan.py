@@ -10,7 +10,7 @@ Everything that depends on a layout (weights, data flow, masks, cache, bytes, ex
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .config import (
@@ -53,10 +53,18 @@ class StackPlan(NamedTuple):
         return context // self.tokens_per_position if self.fixed_positions is None else self.fixed_positions
 
 
+# The window of a store, and that of a layer which looks at fewer of its positions (None: the same).
+ReadWindow = tuple[int | None, int | None]
+
+
 @dataclass(frozen=True)
 class KVPlan:
     """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`.
 
+    reader_windows   for each layer a window of its own, smaller than the store's; empty: no layer has one
+    views            the stores, then those that layers read in a window of their own, with that window
+    view_reads       layer i sees `views[view_reads[i]]`
+    read_windows     of each view
     target_offset    a position's target is the token so many after it
     num_unpredicted  targets at the start of a sequence that the model does not predict
     block_length     tokens that one context predicts
@@ -65,11 +73,29 @@ class KVPlan:
 
     stores: tuple[StoreSpec, ...]
     reads: tuple[int, ...]
+    reader_windows: tuple[int | None, ...] = ()
+    views: tuple[StoreSpec, ...] = field(init=False, repr=False, compare=False)
+    view_reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    read_windows: tuple[ReadWindow, ...] = field(init=False, repr=False, compare=False)
 
     target_offset: ClassVar[int] = 1
     num_unpredicted: ClassVar[int] = 0
     block_length: ClassVar[int] = 1
     min_prompt: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.reads, self.reader_windows, strict=True)) if self.reader_windows else []
+        own = list(dict.fromkeys((read, window) for read, window in pairs if window is not None))
+        seen = tuple(read if window is None else len(self.stores) + own.index((read, window)) for read, window in pairs)
+        views = tuple(replace(self.stores[read], window=window) for read, window in own)
+        windows: list[ReadWindow] = [(store.window, None) for store in self.stores]
+        windows += [(self.stores[read].window, window) for read, window in own]
+        for name, value in (
+            ("views", self.stores + views),
+            ("view_reads", seen or self.reads),
+            ("read_windows", tuple(windows)),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def stacks(self) -> tuple[StackPlan, ...]:
@@ -86,12 +112,16 @@ class KVPlan:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of stores that are read by a mask, in order of first use."""
-        return tuple(dict.fromkeys(store.window for store in self.stores if store.masked))
+        """The distinct windows of what is read by a mask, in order of first use."""
+        return tuple(dict.fromkeys(view.window for view in self.views if view.masked))
 
     def store(self, layer: int) -> StoreSpec:
-        """The store that `layer` reads."""
-        return self.stores[self.reads[layer]]
+        """The store that `layer` reads, in the window that it sees of it."""
+        return self.views[self.view_reads[layer]]
+
+    def own_window(self, layer: int) -> int | None:
+        """The window of `layer` where it sees less than its store keeps."""
+        return self.reader_windows[layer] if self.reader_windows else None
 
     def readers(self, store: StoreSpec) -> tuple[int, ...]:
         """The layers that read `store`, its owner first."""
@@ -114,12 +144,21 @@ class KVPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
-        return {"stores": tuple(store.to_dict() for store in self.stores), "reads": self.reads}
+        own = {"reader_windows": self.reader_windows} if self.reader_windows else {}
+        return {"stores": tuple(store.to_dict() for store in self.stores), "reads": self.reads, **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVPlan":
         """Raises KeyError or TypeError where `values` are not those of a plan."""
-        return cls(tuple(map(StoreSpec.from_dict, values["stores"])), tuple(values["reads"]))
+        stores, reads = tuple(map(StoreSpec.from_dict, values["stores"])), tuple(values["reads"])
+        own = tuple(values.get("reader_windows", ()))
+        if own and (
+            len(own) != len(reads)
+            or not all(type(read) is int and 0 <= read < len(stores) for read in reads)
+            or not all(window is None or (type(window) is int and window >= 1) for window in own)
+        ):
+            raise TypeError("reader_windows are no windows of its layers")
+        return cls(stores, reads, own)
 
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
@@ -151,7 +190,8 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     stores: list[StoreSpec] = []
     reads: list[int] = []
     latest: dict[str, int] = {}
-    for layer, (verb, name) in enumerate(items):
+    own = _own_windows(config, types, items, problems)
+    for layer, (verb, name, _) in enumerate(items):
         if verb == "new":
             latest[name] = len(stores)
             stores.append(replace(types[name], owner=layer))
@@ -168,7 +208,30 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
         reads.append(latest[name])
     if problems:
         raise LayoutError(problems)
-    return KVPlan(tuple(stores), tuple(reads))
+    return KVPlan(tuple(stores), tuple(reads), own if any(own) else ())
+
+
+def _own_windows(
+    config: ModelConfig, types: dict[str, StoreSpec], items: list["Item"], problems: list[str]
+) -> tuple[int | None, ...]:
+    """The window of each layer that sees less than its store keeps. Adds to `problems` windows that cannot be."""
+    for verb, name, window in dict.fromkeys(items):
+        item, kept = f"arch.pattern: `{verb} {name} window={window}`", config.arch.stores[name].window
+        if window is None:
+            continue
+        if not types[name].masked:
+            problems.append(
+                f"{item}: {name} {types[name].summary}, of which a layer reads all; leave window={window} out"
+            )
+        elif window > (kept or MAX_COUNT):
+            problems.append(
+                f"{item}: {name} keeps {kept:,} positions; a layer sees at most those"
+                if kept
+                else f"{item}: a window must be at most {MAX_COUNT:,}"
+            )
+    most = config.size.max_window or MAX_COUNT
+    windows = [(types[item.name].window, item.window and min(item.window, most)) for item in items]
+    return tuple(None if window is None or window >= (kept or MAX_COUNT + 1) else window for kept, window in windows)
 
 
 def _check_size(size: SizeConfig) -> list[str]:
@@ -221,11 +284,16 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
     return problems
 
 
-Item = tuple[str, str]
+class Item(NamedTuple):
+    """What a layer does with a store of a type, `new` or `reuse`, and a window of its own."""
+
+    verb: str
+    name: str
+    window: int | None = None
 
 
 def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
-    """One (verb, store type) for each layer. Adds to `problems` what is wrong with the pattern."""
+    """One item for each layer. Adds to `problems` what is wrong with the pattern."""
     pattern, depth = list(config.arch.pattern), config.size.num_layers
     if not pattern:
         problems.append("arch.pattern is empty; write at least `[new kv]`, with kv one of the names under arch.stores")
@@ -253,7 +321,7 @@ def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
         if tile:
             whole, rest = divmod(layers[number], len(tile))
             items += tile[:rest] + tile * whole if short == "first" else tile * whole + tile[:rest]
-        mentioned.update(name for _, name in tile)
+        mentioned.update(item.name for item in tile)
     for name in config.arch.stores:
         if name not in mentioned:
             problems.append(
@@ -308,14 +376,15 @@ def _tile(
         if isinstance(entry, list):
             items += _tile(where, entry, stores, depth, problems, nesting + 1)
             continue
-        match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)(?:\s+x([1-9]\d*))?\s*", str(entry))
+        match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)(?:\s+window=([1-9]\d{,17}))?(?:\s+x([1-9]\d*))?\s*", str(entry))
         if match is None:
             problems.append(
-                f"{where}: cannot read {entry!r}; write `new X`, `reuse X` or `new X x3`, X from arch.stores"
+                f"{where}: cannot read {entry!r}; write `new X`, `reuse X` or `new X x3`, X from arch.stores, or "
+                "`reuse X window=256`"
             )
         elif match[2] not in stores:
             problems.append(f"{where}: `{entry}` names no store type; arch.stores has {', '.join(stores) or 'none'}")
         else:
-            repeats = match[3] or "1"
-            items += [(match[1], match[2])] * (depth if len(repeats) > 9 else min(int(repeats), depth))
+            repeats, item = match[4] or "1", Item(match[1], match[2], int(match[3]) if match[3] else None)
+            items += [item] * (depth if len(repeats) > 9 else min(int(repeats), depth))
     return items

@@ -61,6 +61,9 @@ def check_plan(plan: Plan) -> None:
             _check_count(f"stores[{number}].owner", store.owner, most=len(reads) - 1)
         for layer, read in enumerate(reads):
             _check_count(f"reads[{layer}]", read, most=len(stores) - 1)
+        for layer, window in enumerate(stack.plan.reader_windows):
+            if window is not None:
+                _check_count(f"reader_windows[{layer}]", window, least=1)
 
 
 def check_plain(value: Any) -> None:

@@ -27,7 +27,7 @@ def _shares(plan: Plan) -> bool:
 
 
 def _drops(plan: Plan) -> bool:
-    return any(store.window is not None for stack in plan.stacks for store in stack.plan.stores)
+    return any(view.window is not None for stack in plan.stacks for view in stack.plan.views)
 
 
 def _merges(plan: Plan) -> bool:

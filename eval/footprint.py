@@ -159,8 +159,8 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
         result.add_column(column, justify="right" if "bytes" in column or column == "number" else "left")
     for stores in rows:
         store, owners = stores[0], tuple(store.owner for store in stores)
-        alone = all(plan.readers(store) == (store.owner,) for store in stores)
-        readers = ranges(owners) if alone else "; ".join(ranges(plan.readers(store)) for store in stores)
+        alone = all(plan.readers(store) == (store.owner,) and not plan.own_window(store.owner) for store in stores)
+        readers = ranges(owners) if alone else "; ".join(readers_text(plan, store) for store in stores)
         result.add_row(
             store.name,
             str(len(stores)),
@@ -177,11 +177,21 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
 
 def fold(plan: KVPlan) -> list[list[StoreSpec]]:
     """The stores of `plan`, those that differ in nothing but their layers together."""
-    rows: dict[tuple[StoreSpec, tuple[int, ...]], list[StoreSpec]] = {}
+    rows: dict[tuple[StoreSpec, tuple[tuple[int, int | None], ...]], list[StoreSpec]] = {}
     for store in plan.stores:
-        readers = tuple(reader - store.owner for reader in plan.readers(store))
+        readers = tuple((reader - store.owner, plan.own_window(reader)) for reader in plan.readers(store))
         rows.setdefault((replace(store, owner=0), readers), []).append(store)
     return list(rows.values())
+
+
+def readers_text(plan: KVPlan, store: StoreSpec) -> str:
+    """`0, 1-3 (last 256)` where layers 1 to 3 see so many of the positions of `store`."""
+    windows: dict[int | None, list[int]] = {}
+    for layer in plan.readers(store):
+        windows.setdefault(plan.own_window(layer), []).append(layer)
+    return ", ".join(
+        ranges(tuple(layers)) + ("" if window is None else f" (last {window:,})") for window, layers in windows.items()
+    )
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

@@ -86,7 +86,8 @@ def shown(stack: StackPlan) -> list[Any]:
     stores = [
         (each.name, each.owner, each.retention, each.sinks, each.nbytes(context, 2)) for each in stack.plan.stores
     ]
-    return [stack.title, stack.unit, context, stack.plan.owners, stores]
+    own = [stack.plan.reader_windows] if stack.plan.reader_windows else []
+    return [stack.title, stack.unit, context, stack.plan.owners, stores, *own]
 
 
 def digest(*parts: Any) -> str:

@@ -103,3 +103,27 @@ def test_runs_are_what_is_allowed(starts: list[int] | None) -> None:
             slot = torch.arange(allowed.shape[1])
             first = torch.zeros(3) if found.run.first_B is None else found.run.first_B
             assert torch.equal(allowed, (slot >= first[:, None]) & (slot < found.run.end_B[:, None]))
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("starts", [None, [0, 5, 11]])
+def test_runs_in_windows_of_readers(starts: list[int] | None, static: bool) -> None:
+    """Of a store that keeps every position; plain steps hand a layer the last slots alone."""
+    start_B = None if starts is None else torch.tensor(starts)
+    cache = allocate(resolve(small("mha")), 3, 30, dtype=torch.float32, start_B=start_B)
+    cache.num_slots = 24
+    for length in (2, 11, 12, 23):
+        cache.length, cache.position = length, torch.tensor([length]) if static else None
+        found, first = cache.step_seen(None, CPU, 4), torch.tensor(starts or [0, 0, 0])
+        num_slots = 24 if static else min(4, length + 1)
+        slot = torch.arange(num_slots) + (0 if static else length + 1 - num_slots)
+        if found.allowed is None:
+            assert starts is None and not static
+            continue
+        expected = (slot >= first[:, None]) & (slot <= length) & (slot > length - 4)
+        rows = first <= length  # others are padding, and see themselves alone
+        allowed = found.allowed.reshape(-1, num_slots).expand(3, -1)
+        assert torch.equal(allowed[rows], expected[rows])
+        index = torch.arange(num_slots)
+        in_run = (index >= found.run.first_B[:, None]) & (index < found.run.end_B[:, None])
+        assert torch.equal(in_run[rows], expected[rows])

@@ -6,7 +6,9 @@ from conftest import WINDOW, build, small, tokens
 
 from arch import allocate, generate, resolve
 from arch.buffers import StateBuffer, Step
+from arch.config import ArchConfig, LatentConfig, StoreConfig
 from arch.footprint import allocated_bytes, kv_bytes
+from arch.static_step import StaticStep
 
 
 @pytest.mark.parametrize(("length", "batch"), [(1, 3), (WINDOW - 1, 1), (WINDOW, 3), (WINDOW + 1, 1), (3 * WINDOW, 3)])
@@ -290,3 +292,44 @@ def test_rows_are_refilled_by_static_steps_too(name: str, steps: str) -> None:
     alone = generate(model, prompts, 6)
     for max_batch in (1, 3):
         assert generate(model, prompts, 6, max_batch=max_batch, steps=steps) == alone
+
+
+FULL, LOCAL, LATENT = StoreConfig(2), StoreConfig(2, window=8, sinks=True), StoreConfig(latent=LatentConfig())
+
+
+def test_a_window_of_all_readers_is_that_of_the_store() -> None:
+    """The same weights give the same logits, although one of both keeps everything."""
+    wide = ArchConfig({"kv": FULL}, ["new kv window=4", "reuse kv window=4"])
+    narrow = ArchConfig({"kv": StoreConfig(2, window=4)}, ["new kv", "reuse kv"])
+    models = [build(small(each, window=None)) for each in (wide, narrow)]
+    models[1].load_state_dict(models[0].state_dict())
+    batch = tokens(2, 80)
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](batch), models[1](batch), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", [None, [0, 5, 11]])
+@pytest.mark.parametrize(
+    ("stores", "pattern"),
+    [
+        ({"full": FULL}, ["new full window=4", "reuse full", "reuse full window=6"]),
+        ({"local": LOCAL, "full": FULL}, ["new local", "reuse local window=3", "new full", "reuse full window=8"]),
+        ({"latent": LATENT}, ["new latent", "reuse latent window=4"]),
+    ],
+)
+def test_windows_of_readers_over_a_cache(
+    stores: dict[str, StoreConfig], pattern: list[str], starts: list[int] | None
+) -> None:
+    """Logits of chunks, plain steps and static steps are those of each row alone by the definition."""
+    layout = small(ArchConfig(stores, pattern), num_layers=len(pattern), window=None)
+    model, exact, batch = build(layout), build(layout, backend="reference"), tokens(3, 24)
+    start_B = None if starts is None else torch.tensor(starts)
+    with torch.no_grad():
+        cache = allocate(model.plan, 3, 24, dtype=torch.float64, start_B=start_B)
+        parts = [model(part, cache) for part in (batch[:, :3], batch[:, 3:8], *batch[:, 8:18].split(1, dim=1))]
+        step = StaticStep(model, cache, "static")
+        parts += [step(token) for token in batch[:, 18:].split(1, dim=1)]
+        logits = torch.cat(parts, dim=1)
+        for row, start in enumerate(starts or (0, 0, 0)):
+            alone = exact(batch[row : row + 1, start:])
+            torch.testing.assert_close(logits[row : row + 1, start:], alone, rtol=0, atol=1e-10)

@@ -93,7 +93,7 @@ def test_any_depth(arch: str, depth: int) -> None:
     for layer in range(depth):
         store = plan.store(layer)
         assert store.owner <= layer
-        assert plan.store(store.owner) is store, "a reader reads a store, never a reader"
+        assert plan.store(store.owner) is plan.stores[plan.reads[layer]], "a reader reads a store, never a reader"
     assert [store.owner for store in plan.stores] == sorted({store.owner for store in plan.stores})
 
 
@@ -142,6 +142,15 @@ KV = {"kv": {"kv_heads": 2}}
         (KV, ["new kw"], {}, "names no store type; arch.stores has kv"),
         (KV, ["now kv"], {}, "cannot read 'now kv'; write `new X`"),
         (KV, ["new kv x0"], {}, "cannot read"),
+        (KV, ["new kv", "reuse kv window=0"], {}, "or `reuse X window=256`"),
+        (KV, ["new kv window=9999999999999999"], {}, "`new kv window=9999999999999999`: a window must be at most"),
+        ({"kv": {"kv_heads": 1, "window": 4}}, ["new kv", "reuse kv window=5"], {}, "kv keeps 4 positions; a layer"),
+        (
+            {"kv": {"kv_heads": 1, "slots": 4, "rule": "gated"}},
+            ["new kv", "reuse kv window=5"],
+            {},
+            "of which a layer reads all; leave window=5 out",
+        ),
         (KV, ["reuse kv", "new kv"], {}, "layer 0: `reuse kv` has nothing to reuse"),
         (KV, ["new kv", {"layers": 1, "pattern": ["new kv"]}], {}, "mixes items and sections"),
         (KV, [{"layers": 1, "pattern": ["new kv"]}], {}, "covers 1 layers, the model has 7"),
@@ -269,3 +278,25 @@ def test_from_dict_refuses_unknown_keys() -> None:
 def test_from_dict_refuses_other_types(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         from_dict(ArchConfig, values)
+
+
+def test_a_reader_has_a_window_of_its_own() -> None:
+    """Stored bytes are the writer's, read bytes the readers'; a window that restricts nothing is none."""
+    from arch.footprint import kv_bytes
+
+    stores = {"full": {"kv_heads": 2}, "local": {"kv_heads": 2, "window": 8}}
+    pattern = ["new full window=4", "reuse full", "new local", "reuse local window=3", "reuse local window=8"]
+    plan = layout(stores, pattern, num_layers=5, window=None)
+    assert plan.reader_windows == (4, None, None, 3, None)
+    assert str(plan) == "0s 0 2s 2s 2s"
+    kv = kv_bytes(plan, 100, itemsize=1)
+    position = plan.stores[0].slot.elements
+    assert (kv.per_token, kv.constant, kv.stored) == (position, 8 * position, 108 * position)
+    assert kv.read == (4 + 100 + 8 + 3 + 8) * position
+    assert KVPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert "reader_windows" not in layout(stores, ["new full", "new local"]).to_dict()
+    cut = layout(stores, pattern, num_layers=5, window=3)
+    assert cut.reader_windows == (3, None, None, None, None)
+    for wrong in ([4], [0] * 5, ["4"] * 5):
+        with pytest.raises(TypeError, match="reader_windows are no windows"):
+            KVPlan.from_dict(plan.to_dict() | {"reader_windows": wrong})

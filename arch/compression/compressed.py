@@ -127,7 +127,8 @@ class CompressedCache(Cache):
         """Raises ValueError: shapes follow the number of tokens."""
         raise ValueError("a compressed cache takes no steps in unchanging shapes; decode without compile")
 
-    def step_seen(self, window: int | None, device: torch.device) -> Seen:
+    def step_seen(self, window: int | None, device: torch.device, own: int | None = None) -> Seen:
+        assert own is None  # check_method
         if self.start_B is None:
             return Seen(None)
         buffer = self._first_of(window)

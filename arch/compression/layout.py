@@ -113,6 +113,13 @@ def tensor_layouts(
 def check_method(plan: Plan, method: CacheMethod) -> None:
     """Raises ValueError where `method` has nothing to act on in a cache of `plan`, or cannot."""
     for stack in plan.stacks:
+        if stack.plan.reader_windows:
+            own = next(layer for layer in range(stack.plan.num_layers) if stack.plan.own_window(layer))
+            raise ValueError(
+                f"{method.text}: layer {own} sees the last {stack.plan.own_window(own)} positions of store "
+                f"{stack.plan.store(own).name}, and a compressed cache has no mask for windows of single layers: leave "
+                "cache out, or the window out of arch.pattern"
+            )
         codec, stores = method.codec, [store for store in stack.plan.stores if store.masked]
         for store in stores:
             for shape in (layout.shape for layout in tensor_layouts(store, codec, 1) if layout.codec):

@@ -61,6 +61,8 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         store = plan.store(layer)
         owner = store.owner == layer
         tint = color[store.name]
+        if (own := plan.own_window(layer)) is not None:
+            axes.text(layer, layer_y - 0.31, str(own), ha="center", va="center", fontsize=7, color=tint)
         _box(axes, layer, layer_y, half, 0.2, face=tint if owner else "white", edge=tint)
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
@@ -94,6 +96,8 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         Patch(facecolor=KEY, edgecolor=INK, label="layer that writes a store and reads it"),
         Patch(facecolor="white", edgecolor=INK, label="layer that only reads"),
     ]
+    if plan.reader_windows:
+        handles.append(Patch(facecolor="white", edgecolor="white", label="below a layer: last positions it sees"))
     if any(store.sinks for store in types):
         handles.append(Line2D([], [], **SINK, linestyle="", color=INK, label="with attention sinks"))
     axes.legend(

@@ -347,7 +347,7 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
             flops = rows * store.attention_flops(stack.config.size, positions, store.owner == layer)
             total += 3 * flops
             if store.masked:
-                backend = stack.chosen[False][stack.plan.reads[layer]].name
+                backend = stack.chosen[False][stack.plan.view_reads[layer]].name
                 forward, backward = ATTENTION[backend]
                 wide = WIDE if store.kernel_heads(stack.config.size).k_dim > 128 else 1.0
                 computed = flops * computed_share(positions, store.window, packed=backend == "flex_rows") / wide
