@@ -48,11 +48,17 @@ SCORED = (
     "prefixkv@9(sinks=2)",
     "prefixkv@1KiB(recent=0,sinks=9)",
     "corm(window=4,sinks=1)",
+    "h2o@9(every=2)",
+    "snapkv@5(window=3,every=1)",
+    "int8(group=4,recent=2)+scissorhands@4(history=3,recent=2,every=2,merge=true)",
 )
 METHODS = (
     *CODEC_TEXTS,
     *KEEP_TEXTS,
     *SCORED,
+    "knorm@30(every=2)",  # more than there is, until tokens are added
+    "random@1(every=4)",
+    "h2o@100%(every=40)",
     "int8+snapkv@9",
     "int4(group=4,recent=2)+streaming@50%",
     "int8+streaming@9",
@@ -192,6 +198,8 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         elif method.keep is None:
             assert (got - expected).abs().max() < 0.1 * expected.std(), text
         assert got.isfinite().all(), text
+        shape = {"prompt": prompt, "itemsize": 4}
+        assert cache.nbytes == compressed_bytes(model.plan, method, 2, 21, **shape, chosen=cache.chosen_slots), text
 
 
 def test_streaming_is_attention_to_sinks_and_the_newest() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from arch import attend
 from arch.compression import scores
 from arch.compression.compressed import allocate_compressed
+from arch.compression.layout import compressed_bytes
 from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
 from arch.compression.small_buffers import KeptBuffer
@@ -320,3 +321,80 @@ def test_what_no_query_gave_the_average_goes(layers: list[tuple[Tensor, Tensor, 
             assert kept_of(buffer, row)[head] == want
             counts.append(len(want))
         assert buffer.chosen_slots == max(counts) and len(set(counts)) > 1
+
+
+class Steps:
+    """Record of what one store's reader was shown: queries and keys of all tokens, and which slots each query saw."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer, self.see = buffer, buffer.see
+        self.q: list[Tensor] = []
+        self.k: list[Tensor] = []
+        buffer.see = self
+        if not buffer.sees_queries:
+            buffer.sees_queries = True  # or the model leaves out queries of which nobody asks
+
+    def __call__(self, q: Tensor, k: Tensor, mask: Dense, scale: float, sinks: Tensor | None) -> None:
+        self.see(q, k, mask, scale, sinks)
+        self.q += q.unbind(1)
+        self.k += k[:, -q.shape[1] :].unbind(1)
+        self.last_k, self.last_allowed, self.scale = k, mask.allowed, scale
+
+
+@pytest.mark.parametrize(
+    ("text", "newest"),
+    [
+        ("h2o@9(recent=2,sinks=1,every=3)", 2),
+        ("scissorhands@9(recent=3,sinks=0,history=6,every=4)", 3),
+        ("knorm@9(recent=0,sinks=2,every=1)", 0),
+        ("h2o@24(recent=2,sinks=1,every=3)", 2),  # more than the prompt has
+    ],
+)
+def test_keeps_act_again(text: str, newest: int) -> None:
+    """Every k tokens, against lists of what lives in each row and head, with scores summed query by query: readers get
+    the keys of those, and memory stays as it is."""
+    model, batch, start, prompt = record_keeps.model(), tokens(2, 50) % 61, (0, 4), 20
+    method = parse_method(text)
+    assert method.keep is not None and method.keep.budget is not None
+    budget, options = int(method.keep.budget.amount), method.keep.options
+    start_B = torch.tensor(start)
+    cache = allocate_compressed(model.plan, 2, 50, dtype=torch.float64, method=method, start_B=start_B)
+    buffer: Any = cache.buffers[1]
+    steps = Steps(buffer)
+    live = [[list(range(start[row], prompt)) for _ in range(2)] for row in range(2)]
+    rows: list[list[list[dict[int, float]]]] = [[[], []], [[], []]]  # of each query, by position
+    with torch.no_grad():
+        model.prefill(batch[:, :prompt], cache, 7)
+    for end in range(prompt, 50):
+        for row, head in ((row, head) for row in range(2) for head in range(2)):
+            seen = rows[row][head]
+            for place in range(len(seen), end):  # of the prompt at first, then the last token
+                at = [p for p in (range(start[row], place + 1) if place < prompt else live[row][head]) if p <= place]
+                if not at:
+                    seen.append({})
+                    continue
+                keys = torch.stack([steps.k[p][row, head] for p in at])
+                weight = (steps.q[place][row, 2 * head : 2 * head + 2] @ keys.T * steps.scale).softmax(-1)
+                told = -(weight * len(at) < 1).double().sum(0) if "history" in options else weight.mean(0)
+                seen.append(dict(zip(at, told.tolist(), strict=True)))
+            if (end - prompt) % options["every"] == 0:
+                before = [p for p in live[row][head] if p < end - newest]
+
+                def score(p: int, seen: list = seen, row: int = row, head: int = head) -> float:
+                    if "knorm" in text:
+                        return -float(steps.k[p][row, head].norm())
+                    return sum(told.get(p, 0.0) for told in seen[-options.get("history", 0) :])
+
+                first = {p for p in before if p < start[row] + options["sinks"]}
+                best = sorted(before, key=lambda p: (p not in first, -score(p), p))[: budget - newest]
+                live[row][head] = sorted(best) + [p for p in live[row][head] if p >= end - newest]
+            live[row][head].append(end)
+        if end == prompt:
+            cache.compress()
+        with torch.no_grad():
+            assert model.decode_step(batch[:, end : end + 1], cache).isfinite().all()
+        assert cache.nbytes == compressed_bytes(model.plan, method, 2, 50, prompt=prompt, itemsize=8)
+        for row, head in ((row, head) for row in range(2) for head in range(2)):
+            got = steps.last_k[row, steps.last_allowed[row, head, 0], head]
+            assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in live[row][head]])), (end, row, head)
+    assert buffer.later.tensors[0].shape[1] == newest + options["every"] and steps.last_k.shape[1] <= budget + 4

@@ -152,6 +152,7 @@ class CompressedCache(Cache):
         for place, (buffer, mask) in enumerate(zip(self.buffers, masks, strict=True)):
             if isinstance(buffer, KeptBuffer):
                 assert isinstance(mask, Mask)
+                buffer.make_room(self.length, length, self.start_B)
                 allowed = buffer.allowed(self.length, length, device, self.start_B)
                 form = mask.form if allowed is None else Dense(causal=False, allowed=allowed)
                 made[place] = Mask(KeptKernel(buffer, mask.kernel), form)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..buffers import repeat_row
+from ..buffers import Tensors, repeat_row
 from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import POSITION_BYTES, Kept, kept_slots, position_heads
@@ -39,32 +39,23 @@ QUERIES = 256  # whose attention is computed at a time
 class ScoredBuffer(KeptBuffer):
     """A KeptBuffer that chooses by `score`, besides the sinks."""
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
-        """[B, K, S] scores of the tokens before the newest, high for those that should stay."""
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
+        """[B, K, S] scores of the slots before the newest, high for those that should stay; as KeptBuffer.choose."""
         raise NotImplementedError
 
-    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
-        """[B, K, C] tokens as KeptBuffer.choose; fewer where no row has so many."""
+    def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
+        """[B, K, C] slots as KeptBuffer.choose, those that hold nothing at the end."""
         assert self.method.keep is not None
-        position_BKS = self.positions(length - kept.newest, start_B)
         budget_B = torch.full((len(position_BKS),), kept.chosen, device=position_BKS.device)
-        score = self.score(position_BKS, kept.newest)
+        score = self.score(candidates, position_BKS, kept.newest)
         chosen = select(score, position_BKS, budget_B, sinks=self.method.keep.options["sinks"])
         return F.pad(chosen, (0, kept.chosen - chosen.shape[-1]), value=EMPTY)
-
-    def positions(self, count: int, start_B: Tensor | None) -> Tensor:
-        """[B, K, S] positions in their rows of the first `count` tokens, EMPTY for padding."""
-        assert self.whole is not None
-        tensor = self.whole.tensors[0]
-        index = torch.arange(count, device=tensor.device)
-        position = index.expand(len(tensor), -1) if start_B is None else (index - start_B[:, None]).clamp(min=EMPTY)
-        return position[:, None].expand(-1, position_heads(self.store), -1)
 
 
 class RandomBuffer(ScoredBuffer):
     """The control: positions are chosen by chance, which depends on seed, store, head and position alone."""
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
         assert self.method.keep is not None
         return random_scores(position_BKS, self.method.keep.options["seed"] + (self.store.owner << 16))
 
@@ -72,11 +63,8 @@ class RandomBuffer(ScoredBuffer):
 class KnormBuffer(ScoredBuffer):
     """Keys of small norm stay. The key of a latent store is the latent and the rotated key, as its readers see it."""
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
-        assert self.whole is not None
-        slots, tensors = position_BKS.shape[-1], self.whole.tensors
-        key = tensors[0] if tensors[0].ndim == 4 else torch.cat(tensors, dim=-1).unsqueeze(2)
-        return knorm_scores(key[:, :slots])
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
+        return knorm_scores(candidates[0] if candidates[0].ndim == 4 else torch.cat(candidates, dim=-1).unsqueeze(2))
 
 
 class AttentionBuffer(ScoredBuffer):
@@ -93,27 +81,39 @@ class AttentionBuffer(ScoredBuffer):
 
     @property
     def sees_queries(self) -> bool:  # type: ignore[override]
-        return self.whole is not None
+        return self.whole is not None or (self.kept is not None and self.kept.rows > 0)
+
+    @property
+    def tensors(self) -> Tensors:
+        if self.whole is not None or self.kept is None or not self.kept.rows:
+            return super().tensors
+        assert self.seen is not None
+        return *super().tensors, self.seen
 
     @property
     def window(self) -> int | None:
         """Number of queries whose rows are held; None: they are summed."""
         raise NotImplementedError
 
+    def row_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of `seen`, of keys of `dtype`."""
+        return at_least_fp32(dtype)
+
     def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
         """[B, K, T, S] what the queries tell: by default their attention, a mean over the heads of a group."""
         return observe(weight_BNTS, allowed, position_heads(self.store)).weight
 
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
-        if self.whole is None:
+        if not self.sees_queries:
             return
         queries, slots = q_BTNH.shape[1], k_BSKH.shape[1]
         if self.seen is None:
             shape = len(k_BSKH), position_heads(self.store), 0 if self.window else 1, 0
-            self.seen = torch.zeros(shape, dtype=at_least_fp32(k_BSKH.dtype), device=k_BSKH.device)
+            self.seen = torch.zeros(shape, dtype=self.row_type(k_BSKH.dtype), device=k_BSKH.device)
         if slots > self.end:  # the first reader of these tokens
-            self.seen = F.pad(self.seen, (0, slots - self.end, 0, queries if self.window else 0))
-            self.seen = self.seen if self.window is None else self.seen[:, :, -self.window :]
+            more = max(0, slots - self.seen.shape[-1])
+            self.seen = F.pad(self.seen, (0, more, 0, queries if self.window else 0))
+            self.seen = self.seen if self.window is None else self.seen[:, :, -self.window :].contiguous()
             self.end = slots
         first = 0 if self.window is None else max(0, queries - self.window)
         index = torch.arange(slots, device=k_BSKH.device)
@@ -125,10 +125,10 @@ class AttentionBuffer(ScoredBuffer):
             weight = attention_weights(q_BTNH[:, begin:end], k_BSKH, allowed, scale, sinks_N)
             row = self.row(weight, allowed)
             if self.window is None:
-                self.seen += row.sum(dim=2, keepdim=True)
+                self.seen[..., :slots] += row.sum(dim=2, keepdim=True)
             else:
                 behind = self.seen.shape[2] - queries
-                self.seen[:, :, behind + begin : behind + end] += row
+                self.seen[:, :, behind + begin : behind + end, :slots] += row
 
     def told(self, position_BKS: Tensor) -> Tensor:
         """[B, K, W, S'] what was seen, with the newest slots; nothing, where no reader ran."""
@@ -136,10 +136,16 @@ class AttentionBuffer(ScoredBuffer):
             return position_BKS.new_zeros(*position_BKS.shape[:2], 1, position_BKS.shape[-1]).float()
         return self.seen
 
-    def compress(self, length: int, start_B: Tensor | None) -> Any:
-        made = super().compress(length, start_B)
-        self.seen = None
-        return made
+    def carry(self, index_BKC: Tensor, count: int, kept: Kept, room: int) -> None:
+        if not kept.rows:
+            self.seen = None
+            return
+        assert self.seen is not None
+        index = index_BKC.clamp(min=0).unsqueeze(2).expand(-1, -1, self.seen.shape[2], -1)
+        chosen = self.seen.gather(-1, index) * (index_BKC != EMPTY).unsqueeze(2)
+        seen = torch.cat((chosen, self.seen[..., count : count + kept.newest]), dim=-1)
+        self.end = seen.shape[-1]
+        self.seen = F.pad(seen, (0, room - self.end, kept.rows - seen.shape[2], 0))
 
     def repeat(self, rows: int) -> "KeptBuffer":
         copy = super().repeat(rows)
@@ -156,10 +162,13 @@ class SnapBuffer(AttentionBuffer):
         assert self.method.keep is not None
         return int(self.method.keep.options["window"])
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
         assert self.method.keep is not None
-        scores = snapkv_scores(self.told(position_BKS)[:, :, -newest:], self.method.keep.options["kernel"], newest)
-        return scores[..., : position_BKS.shape[-1]]
+        slots = position_BKS.shape[-1]
+        scores = snapkv_scores(
+            self.told(position_BKS)[:, :, -newest:, : slots + newest], self.method.keep.options["kernel"], newest
+        )
+        return scores[..., :slots]
 
 
 class H2OBuffer(AttentionBuffer):
@@ -169,7 +178,7 @@ class H2OBuffer(AttentionBuffer):
     def window(self) -> None:
         return None
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
         return self.told(position_BKS)[:, :, 0, : position_BKS.shape[-1]]
 
 
@@ -182,9 +191,12 @@ class ScissorhandsBuffer(AttentionBuffer):
         return int(self.method.keep.options["history"])
 
     def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
-        return observe(weight_BNTS, allowed, position_heads(self.store)).below.float()
+        return observe(weight_BNTS, allowed, position_heads(self.store)).below
 
-    def score(self, position_BKS: Tensor, newest: int) -> Tensor:
+    def row_type(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int16
+
+    def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
         return scissorhands_scores(self.told(position_BKS)[..., : position_BKS.shape[-1]])
 
 
@@ -197,7 +209,7 @@ class PrefixBuffer(H2OBuffer):
         """[S] share of attention that the tokens before the newest get, from the greatest: a mean over the rows, each
         of which sums to 1, of a sum over heads."""
         newest = self.uniform(length).newest
-        score_BKS = self.score(self.positions(length - newest, start_B), newest).double()
+        score_BKS = self.score((), self.places(length - newest, start_B), newest).double()
         ordered_BS = score_BKS.sum(dim=1).sort(dim=-1, descending=True).values
         return (ordered_BS / ordered_BS.sum(dim=-1, keepdim=True).clamp(min=1e-30)).mean(dim=0)
 
@@ -213,7 +225,7 @@ class PrefixBuffer(H2OBuffer):
 
     def _kept(self, length: int) -> Kept | None:
         assert self.whole is not None and self.method.keep is not None
-        return kept_slots(self.store, self.method.keep, length, self.whole.tensors[0].element_size())
+        return kept_slots(self.store, self.method.keep, length, self.whole.tensors[0].element_size(), self.capacity)
 
     @property
     def slot_bytes(self) -> int:
@@ -222,8 +234,8 @@ class PrefixBuffer(H2OBuffer):
         elements = self.store.slot.elements * self.whole.tensors[0].element_size()
         return elements + position_heads(self.store) * POSITION_BYTES
 
-    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
-        return super().choose(replace(kept, chosen=self.budget), length, start_B)
+    def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
+        return super().choose(candidates, position_BKS, replace(kept, chosen=self.budget))
 
 
 def share_budget(buffers: Sequence[PrefixBuffer], length: int, start_B: Tensor | None) -> None:
@@ -260,8 +272,7 @@ class CormBuffer(AttentionBuffer):
     def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
         return observe(weight_BNTS, allowed, position_heads(self.store)).above.float()
 
-    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
+    def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
         assert self.method.keep is not None
-        position_BKS = self.positions(length - kept.newest, start_B)
         marked = corm_kept(self.told(position_BKS)[..., : position_BKS.shape[-1]])
         return select_marked(marked | (position_BKS < self.method.keep.options["sinks"]), position_BKS)

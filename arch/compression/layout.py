@@ -15,6 +15,8 @@ from .method import BY_CONTENT, CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16
 POSITION_BYTES = 4  # positions of kept slots, or numbers of kept channels, are int32
+SCORE_BYTES = 4  # sums of attention are fp32, or of the wider type of a cache
+COUNT_BYTES = 2  # counts of heads are int16
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class Kept:
     salient  of the chosen slots, those that have 4 bits, where the others have 2
     group   elements of a group in both
     recent  newest of all tokens, which stay whole, where those before them have 4 bits
+    every   tokens after the newest for which there is room until the keep acts again; 0: it acts once
+    rows    numbers for each slot and head that tell the keep then what to choose, of `row_bytes` bytes
     """
 
     chosen: int
@@ -167,10 +171,13 @@ class Kept:
     salient: int = 0
     group: int = 0
     recent: int = 0
+    every: int = 0
+    rows: int = 0
+    row_bytes: int = 0
 
 
-def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> Kept | None:
-    """Slots of a store after `keep` acted on a prompt; None: everything stays, and nothing changes.
+def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, capacity: int) -> Kept | None:
+    """Slots of a store for `capacity` tokens after `keep` acted on a prompt; None: everything stays, now and later.
 
     A budget in bytes is one of slots as they are without a codec. Where the text decides, `chosen` is that of an even
     budget (PrefixKV), or the most that there can be (CORM).
@@ -188,15 +195,20 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int) -> 
         return None if prompt <= newest else Kept(prompt - newest, newest)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
-    if budget >= prompt:
+    every = keep.options.get("every", 0)
+    if budget >= prompt and (not every or budget + every >= capacity):
         return None
     if keep.name == "streaming":
         sinks = min(keep.options["sinks"], budget - 1)
         return Kept(sinks, budget - sinks, budget - sinks)
     protected = keep.options["window" if "window" in keep.options else "recent"]
-    newest = min(protected, max(1, budget // 2))
+    newest = min(protected, max(1, budget // 2), prompt)
     ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
-    return Kept(budget - newest, newest, ring)
+    if not every:
+        return Kept(budget - newest, newest, ring)
+    rows = {"h2o": 1, "snapkv": protected, "scissorhands": keep.options.get("history", 0)}.get(keep.name, 0)
+    row_bytes = COUNT_BYTES if keep.name == "scissorhands" else max(SCORE_BYTES, itemsize)
+    return Kept(budget - newest, newest, every=every, rows=rows, row_bytes=row_bytes)
 
 
 def has_formula(method: CacheMethod) -> bool:
@@ -205,8 +217,9 @@ def has_formula(method: CacheMethod) -> bool:
 
 
 def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
-    """Whether `keep` drops something of a store of some prompt of up to `capacity` tokens."""
-    return keeps(store) and kept_slots(store, keep, capacity, itemsize) is not None
+    """Whether `keep` drops something of a store of some prompt of up to `capacity` tokens, or of what follows it."""
+    prompts = (1, capacity)
+    return keeps(store) and any(kept_slots(store, keep, prompt, itemsize, capacity) for prompt in prompts)
 
 
 def position_heads(store: StoreSpec) -> int:
@@ -214,12 +227,18 @@ def position_heads(store: StoreSpec) -> int:
     return store.slot.kv_heads or 1
 
 
+def later_slots(kept: Kept, capacity: int, prompt: int) -> int:
+    """Tokens for which there is room besides the chosen slots, or that pass through a ring."""
+    later = capacity - prompt + kept.newest
+    return min(later, kept.newest + kept.every) if kept.every else later
+
+
 def kept_layouts(
     store: StoreSpec, codec: CodecSpec | None, kept: Kept, capacity: int, prompt: int
 ) -> tuple[tuple[TensorLayout, ...], ...]:
     """Layouts of the chosen slots, which may be two parts, and of the newest with later tokens, for up to `capacity`
     tokens in all."""
-    later = capacity - prompt + kept.newest
+    later = later_slots(kept, capacity, prompt)
     if kept.group:
         four, two = (CodecSpec(name, kept.group, kept.recent, "channel") for name in ("int4", "int2"))
         return (
@@ -251,7 +270,7 @@ def store_bytes(
     kept = None
     if method.keep is not None and keeps(store):
         if prompt is not None:
-            kept = kept_slots(store, method.keep, prompt, itemsize)
+            kept = kept_slots(store, method.keep, prompt, itemsize, capacity)
         if prompt is None and acts(store, method.keep, capacity, itemsize):  # whole until it is compressed
             return store.nbytes(capacity, itemsize)
     if kept is None:
@@ -262,10 +281,10 @@ def store_bytes(
     if chosen is not None:
         kept = replace(kept, chosen=chosen)
     parts = kept_layouts(store, method.codec, kept, capacity, prompt)
-    numbers = kept.channels or kept.chosen
-    return numbers * position_heads(store) * POSITION_BYTES + sum(
-        layout.nbytes(itemsize) for part in parts for layout in part
-    )
+    numbers = (kept.channels or kept.chosen) * POSITION_BYTES
+    if kept.rows:
+        numbers += kept.rows * (kept.chosen + later_slots(kept, capacity, prompt)) * kept.row_bytes
+    return numbers * position_heads(store) + sum(layout.nbytes(itemsize) for part in parts for layout in part)
 
 
 def stack_bytes(

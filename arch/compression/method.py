@@ -41,21 +41,24 @@ CHOICES = {"keys": ("channel", "token")}
 #   history queries among which is counted how often a position gets less attention than average
 #   seed    of chance
 #   merge   what is dropped of the tokens before the newest is averaged into the nearest that was chosen (Elastic Cache)
+#   every   decoded tokens after which the keep acts again, so that a store has no more slots than its budget and so
+#           many; 0: it acts once, after the prompt
 #   ratio   share of the channels of a key that are dropped
 #   salient share of the tokens that get 4 bits, and not 2
 #   random  share of the other queries of the prompt that decide, too
 #   group   as that of a codec
-_SCORED: dict[str, Value] = {"sinks": 4, "recent": 16, "merge": False}
+_ONCE: dict[str, Value] = {"sinks": 4, "recent": 16, "merge": False}
+_SCORED: dict[str, Value] = {**_ONCE, "every": 0}
 _SNAP: dict[str, Value] = {"sinks": 4, "window": 16, "kernel": 5, "merge": False}
 KEEPS: dict[str, dict[str, Value]] = {
     "streaming": {"sinks": 4},
     "random": {**_SCORED, "seed": 0},
     "knorm": _SCORED,
-    "snapkv": _SNAP,
+    "snapkv": {**_SNAP, "every": 0},
     "snapstream": {**_SNAP, "ring": 64},
     "h2o": _SCORED,
     "scissorhands": {**_SCORED, "history": 64},
-    "prefixkv": _SCORED,
+    "prefixkv": _ONCE,
     "corm": {"sinks": 4, "window": 32, "merge": False},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
@@ -180,7 +183,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
             raise ValueError(f"{where} is {text!r}; it is {' or '.join(CHOICES[key])}")
         return text
     if isinstance(default, int):
-        least = 1 if key in ("group", "every", "window", "kernel", "page", "rank", "layers", "history", "ring") else 0
+        least = 1 if key in ("group", "window", "kernel", "page", "rank", "layers", "history", "ring") else 0
         if not re.fullmatch(r"\d{1,8}", text) or not least <= int(text) <= MOST:
             raise ValueError(f"{where} is {text!r}; it is a whole number, at least {least}")
         return int(text)

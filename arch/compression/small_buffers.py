@@ -178,6 +178,8 @@ class KeptBuffer:
         self.position_BKC: Tensor | None = None
         self.chosen: CodedBuffer | None = None
         self.later: CodedBuffer | None = None
+        self.kept: Kept | None = None
+        self.layouts: tuple[tuple[TensorLayout, ...], ...] | None = None  # of `chosen` and `later`
         self.base = 0  # the token that is the first of `later`
 
     @property
@@ -199,17 +201,19 @@ class KeptBuffer:
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         """Take note of the queries of one reader of the store, before compression or after it."""
 
-    def choose(self, kept: Kept, length: int, start_B: Tensor | None) -> Tensor:
-        """[B, K, C] tokens that stay of those before the newest, negative where there are fewer.
+    def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
+        """[B, K, C] slots that stay of those before the newest, negative where there are fewer.
 
-        StreamingLLM's: the first of each row.
+        `candidates` [B, S, ...] are those slots, in order, and `position_BKS` their positions in their rows, EMPTY
+        where they hold nothing. StreamingLLM's choice: the first of each row.
         """
-        assert self.whole is not None
-        tensor = self.whole.tensors[0]
-        index = torch.arange(kept.chosen, device=tensor.device).expand(tensor.shape[0], position_heads(self.store), -1)
-        if start_B is not None:
-            index = index + start_B[:, None, None]
-        return torch.where(index < length - kept.newest, index, -1)
+        padding_BK1 = (position_BKS == EMPTY).sum(dim=-1, keepdim=True)
+        index = torch.arange(kept.chosen, device=position_BKS.device) + padding_BK1
+        return torch.where(index < position_BKS.shape[-1], index, EMPTY)
+
+    def carry(self, index_BKC: Tensor, count: int, kept: Kept, room: int) -> None:
+        """Take note that slots `index_BKC` of the first `count` were chosen, and that the newest follow them, with
+        `room` for so many slots in all."""
 
     def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | AppendBuffer":
         """Let go of what the keep does not choose of `length` tokens, and code the rest. Return the buffer that goes on
@@ -217,33 +221,81 @@ class KeptBuffer:
         assert self.whole is not None and self.method.keep is not None
         tensors, codec = self.whole.tensors, self.method.codec
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
-        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size())
+        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size(), self.capacity)
         if kept is None:
             if codec is None:
                 return self.whole
             coded = CodedBuffer.allocate(tensor_layouts(self.store, codec, self.capacity), batch, dtype, device)
             coded.update(tuple(tensor[:, :length] for tensor in tensors), 0)
             return coded
-        position_BKC = self.choose(kept, length, start_B)
-        kept = replace(kept, chosen=position_BKC.shape[-1])
-        chosen_layouts, later_layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
+        place_BKS = self.places(length - kept.newest, start_B)
+        self.kept = kept
+        self.settle(tuple(tensor[:, :length] for tensor in tensors), place_BKS, length, start_B)
+        self.whole = None
+        return self
+
+    def places(self, count: int, start_B: Tensor | None) -> Tensor:
+        """[B, K, S] the first `count` tokens as slots of the whole cache, EMPTY for padding."""
+        assert self.whole is not None
+        tensor = self.whole.tensors[0]
+        index = torch.arange(count, device=tensor.device).expand(len(tensor), -1)
+        if start_B is not None:
+            index = torch.where(index >= start_B[:, None], index, EMPTY)
+        return index[:, None].expand(-1, position_heads(self.store), -1)
+
+    def settle(self, tensors: Tensors, place_BKS: Tensor, length: int, start_B: Tensor | None, new: int = 0) -> None:
+        """Hold what is chosen of slots [B, S + newest, ...], of which the first S are of tokens `place_BKS` and the
+        others the newest of `length` tokens, with room for `new` tokens at least."""
+        assert self.kept is not None and self.method.keep is not None
+        kept, codec, count = self.kept, self.method.codec, place_BKS.shape[-1]
+        batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
+        candidates = tuple(tensor[:, :count] for tensor in tensors)
+        position_BKS = place_BKS if start_B is None else in_rows(place_BKS, start_B)
+        index_BKC = self.choose(candidates, position_BKS, kept)
+        if self.layouts is None:
+            kept = replace(kept, chosen=index_BKC.shape[-1])
+            self.layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
+        chosen_layouts, later_layouts = self.layouts
+        if kept.every:
+            later_layouts = tuple(
+                replace(layout, limit=max(layout.limit, kept.newest + new)) for layout in later_layouts
+            )
+        self.carry(index_BKC, count, kept, index_BKC.shape[-1] + later_layouts[0].limit)
         self.base = length - kept.newest
         self.later = CodedBuffer.allocate(later_layouts, batch, dtype, device)
-        self.later.update(tuple(tensor[:, self.base : length] for tensor in tensors), 0)
-        if kept.chosen:
+        self.later.update(tuple(tensor[:, count:] for tensor in tensors), 0)
+        if index_BKC.shape[-1]:
             self.chosen = CodedBuffer.allocate(chosen_layouts, batch, dtype, device)
             merge = self.method.keep.options.get("merge", False)
-            before = (tensor[:, : self.base] for tensor in tensors)
             self.chosen.update(
                 tuple(
-                    merge_slots(tensor, position_BKC, start_B) if merge else gather_slots(tensor, position_BKC)
-                    for tensor in before
+                    merge_slots(tensor, position_BKS, index_BKC) if merge else gather_slots(tensor, index_BKC)
+                    for tensor in candidates
                 ),
                 0,
             )
-            self.position_BKC = position_BKC.to(torch.int32)
-        self.whole = None
-        return self
+            place_BKC = place_BKS.gather(-1, index_BKC.clamp(min=0))
+            self.position_BKC = torch.where(index_BKC >= 0, place_BKC, EMPTY).to(torch.int32)
+
+    def make_room(self, offset: int, new: int, start_B: Tensor | None) -> None:
+        """Let the keep act again, if `new` tokens after `offset` need more room than there is. Called before the masks
+        of a forward pass are made."""
+        if self.whole is not None or self.kept is None or not self.kept.every:
+            return
+        assert self.later is not None
+        held = offset - self.base
+        if held + new <= self.later.coded[0].layout.limit:
+            return
+        tensors, newest = self.later.read(0, held), self.kept.newest
+        place_S = torch.arange(self.base, offset - newest, device=tensors[0].device)
+        place_BKS = place_S.expand(len(tensors[0]), position_heads(self.store), -1)
+        if start_B is not None:
+            place_BKS = torch.where(place_BKS >= start_B[:, None, None], place_BKS, EMPTY)
+        if self.chosen is not None and self.position_BKC is not None:
+            chosen = self.chosen.read(0, self.position_BKC.shape[-1])
+            tensors = tuple(torch.cat(parts, dim=1) for parts in zip(chosen, tensors, strict=True))
+            place_BKS = torch.cat((self.position_BKC.long(), place_BKS), dim=-1)
+        self.settle(tensors, place_BKS, offset, start_B, new)
 
     def update(self, new: Tensors, offset: int) -> Tensors:
         """Write as AppendBuffer.update; the chosen slots come back first, then the tokens from `base` on."""
@@ -315,11 +367,13 @@ def gather_slots(tensor: Tensor, index_BKC: Tensor) -> Tensor:
     return tensor.gather(1, index.expand(*index.shape[: tensor.ndim - 1], tensor.shape[-1]))
 
 
-def merge_slots(tensor: Tensor, index_BKC: Tensor, start_B: Tensor | None) -> Tensor:
+def in_rows(place_BKS: Tensor, start_B: Tensor) -> Tensor:
+    """Positions in their rows of tokens, of rows that start at `start_B`."""
+    return torch.where(place_BKS == EMPTY, EMPTY, place_BKS - start_B[:, None, None])
+
+
+def merge_slots(tensor: Tensor, position_BKS: Tensor, index_BKC: Tensor) -> Tensor:
     """[B, C, ...] slots as `gather_slots`, each the mean of itself and of those to which it is the nearest."""
     x_BSKH = tensor if tensor.ndim == 4 else tensor.unsqueeze(2)
-    index_BKS = torch.arange(tensor.shape[1], device=tensor.device).expand(*index_BKC.shape[:2], -1)
-    if start_B is not None:
-        index_BKS = torch.where(index_BKS >= start_B[:, None, None], index_BKS, EMPTY)
-    merged = merge_dropped(x_BSKH, index_BKS, index_BKC)
+    merged = merge_dropped(x_BSKH, position_BKS, index_BKC)
     return merged if tensor.ndim == 4 else merged.squeeze(2)
