@@ -24,7 +24,7 @@ def read_method(text: str) -> CacheMethod | None:
     try:
         method = parse_method(text.strip().strip("\"'"))
     except ValueError as error:
-        raise UsageError(f"cache={text}: {error}") from error
+        raise UsageError(f"cache={text:.80}: {error}") from error
     return None if method.is_none else method
 
 

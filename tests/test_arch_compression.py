@@ -90,6 +90,14 @@ def test_methods_are_read() -> None:
         ("streaming@1.5", "no whole number of tokens"),
         ("streaming@many", "cannot read the budget"),
         ("int4(group=0)", "at least 1"),
+        ("int4(recent=99999999)", "at most 16,777,216"),
+        ("int4(group=4,group=8)", "int4(group) is given twice"),
+        ("int4(group=\u0663)", "a whole number"),
+        ("streaming@\u0663", "cannot read the budget"),
+        ("streaming@0", "keeps nothing"),
+        ("snapkv@0.0%", "keeps nothing"),
+        ("snapkv@200%", "keeps more than there is"),
+        ("snapkv@0B", "keeps nothing"),
         ("int4(recent=-1)", "at least 0"),
         ("int4(keys=head)", "channel or token"),
         ("int4(hadamard=2)", "true or false"),
@@ -102,8 +110,15 @@ def test_methods_are_read() -> None:
     ],
 )
 def test_wrong_methods_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         parse_method(text)
+
+
+@pytest.mark.parametrize("text", ["x" * 9999, "int4" + "+int4" * 9999, f"int4({'a' * 9999})", "h2o@" + "9" * 9999])
+def test_messages_are_of_one_short_line(text: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        parse_method(text)
+    assert len(str(refused.value)) < 400 and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ARCHS)

@@ -138,23 +138,25 @@ def parse_method(text: str) -> CacheMethod:
     for part in compact.split("+"):
         match = PART.fullmatch(part)
         if match is None or (match["first"] is not None and match["last"] is not None):
-            raise ValueError(f"cannot read {part!r} in cache method {text!r}; write such as int4, or snapkv@25%")
+            raise ValueError(
+                f"cannot read {part!r:.40} in cache method {text!r:.80}; write such as int4, or snapkv@25%"
+            )
         name, options, budget = match["name"], match["first"] or match["last"] or "", match["budget"]
         if name in CODECS:
             if codec is not None:
-                raise ValueError(f"cache method {text!r} has two codecs; leave one out")
+                raise ValueError(f"cache method {text!r:.80} has two codecs; leave one out")
             if budget is not None:
                 raise ValueError(f"{name} is a codec and takes no budget; write {name}, or {name}+streaming@{budget}")
             codec = CodecSpec(name, **_options(name, CODECS[name], options))
         elif name in KEEPS:
             if keep is not None:
-                raise ValueError(f"cache method {text!r} has two keeps; leave one out")
+                raise ValueError(f"cache method {text!r:.80} has two keeps; leave one out")
             keep = KeepSpec(name, _budget(name, budget), _options(name, KEEPS[name], options))
         elif name == "none":
             raise ValueError(f"none joins nothing; write {compact.replace('none+', '').replace('+none', '')}")
         else:
             raise ValueError(
-                f"no cache method {name!r}; codecs are {', '.join(CODECS)}, keeps (with a budget, as in "
+                f"no cache method {name!r:.40}; codecs are {', '.join(CODECS)}, keeps (with a budget, as in "
                 f"streaming@25%) {', '.join(KEEPS)}, and none leaves the cache as it is"
             )
     if codec is not None and keep is not None and keep.name == "zipcache":
@@ -164,11 +166,15 @@ def parse_method(text: str) -> CacheMethod:
 
 def _options(name: str, defaults: dict[str, Value], text: str) -> dict[str, Any]:
     values: dict[str, Any] = dict(defaults)
+    given: set[str] = set()
     for entry in filter(None, text.split(",")):
         key, _, written = entry.partition("=")
+        if key in given:
+            raise ValueError(f"{name}({key}) is given twice; leave one out")
         if key not in defaults or not written:
             known = ", ".join(f"{key}={value}".lower() for key, value in defaults.items()) or "none"
-            raise ValueError(f"{name} has no option {entry!r}; its options and their defaults: {known}")
+            raise ValueError(f"{name} has no option {entry!r:.40}; its options and their defaults: {known}")
+        given.add(key)
         values[key] = _value(f"{name}({key})", key, written, defaults[key])
     return values
 
@@ -176,38 +182,42 @@ def _options(name: str, defaults: dict[str, Value], text: str) -> dict[str, Any]
 def _value(where: str, key: str, text: str, default: Value) -> Value:
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{where} is {text!r}; it is true or false")
+            raise ValueError(f"{where} is {text!r:.40}; it is true or false")
         return text.lower() == "true"
     if isinstance(default, str):
         if text not in CHOICES.get(key, (text,)):
-            raise ValueError(f"{where} is {text!r}; it is {' or '.join(CHOICES[key])}")
+            raise ValueError(f"{where} is {text!r:.40}; it is {' or '.join(CHOICES[key])}")
         return text
     if isinstance(default, int):
         least = 1 if key in ("group", "window", "kernel", "page", "rank", "layers", "history", "ring") else 0
-        if not re.fullmatch(r"\d{1,8}", text) or not least <= int(text) <= MOST:
-            raise ValueError(f"{where} is {text!r}; it is a whole number, at least {least}")
+        if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= MOST:
+            raise ValueError(f"{where} is {text!r:.40}; it is a whole number, at least {least} and at most {MOST:,}")
         return int(text)
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0 < number <= 1:
-        raise ValueError(f"{where} is {text!r}; it is a number above 0 and at most 1")
+        raise ValueError(f"{where} is {text!r:.40}; it is a number above 0 and at most 1")
     return number
 
 
 def _budget(name: str, text: str | None) -> Budget | None:
     if name in WITHOUT_BUDGET:
         if text is not None:
-            raise ValueError(f"{name} takes no budget, {WITHOUT_BUDGET[name]}; leave out @{text}, and see its options")
+            raise ValueError(
+                f"{name} takes no budget, {WITHOUT_BUDGET[name]}; leave out @{text:.40}, and see its options"
+            )
         return None
     example = f"{name}@25% of the prompt, {name}@256 tokens, or {name}@16KiB of each sequence and store"
     if text is None:
         raise ValueError(f"{name} needs a budget: {example}")
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)(%|[KM]i?B|B)?", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(%|[KM]i?B|B)?", text)
     if match is None:
-        raise ValueError(f"cannot read the budget {text!r}: {example}")
+        raise ValueError(f"cannot read the budget {text!r:.40}: {example}")
     amount, unit = Fraction(match[1]), match[2]
+    if not amount or (unit == "%" and amount > 100):
+        raise ValueError(f"{name}@{text} keeps {'more than there is' if amount else 'nothing'}: {example}")
     if unit == "%":
         return Budget("share", amount / 100)
     if unit is None:
