@@ -191,6 +191,7 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     """Continue `prompts`, show the texts and what it took; return the continuations."""
     import torch
 
+    from arch import allocated_bytes
     from arch import generate as continue_prompts
     from arch.generation import batch_prompts
 
@@ -202,7 +203,6 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         raise UsageError(str(error)) from error
     with torch.inference_mode():
         cache = subject.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
-    whole_bytes = cache.nbytes
     streams = [Stream(tokenizer, prompt, options.stop) for prompt in tokens]
     watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=show)
     if len(prompts) > 1:
@@ -234,7 +234,12 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     for number, (prompt, stream) in enumerate(zip(prompts[1:], streams[1:], strict=True), start=2):
         show(f"\n[{number}] {prompt}{stream.shown}\n")
     if not options.quiet:
-        before = "" if subject.method is None else f", {bytes_text(whole_bytes)} before {subject.method.text}"
+        before = ""
+        if subject.method is not None:  # a codec acts from the first token on
+            whole_bytes = allocated_bytes(
+                model.plan, len(prompts), batch.capacity(options.max_new_tokens), model.output_weight.element_size()
+            )
+            before = f", {bytes_text(whole_bytes)} before {subject.method.text}"
         print(watch.report(cache.nbytes, subject) + before, file=sys.stderr)
     return [stream.shown for stream in streams]
 

@@ -146,6 +146,18 @@ def test_who_knows_the_pairs_answers_everything(part: str) -> None:
     assert found.figures[f"{part}/end_bytes"] == 12 / 8
 
 
+def test_a_kind_that_chance_never_asks_for_is_left_out() -> None:
+    """One question after the compression is of one kind; so are those of a sequence with few."""
+    options = Options(pairs=(2,), sequences=1, length=8)
+    found = compressed.of_recall(OracleSubject(), options, "turns")  # type: ignore[arg-type]
+    kinds = {kind for kind in ("known", "new") if f"{kind}/accuracy" in found.figures}
+    assert len(kinds) == 1 and found.samples.keys() == kinds
+    assert "no question is of kind" in found.notes[0]
+    options = replace(options, sequences=8)
+    found = compressed.of_recall(OracleSubject(), options, "turns")  # type: ignore[arg-type]
+    assert found.samples.keys() == {"known", "new"} and {1.0} == {*found.samples["known"], *found.samples["new"]}
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_first_turn_asks_for_every_other_pair(joined: bool) -> None:
     subject = OracleSubject()
@@ -250,13 +262,15 @@ def test_text_is_continued_over_a_compressed_cache(
 ) -> None:
     """With the bytes before and after; a full budget continues as no method does."""
     monkeypatch.chdir(old)
-    texts, reports = [], []
-    for method in ("none", "streaming@100%", "streaming@50%"):
+    texts, reports, whole = [], [], []
+    for method in ("none", "streaming@100%", "streaming@50%", "fp8"):
         generate.main(
             ["checkpoint=run-mixattention", "prompt=def function_1(x):", "max_new_tokens=6", f"cache={method}"]
         )
         out, err = capsys.readouterr()
         texts.append(out)
         reports.append([int(found.replace(",", "")) for found in re.findall(r"\(([\d,]+) bytes\)", err)])
+        whole.append(re.findall(r"cache (\S+ \S+) \(" if method == "none" else r", (\S+ \S+) before", err))
     assert texts[0] == texts[1]
-    assert reports[2] < reports[1] == reports[0]
+    assert reports[2] < reports[1] == reports[0] > reports[3]
+    assert whole == [whole[0]] * 4

@@ -260,13 +260,18 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
             for asked in batches(subject, options, part, pairs):
                 for kind, right_BT3 in right(subject, asked, part, options.dtype, seen).items():
                     of_pairs[kind] += right_BT3.sum(dim=(0, 1))
-                    samples[kind] += (right_BT3[..., 1].sum(1) / right_BT3[..., 2].sum(1)).tolist()
+                    right_B3 = right_BT3.sum(dim=1)
+                    right_B3 = right_B3[right_B3[:, 2] > 0]  # chance asks, too
+                    samples[kind] += (right_B3[:, 1] / right_B3[:, 2]).tolist()
         except ValueError as problem:
             if isinstance(problem, UsageError):
                 raise
             notes.append(f"{part} with {pairs} pairs is left out: {problem}")
             continue
         for kind, (accuracy, choice, count) in ((kind, found.tolist()) for kind, found in of_pairs.items()):
+            if not count:
+                notes.append(f"{part} with {pairs} pairs: no question is of kind {kind}; raise compressed.sequences")
+                continue
             for name, value in (("accuracy", accuracy), ("choice", choice)):
                 ends = wilson(value, int(count))
                 rows.append(row(kind, f"{pairs} pairs", int(count), f"{kind}/{name}", value / count, *ends))
@@ -277,7 +282,9 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
         f"{kind}/{name}": (found[number] / found[2]).item()
         for kind, found in counts.items()
         for number, name in enumerate(("accuracy", "choice"))
+        if found[2]
     }
+    samples = {kind: values for kind, values in samples.items() if values}
     figures |= {f"{part}/{name}": value for name, value in seen.figures().items()}
     return TaskResult(figures, rows, notes=tuple(notes), samples=samples)
 
