@@ -102,6 +102,10 @@ def test_the_loss_without_a_method_is_that_of_a_pass_without_a_cache(
         logits_NTV = subject.model.next_token_logits(tokens_NT[:, :-1])
     nats_NT = F.cross_entropy(logits_NTV.transpose(1, 2), tokens_NT[:, 1:], reduction="none")
     assert found.samples["loss"] == pytest.approx(nats_NT[:, 20:].mean(dim=1).tolist(), rel=1e-5)
+    most = subject.context - 8
+    assert compressed.lengths(subject, Options(prefix=most, new=8)) == (most, 8)
+    with pytest.raises(UsageError, match=f"beyond the context of {most + 8}: lower it, or set context={most + 9}"):
+        compressed.lengths(subject, Options(prefix=most + 1, new=8))
 
 
 class Oracle:

@@ -208,6 +208,11 @@ def lengths(subject: Subject, options: Options) -> tuple[int, int]:
             f"compressed.prefix is {prefix}; it must be at least {subject.model.plan.min_prompt}, a context of "
             f"{subject.context} less the {new} new tokens"
         )
+    if prefix + new > subject.context:
+        raise UsageError(
+            f"compressed.prefix is {prefix}; with {new} new tokens that is beyond the context of {subject.context}: "
+            f"lower it, or set context={prefix + new}"
+        )
     return prefix, new
 
 
