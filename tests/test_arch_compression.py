@@ -17,6 +17,7 @@ from arch.compression.small_buffers import CodedBuffer, KeptBuffer
 from arch.compression.zipcache import ZipCacheBuffer
 from arch.layers import rotate
 from arch.masks import Dense
+from arch.plan import KVPlan
 
 CODEC_TEXTS = (
     "bf16",
@@ -59,6 +60,7 @@ METHODS = (
     "knorm@30(every=2)",  # more than there is, until tokens are added
     "random@1(every=4)",
     "h2o@100%(every=40)",
+    "prefixkv@6KiB-total",
     "int8+snapkv@9",
     "int4(group=4,recent=2)+streaming@50%",
     "int8+streaming@9",
@@ -71,11 +73,11 @@ def test_methods_are_read() -> None:
     assert method.text == "int4(group=16,recent=8)+streaming@12.5%(sinks=2)"
     assert method.codec == CodecSpec("int4", 16, 8, "channel")
     assert method.keep is not None and method.keep.budget is not None and method.keep.options == {"sinks": 2}
-    budgets = {"25%": 25, "1": 1, "64": 64, "1KiB": 10, "5B": 1}
+    budgets = {"25%": 25, "1": 1, "64": 64, "1KiB": 10, "5B": 1, "1.5KB-total": 5, "9B-total": 1}
     for text, expected in budgets.items():
         keep = parse_method(f"streaming@{text}").keep
         assert keep is not None and keep.budget is not None
-        assert keep.budget.tokens(100, 100) == expected, text
+        assert keep.budget.of_store(300).tokens(100, 100) == expected, text
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,8 @@ def test_methods_are_read() -> None:
         ("int4+int8", "two codecs"),
         ("streaming@1+streaming@2", "two keeps"),
         ("int4@25%", "takes no budget"),
+        ("streaming@25%-total", "cannot read the budget"),
+        ("streaming@64-total", "or streaming@1MiB-total of each sequence"),
         ("streaming", "needs a budget: streaming@25% of the prompt"),
         ("streaming@1.5", "no whole number of tokens"),
         ("streaming@many", "cannot read the budget"),
@@ -215,6 +219,27 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         assert got.isfinite().all(), text
         shape = {"prompt": prompt, "itemsize": 4}
         assert cache.nbytes == compressed_bytes(model.plan, method, 2, 21, **shape, chosen=cache.chosen_slots), text
+
+
+def test_a_budget_for_all_stores_is_theirs_together() -> None:
+    """Stores of unlike slots keep as many tokens each, and one more of them would be too much."""
+    stores = {
+        "wide": StoreConfig(kv_heads=4),
+        "narrow": StoreConfig(kv_heads=1),
+        "local": StoreConfig(kv_heads=2, window=4),
+    }
+    plan = resolve(small(ArchConfig(stores, ["new wide", "new narrow", "new local"])))
+    assert isinstance(plan, KVPlan)
+    growing = [store for store in plan.stores if keeps(store)]
+    size = sum(2 * store.slot.elements for store in growing)
+    for budget in (size * 7, size * 8 - 1):
+        method = parse_method(f"streaming@{budget}B-total(sinks=2)")
+        cache = allocate_compressed(plan, 1, 24, dtype=torch.bfloat16, method=method)
+        cache.length = 24
+        cache.compress()
+        held = [sum(tensor.nbytes for tensor in buffer.tensors) for buffer in cache.kept]
+        positions = sum(4 * 2 * store.slot.kv_heads for store in growing)
+        assert len(held) == len(growing) and len(set(held)) == 2 and sum(held) - positions == 7 * size <= budget
 
 
 def test_streaming_is_attention_to_sinks_and_the_newest() -> None:

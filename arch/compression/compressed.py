@@ -28,7 +28,7 @@ from .keeps import (
     SnapBuffer,
     share_budget,
 )
-from .layout import acts, check_method, tensor_layouts
+from .layout import acts, check_method, tensor_layouts, with_budget
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, KeptBuffer
 from .think import ThinkBuffer
@@ -220,6 +220,7 @@ def _allocate(
     num_cross_vectors: int = 0,
 ) -> CompressedCache:
     buffers: list[Any] = []
+    method = with_budget(plan, method, dtype.itemsize)
     for store in plan.stores:
         keep = method.keep if method.keep and acts(store, method.keep, capacity, dtype.itemsize) else None
         if not store.masked or (method.codec is None and keep is None):

@@ -211,6 +211,14 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
     return Kept(budget - newest, newest, every=every, rows=rows, row_bytes=row_bytes)
 
 
+def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod:
+    """The method with the budget of each store, where it has one for all stores of `plan` on which the keep acts."""
+    if method.keep is None or method.keep.budget is None:
+        return method
+    slot_bytes = sum(store.slot.elements for store in plan.stores if keeps(store)) * itemsize
+    return replace(method, keep=replace(method.keep, budget=method.keep.budget.of_store(slot_bytes)))
+
+
 def has_formula(method: CacheMethod) -> bool:
     """Whether bytes follow from the length of the prompt, and not from its text alone."""
     return method.keep is None or method.keep.name not in BY_CONTENT or method.keep.budget is not None
@@ -296,6 +304,7 @@ def stack_bytes(
     itemsize: int,
     chosen: Sequence[int | None] | None = None,
 ) -> int:
+    method = with_budget(plan, method, itemsize)
     stores = sum(
         store_bytes(store, method, capacity, prompt, itemsize, count)
         for store, count in zip(plan.stores, chosen or [None] * len(plan.stores), strict=True)

@@ -2,7 +2,7 @@
 
 A method is a codec (how a slot is stored), a keep (which positions stay), or both, joined by `+`. Options stand in
 brackets, `int4(group=64,recent=0)`; the budget of a keep follows an `@`: a share of the prompt (`25%`), tokens (`256`),
-or bytes of each sequence and store (`16KiB`).
+bytes of each sequence and store (`16KiB`), or bytes of each sequence in all stores on which it acts (`1MiB-total`).
 """
 
 import math
@@ -92,10 +92,17 @@ class CodecSpec:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a store stays for each sequence: `unit` is share (of the prompt), tokens or bytes."""
+    """How much of a store stays for each sequence: `unit` is share (of the prompt), tokens, bytes, or total (bytes of
+    all stores on which the keep acts, each with as many tokens)."""
 
     unit: str
     amount: Fraction
+
+    def of_store(self, slot_bytes: int) -> "Budget":
+        """The budget of each store, where a position in all of them takes `slot_bytes` bytes."""
+        if self.unit != "total":
+            return self
+        return Budget("tokens", Fraction(max(1, math.floor(self.amount / max(1, slot_bytes)))))
 
     def tokens(self, prompt: int, slot_bytes: int) -> int:
         """Tokens that stay of a prompt, at least 1, where a position of the store takes `slot_bytes` bytes."""
@@ -209,10 +216,11 @@ def _budget(name: str, text: str | None) -> Budget | None:
                 f"{name} takes no budget, {WITHOUT_BUDGET[name]}; leave out @{text:.40}, and see its options"
             )
         return None
-    example = f"{name}@25% of the prompt, {name}@256 tokens, or {name}@16KiB of each sequence and store"
+    example = f"{name}@25% of the prompt, {name}@256 tokens, {name}@16KiB of each sequence and store, "
+    example += f"or {name}@1MiB-total of each sequence"
     if text is None:
         raise ValueError(f"{name} needs a budget: {example}")
-    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(%|[KM]i?B|B)?", text)
+    match = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(%|(?:[KM]i?B|B)(?:-total)?)?", text)
     if match is None:
         raise ValueError(f"cannot read the budget {text!r:.40}: {example}")
     amount, unit = Fraction(match[1]), match[2]
@@ -224,4 +232,5 @@ def _budget(name: str, text: str | None) -> Budget | None:
         if amount.denominator != 1:
             raise ValueError(f"{name}@{text} is no whole number of tokens: {example}")
         return Budget("tokens", amount)
-    return Budget("bytes", amount * UNITS[unit])
+    size, _, total = unit.partition("-")
+    return Budget(total or "bytes", amount * UNITS[size])
