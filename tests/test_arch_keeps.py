@@ -346,6 +346,7 @@ class Steps:
     [
         ("h2o@9(recent=2,sinks=1,every=3)", 2),
         ("scissorhands@9(recent=3,sinks=0,history=6,every=4)", 3),
+        ("snapkv@9(window=3,kernel=3,sinks=1,every=2)", 3),
         ("knorm@9(recent=0,sinks=2,every=1)", 0),
         ("h2o@24(recent=2,sinks=1,every=3)", 2),  # more than the prompt has
     ],
@@ -383,10 +384,17 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                 def score(p: int, seen: list = seen, row: int = row, head: int = head) -> float:
                     if "knorm" in text:
                         return -float(steps.k[p][row, head].norm())
-                    return sum(told.get(p, 0.0) for told in seen[-options.get("history", 0) :])
+                    last = seen[-options.get("history", options.get("window", 0)) :]
+                    return sum(told.get(p, 0.0) for told in last)
 
                 first = {p for p in before if p < start[row] + options["sinks"]}
-                best = sorted(before, key=lambda p: (p not in first, -score(p), p))[: budget - newest]
+                scored = [score(p) for p in before]
+                if "snapkv" in text:  # neighbours that are left, whatever was between them
+                    padded = [0.0, *scored, 0.0]
+                    scored = [sum(padded[place : place + 3]) for place in range(len(scored))]
+                by_place = dict(zip(before, scored, strict=True))
+                ranked = sorted(before, key=lambda p: (p not in first, -by_place[p], p))
+                best = ranked[: budget - newest]
                 live[row][head] = sorted(best) + [p for p in live[row][head] if p >= end - newest]
             live[row][head].append(end)
         if end == prompt:
@@ -398,3 +406,19 @@ def test_keeps_act_again(text: str, newest: int) -> None:
             got = steps.last_k[row, steps.last_allowed[row, head, 0], head]
             assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in live[row][head]])), (end, row, head)
     assert buffer.later.tensors[0].shape[1] == newest + options["every"] and steps.last_k.shape[1] <= budget + 4
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 3])
+def test_keeps_act_on_what_follows_a_prompt_of_few_tokens(prompt: int) -> None:
+    """Of fewer than always stay: nothing is chosen at first, and memory is bounded from there on."""
+    model, batch = record_keeps.model(), tokens(1, 40) % 61
+    for name in ("h2o(recent=4,every=2)", "scissorhands(recent=4,every=2)", "snapkv(window=4,every=2)"):
+        method = parse_method(f"{name}@9")
+        cache = allocate_compressed(model.plan, 1, 40, dtype=torch.float64, method=method)
+        with torch.no_grad():
+            if prompt:
+                model.prefill(batch[:, :prompt], cache)
+            cache.compress()
+            expected = compressed_bytes(model.plan, method, 1, 40, prompt=prompt, itemsize=8)
+            for token in batch[:, prompt:].split(1, dim=1):
+                assert model.decode_step(token, cache).isfinite().all() and cache.nbytes == expected

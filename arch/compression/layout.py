@@ -196,13 +196,13 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     every = keep.options.get("every", 0)
-    if budget >= prompt and (not every or budget + every >= capacity):
+    if budget >= prompt and (not every or not prompt or budget + every >= capacity):
         return None
     if keep.name == "streaming":
         sinks = min(keep.options["sinks"], budget - 1)
         return Kept(sinks, budget - sinks, budget - sinks)
     protected = keep.options["window" if "window" in keep.options else "recent"]
-    newest = min(protected, max(1, budget // 2), prompt)
+    newest = min(protected, max(1, budget // 2), prompt - 1)
     ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
     if not every:
         return Kept(budget - newest, newest, ring)
