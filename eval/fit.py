@@ -1,5 +1,6 @@
 """Differences between a layout as it is written and as it is at a size: what was cut, and what coincides."""
 
+import re
 from collections.abc import Iterator
 
 from arch import KVPlan, ModelConfig
@@ -24,6 +25,9 @@ def _of_stack(config: ModelConfig) -> Iterator[str]:
         for what, number in (("window", store.window), ("slots", store.slots)):
             if number is not None and most is not None and number > most:
                 yield f"{what} {number:,} of {name} cut to {most:,} by size.max_window"
+    for number in dict.fromkeys(map(int, re.findall(r"\bwindow=(\d+)", str(config.arch.pattern)))):
+        if most is not None and number > most:
+            yield f"window={number:,} in arch.pattern cut to {most:,} by size.max_window"
     yield from _sections(config)
     yield from _store_types(config, plan)
 

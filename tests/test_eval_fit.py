@@ -34,6 +34,7 @@ def at(arch: str | ArchConfig, size: str = "tiny", **changes: object) -> ModelCo
         (at("gqa8"), ["kv has 8 key/value heads for 8 query heads: multi-head attention, as kv_heads=all"]),
         (at("swa"), ["window 1,024 of local cut to 64 by size.max_window"]),
         (at("swa", max_window=1024), []),
+        (at("cla4_window"), ["window=1,024 in arch.pattern cut to 64 by size.max_window"]),
         (at("swa", max_window=None), []),
         (at("bct_gated", max_window=32), ["slots 256 of memory cut to 32 by size.max_window"]),
         (
