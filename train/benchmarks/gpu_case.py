@@ -38,7 +38,8 @@ class Case:
 def model_config(arch: str, size: str, options: Options, seq_len: int | None = None) -> ModelConfig:
     """The layout at the named size, or at a toy size that also has eight query heads."""
     if options.toy:
-        small = SizeConfig(num_layers=6, d_model=32, num_heads=8, d_ff=48, vocab_size=67, seq_len=24, max_window=8)
+        small = SizeConfig(num_layers=6, d_model=32, num_heads=8, head_dim=8, d_ff=48, vocab_size=67, seq_len=24)
+        small.max_window = 8
         return ModelConfig(load_arch(arch), small)
     model_size = load_size(size)
     model_size.seq_len = seq_len or model_size.seq_len
