@@ -422,3 +422,13 @@ def test_keeps_act_on_what_follows_a_prompt_of_few_tokens(prompt: int) -> None:
             expected = compressed_bytes(model.plan, method, 1, 40, prompt=prompt, itemsize=8)
             for token in batch[:, prompt:].split(1, dim=1):
                 assert model.decode_step(token, cache).isfinite().all() and cache.nbytes == expected
+
+
+def test_a_long_chunk_after_a_budget_of_one() -> None:
+    """There is nothing to choose from, and room is made for the chunk, which goes with the next token."""
+    model, batch, method = record_keeps.model(), tokens(1, 26) % 61, parse_method("h2o@1(every=1)")
+    cache = compressed(model, batch[:, :20], method.text)
+    with torch.no_grad():
+        assert model(batch[:, 20:25], cache).isfinite().all()
+        model.decode_step(batch[:, 25:], cache)
+    assert cache.nbytes == compressed_bytes(model.plan, method, 1, 60, prompt=20, itemsize=8)

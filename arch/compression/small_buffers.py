@@ -251,7 +251,7 @@ class KeptBuffer:
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
         candidates = tuple(tensor[:, :count] for tensor in tensors)
         position_BKS = place_BKS if start_B is None else in_rows(place_BKS, start_B)
-        index_BKC = self.choose(candidates, position_BKS, kept)
+        index_BKC = self.choose(candidates, position_BKS, kept) if count else place_BKS
         if self.layouts is None:
             kept = replace(kept, chosen=index_BKC.shape[-1])
             self.layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
