@@ -182,7 +182,7 @@ class Faded(NamedTuple):
 
 
 def fade(q_ZBNCK: Tensor, k_ZBNCK: Tensor, log_ZBNCA: Tensor, chunks: Chunks) -> Faded:
-    """What is left of each token for later ones, given log a."""
+    """Compute what is left of each token for later ones, given log a."""
     if log_ZBNCA.shape[-1] == 1:
         later = torch.ones_like(chunks.seen).tril(-1)
         sums_ZBNCC = torch.where(later, log_ZBNCA, 0.0).cumsum(dim=-2)
@@ -279,7 +279,7 @@ class ShortConv(OwnInit):
         self.weight = nn.Parameter(torch.empty(channels, width))  # the newest token's factor comes last
 
     def draw(self, name: str, full: Tensor, generator: torch.Generator) -> None:
-        """As torch's own convolutions, and the references: uniform within 1 / sqrt(width)."""
+        """Draw uniformly within 1 / sqrt(width), as torch's own convolutions and the references do."""
         bound = self.width**-0.5
         full.uniform_(-bound, bound, generator=generator)
 
@@ -318,7 +318,7 @@ class Decay(OwnInit):
         self.dt_bias = nn.Parameter(torch.empty(store.num_decays))
 
     def draw(self, name: str, full: Tensor, generator: torch.Generator) -> None:
-        """As the references: e^{A_log} uniform in (0 or 1, 16), softplus(dt_bias) log-uniform in (0.001, 0.1)."""
+        """Draw e^{A_log} uniformly in (0 or 1, 16), softplus(dt_bias) log-uniformly in (0.001, 0.1), as they do."""
         if name == "A_log":
             full.uniform_(0.01 if self.channels == 1 else 1.0, 16.0, generator=generator).log_()
         else:
@@ -349,7 +349,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 class DeltaOut(NamedTuple):
-    """What each head reads of its state, in at least fp32: [B, T, N, V], or [B, N, V] of single tokens."""
+    """Vectors that heads read of their states, in at least fp32: [B, T, N, V], or [B, N, V] of single tokens."""
 
     out: Tensor
 

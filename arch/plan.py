@@ -285,7 +285,7 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
 
 
 class Item(NamedTuple):
-    """What a layer does with a store of a type, `new` or `reuse`, and a window of its own."""
+    """One layer of a pattern: `new` or `reuse`, the type of store, and a window of its own."""
 
     verb: str
     name: str

@@ -140,7 +140,7 @@ def figures_table(name: str, results: Mapping[str, TaskResult]) -> Table:
 
 
 def comparisons(results: Mapping[str, TaskResult]) -> list[Table]:
-    """For each task that ran with several methods: what each changes, by the same windows and sequences.
+    """Tables, one for each task that ran with several methods, of what each changes by the same windows and sequences.
 
     The interval is that of the mean of paired differences to `none`, or to the first method, by a normal distribution.
     """

@@ -40,7 +40,7 @@ def pack(code: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """What `pack` packed: uint8 [..., H], of `width` numbers."""
+    """Unpack `width` numbers of what `pack` made; uint8 [..., H]."""
     per = 8 // bits
     if per == 1:
         return packed

@@ -165,7 +165,7 @@ class CompressedBlockCache(BlockCache):
 
     @property
     def chosen_slots(self) -> tuple[int | None, ...]:
-        """As CompressedCache.chosen_slots, of the block decoder."""
+        """Chosen slots of the block decoder, as CompressedCache.chosen_slots."""
         assert isinstance(self.blocks, CompressedCache)
         return self.blocks.chosen_slots
 

@@ -214,7 +214,7 @@ class PrefixBuffer(H2OBuffer):
         return (ordered_BS / ordered_BS.sum(dim=-1, keepdim=True).clamp(min=1e-30)).mean(dim=0)
 
     def drops(self, length: int) -> bool:
-        """Whether something of `length` tokens goes, if all stores have the same budget, and did not go yet."""
+        """Return whether something of `length` tokens goes, if all stores have the same budget, and did not go yet."""
         return self.whole is not None and self._kept(length) is not None
 
     def uniform(self, length: int) -> Kept:

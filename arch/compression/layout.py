@@ -145,7 +145,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
 
 
 def keeps(store: StoreSpec) -> bool:
-    """Whether a keep acts on a store: on those that hold every position."""
+    """Return whether a keep acts on a store: on those that hold every position."""
     return store.masked and store.window is None
 
 
@@ -220,12 +220,12 @@ def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod
 
 
 def has_formula(method: CacheMethod) -> bool:
-    """Whether bytes follow from the length of the prompt, and not from its text alone."""
+    """Return whether bytes follow from the length of the prompt, and not from its text alone."""
     return method.keep is None or method.keep.name not in BY_CONTENT or method.keep.budget is not None
 
 
 def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
-    """Whether `keep` drops something of a store of some prompt of up to `capacity` tokens, or of what follows it."""
+    """Return whether `keep` drops something of some prompt of up to `capacity` tokens, or of what follows it."""
     prompts = (1, capacity)
     return keeps(store) and any(kept_slots(store, keep, prompt, itemsize, capacity) for prompt in prompts)
 

@@ -92,8 +92,8 @@ class CodecSpec:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a store stays for each sequence: `unit` is share (of the prompt), tokens, bytes, or total (bytes of
-    all stores on which the keep acts, each with as many tokens)."""
+    """The part of a store that stays for each sequence: `unit` is share (of the prompt), tokens, bytes, or total (bytes
+    of all stores on which the keep acts, each with as many tokens)."""
 
     unit: str
     amount: Fraction
@@ -121,7 +121,7 @@ class KeepSpec:
 
 @dataclass(frozen=True)
 class CacheMethod:
-    """What is done to a cache; `text` as it was written, without spaces."""
+    """A codec, a keep, both, or neither; `text` as it was written, without spaces."""
 
     text: str = "none"
     codec: CodecSpec | None = None

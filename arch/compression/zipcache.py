@@ -14,7 +14,7 @@ from .small_buffers import CodedBuffer, KeptBuffer, gather_slots
 
 
 def is_random_probe(place: Tensor, share: float) -> Tensor:
-    """Whether a query at each place probes: a `share` of all, scattered by a hash of the place (Knuth's)."""
+    """Mark the places whose queries probe: a `share` of all, scattered by a hash of the place (Knuth's)."""
     return (place * 2654435761) % 2**32 < share * 2**32
 
 

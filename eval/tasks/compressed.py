@@ -342,7 +342,7 @@ def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tupl
 
 
 def right(subject: Subject, asked: Asked, part: str, dtype: str, seen: Bytes) -> "dict[str, torch.Tensor]":
-    """Of each kind of question, [B, T, 3] at those after the compression: right by accuracy, by choice, and asked."""
+    """Score each kind of question after the compression, [B, T, 3]: right by accuracy, by choice, and asked."""
     import torch
 
     inputs_BT, pair_BT, values_BP = (x.to(subject.device) for x in (asked.inputs_BT, asked.pair_BT, asked.values_BP))
