@@ -13,7 +13,6 @@ from torch import Tensor
 from .buffers import (
     AppendBuffer,
     Buffer,
-    StateBuffer,
     Step,
     allocate_buffer,
     repeat_buffer,
@@ -157,6 +156,11 @@ class Cache:
         """The next token of each row."""
         return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
 
+    def buffer_of(self, window: int | None) -> Any:
+        """The first buffer of slots of this window: where tokens lie is the same in all of them."""
+        stores = zip(self.plan.stores, self.buffers, strict=True)
+        return next(buffer for store, buffer in stores if store.masked and store.window == window)
+
     def step_seen(self, window: int | None, device: torch.device, own: int | None = None) -> Seen:
         """Slots that the next token sees of what buffers of this window return, in layers with a window of their `own`.
 
@@ -167,9 +171,7 @@ class Cache:
         newest = None if step.static or window is not None else own
         if self.start_B is None and not step.static and own == newest:
             return Seen(None)
-        stores = zip(self.plan.stores, self.buffers, strict=True)
-        buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
-        assert not isinstance(buffer, StateBuffer)
+        buffer = self.buffer_of(window)
         position_1, run, looked = self.new_indices(1, device), None, own or window
         slots_S = buffer.step_indices(step, device)
         if newest is not None:
@@ -209,9 +211,7 @@ class Cache:
             return form(Sequences(rows, length, ids_BT, device), own or window)
         if self.start_B is None and window is None and own is None and length == 1:
             return Dense(causal=False, allowed=None)
-        stores = zip(self.plan.stores, self.buffers, strict=True)
-        buffer = next(buffer for store, buffer in stores if store.masked and store.window == window)
-        assert not isinstance(buffer, StateBuffer)
+        buffer = self.buffer_of(window)
         query = torch.arange(self.length, self.length + length, device=device)
         slots = buffer.indices(self.length, length, device)
         return Dense(causal=False, allowed=visible(query, slots, own or window, self.start_B))

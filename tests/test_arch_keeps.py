@@ -17,7 +17,7 @@ from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes
 from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
-from arch.compression.small_buffers import KeptBuffer
+from arch.compression.small_buffers import KeptBuffer, gather_slots
 from arch.masks import Dense
 from arch.plan import KVPlan
 
@@ -158,7 +158,7 @@ def test_dropped_slots_are_merged_into_the_nearest() -> None:
     chosen = torch.tensor([[[2, 5, EMPTY]]])
     merged = scores.merge_dropped(x, at, chosen).flatten().tolist()
     assert merged == [(1 + 2 + 4) / 3, (8 + 16) / 2, 0]
-    assert scores.take_slots(x, chosen).flatten().tolist() == [2, 16, 0]
+    assert gather_slots(x, chosen).flatten().tolist() == [2, 16, 100], "an empty choice is any slot, which is hidden"
     everything = torch.arange(1, 6)[None, None]
     assert torch.equal(scores.merge_dropped(x, at, everything), x[:, 1:])
     assert scores.merge_dropped(x, at, everything[..., :0]).shape == (1, 0, 1, 1)

@@ -128,7 +128,7 @@ def zero_codes(layout: TensorLayout, batch: int, device: torch.device | str) -> 
         return ()
     heads, width = layout.shape[:-1], layout.shape[-1]
     kinds = {"bf16": (width, torch.bfloat16), "fp8": (width, FP8)}
-    last, dtype = kinds.get(codec.name, (-(-width // (8 // min(8, codec.bits))), torch.uint8))
+    last, dtype = kinds.get(codec.name, (layout.packed_bytes, torch.uint8))
     codes = torch.zeros((batch, layout.blocks, layout.block, *heads, last), dtype=dtype, device=device)
-    scales = (batch, layout.blocks, *heads, -(-width // layout.group))
+    scales = (batch, layout.blocks, *heads, layout.groups)
     return codes, *(torch.zeros(scales, dtype=torch.float16, device=device) for _ in range(layout.scales))

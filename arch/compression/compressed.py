@@ -131,7 +131,7 @@ class CompressedCache(Cache):
         assert own is None  # check_method
         if self.start_B is None:
             return Seen(None)
-        buffer = self._first_of(window)
+        buffer = self.buffer_of(window)
         if not isinstance(buffer, CodedBuffer):
             return super().step_seen(window, device)
         slots = buffer.indices(self.length, 1, device)
@@ -139,10 +139,6 @@ class CompressedCache(Cache):
         end_B = torch.full_like(self.start_B, len(slots), dtype=torch.int32)
         first_B = (self.start_B - buffer.first(self.length)).clamp(min=0).to(torch.int32)
         return Seen(allowed, Run(end_B, first_B))
-
-    def _first_of(self, window: int | None) -> Any:
-        stores = zip(self.plan.stores, self.buffers, strict=True)
-        return next(buffer for store, buffer in stores if store.masked and store.window == window)
 
     def store_masks(
         self, masks: list[Mask | TokenPositions], length: int, device: torch.device

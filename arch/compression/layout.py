@@ -4,6 +4,7 @@ Tokens leave the newest, which are whole, in blocks; a block is stored as intege
 cache of a store holds every position its blocks lie in order, else in a ring.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -84,9 +85,7 @@ class TensorLayout:
 
     def nbytes(self, itemsize: int) -> int:
         """Bytes of one sequence."""
-        heads = 1
-        for size in self.shape[:-1]:
-            heads *= size
+        heads = math.prod(self.shape[:-1])
         total = self.whole * heads * self.shape[-1] * itemsize
         if self.codec is not None:
             per_block = self.block * self.packed_bytes + self.scales * self.groups * SCALE_BYTES

@@ -196,7 +196,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
             raise ValueError(f"{where} is {text!r:.40}; it is {' or '.join(CHOICES[key])}")
         return text
     if isinstance(default, int):
-        least = 1 if key in ("group", "window", "kernel", "page", "rank", "layers", "history", "ring") else 0
+        least = 1 if key in ("group", "window", "kernel", "history", "ring") else 0
         if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= MOST:
             raise ValueError(f"{where} is {text!r:.40}; it is a whole number, at least {least} and at most {MOST:,}")
         return int(text)

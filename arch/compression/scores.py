@@ -208,11 +208,3 @@ def merge_dropped(x_BSKH: Tensor, position_BKS: Tensor, chosen_BKM: Tensor) -> T
         count = torch.ones_like(chosen_BKM, dtype=dtype).scatter_add_(-1, nearest_BKS, weight.squeeze(-1))
         out = total / count[..., None]
     return out.to(x_BKSH.dtype).transpose(1, 2)
-
-
-def take_slots(x_BSKH: Tensor, chosen_BKM: Tensor) -> Tensor:
-    """The chosen slots [B, M, K, H] in memory of their own, each head's in one piece; zeros for EMPTY."""
-    x_BKSH = x_BSKH.transpose(1, 2)
-    index = chosen_BKM.clamp(min=0)[..., None].expand(*chosen_BKM.shape, x_BKSH.shape[-1])
-    taken = x_BKSH.gather(2, index) * (chosen_BKM != EMPTY)[..., None]
-    return taken.transpose(1, 2)

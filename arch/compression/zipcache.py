@@ -10,6 +10,7 @@ from ..buffers import AppendBuffer, Tensors
 from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import kept_layouts, kept_slots
+from .scores import attention_weights, observe
 from .small_buffers import CodedBuffer, KeptBuffer, gather_slots
 
 
@@ -68,10 +69,9 @@ class ZipCacheBuffer(KeptBuffer):
         number_BS = torch.zeros(batch, length, dtype=dtype, device=keys.device)
         for q_BPNH, place_P in self.probes:
             sees_BPS = (slot_S <= place_P[:, None]) & (slot_S >= start_B1)[:, None]
-            q_BPKGH = q_BPNH.to(dtype).reshape(batch, len(place_P), heads, -1, q_BPNH.shape[-1])
-            score = torch.einsum("bpkgh,bskh->bkgps", q_BPKGH, keys.to(dtype)) * self.scale
-            weight = score.masked_fill(~sees_BPS[:, None, None], -torch.inf).softmax(dim=-1).nan_to_num(0.0)
-            total += weight.mean(dim=2).sum(dim=2)
+            allowed = sees_BPS.unsqueeze(1)
+            weight_BNPS = attention_weights(q_BPNH, keys, allowed, self.scale)
+            total += observe(weight_BNPS, allowed, heads).weight.sum(dim=2)
             number_BS += sees_BPS.sum(dim=1)
         mean = total / number_BS.clamp(min=1)[:, None]
         return mean.masked_fill((slot_S < start_B1)[:, None], -torch.inf)
