@@ -6,7 +6,6 @@ Shapes: B sequences of a micro-batch, T tokens of a sequence.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TypedDict
 
 import numpy as np
@@ -111,11 +110,7 @@ class TrainBatches:
                 orders.pop(corpus, None)  # frees it before the next is made
                 orders[corpus] = epoch, order(len(windows), self.seed, epoch, corpus)
             tokens = windows[int(orders[corpus][1][place])]
-            if windows.has_answers:
-                return answered(tokens, self.sequence_format)
-            return _to_example(
-                tokens, self.sequence_format, windows.end_of_text, np.random.default_rng((self.seed, 1, sequence))
-            )
+            return _to_example(tokens, self.sequence_format, windows, np.random.default_rng((self.seed, 1, sequence)))
 
         return row
 
@@ -142,11 +137,7 @@ class EvalBatches:
             real = range(min(first, len(self.windows)), min(first + self.micro_batch, len(self.windows)))
             windows = [self.windows[index] for index in real]
             windows += [np.zeros_like(self.windows[0])] * (self.micro_batch - len(real))
-            form, end = self.sequence_format, self.windows.end_of_text
-            make = partial(_to_example, form=form, end_of_text=end)
-            if self.windows.has_answers:
-                make = partial(answered, form=form)
-            examples = [make(tokens) for tokens in windows]
+            examples = [_to_example(tokens, self.sequence_format, self.windows) for tokens in windows]
             for filler in examples[len(real) :]:
                 filler["targets"][:] = IGNORE
             yield _batch(examples, sum(int((example["targets"] != IGNORE).sum()) for example in examples))
@@ -229,10 +220,16 @@ def answered(tokens: np.ndarray, form: SequenceFormat) -> Row:
 
 
 def _to_example(
-    tokens: np.ndarray, form: SequenceFormat, end_of_text: int, generator: np.random.Generator | None = None
+    tokens: np.ndarray,
+    form: SequenceFormat,
+    windows: TokenWindows | EvalWindows,
+    generator: np.random.Generator | None = None,
 ) -> Row:
-    """Make T inputs, T targets, and segment ids where there are any, of a row of T + 1 tokens."""
-    tokens = tokens.astype(np.int64)
+    """Make T inputs, T targets, and segment ids where there are any, of one of `windows`: T + 1 tokens, or T with their
+    answers."""
+    if windows.has_answers:
+        return answered(tokens, form)
+    tokens, end_of_text = tokens.astype(np.int64), windows.end_of_text
     inputs, targets = tokens[1 - form.target_offset : len(tokens) - form.target_offset], tokens[1:]
     row = {}
     if form.block_padding:

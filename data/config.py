@@ -9,6 +9,7 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 LIMITS = ("max_tokens", "max_documents", "max_eval_tokens", "shard_tokens")
+RECALL_KINDS = ("zoology", "gap")
 PREPARED = Path(__file__).resolve().parent / "prepared"
 
 

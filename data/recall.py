@@ -25,11 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .config import SPLITS, RecallConfig
+from .config import RECALL_KINDS, SPLITS, RecallConfig
 from .files import DataError
 from .shards import IGNORE
-
-KINDS = ("zoology", "gap")
 
 
 class Rows(NamedTuple):
@@ -201,7 +199,7 @@ def texts(config: RecallConfig) -> Iterator[tuple[str, str]]:
 
 def problems(config: RecallConfig) -> list[str]:
     """Keys of `source.recall` that make no sequences, each with the fix."""
-    found = [] if config.kind in KINDS else [f"kind is {config.kind}; choose {', '.join(KINDS)}"]
+    found = [] if config.kind in RECALL_KINDS else [f"kind is {config.kind}; choose {', '.join(RECALL_KINDS)}"]
     found += [
         f"{name} is {getattr(config, name)}; it must be at least {least}"
         for name, least in (("length", 2), ("rows", 1), ("val_rows", 1), ("vocab", 10), ("seed", 0))

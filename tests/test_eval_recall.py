@@ -14,6 +14,7 @@ from arch import Decoder
 from arch.named import load_arch
 from data.batches import IGNORE, Batch
 from data.cli import UsageError
+from data.config import RECALL_KINDS
 from data.recall import RecallTask, ZoologyTask
 from eval.positions import edges, loss_by_position
 from eval.recall import Questions, accuracy, questions, recall, zoology_questions
@@ -206,7 +207,7 @@ def test_the_recall_task_of_known_models() -> None:
     options = recall_task.Options(pairs=(2, 4), sequences=24, vocab=200, batch=16)
     knowing = recall_task.run(subject(Oracle(first_time, 200)), options)
     assert {row["accuracy"] for row in knowing.rows} == {row["choice"] for row in knowing.rows} == {1.0}
-    asked = {(kind, pairs): 0 for kind in recall_task.KINDS for pairs in (2, 4)}
+    asked = {(kind, pairs): 0 for kind in RECALL_KINDS for pairs in (2, 4)}
     for row in knowing.rows:
         asked[row["kind"], row["pairs"]] += row["count"]
     assert asked == {("zoology", 2): 48, ("zoology", 4): 96, ("gap", 2): 24 * 16, ("gap", 4): 24 * 32}

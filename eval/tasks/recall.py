@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
+from data.config import RECALL_KINDS
 from eval.tasks.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from eval.recall import Questions
 
-KINDS = ("zoology", "gap")
 LENGTH = 16  # tokens for each pair, as in figure 2 of the paper
 
 
@@ -32,7 +32,7 @@ class Options(TaskOptions):
     batch      sequences per forward pass
     """
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = RECALL_KINDS
     pairs: tuple[int, ...] = (4, 8, 16)
     length: int | None = None
     vocab: int = 8192
@@ -41,7 +41,9 @@ class Options(TaskOptions):
     batch: int = 16
 
     def problems(self) -> list[str]:
-        found = [f"kinds: {kind} is none of {', '.join(KINDS)}" for kind in self.kinds if kind not in KINDS]
+        found = [
+            f"kinds: {kind} is none of {', '.join(RECALL_KINDS)}" for kind in self.kinds if kind not in RECALL_KINDS
+        ]
         if not self.kinds or not self.pairs:
             found.append("kinds and pairs must not be empty")
         found += [f"pairs: {pairs} is less than 1" for pairs in self.pairs if pairs < 1]
