@@ -177,6 +177,13 @@ class TextBatches:
         return Scored(batch, torch.from_numpy(sizes_BT))
 
 
+def validation_windows(prepared: Prepared, length: int, count: int) -> EvalWindows:
+    """About `count` windows of the validation split, evenly spaced, of `length` inputs."""
+    folders = prepared.folders.items()
+    corpora = tuple(TokenWindows(folder, manifest, "val", length) for folder, manifest in folders)
+    return EvalWindows.of(Mixture(corpora, tuple(prepared.weights)), count)
+
+
 @dataclass
 class ValidationBatches:
     """Windows of the validation split as training reads them: as many as have room in `tokens`, evenly spaced."""
@@ -189,9 +196,7 @@ class ValidationBatches:
 
     @cached_property
     def batches(self) -> EvalBatches:
-        folders = self.prepared.folders.items()
-        corpora = tuple(TokenWindows(folder, manifest, "val", self.window) for folder, manifest in folders)
-        windows = EvalWindows.of(Mixture(corpora, tuple(self.prepared.weights)), self.tokens // self.window)
+        windows = validation_windows(self.prepared, self.window, self.tokens // self.window)
         form = SequenceFormat(self.plan.target_offset, self.plan.num_unpredicted, self.prepared.document_mask)
         return EvalBatches(windows, self.batch, sequence_format=form)
 

@@ -160,7 +160,7 @@ def share_of(module: LitModel) -> Share | None:
 
 
 def gather(mine: Any) -> list[Any]:
-    """What each process has, by rank."""
+    """Gather what each process has, in the order of ranks."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     return parts

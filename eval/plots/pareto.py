@@ -359,26 +359,7 @@ def _plot(figure: Any, panel: Panel, number: int, looks: Mapping[str, tuple[str,
             **place,
         )
     logarithmic = x_axis.in_bytes and min(ends) > 0
-    if rows:  # lines alone would not widen the axis
-        hidden = {"opacity": 0, "size": 1}
-        lines = [line for _, line in panel.references]
-        figure.add_scatter(
-            x=lines,
-            y=[rows[0].value] * len(lines),
-            mode="markers",
-            marker=hidden,
-            hoverinfo="skip",
-            **place | {"showlegend": False},
-        )
-    for name, line_place in _merged(panel.references):
-        where = {"row": 1, "col": number}
-        figure.add_vline(x=line_place, line={"color": REFERENCE, "width": 1, "dash": "dot"}, **where)
-        at = math.log10(line_place) if logarithmic else line_place  # in which plotly wants it on such an axis
-        text = html_text(f"{name}: {bytes_text(line_place)}")
-        figure.add_annotation(
-            x=at, y=1, yref="y domain", text=text, textangle=-90, xanchor="left", yanchor="top", showarrow=False,
-            font={"size": 10, "color": LIGHT_INK}, **where,
-        )  # fmt: skip
+    _draw_references(figure, panel, number, logarithmic)
     if logarithmic:
         powers = [math.frexp(end)[1] for end in (*ends, *(line for _, line in panel.references))]
         ticks = sorted({2.0**power for power in (*powers, *(power - 1 for power in powers))})
@@ -388,6 +369,30 @@ def _plot(figure: Any, panel: Panel, number: int, looks: Mapping[str, tuple[str,
         shown, title = {}, f"{x_axis.label} ({x_axis.better})"
     figure.update_xaxes(title_text=html_text(title), row=1, col=number, **shown)
     figure.update_yaxes(title_text=html_text(_title(y_axis).replace("  ", " ")), row=1, col=number)
+
+
+def _draw_references(figure: Any, panel: Panel, number: int, logarithmic: bool) -> None:
+    """Lines of released models, with their names along them."""
+    where = {"row": 1, "col": number}
+    if panel.rows:  # lines alone would not widen the axis
+        lines = [line for _, line in panel.references]
+        figure.add_scatter(
+            x=lines,
+            y=[panel.rows[0].value] * len(lines),
+            mode="markers",
+            marker={"opacity": 0, "size": 1},
+            hoverinfo="skip",
+            showlegend=False,
+            **where,
+        )
+    for name, place in _merged(panel.references):
+        figure.add_vline(x=place, line={"color": REFERENCE, "width": 1, "dash": "dot"}, **where)
+        at = math.log10(place) if logarithmic else place  # in which plotly wants it on such an axis
+        text = html_text(f"{name}: {bytes_text(place)}")
+        figure.add_annotation(
+            x=at, y=1, yref="y domain", text=text, textangle=-90, xanchor="left", yanchor="top", showarrow=False,
+            font={"size": 10, "color": LIGHT_INK}, **where,
+        )  # fmt: skip
 
 
 def _hover(row: Point, x_axis: Axis, y_axis: Axis) -> str:

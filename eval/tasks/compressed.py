@@ -2,7 +2,7 @@
 
 text     a prefix of `prefix` tokens goes into the cache, the cache is compressed, and the next `new` tokens are scored
          one after the other over what is left (teacher forcing): the same windows of text for every model and method
-recall   keys and values, and noise, before the compression; questions after it (eval/recall.py, the sequences of
+recall   keys and values, and noise, before the compression; questions after it (data/recall.py, the sequences of
          `recall.kinds=gap`), none of which the compression has seen
 turns    the same, with a first turn of questions for every other key before the compression: the second turn asks for
          those again (`known`), and for keys that nobody had asked for (`new`), which a method that keeps what the first
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
 from eval.methods import name_of
-from eval.tasks.intervals import wilson
+from eval.tasks.intervals import Z95, wilson
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 
@@ -186,8 +186,8 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
     nats_NT = torch.cat(nats).double()
     means_N = nats_NT.mean(dim=1)
     count, loss = len(means_N), means_N.mean().item()
-    error = (means_N.std() / math.sqrt(count)).item() if count > 1 else math.nan
-    rows = [row("text", f"{new} tokens after {prefix}", count, "loss", loss, loss - 1.96 * error, loss + 1.96 * error)]
+    half = Z95 * (means_N.std() / math.sqrt(count)).item() if count > 1 else math.nan
+    rows = [row("text", f"{new} tokens after {prefix}", count, "loss", loss, loss - half, loss + half)]
     figures = {"loss": loss, **seen.figures()}
     formula = formula_bytes(subject, prefix, new, options.dtype)
     if formula is not None:
@@ -221,15 +221,10 @@ def text_windows(subject: Subject, length: int, count: int) -> "torch.Tensor":
     import numpy as np
     import torch
 
-    from data.mixture import EvalWindows, Mixture
-    from data.shards import TokenWindows
-    from eval.scoring import texts
+    from eval.scoring import texts, validation_windows
 
     if subject.prepared is not None:
-        folders = subject.prepared.folders.items()
-        corpora = tuple(TokenWindows(folder, manifest, "val", length - 1) for folder, manifest in folders)
-        mixture = Mixture(corpora, tuple(subject.prepared.weights))
-        windows = EvalWindows.of(mixture, count)
+        windows = validation_windows(subject.prepared, length - 1, count)
         return torch.from_numpy(np.stack([windows[number] for number in range(len(windows))]).astype(np.int64))
     if not subject.texts:
         raise UsageError(
