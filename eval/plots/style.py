@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from eval.console import visible
 
@@ -38,9 +39,19 @@ class Picture(Figure):
         FigureCanvasAgg(self)
 
     def write(self, path: Path | None, **options: Any) -> None:
-        """Save the picture on white, with `options` of savefig; do nothing without a path."""
-        if path is not None:
+        """Save the picture on white, with `options` of savefig; do nothing without a path.
+
+        A PNG gets a palette, and less than half of its bytes.
+        """
+        if path is None:
+            return
+        if path.suffix.lower() != ".png":
             self.savefig(path, facecolor="white", **options)
+            return
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", facecolor="white", **options)
+        with Image.open(buffer) as picture:
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
