@@ -66,7 +66,8 @@ class StoreConfig:
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     slots       a bounded store: this many slots into which positions are merged, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
-    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded)
+    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded, or
+                beside a store that is)
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
     rope        how much of each key is rotated: `full`, `none`, a leading share (`1/4`) or number of elements; null
                 takes the size's rotary_fraction. Latents have `latent.rope_dim` instead, which may be 0

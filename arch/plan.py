@@ -184,6 +184,13 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     ]
     types = {name: resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
     items = _expand(config, problems)
+    if not any(store.window or store.slots for store in config.arch.stores.values()):
+        problems += [
+            f"arch.stores.{name}.sinks needs a window, of this store or of one beside it: sinks stand in for the "
+            "positions that a window drops"
+            for name, store in config.arch.stores.items()
+            if store.sinks and store.matrix is None
+        ]
     if problems:
         raise LayoutError(problems)
 

@@ -187,8 +187,6 @@ class StoreSpec:
     @classmethod
     def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
         """Adds to `problems` what else is wrong with the keys of this kind."""
-        if store.window is None and store.sinks:
-            problems.append(f"{where}.sinks needs a window: sinks stand in for the positions that a window drops")
         if store.rule is not None:
             problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
 

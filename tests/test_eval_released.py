@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, launch_in_process
 
+from arch import SizeConfig, model_config, resolve
 from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto, released
@@ -107,6 +108,19 @@ def test_published_figures() -> None:
     plan = load("gemma-4-e2b").plan
     assert len(plan.stores) == plan.num_layers - 20
     assert plan.owners[15:] == tuple(14 if layer % 5 == 4 else 13 for layer in range(15, 35))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "shape"),
+    [("gpt_oss", f"gpt-oss-{size}", {"num_layers": n, "num_heads": 64}) for size, n in (("20b", 24), ("120b", 36))],
+)
+def test_layouts_have_the_bytes_of_their_models(layout: str, model: str, shape: dict[str, int]) -> None:
+    """At the model's shape, layer by layer, before and after windows and chunks fill."""
+    plan, released_plan = resolve(model_config(layout, SizeConfig(head_dim=64, **shape))), load(model).plan
+    assert plan.owners == released_plan.owners
+    for context in (1, 127, 128, 8191, 8193, CONTEXT):
+        bytes_of = ([store.nbytes(context, 2) for store in each.stores] for each in (plan, released_plan))
+        assert next(bytes_of) == next(bytes_of), context
 
 
 def test_files_hold_what_decides_bytes_and_a_source(monkeypatch: pytest.MonkeyPatch) -> None:

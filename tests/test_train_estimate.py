@@ -52,6 +52,7 @@ LAYOUTS = [
     "mla",
     "swa_sinks",
     "mimo",
+    "gpt_oss",
     "bct",
     "bct_gated",
     "bct_ring",
