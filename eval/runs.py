@@ -82,12 +82,18 @@ KEYS = {
 }
 
 
+# A value of a key of speed that decides the result, too: fp8 is no mere rounding of sums, and no seed of bf16.
+COARSE = {"trainer.precision": "fp8"}
+
+
 def deciding_values(config: Mapping[str, Any], decides: str) -> dict[str, Any]:
     """The values in `config` (nested) of the keys that decide `decides`, groups as wholes.
 
     A key that an earlier version did not have is None.
     """
     keys = [key for key, value in KEYS.items() if value.decides == decides and key.rpartition(".")[0] not in KEYS]
+    if decides == "result":
+        keys += [key for key, value in COARSE.items() if lookup(config, key) == value]
     return {key: lookup(config, key) for key in keys}
 
 

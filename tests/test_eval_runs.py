@@ -43,6 +43,16 @@ def test_deciding_values() -> None:
     assert deciding_values(config, "seed") == {"seed": 3}
 
 
+def test_fp8_is_no_seed_of_bf16() -> None:
+    """Runs that differ in bf16 and fp32 are repetitions of one; those in fp8 are another."""
+    configs = [{"trainer": {"precision": precision}} for precision in ("auto", "bf16", "fp8", "fp32", "fp8")]
+    found = group_by_seed(enumerate(configs), lambda run: ["cla2", deciding_values(run[1], "result")])
+    assert {name: [number for number, _ in runs] for name, runs in found.items()} == {
+        "cla2 (precision=null)": [0, 1, 3],
+        "cla2 (precision=fp8)": [2, 4],
+    }
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in OLD.glob("run-*")))
 def test_a_run_of_an_earlier_version_is_read(name: str) -> None:
     run = Run(OLD / name)

@@ -453,6 +453,10 @@ def test_commands_of_a_first_start(tmp_path: Path) -> None:
         f"srun --kill-on-bad-exit=1 python {plain} trainer.num_nodes=2 trainer.devices=8",
         "scontrol requeue 77",
     ]
+    assert dry("torchrun.sh", *arguments, MAX_RESTARTS="2") == [
+        f"env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 {torchrun} --standalone --max-restarts 2 --nproc-per-node 8 "
+        f"--no-python train/launch/single.sh {' '.join(arguments)}"
+    ]
     assert dry("single.sh", "arch.pattern=[new kv]") == [r"python train/pretrain.py arch.pattern=\[new\ kv\]"]
 
 
@@ -461,6 +465,8 @@ def test_commands_of_a_requeue(started: Path) -> None:
     arguments = [*START, f"folder={started}", "tokens=9", "optim.name=muon"]
     kept = f"train/pretrain.py resume={started} trainer.devices=8 optim.lr=1e-3 tokens=9"
     assert dry("single.sh", *arguments) == [f"python {kept}"]
+    restarted, begun = (dry("single.sh", *arguments, TORCHELASTIC_RESTART_COUNT=count) for count in "10")
+    assert restarted == [f"python {kept}"] != begun
     assert dry("torchrun.sh", *arguments) == [f"python -m torch.distributed.run --standalone --nproc-per-node 8 {kept}"]
     assert dry("slurm.sbatch", *arguments, **SLURM)[0] == (
         f"srun --kill-on-bad-exit=1 python {kept} trainer.num_nodes=2 trainer.devices=8"
@@ -472,6 +478,7 @@ def test_commands_of_a_requeue(started: Path) -> None:
     [
         ("torchrun.sh", ["trainer.num_nodes=2", "folder=x"], {}, "set HEAD="),
         ("torchrun.sh", ["trainer.num_nodes=2"], {"HEAD": "a"}, "give folder="),
+        ("torchrun.sh", ["trainer.devices=2"], {"MAX_RESTARTS": "1"}, "give folder="),
         ("slurm.sbatch", ["trainer=fsdp"], SLURM, "give folder="),
         ("slurm.sbatch", ["folder=x"], SLURM | {"SLURM_SUBMIT_DIR": "/"}, "submit from the repository's root"),
     ],

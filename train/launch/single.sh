@@ -9,5 +9,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 args=("$@")
 source train/launch/common.sh
 
-resume_if_started
+[[ ${TORCHELASTIC_RESTART_COUNT:-} == 0 ]] || resume_if_started # a process of torchrun.sh goes on only when restarted
 become "$python" train/pretrain.py "${args[@]}"
