@@ -19,6 +19,7 @@ from .delta import DeltaReader, DeltaWriter
 from .delta_fla import select_delta_backend
 from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
+from .mixed import MixedReader
 from .plan import KVPlan
 from .stores import StoreSpec
 
@@ -57,6 +58,7 @@ def select_masked_backend(name: str, size: SizeConfig, store: StoreSpec, device:
 
 STORE_MODULES = {
     "grouped": StoreModules(GroupedWriter, GroupedReader, select_masked_backend),
+    "mixed": StoreModules(GroupedWriter, MixedReader, select_masked_backend),  # of two grouped stores
     "latent": StoreModules(LatentWriter, LatentReader, select_masked_backend),
     "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend),
     "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend),

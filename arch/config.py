@@ -96,6 +96,8 @@ class LayoutConfig:
     stores       name -> type of store; arch/config.py has its keys
     pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
                  items for the eye. With `window=256` after X a layer sees the last 256 of the positions that X keeps.
+                 `reuse X values=Y` reads keys of X and values of Y; `reuse X mix=Y` keys and values that are each
+                 a learned mix of both, per channel.
                  Or a list of sections `{layers: 2 | 1/2, pattern: [...]}`: each takes that many
                  layers (a share is rounded down; what the depth cannot hold is cut, last section first), the one
                  section without `layers` takes the rest.

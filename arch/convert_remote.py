@@ -1,7 +1,8 @@
 """The remote-code decoder of train/hf, for layouts that no stock class holds: its config.json and weights.
 
-It shares keys and values between layers as the plan does, with windows, heads, rotary bases and widths per store,
-attention sinks, and norms before keys and values. Its weights have Llama's names: they are those of convert_stock.py.
+It shares keys and values between layers as the plan does, also values without their keys, with windows, heads, rotary
+bases and widths per store, attention sinks, and norms before keys and values. Its weights have Llama's names: they are
+those of convert_stock.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from .convert import (
     size_problems,
     style_problems,
 )
-from .convert_stock import TIED, own_windows_text, weights
+from .convert_stock import TIED, own_windows_text, second_reads_text, weights
 from .plan import KVPlan, resolve_stack
 from .stores import StoreSpec
 
@@ -74,10 +75,16 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "sliding_window": max(distinct_windows, default=None),
         "layer_sliding_windows": windows if len(distinct_windows) > 1 else None,
         "kv_source_layers": list(plan.owners),
+        **({"value_source_layers": _value_owners(plan)} if plan.second_reads else {}),
         "layer_sinks": sinks if any(sinks) else None,
         "layer_kv_norms": norms if any(norms) else None,
         **NO_SPECIAL_TOKENS,
     }
+
+
+def _value_owners(plan: KVPlan) -> list[int]:
+    """List the layer that wrote the values which each layer reads."""
+    return [plan.stores[plan.sources(layer)[1][0]].owner for layer in range(plan.num_layers)]
 
 
 def _per_layer(plan: KVPlan, value: Callable[[StoreSpec], T]) -> list[T]:
@@ -99,6 +106,8 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         )
     if plan.reader_windows:
         problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
+    if any(second and second.how == "mix" for second in plan.second_reads):
+        problems.append(f"mix: {second_reads_text(plan, 'mix')}, mixed; the remote decoder reads them as they are")
     grouped = [store for store in plan.stores if store.kind == "grouped"]
     if len({width for store in grouped for width in (store.slot.k_dim, store.slot.v_dim)}) > 1:
         problems.append(f"k_dim, v_dim: {names(grouped)} have different widths; the remote decoder has one head_dim")
@@ -133,6 +142,14 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedModelError(
             [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
         )
+    value_sources = hf.get("value_source_layers") or sources
+    if not all(
+        0 <= source <= layer and sources[source] == source and (source == layer or sources[layer] != layer)
+        for layer, source in enumerate(value_sources)
+    ):
+        raise UnsupportedModelError(
+            [f"value_source_layers is {value_sources}; a layer that writes reads its own, others a layer that writes"]
+        )
     stores = [
         StoreConfig(
             heads,
@@ -146,8 +163,8 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
     size = from_dict(SizeConfig, sizes)
-    for merge_equal in (True, False):
-        config = ModelConfig(_layout(stores, sources, merge_equal), size)
+    for merge_equal in (True, False) if value_sources == sources else (False,):
+        config = ModelConfig(_layout(stores, sources, value_sources, merge_equal), size)
         again = to_hf_config(config)
         if all(hf.get(key) == value for key, value in again.items() if key not in IGNORED_KEYS):
             return config
@@ -162,6 +179,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
     entries: dict[str, tuple[type, ...]] = {
         "layer_types": (str,),
         "kv_source_layers": (int,),
+        "value_source_layers": (int,),
         "layer_sliding_windows": (int, type(None)),
         "layer_key_value_heads": (int,),
         "layer_rope_thetas": number,
@@ -188,8 +206,9 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _layout(stores: list[StoreConfig], sources: list[int], merge_equal: bool) -> ArchConfig:
-    """Return the layout in which layer i reads the store that layer `sources[i]` writes, `stores[sources[i]]`.
+def _layout(stores: list[StoreConfig], sources: list[int], value_sources: list[int], merge_equal: bool) -> ArchConfig:
+    """Return the layout in which layer i reads the store that layer `sources[i]` writes, `stores[sources[i]]`, or of it
+    the keys and the values of layer `value_sources[i]`.
 
     `merge_equal` names equal stores alike, which is right if layers always read the latest of them; otherwise each
     written store has a name of its own.
@@ -201,5 +220,6 @@ def _layout(stores: list[StoreConfig], sources: list[int], merge_equal: bool) ->
         equal = [name for name, other in types.items() if merge_equal and other == store]
         name = equal[0] if equal else f"kv{source}"
         types[name] = store
-        pattern.append(f"{'new' if source == layer else 'reuse'} {name}")
+        values = "" if value_sources[layer] == source else f" values=kv{value_sources[layer]}"
+        pattern.append(f"{'new' if source == layer else 'reuse'} {name}{values}")
     return ArchConfig(types, pattern)

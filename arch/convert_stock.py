@@ -231,6 +231,8 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"sharing: layers {layers} read what an earlier layer wrote; stock layers each write their own")
     if plan.reader_windows:
         problems.append(f"reader_windows: {own_windows_text(plan)}; stock layers see what they cache")
+    if plan.second_reads:
+        problems.append(f"second_reads: {second_reads_text(plan)}; stock layers each read what they wrote")
     if sinks := [store for store in plan.stores if store.sinks]:
         problems.append(f"sinks: {names(sinks)} has attention sinks")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
@@ -263,6 +265,12 @@ def own_windows_text(plan: KVPlan) -> str:
     """Name the layers of `plan` that have windows of their own."""
     layers = [str(layer) for layer in range(plan.num_layers) if plan.own_window(layer) is not None]
     return f"layers {', '.join(layers)} see fewer positions than their store keeps"
+
+
+def second_reads_text(plan: KVPlan, how: str | None = None) -> str:
+    """Name the layers of `plan` that read two stores; with `how`, those that do so in this way."""
+    layers = [str(layer) for layer, second in enumerate(plan.second_reads) if second and how in (None, second.how)]
+    return f"layers {', '.join(layers)} read keys and values of two stores"
 
 
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, D model, V vocabulary.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from .buffers import KV, Buffer, Step
 from .cache import Cache, allocate
 from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
+from .grouped import GroupedKV
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
 from .masks import Dense, Sequences, Windowed, padded, rows_across
+from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
 from .stores import StoreSpec
@@ -260,7 +263,7 @@ class Stack(nn.Module):
                 ropes = tail_ropes
             arguments = (
                 x_BTD,
-                () if owner else written[read],
+                () if owner else handed_on(plan, layer, written),
                 ropes[spec.rope_key],
                 (tail_masks if layer >= tail else masks)[plan.view_reads[layer]],
                 cache.buffers[read] if owner and cache is not None else None,
@@ -274,8 +277,9 @@ class Stack(nn.Module):
                 x_BTD, kv = block(*arguments)
             if owner:
                 written.append(kv)
-            if layer == plan.readers(spec)[-1]:
-                written[read] = ()  # checkpointing would keep them for nobody
+            for number in {*chain(*plan.sources(layer))}:
+                if layer == plan.last_reader(number):
+                    written[number] = ()  # checkpointing would keep them for nobody
             if layer == tail and keep == 0:
                 break
         if cache is not None:
@@ -307,12 +311,21 @@ class Stack(nn.Module):
             read = self.plan.reads[layer]
             spec = self.plan.stores[read]
             owner = spec.owner == layer
-            kv, buffer = ((), cache.buffers[read]) if owner else (written[read], None)
+            kv, buffer = ((), cache.buffers[read]) if owner else (handed_on(self.plan, layer, written), None)
             mask = masks[keys[self.plan.view_reads[layer]]] if spec.masked else token_positions[spec.positions_key]
             x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer])
             if owner:
                 written.append(kv)
         return x_BD
+
+
+def handed_on(plan: KVPlan, layer: int, written: list[KV]) -> KV:
+    """What `layer` gets of the keys and values that layers below it have written, by store."""
+    kv, second = written[plan.reads[layer]], plan.second_read(layer)
+    if second is None:
+        return kv
+    other = written[second.store]
+    return TwoKV(*kv, *other) if second.how == "mix" else GroupedKV(kv[0], other[1])
 
 
 def last_position(rope: Rope) -> Rope:

@@ -2,7 +2,7 @@
 
 slot   what one cached position holds
 store  the slots that exactly one owner layer writes, with a retention: all of them, a window, or a bounded state
-read   each layer reads exactly one store: its own or an earlier layer's
+read   each layer reads one store: its own or an earlier layer's; or keys of one and values of another, or a mix
 plan   the tuple of stores and the tuple of reads, one per layer
 
 Everything that depends on a layout (weights, data flow, masks, cache, bytes, export) asks the plan and nothing else.
@@ -10,7 +10,7 @@ Everything that depends on a layout (weights, data flow, masks, cache, bytes, ex
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 from .config import (
@@ -28,7 +28,7 @@ from .config import (
     head_dim,
     style_of,
 )
-from .stores import LayoutError, StoreSpec, resolve_store, share_of
+from .stores import LayoutError, MixedSpec, StoreSpec, resolve_store, share_of
 
 
 class StackPlan(NamedTuple):
@@ -56,14 +56,26 @@ class StackPlan(NamedTuple):
 # The window of a store, and that of a layer which looks at fewer of its positions (None: the same).
 ReadWindow = tuple[int | None, int | None]
 
+# How a layer reads a second store: its values alone, or keys and values mixed with those of the first.
+SECOND_READS = ("values", "mix")
+
+
+class SecondRead(NamedTuple):
+    """A store that a layer reads besides the one of its keys: one of SECOND_READS, and the number of the store."""
+
+    how: str
+    store: int
+
 
 @dataclass(frozen=True)
 class KVPlan:
     """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`.
 
     reader_windows   for each layer a window of its own, smaller than the store's; empty: no layer has one
-    views            the stores, then those that layers read in a window of their own, with that window
+    second_reads     for each layer another store whose values it reads instead, or mixes in; empty: no layer has one
+    views            the stores, then what layers see of them in a window of their own or with a second store
     view_reads       layer i sees `views[view_reads[i]]`
+    view_stores      of each view, the store of its keys
     read_windows     of each view
     target_offset    a position's target is the token so many after it
     num_unpredicted  targets at the start of a sequence that the model does not predict
@@ -74,8 +86,10 @@ class KVPlan:
     stores: tuple[StoreSpec, ...]
     reads: tuple[int, ...]
     reader_windows: tuple[int | None, ...] = ()
+    second_reads: tuple[SecondRead | None, ...] = ()
     views: tuple[StoreSpec, ...] = field(init=False, repr=False, compare=False)
     view_reads: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    view_stores: tuple[int, ...] = field(init=False, repr=False, compare=False)
     read_windows: tuple[ReadWindow, ...] = field(init=False, repr=False, compare=False)
 
     target_offset: ClassVar[int] = 1
@@ -84,18 +98,33 @@ class KVPlan:
     min_prompt: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        pairs = list(zip(self.reads, self.reader_windows, strict=True)) if self.reader_windows else []
-        own = list(dict.fromkeys((read, window) for read, window in pairs if window is not None))
-        seen = tuple(read if window is None else len(self.stores) + own.index((read, window)) for read, window in pairs)
-        views = tuple(replace(self.stores[read], window=window) for read, window in own)
-        windows: list[ReadWindow] = [(store.window, None) for store in self.stores]
-        windows += [(self.stores[read].window, window) for read, window in own]
+        layers = range(len(self.reads))
+        seen = [(self.reads[layer], self.own_window(layer), self.second_read(layer)) for layer in layers]
+        own = list(dict.fromkeys(key for key in seen if key[1:] != (None, None)))
         for name, value in (
-            ("views", self.stores + views),
-            ("view_reads", seen or self.reads),
-            ("read_windows", tuple(windows)),
+            ("views", (*self.stores, *(self._view(*key) for key in own))),
+            ("view_reads", tuple(len(self.stores) + own.index(key) if key in own else key[0] for key in seen)),
+            ("view_stores", (*range(len(self.stores)), *(read for read, *_ in own))),
+            (
+                "read_windows",
+                (
+                    *((store.window, None) for store in self.stores),
+                    *((self.stores[read].window, window) for read, window, _ in own),
+                ),
+            ),
         ):
             object.__setattr__(self, name, value)
+
+    def _view(self, read: int, window: int | None, second: SecondRead | None) -> StoreSpec:
+        """What a layer sees of a store, of which it may see the last `window` positions, and of a second one."""
+        store = self.stores[read]
+        if window is not None:
+            store = replace(store, window=window)
+        if second is None:
+            return store
+        if second.how == "mix":
+            return MixedSpec(**{f.name: getattr(store, f.name) for f in fields(store)})
+        return replace(store, slot=replace(store.slot, v_dim=self.stores[second.store].slot.v_dim))
 
     @property
     def stacks(self) -> tuple[StackPlan, ...]:
@@ -123,9 +152,30 @@ class KVPlan:
         """The window of `layer` where it sees less than its store keeps."""
         return self.reader_windows[layer] if self.reader_windows else None
 
+    def second_read(self, layer: int) -> SecondRead | None:
+        """The store that `layer` reads besides that of its keys."""
+        return self.second_reads[layer] if self.second_reads else None
+
+    def sources(self, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The stores whose keys `layer` reads, and those whose values."""
+        read, second = self.reads[layer], self.second_read(layer)
+        if second is None:
+            return (read,), (read,)
+        mixed = (read, second.store)
+        return (mixed, mixed) if second.how == "mix" else ((read,), (second.store,))
+
+    def last_reader(self, number: int) -> int:
+        """The last layer that reads something of store `number`."""
+        return max(layer for layer in range(self.num_layers) if any(number in half for half in self.sources(layer)))
+
     def readers(self, store: StoreSpec) -> tuple[int, ...]:
-        """The layers that read `store`, its owner first."""
+        """The layers that read `store`, its owner first; of those with a second store, that of their keys."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == store.owner)
+
+    def second_readers(self, store: StoreSpec) -> tuple[int, ...]:
+        """The layers that read `store` besides that of their keys."""
+        seconds = ((layer, self.second_read(layer)) for layer in range(self.num_layers))
+        return tuple(layer for layer, second in seconds if second and self.stores[second.store].owner == store.owner)
 
     @property
     def last_owner(self) -> int:
@@ -144,7 +194,8 @@ class KVPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
-        own = {"reader_windows": self.reader_windows} if self.reader_windows else {}
+        own: dict[str, Any] = {"reader_windows": self.reader_windows} if self.reader_windows else {}
+        own |= {"second_reads": self.second_reads} if self.second_reads else {}
         return {"stores": tuple(store.to_dict() for store in self.stores), "reads": self.reads, **own}
 
     @classmethod
@@ -158,13 +209,28 @@ class KVPlan:
             or not all(window is None or (type(window) is int and window >= 1) for window in own)
         ):
             raise TypeError("reader_windows are no windows of its layers")
-        return cls(stores, reads, own)
+        seconds = tuple(None if read is None else SecondRead(*read) for read in values.get("second_reads", ()))
+        if seconds and (
+            len(seconds) != len(reads)
+            or not all(
+                second is None
+                or (second.how in SECOND_READS and type(second.store) is int and 0 <= second.store < len(stores))
+                for second in seconds
+            )
+        ):
+            raise TypeError("second_reads are no stores of its layers")
+        return cls(stores, reads, own, seconds)
 
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
-        for bounded stores, `d` for a matrix per head."""
-        stores = map(self.store, range(self.num_layers))
-        return " ".join(f"{store.owner}{store.mark}" for store in stores)
+        for bounded stores, `d` for a matrix per head. Where values are those of another store, its owner comes after a
+        slash, and that of one that is mixed in after a plus sign."""
+        parts = []
+        for layer in range(self.num_layers):
+            store, second = self.store(layer), self.second_read(layer)
+            sign = {None: "", "values": "/", "mix": "+"}[second and second.how]
+            parts.append(f"{store.owner}{store.mark}{sign}{self.stores[second.store].owner if second else ''}")
+        return " ".join(parts)
 
 
 def resolve_stack(config: ModelConfig) -> KVPlan:
@@ -198,7 +264,10 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     reads: list[int] = []
     latest: dict[str, int] = {}
     own = _own_windows(config, types, items, problems)
-    for layer, (verb, name, _) in enumerate(items):
+    seconds: list[SecondRead | None] = []
+    _check_seconds(config, types, items, problems)
+    for layer, item in enumerate(items):
+        verb, name = item.verb, item.name
         if verb == "new":
             latest[name] = len(stores)
             stores.append(replace(types[name], owner=layer))
@@ -212,17 +281,24 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
         elif types[name].unshared:
             problems.append(f"layer {layer}: `reuse {name}` is impossible: {types[name].unshared}; write `new {name}`")
             continue
+        if item.second and item.second not in latest:
+            latest[item.second] = 0
+            problems.append(
+                f"layer {layer}: `{item}` has nothing to reuse, no layer below it writes a {item.second} store; put a "
+                f"`new {item.second}` below layer {layer}"
+            )
         reads.append(latest[name])
+        seconds.append(SecondRead(item.how, latest[item.second]) if item.second else None)
     if problems:
         raise LayoutError(problems)
-    return KVPlan(tuple(stores), tuple(reads), own if any(own) else ())
+    return KVPlan(tuple(stores), tuple(reads), own if any(own) else (), tuple(seconds) if any(seconds) else ())
 
 
 def _own_windows(
     config: ModelConfig, types: dict[str, StoreSpec], items: list["Item"], problems: list[str]
 ) -> tuple[int | None, ...]:
     """The window of each layer that sees less than its store keeps. Adds to `problems` windows that cannot be."""
-    for verb, name, window in dict.fromkeys(items):
+    for verb, name, window in dict.fromkeys(item[:3] for item in items):
         item, kept = f"arch.pattern: `{verb} {name} window={window}`", config.arch.stores[name].window
         if window is None:
             continue
@@ -239,6 +315,35 @@ def _own_windows(
     most = config.size.max_window or MAX_COUNT
     windows = [(types[item.name].window, item.window and min(item.window, most)) for item in items]
     return tuple(None if window is None or window >= (kept or MAX_COUNT + 1) else window for kept, window in windows)
+
+
+def _check_seconds(config: ModelConfig, types: dict[str, StoreSpec], items: list["Item"], problems: list[str]) -> None:
+    """Adds to `problems` pairs of stores that no layer can read together."""
+    for item in dict.fromkeys(items):
+        if not item.second:
+            continue
+        where, (one, other) = f"arch.pattern: `{item}`", (types[item.name], types[item.second])
+        windows = [config.arch.stores[name].window for name in (item.name, item.second)]
+        plain = next((store for store in (one, other) if store.kind != "grouped"), None)
+        if item.verb == "new":
+            problems.append(f"{where}: a layer that writes a store reads it whole; write `reuse` in a layer above it")
+        elif item.second == item.name:
+            problems.append(f"{where}: both are the same store; leave {item.how}={item.second} out")
+        elif plain is not None:
+            problems.append(
+                f"{where}: {plain.name} {plain.summary}; only stores that have keys and values per head can be combined"
+            )
+        elif windows[0] != windows[1]:
+            kept = " and ".join("all" if window is None else f"the last {window:,}" for window in windows)
+            problems.append(f"{where}: they keep {kept} positions; a key and its value must be of one position")
+        elif one.slot.kv_heads != other.slot.kv_heads:
+            heads = f"{one.slot.kv_heads} and {other.slot.kv_heads}"
+            problems.append(f"{where}: they have {heads} key/value heads; give both as many")
+        elif item.how == "mix" and (one.slot != other.slot or one.rope_key != other.rope_key):
+            problems.append(
+                f"{where}: their keys and values differ in width or rotation, and cannot be added; give both the same "
+                "widths, rope and rope_theta"
+            )
 
 
 def _check_size(size: SizeConfig) -> list[str]:
@@ -292,11 +397,18 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
 
 
 class Item(NamedTuple):
-    """One layer of a pattern: `new` or `reuse`, the type of store, and a window of its own."""
+    """One layer of a pattern: `new` or `reuse`, the type of store, and a window of its own; a second type of store, and
+    how it is read."""
 
     verb: str
     name: str
     window: int | None = None
+    how: str = ""
+    second: str = ""
+
+    def __str__(self) -> str:
+        window = "" if self.window is None else f" window={self.window}"
+        return f"{self.verb} {self.name}{window}" + (f" {self.how}={self.second}" if self.second else "")
 
 
 def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
@@ -383,15 +495,29 @@ def _tile(
         if isinstance(entry, list):
             items += _tile(where, entry, stores, depth, problems, nesting + 1)
             continue
-        match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)(?:\s+window=([1-9]\d{,17}))?(?:\s+x([1-9]\d*))?\s*", str(entry))
-        if match is None:
+        match = re.fullmatch(r"\s*(new|reuse)\s+(\S+)((?:\s+\w+=\S+)*)(?:\s+x([1-9]\d*))?\s*", str(entry))
+        item = match and _item(match[1], match[2], re.findall(r"(\w+)=(\S+)", match[3]))
+        if match is None or item is None:
             problems.append(
                 f"{where}: cannot read {entry!r}; write `new X`, `reuse X` or `new X x3`, X from arch.stores, or "
-                "`reuse X window=256`"
+                "`reuse X window=256`, `reuse X values=Y`, `reuse X mix=Y`"
             )
-        elif match[2] not in stores:
+        elif item.name not in stores or (item.second or item.name) not in stores:
             problems.append(f"{where}: `{entry}` names no store type; arch.stores has {', '.join(stores) or 'none'}")
         else:
-            repeats, item = match[4] or "1", Item(match[1], match[2], int(match[3]) if match[3] else None)
+            repeats = match[4] or "1"
             items += [item] * (depth if len(repeats) > 9 else min(int(repeats), depth))
     return items
+
+
+def _item(verb: str, name: str, options: list[tuple[str, str]]) -> Item | None:
+    """The item of these options; None where they are none that an item can have."""
+    window, how, second = None, "", ""
+    for key, value in options:
+        if key == "window" and window is None and re.fullmatch(r"[1-9]\d{,17}", value):
+            window = int(value)
+        elif key in SECOND_READS and not how:
+            how, second = key, value
+        else:
+            return None
+    return Item(verb, name, window, how, second)

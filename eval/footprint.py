@@ -159,7 +159,10 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
         result.add_column(column, justify="right" if "bytes" in column or column == "number" else "left")
     for stores in rows:
         store, owners = stores[0], tuple(store.owner for store in stores)
-        alone = all(plan.readers(store) == (store.owner,) and not plan.own_window(store.owner) for store in stores)
+        alone = all(
+            (*plan.readers(store), *plan.second_readers(store)) == (store.owner,) and not plan.own_window(store.owner)
+            for store in stores
+        )
         readers = ranges(owners) if alone else "; ".join(readers_text(plan, store) for store in stores)
         result.add_row(
             store.name,
@@ -177,21 +180,32 @@ def stack_table(title: str, stack: StackPlan, context: int, itemsize: int) -> Ta
 
 def fold(plan: KVPlan) -> list[list[StoreSpec]]:
     """The stores of `plan`, those that differ in nothing but their layers together."""
-    rows: dict[tuple[StoreSpec, tuple[tuple[int, int | None], ...]], list[StoreSpec]] = {}
+    rows: dict[tuple[StoreSpec, tuple[tuple[int, str], ...]], list[StoreSpec]] = {}
     for store in plan.stores:
-        readers = tuple((reader - store.owner, plan.own_window(reader)) for reader in plan.readers(store))
+        readers = tuple((layer - store.owner, text) for layer, text in reads_of(plan, store).items())
         rows.setdefault((replace(store, owner=0), readers), []).append(store)
     return list(rows.values())
 
 
+def reads_of(plan: KVPlan, store: StoreSpec) -> dict[int, str]:
+    """Layers that read `store`, and what they see of it where that is not all."""
+    result = {}
+    for layer in (*plan.readers(store), *plan.second_readers(store)):
+        window, second = plan.own_window(layer), plan.second_read(layer)
+        half = "keys" if store.owner == plan.owners[layer] else "values"
+        seen = [] if second is None else ["mixed" if second.how == "mix" else half]
+        seen += [] if window is None else [f"last {window:,}"]
+        result[layer] = f" ({', '.join(seen)})" if seen else ""
+    return result
+
+
 def readers_text(plan: KVPlan, store: StoreSpec) -> str:
-    """`0, 1-3 (last 256)` where layers 1 to 3 see so many of the positions of `store`."""
-    windows: dict[int | None, list[int]] = {}
-    for layer in plan.readers(store):
-        windows.setdefault(plan.own_window(layer), []).append(layer)
-    return ", ".join(
-        ranges(tuple(layers)) + ("" if window is None else f" (last {window:,})") for window, layers in windows.items()
-    )
+    """`0, 1-3 (last 256)` where layers 1 to 3 see so many of the positions of `store`; `(keys)`, `(values)` or `(mixed)`
+    where they read two stores."""
+    layers: dict[str, list[int]] = {}
+    for layer, text in reads_of(plan, store).items():
+        layers.setdefault(text, []).append(layer)
+    return ", ".join(ranges(tuple(numbers)) + text for text, numbers in layers.items())
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

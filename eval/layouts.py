@@ -86,7 +86,7 @@ def shown(stack: StackPlan) -> list[Any]:
     stores = [
         (each.name, each.owner, each.retention, each.sinks, each.nbytes(context, 2)) for each in stack.plan.stores
     ]
-    own = [stack.plan.reader_windows] if stack.plan.reader_windows else []
+    own: list[Any] = [each for each in (stack.plan.reader_windows, stack.plan.second_reads) if each]
     return [stack.title, stack.unit, context, stack.plan.owners, stores, *own]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,7 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     stores = config.arch.stores.values()
     expected = {"sharing"} if "reuse" in str(config.arch.pattern) else set()
     expected |= {"reader_windows"} if "window=" in str(config.arch.pattern) else set()
+    expected |= {"second_reads"} if re.search("(values|mix)=", str(config.arch.pattern)) else set()
     expected |= {"sinks"} if any(store.sinks for store in stores) else set()
     expected |= {"slots"} if any(store.slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()

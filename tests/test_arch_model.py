@@ -12,10 +12,12 @@ from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, SizeConfig, Sto
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
 from arch.footprint import forward_flops, num_params, prefill_flops, train_flops_per_token
+from arch.grouped import GroupedKV
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
+from arch.mixed import Mix, TwoKV
 from arch.named import load_arch, load_size
-from arch.stores import CHUNK, StoreSpec, visible_pairs
+from arch.stores import CHUNK, MixedSpec, StoreSpec, visible_pairs
 
 
 def causal_mask(length: int, window: int | None = None) -> Mask:
@@ -170,6 +172,31 @@ def test_flops_of_prefill(arch: str) -> None:
             expected += store.step_flops(config.size) * (length - store.num_positions(length))
     assert counter.get_total_flops() == expected
     assert expected < forward_flops(config, plan, length) or plan.tail == plan.num_layers
+
+
+@pytest.mark.parametrize("rotary_fraction", [1.0, 0.5])
+def test_a_mix_of_rotated_keys_is_the_rotated_mix(rotary_fraction: float) -> None:
+    """Whatever the weights are, so that scores go on depending on distances alone; and each channel has its own."""
+    store = resolve(small("fusedkv", rotary_fraction=rotary_fraction)).views[-1]
+    assert isinstance(store, MixedSpec)
+    mix, generator = Mix(store).double(), torch.Generator().manual_seed(0)
+    shape = (2, 2, 3, store.slot.kv_heads, store.slot.k_dim)  # keys and values of both, rows and positions
+    keys, values = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in mix.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator))
+    rope = rope_table(torch.tensor([0, 5, 1000]), *store.rope_key)
+
+    def mixed(one: torch.Tensor, other: torch.Tensor) -> GroupedKV:
+        return mix(TwoKV(one, values[0], other, values[1]))
+
+    turned = mixed(rotate(keys[0], rope), rotate(keys[1], rope))
+    torch.testing.assert_close(turned.k_BSKH, rotate(mixed(keys[0], keys[1]).k_BSKH, rope), rtol=1e-9, atol=1e-9)
+    weights = mix.values.view(2, *shape[3:])
+    assert torch.equal(turned.v_BSKH, values[0] * weights[0] + values[1] * weights[1])
+    half = store.rope_key[0] // 2
+    assert mix.keys.numel() == 2 * store.slot.kv_heads * (store.slot.k_dim - half)
+    assert len(mixed(torch.ones_like(keys[0]), 0 * keys[0]).k_BSKH[0, 0].unique()) == mix.keys.numel() // 2
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 30])

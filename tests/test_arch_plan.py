@@ -48,6 +48,10 @@ OTHERS = {
         "18s 18s 18s 18s 19 18s 18s 18s 18s 19 18s 18s 18s 18s 19"
     ),
     ("cla3", 10): "0 1 1 1 4 4 4 7 7 7",
+    # FusedKV paper, section on the method: the lower half writes. MLKV-2 of 12 layers in the MLKV paper.
+    ("fusedkv_lite", 10): "0 1 2 3 4 4/0 4/0 4/0 4/0 4/0",
+    ("fusedkv", 10): "0 1 2 3 4 4+0 4+0 4+0 4+0 4+0",
+    ("mlkv", 12): "0 0 0 0 0 0 6 6 6 6 6 6",
 }
 MAPS = {
     **{(name, 20): layers for name, layers in CLA_20.items()},
@@ -133,6 +137,7 @@ def layout(stores: dict, pattern: list, **changes: object) -> KVPlan:
 
 
 KV = {"kv": {"kv_heads": 2}}
+TWO = {**KV, "far": {"kv_heads": 2}}
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,35 @@ KV = {"kv": {"kv_heads": 2}}
             ["new kv", "reuse kv window=5"],
             {},
             "of which a layer reads all; leave window=5 out",
+        ),
+        (KV, ["new kv", "reuse kv value=kv"], {}, "`reuse X values=Y`, `reuse X mix=Y`"),
+        (KV, ["new kv", "reuse kv values=kw"], {}, "`reuse kv values=kw` names no store type; arch.stores has kv"),
+        (KV, ["new kv", "reuse kv mix=kv"], {}, "both are the same store; leave mix=kv out"),
+        (TWO, ["new kv", "new far values=kv"], {}, "writes a store reads it whole; write `reuse` in a layer above"),
+        (TWO, ["new kv", "reuse kv mix=far", "new far"], {}, "layer 1: `reuse kv mix=far` has nothing to reuse, no"),
+        (
+            {**TWO, "far": {"latent": {}}},
+            ["new kv", "new far", "reuse kv values=far"],
+            {},
+            "far holds latents; only stores that have keys and values per head can be combined",
+        ),
+        (
+            {**TWO, "far": {"kv_heads": 2, "window": 5000}},
+            ["new kv", "new far", "reuse kv values=far window=3"],
+            {},
+            "they keep all and the last 5,000 positions; a key and its value must be of one position",
+        ),
+        (
+            {**TWO, "far": {"kv_heads": 1}},
+            ["new kv", "new far", "reuse kv values=far"],
+            {},
+            "they have 2 and 1 key/value heads; give both as many",
+        ),
+        (
+            {**TWO, "far": {"kv_heads": 2, "rope_theta": 5.0}},
+            ["new kv", "new far", "reuse kv mix=far"],
+            {},
+            "differ in width or rotation, and cannot be added",
         ),
         (KV, ["reuse kv", "new kv"], {}, "layer 0: `reuse kv` has nothing to reuse"),
         (KV, ["new kv", {"layers": 1, "pattern": ["new kv"]}], {}, "mixes items and sections"),
@@ -300,3 +334,27 @@ def test_a_reader_has_a_window_of_its_own() -> None:
     for wrong in ([4], [0] * 5, ["4"] * 5):
         with pytest.raises(TypeError, match="reader_windows are no windows"):
             KVPlan.from_dict(plan.to_dict() | {"reader_windows": wrong})
+
+
+def test_a_layer_reads_two_stores() -> None:
+    """What is stored is the writers'; a step reads the keys of one and the values of the other, or all of both."""
+    from arch.footprint import kv_bytes
+
+    stores = {"first": {"kv_heads": 2, "v_dim": 4}, "kv": {"kv_heads": 2}, "like": {"kv_heads": 2}}
+    writers = ["new first", "new kv", "new like"]
+    readers = ["reuse kv window=3 values=first", "reuse kv values=first", "reuse kv mix=like"]
+    plan = layout(stores, [*writers, *readers], num_layers=6)
+    assert str(plan) == "0 1 2 1s/0 1/0 1+2"
+    assert plan.sources(3) == ((1,), (0,)) and plan.sources(5) == ((1, 2), (1, 2)) and plan.sources(2) == ((2,), (2,))
+    assert plan.readers(plan.stores[1]) == (1, 3, 4, 5) and plan.second_readers(plan.stores[0]) == (3, 4)
+    assert [plan.last_reader(number) for number in range(3)] == [4, 5, 5] and plan.tail == 2
+    wide, narrow, context = 2 * 2 * (8 + 8), 2 * 2 * (8 + 4), 7
+    kv = kv_bytes(plan, context)
+    assert kv.per_token == narrow + 2 * wide
+    assert kv.read == context * (narrow + 2 * wide) + 3 * narrow + context * narrow + context * 2 * wide
+    again = KVPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan and again.views == plan.views
+    assert "second_reads" not in layout(TWO, ["new kv", "new far"]).to_dict()
+    for wrong in ([None], [["values", 3]] * 6, [["keys", 0]] * 6, [0] * 6, [["values"]] * 6, 5):
+        with pytest.raises(TypeError):
+            KVPlan.from_dict(plan.to_dict() | {"second_reads": wrong})

@@ -253,10 +253,24 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
             whole + round(stack.positions * per_token) + sum(mask_bytes(config, plan, layer, how) for layer in layers)
         )
     shared = sum(
-        ACTIVATIONS[store.kind].shared(config, store, how) for store in plan.stores if len(plan.readers(store)) > 1
+        ACTIVATIONS[store.kind].shared(config, store, how)
+        for store in (handed_on(plan, number) for number in range(len(plan.stores)))
+        if store is not None
     )
     masks = sum(mask_elements(size.seq_len, window) for window in plan.windows)
     return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
+
+
+def handed_on(plan: KVPlan, number: int) -> StoreSpec | None:
+    """Store `number` with the part of its slot that other layers read; None: no other layer reads it."""
+    store = plan.stores[number]
+    sources = [plan.sources(layer) for layer in range(plan.num_layers) if layer != store.owner]
+    keys, values = (any(number in source[half] for source in sources) for half in (0, 1))
+    if keys and values:
+        return store
+    if not (keys or values):
+        return None
+    return replace(store, slot=replace(store.slot, **{"v_dim" if keys else "k_dim": 0}))
 
 
 def mask_elements(seq_len: int, window: int | None) -> int:
@@ -526,6 +540,16 @@ class LatentActivations(MaskedActivations):
         return super().attention(config, store, owner, how) + (how.itemsize * latent + norm if owner else 0)
 
 
+class MixedActivations(MaskedActivations):
+    """Activations saved by arch/mixed.py: every layer mixes keys and values of its own from what owners wrote."""
+
+    expands = True
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """Keys and values of both stores."""
+        return 2 * super().shared(config, store, how)
+
+
 class BoundedActivations:
     """Activations saved by arch/bounded.py in the chunk form."""
 
@@ -595,6 +619,7 @@ class MatrixActivations:
 
 ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivations] = {
     "grouped": MaskedActivations(),
+    "mixed": MixedActivations(),
     "latent": LatentActivations(),
     "bounded": BoundedActivations(),
     "matrix": MatrixActivations(),

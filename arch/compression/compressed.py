@@ -143,12 +143,15 @@ class CompressedCache(Cache):
     def store_masks(
         self, masks: list[Mask | TokenPositions], length: int, device: torch.device
     ) -> list[Mask | TokenPositions]:
-        """Masks of the stores, with those of a keep in their place."""
+        """Masks of the views, with those of a keep in their place: that of the store of the keys."""
         made = list(masks)
-        for place, (buffer, mask) in enumerate(zip(self.buffers, masks, strict=True)):
+        for place, number in enumerate(self.plan.view_stores):
+            buffer: Any = self.buffers[number]
+            mask = masks[place]
             if isinstance(buffer, KeptBuffer):
                 assert isinstance(mask, Mask)
-                buffer.make_room(self.length, length, self.start_B)
+                if place == number:
+                    buffer.make_room(self.length, length, self.start_B)
                 allowed = buffer.allowed(self.length, length, device, self.start_B)
                 form = mask.form if allowed is None else Dense(causal=False, allowed=allowed)
                 made[place] = Mask(KeptKernel(buffer, mask.kernel), form)

@@ -121,6 +121,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                 f"{stack.plan.store(own).name}, and a compressed cache has no mask for windows of single layers: leave "
                 "cache out, or the window out of arch.pattern"
             )
+        check_second_reads(stack.plan, method)
         codec, stores = method.codec, [store for store in stack.plan.stores if store.masked]
         for store in stores:
             for shape in (layout.shape for layout in tensor_layouts(store, codec, 1) if layout.codec):
@@ -141,6 +142,25 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                 )
     if method.keep is not None and not any(keeps(store) for store in every):
         raise ValueError(f"{method.text}: no store grows with the context, so that a keep has nothing to drop")
+
+
+def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
+    """Raises ValueError where a layer reads two stores, of which `method` would keep other positions or channels."""
+    keep = method.keep
+    for layer, second in enumerate(plan.second_reads):
+        if keep is None or second is None or not keeps(plan.stores[plan.reads[layer]]):
+            continue
+        one, other = plan.stores[plan.reads[layer]], plan.stores[second.store]
+        in_bytes = keep.budget is not None and keep.budget.unit == "bytes"
+        if keep.name == "streaming" and not (in_bytes and one.slot.elements != other.slot.elements):
+            continue  # the same positions of both
+        if keep.name == "think" and second.how == "values":
+            continue  # all positions; of what it takes from the other store no channel goes
+        what = "channels" if keep.name == "think" else "positions"
+        raise ValueError(
+            f"{method.text}: layer {layer} reads stores {one.name} and {other.name} together, and {keep.name} would "
+            f"keep other {what} of one than of the other; take a codec, or streaming with a budget of tokens"
+        )
 
 
 def keeps(store: StoreSpec) -> bool:

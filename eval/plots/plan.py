@@ -50,6 +50,8 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 # Of a kind that is not here, a colour that is left.
 KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": TEAL, "matrix": TEAL}
 LEGEND_COLUMNS = 4
+# Lines from a second store, by how it is read.
+DASHES = {"values": "--", "mix": ":"}
 
 
 def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int) -> None:
@@ -74,6 +76,10 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
                 axes.plot(layer, store_y + 0.28, **SINK, color=tint)
         else:
             _line(axes, (store.owner + 0.12, store_y - 0.2), (layer, layer_y + 0.2), tint, width=0.9, style="-|>")
+        if (second := plan.second_read(layer)) is not None:
+            other = plan.stores[second.store]
+            start, end = (other.owner + 0.12, store_y - 0.2), (layer + 0.12, layer_y + 0.2)
+            _line(axes, start, end, color[other.name], width=0.9, style="-|>", dashes=DASHES[second.how])
     kv = kv_bytes(plan, context, itemsize)
     stores = f"{counted(len(plan.stores), 'store')} for {counted(plan.num_layers, 'layer')}"
     axes.text(-0.4, 2.05, visible(f"{title}: {stores}"), fontsize=11, weight="bold")
@@ -98,6 +104,10 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
     ]
     if plan.reader_windows:
         handles.append(Patch(facecolor="white", edgecolor="white", label="below a layer: last positions it sees"))
+    hows = dict.fromkeys(second.how for second in plan.second_reads if second)
+    for how, label in (("values", "values of it alone, for keys of another"), ("mix", "mixed with another")):
+        if how in hows:
+            handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=DASHES[how], label=label))
     if any(store.sinks for store in types):
         handles.append(Line2D([], [], **SINK, linestyle="", color=INK, label="with attention sinks"))
     axes.legend(
@@ -142,10 +152,14 @@ def _box(axes: Axes, x: float, y: float, half: float, half_height: float, *, fac
 
 
 def _line(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], tint: str, *, width: float, style: str
+    axes: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    tint: str,
+    *,
+    width: float,
+    style: str,
+    dashes: str = "-",
 ) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle=style, mutation_scale=7, color=tint, linewidth=width, shrinkA=0, shrinkB=0
-        )
-    )
+    shape = {"arrowstyle": style, "mutation_scale": 7, "linewidth": width, "linestyle": dashes}
+    axes.add_patch(FancyArrowPatch(start, end, color=tint, shrinkA=0, shrinkB=0, **shape))

@@ -15,6 +15,7 @@ class KVFrontierConfig(PreTrainedConfig):
 
     layer_types            full_attention or sliding_attention
     kv_source_layers       the layer whose keys and values it reads: itself, or an earlier layer that reads itself
+    value_source_layers    the layer whose values it reads, where that is another than that of its keys
     sliding_window         positions that sliding layers see, the current one included
     num_key_value_heads    key/value heads
     rope_parameters        {rope_type: default, rope_theta: the rotary base}
@@ -49,6 +50,7 @@ class KVFrontierConfig(PreTrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         layer_types: list[str] | None = None,
         kv_source_layers: list[int] | None = None,
+        value_source_layers: list[int] | None = None,
         sliding_window: int | None = None,
         layer_sliding_windows: list[int | None] | None = None,
         layer_key_value_heads: list[int] | None = None,
@@ -74,6 +76,7 @@ class KVFrontierConfig(PreTrainedConfig):
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.layer_types = ["full_attention"] * num_hidden_layers if layer_types is None else layer_types
         self.kv_source_layers = list(range(num_hidden_layers)) if kv_source_layers is None else kv_source_layers
+        self.value_source_layers = value_source_layers
         self.sliding_window = sliding_window
         self.layer_sliding_windows = layer_sliding_windows
         self.layer_key_value_heads = layer_key_value_heads
@@ -92,11 +95,17 @@ class KVFrontierConfig(PreTrainedConfig):
     @property
     def kv_sharing_modes(self) -> list[str | None]:
         """The role of each layer for the cache builder of transformers: layers that `reuse` get no cache."""
-        read = {source for layer, source in enumerate(self.kv_source_layers) if source != layer}
+        sources = [*enumerate(self.kv_source_layers), *enumerate(self.value_sources)]
+        read = {source for layer, source in sources if source != layer}
         return [
             "reuse" if source != layer else "store" if layer in read else None
             for layer, source in enumerate(self.kv_source_layers)
         ]
+
+    @property
+    def value_sources(self) -> list[int]:
+        """The layer whose values each layer reads."""
+        return self.value_source_layers or self.kv_source_layers
 
     @property
     def windows(self) -> list[int | None]:
@@ -138,6 +147,8 @@ class KVFrontierConfig(PreTrainedConfig):
 
 def check_vllm(config: KVFrontierConfig) -> None:
     """Raise ValueError where vLLM would run the model wrongly, or keep a copy per layer that nobody asked for."""
+    if config.value_sources != config.kv_source_layers:
+        raise ValueError("vLLM cannot serve this model: its layers read keys of one layer and values of another")
     unlike = [key for key in ("layer_sliding_windows", "layer_key_value_heads") if getattr(config, key) is not None]
     if unlike:
         raise ValueError(f"vLLM cannot serve this model: {', '.join(unlike)} differ, and it builds all layers alike")
@@ -162,7 +173,7 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
         if getattr(config, name) < 1
     ]
     names = ("layer_types", "kv_source_layers", "layer_sliding_windows", "layer_key_value_heads", "layer_rope_thetas")
-    for name in (*names, "layer_rotary_dims", "layer_sinks", "layer_kv_norms"):
+    for name in (*names, "value_source_layers", "layer_rotary_dims", "layer_sinks", "layer_kv_norms"):
         values = getattr(config, name)
         if values is not None and len(values) != config.num_hidden_layers:
             problems.append(f"{name} has {len(values)} entries; num_hidden_layers is {config.num_hidden_layers}")
@@ -221,4 +232,19 @@ def _sources(config: KVFrontierConfig) -> list[str]:
                 )
         if source != layer and config.kv_norms[layer]:
             problems.append(f"layer {layer} reads layer {source} and projects nothing; it can have no kv_norm")
+    for layer, (keys, values) in enumerate(zip(config.kv_source_layers, config.value_sources, strict=True)):
+        if values == keys or problems:
+            continue
+        if layer == keys or not 0 <= values < layer or config.kv_source_layers[values] != values:
+            problems.append(
+                f"layer {layer} reads values of layer {values}; it must write none itself, and layer {values} must "
+                "read itself"
+            )
+            continue
+        for name in ("layer_types", "windows", "key_value_heads"):
+            of = getattr(config, name)
+            if of[values] != of[keys]:
+                problems.append(
+                    f"layer {layer} reads keys of layer {keys} and values of layer {values}; their {name} differ"
+                )
     return problems

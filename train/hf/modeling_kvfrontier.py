@@ -312,7 +312,8 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(KVFrontierDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.last_readers = {source: layer for layer, source in enumerate(config.kv_source_layers)}
+        pairs = zip(config.kv_source_layers, config.value_sources, strict=True)
+        self.last_readers = {source: layer for layer, pair in enumerate(pairs) for source in pair}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -363,8 +364,9 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         nothing = (None, None)
         written: list[tuple[Tensor | None, Tensor | None]] = [nothing] * len(self.layers)
         for layer, block in enumerate(self.layers):
-            source = config.kv_source_layers[layer]
-            mask, rope, read = masks[config.mask_names[layer]], ropes[config.rope_keys[layer]], written[source]
+            sources = config.kv_source_layers[layer], config.value_sources[layer]
+            mask, rope = masks[config.mask_names[layer]], ropes[config.rope_keys[layer]]
+            read = written[sources[0]][0], written[sources[1]][1]
             if layer >= tail:
                 mask = None if mask is None else mask[..., -1:, :]
             if layer > tail:
@@ -382,8 +384,11 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
                 last_only=layer == tail,
                 **kwargs,
             )
-            read_again = layer < self.last_readers[source]  # else checkpointing would keep them for nobody
-            written[source] = (states[0], states[1]) if read_again else nothing
+            if sources[0] == layer:
+                written[layer] = (states[0], states[1])
+            for source in sources:
+                if layer == self.last_readers[source]:
+                    written[source] = nothing  # checkpointing would keep them for nobody
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def can_stop(self, masks: dict[str, Any], **kwargs: Any) -> bool:
