@@ -200,8 +200,8 @@ def reads_of(plan: KVPlan, store: StoreSpec) -> dict[int, str]:
 
 
 def readers_text(plan: KVPlan, store: StoreSpec) -> str:
-    """`0, 1-3 (last 256)` where layers 1 to 3 see so many of the positions of `store`; `(keys)`, `(values)` or `(mixed)`
-    where they read two stores."""
+    """`0, 1-3 (last 256)` where layers 1 to 3 see so many of the positions of `store`; where they read two stores also
+    `(keys)`, `(values)` or `(mixed)`."""
     layers: dict[str, list[int]] = {}
     for layer, text in reads_of(plan, store).items():
         layers.setdefault(text, []).append(layer)

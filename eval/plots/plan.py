@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
@@ -51,7 +51,7 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": TEAL, "matrix": TEAL}
 LEGEND_COLUMNS = 4
 # Lines from a second store, by how it is read.
-DASHES = {"values": "--", "mix": ":"}
+DASHES: dict[str, Literal["--", ":"]] = {"values": "--", "mix": ":"}
 
 
 def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, itemsize: int, num_layers: int) -> None:
@@ -159,7 +159,18 @@ def _line(
     *,
     width: float,
     style: str,
-    dashes: str = "-",
+    dashes: Literal["-", "--", ":"] = "-",
 ) -> None:
-    shape = {"arrowstyle": style, "mutation_scale": 7, "linewidth": width, "linestyle": dashes}
-    axes.add_patch(FancyArrowPatch(start, end, color=tint, shrinkA=0, shrinkB=0, **shape))
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle=style,
+            mutation_scale=7,
+            color=tint,
+            linewidth=width,
+            linestyle=dashes,
+            shrinkA=0,
+            shrinkB=0,
+        )
+    )
