@@ -183,7 +183,7 @@ def evaluate(
         except OSError as error:
             raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
         if opened.step is not None:
-            entries[key] = entry(results[key].figures, opened.step, digest_of(chosen, subject), name_of(method))
+            entries[key] = entry(results[key], opened.step, digest_of(chosen, subject), name_of(method))
         if results[key].rows:
             console.print(rows_table(key, results[key]))
         for note in results[key].notes:

@@ -2,7 +2,8 @@
 
 The key is the name of the task, with the name of a text that was given (`perplexity@wiki.test`), and with the cache
 method where there is one (`compressed[int4]`). In summary.json, under `evaluations`: for each key its figures, `step`
-of the checkpoint, a digest of the options and the text, and the method, if any.
+of the checkpoint, a digest of the options and the text, the method, if any, and where the task cannot tell beforehand
+which figures are the better the larger they are, which.
 """
 
 import hashlib
@@ -116,10 +117,11 @@ def entries_of_step(run: Path, step: int) -> dict[str, Any]:
         return {}
 
 
-def entry(figures: Mapping[str, float], step: int, digest: str, method: str = NONE) -> dict[str, Any]:
+def entry(result: TaskResult, step: int, digest: str, method: str = NONE) -> dict[str, Any]:
     """The entry of a result in summary.json."""
     of_method = {} if method == NONE else {"method": method}
-    return {"step": step, "digest": digest, **of_method, "figures": plain(figures)}
+    larger = {"larger": result.larger} if result.larger else {}
+    return {"step": step, "digest": digest, **of_method, "figures": plain(result.figures), **larger}
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ TASK/FIGURE                                   of a task, as eval/evaluate.py or 
 With a cache method (eval/methods.py) a run has figures of tasks that ran with it, and `stored` by the method's formula.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from arch.footprint import allocated_bytes, kv_bytes
 from eval.checks import is_finite
 from eval.methods import NONE
 from eval.runs import Run
+from eval.tasks import TASKS
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}  # of validation, beside `loss`
 BYTES: dict[str, tuple[str, Callable[[Plan, int, int], float]]] = {
@@ -51,11 +51,6 @@ LABELS = {
     "decode/prefill_ms": "milliseconds of prefill",
 }
 COUNTS = {"params": "parameters", "tokens": "tokens of training"}
-# Last words of names of figures that are the better the larger they are; a length may follow, or a filter of lm-eval.
-LARGER = re.compile(
-    r"(acc|acc_norm|accuracy|bleu|choice|chrf|em|exact|exact_match|f1|gain|generated|margin|match|mcc|mfu|per_second"
-    r"|recall|rouge\w*|score)(,[\w-]+)?(/\d+)?$"
-)
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,25 @@ class Axis:
         return "higher is better" if self.larger else "lower is better"
 
 
-def axis(name: str, context: int) -> Axis:
-    """The axis of the figure `name`, with bytes at `context` tokens."""
+def axis(name: str, context: int, runs: Sequence[Run] = ()) -> Axis:
+    """The axis of the figure `name`, with bytes at `context` tokens; `runs` may have recorded which end is better."""
     if name in BYTES:
         return Axis(name, BYTES[name][0].format(f"{context:,}"), in_bytes=True)
     label = METRICS.get(name) or LOSS.get(name) or COUNTS.get(name) or LABELS.get(without_text(name)) or name
-    return Axis(name, label, LARGER.search(name) is not None, name.endswith("bytes"))
+    return Axis(name, label, is_larger_better(name, runs), name.endswith("bytes"))
+
+
+def is_larger_better(name: str, runs: Sequence[Run] = ()) -> bool:
+    """Tell whether more of the figure `name` of a task is better: as one of `runs` recorded, or by the task's words."""
+    key, _, rest = name.partition("/")
+    for run in runs:
+        for of, entry in _entries(run).items():
+            larger = entry.get("larger")
+            if of.partition("[")[0] == key and isinstance(larger, dict) and isinstance(larger.get(rest), bool):
+                return bool(larger[rest])
+    task = TASKS.get(key.partition("@")[0])
+    *_, word = [part for part in rest.split("/") if not part.isdigit()] or [""]
+    return task is not None and word.partition("@")[0].partition(",")[0] in task.larger
 
 
 def without_text(name: str) -> str:

@@ -29,7 +29,7 @@ from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, axis, figure, methods_of, names_of, not_alike
 from eval.identity import name_data
 from eval.methods import NONE
-from eval.released import load
+from eval.released import load, shipped
 from eval.runs import (
     Point,
     Run,
@@ -46,6 +46,7 @@ from eval.units import bytes_text, count_text, counted, number_text
 
 __all__ = ["METRICS"]
 LARGEST = 1e100
+ALL = "all"  # released models whose configuration is in this repository
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class ParetoConfig:
     y         figure from bottom to top; several, with commas, are a panel each; empty: `metric`
     list      print the figures that the runs have, and draw nothing
     reference released models, with commas, drawn as vertical lines: a config.json, a folder with one, a name of the
-              hub or of configs/released. Their bytes are those of the axis `x`: of one sequence of `context` tokens,
-              or of each further token where x=per_token
+              hub or of configs/released, `all` of those. Their bytes are those of the axis `x`: of one sequence of
+              `context` tokens, or of each further token where x=per_token
     """
 
     folders: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
     `metric` and `x` name figures of eval/figures.py. Runs in which one of them is no figure that a run can have are
     passed over; `passed_over` names them.
     """
-    across, up = axis(x, context), axis(metric, context)
+    across, up = axis(x, context, runs), axis(metric, context, runs)
     signs = [-1 if of.larger else 1 for of in (across, up)]
     rows = []
     methods = methods_of(runs)
@@ -197,7 +198,7 @@ def list_table(runs: Sequence[Run], context: int, itemsize: int) -> Table:
     for column in ("lowest", "highest", "runs"):
         result.add_column(column, justify="right")
     for name in names_of(runs):
-        of = axis(name, context)
+        of = axis(name, context, runs)
         found = [
             [value for method in methods_of([run]) if is_finite(value := figure(run, name, context, itemsize, method))]
             for run in runs
@@ -218,28 +219,41 @@ def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -
     is none of bytes of the cache."""
     if names and x not in BYTES:
         raise UsageError(f"reference= draws bytes of the KV cache, and x={x} is not; choose x={', '.join(BYTES)}")
-    models = [load(name) for name in names]
+    given = [each for name in names for each in (shipped() if name == ALL else [name])]
+    models = [load(name) for name in dict.fromkeys(given)]
     lines = [(model.name, BYTES[x][1](model.plan, context, itemsize)) for model in models]
     warn([f"{name} has no bytes on the axis {x}: no line" for name, value in lines if value <= 0])
     return [(name, value) for name, value in lines if value > 0]
 
 
 def write(
-    rows: Sequence[Point], context: int, metric: str, out: Path, x: str = "stored", references: References = ()
+    rows: Sequence[Point],
+    context: int,
+    metric: str,
+    out: Path,
+    x: str = "stored",
+    references: References = (),
+    runs: Sequence[Run] = (),
 ) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    return write_panels({metric: rows}, context, out, x, references)
+    return write_panels({metric: rows}, context, out, x, references, runs)
 
 
 def write_panels(
-    panels: Mapping[str, Sequence[Point]], context: int, out: Path, x: str, references: References = ()
+    panels: Mapping[str, Sequence[Point]],
+    context: int,
+    out: Path,
+    x: str,
+    references: References = (),
+    runs: Sequence[Run] = (),
 ) -> list[Path]:
     """The files of `write` with a panel for each figure of `panels`, one below the other in tables."""
     from eval.plots.pareto import Panel, draw_panels, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
-    drawn = [Panel(rows, axis(x, context), axis(metric, context), references) for metric, rows in panels.items()]
+    across = axis(x, context, runs)
+    drawn = [Panel(rows, across, axis(metric, context, runs), references) for metric, rows in panels.items()]
     draw_panels(drawn, paths[0])
     plot_pareto_html(drawn, paths[1])
     records = [{"context": context, "metric": metric, **asdict(row)} for metric, rows in panels.items() for row in rows]
@@ -307,7 +321,7 @@ def main(arguments: Sequence[str]) -> None:
     groups = group_by_seed(runs, experiment)
     warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
     for metric, rows in panels.items():
-        console.print(table(rows, axis(options.x, context), axis(metric, context)))
+        console.print(table(rows, axis(options.x, context, runs), axis(metric, context, runs)))
     for name, value in references:
         console.print(f"{name}: {bytes_text(value)} on the axis {options.x}")
     if others := differences(runs):
@@ -317,9 +331,9 @@ def main(arguments: Sequence[str]) -> None:
             warn([f"{name} was measured with other options, or on other text, in some runs: it hardly compares"])
     try:
         if len(panels) == 1:
-            paths = write(panels[metrics[0]], context, metrics[0], out, options.x, references)
+            paths = write(panels[metrics[0]], context, metrics[0], out, options.x, references, runs)
         else:
-            paths = write_panels(panels, context, out, options.x, references)
+            paths = write_panels(panels, context, out, options.x, references, runs)
     except OSError as error:
         raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:

@@ -16,6 +16,9 @@ from test_arch_convert import exported, stock
 
 from arch.named import load_arch
 from data.cli import UsageError
+from eval.evaluations import entry
+from eval.figures import axis
+from eval.runs import Run
 from eval.tasks import choose
 from eval.tasks.harness import Options, by_prefix, result, run, window_of
 from eval.tasks.words import NOUNS
@@ -43,9 +46,14 @@ def test_the_window_of_a_request_ends_with_its_continuation() -> None:
 
 def test_figures_are_of_tasks_and_metrics() -> None:
     scores = {"alias": "b", "acc,none": 0.25, "acc_stderr,none": 0.1, "exact_match,strict": 1.0, "ppl,none": 17.5}
-    found = result(
-        {"results": {"b": scores, "a": {"alias": "a"}}, "n-samples": {"b": {"effective": 8}}, "version": "1"}
-    )
+    better = {"a": {}, "b": {"acc": True, "exact_match": False, "ppl": None}}
+    results = {"results": {"b": scores, "a": {"alias": "a"}}, "n-samples": {"b": {"effective": 8}}, "version": "1"}
+    found = result({**results, "higher_is_better": better})
+    recorded = Run(Path())
+    recorded.__dict__["summary"] = {"evaluations": {"lm-eval": entry(found, 1, "")}}
+    for name, larger in (("acc", True), ("exact_match@strict", False), ("ppl", False)):
+        assert axis(f"lm-eval/b/{name}", 8, [recorded]).larger is larger
+    assert axis("lm-eval/b/exact_match@strict", 8).larger, "of a summary that says nothing of it"
     assert found.figures == {"b/acc": 0.25, "b/exact_match@strict": 1.0, "b/ppl": 17.5}
     (acc, match, ppl) = found.rows
     assert (acc["low"], acc["high"], acc["count"]) == (

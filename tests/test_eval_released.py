@@ -468,5 +468,7 @@ def test_lines_are_bytes_of_the_axis(capsys: pytest.CaptureFixture) -> None:
     lines = dict(pareto.reference_lines(["gemma-3-1b", "mistral-7b-v0.1"], "per_token", 8, 2))
     assert lines == {"gemma-3-1b": gqa(4, 1, 256)}
     assert "mistral-7b-v0.1 has no bytes on the axis per_token" in capsys.readouterr().err
+    every = pareto.reference_lines(["gemma-3-1b", "all"], "stored", 8, 2)
+    assert [name for name, _ in every].count("gemma-3-1b") == 1 and len(every) == len(shipped())
     stored = dict(pareto.reference_lines(["gemma-4-e2b"], "read", CONTEXT, 2))
     assert stored["gemma-4-e2b"] == 7 * CONTEXT * gqa(1, 1, 512) + 28 * 512 * gqa(1, 1, 256)

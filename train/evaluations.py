@@ -103,7 +103,7 @@ class Evaluations(L.Callback):
                         print(f"warning: step {self.step}: the task {chosen.name}: {error}", file=sys.stderr)
                     continue
                 key = self._key(chosen)
-                self.entries[key] = entry(result.figures, self.step, digest_of(chosen, subject))
+                self.entries[key] = entry(result, self.step, digest_of(chosen, subject))
                 self._log(trainer, chosen, subject, result)
 
     def _key(self, chosen: Chosen) -> str:

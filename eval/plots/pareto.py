@@ -52,6 +52,7 @@ PLOTLY = {
 }
 OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
+LINES = 12  # of released models, beyond which lines are thin, and a name that finds no room is left out
 MARKER = 13  # width of a point with room around it, in pixels
 
 
@@ -179,20 +180,26 @@ def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]])
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Lines from left to right, one for those at the same place, with all of their names."""
+    """Lines from left to right, one for those at the same place, with all of their names; of many, with the first
+    and the number of the others."""
     names: dict[float, list[str]] = {}
     for name, place in sorted(references, key=lambda reference: reference[1]):
         names.setdefault(place, []).append(name)
-    return [(", ".join(those), place) for place, those in names.items()]
+    shown = 1 if len(names) > LINES else len(references)
+    more = {place: f" and {len(those) - shown} more" if len(those) > shown else "" for place, those in names.items()}
+    return [(", ".join(those[:shown]) + more[place], place) for place, those in names.items()]
 
 
 def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
     """Draw vertical lines with their names along them, and return where the names are: at the first end of the line,
-    and on the first side of it, where no other name is and no other line runs."""
+    and on the first side of it, where no other name is and no other line runs; of many lines, those that have room for
+    a name are named, the heaviest first."""
     taken: list[Bbox] = []
+    lines = _merged(references)
+    crowded = len(lines) > LINES
     drawn = {place: axes.transData.transform((place, 0))[0] for _, place in references}
-    for name, place in _merged(references):
-        axes.axvline(place, color=REFERENCE, linewidth=1.0, linestyle=":", zorder=0)
+    for name, place in reversed(lines) if crowded else lines:
+        axes.axvline(place, color=REFERENCE, linewidth=0.5 if crowded else 1.0, linestyle=":", zorder=0)
         ends = [(x, end, horizontal) for end in (1, 0) for x, horizontal in ((2, "left"), (-2, "right"))]
         for number, (x, end, horizontal) in enumerate(ends):
             text = axes.annotate(
@@ -206,10 +213,13 @@ def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
                 va="top" if end else "bottom",
                 fontsize=7,
                 color=LIGHT_INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5} if crowded else None,
+                zorder=0.5 if crowded else None,
             )
             box = text.get_window_extent()
-            crossed = any(box.x0 < line < box.x1 for line in drawn.values())
-            if number == len(ends) - 1 or not (crossed or any(box.overlaps(other) for other in taken)):
+            crossed = not crowded and any(box.x0 < line < box.x1 for line in drawn.values())
+            forced = number == len(ends) - 1 and not crowded
+            if forced or not (crossed or any(box.overlaps(other) for other in taken)):
                 taken.append(box)
                 break
             text.remove()
@@ -372,21 +382,25 @@ def _plot(figure: Any, panel: Panel, number: int, looks: Mapping[str, tuple[str,
 
 
 def _draw_references(figure: Any, panel: Panel, number: int, logarithmic: bool) -> None:
-    """Lines of released models, with their names along them."""
+    """Lines of released models, with their names along them; of many, where the pointer is."""
     where = {"row": 1, "col": number}
+    lines = _merged(panel.references)
+    crowded = len(lines) > LINES
     if panel.rows:  # lines alone would not widen the axis
-        lines = [line for _, line in panel.references]
         figure.add_scatter(
-            x=lines,
-            y=[panel.rows[0].value] * len(lines),
+            x=[place for _, place in lines],
+            y=[min(row.lowest for row in panel.rows)] * len(lines),
             mode="markers",
-            marker={"opacity": 0, "size": 1},
-            hoverinfo="skip",
+            marker={"opacity": 0.5 if crowded else 0, "size": 5 if crowded else 1, "color": REFERENCE},
+            hovertext=[html_text(f"{name}: {bytes_text(place)}") for name, place in lines],
+            hoverinfo="text" if crowded else "skip",
             showlegend=False,
             **where,
         )
-    for name, place in _merged(panel.references):
+    for name, place in lines:
         figure.add_vline(x=place, line={"color": REFERENCE, "width": 1, "dash": "dot"}, **where)
+        if crowded:
+            continue
         at = math.log10(place) if logarithmic else place  # in which plotly wants it on such an axis
         text = html_text(f"{name}: {bytes_text(place)}")
         figure.add_annotation(

@@ -15,13 +15,13 @@ __all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choos
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),
-    "recall": Task(recall.Options, recall.run),
-    "needles": Task(needles.Options, needles.run, reads_text=True),
-    "copy": Task(copying.CopyOptions, copying.copy),
-    "induction": Task(copying.InductionOptions, copying.induction, reads_text=True),
-    "decode": Task(decoding.Options, decoding.run),
-    "compressed": Task(compressed.Options, compressed.run, reads_text=True, compresses=True),
-    "lm-eval": Task(harness.Options, harness.run, argument="names"),
+    "recall": Task(recall.Options, recall.run, larger=recall.NAMES),
+    "needles": Task(needles.Options, needles.run, reads_text=True, larger=needles.NAMES),
+    "copy": Task(copying.CopyOptions, copying.copy, larger=copying.NAMES),
+    "induction": Task(copying.InductionOptions, copying.induction, reads_text=True, larger=("accuracy",)),
+    "decode": Task(decoding.Options, decoding.run, larger=("tokens_per_second",)),
+    "compressed": Task(compressed.Options, compressed.run, reads_text=True, compresses=True, larger=recall.NAMES),
+    "lm-eval": Task(harness.Options, harness.run, argument="names", larger=harness.LARGER),
 }
 
 

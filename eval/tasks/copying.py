@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eval.positions import Bucket
 
 SOURCES = ("random", "text")
+NAMES = ("accuracy", "generated")  # of what is copied
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
             row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
             row[f"{name}_count"] = count
         rows.append(row)
-    names = ["accuracy", "generated"][: 1 + options.generate]
+    names = NAMES[: 1 + options.generate]
     figures: dict[str, float] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     figures |= {f"{name}/{row['length']}": row[name] for row in rows for name in names}
     left_out = [length for length in dict.fromkeys(lengths) if length not in fitting]

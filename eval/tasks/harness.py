@@ -13,6 +13,22 @@ from eval.tasks.task import Subject, TaskResult
 MISSING = 'lm-eval is not installed: pip install -c constraints.txt -e ".[eval]"'
 # Metrics that are shares of right answers, whose interval is that of a count.
 SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match")
+# Metrics of which more is better, for results that were recorded without what lm-eval says of that.
+LARGER = (
+    *SHARES,
+    "bleu",
+    "chrf",
+    "em",
+    "exact",
+    "f1",
+    "mcc",
+    "recall",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "score",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ def result(found: dict[str, Any]) -> TaskResult:
     """Figures `TASK/METRIC`, with `@FILTER` where there is one, and rows of what `simple_evaluate` returns."""
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
+    larger: dict[str, bool] = {}
     for task, values in sorted(found["results"].items()):
         for key, value in values.items():
             metric, _, chosen = key.partition(",")
@@ -90,8 +107,11 @@ def result(found: dict[str, Any]) -> TaskResult:
                 continue
             name = metric if chosen == "none" else f"{metric}@{chosen}"
             figures[f"{task}/{name}"] = float(value)
+            more = (found.get("higher_is_better") or {}).get(task, {}).get(metric)
+            if more is not None:
+                larger[f"{task}/{name}"] = bool(more)
             count = (found.get("n-samples") or {}).get(task, {}).get("effective")
             is_share = metric in SHARES and count is not None
             low, high = wilson(value * count, count) if is_share else (None, None)
             rows.append({"task": task, "metric": name, "value": float(value), "low": low, "high": high, "count": count})
-    return TaskResult(figures, rows, notes=(f"scored by lm-eval {found['version']}",))
+    return TaskResult(figures, rows, notes=(f"scored by lm-eval {found['version']}",), larger=larger)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Cell = tuple[str, int, float | None, Callable[[int, float | None, int], "Sample"]]
 WITH_DEPTH = ("passkey", "single", "multikey", "multivalue", "multiquery")
 KINDS = (*WITH_DEPTH, "variables", "words")
+NAMES = ("match", "choice", "margin")
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = [row for row in rows if row["kind"] == kind]
         lengths = list(dict.fromkeys(row["length"] for row in of_kind))
-        for name in ("match", "choice", "margin"):
+        for name in NAMES:
             if of_kind[0][name] is None:
                 continue
             figures[f"{kind}/{name}"] = fmean(row[name] for row in of_kind)

@@ -208,6 +208,7 @@ class TaskResult:
     pictures  by name
     notes     sentences about what was measured, for the reader of the table
     samples   values of single windows or sequences, by name, the same ones for every model and cache method
+    larger    for figures whose task cannot tell beforehand: whether more is better
     """
 
     figures: dict[str, float]
@@ -215,6 +216,7 @@ class TaskResult:
     pictures: dict[str, "Figure"] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     samples: dict[str, list[float]] = field(default_factory=dict)
+    larger: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ class Task:
     argument    the field of `options`, a tuple of str, that collects what follows a colon: tasks=[name:a,name:b]
     reads_text  what text= or data.path= names changes the figures
     compresses  runs over a cache of the subject's method
+    larger      last words of the names of figures of which more is better, whatever length or filter follows
     """
 
     options: type[Options]
@@ -233,3 +236,4 @@ class Task:
     argument: str | None = None
     reads_text: bool = False
     compresses: bool = False
+    larger: tuple[str, ...] = ()
