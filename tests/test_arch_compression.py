@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHS, build, small, tokens
@@ -14,8 +15,9 @@ from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes, keeps, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import CodedBuffer, KeptBuffer
+from arch.compression.xkv import XkvBuffer
 from arch.compression.zipcache import ZipCacheBuffer
-from arch.layers import rotate
+from arch.layers import rope_table, rotate
 from arch.masks import Dense
 from arch.plan import KVPlan
 
@@ -33,6 +35,8 @@ KEEP_TEXTS = (
     "think(recent=3)",
     "think(ratio=1,recent=0)",
     "int4(group=4)+think(recent=0)",
+    "xkv(stores=3,recent=2)",
+    "int4(group=4)+xkv(rank_k=1,rank_v=0.5,recent=0)",
     "streaming@25%",
     "streaming@1",
     "streaming@3(sinks=0)",
@@ -111,6 +115,11 @@ def test_methods_are_read() -> None:
         ("think@25%", "takes no budget, every token stays"),
         ("corm@25%", "takes no budget, what stays depends on attention alone"),
         ("none+int4", "write int4"),
+        ("csr", "a dictionary that is trained for each model beforehand"),
+        ("xkv@4x0.25", "xkv takes no budget, every token stays; leave out @4x0.25"),
+        ("xkv(stores=0)", "at least 1"),
+        ("xkv(rank_k=1.5)", "above 0 and at most 1"),
+        ("xkv+snapkv@25%", "two keeps"),
     ],
 )
 def test_wrong_methods_are_refused(text: str, message: str) -> None:
@@ -211,6 +220,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         "int8(keys=token,recent=0)+streaming@5",
         "int8+think(recent=3)",
         "zipcache(recent=3,group=2)",
+        "xkv(stores=2,rank_k=1,rank_v=1,recent=3)",
     ):
         method = parse_method(text)
         if ("think" in text or "zipcache" in text) and any(s.slot.latent_dim for s in every):
@@ -227,6 +237,8 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         got = logits(cache)
         if text in ("none", "streaming@100%", "snapkv@100%"):
             assert torch.equal(got, expected), text
+        elif text.startswith("xkv"):
+            assert (got - expected).abs().max() < 1e-4 * expected.std(), "the full rank rounds alone"
         elif method.keep is None:
             assert (got - expected).abs().max() < 0.1 * expected.std(), text
         assert got.isfinite().all(), text
@@ -315,6 +327,63 @@ def test_zipcache_rounds_what_few_look_at_to_two_bits() -> None:
         assert 0 < error[:5].mean() < error[5:].mean() / 2
         assert torch.equal(got[:, 10:12], keys[:, 10:])
     assert cache.nbytes == compressed_bytes(model.plan, method, 2, 16, prompt=12, itemsize=8)
+
+
+@pytest.mark.parametrize("name", ["gqa2", "cla2"])
+def test_xkv_is_the_nearest_of_its_rank(name: str) -> None:
+    """Against numpy's decomposition of the keys as they leave their projection, and of the values, of a padded row and
+    another; a store is multiplied out once in a step, whoever reads it, and its bases are counted once."""
+    model, batch, starts = build(small(name, num_layers=6)), tokens(2, 16), torch.tensor([0, 3])
+    assert isinstance(model.plan, KVPlan)
+    stores, text = model.plan.stores, "xkv(stores=2,rank_k=0.3,rank_v=0.5,recent=2)"
+    method = parse_method(text)
+    cache = allocate_compressed(model.plan, 2, 16, dtype=torch.float64, method=method, start_B=starts)
+    written: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        handles = []
+        for store in stores:
+            writer = model.layers[store.owner].writer
+            found: dict[str, torch.Tensor] = {}
+            for kind in ("k_proj", "v_proj"):
+                project = getattr(writer, kind)
+                handles.append(
+                    project.register_forward_hook(lambda _, __, out, kind=kind, found=found: found.update({kind: out}))
+                )
+            written.append(found)  # type: ignore[arg-type]
+        model.prefill(batch[:, :12], cache)
+        for handle in handles:
+            handle.remove()
+        cache.compress()
+        position_BT = (torch.arange(10) - starts[:, None]).clamp(min=0)
+        for first in range(0, len(stores), 2):
+            group = range(first, min(first + 2, len(stores)))
+            for index, (kind, share) in enumerate((("k_proj", 0.3), ("v_proj", 0.5))):
+                for row, start in enumerate(starts.tolist()):
+                    parts = [written[place][kind][row, :10].clone() for place in group]  # type: ignore[call-overload]
+                    whole = torch.cat(parts, dim=-1).numpy()
+                    whole[:start] = 0
+                    u, s, v = np.linalg.svd(whole, full_matrices=False)
+                    rank = int(min(whole.shape) * share)
+                    nearest = torch.from_numpy((u[:, :rank] * s[:rank]) @ v[:rank])
+                    for place, part in zip(group, nearest.split([p.shape[-1] for p in parts], dim=-1), strict=True):
+                        heads = part.unflatten(-1, stores[place].position_shapes[index])
+                        if not index:
+                            heads = rotate(heads, rope_table(position_BT[row], *stores[place].rope_key))
+                        got = cache.buffers[place].read()[index][row]
+                        torch.testing.assert_close(got, heads, rtol=0, atol=1e-5)  # tables of angles are fp32
+        reads: list[int] = []
+        read = XkvBuffer.read
+        patch.setattr(XkvBuffer, "read", lambda self: reads.append(id(self)) or read(self))
+        model.decode_step(batch[:, 12:13], cache)
+        assert len(reads) == len(set(reads)) == len(stores)
+    one = allocate_compressed(model.plan, 1, 16, dtype=torch.float64, method=method)
+    with torch.no_grad():
+        model.prefill(batch[:1, :12], one)
+        one.compress()
+        copies = one.repeat(3)
+        logits = model.decode_step(batch[:1, 12:13].expand(3, -1), copies)
+        torch.testing.assert_close(logits[2:], model.decode_step(batch[:1, 12:13], one))
+    assert copies.nbytes == 3 * one.nbytes == compressed_bytes(model.plan, method, 3, 16, prompt=12, itemsize=8)
 
 
 @pytest.mark.parametrize("name", ["gqa2", "cla2"])

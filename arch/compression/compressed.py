@@ -28,10 +28,11 @@ from .keeps import (
     SnapBuffer,
     share_budget,
 )
-from .layout import acts, check_method, tensor_layouts, with_budget
+from .layout import acts, check_method, sharing_groups, tensor_layouts, with_budget
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, KeptBuffer
 from .think import ThinkBuffer
+from .xkv import XkvBuffer, factorise, share_again
 from .zipcache import ZipCacheBuffer
 
 # Keeps by name: each a KeptBuffer that chooses by its own scores.
@@ -47,6 +48,7 @@ KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {
     "corm": CormBuffer,
     "think": ThinkBuffer,
     "zipcache": ZipCacheBuffer,
+    "xkv": XkvBuffer,
 }
 
 
@@ -106,6 +108,11 @@ class CompressedCache(Cache):
         shared = [buffer for buffer in self.kept if isinstance(buffer, PrefixBuffer) and buffer.drops(self.length)]
         if shared:
             share_budget(shared, self.length, self.start_B)
+        by_store = dict(zip(self.plan.stores, buffers, strict=True))
+        for group in sharing_groups(self.plan, self.method):
+            whole = [buffer for buffer in map(by_store.get, group) if isinstance(buffer, XkvBuffer) and buffer.whole]
+            if whole:
+                factorise(whole, self.length, self.start_B)
         for place, buffer in enumerate(buffers):
             if isinstance(buffer, KeptBuffer) and buffer.whole is not None:
                 buffers[place] = buffer.compress(self.length, self.start_B)
@@ -121,6 +128,7 @@ class CompressedCache(Cache):
             else type(buffer)(tuple(repeat_row(tensor, rows) for tensor in buffer.tensors))
             for buffer in self.buffers
         )
+        share_again(made.buffers, self.buffers)
         return made
 
     def hold_position(self) -> None:

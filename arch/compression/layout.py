@@ -141,7 +141,9 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                     "keys, which are not there: take a codec"
                 )
     if method.keep is not None and not any(keeps(store) for store in every):
-        raise ValueError(f"{method.text}: no store grows with the context, so that a keep has nothing to drop")
+        raise ValueError(
+            f"{method.text}: no store grows with the context, so that {method.keep.name} has nothing to act on"
+        )
 
 
 def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
@@ -205,6 +207,9 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         recent, width = keep.options["recent"], store.slot.k_dim
         channels = max(2, int(width * (1 - keep.options["ratio"])) // 2 * 2)
         return None if prompt <= recent or channels >= width else Kept(prompt - recent, recent, None, channels)
+    if keep.name == "xkv":
+        recent = keep.options["recent"]
+        return None if prompt <= recent else Kept(prompt - recent, recent)
     if keep.name == "zipcache":
         recent, chosen = keep.options["recent"], prompt - keep.options["recent"]
         salient = max(0, int(chosen * keep.options["salient"]))
@@ -304,7 +309,10 @@ def store_bytes(
         if method.codec is None:
             return store.nbytes(capacity, itemsize)
         return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, method.codec, capacity, store.window))
-    assert prompt is not None
+    assert prompt is not None and method.keep is not None
+    if method.keep.name == "xkv":  # besides what `group_bytes` counts
+        layouts = tensor_layouts(store, method.codec, capacity - prompt + kept.newest)
+        return sum(layout.nbytes(itemsize) for layout in layouts)
     if chosen is not None:
         kept = replace(kept, chosen=chosen)
     parts = kept_layouts(store, method.codec, kept, capacity, prompt)
@@ -312,6 +320,49 @@ def store_bytes(
     if kept.rows:
         numbers += kept.rows * (kept.chosen + later_slots(kept, capacity, prompt)) * kept.row_bytes
     return numbers * position_heads(store) + sum(layout.nbytes(itemsize) for part in parts for layout in part)
+
+
+def sharing_groups(plan: KVPlan, method: CacheMethod) -> list[tuple[StoreSpec, ...]]:
+    """Stores of `plan` that share bases in xKV: neighbours among those that hold every position, latents by themselves;
+    none with another keep."""
+    if method.keep is None or method.keep.name != "xkv":
+        return []
+    groups: list[tuple[StoreSpec, ...]] = []
+    size = method.keep.options["stores"]
+    for store in filter(keeps, plan.stores):
+        if groups and len(groups[-1]) < size and bool(groups[-1][0].slot.latent_dim) == bool(store.slot.latent_dim):
+            groups[-1] = (*groups[-1], store)
+        else:
+            groups.append((store,))
+    return groups
+
+
+def ranks(stores: Sequence[StoreSpec], keep: KeepSpec, tokens: int) -> tuple[int, ...]:
+    """Rank in which each tensor of a group is kept, of its first `tokens` tokens; 0 of a rotary key, which is whole."""
+    found = []
+    for index, share in enumerate((keep.options["rank_k"], keep.options["rank_v"])):
+        width = sum(math.prod(store.position_shapes[index]) for store in stores)
+        found.append(0 if index and stores[0].slot.latent_dim else max(1, int(min(tokens, width) * share)))
+    return tuple(found)
+
+
+def basis_layout(rank: int, tokens: int, codec: CodecSpec | None) -> TensorLayout:
+    """Layout of a basis of `tokens` tokens, which has no channels of its own: a codec's groups are of one token."""
+    return TensorLayout((rank,), tokens, None, codec, 1, min(codec.group, rank) if codec else 1, fixed=True)
+
+
+def group_bytes(stores: Sequence[StoreSpec], method: CacheMethod, capacity: int, prompt: int, itemsize: int) -> int:
+    """Bytes of bases and matrices of a group after a prompt of `prompt` tokens, of one sequence."""
+    assert method.keep is not None
+    kept = kept_slots(stores[0], method.keep, prompt, itemsize, capacity)
+    if kept is None:
+        return 0
+    total = 0
+    for index, rank in enumerate(ranks(stores, method.keep, kept.chosen)):
+        width = sum(math.prod(store.position_shapes[index]) for store in stores)
+        basis = basis_layout(rank, kept.chosen, method.codec).nbytes(itemsize) if rank else 0
+        total += basis + (rank or kept.chosen) * width * itemsize
+    return total
 
 
 def stack_bytes(
@@ -328,7 +379,11 @@ def stack_bytes(
         store_bytes(store, method, capacity, prompt, itemsize, count)
         for store, count in zip(plan.stores, chosen or [None] * len(plan.stores), strict=True)
     )
-    return stores + cross_bytes(stack, itemsize)
+    shared = 0
+    if prompt is not None:
+        groups = sharing_groups(plan, method)
+        shared = sum(group_bytes(group, method, capacity, prompt, itemsize) for group in groups)
+    return stores + shared + cross_bytes(stack, itemsize)
 
 
 def compressed_bytes(

@@ -47,6 +47,8 @@ CHOICES = {"keys": ("channel", "token")}
 #   salient share of the tokens that get 4 bits, and not 2
 #   random  share of the other queries of the prompt that decide, too
 #   group   as that of a codec
+#   stores  neighbouring stores that share a basis
+#   rank_k  rank that is left of their keys, or latents, as a share of the most that it can be; rank_v of their values
 _ONCE: dict[str, Value] = {"sinks": 4, "recent": 16, "merge": False}
 _SCORED: dict[str, Value] = {**_ONCE, "every": 0}
 _SNAP: dict[str, Value] = {"sinks": 4, "window": 16, "kernel": 5, "merge": False}
@@ -62,13 +64,23 @@ KEEPS: dict[str, dict[str, Value]] = {
     "corm": {"sinks": 4, "window": 32, "merge": False},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
+    "xkv": {"stores": 4, "rank_k": 0.125, "rank_v": 0.1875, "recent": 32},
 }
 WITHOUT_BUDGET: dict[str, str] = {  # and why
     "corm": "what stays depends on attention alone",
     "think": "every token stays",
     "zipcache": "every token stays",
+    "xkv": "every token stays",
 }
 BY_CONTENT: frozenset[str] = frozenset({"prefixkv", "corm"})  # the number of slots of a store depends on the text
+
+# Published methods that are none of these, and why.
+LEFT_OUT: dict[str, str] = {
+    "csr": (
+        "it writes keys and values as sums of a few atoms of a dictionary that is trained for each model beforehand, "
+        "where methods here act on any run as it is; take int2, which comes nearest to its bits"
+    ),
+}
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "KiB": 2**10, "MiB": 2**20}
 MOST = 1 << 24  # of a number in an option
@@ -161,6 +173,8 @@ def parse_method(text: str) -> CacheMethod:
             keep = KeepSpec(name, _budget(name, budget), _options(name, KEEPS[name], options))
         elif name == "none":
             raise ValueError(f"none joins nothing; write {compact.replace('none+', '').replace('+none', '')}")
+        elif name in LEFT_OUT:
+            raise ValueError(f"no cache method {name}: {LEFT_OUT[name]}")
         else:
             raise ValueError(
                 f"no cache method {name!r:.40}; codecs are {', '.join(CODECS)}, keeps (with a budget, as in "
@@ -196,7 +210,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
             raise ValueError(f"{where} is {text!r:.40}; it is {' or '.join(CHOICES[key])}")
         return text
     if isinstance(default, int):
-        least = 1 if key in ("group", "window", "kernel", "history", "ring") else 0
+        least = 1 if key in ("group", "window", "kernel", "history", "ring", "stores") else 0
         if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= MOST:
             raise ValueError(f"{where} is {text!r:.40}; it is a whole number, at least {least} and at most {MOST:,}")
         return int(text)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..buffers import AppendBuffer, Tensors
-from ..masks import Dense, visible
+from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import kept_layouts, kept_slots
 from .small_buffers import CodedBuffer, KeptBuffer
@@ -89,12 +89,8 @@ class ThinkBuffer(KeptBuffer):
         return torch.cat((keys, later_keys.to(keys.dtype)), 1), torch.cat((values, later_values.to(values.dtype)), 1)
 
     def allowed(self, offset: int, length: int, device: torch.device, start_B: Tensor | None) -> Tensor | None:
-        """[1 or B, 1, T, S]: every token before, as slots of all tokens come back."""
-        if self.whole is not None:
-            return None
-        query = torch.arange(offset, offset + length, device=device)
-        allowed = visible(query, torch.arange(offset + length, device=device), None, start_B)
-        return allowed if allowed.ndim == 4 else allowed[None, None]
+        """None: slots of all tokens come back, as before compression."""
+        return None
 
     def repeat(self, rows: int) -> "ThinkBuffer":
         copy = super().repeat(rows)
