@@ -22,6 +22,7 @@ from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
 from .stores import StoreSpec
+from .tied import build_tied_reader, build_tied_writer
 
 StoreBackend = Backend | BoundedBackend
 
@@ -60,6 +61,7 @@ STORE_MODULES = {
     "grouped": StoreModules(GroupedWriter, GroupedReader, select_masked_backend),
     "mixed": StoreModules(GroupedWriter, MixedReader, select_masked_backend),  # of two grouped stores
     "latent": StoreModules(LatentWriter, LatentReader, select_masked_backend),
+    "tied": StoreModules(build_tied_writer, build_tied_reader, select_masked_backend),
     "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend),
     "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend),
 }

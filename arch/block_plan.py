@@ -180,6 +180,12 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
             f"arch.block.token.stores.{matrices[0]} holds a matrix per head, and arch.block.token.kind is 'cross', "
             "whose layers have keys and values of the context; give it kv_heads, or take another kind"
         )
+    tied = [name for name, store in block.token.stores.items() if store.tied is not None]
+    if block.token.kind == "cross" and tied:
+        problems.append(
+            f"arch.block.token.stores.{tied[0]} is tied, and arch.block.token.kind is 'cross', whose layers have keys "
+            "and values of the context, each by a projection of its own; leave tied out, or take another kind"
+        )
     if not 0 <= block.token.bos_token < config.size.vocab_size:
         problems.append(
             f"arch.block.token.bos_token is {block.token.bos_token}; it is no token of {config.size.vocab_size}"

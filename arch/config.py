@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "rope", "matrix")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
@@ -62,6 +62,11 @@ class StoreConfig:
                 share of the size's head dimension (`2/1`); null: that dimension
     k_dim       the same of keys and queries alone (thin keys: `1/4`); null: head_dim
     v_dim       the same of values and outputs alone; null: head_dim
+    tied        one tensor for keys and values: `vector`, the rotated key is the value too, and outputs are rotated back
+                (DeepSeek-V4; plainly K = V where rope is none); `half`, the first half of each value is that of its key
+                too, whose other half is rotated and one for all heads (GTA); or `projection`, one projection makes
+                both, and both are cached: keys are normed and rotated, values normed without a scale where keys are
+                (Gemma 4). The first two have one width
     matrix      a matrix per head instead of positions, which no other layer reads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     slots       a bounded store: this many slots into which positions are merged, whatever the context
@@ -79,6 +84,7 @@ class StoreConfig:
     head_dim: Any = None
     k_dim: Any = None
     v_dim: Any = None
+    tied: str | None = None
     matrix: MatrixConfig | None = None
     window: int | None = None
     slots: int | None = None

@@ -114,6 +114,14 @@ def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNP.dtype)
 
 
+def back(rope: Rope) -> Rope:
+    """The rotation that undoes `rope`, of `rotate` or of `rotate_step`."""
+    if len(rope) == 1:
+        return (rope[0].mT,)
+    cos, sin = rope
+    return cos, -sin
+
+
 def step_rope(rope: Rope, dtype: torch.dtype | None = None) -> Rope:
     """The rotation for `rotate_step`, made of the tables of one position for `rotate`; of vectors of `dtype`, or in the
     type of the tables.

@@ -8,7 +8,7 @@ layers save for the backward pass, listed in train/memory.py.
 import math
 import re
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,6 +24,8 @@ SCORES = 1 << 18
 # Rules of stores of a matrix per head (delta.py), and tokens that their parallel form takes at a time, at most.
 MATRIX_RULES = ("gated_delta", "kda")
 DELTA_CHUNK = 64
+# Forms in which keys and values are one tensor (tied.py).
+TIED_FORMS = ("vector", "half", "projection")
 # Blocks that a window's queries are taken in; each looks at its own positions and a window more, a fifth in vain.
 WINDOW_BLOCKS = 4
 
@@ -418,6 +420,87 @@ class LatentSpec(StoreSpec):
         return f"latent {self.slot.latent_dim}{rope}"
 
 
+@dataclass(frozen=True)
+class TiedSpec(GroupedSpec):
+    """Keys and values per head made by one projection (tied.py), of every position or of a window.
+
+    In the forms `vector` and `half` one cached vector, `slot.k_dim` wide, serves as both, and `slot.v_dim` is 0;
+    `slot.rope_dim` is the width of what all heads have in common in `half`.
+    """
+
+    tied: str = "vector"
+
+    kind, key, summary = "tied", "tied", "has one tensor for keys and values"
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        slot = super().resolve_slot(where, store, size, problems)
+        if store.tied == "projection":
+            return replace(slot, v_dim=slot.k_dim)
+        if store.tied != "half":
+            return replace(slot, v_dim=0)
+        if slot.k_dim % 4:
+            problems.append(
+                f"{where}.tied is half, of keys of width {slot.k_dim}; half of it is rotated, which needs an even "
+                "number: take a multiple of 4"
+            )
+        if style_of(size).qk_norm != "none":
+            problems.append(
+                f"size.qk_norm is {style_of(size).qk_norm}, and a half of the keys of {where} belongs to no head (tied "
+                "half): take size.qk_norm=none, or tied vector"
+            )
+        return replace(slot, v_dim=0, rope_dim=slot.k_dim // 2)
+
+    @classmethod
+    def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
+        super().check(where, store, problems)
+        if store.tied not in TIED_FORMS:
+            problems.append(f"{where}.tied is {store.tied!r}; it is {', '.join(TIED_FORMS[:-1])} or {TIED_FORMS[-1]}")
+        if store.v_dim is not None:
+            problems.append(f"{where}.v_dim is {store.v_dim}; tied values are as wide as keys: write head_dim or k_dim")
+        if store.tied == "half" and store.rope is not None:
+            problems.append(f"{where}.rope is {store.rope!r}; with tied half the shared half is rotated: leave it out")
+
+    @classmethod
+    def resolve_more(
+        cls, where: str, store: StoreConfig, slot: SlotShape, size: SizeConfig, problems: list[str]
+    ) -> dict[str, Any]:
+        return {"tied": store.tied}
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        return bool(fields.get("tied"))
+
+    @property
+    def slot_rotary_dim(self) -> int:
+        return self.slot.rope_dim or self.slot.k_dim
+
+    @property
+    def turns_back(self) -> bool:
+        """Outputs are rotated back by the position of the query."""
+        return self.tied == "vector" and self.rotary_dim != 0
+
+    @property
+    def position_shapes(self) -> tuple[tuple[int, ...], ...]:
+        vector = (self.slot.kv_heads, self.slot.k_dim)
+        return {"vector": (vector,), "half": (vector, (self.slot.rope_dim,))}.get(self.tied, (vector, vector))
+
+    def kernel_heads(self, size: SizeConfig) -> HeadShape:
+        return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.k_dim)
+
+    def writer_params(self, size: SizeConfig) -> ParamCount:
+        """One projection, whatever is cached of it."""
+        width = self.slot.kv_heads * self.slot.k_dim + self.slot.rope_dim
+        norm = norm_width(size, self.slot.kv_heads, self.slot.k_dim)
+        return ParamCount(size.d_model * width, (width if has_qkv_bias(size) else 0) + norm)
+
+    @property
+    def slot_text(self) -> str:
+        if self.slot.v_dim:
+            return super().slot_text
+        return f"{self.slot.kv_heads} x {self.slot.k_dim}" + (f" + rope {self.slot.rope_dim}" * (self.tied == "half"))
+
+
 class BoundedSpec(GroupedSpec):
     """Keys and values of all positions merged into `num_slots` slots, and in some rules those of a window."""
 
@@ -653,7 +736,7 @@ class MatrixSpec(StoreSpec):
 
 
 # In this order: the first kind whose key a configuration sets is the store's.
-KINDS: tuple[type[StoreSpec], ...] = (MatrixSpec, BoundedSpec, LatentSpec, GroupedSpec)
+KINDS: tuple[type[StoreSpec], ...] = (MatrixSpec, BoundedSpec, LatentSpec, TiedSpec, GroupedSpec)
 
 
 def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> StoreSpec:
@@ -671,6 +754,10 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
     if window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
     kind.check(where, store, problems)
+    if store.tied is not None and kind is not TiedSpec:
+        problems.append(
+            f"{where}.tied is {store.tied}; the store {kind.summary}, which is no such tensor: leave it out"
+        )
     for key, value, limit in (("window", window, MAX_COUNT), ("slots", store.slots, MAX_WIDTH)):
         if value is not None and value > limit:
             problems.append(f"{where}.{key} is {value}; it must be at most {limit:,}")
@@ -699,7 +786,7 @@ def resolve_rotary(
 ) -> int | None:
     """The leading elements of a key that are rotated; None: all. Adds to `problems` what is wrong with the keys that
     decide it."""
-    if not slot.k_dim:
+    if not slot.k_dim or slot.rope_dim:
         if store.rope is not None and store.latent is not None:
             problems.append(
                 f"{where}.rope is {store.rope!r}; latents have a rotary key: write latent.rope_dim, 0 for none"

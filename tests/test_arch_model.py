@@ -73,7 +73,9 @@ def test_readers_have_no_key_value_weights(arch: str) -> None:
         owner = model.plan.owners[layer] == layer
         assert (block.writer is not None) == owner
         assert (block.kv_norm is not None) == (owner and model.plan.store(layer).kv_norm)
-        written = {"k_proj", "v_proj", "kv_down_proj"} & {name.split(".")[1] for name, _ in block.named_parameters()}
+        written = {"k_proj", "v_proj", "kv_proj", "kv_down_proj"} & {
+            name.split(".")[1] for name, _ in block.named_parameters()
+        }
         assert bool(written) == owner
 
 

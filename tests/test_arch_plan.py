@@ -229,6 +229,22 @@ TWO = {**KV, "far": {"kv_heads": 2}}
         ({"kv": {"kv_heads": 1, "k_dim": "1/3"}}, ["new kv"], {}, "kv.k_dim is 1/3, 8/3 with 8 as the head dimension"),
         ({"kv": {"kv_heads": 1, "k_dim": 3}}, ["new kv"], {}, "1 of keys of width 3 is rotated, and rotary embeddings"),
         ({"kv": {"kv_heads": 1, "k_dim": 3, "rope": "full"}}, ["new kv"], {}, "rope is full, of keys of width 3"),
+        (
+            {"kv": {"kv_heads": 1, "tied": "both"}},
+            ["new kv"],
+            {},
+            "kv.tied is 'both'; it is vector, half or projection",
+        ),
+        (
+            {"kv": {"kv_heads": 1, "tied": "vector", "v_dim": 4}},
+            ["new kv"],
+            {},
+            "v_dim is 4; tied values are as wide as",
+        ),
+        ({"kv": {"kv_heads": 1, "tied": "half", "rope": "none"}}, ["new kv"], {}, "with tied half the shared half is"),
+        ({"kv": {"kv_heads": 1, "tied": "half", "k_dim": 6}}, ["new kv"], {}, "take a multiple of 4"),
+        ({"kv": {"latent": {}, "tied": "vector"}}, ["new kv"], {}, "kv.tied is vector; the store holds latents"),
+        ({"kv": {"kv_heads": 1, "slots": 4, "rule": "gated", "tied": "half"}}, ["new kv"], {}, "the store is bounded"),
         ({"kv": {"latent": {}, "v_dim": 4}}, ["new kv"], {}, "kv.v_dim is 4; keys and values made of latents"),
         (
             {"kv": {"kv_heads": 1, "slots": 4, "rule": "gated", "head_dim": 4}},

@@ -103,16 +103,16 @@ def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
         registry.update(entries)
-    if hasattr(arch.StoreConfig, "tied"):
-        del arch.StoreConfig.tied
+    if hasattr(arch.StoreConfig, "nested"):
+        del arch.StoreConfig.nested
 
 
 @torch.no_grad()
 def test_extending(workplace: Path, registries: None, capsys: pytest.CaptureFixture) -> None:
     names, values = run_page("extending", capsys)
     # The kind of store: its cache is what the formula says, and decoding over it is the parallel pass.
-    tied = arch.ArchConfig({"kv": names["kv"]}, ["new kv", "reuse kv"])
-    model = arch.build(tied, "tiny", num_layers=4)
+    nested = arch.ArchConfig({"kv": names["kv"]}, ["new kv", "reuse kv"])
+    model = arch.build(nested, "tiny", num_layers=4)
     assert sum(parameter.numel() for parameter in model.parameters()) == arch.num_params(model.config, model.plan)
     assert arch.plan_from_dict(model.plan.to_dict()) == model.plan
     tokens = torch.randint(4096, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_extending(workplace: Path, registries: None, capsys: pytest.CaptureFixt
     model.prefill(tokens[:, :5], cache)
     stepped = torch.cat([model.decode_step(tokens[:, i : i + 1], cache) for i in range(5, 9)], dim=1)
     torch.testing.assert_close(stepped, model(tokens)[:, 5:], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="has keys that are values, too"):
+    with pytest.raises(ValueError, match="has keys that are parts of values"):
         convert_formats.FORMATS["stock"].to_hf(model.config)
     # The backend: equal to the definition, and refused what it does not claim.
     same = [arch.build("mha", "tiny", num_layers=2, backend=name) for name in ("products", "reference")]

@@ -24,6 +24,7 @@ from arch.stores import (
     WINDOW_BLOCKS,
     BoundedSpec,
     MatrixSpec,
+    TiedSpec,
     delta_chunk,
     gate_width,
     query_blocks,
@@ -550,6 +551,43 @@ class MixedActivations(MaskedActivations):
         return 2 * super().shared(config, store, how)
 
 
+class TiedActivations(MaskedActivations):
+    """Activations saved by arch/tied.py: one tensor where keys are values, keys made anew by each reader in `half`, and
+    the output again where it is rotated back."""
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """Values in `half` are a view that holds the shared half, too; of one projection that is neither rotated nor
+        normed, keys and values are one tensor."""
+        assert isinstance(store, TiedSpec)
+        if self.one_tensor(config.size, store):
+            return how.itemsize * store.slot.kv_heads * store.slot.k_dim
+        return super().shared(config, store, how) + how.itemsize * store.slot.rope_dim
+
+    def one_tensor(self, size: SizeConfig, store: TiedSpec) -> bool:
+        """Keys and values are the same tensor in training."""
+        plain = store.rotary_dim == 0 and style_of(size).qk_norm == "none"
+        return store.tied == "vector" or (store.tied == "projection" and plain)
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        assert isinstance(store, TiedSpec)
+        size, elements, total = config.size, 0, super().attention(config, store, owner, how)
+        kv_heads, k_dim, v_dim = store.kernel_heads(size)
+        wide, norms = self.width(config, store, how), style_of(size).qk_norm != "none"
+        gate, copied = gate_width(size, 1), (store.sinks and how.dense) or wide > k_dim
+        if not copied:
+            if store.tied == "half":
+                elements += store.slot.rope_dim if owner else kv_heads * k_dim
+            elif owner and self.one_tensor(size, store):
+                elements -= kv_heads * k_dim
+        in_blocks = how.dense and query_blocks(size.seq_len, store.window) is not None
+        if store.turns_back and not in_blocks and (gate or not (wide > v_dim or store.sinks)):
+            elements += size.num_heads * v_dim
+        if store.tied == "projection" and owner and norms:  # of values, without a scale
+            cast = 0 if how.compiled or how.itemsize == FP32 else FP32 * kv_heads * k_dim
+            total += cast + FP32 * (kv_heads if style_of(size).qk_norm == "head" else 1)
+        return total + how.itemsize * elements
+
+
 class BoundedActivations:
     """Activations saved by arch/bounded.py in the chunk form."""
 
@@ -621,6 +659,7 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivation
     "grouped": MaskedActivations(),
     "mixed": MixedActivations(),
     "latent": LatentActivations(),
+    "tied": TiedActivations(),
     "bounded": BoundedActivations(),
     "matrix": MatrixActivations(),
 }

@@ -61,10 +61,15 @@ class RandomBuffer(ScoredBuffer):
 
 
 class KnormBuffer(ScoredBuffer):
-    """Keys of small norm stay. The key of a latent store is the latent and the rotated key, as its readers see it."""
+    """Keys of small norm stay. The key of a latent store is the latent and the rotated key, as its readers see it; of
+    heads that have a part of their keys in common, that and the parts of all."""
 
     def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
-        return knorm_scores(candidates[0] if candidates[0].ndim == 4 else torch.cat(candidates, dim=-1).unsqueeze(2))
+        slot, (first, *others) = self.store.slot, candidates
+        if slot.kv_heads and not slot.rope_dim:
+            return knorm_scores(first)
+        parts = (first[..., : slot.k_dim - slot.rope_dim].flatten(2) if slot.kv_heads else first, *others)
+        return knorm_scores(torch.cat(parts, dim=-1).unsqueeze(2))
 
 
 class AttentionBuffer(ScoredBuffer):

@@ -97,13 +97,13 @@ def tensor_layouts(
     store: StoreSpec, codec: CodecSpec | None, capacity: int, window: int | None = None, fixed: bool = False
 ) -> tuple[TensorLayout, ...]:
     """Layouts of the tensors of a store that is read by a mask, of up to `capacity` tokens of which the next one sees
-    no more than `window`, itself included. Keys and values, or the latent, are coded; the rotary key of a latent is
+    no more than `window`, itself included. Keys and values, or the latent, are coded; a rotary key for all heads is
     whole."""
     limit = capacity if window is None else min(capacity, window)
     window = window if window is not None and window < capacity else None
     layouts = []
     for index, shape in enumerate(store.position_shapes):
-        coded = None if store.slot.latent_dim and index == 1 else codec
+        coded = None if index == 1 and not store.slot.v_dim else codec
         by_channel = coded is not None and coded.keys == "channel" and index == 0 and not store.slot.latent_dim
         block = coded.group if by_channel and coded is not None else 1
         group = 1 if by_channel or coded is None else min(coded.group, shape[-1])
@@ -135,10 +135,16 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
         raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
     if method.keep is not None and method.keep.name in ("think", "zipcache"):
         for store in every:
-            if store.slot.latent_dim:
+            if store.slot.latent_dim or store.slot.rope_dim:
+                has = "holds latents" if store.slot.latent_dim else "has keys of which a half is that of all heads"
                 raise ValueError(
-                    f"{method.text}: store {store.name} holds latents, and {method.keep.name} compares queries with "
+                    f"{method.text}: store {store.name} {has}, and {method.keep.name} compares queries with "
                     "keys, which are not there: take a codec"
+                )
+            if method.keep.name == "think" and keeps(store) and not store.slot.v_dim:
+                raise ValueError(
+                    f"{method.text}: store {store.name} {store.summary}, and think drops channels of keys alone: take "
+                    "a codec, or another keep"
                 )
     if method.keep is not None and not any(keeps(store) for store in every):
         raise ValueError(
@@ -255,8 +261,8 @@ def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool
 
 
 def position_heads(store: StoreSpec) -> int:
-    """Heads whose kept positions may differ."""
-    return store.slot.kv_heads or 1
+    """Heads whose kept positions may differ; one where something is cached for all heads."""
+    return 1 if store.slot.rope_dim else store.slot.kv_heads or 1
 
 
 def later_slots(kept: Kept, capacity: int, prompt: int) -> int:

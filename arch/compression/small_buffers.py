@@ -361,10 +361,11 @@ class KeptBuffer:
 
 
 def gather_slots(tensor: Tensor, index_BKC: Tensor) -> Tensor:
-    """[B, C, ...] slots of [B, S, K, H], or of [B, S, R] with K = 1; those of a negative index are slot 0."""
+    """[B, C, ...] slots of [B, S, K, H], or of [B, S, R]; those of a negative index are slot 0. One index, K = 1, is
+    for all heads."""
     index = index_BKC.clamp(min=0).transpose(1, 2)
     index = index if tensor.ndim == 3 else index.unsqueeze(-1)
-    return tensor.gather(1, index.expand(*index.shape[: tensor.ndim - 1], tensor.shape[-1]))
+    return tensor.gather(1, index.expand(*index.shape[:2], *tensor.shape[2:]))
 
 
 def in_rows(place_BKS: Tensor, start_B: Tensor) -> Tensor:
@@ -374,6 +375,5 @@ def in_rows(place_BKS: Tensor, start_B: Tensor) -> Tensor:
 
 def merge_slots(tensor: Tensor, position_BKS: Tensor, index_BKC: Tensor) -> Tensor:
     """[B, C, ...] slots as `gather_slots`, each the mean of itself and of those to which it is the nearest."""
-    x_BSKH = tensor if tensor.ndim == 4 else tensor.unsqueeze(2)
-    merged = merge_dropped(x_BSKH, position_BKS, index_BKC)
-    return merged if tensor.ndim == 4 else merged.squeeze(2)
+    x_BSKH = tensor.reshape(*tensor.shape[:2], position_BKS.shape[1], -1)
+    return merge_dropped(x_BSKH, position_BKS, index_BKC).reshape(len(tensor), -1, *tensor.shape[2:])
