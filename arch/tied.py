@@ -67,7 +67,7 @@ class TiedWriter(nn.Module):
         return out
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.kv_heads, -1))
+        return x.view(*x.shape[:-1], self.kv_heads, -1)
 
     def slots(self, projected_BTP: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         """What is cached of new tokens."""
@@ -82,7 +82,7 @@ class VectorWriter(TiedWriter):
 class HalfWriter(TiedWriter):
     def slots(self, projected_BTP: Tensor, rope: Rope) -> HalfKV:
         values = self.kv_heads * self.width
-        v, k_rope = projected_BTP.split([values, projected_BTP.shape[-1] - values], dim=-1)
+        v, k_rope = torch.split(projected_BTP, [values, projected_BTP.shape[-1] - values], dim=-1)
         return HalfKV(self.heads(v), turn(k_rope.unsqueeze(-2), rope).squeeze(-2))
 
 
