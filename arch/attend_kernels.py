@@ -32,10 +32,8 @@ def compiled_flex() -> Any:
     return torch.compile(flex_attention, fullgraph=True)  # an error beyond the recompile limit, not silent eager code
 
 
-def flex(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, sinks_N: Tensor | None
-) -> Tensor:
-    """`attend` by FlexAttention, which skips blocks without a visible pair; [B, T, N, V].
+def run_flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, lse: bool) -> Any:
+    """[B, T, N, V], and where `lse`, [B, N, T] the logarithm of the sum that weights were divided by; or None.
 
     Outside of compiled code the kernel is compiled by itself on CUDA. On the CPU it is not, and has no backward pass.
     """
@@ -48,10 +46,18 @@ def flex(
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=None if sinks_N is None else AuxRequest(lse=True),
+        return_aux=AuxRequest(lse=True) if lse else None,
     )
-    out_BTNV: Tensor = rearrange(result if sinks_N is None else result[0], "b n t v -> b t n v")
-    return out_BTNV if sinks_N is None else with_sinks(out_BTNV, result[1].lse, sinks_N)
+    return rearrange(result[0] if lse else result, "b n t v -> b t n v"), result[1].lse if lse else None
+
+
+def flex(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, sinks_N: Tensor | None
+) -> Tensor:
+    """`attend` by FlexAttention, which skips blocks without a visible pair; [B, T, N, V]."""
+    out_BTNV: Tensor
+    out_BTNV, lse_BNT = run_flex(q_BTNH, k_BSKH, v_BSKV, mask, scale, lse=sinks_N is not None)
+    return out_BTNV if sinks_N is None else with_sinks(out_BTNV, lse_BNT, sinks_N)
 
 
 def flex_rows(

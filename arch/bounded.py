@@ -39,7 +39,7 @@ from .config import SizeConfig, has_qkv_bias, head_dim, style_of
 from .grouped import GroupedKV
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .masks import Dense
-from .positions import TokenPositions, written_slots
+from .positions import Near, TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
 from .stores import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec, StoreSpec
 
@@ -59,9 +59,49 @@ UNSEEN = -1e30
 # resolution: with chunks of 8 no factor is more than e^64 in fp32, which ends at e^88.
 
 
+# --- products
+#
+# Strengths, and the sums of their logarithms, are of fp32 everywhere. Products with keys and values that were of half
+# precision need no more bits than these: tensor cores compute them, with 10 bits of each factor and sums of fp32. The
+# switch for that is of a whole process, so that it is on within one operator alone.
+#
 # Exported folders carry a copy of this file. An operator that two copies define would leave the first one's dangling.
 NAMESPACE = __name__.replace(".", "_")
 
+
+@torch.library.custom_op(f"{NAMESPACE}::tf32_bmm", mutates_args=())
+def tf32_bmm(left: Tensor, right: Tensor) -> Tensor:
+    """torch.bmm in TF32, of matrices of fp32 on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        return torch.bmm(left, right)
+    finally:
+        matmul.fp32_precision = before
+
+
+@tf32_bmm.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:2], right.shape[2])
+
+
+def _save_factors(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_of_product(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = ctx.saved_tensors
+    return tf32_bmm(gradient, right.mT), tf32_bmm(left.mT, gradient)
+
+
+tf32_bmm.register_autograd(_backward_of_product, setup_context=_save_factors)
+
+
+def product(left: Tensor, right: Tensor, tf32: bool) -> Tensor:
+    return tf32_bmm(left, right) if tf32 else torch.bmm(left, right)
+
+
+# --- states between chunks
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -89,11 +129,13 @@ def recurrence(device_type: str) -> tuple[Callable[..., None], Callable[..., Ten
     return advance, retreat
 
 
-def run_scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+def run_scan(
+    decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor, tf32: bool = False
+) -> Tensor:
     """[Z + 1, B, K, M, E] s_0 = start, s_z+1 = decay_z s_z + share_z^T (k_z | v_z)."""
     shape = *k_ZBKCH.shape[:3], decay_ZBM.shape[-1], start_BKME.shape[-1]
     share = share_ZBCM.unsqueeze(2).expand(*shape[:3], -1, -1).flatten(0, 2)
-    written = torch.bmm(share.mT, torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)).view(shape)
+    written = product(share.mT, torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2), tf32).view(shape)
     states = written.new_empty(shape[0] + 1, *shape[1:])
     states[0] = start_BKME
     recurrence(states.device.type)[0](decay_ZBM, written, states)
@@ -101,56 +143,79 @@ def run_scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Te
 
 
 def run_scan_backward(
-    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+    gradient: Tensor,
+    decay_ZBM: Tensor,
+    share_ZBCM: Tensor,
+    k_ZBKCH: Tensor,
+    v_ZBKCH: Tensor,
+    states: Tensor,
+    tf32: bool = False,
 ) -> Gradients:
     """Gradients of the inputs of `run_scan`; that of its result is overwritten."""
     decay = recurrence(states.device.type)[1](decay_ZBM, states, gradient)
     after = gradient[1:]
     shape = k_ZBKCH.shape[:3]
     kv = torch.cat((k_ZBKCH, v_ZBKCH), dim=-1).flatten(0, 2)
-    share = torch.bmm(kv, after.flatten(0, 2).mT).view(*shape, -1, decay.shape[-1]).sum(dim=2)
+    share = product(kv, after.flatten(0, 2).mT, tf32).view(*shape, -1, decay.shape[-1]).sum(dim=2)
     shared = share_ZBCM.unsqueeze(2).expand(*shape, -1, -1).flatten(0, 2)
-    k, v = torch.bmm(shared, after.flatten(0, 2)).view(*shape, -1, after.shape[-1]).chunk(2, dim=-1)
+    k, v = product(shared, after.flatten(0, 2), tf32).view(*shape, -1, after.shape[-1]).chunk(2, dim=-1)
     return decay, share, k, v, gradient[0]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
-def scan(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+def scan(
+    decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor, tf32: bool = False
+) -> Tensor:
     """`run_scan` as one operator, so that no compiler unrolls the loop."""
-    return run_scan(decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, start_BKME)
+    return run_scan(decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, start_BKME, tf32)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
 def scan_backward(
-    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+    gradient: Tensor,
+    decay_ZBM: Tensor,
+    share_ZBCM: Tensor,
+    k_ZBKCH: Tensor,
+    v_ZBKCH: Tensor,
+    states: Tensor,
+    tf32: bool = False,
 ) -> Gradients:
     """Gradients of the inputs of `scan`, given that of its result."""
     sums = gradient.clone(memory_format=torch.contiguous_format)
-    decay, share, k, v, start = run_scan_backward(sums, decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, states)
+    decay, share, k, v, start = run_scan_backward(sums, decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH, states, tf32)
     # Outputs of an operator may not share a storage.
     return decay, share, k.contiguous(), v.contiguous(), start.clone()
 
 
 @scan.register_fake
-def _(decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor) -> Tensor:
+def _(
+    decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, start_BKME: Tensor, tf32: bool = False
+) -> Tensor:
     return start_BKME.new_empty(decay_ZBM.shape[0] + 1, *start_BKME.shape)
 
 
 @scan_backward.register_fake
 def _(
-    gradient: Tensor, decay_ZBM: Tensor, share_ZBCM: Tensor, k_ZBKCH: Tensor, v_ZBKCH: Tensor, states: Tensor
+    gradient: Tensor,
+    decay_ZBM: Tensor,
+    share_ZBCM: Tensor,
+    k_ZBKCH: Tensor,
+    v_ZBKCH: Tensor,
+    states: Tensor,
+    tf32: bool = False,
 ) -> Gradients:
     decay, share, k, v = (x.new_empty(x.shape) for x in (decay_ZBM, share_ZBCM, k_ZBKCH, v_ZBKCH))
     return decay, share, k, v, states.new_empty(states.shape[1:])
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4], output)
+    ctx.tf32 = inputs[5]
 
 
-def _backward(ctx: Any, gradient: Tensor) -> Gradients:
-    result: Gradients = scan_backward(gradient, *ctx.saved_tensors)
-    return result
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    result: Gradients = scan_backward(gradient, *ctx.saved_tensors, ctx.tf32)
+    return *result, None
 
 
 scan.register_autograd(_backward, setup_context=_save)
@@ -257,13 +322,14 @@ def chunk_writes(
 
 
 class Sight(NamedTuple):
-    """Visibility. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is added to scores; `more`:
-    something besides the slots is read."""
+    """Visibility, and how products are computed. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is
+    added to scores; `more`: something besides the slots is read; `tf32`: as in `product`."""
 
     seen: Tensor
     begun: Tensor | None
     bias: Tensor | None
     more: bool
+    tf32: bool
 
     def part(self, chunks: slice) -> "Sight":
         seen = self.seen if self.begun is None else self.seen[chunks]
@@ -278,11 +344,12 @@ def read_slots(
     seen_BTM: Tensor | None,
     sinks_N: Tensor | None,
     more: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, T, N, H] the slots as each token finds them, which are never made, weighted for scaled queries. Where `more`
     is read beside them, also [B, T, N] the logarithm of the sum that weights were divided by.
 
-    `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all.
+    `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all. `tf32`: as in `product`.
     """
     chunks = Chunks(positions, q_BTNH.shape[1], q_BTNH.dtype)
     q = rearrange(chunks.split(q_BTNH), "z b c (k g) h -> z b k (g c) h", k=writes.k_ZBKCH.shape[2])
@@ -290,11 +357,11 @@ def read_slots(
     if seen_BTM is not None:
         bias = torch.zeros(seen_BTM.shape, dtype=q.dtype, device=q.device).masked_fill(~seen_BTM, UNSEEN)
         bias = chunks.split(bias).unsqueeze(2).contiguous()  # results are laid out as it is
-    sight = Sight(chunks.seen, chunks.begun, bias, more)
+    sight = Sight(chunks.seen, chunks.begun, bias, more, tf32)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         out, total = Recomputed.apply(sight, q, sinks_N, *writes)  # type: ignore[no-untyped-call]
     elif torch.compiler.is_compiling():
-        out, total = read_chunks(sight, q, sinks_N, writes, *split_states(scan(*writes[2:])))
+        out, total = read_chunks(sight, q, sinks_N, writes, *split_states(scan(*writes[2:], tf32)))
     else:
         out, total, _ = read_pieces(sight, q, sinks_N, writes)
     return chunks.join(out), chunks.join(total.unsqueeze(-1)).squeeze(-1) if more else None
@@ -315,7 +382,7 @@ def read_pieces(
     results, starts = [], [writes.start_BKME]
     for part in pieces(q_ZBKRH, writes.share_ZBCM.shape[-1]):
         some = ChunkWrites._make((*(x[part] for x in writes[:-1]), starts[-1]))
-        states = run_scan(*some[2:])
+        states = run_scan(*some[2:], sight.tf32)
         results.append(read_chunks(sight.part(part), q_ZBKRH[part], sinks_N, some, *split_states(states)))
         starts.append(states[-1].clone())
     out, total = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results, strict=True))
@@ -336,15 +403,15 @@ class Recomputed(torch.autograd.Function):
         ctx: Any, sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, *writes: Tensor
     ) -> tuple[Tensor, Tensor]:
         out, total, starts = read_pieces(sight, q_ZBKRH, sinks_N, ChunkWrites(*writes))
-        ctx.more, ctx.num_pieces = sight.more, len(starts)
-        ctx.save_for_backward(*sight[:-1], sinks_N, *starts, q_ZBKRH, *writes[:-1])
+        ctx.more, ctx.tf32, ctx.num_pieces = sight.more, sight.tf32, len(starts)
+        ctx.save_for_backward(*sight[:-2], sinks_N, *starts, q_ZBKRH, *writes[:-1])
         return out, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         seen, begun, bias, sinks_N, *saved = ctx.saved_tensors
-        sight = Sight(seen, begun, bias, ctx.more)
+        sight = Sight(seen, begun, bias, ctx.more, ctx.tf32)
         starts, inputs = saved[: ctx.num_pieces], saved[ctx.num_pieces :]
         found = [torch.empty_like(x) for x in inputs]
         of_sinks = None if sinks_N is None else torch.zeros_like(sinks_N)
@@ -373,7 +440,7 @@ def backward_of_chunks(
     """Gradients of the sinks, of the state before the chunks, and of the queries and writes, given those of what was
     read and of the state after them."""
     with no_autocast(q_ZBKRH):
-        states = run_scan(*writes[2:])
+        states = run_scan(*writes[2:], sight.tf32)
         with torch.enable_grad():
             inputs = (q_ZBKRH, writes.faded_ZBCM, writes.share_ZBCM, writes.k_ZBKCH, writes.v_ZBKCH)
             leaves = [x.detach().requires_grad_() for x in (*inputs, *split_states(states))]
@@ -388,7 +455,7 @@ def backward_of_chunks(
         whole = torch.empty_like(states)
         torch.cat((of_states_k, of_states_v), dim=-1, out=whole[:-1])
         whole[-1] = of_state
-        kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states)
+        kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states, sight.tf32)
     of_writes = of_faded, of_share, kept, last, of_k.add_(more_k), of_v.add_(more_v)
     return of_sink[0] if of_sink else None, start, (of_q, *of_writes)
 
@@ -403,7 +470,7 @@ def read_chunks(
 ) -> tuple[Tensor, Tensor]:
     """`read_slots` of a few chunks, given the states before each: [Z, B, N, C, H] and [Z, B, N, C]."""
     faded, share, _, _, k, v, _ = writes
-    seen, begun, bias, more = sight
+    seen, begun, bias, more, tf32 = sight
     (num_chunks, batch, kv_heads, rows, width), (size, num_slots) = q_ZBKRH.shape, share.shape[2:]
     heads = (num_chunks, batch, kv_heads * rows // size)  # then tokens of a chunk
     k, v, state_k, state_v = (x.flatten(0, 2) for x in (k, v, state_k_ZBKMH, state_v_ZBKMH))
@@ -416,10 +483,16 @@ def read_chunks(
         return x if begun is None else (x.view(num_chunks, batch, kv_heads, -1, size, width) * begun).view(x.shape)
 
     in_place = not torch.is_grad_enabled()
-    times, add = (Tensor.mul_, Tensor.baddbmm_) if in_place else (Tensor.mul, Tensor.baddbmm)
+    times = Tensor.mul_ if in_place else Tensor.mul
+
+    def add(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        if tf32:
+            return x + product(left, right, tf32)
+        return x.baddbmm_(left, right) if in_place else x.baddbmm(left, right)
+
     q = q_ZBKRH.flatten(0, 2)
-    pair = times(torch.bmm(q, k.mT).view(*heads, size, size), seen)
-    score = torch.bmm(of_begun(q), state_k.mT).view(share.shape[0], -1, num_slots)
+    pair = times(product(q, k.mT, tf32).view(*heads, size, size), seen)
+    score = product(of_begun(q), state_k.mT, tf32).view(share.shape[0], -1, num_slots)
     score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
     score = times(score, faded) if bias is None else torch.addcmul(bias, score, faded)
     if more or sinks_N is not None:
@@ -430,14 +503,28 @@ def read_chunks(
     else:
         total, weight = score.new_zeros(heads[:1]), score.softmax(dim=-1)
     weight = times(weight, faded)
-    pair = torch.bmm(weight.view(share.shape[0], -1, num_slots), share.mT).view(*heads, size, size)
-    new = torch.bmm(times(pair, seen).view(-1, rows, size), v)
+    pair = product(weight.view(share.shape[0], -1, num_slots), share.mT, tf32).view(*heads, size, size)
+    new = product(times(pair, seen).view(-1, rows, size), v, tf32)
     weight = weight.view(-1, rows, num_slots)
-    out = add(new, weight, state_v) if begun is None else new + of_begun(torch.bmm(weight, state_v))
+    out = add(new, weight, state_v) if begun is None else new + of_begun(product(weight, state_v, tf32))
     return out.view(*heads, size, width), total
 
 
 # --- the window beside the slots
+
+
+def run_near(q_BTNH: Tensor, window: GroupedKV, near: Near, scale: float) -> tuple[Tensor, Tensor]:
+    """[B, T, N, H] attention over the window by its kernel, in the type of its values, and [B, T, N] the logarithm of
+    the sum that weights were divided by."""
+    dtype = window.v_BSKH.dtype
+    out_BTNH, lse_BNT = near.kernel(*(x.to(dtype) for x in (q_BTNH, *window)), near.form, scale)
+    return out_BTNH, lse_BNT.transpose(1, 2)
+
+
+def merge(near_BTNH: Tensor, lse_BTN: Tensor, far_BTNH: Tensor, total_BTN: Tensor) -> Tensor:
+    """One softmax of two, each with the logarithm of its sum; [B, T, N, H] in the type of the second."""
+    share_BTN1 = torch.sigmoid(total_BTN - lse_BTN).unsqueeze(-1)
+    return torch.lerp(near_BTNH.to(far_BTNH.dtype), far_BTNH, share_BTN1)
 
 
 def read_window(
@@ -700,7 +787,7 @@ class BoundedReader(nn.Module):
         q_BTNH = norm_heads(self.q_norm, self.q_proj(x_BTD).view(*x_BTD.shape[:2], self.num_heads, -1))
         with no_autocast(x_BTD):
             if positions.kernel is None:
-                out_BTNH = self.read(q_BTNH.to(kv.p_BTM.dtype) * self.scale, kv, rope, positions)
+                out_BTNH = self.read(q_BTNH, kv, rope, positions)
             else:
                 out_BTNH = positions.kernel(q_BTNH, kv.k_BTKH, kv.v_BTKH, kv.p_BTM, scale=self.scale)
         out_BTNH = gate_output(self.gate_proj, x_BTD, out_BTNH.to(q_BTNH.dtype))
@@ -708,19 +795,25 @@ class BoundedReader(nn.Module):
         return out
 
     def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
-        """[B, T, N, H] in the type of the strengths, which scaled queries are of."""
-        sinks_N = None if self.sinks is None else self.sinks.to(q_BTNH.dtype)
-        rotated_BTNH = None if self.window is None else rotate(q_BTNH, rope)
+        """[B, T, N, H] in the type of the strengths. In half precision products with slots are of TF32 on CUDA."""
+        dtype, tf32 = kv.p_BTM.dtype, q_BTNH.is_cuda and q_BTNH.dtype.itemsize < 4
+        sinks_N = None if self.sinks is None else self.sinks.to(dtype)
+        scaled_BTNH = q_BTNH.to(dtype) * self.scale
         assert isinstance(kv.chunks, ChunkWrites)
         seen_BTM = None
         if self.ring:
             seen_BTM = written_slots(positions.position_BT, kv.p_BTM.shape[-1])
         if self.window is not None:
             seen_BTM = (positions.position_BT >= self.window).unsqueeze(-1)
-        out_BTNH, total_BTN = read_slots(q_BTNH, kv.chunks, positions, seen_BTM, sinks_N, self.window is not None)
-        if rotated_BTNH is None:
+        more = self.window is not None
+        out_BTNH, total_BTN = read_slots(scaled_BTNH, kv.chunks, positions, seen_BTM, sinks_N, more, tf32)
+        if self.window is None:
             return out_BTNH
-        assert self.window is not None and kv.window is not None and total_BTN is not None
+        assert kv.window is not None and total_BTN is not None
+        if positions.near is not None:
+            near = run_near(rotate(q_BTNH, rope), kv.window, positions.near, self.scale)
+            return merge(*near, out_BTNH, total_BTN)
+        rotated_BTNH = rotate(scaled_BTNH, rope)
         near_BTNH, share_BTN = read_window(rotated_BTNH, total_BTN, kv.window, positions, self.window)
         return torch.addcmul(near_BTNH, share_BTN.unsqueeze(-1), out_BTNH)
 

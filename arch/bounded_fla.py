@@ -1,4 +1,5 @@
-"""Flash-linear-attention's kernel for bounded stores of rule `gated`, found at run time: gated slot attention.
+"""Kernels of bounded stores on CUDA: FlexAttention for the window beside the slots, and flash-linear-attention's for
+rule `gated`, found at run time: gated slot attention.
 
 Its recurrence (Zhang et al. 2024) is that of bounded.py with s = p and g = log(1 - p). It takes the place of the chunk
 form where tokens attend to themselves without a cache; decoding is in bounded.py always.
@@ -10,15 +11,18 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from einops import repeat
 from torch import Tensor
 
+from .attend import BACKENDS, Needs
+from .attend_kernels import run_flex
 from .config import SizeConfig
-from .masks import Sequences
-from .positions import TokenPositions, token_positions
+from .masks import Sequences, blocks
+from .positions import Near, TokenPositions, token_positions
 from .stores import StoreSpec
 
 INSTALL = 'pip install -e ".[fla]"'
@@ -40,7 +44,7 @@ def kernel() -> Callable[..., Tensor]:
     """`gsa` with that entry point, around which a compiled block breaks, since the compiler does not know it. To make
     outside of compiled code, which would look for it again."""
     disable: Any = torch.compiler.disable
-    return functools.partial(gsa, disable(chunk_gsa()))
+    return partial(gsa, disable(chunk_gsa()))
 
 
 def gsa(
@@ -62,18 +66,25 @@ def gsa(
 
 @dataclass(frozen=True)
 class BoundedBackend:
-    """The kernel of a bounded store's readers, for tokens that attend to themselves: the chunk form in plain torch."""
+    """The kernel of a bounded store's readers, for tokens that attend to themselves: the chunk form in plain torch.
+
+    flex  a window is read by FlexAttention
+    """
 
     name: str = "chunks"
     about: str = "bounded, plain torch"
+    flex: bool = False
 
     def unsupported(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
         """List what `store` and `device` require and it lacks, and why it cannot run here; empty if it can."""
         return []
 
     def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
-        """Positions of the tokens, called as `attend.Backend.mask`."""
-        return token_positions(sequences)
+        """Positions of the tokens, with the mask of a window that a kernel reads; called as `attend.Backend.mask`."""
+        positions = token_positions(sequences)
+        if window is None or not self.flex or dtype not in BACKENDS["flex"].dtypes:
+            return positions
+        return positions._replace(near=Near(partial(run_flex, lse=True), blocks(sequences, window)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,8 @@ class FlaBackend(BoundedBackend):
 def select_bounded_backend(
     name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool
 ) -> BoundedBackend:
-    """`fla` where the backend `name` is that, the chunk form for any other.
+    """`fla` where the backend `name` is that, the chunk form for any other; on CUDA with FlexAttention for a window,
+    unless another backend is named.
 
     Raises ValueError where `fla` cannot run: nothing falls back at run time.
     """
@@ -115,4 +127,7 @@ def select_bounded_backend(
         raise ValueError(
             f"arch.stores.{store.name} on {device}: fla lacks {', '.join(reasons)}; choose another backend or auto"
         )
+    needs = Needs(widths=(store.slot.k_dim, store.slot.v_dim))
+    if store.window is not None and name in ("auto", "flex") and not BACKENDS["flex"].unsupported(needs, device):
+        return BoundedBackend("chunks+flex", "bounded, plain torch, a window by FlexAttention", flex=True)
     return backend

@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, M slots, W window.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class TokenPositions(NamedTuple):
     evicted_rope  undoes the rotation of the keys that leave a cached window as these tokens come, of W at most; None
                   without a cache
     kernel        (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
+    near          kernel of the window beside the slots; None: it is read in blocks (bounded.read_window)
     segmented     there may be several segments in a row, so that positions begin anew
     step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
     """
@@ -28,8 +29,19 @@ class TokenPositions(NamedTuple):
     position_BT: Tensor
     evicted_rope: Rope | None = None
     kernel: Callable[..., Tensor] | None = None
+    near: "Near | None" = None
     segmented: bool = False
     step: "StepPositions | None" = None
+
+
+class Near(NamedTuple):
+    """A kernel of attention that also returns what its weights were divided by, and its mask of a window.
+
+    kernel  (q_BTNH, k_BTKH, v_BTKH, form, scale) -> [B, T, N, H], and [B, N, T] the logarithm of the sum
+    """
+
+    kernel: Callable[..., tuple[Tensor, Tensor]]
+    form: Any
 
 
 class StepPositions(NamedTuple):

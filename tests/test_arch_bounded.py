@@ -11,12 +11,14 @@ from conftest import ROOT, build, small, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
-from arch.bounded import UNSEEN, RingRouter, read_window, scan, written_slots
+from arch import ArchConfig, Decoder, StoreConfig, allocate, bounded, resolve
+from arch.attend_kernels import run_flex
+from arch.attention import choose_backends
+from arch.bounded import UNSEEN, RingRouter, merge, read_window, run_near, scan, tf32_bmm, written_slots
 from arch.footprint import kv_bytes
 from arch.grouped import GroupedKV
-from arch.masks import Sequences
-from arch.positions import TokenPositions, token_positions
+from arch.masks import Sequences, blocks, dense
+from arch.positions import Near, TokenPositions, token_positions
 from arch.stores import RULES
 
 KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
@@ -151,6 +153,94 @@ def test_blocks_of_the_window_are_its_mask(window: int) -> None:
         ours, share = read_window(q, nothing, GroupedKV(k, v), place, window)
         torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=0, atol=1e-12)
         assert share.eq(0).all()
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: torch.Tensor, scale: float) -> tuple:
+    """What a kernel returns of the pairs allowed in `form`, [T, S] or [B, 1, T, S]."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    score = (torch.einsum("btnh,bsnh->bnts", q, k) * scale).masked_fill(~form, -torch.inf)
+    return torch.einsum("bnts,bsnh->btnh", score.softmax(-1), v), score.logsumexp(-1)
+
+
+@pytest.mark.parametrize("window", [1, 5, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_window_merged_with_the_slots(window: int, documents: bool) -> None:
+    """The results of two kernels, by the logarithms of their sums, are one softmax; values and gradients."""
+    ids = torch.tensor([[0] * 5 + [1] * 18, [3] * 23]) if documents else None
+    sequences = Sequences(2, 23, ids, torch.device("cpu"))
+    allowed = dense(sequences, window).allowed
+    form = torch.ones(23, 23, dtype=torch.bool).tril() if allowed is None else allowed
+    given = [numbers(2, 23, n, 4, seed=n).requires_grad_() for n in (6, 2, 2, 6)]
+    total = (numbers(2, 23, 6) * 3).index_fill(1, torch.arange(3), UNSEEN).requires_grad_()
+    q, k, v, far = given
+    near, share = read_window(q / 2, total, GroupedKV(k, v), token_positions(sequences), window)
+    plain = near + share.unsqueeze(-1) * far
+    ours = merge(*run_near(q, GroupedKV(k, v), Near(dense_attention, form), 0.5), far, total)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    weight = numbers(*ours.shape, seed=9)
+    for one, other in zip(
+        *(torch.autograd.grad((x * weight).sum(), [*given, total]) for x in (ours, plain)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_window_by_flex_attention(documents: bool) -> None:
+    """A layer whose window that kernel reads, as on CUDA, is the same layer. Forward: the CPU has no more of it."""
+    layer = one_layer(store("ring_slots", window=6, sinks=True)).float().layers[0]
+    torch.nn.init.normal_(layer.reader.sinks)
+    ids = torch.tensor([[0] * 9 + [1] * 21, [3] * 30]) if documents else None
+    sequences = Sequences(2, 30, ids, torch.device("cpu"))
+    places, x = token_positions(sequences), numbers(2, 30, 32).float()
+    rope = torch.linspace(0, 1, 120).view(30, 4).cos(), torch.linspace(0, 1, 120).view(30, 4).sin()
+    near = Near(lambda *given: run_flex(*given, lse=True), blocks(sequences, 6))
+    with torch.no_grad():
+        plain, ours = (
+            layer.reader(x, layer.writer(x, rope, place), rope, place) for place in (places, places._replace(near=near))
+        )
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_cuda_reads_a_window_by_flex_attention() -> None:
+    """Where the backend is not named otherwise; other rules have no window."""
+    names = {
+        (rule, name): choose_backends(name, config.size, resolve(config), "cuda")[0].name
+        for rule in RULES
+        for name in ("auto", "sdpa")
+        for config in [small(ArchConfig({"kv": store(rule)}, ["new kv"]), head_dim=16)]
+    }
+    expected = {key: "chunks+flex" if key == ("ring_slots", "auto") else "chunks" for key in names}
+    assert names == expected
+
+
+def test_products_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator with gradients, which leaves the switch as it was. With factors cut to 10 bits, as tensor cores cut
+    them, slots are read to that precision: sums of logarithms have no part in it."""
+    left, right = numbers(3, 4, 5).requires_grad_(), numbers(3, 5, 2, seed=1).requires_grad_()
+    torch.library.opcheck(tf32_bmm, (left, right))
+    assert torch.autograd.gradcheck(tf32_bmm, (left, right))
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert torch.equal(tf32_bmm(left, right), torch.bmm(left, right))
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    products = []
+
+    def cut(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        products.append(left.shape)
+        return torch.bmm(*((x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for x in (left, right)))
+
+    monkeypatch.setattr(bounded, "tf32_bmm", cut)
+    block, place = one_layer(store("gated", slots=16)).layers[0], TokenPositions(places(64))
+    torch.nn.init.constant_(block.writer.router.gate_bias, 6.0)  # strengths near 1: factors up to e^60
+    x = numbers(2, 64, 32)
+    with torch.no_grad():
+        kv = block.writer(x, (), place)
+        q = block.reader.q_proj(x).view(2, 64, HEADS, WIDTH)
+        exact, _ = bounded.read_slots(q, kv.chunks, place, None, None, False)
+        block.float()
+        kv = block.writer(x.float(), (), place)
+        ours, _ = bounded.read_slots(q.float(), kv.chunks, place, None, None, False, tf32=True)
+    assert len(products) == 7
+    assert 1e-6 < (ours - exact).abs().max() / exact.abs().max() < 3e-3
 
 
 @pytest.mark.parametrize("bias", [-30.0, 0.0, 12.0])

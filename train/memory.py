@@ -601,7 +601,7 @@ class BoundedActivations:
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Tensors that reader and writer save, and the output."""
-        total = reader_bytes(config, store, how.compiled)
+        total = reader_bytes(config, store, how)
         total += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
         outputs = 2 if gate_width(config.size, 1) else 1
         return total + outputs * how.itemsize * config.size.num_heads * head_dim(config.size)
@@ -612,7 +612,7 @@ class BoundedActivations:
         return config.size.seq_len * store.num_slots * ((FP32 + 1) * owner + FP32) if ring else 0
 
     def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-        return gradient_bytes(config, store)
+        return gradient_bytes(config, store, how)
 
 
 class MatrixActivations:
@@ -723,23 +723,27 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
     return FP32 * (router + 4 * s.slots + s.writes)
 
 
-def reader_bytes(config: ModelConfig, store: StoreSpec, compiled: bool) -> float:
+def reader_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
     """Bytes per token that the reader saves, besides the input of its projections.
 
     uncompiled  all in fp32: queries, and the states before each piece; the slots' result and share where a window is
                 merged with it
     compiled    scores, weights, and these as faded (N M each); products within chunks (N C) twice; all states
+    not dense   FlexAttention reads the window: its queries and result in the type computed in, and sums of rows
     """
     s, heads = sizes(config, store), config.size.num_heads
-    merged = s.near + s.queries + (2 if compiled else 1) * heads if store.window is not None else 0
+    merged = 0.0
+    if store.window is not None:
+        near = s.near + (2 if how.compiled else 1) * heads
+        merged = s.queries + (near if how.dense else 2 * s.queries * how.itemsize / FP32 + 3 * heads)
     read = s.states
-    if compiled:
+    if how.compiled:
         states = 2 * s.keys * s.slots * (1 / s.chunk + 1 / config.size.seq_len)
         read = 3 * heads * s.slots + 2 * heads * s.chunk + states
     return FP32 * (s.queries + read + merged)
 
 
-def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
+def gradient_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
     """Bytes alive at a time in the reader's backward pass: of a piece the states, scores, weights and their
     gradients, one more where some slots are hidden; the gradients of queries and writes. What was kept of a window is
     gone by then."""
@@ -747,5 +751,6 @@ def gradient_bytes(config: ModelConfig, store: StoreSpec) -> float:
     piece = 2 * s.keys * s.slots / s.chunk + 5 * heads * s.slots + heads * s.chunk
     total = piece / s.pieces + s.queries + 2 * s.slots
     if store.window is not None:
-        total += heads * s.slots / s.pieces + 2 * s.queries - (s.near + s.queries + heads)
+        gone = s.near + s.queries + heads if how.dense else 0.0
+        total += heads * s.slots / s.pieces + 2 * s.queries - gone
     return FP32 * total

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from arch import bounded
+
 MISSING = (
     "the CUDA build of torch 2.11 or later, and no GPU: make gpu-code installs it and runs tests/test_train_gpu_code.py"
 )
@@ -474,7 +476,8 @@ def generate(module: fx.GraphModule, metas: Sequence[Any], backward: bool, infer
             fused = sum(node.get_read_write_buffers_sizes() for node in nodes)
     text = str(getattr(code, "value", code))
     calls, operators = called(text)
-    return Lowered(backward, text, kernels(text), calls, operators, int(fused), products(module))
+    factors, scanned = products(module)
+    return Lowered(backward, text, kernels(text), calls, operators, int(fused) + scanned, factors)
 
 
 def called(code: str) -> tuple[Counter[str], Counter[str]]:
@@ -490,30 +493,66 @@ def kernels(code: str) -> dict[str, str]:
     return dict(found)
 
 
-def products(module: fx.GraphModule) -> Products:
-    """The matrix products of a graph."""
+def products(module: fx.GraphModule) -> tuple[Products, int]:
+    """The matrix products of a graph, those of bounded stores' scans too, and the bytes that else these move."""
     found: Products = Counter()
+    scanned = 0
     for node in module.graph.nodes:
-        if node.op == "call_function" and (left := left_factor(node.target, node.args)) is not None:
-            found[product(left.meta["val"], node.meta["val"])] += 1
-    return found
+        if node.op != "call_function":
+            continue
+        if (left := left_factor(node.target, node.args)) is not None:
+            found[product(left.meta["val"], node.meta["val"], in_tf32(node.target, node.args))] += 1
+        elif (of_scan := scan_of(node)) is not None:
+            made, size = of_scan
+            found.update(made)
+            scanned += size
+    return found, scanned
+
+
+def scan_of(node: fx.Node) -> tuple[list[tuple[int, int, str]], int] | None:
+    """Products of a scan of states (arch/bounded.py), or of its backward pass, and bytes of the rest; None: it is none.
+
+    Forward the keys and values are joined and written to every state, which the recurrence reads and writes; backward
+    the gradients are copied, and summed beside the states.
+    """
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in (BOUNDED.scan, BOUNDED.scan_backward):
+        return None
+    backward = packet is BOUNDED.scan_backward
+    operands: Any = node.args[1:6] if backward else (*node.args[:4], node)
+    _, share, k, _, states = (x.meta["val"] for x in operands)
+    shape = (math.prod(k.shape[:3]), share.shape[3], share.shape[2])  # M slots, C tokens
+    width, kind = states.shape[-1], "tf32" if in_tf32(node.target, node.args) else "float32"
+    one = 2 * math.prod(shape) * width
+    moved = 4 * shape[0] * (shape[1] * shape[2] + (shape[1] + shape[2]) * width)
+    joined, whole = 16 * k.numel(), states.numel() * states.dtype.itemsize
+    return [(one, moved, kind)] * (2 if backward else 1), joined + whole * (5 if backward else 2)
+
+
+BOUNDED = getattr(torch.ops, bounded.NAMESPACE)
+
+
+def in_tf32(function: Any, arguments: Sequence[Any]) -> bool:
+    """Tell whether an operator computes its products in TF32."""
+    packet = getattr(function, "overloadpacket", None)
+    return packet is BOUNDED.tf32_bmm or (packet in (BOUNDED.scan, BOUNDED.scan_backward) and arguments[-1] is True)
 
 
 def left_factor(function: Any, arguments: Sequence[Any]) -> Any:
     """The first factor of a matrix product; None: it is none."""
     packet = getattr(function, "overloadpacket", None)
-    if packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
+    if packet in (torch.ops.aten.mm, torch.ops.aten.bmm, BOUNDED.tf32_bmm):
         return arguments[0]
     sums = (torch.ops.aten.addmm, torch.ops.aten.baddbmm, torch.ops.aten.addmm_, torch.ops.aten.baddbmm_)
     return arguments[1] if packet in sums else None
 
 
-def product(left: Tensor, out: Tensor) -> tuple[int, int, str]:
+def product(left: Tensor, out: Tensor, tf32: bool = False) -> tuple[int, int, str]:
     """FLOPs, 2 per multiply-add, bytes and type of a matrix product."""
     *batch, rows, columns, inner = *map(int, out.shape), int(left.shape[-1])
     count, size = math.prod(batch), left.dtype.itemsize
     moved = count * (rows * inner + inner * columns) * size + count * rows * columns * out.dtype.itemsize
-    return 2 * count * rows * columns * inner, moved, str(left.dtype).removeprefix("torch.")
+    return 2 * count * rows * columns * inner, moved, "tf32" if tf32 else str(left.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

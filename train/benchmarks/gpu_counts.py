@@ -37,6 +37,7 @@ from arch.footprint import num_params, train_flops_per_token
 from arch.masks import BLOCK
 from arch.named import names
 from arch.static_step import StaticStep
+from arch.stores import visible_pairs
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT
 from eval.results import write_result
@@ -52,6 +53,7 @@ from train.benchmarks.gpu_code import (
     Workshop,
     always,
     as_on_an_h100,
+    in_tf32,
     left_factor,
     missing,
     onto,
@@ -140,7 +142,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             part.launches += 1
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             if (left := left_factor(func, args)) is not None:
-                part.products[product(left, out)] += 1
+                part.products[product(left, out, in_tf32(func, args))] += 1
             else:
                 part.bytes += sum(x.numel() * x.dtype.itemsize for x in tensors)
         return out
@@ -331,7 +333,8 @@ def count_token(config: ModelConfig, workshop: Workshop, compiled: bool = True) 
 def attention_seconds(config: ModelConfig) -> tuple[int, float]:
     """FLOPs of attention to visible pairs, forward and backward, over one sequence; and their time at assumed rates.
 
-    Kernels compute whole blocks of BLOCK x BLOCK pairs. Bounded stores are not in the time: theirs are matrix products.
+    Kernels compute whole blocks of BLOCK x BLOCK pairs. What bounded stores do with slots is not in the time: that is
+    matrix products.
     """
     total, seconds = 0, 0.0
     with torch.device("meta"):
@@ -346,8 +349,11 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
             store = stack.plan.store(layer)
             flops = rows * store.attention_flops(stack.config.size, positions, store.owner == layer)
             total += 3 * flops
-            if store.masked:
-                backend = stack.chosen[False][stack.plan.view_reads[layer]].name
+            backend = stack.chosen[False][stack.plan.view_reads[layer]].name
+            if backend == "chunks+flex":  # the products with slots are none of the kernel's
+                pairs = visible_pairs(positions, store.window)
+                backend, flops = "flex", rows * store.pair_flops(stack.config.size) * pairs
+            if store.masked or backend == "flex":
                 forward, backward = ATTENTION[backend]
                 wide = WIDE if store.kernel_heads(stack.config.size).k_dim > 128 else 1.0
                 computed = flops * computed_share(positions, store.window, packed=backend == "flex_rows") / wide
