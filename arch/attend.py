@@ -7,6 +7,7 @@ other backend has a mask for, attention is always computed by sdpa (by reference
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H key width, V value width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -72,6 +73,8 @@ def reference(
     return torch.einsum("bnts,bnsv->btnv", weight, v).to(q_BTNH.dtype)
 
 
+HALF = frozenset({torch.bfloat16, torch.float16})
+
 # cuDNN, which torch prefers on Hopper, plans anew for each number of slots: tens of milliseconds per decoded token.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -103,6 +106,24 @@ def sdpa_batched(
     return torch.cat(outputs)
 
 
+@functools.cache
+def _fused_choice(dtype: torch.dtype, width: int, value_width: int) -> int:
+    q, v = (torch.empty(1, 1, 256, w, dtype=dtype, device="cuda", requires_grad=True) for w in (width, value_width))
+    with torch.enable_grad():
+        return int(torch._fused_sdp_choice(q, q, v, is_causal=True))
+
+
+@torch.compiler.assume_constant_result
+def takes_widths(device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Tell whether torch runs plainly causal attention by cuDNN with values of another width than keys, as on Hopper.
+
+    FlashAttention takes one width, and the kernel that takes any two is slower than that on values that are filled up.
+    """
+    if device != "cuda" or dtype not in HALF or width % 8 or value_width % 8:
+        return False
+    return _fused_choice(dtype, width, value_width) == SDPBackend.CUDNN_ATTENTION.value
+
+
 def sdpa(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
@@ -114,7 +135,8 @@ def sdpa(
     """`attend` by torch's fused kernels; [B, T, N, V]. Dense masks other than plain causal are slow on CUDA.
 
     Inputs that torch would silently hand to its slowest kernel are first brought into a form that the fused ones
-    accept: keys and values of one width, a multiple of 8, and no grouped heads with a mask (or, on CUDA, with fp32).
+    accept: keys and values of one width, but where cuDNN takes two, a multiple of 8, and no grouped heads with a mask
+    (or, on CUDA, with fp32).
     """
     if isinstance(mask, Windowed):
         return sdpa_windowed(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
@@ -124,7 +146,10 @@ def sdpa(
     value_width, slots = v_BSKV.shape[-1], k_BSKH.shape[1]
     if sinks_N is not None:
         q_BTNH, k_BSKH, v_BSKV, mask = _sink_as_slot(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
-    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in _one_width(q_BTNH, k_BSKH, v_BSKV))
+    q, k, v = q_BTNH, k_BSKH, v_BSKV
+    if not (mask.causal and width != value_width and takes_widths(q.device.type, q.dtype, width, value_width)):
+        q, k, v = _one_width(q, k, v)
+    q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q, k, v))
     allowed, group = mask.allowed, q.shape[1] // k.shape[1]
     if group > 1 and not mask.causal and (q.is_cuda or length == 1):
         # Heads that read the same keys are so many more queries to them: no key is copied, but the mask is.
@@ -248,9 +273,6 @@ class Needs(NamedTuple):
 
     features: frozenset[str] = frozenset()
     widths: tuple[int, ...] = ()
-
-
-HALF = frozenset({torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)

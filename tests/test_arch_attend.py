@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import build, small, tokens
+from torch.nn.attention import SDPBackend
 
+import arch.attend
 from arch import Decoder
-from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend
+from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend, takes_widths
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
 from arch.masks import Dense, Sequences, Windowed, dense, visible
@@ -170,6 +172,33 @@ def test_sdpa_gets_what_fused_kernels_take(
     out = sdpa(q, k, v, mask, 1.0, torch.zeros(4) if sinks else None)
     assert out.shape[-1] == value_width
     assert [len(widths) for widths in seen] == [1]
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_values_keep_their_width_where_cudnn_takes_it(takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of MLA are filled up for FlashAttention alone. Plainly causal, in half precision, forward and backward."""
+    seen, fused = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        return fused(q, k, v, **options)
+
+    chosen = SDPBackend.CUDNN_ATTENTION if takes else SDPBackend.EFFICIENT_ATTENTION
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
+    monkeypatch.setattr(arch.attend, "_fused_choice", lambda *shape: chosen.value)
+    widths = ("cuda", torch.bfloat16, 24, 16)
+    assert takes_widths(*widths) == takes
+    assert not takes_widths("cpu", *widths[1:]) and not takes_widths("cuda", torch.float32, 24, 16)
+    assert not takes_widths(*widths[:3], 12)
+    monkeypatch.setattr(
+        arch.attend, "takes_widths", lambda device, *shape: takes_widths("cuda", torch.bfloat16, *shape[1:])
+    )
+    given = [torch.randn(2, 9, 4, width, dtype=torch.float64, requires_grad=True) for width in (24, 24, 16)]
+    results = [kernel(*given, Dense(True, None), 0.2, None) for kernel in (sdpa, reference)]
+    assert seen == [(24, 24, 16 if takes else 24)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    for ours, exact in zip(*(torch.autograd.grad(out.square().sum(), given) for out in results), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
 
 
 def test_whole_models_agree_over_backends(arch: str) -> None:

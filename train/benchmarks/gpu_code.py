@@ -27,8 +27,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
-from arch import bounded
+from arch import attend, bounded
 
 MISSING = (
     "the CUDA build of torch 2.11 or later, and no GPU: make gpu-code installs it and runs tests/test_train_gpu_code.py"
@@ -82,10 +83,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """F.scaled_dot_product_attention on Hopper: cuDNN or FlashAttention without a mask, else the efficient kernel."""
+    """F.scaled_dot_product_attention on Hopper: cuDNN (from 9.10 on for widths of up to 256, also two of them) or
+    FlashAttention without a mask, else the efficient kernel."""
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if attn_mask is None and half and query.shape[-2] == key.shape[-2] and query.shape[-1] <= 128:
+    if attn_mask is None and half and query.shape[-2] == key.shape[-2] and query.shape[-1] <= 256:
         cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
         out: Tensor = cudnn(query, key, value, None, grad, dropout_p, is_causal, False, scale=scale)[0]
         return out
@@ -238,6 +240,7 @@ def as_on_an_h100() -> Iterator[Any]:
         stack.enter_context(patch.object(fake_tensor, "init_gpu_context", always(None)))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(patch.object(F, "rms_norm", rms_norm))
+        stack.enter_context(patch.object(attend, "_fused_choice", always(SDPBackend.CUDNN_ATTENTION.value)))
         stack.enter_context(patch.object(torch, "addmm", addmm_of(torch.addmm)))
         stack.enter_context(patch.object(torch, "tensor", tensor_of(torch.tensor)))
         stack.enter_context(patch.object(flex_attention, "create_fw_bw_graph", scores_backward))
