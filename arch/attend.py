@@ -113,7 +113,7 @@ def _fused_choice(dtype: torch.dtype, width: int, value_width: int) -> int:
         return int(torch._fused_sdp_choice(q, q, v, is_causal=True))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def takes_widths(device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
     """Tell whether torch runs plainly causal attention by cuDNN with values of another width than keys, as on Hopper.
 
