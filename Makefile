@@ -6,7 +6,8 @@
 # make pytest  the tests alone
 # make bench   a training step, the loader and decoding against baselines, on the CPU; a quiet machine and an hour
 # make gpu     measurements on a GPU, part by part: GPU="parts=train_1b,decode minutes=9"; says so where there is none
-# make gpu-code  every layout as code for an H100, without one; half an hour, and 7 GB for torch 2.11 with CUDA
+# make gpu-code  every layout as code for an H100, without one; half an hour, and 7 GB for torch 2.11 with CUDA, or an
+#                environment that has it: OLDEST=FOLDER/bin/python; some of it: GPU_CODE="-k cla2"
 # make torch211  the tests of models, documents and the loss on torch 2.11, the oldest supported; the same environment
 # make faults  a run against every signal and every damaged file, and what came of it
 # make clean   deletes the environment and the caches of the tools, no run and no data
@@ -66,18 +67,22 @@ faults: env
 gpu: env
 	$(BIN)/python train/benchmarks/gpu_suite.py $(GPU)
 
-# From PyPI, whose torch for Linux is the CUDA build.
-OLDEST := .venv-torch211/bin/python
+# From PyPI, whose torch for Linux is the CUDA build. OLDEST= names the Python of an environment that has all of it.
+OLDEST ?= .venv-torch211/bin/python
 .venv-torch211/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-torch211
 	grep -v ^torch== constraints.txt > .venv-torch211/constraints.txt
-	$(OLDEST) -m pip install --quiet --no-compile --disable-pip-version-check -c .venv-torch211/constraints.txt torch===2.11.0 -e ".[dev,gpu-code]"
+	.venv-torch211/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c .venv-torch211/constraints.txt torch===2.11.0 -e ".[dev,gpu-code]"
 	touch $@
 
-gpu-code: .venv-torch211/.ready
-	$(OLDEST) -m pytest tests/test_train_gpu_code.py
+ifeq ($(OLDEST),.venv-torch211/bin/python)
+gpu-code torch211: .venv-torch211/.ready
+endif
 
-torch211: .venv-torch211/.ready
+gpu-code:
+	$(OLDEST) -m pytest tests/test_train_gpu_code.py $(GPU_CODE)
+
+torch211:
 	$(OLDEST) -m pytest -n 2 tests/test_arch_*.py tests/test_train_loss.py
 
 clean:

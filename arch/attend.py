@@ -113,7 +113,6 @@ def _fused_choice(dtype: torch.dtype, width: int, value_width: int) -> int:
         return int(torch._fused_sdp_choice(q, q, v, is_causal=True))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def takes_widths(device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
     """Tell whether torch runs plainly causal attention by cuDNN with values of another width than keys, as on Hopper.
 
@@ -122,6 +121,10 @@ def takes_widths(device: str, dtype: torch.dtype, width: int, value_width: int) 
     if device != "cuda" or dtype not in HALF or width % 8 or value_width % 8:
         return False
     return _fused_choice(dtype, width, value_width) == SDPBackend.CUDNN_ATTENTION.value
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: torch's is not to trace it.
+takes_widths._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sdpa(
