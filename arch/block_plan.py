@@ -186,6 +186,13 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
             f"arch.block.token.stores.{tied[0]} is tied, and arch.block.token.kind is 'cross', whose layers have keys "
             "and values of the context, each by a projection of its own; leave tied out, or take another kind"
         )
+    both = (("arch", config.arch.stores), ("arch.block.token", block.token.stores))
+    scaled = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].query_scale]
+    if scaled:
+        problems.append(
+            f"{scaled[0]}.query_scale is of a decoder: positions of a Block Transformer are no tokens of a document; "
+            "leave it out"
+        )
     if not 0 <= block.token.bos_token < config.size.vocab_size:
         problems.append(
             f"arch.block.token.bos_token is {block.token.bos_token}; it is no token of {config.size.vocab_size}"

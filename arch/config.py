@@ -12,7 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale")
+LATENT_KEYS = ("heads", "k_dim")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
 MAX_LAYERS = 1024
@@ -27,10 +28,16 @@ class LatentConfig:
 
     Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices). With a `rope_dim`
     of 0 there is no rotary key, and the layers that read the store know no positions.
+
+    heads  latents per token, of width `dim` each, of which the query heads read one by equal parts in order (grouped
+           latent attention, arXiv 2505.21487): devices that divide the heads need not all hold all latents; null: 1
+    k_dim  width of the part of keys that is expanded from the latent; null: the head dimension
     """
 
     dim: Any = "4/1"
     rope_dim: Any = "1/2"
+    heads: int | None = None
+    k_dim: Any = None
 
 
 @dataclass
@@ -50,6 +57,21 @@ class MatrixConfig:
     k_dim: Any = "1/1"
     v_dim: Any = "1/1"
     conv: int = 4
+
+
+@dataclass
+class QueryScaleConfig:
+    """Queries that grow with the logarithm of their position p, from 0 in each document, as attention over longer
+    contexts would else spread out.
+
+    slope   a number: factors are 1 + slope * log(1 + floor((p + 1) / tokens)) (Llama 4's temperature tuning); or
+            `learned`: slope_n * log(p + 1) + bias_n, two parameters of each query head n, at first 0 and 1 (Mistral
+            Large 4, and with a fixed bias scalable softmax)
+    tokens  of a number: positions after which a factor first changes
+    """
+
+    slope: Any = "learned"
+    tokens: int = 8192
 
 
 @dataclass
@@ -77,6 +99,7 @@ class StoreConfig:
     rope        how much of each key is rotated: `full`, `none`, a leading share (`1/4`) or number of elements; null
                 takes the size's rotary_fraction. Latents have `latent.rope_dim` instead, which may be 0
     rope_theta  rotary base of this store; null takes the size's
+    query_scale in layers that read the store, queries are scaled with the logarithm of their position
     """
 
     kv_heads: Any = None
@@ -93,6 +116,7 @@ class StoreConfig:
     kv_norm: bool = False
     rope: Any = None
     rope_theta: float | None = None
+    query_scale: QueryScaleConfig | None = None
 
 
 @dataclass
@@ -221,7 +245,8 @@ class SizeConfig:
     rope_theta         base of rotary embeddings
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
-    max_window         windows and slots of the layout are cut to this; small sizes, trained on short sequences, set it
+    max_window         windows, slots and query_scale.tokens of the layout are cut to this; small sizes, trained on
+                       short sequences, set it
     style              preset of the next eight keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or
@@ -320,7 +345,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     """
 
     def written(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        newer = STORE_KEYS if any(key == "kv_heads" for key, _ in items) else STYLE_KEYS
+        names = {key for key, _ in items}
+        newer = STORE_KEYS if "kv_heads" in names else LATENT_KEYS if {"dim", "rope_dim"} <= names else STYLE_KEYS
         return {key: value for key, value in items if value is not None or key not in newer}
 
     return asdict(config, dict_factory=written)

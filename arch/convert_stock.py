@@ -38,7 +38,7 @@ from .convert import (
     value_problems,
 )
 from .plan import KVPlan, resolve_stack
-from .stores import StoreSpec
+from .stores import LatentSpec, StoreSpec
 
 # The class of each model_type.
 ARCHITECTURES = {
@@ -210,6 +210,11 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
     }
 
 
+def _divided(store: StoreSpec) -> bool:
+    """Return whether a latent store is none of the stock classes."""
+    return isinstance(store, LatentSpec) and (store.latents, store.key_dim) != (None, None)
+
+
 def _window_keys(windows: list[int | None]) -> dict[str, Any]:
     """Return the keys that say which layers have a window, and its size."""
     return {
@@ -235,11 +240,15 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"second_reads: {second_reads_text(plan)}; stock layers each read what they wrote")
     if sinks := [store for store in plan.stores if store.sinks]:
         problems.append(f"sinks: {names(sinks)} has attention sinks")
+    if scaled := [store for store in plan.stores if store.query_scale]:
+        problems.append(f"query_scale: {names(scaled)} scales queries by their position")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
         stores = names([store for store in plan.stores if type(store) is kind])
         problems.append(f"{kind.key}: {stores} {kind.summary}; stock classes cache every position or a window")
     if norms := [store for store in plan.stores if store.kv_norm]:
         problems.append(f"kv_norm: {names(norms)} has a norm of its own")
+    if parts := [store for store in plan.stores if store.kind == "latent" and _divided(store)]:
+        problems.append(f"latent.heads, latent.k_dim: {names(parts)} has several latents, or keys of another width")
     if any(store.window and store.kind == "latent" for store in plan.stores):
         problems.append("window: latents are kept whole in the stock DeepSeek classes")
     if len({store.slot for store in plan.stores}) > 1:

@@ -23,11 +23,12 @@ from .cross_attention import CrossAttention, CrossContext
 from .grouped import GroupedKV
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
-from .masks import Dense, Sequences, Windowed, padded, rows_across
+from .masks import Dense, Sequences, Windowed, padded, rows_across, segment_starts
 from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
-from .stores import StoreSpec
+from .query_scale import query_table
+from .stores import QueryScale, StoreSpec
 
 
 class Block(nn.Module):
@@ -61,6 +62,7 @@ class Block(nn.Module):
         offset: int | Step = 0,
         context: CrossContext | None = None,
         keep: int | None = None,
+        query_table: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
         """Return the next residual stream [B, T, D], and the keys and values this layer read.
 
@@ -68,7 +70,8 @@ class Block(nn.Module):
         store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
         go into it and come back with the earlier ones. With a Step as `offset`, a single token of each row, [B, D]
         stands for [B, T, D], and `rope` and `visibility` are those of a step. With `keep` an owner writes all tokens,
-        and the residual stream goes on with the last `keep` of them, 0 or 1, which `visibility` is then of.
+        and the residual stream goes on with the last `keep` of them, 0 or 1, which `visibility` is then of, and
+        `query_table` (query_scale.py) too.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
@@ -84,7 +87,8 @@ class Block(nn.Module):
         if self.newest is not None and isinstance(offset, Step) and not offset.static:
             make: Any = type(kv)
             seen = make(*(tensor[:, -self.newest :] for tensor in kv))
-        attended_BTD = x_BTD + self.reader(h_BTD, seen, rope, visibility)
+        scaled = () if query_table is None else (query_table,)
+        attended_BTD = x_BTD + self.reader(h_BTD, seen, rope, visibility, *scaled)
         if self.cross is not None:
             assert context is not None
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
@@ -190,6 +194,11 @@ class Stack(nn.Module):
         """Make a mask for each window of the plan, of the kernel that takes dense ones."""
         return {window: Mask(dense_backend(self.backend).kernel, mask_of(window)) for window in self.plan.windows}
 
+    def query_tables(self, positions: Tensor) -> dict[QueryScale | None, Tensor | None]:
+        """Make the table of queries at `positions` for each rule by which stores scale them."""
+        rules = dict.fromkeys(store.query_scale for store in self.plan.stores)
+        return {rule: None if rule is None else query_table(positions, rule) for rule in rules}
+
     @property
     def in_short_rows(self) -> bool:
         """True where the rows of a pass without a cache are put end to end."""
@@ -217,13 +226,15 @@ class Stack(nn.Module):
         masks: Sequence[Mask | TokenPositions] | None = None,
         context_BCD: Tensor | None = None,
         keep: int | None = None,
+        starts_BT: Tensor | None = None,
     ) -> Tensor:
         """Run the layers on `x_BTD` and return the residual stream [B, T, D], before the last norm.
 
         With `cache`, the tokens continue what it holds and are added to it. `masks`: one per view; None: causal.
         `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `keep`: only the last
         position of the result is wanted (1), or nothing but what goes into the cache (0): what the layers from
-        `plan.tail` on would do beyond that is left out. Raises ValueError where the tokens do not fit into the cache,
+        `plan.tail` on would do beyond that is left out. `starts_BT`: where the document of each token begins; None:
+        at 0. Raises ValueError where the tokens do not fit into the cache,
         or as `masks`.
         """
         length, device, plan = x_BTD.shape[1], x_BTD.device, self.plan
@@ -244,6 +255,7 @@ class Stack(nn.Module):
             offset, positions = cache.length, cache.positions(length, device)
             masks = self.cached_masks(cache, length, device) if masks is None else masks
         ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in plan.stores)}
+        tables = self.query_tables(positions if starts_BT is None else positions - starts_BT)
         tail = plan.last_owner if keep == 0 else plan.num_layers  # the first layer that keeps `keep` positions
         tail_masks: Sequence[Mask | TokenPositions | None] = masks
         tail_ropes = {key: last_position(rope) for key, rope in ropes.items()}
@@ -270,6 +282,7 @@ class Stack(nn.Module):
                 offset,
                 contexts[layer],
                 keep if layer == tail and owner else None,
+                last_of(tables[spec.query_scale]) if layer >= tail else tables[spec.query_scale],
             )
             if self.activation_checkpointing and self.training:
                 x_BTD, kv = checkpoint(block, *arguments, use_reentrant=False)
@@ -305,6 +318,7 @@ class Stack(nn.Module):
             for key, *widths in masked
         }
         token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
+        query_tables = {rule: one_token(table) for rule, table in self.query_tables(positions).items()}
         contexts = self.cross_contexts(x_BD, context_BCD, cache)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
@@ -313,7 +327,8 @@ class Stack(nn.Module):
             owner = spec.owner == layer
             kv, buffer = ((), cache.buffers[read]) if owner else (handed_on(self.plan, layer, written), None)
             mask = masks[keys[self.plan.view_reads[layer]]] if spec.masked else token_positions[spec.positions_key]
-            x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer])
+            table = query_tables[spec.query_scale]
+            x_BD, kv = block(x_BD, kv, ropes[spec.rope_key], mask, buffer, step, contexts[layer], None, table)
             if owner:
                 written.append(kv)
         return x_BD
@@ -332,6 +347,16 @@ def last_position(rope: Rope) -> Rope:
     """Rotary tables of the last position."""
     cos, sin = rope
     return cos[..., -1:, :], sin[..., -1:, :]
+
+
+def last_of(table: Tensor | None) -> Tensor | None:
+    """The table of queries of the last position."""
+    return None if table is None else table[..., -1:]
+
+
+def one_token(table: Tensor | None) -> Tensor | None:
+    """The table of queries of one token of each row, [1 or B] from [1] or [B, 1]."""
+    return None if table is None else table.flatten()
 
 
 class Decoder(Stack, LanguageModel):
@@ -365,17 +390,20 @@ class Decoder(Stack, LanguageModel):
         With `cache` the tokens continue what it holds and are added to it. `head` gets the normalised last residual
         stream [B, T, D] and the output matrix [V, D]: a loss that never holds all logits takes the place of the
         product. `segment_ids_BT`: a run of equal numbers is a segment, and segments, such as documents, do not see each
-        other. Positions go on counting through the row: rotary scores depend on distances alone.
+        other. Rotary positions go on counting through the row: those scores depend on distances alone.
 
         Raises ValueError where the tokens do not fit into the cache, or with segments of another shape or over a cache.
         """
-        x_BTD, masks = self.embed(tokens_BT), None
+        x_BTD, masks, starts_BT = self.embed(tokens_BT), None, None
         if segment_ids_BT is not None:
             check_segments(tokens_BT, segment_ids_BT)
             if cache is not None:
                 raise ValueError("segment_ids_BT cannot be given with a cache, whose rows are one segment; drop one")
             masks = self.masks(x_BTD, segment_ids_BT)
-        x_BTD = self.run(x_BTD, cache, masks, keep=0 if cache_only else 1 if last_only else None)
+            if any(store.query_scale for store in self.plan.stores):
+                starts_BT = segment_starts(segment_ids_BT)
+        keep = 0 if cache_only else 1 if last_only else None
+        x_BTD = self.run(x_BTD, cache, masks, keep=keep, starts_BT=starts_BT)
         return head(self.norm(x_BTD), self.output_weight)
 
     def allocate_cache(

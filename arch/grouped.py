@@ -13,6 +13,7 @@ from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
 from .config import SizeConfig, has_qkv_bias, style_of
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
+from .query_scale import build_head_scale, scale_queries
 from .stores import StoreSpec
 
 
@@ -63,20 +64,25 @@ class GroupedReader(nn.Module):
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if store.sinks else None
         self.q_norm = build_head_norm(size, self.num_heads, k_dim)
         self.gate_proj = build_output_gate(size, v_dim)
+        self.head_scale = build_head_scale(size, store)
 
-    def forward(self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask, query_table: Tensor | None = None
+    ) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         if x_BTD.ndim == 2:
-            return self.step(x_BTD, kv, rope, mask)
+            return self.step(x_BTD, kv, rope, mask, query_table)
         q_BTNH = rearrange(self.q_proj(x_BTD), "b t (n h) -> b t n h", n=self.num_heads)
         q_BTNH = rotate(norm_heads(self.q_norm, q_BTNH), rope)
+        q_BTNH = scale_queries(q_BTNH, query_table, self.head_scale)
         k_BSKH, v_BSKH = (tensor.to(q_BTNH.dtype) for tensor in kv)  # a cache may hold another type
         out_BTNH = gate_output(self.gate_proj, x_BTD, attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks))
         out: Tensor = self.o_proj(rearrange(out_BTNH, "b t n h -> b t (n h)"))
         return out
 
-    def step(self, x_BD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask) -> Tensor:
+    def step(self, x_BD: Tensor, kv: GroupedKV, rope: Rope, mask: Mask, query_table: Tensor | None = None) -> Tensor:
         q_BNH = rotate_step(norm_heads(self.q_norm, self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1)), rope)
+        q_BNH = scale_queries(q_BNH, query_table, self.head_scale)
         k_BSKH, v_BSKH = (tensor.to(q_BNH.dtype) for tensor in kv)
         out_BNH = gate_output(self.gate_proj, x_BD, attend(q_BNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks))
         out: Tensor = self.o_proj(out_BNH.flatten(1))

@@ -73,6 +73,14 @@ class MatrixShape:
     conv: int
 
 
+@dataclass(frozen=True)
+class QueryScale:
+    """Factors of queries by their position; config.QueryScaleConfig explains them. A slope of None is learned."""
+
+    slope: float | None
+    tokens: int
+
+
 class HeadShape(NamedTuple):
     """Key/value heads and widths that the attention kernel gets."""
 
@@ -154,6 +162,7 @@ class StoreSpec:
                 slot allows
     num_slots   of a bounded store, the slots into which positions are merged by `rule`; its window, if any, keeps the
                 last positions unmerged beside them
+    query_scale factors of its readers' queries; None: they have none
 
     kind        name of the kind
     key         the key of StoreConfig that asks for it
@@ -173,6 +182,7 @@ class StoreSpec:
     rotary_dim: int | None = None
     num_slots: int = 0
     rule: str | None = None
+    query_scale: QueryScale | None = None
 
     kind: ClassVar[str]
     key: ClassVar[str]
@@ -251,6 +261,8 @@ class StoreSpec:
         queries, gates = heads * k_dim, gate_width(size, v_dim)
         biases = (queries if has_qkv_bias(size) else 0) + (size.d_model + gates if style.bias else 0)
         others = biases + (heads if self.sinks else 0) + norm_width(size, heads, k_dim)
+        if self.query_scale is not None and self.query_scale.slope is None:
+            others += 2 * heads
         return ParamCount(size.d_model * (queries + heads * v_dim + gates), others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
@@ -289,7 +301,9 @@ class StoreSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, under the names that plan.json and checkpoint.json have always had."""
-        return {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
+        fields = {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
+        newer = ("query_scale", "latents", "key_dim")
+        return {key: value for key, value in fields.items() if value is not None or key not in newer}
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:
@@ -303,6 +317,8 @@ class StoreSpec:
         fields["slot"] = SlotShape(**values["slot"])
         if fields.get("matrix"):
             fields["matrix"] = MatrixShape(**fields["matrix"])
+        if fields.get("query_scale"):
+            fields["query_scale"] = QueryScale(**fields["query_scale"])
         return next(kind for kind in KINDS if kind.describes(fields))(**fields)
 
 
@@ -357,8 +373,16 @@ class MixedSpec(GroupedSpec):
         return ParamCount(matrices, others + 2 * self.slot.kv_heads * (self.mixed_keys + self.slot.v_dim))
 
 
+@dataclass(frozen=True)
 class LatentSpec(StoreSpec):
-    """A latent and a rotary key for all heads (DeepSeek-V2, section 2.1), of every position or of a window."""
+    """A latent and a rotary key for all heads (DeepSeek-V2, section 2.1), of every position or of a window.
+
+    latents  into which the slot's latent is divided, each of which an equal part of the heads reads; None: one
+    key_dim  width of the part of keys that is made of it; None: the head dimension
+    """
+
+    latents: int | None = None
+    key_dim: int | None = None
 
     kind, key, summary = "latent", "latent", "holds latents"
 
@@ -382,11 +406,41 @@ class LatentSpec(StoreSpec):
                 f"size.qk_norm is {style_of(size).qk_norm}, and {where} holds latents, of which no keys are made over "
                 "a cache; the latent has a norm of its own: take size.qk_norm=none"
             )
-        return SlotShape(latent_dim=latent_dim, rope_dim=rope_dim)
+        return SlotShape(latent_dim=latent_dim * max(1, store.latent.heads or 1), rope_dim=rope_dim)
+
+    @classmethod
+    def resolve_more(
+        cls, where: str, store: StoreConfig, slot: SlotShape, size: SizeConfig, problems: list[str]
+    ) -> dict[str, Any]:
+        if store.latent is None:
+            return {}  # reported above
+        heads, k_dim = store.latent.heads, store.latent.k_dim
+        if heads is not None and (heads < 1 or size.num_heads % heads):
+            problems.append(
+                f"{where}.latent.heads is {heads}; equal parts of the {size.num_heads} query heads read one each"
+            )
+        if k_dim is not None:
+            width = head_dim(size)
+            k_dim = resolve_share(f"{where}.latent.k_dim", k_dim, width, "the head dimension", problems)
+            k_dim = None if k_dim == width else k_dim
+        return {"latents": None if heads == 1 else heads, "key_dim": k_dim}
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:
         return bool(fields["slot"].latent_dim)
+
+    @property
+    def num_latents(self) -> int:
+        return self.latents or 1
+
+    @property
+    def one_latent_dim(self) -> int:
+        """Width of what a query head reads of the latent."""
+        return self.slot.latent_dim // self.num_latents
+
+    def expanded_dim(self, size: SizeConfig) -> int:
+        """Width of the part of each key that is made of the latent."""
+        return head_dim(size) if self.key_dim is None else self.key_dim
 
     @property
     def slot_rotary_dim(self) -> int:
@@ -398,12 +452,13 @@ class LatentSpec(StoreSpec):
 
     def kernel_heads(self, size: SizeConfig) -> HeadShape:
         """Latents are expanded to keys and values of every query head."""
-        return HeadShape(size.num_heads, head_dim(size) + self.slot.rope_dim, head_dim(size))
+        return HeadShape(size.num_heads, self.expanded_dim(size) + self.slot.rope_dim, head_dim(size))
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
         """Also the expansion of latents to keys and values."""
         matrices, others = super().reader_params(size)
-        return ParamCount(matrices + self.slot.latent_dim * size.num_heads * 2 * head_dim(size), others)
+        expanded = size.num_heads * (self.expanded_dim(size) + head_dim(size))
+        return ParamCount(matrices + self.one_latent_dim * expanded, others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
         """Also the norm of the latent."""
@@ -412,12 +467,13 @@ class LatentSpec(StoreSpec):
 
     def step_flops(self, size: SizeConfig) -> int:
         """FLOPs per key of queries that are compared with latents."""
-        return 2 * size.num_heads * (2 * self.slot.latent_dim + self.slot.rope_dim)
+        return 2 * size.num_heads * (2 * self.one_latent_dim + self.slot.rope_dim)
 
     @property
     def slot_text(self) -> str:
         rope = f" + rope {self.slot.rope_dim}" if self.slot.rope_dim else ""
-        return f"latent {self.slot.latent_dim}{rope}"
+        several = f"{self.num_latents} x " if self.num_latents > 1 else ""
+        return f"latent {several}{self.one_latent_dim}{rope}"
 
 
 @dataclass(frozen=True)
@@ -777,8 +833,30 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         num_slots=min(store.slots or 0, size.max_window or store.slots or 0),
         rule=store.rule,
         rotary_dim=rotary_dim,
+        query_scale=resolve_query_scale(where, store, kind, size, problems),
         **kind.resolve_more(where, store, slot, size, problems),
     )
+
+
+def resolve_query_scale(
+    where: str, store: StoreConfig, kind: type[StoreSpec], size: SizeConfig, problems: list[str]
+) -> QueryScale | None:
+    """The factors of queries. Adds to `problems` what is wrong with the keys that decide them."""
+    rule = store.query_scale
+    if rule is None:
+        return None
+    if not kind.masked:
+        problems.append(f"{where}.query_scale scales scores of positions; the store {kind.summary}: leave it out")
+    if not 1 <= rule.tokens <= MAX_COUNT:
+        problems.append(
+            f"{where}.query_scale.tokens is {rule.tokens}; it must be at least 1, and at most {MAX_COUNT:,}"
+        )
+    if rule.slope == "learned":
+        return QueryScale(None, 1)
+    if isinstance(rule.slope, bool) or not isinstance(rule.slope, int | float) or not 0 < rule.slope < math.inf:
+        problems.append(f"{where}.query_scale.slope is {rule.slope!r}; write a positive number, or learned")
+        return None
+    return QueryScale(float(rule.slope), min(rule.tokens, size.max_window or rule.tokens))
 
 
 def resolve_rotary(

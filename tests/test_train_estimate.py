@@ -53,6 +53,8 @@ LAYOUTS = [
     "swa_sinks",
     "mimo",
     "gpt_oss",
+    "mistral_large4",
+    "gla2",
     "bct",
     "bct_gated",
     "bct_ring",
