@@ -203,6 +203,11 @@ TWO = {**KV, "far": {"kv_heads": 2}}
         ({"kv": {"kv_heads": 1, "window": 0}}, ["new kv"], {}, "it counts the current token"),
         ({"kv": {"kv_heads": 1, "sinks": True}}, ["new kv"], {}, "sinks needs a window"),
         ({"kv": {"kv_heads": 1, "rule": "gated"}}, ["new kv"], {}, "rule gated needs slots"),
+        ({"kv": {"latent": {"heads": 3}}}, ["new kv"], {}, "latent.heads is 3; equal parts of the 8 query heads"),
+        ({"kv": {"latent": {"k_dim": "1/3"}}}, ["new kv"], {}, "latent.k_dim is 1/3, 8/3 with 8 as the head dim"),
+        ({"kv": {"kv_heads": 1, "query_scale": {"slope": "log"}}}, ["new kv"], {}, "a positive number, or learned"),
+        ({"kv": {"kv_heads": 1, "query_scale": {"tokens": 0}}}, ["new kv"], {}, "query_scale.tokens is 0"),
+        ({"kv": {"matrix": {}, "query_scale": {}}}, ["new kv"], {}, "the store holds a matrix per head: leave it out"),
         (
             {"kv": {"kv_heads": 1, "slots": 4}},
             ["new kv"],

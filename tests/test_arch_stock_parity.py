@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def halves(weight: Tensor, heads: int, width: int, rotary: int) -> Tensor:
-    """Rows of heads whose last `rotary` of `width` rotate in adjacent pairs, in our order: pairs are half of it apart."""
+    """Rows of heads whose last `rotary` of `width` rotate in adjacent pairs, in our order: pairs half of it apart."""
     kept, turned = weight.view(heads, width, -1).split([width - rotary, rotary], dim=1)
     return torch.cat((kept, turned[:, 0::2], turned[:, 1::2]), dim=1).reshape(weight.shape)
 

@@ -23,6 +23,7 @@ from arch.stores import (
     SCORES,
     WINDOW_BLOCKS,
     BoundedSpec,
+    LatentSpec,
     MatrixSpec,
     TiedSpec,
     delta_chunk,
@@ -333,9 +334,10 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
 
 
 def head_bytes(size: SizeConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-    """Bytes per token that norms of queries and keys save, and the gates of outputs.
+    """Bytes per token that norms of queries and keys save, the gates of outputs, and slopes of queries.
 
-    Norms save what RMSNorm does; compiled, queries and keys as projected, and 1 / rms.
+    Norms save what RMSNorm does; compiled, queries and keys as projected, and 1 / rms. Slopes save queries and
+    factors.
     """
     _, k_dim, v_dim = store.kernel_heads(size)
     total, style = how.itemsize * gate_width(size, v_dim), style_of(size)
@@ -343,6 +345,8 @@ def head_bytes(size: SizeConfig, store: StoreSpec, owner: bool, how: Execution) 
         heads = size.num_heads + owner * store.slot.kv_heads
         per_element, norms = how.itemsize if how.compiled else 2 * FP32, heads if style.qk_norm == "head" else 1 + owner
         total += per_element * heads * k_dim + FP32 * norms
+    if store.query_scale is not None and store.query_scale.slope is None:
+        total += size.num_heads * (how.itemsize * k_dim + FP32)
     return total
 
 
@@ -531,14 +535,21 @@ class MaskedActivations:
 
 
 class LatentActivations(MaskedActivations):
-    """Activations saved by arch/latent.py: the expanded keys and values, and in the owner the latent and its norm's."""
+    """Activations saved by arch/latent.py: the expanded keys and values, and in the owner the latent and its norm's.
+
+    Values that the kernel takes as they are keep the part of keys beside which they were expanded.
+    """
 
     expands = True
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         latent, rope = store.slot.latent_dim, store.slot.rope_dim
         norm = how.itemsize * (latent + rope) + FP32 if how.compiled else rms_norm_bytes(latent)
-        return super().attention(config, store, owner, how) + (how.itemsize * latent + norm if owner else 0)
+        total = super().attention(config, store, owner, how) + (how.itemsize * latent + norm if owner else 0)
+        if not how.compiled and not store.sinks and self.width(config, store, how) == head_dim(config.size):
+            assert isinstance(store, LatentSpec)
+            total += how.itemsize * config.size.num_heads * store.expanded_dim(config.size)
+        return total
 
 
 class MixedActivations(MaskedActivations):
