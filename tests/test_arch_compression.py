@@ -9,9 +9,9 @@ import torch
 from conftest import ARCHS, build, small, tokens
 
 from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
-from arch.attend import Mask, sdpa
+from arch.attend import Mask, reference, sdpa
 from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotate_hadamard, unpack
-from arch.compression.compressed import allocate_compressed
+from arch.compression.compressed import KeptKernel, allocate_compressed
 from arch.compression.layout import compressed_bytes, keeps, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import CodedBuffer, KeptBuffer
@@ -518,3 +518,20 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_codecs_and_keeps_have_names_of_their_own() -> None:
     assert not set(CODECS) & set(KEEPS) and "none" not in {*CODECS, *KEEPS}
+
+
+def test_slots_of_each_head_beside_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two key heads that kept other slots, each read by two query heads with sinks of their own, as in gpt-oss' full
+    layers."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, length, heads, 8, generator=draw) for length, heads in ((3, 4), (7, 2), (7, 2)))
+    sinks, allowed = torch.randn(4, generator=draw), torch.rand(2, 2, 3, 7, generator=draw) > 0.4
+    allowed[..., 0] = True
+    buffer = KeptBuffer.__new__(KeptBuffer)
+    monkeypatch.setattr(KeptBuffer, "see", lambda *_: None, raising=False)
+    out = KeptKernel(buffer, sdpa)(q, k, v, Dense(False, allowed), 0.3, sinks)
+    for head in range(4):
+        kv, own = slice(head // 2, head // 2 + 1), slice(head, head + 1)
+        mask = Dense(False, allowed[:, kv])
+        alone = reference(q[:, :, own], k[:, :, kv], v[:, :, kv], mask, 0.3, sinks[own])
+        torch.testing.assert_close(out[:, :, own], alone)

@@ -67,7 +67,10 @@ class KeptKernel:
         group, length, allowed = q.shape[2] // k.shape[2], q.shape[1], mask.allowed
         if allowed is None or allowed.ndim == 2 or allowed.shape[1] == 1 or group == 1:
             return self.kernel(q, k, v, mask, scale, sinks)
-        assert sinks is None  # stores with sinks have a window, and no keep
+        if sinks is not None:  # one of each query head
+            k, v = (repeat(x, "b s k h -> b s (k g) h", g=group) for x in (k, v))
+            allowed = repeat(allowed, "b k t s -> b (k g) t s", g=group)
+            return self.kernel(q, k, v, Dense(causal=False, allowed=allowed), scale, sinks)
         q = rearrange(q, "b t (k g) h -> b (g t) k h", g=group)  # heads that read the same keys are so many queries
         mask = Dense(causal=False, allowed=repeat(allowed, "b k t s -> b k (g t) s", g=group))
         return rearrange(self.kernel(q, k, v, mask, scale, None), "b (g t) k h -> b t (k g) h", t=length)
