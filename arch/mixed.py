@@ -67,7 +67,9 @@ class MixedReader(GroupedReader):
         assert isinstance(store, MixedSpec)
         self.mix = Mix(store)
 
-    def forward(self, x_BTD: Tensor, kv: TwoKV, rope: Rope, mask: Mask) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, kv: TwoKV, rope: Rope, mask: Mask, query_table: Tensor | None = None
+    ) -> Tensor:
         """Attend as GroupedReader does, to the mix."""
         two = TwoKV(*(tensor.to(x_BTD.dtype) for tensor in kv))  # a cache may hold another type
-        return super().forward(x_BTD, self.mix(two), rope, mask)
+        return super().forward(x_BTD, self.mix(two), rope, mask, query_table)

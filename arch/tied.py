@@ -22,6 +22,7 @@ from .config import SizeConfig, has_qkv_bias
 from .grouped import GroupedKV, GroupedReader
 from .layers import RMSNorm, Rope, back, build_head_norm, gate_output, norm_heads, rotate, rotate_step
 from .precision import at_least_fp32
+from .query_scale import scale_queries
 from .stores import StoreSpec, TiedSpec
 
 
@@ -104,10 +105,12 @@ def norm_unscaled(norm: RMSNorm | None, x_BTKH: Tensor) -> Tensor:
 class VectorReader(GroupedReader):
     """Queries of this layer over vectors that are keys and values; outputs are rotated back where those are rotated."""
 
-    def forward(self, x_BTD: Tensor, kv: VectorKV, rope: Rope, mask: Mask) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, kv: VectorKV, rope: Rope, mask: Mask, query_table: Tensor | None = None
+    ) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         q_BTNH = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
-        q_BTNH = turn(norm_heads(self.q_norm, q_BTNH), rope)
+        q_BTNH = scale_queries(turn(norm_heads(self.q_norm, q_BTNH), rope), query_table, self.head_scale)
         kv_BSKH = kv.kv_BSKH.to(q_BTNH.dtype)  # a cache may hold another type
         out_BTNH = turn(attend(q_BTNH, kv_BSKH, kv_BSKH, mask, self.scale, self.sinks), back(rope))
         out: Tensor = self.o_proj(gate_output(self.gate_proj, x_BTD, out_BTNH).flatten(-2))
@@ -121,11 +124,13 @@ class HalfReader(GroupedReader):
         super().__init__(size, store)
         self.widths = [store.slot.k_dim - store.slot.rope_dim, store.slot.rope_dim]
 
-    def forward(self, x_BTD: Tensor, kv: HalfKV, rope: Rope, mask: Mask) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, kv: HalfKV, rope: Rope, mask: Mask, query_table: Tensor | None = None
+    ) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         q = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         plain, rotated = q.split(self.widths, dim=-1)
-        q_BTNH = torch.cat((plain, turn(rotated, rope)), dim=-1)
+        q_BTNH = scale_queries(torch.cat((plain, turn(rotated, rope)), dim=-1), query_table, self.head_scale)
         v_BSKH, k_rope_BSP = (tensor.to(q.dtype) for tensor in kv)
         k_rope_BSKP = k_rope_BSP.unsqueeze(2).expand(-1, -1, v_BSKH.shape[2], -1)
         k_BSKH = torch.cat((v_BSKH[..., : self.widths[0]], k_rope_BSKP), dim=-1)
