@@ -524,7 +524,7 @@ def report(result: dict[str, Any]) -> str:
             *(f"{bound[key]:.0f}" for key in ("products_ms", "attention_ms", "memory_ms", "ms")),
             f"{speed / 1e3:.1f}k",
             f"{bound['mfu']:.1%}",
-            *("", "") if counts["goal_mfu"] is None else beside(counts["goal_mfu"], bound["mfu"]),
+            *beside(counts["goal_mfu"], bound["mfu"]),
         ]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     kernels = []
@@ -559,8 +559,10 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
-def beside(goal: float, bound: float) -> tuple[str, str]:
-    """A goal of MFU, and which share of the roof's it is."""
+def beside(goal: float | None, bound: float) -> tuple[str, str]:
+    """A goal of MFU, and which share of the roof's it is; nothing where there is none."""
+    if goal is None:
+        return "", ""
     return f"{goal:.0%}", f"{goal / bound:.2f}, {verdict(goal / bound)}"
 
 
@@ -580,9 +582,9 @@ def goals(result: dict[str, Any]) -> str:
     for wanted, archs in sorted(by_goal.items(), reverse=True):
         roofs = {arch: result["layouts"][arch]["roof"]["mfu"] for arch in archs}
         found = {kind: [arch for arch in archs if verdict(wanted / roofs[arch]) == kind] for kind in VERDICTS}
-        expected = [f"{share * limit:.1%}" for share, limit in zip(REACHED, (min, max)) for limit in [limit(roofs.values())]]
+        expected = f"{REACHED[0] * min(roofs.values()):.1%} to {REACHED[1] * max(roofs.values()):.1%}"
         named = (", ".join(f"`{arch}`" for arch in found[kind]) or "none" for kind in VERDICTS)
-        rows.append("| " + " | ".join((f"{wanted:.0%}", " to ".join(expected), *named)) + " |")
+        rows.append("| " + " | ".join((f"{wanted:.0%}", expected, *named)) + " |")
     return "\n".join(rows)
 
 
@@ -645,8 +647,8 @@ that a goal is within reach at up to 0.80 of it. MFU counts visible pairs, as th
 
 ## Goals
 
-MFU that steps are expected to have, from 0.80 of the lowest roof among the layouts of a goal to 0.92 of the highest; and
-which layouts are sure to reach the goal (at 0.80 of their roof), may (only above that), or will not (not at 0.92).
+MFU that steps are expected to have, from 0.80 of the lowest roof among the layouts of a goal to 0.92 of the highest;
+and which layouts reach the goal at 0.80 of their roof, which only above that, and which not even at 0.92 of it.
 Layouts with states of a matrix per head have no goal. What was changed for these figures, and its predicted gain, is in
 [predicted.md](predicted.md).
 
