@@ -28,6 +28,7 @@ class Options(TaskOptions):
     length     tokens of a sequence; null: 16 for each pair
     vocab      tokens that Zoology's sequences are drawn from, at most
     noise      random tokens in Zoology's sequences where nothing is asked, in place of token 0
+    joined     a pair of kind gap is one token, for models trained on data.source.recall.joined=true
     sequences  of each kind and number of pairs
     batch      sequences per forward pass
     """
@@ -37,6 +38,7 @@ class Options(TaskOptions):
     length: int | None = None
     vocab: int = 8192
     noise: bool = False
+    joined: bool = False
     sequences: int = 100
     batch: int = 16
 
@@ -44,6 +46,8 @@ class Options(TaskOptions):
         found = [
             f"kinds: {kind} is none of {', '.join(RECALL_KINDS)}" for kind in self.kinds if kind not in RECALL_KINDS
         ]
+        if self.joined and self.kinds != ("gap",):
+            found.append("joined is of kind gap, the paper's pairs are two tokens; set recall.kinds=gap")
         if not self.kinds or not self.pairs:
             found.append("kinds and pairs must not be empty")
         found += [f"pairs: {pairs} is less than 1" for pairs in self.pairs if pairs < 1]
@@ -113,7 +117,8 @@ def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Itera
             task = ZoologyTask(length, min(options.vocab, vocab_size), noise=options.noise)
             yield zoology_questions(task, pairs, size, np.random.RandomState((subject.seed, number, pairs)))
         else:
-            yield questions(RecallTask.of(length, pairs, vocab_size), pairs, size, subject.seed, number)
+            task = RecallTask.of(length, pairs, vocab_size, options.joined)
+            yield questions(task, pairs, size, subject.seed, number)
 
 
 def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]":
