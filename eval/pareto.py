@@ -2,6 +2,7 @@
 
 Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
 Any figure that a run has recorded can be on either axis: `x=read y=recall/accuracy`; `list=true` says which there are.
+A panel shows the runs that have its figure, weighed at their sequence length unless `context` says another.
 Where runs were evaluated with cache methods (evaluate.py cache=), each is a point beside that of its run.
 """
 
@@ -53,13 +54,14 @@ ALL = "all"  # released models whose configuration is in this repository
 class ParetoConfig:
     """Options.
 
-    context   tokens at which the KV cache is weighed; null: the sequence length of training
+    context   tokens at which the KV cache is weighed; null: the sequence length of training, panel by panel
     metric    ppl or bpb: perplexity or bits per byte of the validation text
     itemsize  bytes per element of the cache
     out       folder for the files; null: the folder of the runs, or the one that contains all of them
     x         figure from left to right: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
     y         figure from bottom to top; several, with commas, are a panel each; empty: `metric`
     list      print the figures that the runs have, and draw nothing
+    baseline  layout whose seeds are shaded across the picture: what lies in their range is not told apart from it
     reference released models, with commas, drawn as vertical lines: a config.json, a folder with one, a name of the
               hub or of configs/released, `all` of those. Their bytes are those of the axis `x`: of one sequence of
               `context` tokens, or of each further token where x=per_token
@@ -73,6 +75,7 @@ class ParetoConfig:
     x: str = "stored"
     y: tuple[str, ...] = ()
     list: bool = False
+    baseline: str | None = None
     reference: tuple[str, ...] = ()
 
 
@@ -226,37 +229,35 @@ def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -
     return [(name, value) for name, value in lines if value > 0]
 
 
-def write(
-    rows: Sequence[Point],
-    context: int,
-    metric: str,
-    out: Path,
-    x: str = "stored",
-    references: References = (),
-    runs: Sequence[Run] = (),
-) -> list[Path]:
+@dataclass(frozen=True)
+class Compared:
+    """The points of a panel, weighed at `context`, with the lines of released models and the point of the baseline."""
+
+    rows: Sequence[Point]
+    context: int
+    x: Axis
+    y: Axis
+    references: References = ()
+    baseline: Point | None = None
+
+
+def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    return write_panels({metric: rows}, context, out, x, references, runs)
+    return write_panels({metric: Compared(rows, context, axis("stored", context), axis(metric, context))}, out)
 
 
-def write_panels(
-    panels: Mapping[str, Sequence[Point]],
-    context: int,
-    out: Path,
-    x: str,
-    references: References = (),
-    runs: Sequence[Run] = (),
-) -> list[Path]:
+def write_panels(panels: Mapping[str, Compared], out: Path) -> list[Path]:
     """The files of `write` with a panel for each figure of `panels`, one below the other in tables."""
     from eval.plots.pareto import Panel, draw_panels, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
-    across = axis(x, context, runs)
-    drawn = [Panel(rows, across, axis(metric, context, runs), references) for metric, rows in panels.items()]
+    drawn = [Panel(of.rows, of.x, of.y, of.references, of.baseline) for of in panels.values()]
     draw_panels(drawn, paths[0])
     plot_pareto_html(drawn, paths[1])
-    records = [{"context": context, "metric": metric, **asdict(row)} for metric, rows in panels.items() for row in rows]
+    records = [
+        {"context": of.context, "metric": metric, **asdict(row)} for metric, of in panels.items() for row in of.rows
+    ]
     columns = ["context", "metric", *(field.name for field in fields(Point))]
     with paths[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
@@ -264,6 +265,17 @@ def write_panels(
         writer.writerows(records)
     paths[3].write_text(json.dumps(records, indent=1, allow_nan=False))
     return paths
+
+
+def baseline_of(rows: Sequence[Point], name: str) -> Point:
+    """The point called `name`, in full or by its layout. Raises UsageError where there is none with several seeds."""
+    named = [row for row in rows if row.method == NONE and name in (row.name, row.name.partition("-")[0])]
+    if len(named) != 1:
+        known = [row.name for row in rows if row.method == NONE]
+        raise UsageError(f"baseline is {name}, which {len(named)} of these points are called: {', '.join(known)}")
+    if named[0].runs == 1:
+        raise UsageError(f"baseline is {name}, of which there is one run; train it with several seeds")
+    return named[0]
 
 
 def context_of(runs: Sequence[Run], context: int | None) -> int:
@@ -293,6 +305,39 @@ def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
             )
 
 
+def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) -> dict[str, Compared]:
+    """Make the panel of each figure, with warnings about what is left out of it and what hardly compares.
+
+    A run that lacks the figure of one panel is not missed there if it has that of another's task.
+    """
+    having = {metric: [run for run in runs if has(run, metric)] for metric in metrics}
+    evaluated = [run for metric, of in having.items() if "/" in metric for run in of]
+    panels, lines = {}, []
+    for metric, of in having.items():
+        context = context_of(of or runs, options.context)
+        rows = points(of, context, metric, options.itemsize, options.x)
+        references = reference_lines(options.reference, options.x, context, options.itemsize)
+        baseline = baseline_of(rows, options.baseline) if options.baseline else None
+        axes = (axis(name, context, of) for name in (options.x, metric))
+        panels[metric] = Compared(rows, context, *axes, references, baseline)
+        expected = [run for run in runs if run in of or run not in evaluated]
+        lines += passed_over(expected, context, metric, options.itemsize, options.x)
+        if others := differences(of):
+            lines += [f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(of)]
+        lines += [
+            f"{name} was measured with other options, or on other text, in some runs: it hardly compares"
+            for name in (options.x, metric)
+            if not_alike(of, name)
+        ]
+    warn(dict.fromkeys(lines))
+    return panels
+
+
+def has(run: Run, name: str) -> bool:
+    """Tell whether `run` has recorded the figure `name`, with any cache method."""
+    return any(figure(run, name, 1, 1, method) is not None for method in methods_of([run]))
+
+
 def main(arguments: Sequence[str]) -> None:
     options = parse(ParetoConfig, arguments, positional="folders")
     if options.metric not in METRICS:
@@ -307,33 +352,21 @@ def main(arguments: Sequence[str]) -> None:
     if found.unfinished:
         warn([f"not ended, left out: {', '.join(str(run.folder) for run in found.unfinished)}"])
     console, runs = PlainConsole(), found.runs
-    context = context_of(runs, options.context)
     if options.list:
-        console.print(list_table(runs, context, options.itemsize))
+        console.print(list_table(runs, context_of(runs, options.context), options.itemsize))
         return
     metrics = options.y or (options.metric,)
     check_names([options.x, *metrics], runs)
-    references = reference_lines(options.reference, options.x, context, options.itemsize)
-    out = options.out or default_out(folders)
-    panels = {metric: points(runs, context, metric, options.itemsize, options.x) for metric in metrics}
-    lines = [passed_over(runs, context, metric, options.itemsize, options.x) for metric in metrics]
-    warn(dict.fromkeys(line for of in lines for line in of))
     groups = group_by_seed(runs, experiment)
     warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
-    for metric, rows in panels.items():
-        console.print(table(rows, axis(options.x, context, runs), axis(metric, context, runs)))
-    for name, value in references:
+    panels = compare(runs, metrics, options)
+    for of in panels.values():
+        console.print(table(of.rows, of.x, of.y))
+    for name, value in dict.fromkeys(line for of in panels.values() for line in of.references):
         console.print(f"{name}: {bytes_text(value)} on the axis {options.x}")
-    if others := differences(runs):
-        warn([f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(runs)])
-    for name in (options.x, *metrics):
-        if not_alike(runs, name):
-            warn([f"{name} was measured with other options, or on other text, in some runs: it hardly compares"])
+    out = options.out or default_out(folders)
     try:
-        if len(panels) == 1:
-            paths = write(panels[metrics[0]], context, metrics[0], out, options.x, references, runs)
-        else:
-            paths = write_panels(panels, context, out, options.x, references, runs)
+        paths = write_panels(panels, out)
     except OSError as error:
         raise UsageError(f"cannot write to {out} ({error.strerror}); give another folder with out=") from error
     for path in paths:

@@ -289,12 +289,12 @@ def test_a_neighbour_that_cannot_be_read_is_passed_over(
     else:
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     monkey: list = []
-    original = pareto.write
-    pareto.write = lambda rows, *_: monkey.extend(rows) or []
+    original = pareto.write_panels
+    pareto.write_panels = lambda panels, *_: monkey.extend(panels["ppl"].rows) or []
     try:
         pareto.main([str(runs)])
     finally:
-        pareto.write = original
+        pareto.write_panels = original
     assert [row.name for row in monkey if row.name == "x" or row.value == 1.0] == []
     assert len(monkey) == 5
     (line,) = capsys.readouterr().err.splitlines()

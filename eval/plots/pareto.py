@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
@@ -15,6 +17,7 @@ from eval.console import visible
 from eval.figures import LOSS, METRICS, Axis, axis
 from eval.methods import NONE
 from eval.plots.style import (
+    BAND,
     BLUE,
     DARK_INK,
     DOMINATED,
@@ -61,12 +64,14 @@ class Panel:
     """Points, and what their axes are.
 
     references  (name, place from left to right) of vertical lines
+    baseline    point whose range of seeds is shaded from end to end
     """
 
     rows: Sequence[Point]
     x: Axis
     y: Axis
     references: Sequence[tuple[str, float]] = ()
+    baseline: Point | None = None
 
 
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
@@ -86,6 +91,7 @@ def draw_panels(panels: Sequence[Panel], path: Path | None = None) -> Picture:
     if looks:  # below the panels, where it hides no point
         spread = any(row.runs > 1 for panel in panels for row in panel.rows)
         handles = _handles(spread, any(panel.references for panel in panels), looks)
+        handles += [_band(panel.baseline) for panel in panels[:1] if panel.baseline]
         figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(panels), frameon=False, fontsize=8)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(figure, axes, panel, looks)
@@ -126,6 +132,8 @@ def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[s
     axes.set_xlabel(visible(f"{x_axis.label} (log scale)" if wide else f"{x_axis.label}  ({x_axis.better})"))
     axes.set_ylabel(visible(_title(y_axis)))
     # The staircase goes on to where the other axis is worse: whatever lies beyond it is dominated.
+    if panel.baseline:
+        axes.axhspan(panel.baseline.lowest, panel.baseline.highest, color=BAND, zorder=0)
     left, right = axes.get_xlim()
     x, y = _staircase(frontier, left if x_axis.larger else right)
     axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
@@ -158,16 +166,17 @@ def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[s
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
     taken: list[Bbox] = []
     if not looks:
-        handles = _handles(any(row.runs > 1 for row in rows), bool(lines), looks)
+        handles = [*_handles(any(row.runs > 1 for row in rows), bool(lines), looks)]
+        handles += [_band(panel.baseline)] if panel.baseline else []
         legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
         taken = [legend.get_window_extent()]
     _label(figure, axes, rows, [*taken, *_refer(axes, panel.references)])
 
 
-def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]]) -> list[Line2D]:
+def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]]) -> list[Artist]:
     """Entries of the legend: the frontier, what is not on it, lines of released models, and each cache method."""
     dominated = "dominated; whiskers: lowest and highest seed" if spread else "dominated"
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], marker="o", color=BLUE, label="on the frontier"),
         Line2D([], [], marker="o", color=DOMINATED, markerfacecolor="white", linestyle="", label=dominated),
     ]
@@ -177,6 +186,12 @@ def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]])
         text = visible(method)
         handles.append(Line2D([], [], marker=marker, color=tint, markerfacecolor="white", linestyle="", label=text))
     return handles
+
+
+def _band(baseline: Point) -> Artist:
+    """Entry of the legend for the shaded seeds of the baseline."""
+    layout = visible(baseline.name.partition("-")[0])
+    return Patch(color=BAND, label=f"seeds of {layout} ({baseline.runs}): inside, not told apart from it")
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -368,6 +383,9 @@ def _plot(figure: Any, panel: Panel, number: int, looks: Mapping[str, tuple[str,
             hoverinfo="text",
             **place,
         )
+    if panel.baseline:
+        band = {"fillcolor": BAND, "line_width": 0, "layer": "below"}
+        figure.add_hrect(y0=panel.baseline.lowest, y1=panel.baseline.highest, **band, row=1, col=number)
     logarithmic = x_axis.in_bytes and min(ends) > 0
     _draw_references(figure, panel, number, logarithmic)
     if logarithmic:

@@ -28,7 +28,7 @@ STORE_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c0392b", TEAL, "#7a5230", "#d977b
 LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 INK, DARK_INK, LIGHT_INK = "#222222", "#555555", "#666666"
-DOMINATED, REFERENCE, GRID = "#8a8a8a", "#777777", "#e4e4e4"
+DOMINATED, REFERENCE, GRID, BAND = "#8a8a8a", "#777777", "#e4e4e4", "#e3edf7"
 
 
 class Picture(Figure):

@@ -117,8 +117,8 @@ def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Itera
             task = ZoologyTask(length, min(options.vocab, vocab_size), noise=options.noise)
             yield zoology_questions(task, pairs, size, np.random.RandomState((subject.seed, number, pairs)))
         else:
-            task = RecallTask.of(length, pairs, vocab_size, options.joined)
-            yield questions(task, pairs, size, subject.seed, number)
+            ours = RecallTask.of(length, pairs, vocab_size, options.joined)
+            yield questions(ours, pairs, size, subject.seed, number)
 
 
 def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]":
