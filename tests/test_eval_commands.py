@@ -165,6 +165,41 @@ def test_points_and_frontier(runs: Path) -> None:
         assert row.bytes == kv_bytes(resolve(small(name)), 64, 2).stored
 
 
+def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each panel has the runs of its task, at their length; the band is of the baseline's seeds."""
+    recall = [
+        make_run(runs / "recall", arch, seed, 1.0, data="recall")
+        for arch, seed in (("mha", 0), ("mha", 1), ("cla2", 0))
+    ]
+    for path in sorted(path.parent for path in runs.glob("**/summary.json")):
+        summary = json.loads((path / "summary.json").read_text())
+        if path in recall:
+            summary["seq_len"] = 16
+            found = {"recall": {"step": 8, "digest": "d", "figures": {"accuracy": 0.9 - 0.1 * summary["seed"]}}}
+        else:
+            found = {"perplexity": {"step": 8, "digest": "d", "figures": {"ppl": summary["val"]["ppl"]}}}
+        summary["evaluations"] = found
+        (path / "summary.json").write_text(json.dumps(summary))
+    pareto.main([str(runs), "y=perplexity/ppl,recall/accuracy", "baseline=mha"])
+    assert "warning" not in capsys.readouterr().err
+    rows = json.loads((runs / "pareto.json").read_text())
+    texts, recalls = ([row for row in rows if row["metric"] == of] for of in ("perplexity/ppl", "recall/accuracy"))
+    assert {row["name"] for row in texts} == {"mha", "gqa4", "mqa", "cla2", "swa"}
+    assert {row["name"]: (row["context"], row["runs"], row["lowest"]) for row in recalls} == {
+        "mha": (16, 2, pytest.approx(0.8)),
+        "cla2": (16, 1, pytest.approx(0.9)),
+    }
+    assert {row["bytes"] for row in recalls} == {
+        kv_bytes(resolve(small(name)), 16, 2).stored for name in ("mha", "cla2")
+    }
+    with pytest.raises(UsageError, match="baseline is cla2, of which there is one run; train it with several seeds"):
+        pareto.main([str(runs), "y=recall/accuracy", "baseline=cla2"])
+    with pytest.raises(UsageError, match="baseline is mla, which 0 of these points are called: "):
+        pareto.main([str(runs), "y=recall/accuracy", "baseline=mla"])
+    with pytest.raises(RunError, match=r"say which context=N"):
+        pareto.main([str(runs)])
+
+
 def test_the_context_decides_the_order(runs: Path) -> None:
     """Windows cost as much as full stores on a short text and almost nothing on a long one."""
     short = {row.name: row.bytes for row in points(find_runs([runs], finished=True), 4, "ppl", 2)}

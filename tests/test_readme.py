@@ -223,8 +223,11 @@ def test_make_runs_what_it_says() -> None:
     """`make test` is what CI runs; the demo is two commands tested above, bench and gpu have tests of their own."""
     recipes = {
         "make demo": (
-            "train/pretrain.py -m +arch=mha,gqa4,mqa,cla2,mixattention,block,bct +size=tiny",
-            "eval/pareto.py runs/demo-",
+            "+size=tiny tokens=200_000 'evals={tasks: [perplexity]}' hydra.sweep.dir=runs/demo-",
+            "+experiment=recall hydra.sweep.dir=runs/demo-",
+            "/recall +arch=mha,gqa2,mqa,cla2,mixattention,block,bct",
+            "/recall +arch=mha seed=1,2",
+            "y=perplexity/ppl,recall/gap/accuracy baseline=mha",
         ),
         "make test": ("-m pytest",),
         "make bench": ("train/benchmarks/cpu.py +arch=gqa4 +size=20m", "train/benchmarks/decode_study.py size=20m"),
