@@ -318,8 +318,8 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) 
         rows = points(of, context, metric, options.itemsize, options.x)
         references = reference_lines(options.reference, options.x, context, options.itemsize)
         baseline = baseline_of(rows, options.baseline) if options.baseline else None
-        axes = (axis(name, context, of) for name in (options.x, metric))
-        panels[metric] = Compared(rows, context, *axes, references, baseline)
+        x, y = axis(options.x, context, of), axis(metric, context, of)
+        panels[metric] = Compared(rows, context, x, y, references, baseline)
         expected = [run for run in runs if run in of or run not in evaluated]
         lines += passed_over(expected, context, metric, options.itemsize, options.x)
         if others := differences(of):
