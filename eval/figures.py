@@ -42,6 +42,8 @@ LABELS = {
     "compressed/end_bytes": "cache of one window at its end, measured",
     "compressed/mean_bytes": "cache of one window, mean over steps, measured",
     "compressed/peak_bytes": "cache of one window at its largest, measured",
+    "compressed/offloaded_bytes": "cache of one window in another memory, measured",
+    "compressed/recalled_bytes": "bytes copied back per token, measured",
     "compressed/recall/end_bytes": "cache of a sequence of recall at its end, measured",
     "compressed/recall/mean_bytes": "cache of a sequence of recall, mean over steps, measured",
     "induction/text": "loss when text repeats, minus before",

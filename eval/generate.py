@@ -193,6 +193,7 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
 
     from arch import allocated_bytes
     from arch import generate as continue_prompts
+    from arch.compression.layout import offloads
     from arch.generation import batch_prompts
 
     tokenizer, model = subject.tokenizer, subject.model
@@ -240,6 +241,9 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
                 model.plan, len(prompts), batch.capacity(options.max_new_tokens), model.output_weight.element_size()
             )
             before = f", {bytes_text(whole_bytes)} before {subject.method.text}"
+            if offloads(subject.method):
+                before += f"; {bytes_text(cache.offloaded_nbytes)} in another memory, from which "
+                before += f"{bytes_text(cache.recalled_nbytes)} were copied back"
         print(watch.report(cache.nbytes, subject) + before, file=sys.stderr)
     return [stream.shown for stream in streams]
 

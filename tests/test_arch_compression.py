@@ -12,7 +12,7 @@ from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
 from arch.attend import Mask, reference, sdpa
 from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotate_hadamard, unpack
 from arch.compression.compressed import KeptKernel, allocate_compressed
-from arch.compression.layout import compressed_bytes, keeps, tensor_layouts
+from arch.compression.layout import compressed_bytes, keeps, offloaded_bytes, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import CodedBuffer, KeptBuffer
 from arch.compression.xkv import XkvBuffer
@@ -53,16 +53,21 @@ SCORED = (
     "prefixkv@9(sinks=2)",
     "prefixkv@1KiB(recent=0,sinks=9)",
     "corm(window=4,sinks=1)",
+    "arkvale@8(page=2,recent=2)",
+    "int4(group=3)+arkvale@90%(page=4,sinks=1,digest=box)",
     "h2o@9(every=2)",
     "snapkv@5(window=3,every=1)",
     "int8(group=4,recent=2)+scissorhands@4(history=3,recent=2,every=2,merge=true)",
 )
+OF_KEYS = ("think", "zipcache", "arkvale")  # compare queries with keys, which latents are not
 METHODS = (
     *CODEC_TEXTS,
     *KEEP_TEXTS,
     *SCORED,
     "knorm@30(every=2)",  # more than there is, until tokens are added
     "random@1(every=4)",
+    "arkvale@1",
+    "arkvale@30(page=3,recent=0,sinks=99,topk=99)",
     "h2o@100%(every=40)",
     "prefixkv@6KiB-total",
     "int8+snapkv@9",
@@ -166,7 +171,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             with pytest.raises(ValueError, match="no store grows"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
-        if ("think" in text or "zipcache" in text) and any(s.slot.latent_dim for p in stacks for s in p.stores):
+        if any(name in text for name in OF_KEYS) and any(s.slot.latent_dim for p in stacks for s in p.stores):
             with pytest.raises(ValueError, match="holds latents"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
@@ -183,6 +188,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             cache.compress()
             shape = {"prompt": prompt, "itemsize": dtype.itemsize}
             assert cache.nbytes == compressed_bytes(plan, method, 2, capacity, **shape, chosen=cache.chosen_slots), text
+            assert cache.offloaded_nbytes == offloaded_bytes(plan, method, 2, capacity, **shape), text
             if method.keep and method.keep.name == "corm":
                 with pytest.raises(ValueError, match="bytes depend on the text"):
                     compressed_bytes(plan, method, 2, capacity, **shape)
@@ -223,7 +229,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         "xkv(stores=2,rank_k=1,rank_v=1,recent=3)",
     ):
         method = parse_method(text)
-        if ("think" in text or "zipcache" in text) and any(s.slot.latent_dim for s in every):
+        if any(name in text for name in OF_KEYS) and any(s.slot.latent_dim for s in every):
             continue
         if any(stack.plan.reader_windows for stack in model.plan.stacks):
             continue

@@ -11,10 +11,11 @@ import torch
 from conftest import build, small, tokens
 from torch import Tensor
 
-from arch import attend
+from arch import attend, resolve
 from arch.compression import scores
-from arch.compression.compressed import allocate_compressed
-from arch.compression.layout import compressed_bytes
+from arch.compression.arkvale import ArkValeBuffer, page_digest, page_scores
+from arch.compression.compressed import KeptKernel, allocate_compressed
+from arch.compression.layout import compressed_bytes, left_alone, offloaded_bytes
 from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
 from arch.compression.small_buffers import KeptBuffer, gather_slots
@@ -432,3 +433,170 @@ def test_a_long_chunk_after_a_budget_of_one() -> None:
         assert model(batch[:, 20:25], cache).isfinite().all()
         model.decode_step(batch[:, 25:], cache)
     assert cache.nbytes == compressed_bytes(model.plan, method, 1, 60, prompt=20, itemsize=8)
+
+
+def test_digests_are_boxes() -> None:
+    """Coordinate by coordinate, as the authors' code has them, and scores as sums of the larger product; the box of
+    extremes is a bound of what any key of the page gets."""
+    torch.manual_seed(0)
+    keys, q = torch.randn(3, 5, 2, 4).double(), torch.randn(1, 2, 6, 4).double()  # 3 pages, 3 query heads each
+    for kind in ("mean", "box"):
+        digest = page_digest(keys, kind)
+        got = page_scores(q, digest[None])[0]
+        for page in range(3):
+            total = best = 0.0
+            for token, head in ((token, head) for token in range(2) for head in range(6)):
+                score = 0.0
+                for d in range(4):
+                    column = keys[page, :, head // 3, d].tolist()
+                    centre, radius = (max(column) + min(column)) / 2, (max(column) - min(column)) / 2
+                    if kind == "mean":
+                        radius = sum(abs(x - centre) for x in column) / 5
+                    x = float(q[0, token, head, d])
+                    score += max(x * (centre + radius), x * (centre - radius))
+                total += score
+                best += float((keys[page, :, head // 3] @ q[0, token, head]).max())
+            assert float(got[page]) == pytest.approx(total, abs=1e-12)
+            assert kind == "mean" or total >= best
+
+
+def test_a_page_that_is_asked_for_comes_back_exactly() -> None:
+    """It is in the other memory alone; then a query looks at it, and at nothing else."""
+    torch.manual_seed(0)
+    plan, method = resolve(small("gqa2")), parse_method("arkvale@12(page=3,recent=2,sinks=0)")
+    store = plan.stores[0]
+    cache = allocate_compressed(plan, 2, 30, dtype=torch.float64, method=method)
+    buffer = cache.kept[0]
+    assert isinstance(buffer, ArkValeBuffer)
+    heads, width = store.slot.kv_heads, store.slot.k_dim
+    keys, values = torch.randn(2, 26, heads, width).double() * 0.1, torch.randn(2, 26, heads, width).double()
+    asked = torch.randn(heads, width).double()
+    keys[0, 10], keys[1, 4] = 50 * asked, 50 * asked  # in pages 3 and 1
+    kernel = KeptKernel(buffer, attend.reference)
+    buffer.update((keys[:, :25], values[:, :25]), 0)
+    with torch.no_grad():
+        buffer.see(-asked.repeat_interleave(2, 0).expand(2, 1, -1, -1), keys[:, :25], Dense(True, None), 1.0, None)
+        cache.length = 25
+        cache.compress()
+        assert buffer.page_BP is not None
+        before = buffer.page_BP.clone()
+        assert 3 not in before[0].tolist() and 1 not in before[1].tolist() and buffer.recalled_bytes == 0
+        k, v = buffer.update((keys[:, 25:], values[:, 25:]), 25)
+        mask = Dense(False, buffer.allowed(25, 1, k.device, None))
+        q = asked.repeat_interleave(2, 0).expand(2, 1, -1, -1)
+        out = kernel(q, k, v, mask, 1.0, None)
+    assert 3 in buffer.page_BP[0].tolist() and 1 in buffer.page_BP[1].tolist()
+    moved = int((buffer.page_BP != before).sum())
+    assert buffer.recalled_bytes == moved * 3 * 2 * heads * width * 8 > 0
+    torch.testing.assert_close(out, attend.reference(q, keys, values, Dense(False, None), 1.0, None), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text", ["arkvale@14(page=3,recent=2,sinks=2,topk=1)", "arkvale@22(page=2,recent=3,sinks=0)"])
+def test_readers_vote_for_pages(text: str) -> None:
+    """Against lists of pages of each row: what both readers of a store see is the newest tokens and the pages that
+    their queries, and before them those of the prompt, chose; the bytes that were copied back are counted."""
+    model, batch, start, prompt = build(small("cla2", num_layers=4)), tokens(2, 48), (0, 4), 30
+    method, slots = parse_method(text), {14: 3, 22: 8}
+    assert method.keep is not None and method.keep.budget is not None
+    options = method.keep.options
+    size, recent = options["page"], options["recent"]
+    room = slots[int(method.keep.budget.amount)]
+    sinks = -(-options["sinks"] // size)
+    topk = options["topk"] or room // 2
+    cache = allocate_compressed(model.plan, 2, 48, dtype=torch.float64, method=method, start_B=torch.tensor(start))
+    buffer: Any = cache.buffers[1]
+    keys: list[Tensor] = []
+    asked: list[Tensor] = []
+    shown: list[tuple[Tensor, Tensor]] = []
+    update, join = buffer.update, buffer.join
+
+    def note_update(new: tuple[Tensor, ...], offset: int) -> Any:
+        keys.extend(new[0].unbind(1))
+        return update(new, offset)
+
+    def note_join(q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float) -> Any:
+        asked.append(q[:, -1] * scale)
+        k, v, mask = join(q, k, v, mask, scale)
+        shown.append((k, mask.allowed))  # type: ignore[arg-type]
+        return k, v, mask
+
+    buffer.update, buffer.join = note_update, note_join
+
+    def scores_of(row: int, queries: list[Tensor], pages: int) -> list[float]:
+        found = []
+        for page in range(pages):
+            first = start[row] + page * size
+            held = torch.stack([keys[p][row] for p in range(first, first + size)])
+            centre = (held.amax(0) + held.amin(0)) / 2
+            radius = (held - centre).abs().mean(0)
+            total = 0.0
+            for q in queries:
+                for head, x in enumerate(q[row]):
+                    k = head * held.shape[1] // len(q[row])
+                    total += float(torch.maximum(x * (centre + radius)[k], x * (centre - radius)[k]).sum())
+            found.append(total)
+        return found
+
+    resident: list[list[int]] = [[], []]
+    recalled = 0
+    with torch.no_grad():
+        model.prefill(batch[:, :prompt], cache, 11)
+    last = asked[-2:]
+    for place in range(prompt, 48):
+        if place == prompt:
+            cache.compress()
+        del asked[:], shown[:]
+        with torch.no_grad():
+            model.decode_step(batch[:, place : place + 1], cache)
+        for reader in range(2) if place > prompt else (None, 0, 1):  # none: the compression
+            queries = last if reader is None else asked[: reader + 1]
+            for row in range(2):
+                closed = max(0, place - start[row] - recent) // size
+                score = scores_of(row, queries, closed)
+                ranked = sorted(range(min(sinks, closed), closed), key=lambda page: -score[page])
+                first = [*range(min(sinks, closed)), *ranked[:topk]]
+                others = sorted(ranked[topk:], key=lambda page: (page not in resident[row], -score[page]))
+                chosen = [*first, *others][:room]
+                recalled += 0 if reader is None else len(set(chosen) - set(resident[row]))
+                resident[row] = chosen
+                if reader is not None:
+                    places = [start[row] + page * size + i for page in chosen for i in range(size)]
+                    places += range(start[row] + closed * size, place + 1)
+                    want = torch.stack([keys[p][row] for p in places]).flatten(1)
+                    k, allowed = shown[reader]
+                    got = k[row, allowed[row, 0, 0]].flatten(1)
+                    assert torch.equal(got[got[:, 0].argsort()], want[want[:, 0].argsort()]), (place, row, reader)
+    assert buffer.recalled_bytes == recalled * size * 2 * keys[0][0].numel() * 8 > 0
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 48, prompt=prompt, itemsize=8)
+    assert cache.offloaded_nbytes == offloaded_bytes(model.plan, method, 2, 48, prompt=prompt, itemsize=8)
+
+
+def test_pages_with_room_for_all_but_the_newest_change_rounding_alone() -> None:
+    """Of long chunks and steps, over ragged rows and copies of a row: every token is there, in another order."""
+    model, batch = build(small("gqa2")), tokens(1, 40).expand(2, -1)
+    method = parse_method("arkvale@39(page=3,recent=2)")
+    cache = allocate_compressed(model.plan, 1, 40, dtype=torch.float64, method=method, start_B=torch.tensor([3]))
+    whole = model.allocate_cache(1, 40, start_B=torch.tensor([3]))
+    with torch.no_grad():
+        model.prefill(batch[:1, :20], cache)
+        model.prefill(batch[:1, :20], whole)
+        cache.compress()
+        cache, whole = cache.repeat(2), whole.repeat(2)
+        for begin, end in ((20, 21), (21, 35), (35, 36), (36, 37)):
+            got, want = model(batch[:, begin:end], cache), model(batch[:, begin:end], whole)
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 40, prompt=20, itemsize=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("gqa2", ""),
+        ("gemma3", "store local, whose window is 6 tokens"),
+        ("bct_mixed", "store local, whose window is 6 tokens, store memory, whose size is fixed"),
+        ("block", "store kv of a block's tokens"),
+    ],
+)
+def test_stores_that_a_keep_leaves_alone_are_named(name: str, left: str) -> None:
+    assert left_alone(resolve(small(name)), parse_method("snapkv@25%")) == left
+    assert left_alone(resolve(small(name)), parse_method("int4")) == ""

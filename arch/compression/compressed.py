@@ -18,6 +18,7 @@ from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
+from .arkvale import ArkValeBuffer
 from .keeps import (
     CormBuffer,
     H2OBuffer,
@@ -49,6 +50,7 @@ KEPT_BUFFERS: dict[str, type[KeptBuffer]] = {
     "think": ThinkBuffer,
     "zipcache": ZipCacheBuffer,
     "xkv": XkvBuffer,
+    "arkvale": ArkValeBuffer,
 }
 
 
@@ -64,6 +66,7 @@ class KeptKernel:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float, sinks: Tensor | None) -> Tensor:
         self.buffer.see(q, k, mask, scale, sinks)
+        k, v, mask = self.buffer.join(q, k, v, mask, scale)
         group, length, allowed = q.shape[2] // k.shape[2], q.shape[1], mask.allowed
         if allowed is None or allowed.ndim == 2 or allowed.shape[1] == 1 or group == 1:
             return self.kernel(q, k, v, mask, scale, sinks)
@@ -92,6 +95,17 @@ class CompressedCache(Cache):
         """Slots of each store that its keep chose besides the newest; None where it did not act, or not yet."""
         buffers: tuple[Any, ...] = self.buffers
         return tuple(buffer.chosen_slots if isinstance(buffer, KeptBuffer) else None for buffer in buffers)
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Bytes in another memory, which `nbytes` does not count."""
+        offloaded = [tensor for buffer in self.kept if isinstance(buffer, ArkValeBuffer) for tensor in buffer.offloaded]
+        return sum(tensor.untyped_storage().nbytes() for tensor in offloaded)
+
+    @property
+    def recalled_nbytes(self) -> int:
+        """Bytes that were copied back from there since the compression."""
+        return sum(buffer.recalled_bytes for buffer in self.kept if isinstance(buffer, ArkValeBuffer))
 
     @property
     def takes_rows(self) -> bool:
@@ -178,6 +192,18 @@ class CompressedBlockCache(BlockCache):
         """Chosen slots of the block decoder, as CompressedCache.chosen_slots."""
         assert isinstance(self.blocks, CompressedCache)
         return self.blocks.chosen_slots
+
+    @property
+    def offloaded_nbytes(self) -> int:
+        """Bytes in another memory, as CompressedCache.offloaded_nbytes."""
+        assert isinstance(self.blocks, CompressedCache)
+        return self.blocks.offloaded_nbytes
+
+    @property
+    def recalled_nbytes(self) -> int:
+        """Bytes that were copied back, as CompressedCache.recalled_nbytes."""
+        assert isinstance(self.blocks, CompressedCache)
+        return self.blocks.recalled_nbytes
 
     @property
     def takes_rows(self) -> bool:

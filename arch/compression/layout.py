@@ -133,7 +133,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
     every = [store for stack in plan.stacks for store in stack.plan.stores]
     if method.codec is not None and not any(store.masked for store in every):
         raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
-    if method.keep is not None and method.keep.name in ("think", "zipcache"):
+    if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
         for store in every:
             if store.slot.latent_dim or store.slot.rope_dim:
                 has = "holds latents" if store.slot.latent_dim else "has keys of which a half is that of all heads"
@@ -187,6 +187,8 @@ class Kept:
     salient  of the chosen slots, those that have 4 bits, where the others have 2
     group   elements of a group in both
     recent  newest of all tokens, which stay whole, where those before them have 4 bits
+    page    tokens of a page, which all are in another memory once `newest` follow them; 0: there are none
+    resident, sinks, topk  pages that are in this memory, too; the first, which always are; those that queries recall
     every   tokens after the newest for which there is room until the keep acts again; 0: it acts once
     rows    numbers for each slot and head that tell the keep then what to choose, of `row_bytes` bytes
     """
@@ -198,6 +200,10 @@ class Kept:
     salient: int = 0
     group: int = 0
     recent: int = 0
+    page: int = 0
+    resident: int = 0
+    sinks: int = 0
+    topk: int = 0
     every: int = 0
     rows: int = 0
     row_bytes: int = 0
@@ -225,6 +231,9 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         return None if prompt <= newest else Kept(prompt - newest, newest)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
+    if keep.name == "arkvale":
+        kept = pages_of_budget(keep, budget)
+        return None if kept.resident >= pages_of(kept, capacity) else kept
     every = keep.options.get("every", 0)
     if budget >= prompt and (not every or not prompt or budget + every >= capacity):
         return None
@@ -239,6 +248,51 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
     rows = {"h2o": 1, "snapkv": protected, "scissorhands": keep.options.get("history", 0)}.get(keep.name, 0)
     row_bytes = COUNT_BYTES if keep.name == "scissorhands" else max(SCORE_BYTES, itemsize)
     return Kept(budget - newest, newest, every=every, rows=rows, row_bytes=row_bytes)
+
+
+def pages_of_budget(keep: KeepSpec, budget: int) -> Kept:
+    """Pages of `budget` resident tokens, a quarter of it at most each, besides the newest and those of a page that is
+    not closed yet."""
+    options = keep.options
+    page = min(options["page"], max(1, budget // 4))
+    newest = min(options["recent"], max(0, budget // 2 - page))
+    resident = max(0, (budget - newest - page) // page)
+    sinks = min(-(-options["sinks"] // page), resident // 2)
+    topk = min(options["topk"] or max(1, (resident - sinks) // 2), resident - sinks)
+    return Kept(0, newest, page=page, resident=resident, sinks=sinks, topk=topk)
+
+
+def pages_of(kept: Kept, capacity: int) -> int:
+    """Pages that are closed after `capacity` tokens."""
+    return max(0, capacity - kept.newest) // kept.page
+
+
+def page_layouts(store: StoreSpec, codec: CodecSpec | None, kept: Kept) -> tuple[TensorLayout, ...]:
+    """Layouts of a page."""
+    return tensor_layouts(store, codec, kept.page, fixed=True)
+
+
+def page_ring(store: StoreSpec, kept: Kept, capacity: int) -> tuple[TensorLayout, ...]:
+    """Layouts of the newest tokens, those of no closed page, which are whole."""
+    return tensor_layouts(store, None, capacity, kept.newest + kept.page)
+
+
+def offloads(method: CacheMethod | None) -> bool:
+    """Return whether a method holds tokens in another memory."""
+    return method is not None and method.keep is not None and method.keep.name == "arkvale"
+
+
+def left_alone(plan: Plan, method: CacheMethod) -> str:
+    """Name the stores on which the keep of `method` does not act, and why; empty: it has none, or acts on all."""
+    if method.keep is None:
+        return ""
+    windows = [store for stack in plan.stacks for store in stack.plan.stores if store.masked and store.window]
+    bounded = [store for stack in plan.stacks for store in stack.plan.stores if not store.masked]
+    found = [f"store {store.name}, whose window is {store.window:,} tokens" for store in windows]
+    found += [f"store {store.name}, whose size is fixed" for store in bounded]
+    if isinstance(plan, BlockPlan):
+        found += [f"store {store.name} of a block's tokens" for store in plan.token.stores if keeps(store)]
+    return ", ".join(dict.fromkeys(found))
 
 
 def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod:
@@ -319,6 +373,11 @@ def store_bytes(
     if method.keep.name == "xkv":  # besides what `group_bytes` counts
         layouts = tensor_layouts(store, method.codec, capacity - prompt + kept.newest)
         return sum(layout.nbytes(itemsize) for layout in layouts)
+    if kept.page:
+        pages = kept.resident * sum(layout.nbytes(itemsize) for layout in page_layouts(store, method.codec, kept))
+        newest = sum(layout.nbytes(itemsize) for layout in page_ring(store, kept, capacity))
+        digests = pages_of(kept, capacity) * 2 * math.prod(store.position_shapes[0]) * itemsize
+        return pages + newest + digests + kept.resident * POSITION_BYTES
     if chosen is not None:
         kept = replace(kept, chosen=chosen)
     parts = kept_layouts(store, method.codec, kept, capacity, prompt)
@@ -423,3 +482,26 @@ def compressed_bytes(
         total += stack_bytes(tokens, plan.token, codec_only, plan.num_positions, prompt, itemsize)
         return batch * total
     return batch * stack_bytes(plan.stacks[0], plan, method, capacity, prompt, itemsize, chosen)
+
+
+def offloaded_bytes(
+    plan: Plan, method: CacheMethod, batch: int, capacity: int, *, prompt: int, itemsize: int = 2
+) -> int:
+    """Bytes that a compressed cache has in another memory, besides `compressed_bytes`, after a prompt."""
+    if method.keep is None:
+        return 0
+    if isinstance(plan, BlockPlan):
+        of_blocks = capacity // plan.block_length, prompt // plan.block_length
+        return batch * _offloaded(plan.block, method, *of_blocks, itemsize)
+    return batch * _offloaded(plan, method, capacity, prompt, itemsize)
+
+
+def _offloaded(plan: KVPlan, method: CacheMethod, capacity: int, prompt: int, itemsize: int) -> int:
+    method, total = with_budget(plan, method, itemsize), 0
+    assert method.keep is not None
+    for store in filter(keeps, plan.stores):
+        kept = kept_slots(store, method.keep, prompt, itemsize, capacity)
+        if kept is not None and kept.page:
+            layouts = page_layouts(store, method.codec, kept)
+            total += pages_of(kept, capacity) * sum(layout.nbytes(itemsize) for layout in layouts)
+    return total

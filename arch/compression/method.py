@@ -29,7 +29,7 @@ CODECS: dict[str, dict[str, Value]] = {
     "int2": _INTEGER,
 }
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
-CHOICES = {"keys": ("channel", "token")}
+CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 
 # Options of each keep, with their defaults:
 #   sinks   first tokens of a row that always stay
@@ -49,6 +49,9 @@ CHOICES = {"keys": ("channel", "token")}
 #   group   as that of a codec
 #   stores  neighbouring stores that share a basis
 #   rank_k  rank that is left of their keys, or latents, as a share of the most that it can be; rank_v of their values
+#   page    tokens that are recalled together; a quarter of the budget at most
+#   topk    pages that queries recall at a time; 0: half of the resident ones but the sinks
+#   digest  of the keys of a page: a box that holds them (`box`), or reaches as far as they do on average (`mean`)
 _ONCE: dict[str, Value] = {"sinks": 4, "recent": 16, "merge": False}
 _SCORED: dict[str, Value] = {**_ONCE, "every": 0}
 _SNAP: dict[str, Value] = {"sinks": 4, "window": 16, "kernel": 5, "merge": False}
@@ -63,6 +66,7 @@ KEEPS: dict[str, dict[str, Value]] = {
     "prefixkv": _ONCE,
     "corm": {"sinks": 4, "window": 32, "merge": False},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
+    "arkvale": {"sinks": 4, "recent": 16, "page": 32, "topk": 0, "digest": "mean"},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
     "xkv": {"stores": 4, "rank_k": 0.125, "rank_v": 0.1875, "recent": 32},
 }
@@ -210,7 +214,7 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
             raise ValueError(f"{where} is {text!r:.40}; it is {' or '.join(CHOICES[key])}")
         return text
     if isinstance(default, int):
-        least = 1 if key in ("group", "window", "kernel", "history", "ring", "stores") else 0
+        least = 1 if key in ("group", "window", "kernel", "history", "ring", "stores", "page") else 0
         if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= MOST:
             raise ValueError(f"{where} is {text!r:.40}; it is a whole number, at least {least} and at most {MOST:,}")
         return int(text)

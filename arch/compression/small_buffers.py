@@ -201,6 +201,10 @@ class KeptBuffer:
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         """Take note of the queries of one reader of the store, before compression or after it."""
 
+    def join(self, q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float) -> tuple[Tensor, Tensor, Dense]:
+        """Keys, values and mask of one reader, from those that `update` and `allowed` gave, and its queries."""
+        return k, v, mask
+
     def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
         """[B, K, C] slots that stay of those before the newest, negative where there are fewer.
 

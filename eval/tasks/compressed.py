@@ -10,7 +10,8 @@ turns    the same, with a first turn of questions for every other key before the
 
 The first token after the compression is fed and not scored as a target, so that every score comes through the
 compressed cache. Bytes are those of the cache's tensors, for one sequence: `end_bytes` after the last token,
-`mean_bytes` over the steps after the compression, `peak_bytes` also before it.
+`mean_bytes` over the steps after the compression, `peak_bytes` also before it. A method that holds tokens in another
+memory (ArkVale) has `offloaded_bytes` there, which the others do not count, and copies `recalled_bytes` back per step.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from arch.compression.layout import left_alone, offloads
 from data.cli import UsageError
 from eval.methods import name_of
 from eval.tasks.intervals import Z95, wilson
@@ -80,11 +82,14 @@ class Options(TaskOptions):
 
 @dataclass
 class Bytes:
-    """Bytes of a cache for one sequence, as it goes on, of several batches."""
+    """Bytes of a cache for one sequence, as it goes on, of several batches; `offloads`: some are in another memory."""
 
+    offloads: bool = False
     ends: list[float] = field(default_factory=list)
     peak: float = 0.0
     steps: list[float] = field(default_factory=list)
+    offloaded: list[float] = field(default_factory=list)
+    recalled: float = 0.0
 
     def see(self, cache: Any, rows: int, step: bool, last: bool = False) -> None:
         """Note the bytes of `cache` now, which holds `rows` sequences; of a `step` after the compression, the `last` of
@@ -96,12 +101,21 @@ class Bytes:
         if last:
             self.ends.append(now)
 
+    def see_offloaded(self, cache: Any, rows: int) -> None:
+        """Note the bytes of `cache` in another memory, and those that were copied back in all steps of its batch."""
+        self.offloaded.append(cache.offloaded_nbytes / rows)
+        self.recalled += cache.recalled_nbytes / rows
+
     def figures(self) -> dict[str, float]:
-        return {
+        found = {
             "end_bytes": math.fsum(self.ends) / len(self.ends),
             "mean_bytes": math.fsum(self.steps) / len(self.steps),
             "peak_bytes": self.peak,
         }
+        if self.offloads:
+            found["offloaded_bytes"] = math.fsum(self.offloaded) / len(self.offloaded)
+            found["recalled_bytes"] = self.recalled / len(self.steps)
+        return found
 
 
 def run(subject: Subject, options: Options) -> TaskResult:
@@ -113,6 +127,8 @@ def run(subject: Subject, options: Options) -> TaskResult:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     samples: dict[str, list[float]] = {}
+    if subject.method is not None and (left := left_alone(subject.model.plan, subject.method)):
+        notes.append(f"{subject.method.text} drops nothing of {left}")
     for part in PARTS:
         if part in options.parts:
             found = of_text(subject, options) if part == "text" else of_recall(subject, options, part)
@@ -156,6 +172,8 @@ def through(
             logits_B1V = subject.model.decode_step(tokens_BT[:, place : place + 1], cache)
             measure(logits_B1V[:, -1], place)
             seen.see(cache, rows, step=True, last=place == length - 1)
+        if seen.offloads:
+            seen.see_offloaded(cache, rows)
 
 
 def of_text(subject: Subject, options: Options) -> TaskResult:
@@ -165,7 +183,7 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
     from eval.tasks.likelihood import wide
 
     prefix, new = lengths(subject, options)
-    seen, nats = Bytes(), list[torch.Tensor]()
+    seen, nats = Bytes(offloads(subject.method)), list[torch.Tensor]()
     tokens_NT = text_windows(subject, prefix + new + 1, options.windows)
     parts = torch.split(tokens_NT, options.batch)
     for tokens_BT in subject.progress(parts, len(parts), f"{subject.name}: text through {name_of(subject.method)}"):
@@ -251,7 +269,7 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     samples: dict[str, list[float]] = {kind: [] for kind in kinds}
-    seen = Bytes()
+    seen = Bytes(offloads(subject.method))
     for pairs in subject.progress(
         options.pairs, len(options.pairs), f"{subject.name}: {part}, {name_of(subject.method)}"
     ):
