@@ -53,6 +53,8 @@ SCORED = (
     "prefixkv@9(sinks=2)",
     "prefixkv@1KiB(recent=0,sinks=9)",
     "corm(window=4,sinks=1)",
+    "corm(window=4,every=2)",
+    "prefixkv@9(recent=3,sinks=2,every=1)",
     "arkvale@8(page=2,recent=2)",
     "int4(group=3)+arkvale@90%(page=4,sinks=1,digest=box)",
     "h2o@9(every=2)",

@@ -350,6 +350,9 @@ class Steps:
         ("snapkv@9(window=3,kernel=3,sinks=1,every=2)", 3),
         ("knorm@9(recent=0,sinks=2,every=1)", 0),
         ("h2o@24(recent=2,sinks=1,every=3)", 2),  # more than the prompt has
+        ("prefixkv@9(recent=2,sinks=1,every=3)", 2),
+        ("corm(window=4,sinks=1,every=3)", 4),
+        ("corm(window=18,sinks=0,every=4)", 18),  # longer than one row
     ],
 )
 def test_keeps_act_again(text: str, newest: int) -> None:
@@ -357,8 +360,8 @@ def test_keeps_act_again(text: str, newest: int) -> None:
     the keys of those, and memory stays as it is."""
     model, batch, start, prompt = record_keeps.model(), tokens(2, 50) % 61, (0, 4), 20
     method = parse_method(text)
-    assert method.keep is not None and method.keep.budget is not None
-    budget, options = int(method.keep.budget.amount), method.keep.options
+    assert method.keep is not None
+    budget, options = int(method.keep.budget.amount) if method.keep.budget else 0, method.keep.options
     start_B = torch.tensor(start)
     cache = allocate_compressed(model.plan, 2, 50, dtype=torch.float64, method=method, start_B=start_B)
     buffer: Any = cache.buffers[1]
@@ -368,6 +371,10 @@ def test_keeps_act_again(text: str, newest: int) -> None:
     with torch.no_grad():
         model.prefill(batch[:, :prompt], cache, 7)
     for end in range(prompt, 50):
+        if end == prompt:
+            cache.compress()
+        with torch.no_grad():
+            assert model.decode_step(batch[:, end : end + 1], cache).isfinite().all()
         for row, head in ((row, head) for row in range(2) for head in range(2)):
             seen = rows[row][head]
             for place in range(len(seen), end):  # of the prompt at first, then the last token
@@ -378,6 +385,7 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                 keys = torch.stack([steps.k[p][row, head] for p in at])
                 weight = (steps.q[place][row, 2 * head : 2 * head + 2] @ keys.T * steps.scale).softmax(-1)
                 told = -(weight * len(at) < 1).double().sum(0) if "history" in options else weight.mean(0)
+                told = (weight * len(at) >= 1).double().sum(0) if "corm" in text else told
                 seen.append(dict(zip(at, told.tolist(), strict=True)))
             if (end - prompt) % options["every"] == 0:
                 before = [p for p in live[row][head] if p < end - newest]
@@ -395,34 +403,37 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                     scored = [sum(padded[place : place + 3]) for place in range(len(scored))]
                 by_place = dict(zip(before, scored, strict=True))
                 ranked = sorted(before, key=lambda p: (p not in first, -by_place[p], p))
-                best = ranked[: budget - newest]
+                best = ranked[: buffer.budget if "prefixkv" in text else budget - newest]
+                if "corm" in text:
+                    best = [p for p in before if p in first or by_place[p] > 0]
                 live[row][head] = sorted(best) + [p for p in live[row][head] if p >= end - newest]
             live[row][head].append(end)
-        if end == prompt:
-            cache.compress()
-        with torch.no_grad():
-            assert model.decode_step(batch[:, end : end + 1], cache).isfinite().all()
-        assert cache.nbytes == compressed_bytes(model.plan, method, 2, 50, prompt=prompt, itemsize=8)
+        shape = {"prompt": prompt, "itemsize": 8}
+        assert cache.nbytes == compressed_bytes(model.plan, method, 2, 50, **shape, chosen=cache.chosen_slots)
+        assert "corm" in text or cache.nbytes <= compressed_bytes(model.plan, method, 2, 50, **shape)
         for row, head in ((row, head) for row in range(2) for head in range(2)):
             got = steps.last_k[row, steps.last_allowed[row, head, 0], head]
             assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in live[row][head]])), (end, row, head)
-    assert buffer.later.tensors[0].shape[1] == newest + options["every"] and steps.last_k.shape[1] <= budget + 4
+    assert buffer.later.tensors[0].shape[1] == newest + options["every"]
+    assert "corm" in text or sum(buffer.chosen_slots for buffer in cache.buffers) <= 2 * (budget - newest)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 3])
 def test_keeps_act_on_what_follows_a_prompt_of_few_tokens(prompt: int) -> None:
     """Of fewer than always stay: nothing is chosen at first, and memory is bounded from there on."""
     model, batch = record_keeps.model(), tokens(1, 40) % 61
-    for name in ("h2o(recent=4,every=2)", "scissorhands(recent=4,every=2)", "snapkv(window=4,every=2)"):
-        method = parse_method(f"{name}@9")
+    for name in ("h2o(recent=4,every=2)@9", "scissorhands(recent=4,every=2)@9", "corm(window=4,every=2)"):
+        method = parse_method(name)
         cache = allocate_compressed(model.plan, 1, 40, dtype=torch.float64, method=method)
         with torch.no_grad():
             if prompt:
                 model.prefill(batch[:, :prompt], cache)
             cache.compress()
-            expected = compressed_bytes(model.plan, method, 1, 40, prompt=prompt, itemsize=8)
             for token in batch[:, prompt:].split(1, dim=1):
-                assert model.decode_step(token, cache).isfinite().all() and cache.nbytes == expected
+                assert model.decode_step(token, cache).isfinite().all()
+                chosen = cache.chosen_slots
+                expected = compressed_bytes(model.plan, method, 1, 40, prompt=prompt, itemsize=8, chosen=chosen)
+                assert cache.nbytes == expected
 
 
 def test_a_long_chunk_after_a_budget_of_one() -> None:

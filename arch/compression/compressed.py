@@ -124,7 +124,7 @@ class CompressedCache(Cache):
         buffers: list[Any] = list(self.buffers)
         shared = [buffer for buffer in self.kept if isinstance(buffer, PrefixBuffer) and buffer.drops(self.length)]
         if shared:
-            share_budget(shared, self.length, self.start_B)
+            share_budget(shared, self.length)
         by_store = dict(zip(self.plan.stores, buffers, strict=True))
         for group in sharing_groups(self.plan, self.method):
             whole = [buffer for buffer in map(by_store.get, group) if isinstance(buffer, XkvBuffer) and buffer.whole]
@@ -170,6 +170,11 @@ class CompressedCache(Cache):
     ) -> list[Mask | TokenPositions]:
         """Masks of the views, with those of a keep in their place: that of the store of the keys."""
         made = list(masks)
+        due = [
+            buffer for buffer in self.kept if isinstance(buffer, PrefixBuffer) and buffer.is_due(self.length, length)
+        ]
+        if due:
+            share_budget(due, self.length)
         for place, number in enumerate(self.plan.view_stores):
             buffer: Any = self.buffers[number]
             mask = masks[place]

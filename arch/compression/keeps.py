@@ -210,21 +210,22 @@ class PrefixBuffer(H2OBuffer):
 
     budget = 0
 
-    def importance(self, length: int, start_B: Tensor | None) -> Tensor:
-        """[S] share of attention that the tokens before the newest get, from the greatest: a mean over the rows, each
+    def importance(self, length: int) -> Tensor:
+        """[S] share of attention that the slots before the newest get, from the greatest: a mean over the rows, each
         of which sums to 1, of a sum over heads."""
-        newest = self.uniform(length).newest
-        score_BKS = self.score((), self.places(length - newest, start_B), newest).double()
-        ordered_BS = score_BKS.sum(dim=1).sort(dim=-1, descending=True).values
+        count = length - self.base - self.uniform(length).newest + (self.chosen_slots or 0)
+        if self.seen is None:  # no reader ran
+            return torch.zeros(count, dtype=torch.float64)
+        ordered_BS = self.seen[:, :, 0, :count].double().sum(dim=1).sort(dim=-1, descending=True).values
         return (ordered_BS / ordered_BS.sum(dim=-1, keepdim=True).clamp(min=1e-30)).mean(dim=0)
 
     def drops(self, length: int) -> bool:
-        """Return whether something of `length` tokens goes, if all stores have the same budget, and did not go yet."""
+        """Return whether something of `length` tokens goes, or of later ones, if all stores have the same budget."""
         return self.whole is not None and self._kept(length) is not None
 
     def uniform(self, length: int) -> Kept:
         """The slots of the store if all had the same budget."""
-        kept = self._kept(length)
+        kept = self._kept(length) if self.kept is None else self.kept
         assert kept is not None
         return kept
 
@@ -232,29 +233,29 @@ class PrefixBuffer(H2OBuffer):
         assert self.whole is not None and self.method.keep is not None
         return kept_slots(self.store, self.method.keep, length, self.whole.tensors[0].element_size(), self.capacity)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a chosen slot without a codec, and of its positions."""
-        assert self.whole is not None
-        elements = self.store.slot.elements * self.whole.tensors[0].element_size()
-        return elements + position_heads(self.store) * POSITION_BYTES
+    def slot_bytes(self, length: int) -> int:
+        """Bytes of a chosen slot without a codec, of its positions, and of what is held of its attention."""
+        held, kept = self.whole or self.later, self.uniform(length)
+        assert held is not None
+        elements = self.store.slot.elements * held.tensors[0].element_size()
+        return elements + position_heads(self.store) * (POSITION_BYTES + kept.rows * kept.row_bytes)
 
     def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
         return super().choose(candidates, position_BKS, replace(kept, chosen=self.budget))
 
 
-def share_budget(buffers: Sequence[PrefixBuffer], length: int, start_B: Tensor | None) -> None:
-    """Set the budgets of the stores, of which each would drop something of `length` tokens with the same budget.
+def share_budget(buffers: Sequence[PrefixBuffer], length: int) -> None:
+    """Set the budgets of the stores, of which each is about to drop some of `length` tokens.
 
     Together they have no more bytes than with that. All rows of a batch have the same budgets, as a tensor has one
     length.
     """
     even = [buffer.uniform(length).chosen for buffer in buffers]
-    sizes = [buffer.slot_bytes for buffer in buffers]
+    sizes = [buffer.slot_bytes(length) for buffer in buffers]
     keep = buffers[0].method.keep
     assert keep is not None
     budgets = prefix_budgets(
-        [buffer.importance(length, start_B) for buffer in buffers],
+        [buffer.importance(length) for buffer in buffers],
         sizes,
         sum(count * size for count, size in zip(even, sizes, strict=True)),
         least=min(keep.options["sinks"], *even),
@@ -275,7 +276,10 @@ class CormBuffer(AttentionBuffer):
         return int(self.method.keep.options["window"])
 
     def row(self, weight_BNTS: Tensor, allowed: Tensor) -> Tensor:
-        return observe(weight_BNTS, allowed, position_heads(self.store)).above.float()
+        return observe(weight_BNTS, allowed, position_heads(self.store)).above
+
+    def row_type(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.int16
 
     def choose(self, candidates: Tensors, position_BKS: Tensor, kept: Kept) -> Tensor:
         assert self.method.keep is not None

@@ -141,10 +141,11 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                     f"{method.text}: store {store.name} {has}, and {method.keep.name} compares queries with "
                     "keys, which are not there: take a codec"
                 )
-            if method.keep.name == "think" and keeps(store) and not store.slot.v_dim:
+            if method.keep.name in ("think", "arkvale") and keeps(store) and not store.slot.v_dim:
+                what = "drops channels of keys alone" if method.keep.name == "think" else "moves keys and values"
                 raise ValueError(
-                    f"{method.text}: store {store.name} {store.summary}, and think drops channels of keys alone: take "
-                    "a codec, or another keep"
+                    f"{method.text}: store {store.name} {store.summary}, and {method.keep.name} {what}: take a codec, "
+                    "or another keep"
                 )
     if method.keep is not None and not any(keeps(store) for store in every):
         raise ValueError(
@@ -227,8 +228,11 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         salient = max(0, int(chosen * keep.options["salient"]))
         return None if chosen < 1 else Kept(chosen, recent, None, 0, salient, keep.options["group"], recent)
     if keep.name == "corm":
-        newest = keep.options["window"]
-        return None if prompt <= newest else Kept(prompt - newest, newest)
+        newest, every = keep.options["window"], keep.options["every"]
+        if prompt <= newest and (not every or not prompt or newest + every >= capacity):
+            return None
+        rows = newest if every else 0
+        return Kept(max(0, prompt - newest), newest, every=every, rows=rows, row_bytes=COUNT_BYTES)
     assert keep.budget is not None
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if keep.name == "arkvale":
@@ -245,7 +249,9 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
     ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
     if not every:
         return Kept(budget - newest, newest, ring)
-    rows = {"h2o": 1, "snapkv": protected, "scissorhands": keep.options.get("history", 0)}.get(keep.name, 0)
+    rows = {"h2o": 1, "prefixkv": 1, "snapkv": protected, "scissorhands": keep.options.get("history", 0)}.get(
+        keep.name, 0
+    )
     row_bytes = COUNT_BYTES if keep.name == "scissorhands" else max(SCORE_BYTES, itemsize)
     return Kept(budget - newest, newest, every=every, rows=rows, row_bytes=row_bytes)
 

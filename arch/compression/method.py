@@ -41,7 +41,7 @@ CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 #   history queries among which is counted how often a position gets less attention than average
 #   seed    of chance
 #   merge   what is dropped of the tokens before the newest is averaged into the nearest that was chosen (Elastic Cache)
-#   every   decoded tokens after which the keep acts again, so that a store has no more slots than its budget and so
+#   every   decoded tokens after which the keep acts again, so that a store has no more slots than what it chose and so
 #           many; 0: it acts once, after the prompt
 #   ratio   share of the channels of a key that are dropped
 #   salient share of the tokens that get 4 bits, and not 2
@@ -63,8 +63,8 @@ KEEPS: dict[str, dict[str, Value]] = {
     "snapstream": {**_SNAP, "ring": 64},
     "h2o": _SCORED,
     "scissorhands": {**_SCORED, "history": 64},
-    "prefixkv": _ONCE,
-    "corm": {"sinks": 4, "window": 32, "merge": False},
+    "prefixkv": _SCORED,
+    "corm": {"sinks": 4, "window": 32, "merge": False, "every": 0},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
     "arkvale": {"sinks": 4, "recent": 16, "page": 32, "topk": 0, "digest": "mean"},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},

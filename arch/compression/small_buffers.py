@@ -179,7 +179,7 @@ class KeptBuffer:
         self.chosen: CodedBuffer | None = None
         self.later: CodedBuffer | None = None
         self.kept: Kept | None = None
-        self.layouts: tuple[tuple[TensorLayout, ...], ...] | None = None  # of `chosen` and `later`
+        self.prompt = 0  # tokens that were there when it was compressed
         self.base = 0  # the token that is the first of `later`
 
     @property
@@ -232,8 +232,8 @@ class KeptBuffer:
             coded = CodedBuffer.allocate(tensor_layouts(self.store, codec, self.capacity), batch, dtype, device)
             coded.update(tuple(tensor[:, :length] for tensor in tensors), 0)
             return coded
-        place_BKS = self.places(length - kept.newest, start_B)
-        self.kept = kept
+        place_BKS = self.places(max(0, length - kept.newest), start_B)
+        self.kept, self.prompt = kept, length
         self.settle(tuple(tensor[:, :length] for tensor in tensors), place_BKS, length, start_B)
         self.whole = None
         return self
@@ -249,23 +249,22 @@ class KeptBuffer:
 
     def settle(self, tensors: Tensors, place_BKS: Tensor, length: int, start_B: Tensor | None, new: int = 0) -> None:
         """Hold what is chosen of slots [B, S + newest, ...], of which the first S are of tokens `place_BKS` and the
-        others the newest of `length` tokens, with room for `new` tokens at least."""
+        others the newest of `length` tokens, or all of fewer, with room for `new` tokens at least."""
         assert self.kept is not None and self.method.keep is not None
         kept, codec, count = self.kept, self.method.codec, place_BKS.shape[-1]
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
         candidates = tuple(tensor[:, :count] for tensor in tensors)
         position_BKS = place_BKS if start_B is None else in_rows(place_BKS, start_B)
         index_BKC = self.choose(candidates, position_BKS, kept) if count else place_BKS
-        if self.layouts is None:
-            kept = replace(kept, chosen=index_BKC.shape[-1])
-            self.layouts = kept_layouts(self.store, codec, kept, self.capacity, length)
-        chosen_layouts, later_layouts = self.layouts
+        kept = replace(kept, chosen=index_BKC.shape[-1])
+        chosen_layouts, later_layouts = kept_layouts(self.store, codec, kept, self.capacity, self.prompt)
         if kept.every:
             later_layouts = tuple(
                 replace(layout, limit=max(layout.limit, kept.newest + new)) for layout in later_layouts
             )
         self.carry(index_BKC, count, kept, index_BKC.shape[-1] + later_layouts[0].limit)
-        self.base = length - kept.newest
+        self.base = length - (tensors[0].shape[1] - count)
+        self.chosen = self.position_BKC = None
         self.later = CodedBuffer.allocate(later_layouts, batch, dtype, device)
         self.later.update(tuple(tensor[:, count:] for tensor in tensors), 0)
         if index_BKC.shape[-1]:
@@ -281,16 +280,20 @@ class KeptBuffer:
             place_BKC = place_BKS.gather(-1, index_BKC.clamp(min=0))
             self.position_BKC = torch.where(index_BKC >= 0, place_BKC, EMPTY).to(torch.int32)
 
-    def make_room(self, offset: int, new: int, start_B: Tensor | None) -> None:
-        """Let the keep act again, if `new` tokens after `offset` need more room than there is. Called before the masks
-        of a forward pass are made."""
+    def is_due(self, offset: int, new: int) -> bool:
+        """Return whether the keep acts again, as `new` tokens after `offset` need more room than there is."""
         if self.whole is not None or self.kept is None or not self.kept.every:
-            return
+            return False
         assert self.later is not None
-        held = offset - self.base
-        if held + new <= self.later.coded[0].layout.limit:
+        return offset - self.base + new > self.later.coded[0].layout.limit
+
+    def make_room(self, offset: int, new: int, start_B: Tensor | None) -> None:
+        """Let the keep act again, if it is due. Called before the masks of a forward pass are made."""
+        if not self.is_due(offset, new):
             return
-        tensors, newest = self.later.read(0, held), self.kept.newest
+        assert self.later is not None and self.kept is not None
+        held = offset - self.base
+        tensors, newest = self.later.read(0, held), min(held, self.kept.newest)
         place_S = torch.arange(self.base, offset - newest, device=tensors[0].device)
         place_BKS = place_S.expand(len(tensors[0]), position_heads(self.store), -1)
         if start_B is not None:
