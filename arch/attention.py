@@ -22,6 +22,8 @@ from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
 from .stores import StoreSpec
+from .strided import build_strided_reader, StridedWriter
+from .strided_backend import select_strided_backend
 from .tied import build_tied_reader, build_tied_writer
 
 StoreBackend = Backend | BoundedBackend
@@ -63,6 +65,7 @@ STORE_MODULES = {
     "latent": StoreModules(LatentWriter, LatentReader, select_masked_backend),
     "tied": StoreModules(build_tied_writer, build_tied_reader, select_masked_backend),
     "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend),
+    "strided": StoreModules(StridedWriter, build_strided_reader, select_strided_backend),
     "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend),
 }
 
@@ -85,7 +88,7 @@ def choose_backends(
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)
-    if name == "fla" and all(store.masked for store in plan.stores):
+    if name == "fla" and all(store.masked or store.kind == "strided" for store in plan.stores):
         raise ValueError(
             "backend fla is for bounded stores and matrices, and the layout has none; choose another or auto"
         )

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "stride")
 LATENT_KEYS = ("heads", "k_dim")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
@@ -91,6 +91,7 @@ class StoreConfig:
                 (Gemma 4). The first two have one width
     matrix      a matrix per head instead of positions, which no other layer reads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
+    stride      beside the window, one entry for each so many positions, pooled by learned weights (strided.py)
     slots       a bounded store: this many slots into which positions are merged, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
     sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded, or
@@ -110,6 +111,7 @@ class StoreConfig:
     tied: str | None = None
     matrix: MatrixConfig | None = None
     window: int | None = None
+    stride: int | None = None
     slots: int | None = None
     rule: str | None = None
     sinks: bool = False

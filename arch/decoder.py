@@ -164,7 +164,9 @@ class Stack(nn.Module):
         kernel, plan = dense_backend(self.backend).kernel, self.plan
         read = dict.fromkeys(key for view, key in zip(plan.views, plan.read_windows, strict=True) if view.masked)
         made = {key: Mask(kernel, cache.mask(key[0], length, device, form, key[1])) for key in read}
-        positions = self.bounded_positions(lambda store: cache.token_positions(store, length, device))
+        positions = self.bounded_positions(
+            lambda store: cache.token_positions(store, length, device).with_mask(lambda form: Mask(kernel, form))
+        )
         masks: list[Mask | TokenPositions] = [
             made[key] if view.masked else positions[view.positions_key]
             for view, key in zip(plan.views, plan.read_windows, strict=True)
@@ -172,7 +174,7 @@ class Stack(nn.Module):
         return cache.store_masks(masks, length, device)
 
     def bounded_positions(self, make: Callable[[StoreSpec], TokenPositions]) -> dict[Hashable, TokenPositions]:
-        """Make token positions for each kind of bounded store."""
+        """Make token positions for each kind of store that is not read by a mask."""
         stores = {store.positions_key: store for store in self.plan.stores if not store.masked}
         return {key: make(store) for key, store in stores.items()}
 
@@ -317,7 +319,11 @@ class Stack(nn.Module):
             (key, *widths): step_mask(self.backend, seen[key], x_BD.dtype, widths[0], device, widths[1])
             for key, *widths in masked
         }
-        token_positions = self.bounded_positions(lambda store: cache.step_positions(store, device))
+        token_positions = self.bounded_positions(
+            lambda store: cache.step_positions(store, device).with_mask(
+                lambda seen: step_mask(self.backend, seen, x_BD.dtype, store.slot.k_dim, device, store.slot.v_dim)
+            )
+        )
         query_tables = {rule: one_token(table) for rule, table in self.query_tables(positions).items()}
         contexts = self.cross_contexts(x_BD, context_BCD, cache)
         written: list[KV] = []

@@ -35,10 +35,10 @@ def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
     if isinstance(plan, BlockPlan):
         return block_kv_bytes(plan, context, itemsize)
     return KVBytes(
-        per_token=sum(s.nbytes(1, itemsize) for s in plan.stores if s.max_positions is None),
-        constant=sum(s.nbytes(s.max_positions, itemsize) for s in plan.stores if s.max_positions is not None),
+        per_token=as_int_if_whole(sum((s.slope(itemsize) for s in plan.stores), Fraction(0))),
+        constant=sum(s.constant(itemsize) for s in plan.stores),
         stored=sum(s.nbytes(context, itemsize) for s in plan.stores),
-        read=sum(plan.store(i).nbytes(context, itemsize) for i in range(plan.num_layers)),
+        read=sum(plan.store(i).read_bytes(context, itemsize, owner == i) for i, owner in enumerate(plan.owners)),
     )
 
 

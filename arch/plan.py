@@ -223,8 +223,8 @@ class KVPlan:
 
     def __str__(self) -> str:
         """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
-        for bounded stores, `d` for a matrix per head. Where values are those of another store, its owner comes after a
-        slash, and that of one that is mixed in after a plus sign."""
+        for bounded stores, `d` for a matrix per head, `p` for pooled positions. Where values are those of another
+        store, its owner comes after a slash, and that of one that is mixed in after a plus sign."""
         parts = []
         for layer in range(self.num_layers):
             store, second = self.store(layer), self.second_read(layer)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .layers import Rope, rope_table, step_rope
 from .masks import Sequences, segment_starts
+from .pooling import Chunks, StepChunk
 from .stores import StoreSpec
 
 
@@ -24,6 +25,7 @@ class TokenPositions(NamedTuple):
     near          kernel of the window beside the slots; None: it is read in blocks (bounded.read_window)
     segmented     there may be several segments in a row, so that positions begin anew
     step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
+    chunks        of a strided store
     """
 
     position_BT: Tensor
@@ -32,6 +34,11 @@ class TokenPositions(NamedTuple):
     near: "Near | None" = None
     segmented: bool = False
     step: "StepPositions | None" = None
+    chunks: Chunks | StepChunk | None = None
+
+    def with_mask(self, make: Callable[[Any], Any]) -> "TokenPositions":
+        """These with what `make` makes of the form of a strided store's mask."""
+        return self if self.chunks is None else self._replace(chunks=self.chunks._replace(mask=make(self.chunks.mask)))
 
 
 class Near(NamedTuple):

@@ -38,6 +38,10 @@ def _has_latents(plan: Plan) -> bool:
     return any(store.kind == "latent" for stack in plan.stacks for store in stack.plan.stores)
 
 
+def _pools(plan: Plan) -> bool:
+    return any(store.kind == "strided" for stack in plan.stacks for store in stack.plan.stores)
+
+
 BLOCKS = Family(
     "Blocks of tokens",
     "A block decoder has one position for each block of tokens, and a token decoder predicts within a block, with a "
@@ -55,6 +59,15 @@ STATES = Family(
     "apart again, which the recall of single items shows first.",
     "bct_mixed",
     _merges,
+)
+POOLS = Family(
+    "Pooled positions",
+    "Beside a window of the last tokens, a layer keeps one entry for each so many positions, a mean with learned "
+    "weights. Bytes still grow with the context, but divided by that number, and so do the pairs that are computed. "
+    "It suits the longest contexts, where each token still has to see all of the text, if coarsely: an entry is seen "
+    "once all of its positions have been written.",
+    "deepseek_v4_hca",
+    _pools,
 )
 LATENTS = Family(
     "Latents",
@@ -100,8 +113,8 @@ FULL = Family(
     lambda plan: True,
 )
 # As people meet them; `family` asks in the order of FIRST_FITTING.
-FAMILIES = (FULL, LATENTS, WINDOWS, SHARING, BOTH, STATES, BLOCKS)
-FIRST_FITTING = (BLOCKS, STATES, LATENTS, BOTH, SHARING, WINDOWS, FULL)
+FAMILIES = (FULL, LATENTS, WINDOWS, SHARING, BOTH, POOLS, STATES, BLOCKS)
+FIRST_FITTING = (BLOCKS, STATES, POOLS, LATENTS, BOTH, SHARING, WINDOWS, FULL)
 
 
 def family(plan: Plan) -> Family:

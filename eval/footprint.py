@@ -46,7 +46,8 @@ KV per token: bytes that each further token adds. KV constant: what no context c
 KV stored: the cache of one sequence. KV read: what decoding one token fetches from it, over all layers."""
 STORES_MEANING = """\
 A layer writes a store; layers that reuse it read the same one. Slot: elements of one position, heads x (keys + values);
-where slots are counted, positions are merged into that many; a state is a matrix per head, heads x (key x value)."""
+1 of n: one slot pools n positions; where slots are counted, positions are merged into that many; a state is a matrix
+per head, heads x (key x value)."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from arch.layers import rope_table, rotate
 from arch.masks import Sequences
 from arch.mixed import Mix, TwoKV
 from arch.named import load_arch, load_size
-from arch.stores import CHUNK, MixedSpec, StoreSpec, visible_pairs
+from arch.stores import CHUNK, MixedSpec, StoreSpec, StridedSpec, visible_pairs
 
 
 def causal_mask(length: int, window: int | None = None) -> Mask:
@@ -74,7 +74,7 @@ def test_readers_have_no_key_value_weights(arch: str) -> None:
         assert (block.writer is not None) == owner
         assert (block.kv_norm is not None) == (owner and model.plan.store(layer).kv_norm)
         written = {"k_proj", "v_proj", "kv_proj", "kv_down_proj"} & {
-            name.split(".")[1] for name, _ in block.named_parameters()
+            name.split(".")[-2] for name, _ in block.named_parameters()
         }
         assert bool(written) == owner
 
@@ -105,6 +105,9 @@ def test_parameters_of_the_cla_paper() -> None:
 
 def unseen_flops(config: ModelConfig, store: StoreSpec, length: int) -> int:
     """FLOPs of pairs that a layer computes and no token sees."""
+    if isinstance(store, StridedSpec):
+        pairs = length * (length + store.num_entries(length))
+        return store.pair_flops(config.size) * pairs - store.attention_flops(config.size, length, True)
     if not store.num_slots:
         return store.pair_flops(config.size) * (length * length - visible_pairs(length, store.window))
     if not store.window:
@@ -258,7 +261,8 @@ def test_window_as_long_as_the_text_is_no_window(arch: str) -> None:
     narrow = small(arch, window=length)
     free = copy.deepcopy(narrow)
     for store in free.arch.stores.values():
-        store.window = 10**6 if store.window and (store.sinks or store.slots) else None
+        store.window = 10**6 if store.window and (store.sinks or store.slots or store.stride) else None
+        store.stride = store.stride and min(store.stride, length)
         store.slots = store.slots and min(store.slots, length)  # weights go with them: only windows are compared here
     free.size.max_window = None
     windowed, full = build(narrow), build(free)

@@ -60,6 +60,7 @@ LAYOUTS = [
     "bct_ring",
     "bct_mixed",
     "qwen3_next",
+    "deepseek_v4_hca",
     "block",
     "block:projection",
     "block:encoder",

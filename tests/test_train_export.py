@@ -106,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
-SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4"}
+SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca"}
 
 
 def target_of(name: str) -> str:
@@ -425,6 +425,7 @@ def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, 
         ("bct", "remote", "slots: `memory` is bounded"),
         ("qwen3_next", "remote", "matrix: `state` holds a matrix per head"),
         ("qwen3_next", "stock", "matrix: `state` holds a matrix per head"),
+        ("deepseek_v4_hca", "stock", "stride: `pooled` pools positions"),
     ):
         source = write_checkpoint(tmp_path / name / target / "step-00000003", name)
         message = refused(source, f"target={target}", data=corpus)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn import functional as F
 
 from arch.delta import ShortConv
+from arch.strided import Pool
 from train.optim import build_optimizer, lr_share, schedule
 from train.pretrain import main
 from train.schema import OptimConfig, PretrainConfig, optim_problems
@@ -103,7 +104,7 @@ def test_mistakes(changes: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_groups_of_every_layout(arch: str, kind: str, tied: bool) -> None:
     """Each parameter once; what decays has two axes; Muon has all the matrices of the blocks and nothing else: the
-    channels of a convolution are no axis of a product."""
+    channels of a convolution are no axis of a product, nor are the places of a pool."""
     model = build(small(arch, tie_embeddings=tied), torch.float32)
     optimizer = build_optimizer(model, OptimConfig(name=kind, lr=1e-3))
     name_of = {parameter: name for name, parameter in model.named_parameters()}
@@ -112,6 +113,7 @@ def test_groups_of_every_layout(arch: str, kind: str, tied: bool) -> None:
     matrices = {name for name, p in model.named_parameters() if p.ndim == 2}
     outer = {"embed.weight"} if tied else {"embed.weight", "lm_head.weight"}
     outer |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, ShortConv)}
+    outer |= {f"{name}.position_bias" for name, module in model.named_modules() if isinstance(module, Pool)}
     hidden = {
         f"{name}.weight"
         for name, module in model.layers.named_modules(prefix="layers")

@@ -182,7 +182,7 @@ def at_rates(
         f"{device.peak / TERA:,.0f} TFLOP/s, as in published runs"
     )
     kinds = {store.kind for stack in plan.stacks for store in stack.plan.stores if not store.masked}
-    if kinds:
+    if kinds & set(UNMEASURED):
         merging = " and ".join(name for kind, name in UNMEASURED.items() if kind in kinds)
         source += f", {merging} at {rates.exact:.0%} of that in fp32, for which nothing is published"
     elif plan.block_length > 1:

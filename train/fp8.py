@@ -45,7 +45,7 @@ def torchao_float8() -> Any:
 
 def takes_fp8(module: nn.Module, name: str) -> bool:
     """Tell whether the module `name` of a block is a linear layer that is faster in fp8."""
-    if not isinstance(module, nn.Linear) or not {"router", "decay"}.isdisjoint(name.split(".")):
+    if not isinstance(module, nn.Linear) or not {"router", "decay", "pool"}.isdisjoint(name.split(".")):
         return False
     narrow = module.out_features <= NARROW_OUT and module.in_features <= NARROW_IN
     return not (module.in_features % MULTIPLE or module.out_features % MULTIPLE or narrow)

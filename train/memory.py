@@ -25,6 +25,7 @@ from arch.stores import (
     BoundedSpec,
     LatentSpec,
     MatrixSpec,
+    StridedSpec,
     TiedSpec,
     delta_chunk,
     gate_width,
@@ -259,8 +260,10 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
         for store in (handed_on(plan, number) for number in range(len(plan.stores)))
         if store is not None
     )
-    masks = sum(mask_elements(size.seq_len, window) for window in plan.windows)
-    return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks * how.dense
+    masks = how.dense * sum(mask_elements(size.seq_len, window) for window in plan.windows)
+    strided = {store.positions_key: store for store in plan.stores if isinstance(store, StridedSpec)}
+    masks += sum(size.seq_len * (size.seq_len + store.num_entries(size.seq_len)) for store in strided.values())
+    return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks
 
 
 def handed_on(plan: KVPlan, number: int) -> StoreSpec | None:
@@ -599,6 +602,49 @@ class TiedActivations(MaskedActivations):
         return total + how.itemsize * elements
 
 
+class StridedActivations(MaskedActivations):
+    """Activations saved by arch/strided.py, whose readers run torch's fused attention with a dense mask anywhere."""
+
+    def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """Keys and values of tokens and entries."""
+        return how.itemsize * store.slot.elements * (1 + self.entries(config, store))
+
+    def entries(self, config: ModelConfig, store: StoreSpec) -> float:
+        """Entries per token."""
+        assert isinstance(store, StridedSpec)
+        return store.num_entries(config.size.seq_len) / config.size.seq_len
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        """As of grouped stores, with keys and values of entries and a sink for each row; and what an owner pools, in
+        fp32: what tokens give, its weights, and the entries and their norms."""
+        assert isinstance(store, StridedSpec)
+        heads, length, how = config.size.num_heads, config.size.seq_len, replace(how, dense=True)
+        entries, wide, (kv_heads, k_dim, v_dim) = (
+            self.entries(config, store),
+            self.width(config, store, how),
+            store.kernel_heads(config.size),
+        )
+        elements = 2 * heads * wide
+        for width in (k_dim, v_dim):
+            if owner or store.sinks or wide > width:
+                elements += kv_heads * wide * (1 + entries + store.sinks / length)
+        if not (store.slot.v_dim or store.sinks or wide > k_dim):  # keys are values
+            elements -= owner * kv_heads * k_dim * (1 + entries)
+        gate = gate_width(config.size, 1) > 0
+        if wide > v_dim or store.sinks or gate or store.turns_back:
+            elements += heads * v_dim * (1 + (gate and store.turns_back))
+        total = how.itemsize * elements + FP32 * heads
+        if owner:
+            norms = sum(rms_norm_bytes(width) for _, width in store.position_shapes)
+            total += FP32 * store.slot.elements * (1 + entries * store.stride) + entries * kv_heads * norms
+        return total
+
+    def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        assert isinstance(store, StridedSpec)
+        length = config.size.seq_len
+        return how.itemsize * length * (length + store.num_entries(length) + store.sinks)
+
+
 class BoundedActivations:
     """Activations saved by arch/bounded.py in the chunk form."""
 
@@ -672,6 +718,7 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivation
     "latent": LatentActivations(),
     "tied": TiedActivations(),
     "bounded": BoundedActivations(),
+    "strided": StridedActivations(),
     "matrix": MatrixActivations(),
 }
 

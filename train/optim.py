@@ -11,6 +11,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from arch.delta import ShortConv
+from arch.strided import Pool
 from train.schema import OptimConfig
 
 
@@ -72,14 +73,15 @@ def _within_replica(tensor: DTensor) -> Tensor:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Build the optimizer of `config` for the trained parameters of `model`.
 
-    Matrices, embeddings and short convolutions decay; norms, biases, sinks and decays of states (one axis) do not. Muon
-    takes the hidden matrices: not the embedding, not the output matrix (Jordan et al. 2024, "Muon: an optimizer for
-    hidden layers"), and not a convolution, whose channels are no axis of a product.
+    Matrices, embeddings, short convolutions and biases of places in a pool decay; norms, biases, sinks and decays of
+    states (one axis) do not. Muon takes the hidden matrices: not the embedding, not the output matrix (Jordan et al.
+    2024, "Muon: an optimizer for hidden layers"), and neither a convolution nor those biases, which are no factors of a
+    product.
     """
     outer = {
         parameter
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | ShortConv) or name.rpartition(".")[2] == "lm_head"
+        if isinstance(module, nn.Embedding | ShortConv | Pool) or name.rpartition(".")[2] == "lm_head"
         for parameter in module.parameters(recurse=False)
     }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

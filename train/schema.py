@@ -262,8 +262,8 @@ def block_problems(config: PretrainConfig) -> list[str]:
     elif config.size.seq_len < 2 * block.length:
         found.append(f"size.seq_len {config.size.seq_len} is one block, and the block decoder needs one before it")
     stores = [store for layout in (config.arch, block.token) for store in layout.stores.values()]
-    if data.block_padding and any(store.slots or store.matrix for store in stores):
-        found.append("data.block_padding is not for bounded stores and matrices, which cannot leave out pads; drop it")
+    if data.block_padding and any(store.slots or store.matrix or store.stride for store in stores):
+        found.append("data.block_padding is not for bounded stores, matrices and strides, which cannot leave out pads")
     if data.document_mask:
         found.append("data.document_mask is not for a Block Transformer, whose blocks cross the borders of documents")
     return found

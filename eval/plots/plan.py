@@ -125,7 +125,7 @@ def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
     bytes in total."""
     if not store.grows:
         return f"{bytes_text(store.nbytes(context, itemsize))} at any context"
-    return f"{sum(store.slot_bytes(itemsize)):,} B per position"
+    return f"{sum(store.slot_bytes(itemsize)):,} B per {'slot' if store.kind == 'strided' else 'position'}"
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
