@@ -197,7 +197,7 @@ class StridedBuffer(StateBuffer):
         self.put(step.offset, new)
         return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors[:-1])
 
-    def put(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:  # type: ignore[override]
+    def put(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:
         """Overwrite a slot with [B, K, H] each, in rows `where` it is so."""
         for tensor, value in zip(self.tensors[:-1], new, strict=True):
             if isinstance(slot, int):

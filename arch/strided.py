@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .attend import Mask
 from .buffers import KV, Step, StridedBuffer, Tensors
 from .config import SizeConfig, has_qkv_bias
+from .delta import apart
 from .grouped import GroupedKV, GroupedReader, GroupedWriter
 from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
 from .pooling import CachedChunks, Chunks, StepChunk
@@ -31,7 +32,7 @@ from .tied import VectorKV, VectorReader, VectorWriter
 
 
 class Pool(nn.Module):
-    """The projections of what is pooled and of its weights, a bias for each place of a chunk, and the entries' norms."""
+    """Projections of what is pooled and of its weights, a bias for each place of a chunk, and the norms of entries."""
 
     def __init__(self, size: SizeConfig, store: StridedSpec):
         super().__init__()
@@ -54,7 +55,7 @@ class Pool(nn.Module):
         stride = len(bias_MX)
         if chunks.index_BCM is None:
             whole = value_BTX.shape[1] // stride * stride
-            value, gate = (x[:, :whole].unflatten(1, (-1, stride)) for x in (value_BTX, gate_BTX))
+            value, gate = (apart(x[:, :whole], 1, whole // stride, stride) for x in (value_BTX, gate_BTX))
             return value, gate + bias_MX
         row_B11 = torch.arange(len(value_BTX), device=value_BTX.device)[:, None, None]
         value, gate = (x[row_B11, chunks.index_BCM] for x in (value_BTX, gate_BTX))
@@ -63,7 +64,7 @@ class Pool(nn.Module):
 
     def entries(self, mean: Tensor, rope: Rope, dtype: torch.dtype) -> Tensors:
         """What slots hold, [..., K, H] each, given weighted means [..., X]; `rope` is that of a step for [B, X]."""
-        heads = mean.to(dtype).unflatten(-1, (self.heads, -1)).split(self.widths, dim=-1)
+        heads = torch.split(apart(mean.to(dtype), -1, self.heads, sum(self.widths)), self.widths, dim=-1)
         normed = [norm(x) for norm, x in zip(self.norms, heads, strict=True)]
         return ((rotate_step if mean.ndim == 2 else rotate)(normed[0], rope), *normed[1:])
 

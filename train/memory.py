@@ -624,7 +624,7 @@ class StridedActivations(MaskedActivations):
             self.width(config, store, how),
             store.kernel_heads(config.size),
         )
-        elements = 2 * heads * wide
+        elements = 2.0 * heads * wide
         for width in (k_dim, v_dim):
             if owner or store.sinks or wide > width:
                 elements += kv_heads * wide * (1 + entries + store.sinks / length)
