@@ -22,7 +22,7 @@ from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
 from .stores import StoreSpec
-from .strided import build_strided_reader, StridedWriter
+from .strided import StridedWriter, build_strided_reader
 from .strided_backend import select_strided_backend
 from .tied import build_tied_reader, build_tied_writer
 

@@ -8,7 +8,7 @@ import torch
 from conftest import build, small, tokens
 from torch import Tensor, nn
 
-from arch import ArchConfig, LayoutError, StoreConfig, allocate, resolve
+from arch import ArchConfig, LatentConfig, LayoutError, StoreConfig, allocate, resolve
 from arch.footprint import kv_bytes
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
@@ -71,11 +71,13 @@ def test_the_parallel_form_is_the_definition(window: int, stride: int) -> None:
     torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("starts", [None, [0, 5, 11]])
-@pytest.mark.parametrize(("window", "stride"), SHAPES)
-def test_decoding_is_the_forward(window: int, stride: int, starts: list[int] | None) -> None:
-    """Rows of different lengths, in chunks that end anywhere, plain steps and static steps, to a capacity of no use."""
-    model, batch = model_of(window, stride), tokens(3, 23)
+@pytest.mark.parametrize(
+    ("window", "stride", "tied", "starts"),
+    [(4, 6, None, [0, 5, 11]), (6, 4, "vector", [0, 5, 11]), (3, 2, "vector", None), (1, 1, None, [0, 1, 2])],
+)
+def test_decoding_is_the_forward(window: int, stride: int, tied: str | None, starts: list[int] | None) -> None:
+    """Rows of different lengths, in chunks that end anywhere, plain steps and static steps."""
+    model, batch = model_of(window, stride, tied=tied), tokens(3, 23)
     start_B = None if starts is None else torch.tensor(starts)
     with torch.no_grad():
         alone = [model(batch[row : row + 1, start:]) for row, start in enumerate(starts or [0, 0, 0])]
@@ -94,16 +96,100 @@ def test_decoding_is_the_forward(window: int, stride: int, starts: list[int] | N
                 torch.testing.assert_close(logits[row, begin:], expected[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("window", "stride"), SHAPES)
-def test_nothing_is_pooled_across_documents(window: int, stride: int) -> None:
+@pytest.mark.parametrize(("window", "stride", "tied"), [(4, 6, None), (6, 4, "vector"), (3, 2, None)])
+def test_nothing_is_pooled_across_documents(window: int, stride: int, tied: str | None) -> None:
     """A document gives the logits that it has alone, wherever chunks would begin in the row."""
-    model, lengths = model_of(window, stride), [7, 1, 12, 3]
+    model, lengths = model_of(window, stride, tied=tied, rope="none"), [7, 1, 12, 3]
     batch = tokens(1, sum(lengths))
     ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     with torch.no_grad():
         together = model(batch, segment_ids_BT=ids).split(lengths, dim=1)
         for document, found in zip(batch.split(lengths, dim=1), together, strict=True):
-            torch.testing.assert_close(found, model(document), rtol=0, atol=1e-5)  # rotary tables of other positions
+            torch.testing.assert_close(found, model(document), rtol=0, atol=1e-10)
+
+
+def deepseek_v4(model: Any, stride: int, window: int) -> tuple[Any, Any]:
+    """An attention layer of transformers with random weights, which `model` gets, and its configuration.
+
+    Queries are made by two matrices with a norm between them, whose scale the norm after them takes away; outputs too.
+    There the last channels of a head are rotated, in neighbouring pairs.
+    """
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as theirs
+
+    config = theirs.DeepseekV4Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        head_dim=8,
+        q_lora_rank=16,
+        o_groups=2,
+        o_lora_rank=12,
+        partial_rotary_factor=0.5,
+        sliding_window=window,
+        compress_rates={"heavily_compressed_attention": stride, "compressed_sparse_attention": 4},
+        layer_types=["heavily_compressed_attention"],
+    )
+    config._attn_implementation = "eager"
+    attention = theirs.DeepseekV4Attention(config, 0)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in attention.named_parameters():
+        nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    writer, reader = model.layers[0].writer, model.layers[0].reader
+    order = torch.tensor([4, 6, 5, 7, 0, 1, 2, 3])
+    heads = (torch.arange(8)[:, None] * 8 + order).flatten()
+    per_group = attention.o_a_proj.weight.unflatten(0, (2, 12))
+    weights = {
+        reader.q_proj.weight: (attention.q_b_proj.weight * attention.q_a_norm.weight @ attention.q_a_proj.weight)[
+            heads
+        ],
+        reader.q_norm.weight: torch.ones(8),
+        reader.o_proj.weight: (attention.o_b_proj.weight @ torch.block_diag(*per_group))[:, heads],
+        reader.sinks: attention.sinks,
+        writer.near.kv_proj.weight: attention.kv_proj.weight[order],
+        writer.near.k_norm.weight: attention.kv_norm.weight[order],
+        writer.pool.proj.weight: attention.compressor.kv_proj.weight[order],
+        writer.pool.gate_proj.weight: attention.compressor.gate_proj.weight[order],
+        writer.pool.position_bias: attention.compressor.position_bias[:, order],
+        writer.pool.norms[0].weight: attention.compressor.kv_norm.weight[order],
+    }
+    for parameter, value in weights.items():
+        parameter.data.copy_(value)
+    return attention, config
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 6), (6, 4)])
+def test_the_layer_is_deepseek_v4s(window: int, stride: int) -> None:
+    """Without a cache, and through theirs in a prompt, chunks and steps: the layer's output for every token."""
+    from transformers import DynamicCache
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HCACache, DeepseekV4RotaryEmbedding
+
+    arch = layout(window, stride, kv_heads=1, tied="vector", rope="1/2", rope_theta=160000.0)
+    arch.pattern = ["new pooled"]
+    model = build(small(arch, num_layers=1, window=None, qk_norm="head", norm_eps=1e-6), torch.float32)
+    block, store, length = model.layers[0], model.plan.stores[0], 21
+    with torch.no_grad():
+        attention, config = deepseek_v4(model, stride, window)
+        x = torch.randn(2, length, 32, generator=torch.Generator().manual_seed(0))
+        rotary = DeepseekV4RotaryEmbedding(config)
+
+        def theirs(begin: int, end: int, cache: Any) -> Tensor:
+            place = torch.arange(begin, end)[None].expand(2, -1)
+            distance = place[0][:, None] - torch.arange(max(0, begin - window + 1), end)
+            mask = torch.zeros(2, 1, *distance.shape)
+            mask = mask.masked_fill((distance < 0) | (distance >= window), float("-inf"))
+            tables = {"compress": rotary(x, place, layer_type="compress")}
+            return attention(x[:, begin:end], tables, place, mask, cache)[0]
+
+        rope, sequences = rope_table(torch.arange(length), *store.rope_key), Sequences(2, length, None, x.device)
+        positions = StridedBackend(stride=stride, rope_key=store.rope_key).mask(sequences, window, x.dtype)
+        ours = block.reader(x, block.writer(x, rope, positions), rope, positions)
+        torch.testing.assert_close(ours, theirs(0, length, None), rtol=0, atol=1e-5)
+        cache = DynamicCache(config=config)
+        assert isinstance(cache.layers[0], DeepseekV4HCACache)
+        ends = [9, 14, *range(15, length + 1)]
+        parts = [theirs(begin, end, cache) for begin, end in pairwise([0, *ends])]
+        torch.testing.assert_close(ours, torch.cat(parts, dim=1), rtol=0, atol=1e-5)
+        assert cache.layers[0].compressed_kv["compressor"].shape[1] == store.num_entries(length)
 
 
 def test_an_entry_is_seen_once_it_is_complete() -> None:
@@ -141,6 +227,8 @@ def test_bytes_by_hand() -> None:
         ({"kv_heads": 1, "stride": 0, "window": 4}, "stride is 0; an entry pools at least 1 position"),
         ({"kv_heads": 1, "stride": 4, "slots": 4, "rule": "gated"}, "stride is 4, and a store that is bounded has no"),
         ({"kv_heads": 1, "stride": 4, "window": 4, "rule": "gated"}, "rule gated needs slots"),
+        ({"kv_heads": 1, "stride": 4, "window": 4, "tied": "half"}, "tied is 'half'; entries are pooled apart, or as"),
+        ({"latent": LatentConfig(), "stride": 4, "window": 4}, "stride pools no latents; write kv_heads instead"),
     ],
 )
 def test_refusals(store: dict[str, Any], message: str) -> None:
@@ -152,10 +240,10 @@ def test_both_decoders_of_a_block_transformer_take_strides() -> None:
     config = small("block")
     for part in (config.arch, config.arch.block.token):
         part.stores, part.pattern = {"pooled": StoreConfig(2, window=2, stride=2, sinks=True)}, ["new pooled"]
-    model, batch = build(config), tokens(2, 24)
+    model, batch = build(config), tokens(2, 15)
     with torch.no_grad():
-        cache = model.allocate_cache(2, 24)
-        for end in range(4, 23):
+        cache = model.allocate_cache(2, 15)
+        for end in range(4, 15):
             new = batch[:, end - 1 : end] if end > 4 else batch[:, :4]
             whole = model.next_token_logits(batch[:, :end])[:, -1:]
             torch.testing.assert_close(model(new, cache, last_only=True), whole, rtol=0, atol=1e-10)
