@@ -35,4 +35,4 @@ def select_strided_backend(
     assert isinstance(store, StridedSpec)
     kernel = dense_backend(name).name
     about = "strided, a dense mask of tokens and entries"
-    return StridedBackend(kernel, about, kernel, store.stride, store.rope_key)
+    return StridedBackend(kernel, about, kernel=kernel, stride=store.stride, rope_key=store.rope_key)
