@@ -132,7 +132,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                     )
     every = [store for stack in plan.stacks for store in stack.plan.stores]
     if method.codec is not None and not any(store.masked for store in every):
-        raise ValueError(f"{method.text}: every store is bounded, and codecs act on tokens that are kept apart")
+        raise ValueError(f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart")
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
         for store in every:
             if store.slot.latent_dim or store.slot.rope_dim:
@@ -295,7 +295,10 @@ def left_alone(plan: Plan, method: CacheMethod) -> str:
     windows = [store for stack in plan.stacks for store in stack.plan.stores if store.masked and store.window]
     bounded = [store for stack in plan.stacks for store in stack.plan.stores if not store.masked]
     found = [f"store {store.name}, whose window is {store.window:,} tokens" for store in windows]
-    found += [f"store {store.name}, whose size is fixed" for store in bounded]
+    found += [
+        f"store {store.name}, which {store.summary}" if store.grows else f"store {store.name}, whose size is fixed"
+        for store in bounded
+    ]
     if isinstance(plan, BlockPlan):
         found += [f"store {store.name} of a block's tokens" for store in plan.token.stores if keeps(store)]
     return ", ".join(dict.fromkeys(found))
