@@ -88,11 +88,13 @@ class CountsConfig:
     """Options.
 
     archs  layouts, others that `out` has counts of stay; empty: all of configs/arch, and no others
+    steps  training alone: no decoded token, and no kernel is assembled; a tenth of the time
     toy    count operators on the CPU at a small size, with any torch
     out    folder of the results
     """
 
     archs: tuple[str, ...] = ()
+    steps: bool = False
     toy: bool = False
     out: Path = OUT
 
@@ -393,16 +395,20 @@ def roof(config: ModelConfig, batch: int, step: Step) -> dict[str, float]:
     return {f"{name}_ms": 1e3 * value for name, value in seconds.items()} | {"ms": 1e3 * whole, "mfu": mfu}
 
 
-def count(arch: str, workshop: Workshop) -> dict[str, Any]:
-    """All counts of a layout at the size SIZE, and what its kernels need, also with documents."""
+def count(arch: str, workshop: Workshop, steps: bool) -> dict[str, Any]:
+    """All counts of a layout at the size SIZE, and unless `steps`, what its kernels need, also with documents."""
     config = model_config(arch, SIZE, Options(toy=False))
     batch = micro_batch_that_fits(config)
     step = count_step(config, batch, workshop)
-    token = count_token(config, workshop, compiled=arch in FAMILIES)
-    graphs = [*(lowered for _, _, lowered in step.graphs), *token.graphs]
-    if config.arch.block is None:
-        graphs += (lowered for _, _, lowered in count_step(config, batch, workshop, documents=True).graphs)
-    return {
+    more: dict[str, Any] = {}
+    if not steps:
+        token = count_token(config, workshop, compiled=arch in FAMILIES)
+        graphs = [*(lowered for _, _, lowered in step.graphs), *token.graphs]
+        if config.arch.block is None:
+            graphs += (lowered for _, _, lowered in count_step(config, batch, workshop, documents=True).graphs)
+        made = summary(workshop.assemble(lowered for group in graphs for lowered in group))
+        more = {"launches_per_token": token.launches, "assembled": made}
+    return more | {
         "micro_batch": batch,
         "parts": {
             name: {"launches": part.launches, "bytes": part.bytes, "product_flops": part.flops}
@@ -412,8 +418,6 @@ def count(arch: str, workshop: Workshop) -> dict[str, Any]:
         "bytes": sum(part.bytes for part in step.parts.values()),
         "product_flops": sum(part.flops for part in step.parts.values()),
         "attention_flops": batch * attention_seconds(config)[0],
-        "launches_per_token": token.launches,
-        "assembled": summary(workshop.assemble(lowered for group in graphs for lowered in group)),
         "roof": roof(config, batch, step),
         "goal_mfu": goal(config),
         "commit": git_revision(),
@@ -491,7 +495,7 @@ def main(arguments: list[str]) -> None:
     workshop = Workshop()
     for arch in archs:
         begin = time.monotonic()
-        layouts[arch] = count(arch, workshop)
+        layouts[arch] = count(arch, workshop, config.steps)
         print(f"{arch}: {line(layouts[arch])}  [{time.monotonic() - begin:.0f} s]", flush=True)
         write_result(path, {**size, "assumed": assumed, "layouts": dict(sorted(layouts.items()))})
     (config.out / "README.md").write_text(report(json.loads(path.read_text())))
@@ -502,7 +506,7 @@ def line(counts: dict[str, Any]) -> str:
     bound = counts["roof"]
     return (
         f"micro-batch {counts['micro_batch']}, {counts['launches']:,} launches, {counts['bytes'] / 1e9:.1f} GB, "
-        f"roof {bound['ms']:.0f} ms, MFU {bound['mfu']:.1%}; launches per token {counts['launches_per_token']}"
+        f"roof {bound['ms']:.0f} ms, MFU {bound['mfu']:.1%}; launches per token {counts.get('launches_per_token')}"
     )
 
 
@@ -528,7 +532,8 @@ def report(result: dict[str, Any]) -> str:
         ]
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     kernels = []
-    for arch, counts in layouts.items():
+    whole = {arch: counts for arch, counts in layouts.items() if "assembled" in counts}
+    for arch, counts in whole.items():
         made = counts["assembled"]
         stacks = made["stack_bytes"].values()
         kernels.append(
@@ -537,7 +542,7 @@ def report(result: dict[str, Any]) -> str:
         )
     tokens = [
         f"| `{arch}` | {number(counts, 'plain')} | {number(counts, 'static')} | {number(counts, 'compiled')} |"
-        for arch, counts in layouts.items()
+        for arch, counts in whole.items()
     ]
     return README.format(
         command=" ".join(("python", *result["command"])),
@@ -660,7 +665,8 @@ Plain layouts should also make {goal_tokens} tokens/s on a GPU, 1.15 times the b
 
 ## Kernels
 
-Every kernel of a micro-step, also with documents, and of a decoded token, assembled for sm_90. A block of threads may
+Every kernel of a micro-step, also with documents, and of a decoded token, assembled for sm_90, of the layouts that were
+not counted for their steps alone (`steps=true`); `make gpu-code` assembles those of all. A block of threads may
 have {limit} bytes of shared memory. Stack is what a thread spills its registers to: FlexAttention's backward pass does,
 by torch's own template.
 
