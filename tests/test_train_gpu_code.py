@@ -21,8 +21,9 @@ needs_cuda_build = [
     pytest.mark.timeout(1800),
     pytest.mark.slow,
 ]
-# Bytes of stack per thread of kernels that spill registers; torch's own template of FlexAttention's backward pass does.
-SPILL = 512
+# Bytes of stack per thread of kernels that spill registers: fused ones a few (sines), and FlexAttention's backward pass,
+# torch's own template, up to 568 with the keys of 192 of MLA.
+SPILL, SPILL_OF_TEMPLATES = 64, 640
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -51,7 +52,8 @@ def check(kernels: dict[str, list[Assembled]]) -> None:
     assert kernels
     for name, tried in kernels.items():
         assert min(made.shared for made in tried) <= SHARED_MEMORY, (name, tried)
-        assert min(made.stack for made in tried) <= SPILL, (name, tried)
+        limit = SPILL_OF_TEMPLATES if name.startswith("triton_tem") else SPILL
+        assert min(made.stack for made in tried) <= limit, (name, tried)
 
 
 @pytest.fixture(scope="module")
