@@ -545,9 +545,7 @@ def report(result: dict[str, Any]) -> str:
         for arch, counts in whole.items()
     ]
     return README.format(
-        command=" ".join(("python", *result["command"])),
         date=result["date"][:10],
-        commit=result["git"],
         torch=result["versions"]["torch"],
         triton=result["triton"],
         size=size,
@@ -632,10 +630,10 @@ COLUMNS = (
 )
 README = """# Kernels, bytes and FLOPs on an H100, counted without one
 
-`{command}`, {date}, commit {commit}, torch {torch}, Triton {triton}. No figure here was measured on a GPU: torch's
-compiler made sm_90 code for tensors that are fake (train/benchmarks/gpu_code.py). The kernels, and the bytes that they
-read and write, are its own count. `make gpu-code` makes the environment, assembles every kernel and compares with
-counts.json.
+`python train/benchmarks/gpu_counts.py`, layouts by and by (`archs=`; each has its commit in counts.json), last on
+{date}, torch {torch}, Triton {triton}. No figure here was measured on a GPU: torch's compiler made sm_90 code for
+tensors that are fake (train/benchmarks/gpu_code.py). The kernels, and the bytes that they read and write, are its own
+count. `make gpu-code` makes the environment, assembles every kernel and compares with counts.json.
 
 ## A micro-step of training
 
@@ -661,14 +659,15 @@ Layouts with states of a matrix per head have no goal. What was changed for thes
 |---:|---:|---|---|---|
 {goals}
 
-Plain layouts should also make {goal_tokens} tokens/s on a GPU, 1.15 times the best published at this size. {slowest}
+Plain layouts should also make {goal_tokens} tokens/s on a GPU, 1.15 times the best published at this size.
+{slowest}
 
 ## Kernels
 
 Every kernel of a micro-step, also with documents, and of a decoded token, assembled for sm_90, of the layouts that were
-not counted for their steps alone (`steps=true`); `make gpu-code` assembles those of all. A block of threads may
-have {limit} bytes of shared memory. Stack is what a thread spills its registers to: FlexAttention's backward pass does,
-by torch's own template.
+not counted for their steps alone (`steps=true`); `make gpu-code` assembles those of all. A block of threads may have
+{limit} bytes of shared memory. Stack is what a thread spills its registers to: FlexAttention's backward pass does, by
+torch's own template.
 
 | layout | kernels | configurations | shared memory, at most | kernels with a stack | its bytes |
 |---|---:|---:|---:|---:|---:|
