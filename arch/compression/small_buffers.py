@@ -383,4 +383,4 @@ def in_rows(place_BKS: Tensor, start_B: Tensor) -> Tensor:
 def merge_slots(tensor: Tensor, position_BKS: Tensor, index_BKC: Tensor) -> Tensor:
     """[B, C, ...] slots as `gather_slots`, each the mean of itself and of those to which it is the nearest."""
     x_BSKH = tensor.reshape(*tensor.shape[:2], position_BKS.shape[1], -1)
-    return merge_dropped(x_BSKH, position_BKS, index_BKC).reshape(len(tensor), -1, *tensor.shape[2:])
+    return merge_dropped(x_BSKH, position_BKS, index_BKC).reshape(len(tensor), index_BKC.shape[-1], *tensor.shape[2:])
