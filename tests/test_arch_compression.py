@@ -144,7 +144,7 @@ def test_messages_are_of_one_short_line(text: str) -> None:
 def agrees(plans: list[KVPlan], method: CacheMethod) -> bool:
     """Tell whether a keep leaves the same positions of two stores that a layer reads together."""
     seconds = [second.how for plan in plans for second in plan.second_reads if second]
-    agreeing = ("streaming",) if "mix" in seconds else ("streaming", "think")
+    agreeing = ("streaming", "xkv") if "mix" in seconds else ("streaming", "think", "xkv")
     return not seconds or method.keep is None or method.keep.name in agreeing
 
 
@@ -275,9 +275,10 @@ def test_a_budget_for_all_stores_is_theirs_together() -> None:
         assert len(held) == len(growing) and len(set(held)) == 2 and sum(held) - positions == 7 * size <= budget
 
 
-def test_streaming_is_attention_to_sinks_and_the_newest() -> None:
-    """Against a mask that is written down over a cache that has everything."""
-    model, batch = build(small("gqa2")), tokens(1, 12)
+@pytest.mark.parametrize("name", ["gqa2", "fusedkv", "fusedkv_lite"])
+def test_streaming_is_attention_to_sinks_and_the_newest(name: str) -> None:
+    """Against a mask that is written down over a cache that has everything; two stores of a layer keep the same."""
+    model, batch = build(small(name)), tokens(1, 12)
     cache = allocate_compressed(model.plan, 1, 12, dtype=torch.float64, method=parse_method("streaming@5(sinks=2)"))
     whole = allocate(model.plan, 1, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -287,7 +288,7 @@ def test_streaming_is_attention_to_sinks_and_the_newest() -> None:
         for place in range(8, 12):
             allowed = torch.zeros(1, place + 1, dtype=torch.bool)
             allowed[:, [0, 1, place - 2, place - 1, place]] = True
-            masks = [Mask(sdpa, Dense(False, allowed)) for _ in model.plan.stores]
+            masks = [Mask(sdpa, Dense(False, allowed)) for _ in model.plan.views]
             out = model.run(model.embed(batch[:, place : place + 1]), whole, masks)
             expected = model.norm(out) @ model.output_weight.T
             got = model.decode_step(batch[:, place : place + 1], cache)
@@ -394,7 +395,7 @@ def test_xkv_is_the_nearest_of_its_rank(name: str) -> None:
     assert copies.nbytes == 3 * one.nbytes == compressed_bytes(model.plan, method, 3, 16, prompt=12, itemsize=8)
 
 
-@pytest.mark.parametrize("name", ["gqa2", "cla2"])
+@pytest.mark.parametrize("name", ["gqa2", "cla2", "fusedkv_lite"])
 def test_think_is_the_whole_cache_with_channels_of_keys_zeroed(name: str) -> None:
     """Channels by ThinK's formula, |Q_c K_c^T|_F, of the queries of all readers, over two rows and chunks."""
     model, batch = build(small(name)), tokens(2, 14)

@@ -346,6 +346,14 @@ def test_readers_have_no_cache_and_kv_sharing_modes_say_so() -> None:
         ({"kv_source_layers": [0, 1, 2, 4, 4, 5, 6, 7]}, "layer 3 reads layer 4; it must read itself"),
         ({"kv_source_layers": [0, 1]}, "kv_source_layers has 2 entries; num_hidden_layers is 8"),
         ({"kv_source_layers": [0, 0, 2, 0, 4, 5, 6, 0]}, "layer 1 reads layer 0; their windows differ: 7, not 4"),
+        (
+            {"value_source_layers": [0, 1, 2, 0, 2, 2, 1, 0]},
+            "layer 4 reads values of layer 2; it must write none itself",
+        ),
+        (
+            {"value_source_layers": [0, 1, 2, 0, 4, 2, 1, 1]},
+            "layer 7 reads keys of layer 0 and values of layer 1; their windows differ",
+        ),
         ({"layer_types": ["full_attention"] * 8}, "layer 0: full_attention with a window of 4"),
         ({"layer_types": ["linear_attention"] * 8}, "layer 0: layer type 'linear_attention'"),
         ({"layer_sliding_windows": [1, 7, None, 1, None, None, 7, 1]}, "layer 0: a window of 1"),

@@ -29,6 +29,7 @@ from train.hub.targets import TRANSFORMERS_FLOOR
 transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
 
 from train.hf import KVFrontierConfig, modeling_kvfrontier, vllm_plugin
+from train.hf.configuration_kvfrontier import check_vllm
 
 ARCHITECTURE = "KVFrontierForCausalLM"
 LENGTH = 20
@@ -265,6 +266,13 @@ def test_windows_and_heads_that_differ_are_refused_with_and_without_it(model_cla
         vllm_config.model_config.hf_config = KVFrontierConfig(**layers, vllm_cache="per_layer")
         with pytest.raises(ValueError, match="cannot serve this model: layer_key_value_heads differ"):
             kind(vllm_config=vllm_config)
+
+
+def test_values_of_another_layer_are_refused() -> None:
+    layers = {"num_hidden_layers": 3, "kv_source_layers": [0, 1, 1], "vllm_cache": "per_layer"}
+    check_vllm(KVFrontierConfig(**layers))
+    with pytest.raises(ValueError, match="cannot serve this model: its layers read keys of one layer and values of"):
+        check_vllm(KVFrontierConfig(**layers, value_source_layers=[0, 1, 0]))
 
 
 def test_layers_that_differ_are_refused(model_class: type) -> None:

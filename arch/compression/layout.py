@@ -163,8 +163,8 @@ def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
         in_bytes = keep.budget is not None and keep.budget.unit == "bytes"
         if keep.name == "streaming" and not (in_bytes and one.slot.elements != other.slot.elements):
             continue  # the same positions of both
-        if keep.name == "think" and second.how == "values":
-            continue  # all positions; of what it takes from the other store no channel goes
+        if keep.name == "xkv" or (keep.name == "think" and second.how == "values"):
+            continue  # all positions of both; of what is taken from the other store no channel goes
         what = "channels" if keep.name == "think" else "positions"
         raise ValueError(
             f"{method.text}: layer {layer} reads stores {one.name} and {other.name} together, and {keep.name} would "
