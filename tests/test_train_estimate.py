@@ -55,6 +55,8 @@ LAYOUTS = [
     "gpt_oss",
     "mistral_large4",
     "gla2",
+    "fusedkv",
+    "fusedkv_lite",
     "bct",
     "bct_gated",
     "bct_ring",
