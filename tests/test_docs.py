@@ -139,9 +139,13 @@ def test_extending(workplace: Path, registries: None, capsys: pytest.CaptureFixt
 def test_a_layout_from_a_folder_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", text_of("extending"), re.DOTALL)
-    plan = arch.resolve(arch.model_config(arch.from_dict(arch.ArchConfig, yaml.safe_load(text)), "tiny"))
+    text, other = re.findall(r"```yaml\n(.*?)```", text_of("extending"), re.DOTALL)
+    plan, reads_two = (
+        arch.resolve(arch.model_config(arch.from_dict(arch.ArchConfig, yaml.safe_load(each)), "tiny", max_window=None))
+        for each in (text, other)
+    )
     assert plan.owners == (0, 0, 0, 3, 4, 4, 4, 7)
+    assert str(reads_two) == "0 0s 0s 3 3/0 3/0 3+0 7"
     (tmp_path / "my" / "arch").mkdir(parents=True)
     (tmp_path / "my" / "arch" / "mine.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """Studies: matched sizes, which runs are left, rows, and jobs that are cut and continue."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from arch.named import model_config, names
 from data.cli import UsageError
 from eval import study as report
 from eval.study_rows import compare, frontier, groups, read_rows, sentence
-from train import study
+from train import pretrain, study
 from train.matching import find_match
 from train.schema import PretrainConfig
 from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
-from train.studies.launchers import DONE, STOPPED, Job, LocalHandle, SlurmJob, SlurmLauncher
+from train.studies.launchers import DONE, STOPPED, Job, LocalHandle, LocalLauncher, SlurmJob, SlurmLauncher
 from train.studies.rows import append_row
 from train.studies.schema import StudyConfig
 
@@ -84,6 +85,9 @@ def test_rows_survive_a_cut_line(tmp_path: Path) -> None:
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(UsageError, match="line 1"):
         read_rows(path)
+
+
+VOCABULARY = "run=[+experiment=laptop,size.vocab_size=600]"
 
 
 class Steps(Job):
@@ -172,6 +176,67 @@ def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, 
         with pytest.raises(SystemExit):
             launch_in_process(study.main, "study", StudyConfig, [*words, word])
         assert fix in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("{wide: [+arch=mqa, seed=3]}", "layouts.wide has seed=3; seed is the study's to set"),
+        ("{wide: [size.head_dim=32]}", "it needs one +arch=, the layout that the other words change"),
+        ("{wide: +arch=mqa}", "write layouts={mqa_wide: [+arch=mqa, size.head_dim=32]}"),
+        ("{wide: [+arch=mqa, arch.stores.kv.window=0]}", "arch.stores.kv.window is 0"),
+    ],
+)
+def test_layouts_of_a_study_of_its_own_are_checked(
+    own: str, message: str, corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["plan=true", f"data.path={corpus}", "archs=[wide]", f"layouts={own}", "run=['+size=tiny']"]
+    with pytest.raises(SystemExit):
+        launch_in_process(study.main, "study", StudyConfig, words)
+    assert message in capsys.readouterr().err
+
+
+def test_equal_bytes(corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """Half and an eighth of MHA's bytes, and as many parameters."""
+    launch_in_process(
+        study.main, "study", StudyConfig, ["+study=equal_bytes", "plan=true", f"data.path={corpus}", VOCABULARY]
+    )
+    rows = re.findall(r"│ (\w+) +│[^│]*│[^│]*│ ([\d.]+ [KM]iB) +│ d_ff \d+ \(([+-][\d.]+)%\)", capsys.readouterr().out)
+    assert [row[:2] for row in rows] == [
+        ("mha", "1 MiB"),
+        *((name, "512 KiB") for name in ("gqa4", "tied8", "mlkv8")),
+        *((name, "128 KiB") for name in ("mqa", "tied2", "mlkv4")),
+    ]
+    assert all(abs(float(off)) < 1 for *_, off in rows)  # a step of d_ff is 1.7 % of so small a model
+
+
+class InProcess:
+    """A job that trains when it is first looked at."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def poll(self) -> str:
+        words = [*self.job.words, f"folder={self.job.folder}"]
+        launch_in_process(pretrain.main, "pretrain", PretrainConfig, words)
+        return DONE
+
+
+def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study's own layouts are trained as they were planned, and their rows have the bytes that they share."""
+    monkeypatch.setattr(LocalLauncher, "start", lambda launcher, job: InProcess(job))
+    monkeypatch.setattr(study, "PAUSE", 0)
+    small = "size.num_layers=4,size.d_model=32,size.d_ff=48,size.seq_len=32,data.val_tokens=256,logger=csv,batch_size=4"
+    words = ["+study=equal_bytes", f"data.path={corpus}", f"folder={tmp_path}", "archs=[tied2,mlkv4]", "seeds=[0]"]
+    words += [f"run=[+size=tiny,size.vocab_size=600,{small}]", "tokens=256", "lrs=[3e-3]", "tasks=[]"]
+    launch_in_process(study.main, "study", StudyConfig, words)
+    one, other = read_rows(tmp_path / "results.jsonl")
+    assert [one["arch"], other["arch"]] == ["tied2", "mlkv4"] and one["key"] != other["key"]
+    assert one["kv"] == {
+        context: [stored, other["kv"][context][1] // 2] for context, (stored, _) in other["kv"].items()
+    }
+    assert one["config"]["arch"]["stores"]["kv"]["tied"] == "vector"
+    assert other["match"]["key"] == "d_ff" and one["loss"] != other["loss"]
 
 
 class Submitted:

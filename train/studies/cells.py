@@ -94,7 +94,7 @@ def layouts(study: StudyConfig) -> list[Layout]:
 
 def _layout(study: StudyConfig, arch: str, digests: dict[tuple[Path, ...], str]) -> Layout:
     name = f"{study.name}-{arch}"
-    words = [f"+arch={arch}", *study.run, f"match={study.match}", f"name={hydra_value(name)}"]
+    words = [*study.layout_words(arch), *study.run, f"match={study.match}", f"name={hydra_value(name)}"]
     if study.data.path is not None:
         words.append(f"data.path={hydra_value(study.data.path)}")
     try:

@@ -27,7 +27,9 @@ class StudyConfig:
     """Layouts x learning rates x seeds at one size and budget.
 
     name           of the study
-    archs          layouts
+    archs          layouts: names of configs/arch, or of `layouts`
+    layouts        the study's own: for each name the words of the command line of train/pretrain.py that make it,
+                   {mqa_wide: [+arch=mqa, size.head_dim=32]}
     seeds          of each layout
     run            words of the command line of train/pretrain.py that all runs share: size, recipe, precision
     tokens         training tokens of a run
@@ -51,6 +53,7 @@ class StudyConfig:
 
     name: str = "study"
     archs: list[str] = field(default_factory=lambda: ["mha"])
+    layouts: Any = None  # a mapping, as options
     seeds: list[int] = field(default_factory=lambda: [0])
     run: list[str] = field(default_factory=list)
     tokens: int = 1_000_000
@@ -86,6 +89,11 @@ class StudyConfig:
     def threads_of_run(self) -> int:
         return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
 
+    def layout_words(self, arch: str) -> list[str]:
+        """The words of the command line of train/pretrain.py that choose a layout."""
+        own = self.layouts or {}
+        return list(own[arch]) if arch in own else [f"+arch={arch}"]
+
     @property
     def chosen(self) -> list[Chosen]:
         """The tasks with their options. Raises UsageError where there is no such task or option."""
@@ -118,7 +126,6 @@ def problems(config: StudyConfig) -> list[str]:
     if config.slurm is not None and not isinstance(config.slurm, dict):
         found.append(f"slurm is {config.slurm!r}; write slurm={{slurm_partition: NAME}}")
     taken = (
-        "arch",
         "seed",
         "tokens",
         "optim.lr",
@@ -129,8 +136,23 @@ def problems(config: StudyConfig) -> list[str]:
         "data.path",
         "trainer.max_hours",
     )
-    for word in config.run:
-        key = word.lstrip("+~").partition("=")[0]
-        if key in taken:
-            found.append(f"run has {word}; {key} is the study's to set")
+    found += [
+        f"run has {word}; {key} is the study's to set" for word, key in keys(config.run) if key in (*taken, "arch")
+    ]
+    own = {} if config.layouts is None else config.layouts
+    if not isinstance(own, dict) or not all(
+        isinstance(words, list) and all(isinstance(word, str) for word in words) for words in own.values()
+    ):
+        return [*found, f"layouts is {own!r}; write layouts={{mqa_wide: [+arch=mqa, size.head_dim=32]}}"]
+    for name, words in own.items():
+        found += [
+            f"layouts.{name} has {word}; {key} is the study's to set" for word, key in keys(words) if key in taken
+        ]
+        if sum(key == "arch" for _, key in keys(words)) != 1:
+            found.append(f"layouts.{name} is {words}; it needs one +arch=, the layout that the other words change")
     return found
+
+
+def keys(words: list[str]) -> list[tuple[str, str]]:
+    """Words of a command line, each with the key that it sets."""
+    return [(word, word.lstrip("+~").partition("=")[0]) for word in words]
