@@ -29,7 +29,7 @@ class StudyConfig:
     name           of the study
     archs          layouts: names of configs/arch, or of `layouts`
     layouts        the study's own: for each name the words of the command line of train/pretrain.py that make it,
-                   {mqa_wide: [+arch=mqa, size.head_dim=32]}
+                   {mqa_wide: ['+arch=mqa', 'size.head_dim=32']}
     seeds          of each layout
     run            words of the command line of train/pretrain.py that all runs share: size, recipe, precision
     tokens         training tokens of a run
@@ -143,7 +143,7 @@ def problems(config: StudyConfig) -> list[str]:
     if not isinstance(own, dict) or not all(
         isinstance(words, list) and all(isinstance(word, str) for word in words) for words in own.values()
     ):
-        return [*found, f"layouts is {own!r}; write layouts={{mqa_wide: [+arch=mqa, size.head_dim=32]}}"]
+        return [*found, f"layouts is {own!r}; write layouts={{mqa_wide: ['+arch=mqa', 'size.head_dim=32']}}"]
     for name, words in own.items():
         found += [
             f"layouts.{name} has {word}; {key} is the study's to set" for word, key in keys(words) if key in taken
