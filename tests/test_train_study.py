@@ -24,6 +24,9 @@ from train.studies.launchers import DONE, STOPPED, Job, LocalHandle, LocalLaunch
 from train.studies.rows import append_row
 from train.studies.schema import StudyConfig
 
+# Layouts whose heads would have to be more than 64 times as wide for MHA's bytes.
+FEW_BYTES = ("characterai", "deepseek_v4_hca", "mlkv")
+
 
 @pytest.mark.parametrize("name", names("arch"))
 def test_every_layout_is_matched_or_refused(name: str) -> None:
@@ -34,7 +37,7 @@ def test_every_layout_is_matched_or_refused(name: str) -> None:
         try:
             changed, found = find_match(model, match, model.size.seq_len)
         except LayoutError as refused:
-            assert name in ("characterai", "mlkv") and match == "kv" and "no width brings it nearer" in str(refused)
+            assert name in FEW_BYTES and match == "kv" and "no width brings it nearer" in str(refused)
             continue
         assert abs(found.off) < tolerance, str(found)
         assert getattr(changed.size, found.key) == found.width
