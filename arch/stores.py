@@ -749,7 +749,7 @@ class StridedSpec(GroupedSpec):
         return (*super().cache_tensors(context), self.state)
 
     def read_bytes(self, context: int, itemsize: int, owner: bool) -> int:
-        """What is not complete concerns its owner alone."""
+        """Leave out, but for the owner, the positions that no entry has yet."""
         return self.nbytes(context, itemsize) - (0 if owner else self.state.nbytes(itemsize))
 
     def slope(self, itemsize: int) -> Fraction:

@@ -43,7 +43,7 @@ class Pool(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(width, size.norm_eps) for width in self.widths)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens [..., D] give, and the logarithms of its weights but for the bias, [..., X] in at least fp32."""
+        """Project tokens [..., D] to what is pooled and to its weights' logarithms, without bias; [..., X]."""
         value, gate = self.proj(x), self.gate_proj(x)
         dtype = at_least_fp32(value.dtype)
         return value.to(dtype), gate.to(dtype)
@@ -63,7 +63,7 @@ class Pool(nn.Module):
         return value, gate if chunks.there_BCM is None else gate.masked_fill(~chunks.there_BCM.unsqueeze(-1), -math.inf)
 
     def entries(self, mean: Tensor, rope: Rope, dtype: torch.dtype) -> Tensors:
-        """What slots hold, [..., K, H] each, given weighted means [..., X]; `rope` is that of a step for [B, X]."""
+        """Make slots, [..., K, H] each, of weighted means [..., X]; `rope` is that of a step for [B, X]."""
         heads = torch.split(apart(mean.to(dtype), -1, self.heads, sum(self.widths)), self.widths, dim=-1)
         normed = [norm(x) for norm, x in zip(self.norms, heads, strict=True)]
         return ((rotate_step if mean.ndim == 2 else rotate)(normed[0], rope), *normed[1:])
@@ -120,7 +120,7 @@ class StridedWriter(nn.Module):
         chunks: CachedChunks,
         buffer: StridedBuffer,
     ) -> list[Tensor]:
-        """What readers of new tokens over a cache get, which then holds these, too."""
+        """Return what readers of new tokens over a cache get; the buffer then holds these tokens, too."""
         *slots, state = buffer.tensors
         sum_BX, mean_BX = (x.flatten(1).to(value_BCMX.dtype) for x in state.unbind(dim=1))
         earlier = torch.full_like(gate_BCMX[:, :, :1], -math.inf)  # one more place: what the first chunk began with

@@ -69,7 +69,10 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         axes.text(layer, layer_y, str(layer), ha="center", va="center", fontsize=8, color="white" if owner else INK)
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
-            text = "\n+".join(str(number) for _, number in store.retention) or ("all" if store.grows else "state")
+            kept = [str(number) for _, number in store.retention] or ["all" if store.grows else "state"]
+            if store.kind == "strided":
+                kept[-1] = f"1/{kept[-1]}"
+            text = "\n+".join(kept)
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
             if store.sinks:
