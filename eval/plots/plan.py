@@ -71,7 +71,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
             kept = [str(number) for _, number in store.retention] or ["all" if store.grows else "state"]
             if store.kind == "strided":
-                kept[-1] = f"1/{kept[-1]}"
+                kept[-1] = f"1 in\n{kept[-1]}"
             text = "\n+".join(kept)
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
             _line(axes, (layer, layer_y + 0.2), (layer, store_y - 0.2), tint, width=2.2, style="-|>")
