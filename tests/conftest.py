@@ -3,6 +3,7 @@
 import atexit
 import copy
 import gc
+import logging
 import os
 import re
 import shutil
@@ -51,6 +52,8 @@ os.environ[MODULES] = tempfile.mkdtemp(prefix="kvfrontier-modules-")
 atexit.register(shutil.rmtree, os.environ[MODULES], ignore_errors=True)
 place_modules()
 os.environ.setdefault(BLANK, "1")
+# In place of pytest's log_level, which tells each of some thousand loggers twelve times a test.
+logging.getLogger().setLevel(logging.INFO)
 torch.set_num_threads(1)  # the models are small; tests compare runs bit for bit
 keep_einops_whole()  # in blocks that tests compile, as in training
 
@@ -97,6 +100,12 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str 
     return build_model(config, backend=backend, seed=1).to(dtype).eval()
 
 
+@cache
+def shared(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """`build(small(name))`, one for all tests of this process, which only read it."""
+    return build(small(name), dtype)
+
+
 def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
 
@@ -124,6 +133,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(params=DECODERS)
 def arch(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def shared_model(arch: str) -> Iterator[LanguageModel]:
+    """The model of `shared`, looked at again after the test: one that changes a model builds its own."""
+    model = shared(arch)
+    yield model
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def documents() -> Iterator[tuple[str, str]]:

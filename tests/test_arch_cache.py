@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import WINDOW, build, small, tokens
+from conftest import WINDOW, build, shared, small, tokens
 
-from arch import allocate, generate, resolve
+from arch import LanguageModel, allocate, generate, resolve
 from arch.buffers import StateBuffer, Step
 from arch.config import ArchConfig, LatentConfig, StoreConfig
 from arch.footprint import allocated_bytes, kv_bytes
@@ -14,7 +14,7 @@ from arch.static_step import StaticStep
 @pytest.mark.parametrize(("length", "batch"), [(1, 3), (WINDOW - 1, 1), (WINDOW, 3), (WINDOW + 1, 1), (3 * WINDOW, 3)])
 def test_bytes(arch: str, length: int, batch: int) -> None:
     """Allocated for `length` tokens and filled with them, the storages weigh what the formula says."""
-    model = build(small(arch), torch.float32)
+    model = shared(arch, torch.float32)
     cache = allocate(model.plan, batch, length, dtype=torch.float32)
     expected = batch * kv_bytes(model.plan, length, 4).stored
     assert cache.nbytes == expected == allocated_bytes(model.plan, batch, length, 4)
@@ -51,8 +51,8 @@ def test_slope_and_constant(arch: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 20])
-def test_chunks_and_steps_equal_the_forward(arch: str, chunk: int) -> None:
-    model, batch, length = build(small(arch)), tokens(2, 20), 20
+def test_chunks_and_steps_equal_the_forward(shared_model: LanguageModel, chunk: int) -> None:
+    model, batch, length = shared_model, tokens(2, 20), 20
     assert length > 2 * WINDOW
     with torch.no_grad():
         expected = model(batch)
@@ -61,8 +61,8 @@ def test_chunks_and_steps_equal_the_forward(arch: str, chunk: int) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
-def test_prefill_then_steps(arch: str) -> None:
-    model, batch = build(small(arch)), tokens(2, 20)
+def test_prefill_then_steps(shared_model: LanguageModel) -> None:
+    model, batch = shared_model, tokens(2, 20)
     with torch.no_grad():
         expected = model(batch)
         cache = allocate(model.plan, 2, 20, dtype=torch.float64)
@@ -71,17 +71,17 @@ def test_prefill_then_steps(arch: str) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
-def test_left_padding_changes_nothing(arch: str) -> None:
+def test_left_padding_changes_nothing(shared_model: LanguageModel) -> None:
     """A row that starts late gives the logits it has alone, in prefill, chunks and steps."""
-    model, length, starts = build(small(arch)), 18, [0, 5, 11]
+    model, length, starts = shared_model, 18, [0, 5, 11]
     batch = tokens(3, length)
     with torch.no_grad():
+        alone = [model(batch[row : row + 1, start:]) for row, start in enumerate(starts)]
         for chunk in (length, 4, 1):
             cache = allocate(model.plan, 3, length, dtype=torch.float64, start_B=torch.tensor(starts))
             logits = torch.cat([model(part, cache) for part in batch.split(chunk, dim=1)], dim=1)
             for row, start in enumerate(starts):
-                alone = model(batch[row : row + 1, start:])
-                torch.testing.assert_close(logits[row : row + 1, start:], alone, rtol=0, atol=1e-10)
+                torch.testing.assert_close(logits[row : row + 1, start:], alone[row], rtol=0, atol=1e-10)
 
 
 def test_stores_are_per_owner(arch: str) -> None:
@@ -171,25 +171,31 @@ def test_tail() -> None:
     assert resolve(small("bct", num_layers=20)).tail == 20
 
 
-def test_last_only(arch: str) -> None:
-    model, batch = build(small(arch)), tokens(2, 9)
+def test_last_only(shared_model: LanguageModel) -> None:
+    model, batch = shared_model, tokens(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(model(batch, last_only=True), model(batch)[:, -1:], rtol=0, atol=1e-12)
 
 
-def greedy(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
-    """Greedy decoding without a cache: the whole forward for every token."""
-    row = list(prompt)
+def greedy(model: LanguageModel, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """Greedy decoding without a cache: the whole forward for every token. Rows start together; what follows the last
+    token of a row changes nothing before it."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    rows = torch.zeros(len(prompts), int(lengths.max()) + new, dtype=torch.long)
+    every = torch.arange(len(prompts))
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
     with torch.no_grad():
-        for _ in range(new):
-            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
-    return row[len(prompt) :]
+        for count in range(new):
+            ends = lengths + count
+            rows[every, ends] = model(rows[:, : int(ends.max())])[every, ends - 1].argmax(-1)
+    return [row[length : length + new].tolist() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
-def test_greedy_generation_of_a_ragged_batch(arch: str) -> None:
-    model = build(small(arch))
+def test_greedy_generation_of_a_ragged_batch(shared_model: LanguageModel) -> None:
+    model = shared_model
     prompts = [tokens(1, length)[0].tolist() for length in (2, 9, 1, 14)]
-    alone = [greedy(model, prompt, 10) for prompt in prompts]
+    alone = greedy(model, prompts, 10)
     for chunk in (None, 3):
         assert generate(model, prompts, 10, prefill_chunk=chunk) == alone
 
@@ -273,11 +279,11 @@ def test_generation_refuses(arguments: dict, message: str) -> None:
         generate(build(small("mha")), **options)
 
 
-def test_rows_that_end_take_the_next_prompt(arch: str) -> None:
-    """More prompts than rows: every one is continued as it is alone, whatever its row held before."""
-    model = build(small(arch))
+def test_rows_that_end_take_the_next_prompt(shared_model: LanguageModel) -> None:
+    """More prompts than rows: every one is continued as it is without a cache, whatever its row held before."""
+    model = shared_model
     prompts = [tokens(1, length)[0].tolist() for length in (3, 9, 1, 14, 5)]
-    alone = [row for prompt in prompts for row in generate(model, [prompt], 6)]
+    alone = greedy(model, prompts, 6)
     stop = alone[1][2]
     stopped = [row[: row.index(stop)] if stop in row else row for row in alone]
     assert generate(model, prompts, 6, max_batch=2, stop_token=stop) == stopped

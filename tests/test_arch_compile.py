@@ -2,7 +2,7 @@
 silent: a layout that falls into pieces trains at a fraction of its speed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,17 +12,21 @@ from arch import ModelConfig, resolve
 from arch.decoder import Block
 from train.parallel import parallelize
 
-LENGTH = 24
+LENGTH = 16  # two chunks of a bounded store, which a graph repeats for each
 
 
 def kinds(name: str, **size: int) -> set[str]:
-    """The kinds of blocks that a layout has: equal ones are compiled once."""
+    """The kinds of blocks that a layout has, as far as the code tells them apart: of key/value heads only whether
+    queries share them, of angles only whether there are any. Everything else of a store makes a kind of its own."""
     found = set()
-    for number, stack in enumerate(resolve(small(name, **size)).stacks):
+    config = small(name, **size)
+    for number, stack in enumerate(resolve(config).stacks):
         plan = stack.plan
         for layer, owner in enumerate(plan.owners):
-            store = str(replace(plan.store(layer), owner=0, name=""))
-            found.add(f"{number} {owner == layer} {store}")
+            store = plan.store(layer)
+            spec = asdict(replace(store, owner=0, name="", rope_theta=float(store.rope_theta > 0)))
+            spec["slot"]["kv_heads"] = min(1, store.slot.kv_heads) + (store.slot.kv_heads >= config.size.num_heads)
+            found.add(f"{number} {owner == layer} {type(store).__name__} {spec}")
     return found
 
 

@@ -117,7 +117,7 @@ def test_slots_are_the_owners_tensors_not_copies(arch: str) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_over_layouts_stays_compiled() -> None:
-    """All blocks share one code object, and torch gives up on one after eight variants: not here, where three layouts
+    """All blocks share one code object, and torch gives up on one after eight variants: not here, where four layouts
     make twenty. A change of length or batch is slow to trace in bounded blocks and is left out there."""
     executed, variants = [], []
 
@@ -130,7 +130,8 @@ def test_a_sweep_over_layouts_stays_compiled() -> None:
 
         return call
 
-    for name, length, batches in (("mha", 15, (2, 1)), ("mixattention", 15, (2, 1)), ("bct_mixed", 16, (2,))):
+    sweep = (("mha", 15, (2, 1)), ("mixattention", 15, (2, 1)), ("mimo", 15, (2, 1)), ("bct_gated", 16, (2,)))
+    for name, length, batches in sweep:
         model = build(small(name, num_layers=6), torch.float32)
         parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.float32)
         for block in model.layers:

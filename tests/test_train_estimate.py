@@ -111,7 +111,8 @@ def config(name: str, num_layers: int | None = None, style: str = "llama") -> Mo
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of all storages made while it is on and still alive, and the most there were after any operation."""
+    """Bytes of all storages made while it is on and still alive, and the most there were after any operation that made
+    one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,16 +125,18 @@ class Storages(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.alive)
+        return sum(map(torch.UntypedStorage.nbytes, self.alive))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out, made = func(*args, **(kwargs or {})), False
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 storage = local(leaf).untyped_storage()
-                if storage._cdata not in self.before:
+                if storage._cdata not in self.before and storage not in self.alive:
                     self.alive.add(storage)
-        self.peak = max(self.peak, self.bytes)
+                    made = True
+        if made:
+            self.peak = max(self.peak, self.bytes)
         return out
 
 
