@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +256,33 @@ def main(ends: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it is for the tests, at whose end this ends too
     gc.freeze()
     arguments = serve(*(socket.socket(fileno=int(end)) for end in ends))["argv"]
-    if arguments[0] == "-c":
-        exec(arguments[1], {"__name__": "__main__"})
-    elif arguments[0] == "-m":
-        sys.argv, sys.path[0] = arguments[1:], os.getcwd()
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(arguments[0], run_name="__main__")
+    status = 0
+    try:
+        if arguments[0] == "-c":
+            exec(arguments[1], {"__name__": "__main__"})
+        elif arguments[0] == "-m":
+            sys.argv, sys.path[0] = arguments[1:], os.getcwd()
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        status = exit_status(ended)
+    finish(status)
+
+
+def exit_status(ended: SystemExit) -> int:
+    if isinstance(ended.code, str):
+        print(ended.code, file=sys.stderr)
+    return ended.code & 255 if isinstance(ended.code, int) else int(ended.code is not None)
+
+
+def finish(status: int) -> None:
+    """End as an interpreter does, but leave the modules as they are: to take them apart copies what a fork shares."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
