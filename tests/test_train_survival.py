@@ -26,10 +26,8 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module", autouse=True)
 def forks() -> Iterator[None]:
-    """Runs are forks, whose imports are done: what comes after them is the same in an interpreter of its own. Their
-    vocabulary is that of the corpus."""
+    """Runs are forks, whose imports are done: what comes after them is the same in an interpreter of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faults, "RUN", [*faults.RUN, "size.vocab_size=600"])
         patch.setattr(faults.subprocess, "Popen", connect(process_environment()))
         yield
 
