@@ -21,9 +21,9 @@ needs_cuda_build = [
     pytest.mark.timeout(1800),
     pytest.mark.slow,
 ]
-# Bytes of stack per thread of kernels that spill registers: fused ones a few (sines), and torch's own template of
-# FlexAttention's backward pass up to 568, with the keys of 192 of MLA.
-SPILL, SPILL_OF_TEMPLATES = 64, 640
+# Bytes of stack per thread of kernels that spill registers; torch's own template of FlexAttention's backward pass takes
+# 568 with the keys of 192 of MLA.
+SPILL, SPILL_OF_TEMPLATES = 512, 640
 
 
 def recorded(name: str) -> dict[str, Any]:
