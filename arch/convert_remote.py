@@ -1,8 +1,8 @@
 """The remote-code decoder of train/hf, for layouts that no stock class holds: its config.json and weights.
 
 It shares keys and values between layers as the plan does, also values without their keys, with windows, heads, rotary
-bases and widths per store, attention sinks, and norms before keys and values. Its weights have Llama's names: they are
-those of convert_stock.py.
+bases and widths per store, attention sinks, norms before keys and values, and keys and values of one projection. Its
+weights have Llama's names: they are those of convert_stock.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,7 @@ from .convert import (
 )
 from .convert_stock import TIED, own_windows_text, second_reads_text, weights
 from .plan import KVPlan, resolve_stack
-from .stores import StoreSpec
+from .stores import StoreSpec, TiedSpec
 
 __all__ = ["TIED", "from_hf_config", "to_hf_config", "weights"]
 
@@ -58,6 +58,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     thetas = _per_layer(plan, lambda store: store.rope_theta or base)
     turned = _per_layer(plan, lambda store: store.rope_key[0])
     sinks = _per_layer(plan, lambda store: store.sinks)
+    tied = _per_layer(plan, _tied_form)
     norms = [plan.store(i).kv_norm and owner == i for i, owner in enumerate(plan.owners)]
     distinct_windows = {window for window in windows if window is not None}
     return {
@@ -78,6 +79,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         **({"value_source_layers": _value_owners(plan)} if plan.second_reads else {}),
         "layer_sinks": sinks if any(sinks) else None,
         "layer_kv_norms": norms if any(norms) else None,
+        **({"layer_tied": tied} if any(tied) else {}),
         **NO_SPECIAL_TOKENS,
     }
 
@@ -92,6 +94,15 @@ def _per_layer(plan: KVPlan, value: Callable[[StoreSpec], T]) -> list[T]:
     return [value(plan.store(layer)) for layer in range(plan.num_layers)]
 
 
+# Forms of one tensor for keys and values that it has: of `half` a cache of transformers holds no two widths of heads.
+TIED_FORMS = ("vector", "projection")
+
+
+def _tied_form(store: StoreSpec) -> str | None:
+    """The form in which keys and values of `store` are one tensor; None: they are two."""
+    return store.tied if isinstance(store, TiedSpec) else None
+
+
 def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
     """Every property of a model that the remote decoder does not have."""
 
@@ -99,7 +110,8 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
 
     problems = style_problems(size)
-    for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind != "grouped"):
+    heads = [store for store in plan.stores if store.kind == "grouped" or _tied_form(store) in TIED_FORMS]
+    for kind in dict.fromkeys(type(store) for store in plan.stores if store not in heads):
         stores = names(store for store in plan.stores if type(store) is kind)
         problems.append(
             f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
@@ -110,10 +122,9 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
     if any(second and second.how == "mix" for second in plan.second_reads):
         problems.append(f"mix: {second_reads_text(plan, 'mix')}, mixed; the remote decoder reads them as they are")
-    grouped = [store for store in plan.stores if store.kind == "grouped"]
-    if len({width for store in grouped for width in (store.slot.k_dim, store.slot.v_dim)}) > 1:
-        problems.append(f"k_dim, v_dim: {names(grouped)} have different widths; the remote decoder has one head_dim")
-    if any(store.window == 1 for store in plan.stores if store.kind == "grouped"):
+    if len({width for store in heads for width in store.kernel_heads(size)[1:]}) > 1:
+        problems.append(f"k_dim, v_dim: {names(heads)} have different widths; the remote decoder has one head_dim")
+    if any(store.window == 1 for store in heads):
         problems.append("window: the caches of transformers do not drop positions for a window of 1")
     return problems
 
@@ -138,6 +149,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         "layer_rotary_dims": [hf["head_dim"]] * depth,
         "layer_sinks": [False] * depth,
         "layer_kv_norms": [False] * depth,
+        "layer_tied": [None] * depth,
     }
     lists = {key: hf.get(key) or value for key, value in lists.items()}
     if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
@@ -160,8 +172,9 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
             kv_norm=norm,
             rope=turned if 0 < turned < hf["head_dim"] else None if turned else "none",
             rope_theta=base if turned else None,
+            tied=form,
         )
-        for span, heads, base, turned, sink, norm in zip(*lists.values(), strict=True)
+        for span, heads, base, turned, sink, norm, form in zip(*lists.values(), strict=True)
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
     size = from_dict(SizeConfig, sizes)
@@ -188,6 +201,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
         "layer_rotary_dims": (int,),
         "layer_sinks": (bool,),
         "layer_kv_norms": (bool,),
+        "layer_tied": (str, type(None)),
     }
     problems, depth = [], hf.get("num_hidden_layers")
     for key, kinds in entries.items():

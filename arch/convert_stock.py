@@ -110,6 +110,7 @@ LAYER_MODULES = {
     "reader.q_norm": "self_attn.q_norm",
     "writer.k_proj": "self_attn.k_proj",
     "writer.v_proj": "self_attn.v_proj",
+    "writer.kv_proj": "self_attn.kv_proj",
     "writer.k_norm": "self_attn.k_norm",
     "writer.kv_down_proj": "self_attn.kv_a_proj_with_mqa",
     "writer.latent_norm": "self_attn.kv_a_layernorm",

@@ -102,6 +102,11 @@ def norm_unscaled(norm: RMSNorm | None, x_BTKH: Tensor) -> Tensor:
     return F.rms_norm(x.to(at_least_fp32(x.dtype)), shape, None, norm.eps).to(x.dtype).view_as(x_BTKH)
 
 
+def one_gradient(x: Tensor) -> Tensor:
+    """A view of `x`: gradients of its uses are added before they join those of other readers, as with checkpointing."""
+    return x.view_as(x)
+
+
 class VectorReader(GroupedReader):
     """Queries of this layer over vectors that are keys and values; outputs are rotated back where those are rotated."""
 
@@ -111,7 +116,7 @@ class VectorReader(GroupedReader):
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         q_BTNH = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         q_BTNH = scale_queries(turn(norm_heads(self.q_norm, q_BTNH), rope), query_table, self.head_scale)
-        kv_BSKH = kv.kv_BSKH.to(q_BTNH.dtype)  # a cache may hold another type
+        kv_BSKH = one_gradient(kv.kv_BSKH.to(q_BTNH.dtype))  # a cache may hold another type
         out_BTNH = turn(attend(q_BTNH, kv_BSKH, kv_BSKH, mask, self.scale, self.sinks), back(rope))
         out: Tensor = self.o_proj(gate_output(self.gate_proj, x_BTD, out_BTNH).flatten(-2))
         return out
@@ -131,7 +136,7 @@ class HalfReader(GroupedReader):
         q = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         plain, rotated = q.split(self.widths, dim=-1)
         q_BTNH = scale_queries(torch.cat((plain, turn(rotated, rope)), dim=-1), query_table, self.head_scale)
-        v_BSKH, k_rope_BSP = (tensor.to(q.dtype) for tensor in kv)
+        v_BSKH, k_rope_BSP = (one_gradient(tensor.to(q.dtype)) for tensor in kv)
         k_rope_BSKP = k_rope_BSP.unsqueeze(2).expand(-1, -1, v_BSKH.shape[2], -1)
         k_BSKH = torch.cat((v_BSKH[..., : self.widths[0]], k_rope_BSKP), dim=-1)
         out_BTNH = gate_output(self.gate_proj, x_BTD, attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale, self.sinks))

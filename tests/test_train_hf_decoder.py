@@ -36,7 +36,7 @@ from train.hf import KVFrontierConfig, KVFrontierForCausalLM
 
 REFUSED = {"mla": "latent", "bct": "slots", "bct_gated": "slots", "bct_ring": "slots", "bct_mixed": "slots"}
 REFUSED |= {"mimo": "k_dim, v_dim", "qwen3_next": "matrix", "kimi_linear": "matrix"}
-REFUSED |= {"cla4_window": "reader_windows", "fusedkv": "mix", "deepseek_v4_hca": "stride"}
+REFUSED |= {"cla4_window": "reader_windows", "fusedkv": "mix", "deepseek_v4_hca": "stride", "gemma4": "k_dim, v_dim"}
 REFUSED |= {  # layouts of one's own
     name: "slots" if any(store.slots for store in load_arch(name).stores.values()) else "latent"
     for name in set(DECODERS) - set(REFUSED)
@@ -53,8 +53,18 @@ MIXED = ArchConfig(
     },
     ["new short", "new long", "new global", "reuse short", "new same", "reuse global", "reuse long", "reuse short"],
 )
+# Keys that are values, in part rotated, with a window and sinks, or not at all; and one projection for both.
+TIED = ArchConfig(
+    {
+        "near": StoreConfig(2, tied="vector", window=4, rope="1/2", sinks=True),
+        "both": StoreConfig(4, tied="projection", kv_norm=True),
+        "plain": StoreConfig(1, tied="vector", rope="none"),
+    },
+    ["new near", "reuse near", "new both", "reuse near", "new plain", "reuse both"],
+)
+OWN = {"mixed": MIXED, "tied": TIED}
 WHOLE = {"window": None, "num_layers": 8}
-LAYOUTS = [name for name in DECODERS if name not in REFUSED] + ["mixed"]
+LAYOUTS = [name for name in DECODERS if name not in REFUSED] + list(OWN)
 LENGTH = 10  # of the prompt; more than any window
 STEPS = 2 * WINDOW + 3
 
@@ -67,7 +77,11 @@ def depth(name: str) -> dict[str, int]:
 @cache
 def pair(name: str, **changes: Any) -> tuple[Decoder, Any]:
     """Ours and theirs with the same weights, in fp64, no two norms or sinks alike."""
-    config = small(MIXED, **(WHOLE | changes)) if name == "mixed" else small(name, **(depth(name) | changes))
+    config = (
+        small(OWN[name], **(WHOLE | {"num_layers": len(OWN[name].pattern)} | changes))
+        if name in OWN
+        else small(name, **(depth(name) | changes))
+    )
     ours = build(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -111,7 +125,8 @@ def expected_cache_bytes(
     for layer, window in enumerate(config.windows):
         if config.kv_source_layers[layer] == layer:
             positions = context if window is None else min(context, window - 1 + new_tokens)
-            elements += config.key_value_heads[layer] * 2 * config.head_dim * positions
+            tensors = 1 if config.tied[layer] == "vector" else 2
+            elements += config.key_value_heads[layer] * tensors * config.head_dim * positions
     return batch * itemsize * elements
 
 
@@ -131,7 +146,7 @@ def test_same_model(name: str) -> None:
 
     owners = {i for i, owner in enumerate(ours.plan.owners) if owner == i}
     for kind in ("k_proj", "v_proj"):
-        names = [name for name, _ in theirs.named_parameters() if kind in name]
+        names = [name for name, _ in theirs.named_parameters() if kind in name or "kv_proj" in name]
         assert {int(name.split(".")[2]) for name in names} == owners
     assert theirs.config.kv_source_layers == list(ours.plan.owners)
     hf = json.loads(theirs.config.to_json_string())  # as any tool writes it

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+TIED_FORMS = (None, "vector", "projection")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -25,6 +26,8 @@ class KVFrontierConfig(PreTrainedConfig):
     layer_rotary_dims      leading elements of each head that are rotated, 0 for none, where not all of `head_dim` are
     layer_sinks            whether it has a learned attention-sink logit for each query head
     layer_kv_norms         whether it computes its keys and values from a norm of their own
+    layer_tied             vector: its keys are the values, too, and its outputs are rotated back by the position of
+                           the query; projection: keys and values are of one projection, and keys rotated
     vllm_cache             how vLLM keeps what layers share, which must be said there: `joined`, as its plugin says, or
                            `per_layer`, a copy for each layer, where somebody accepts that
 
@@ -58,6 +61,7 @@ class KVFrontierConfig(PreTrainedConfig):
         layer_rotary_dims: list[int] | None = None,
         layer_sinks: list[bool] | None = None,
         layer_kv_norms: list[bool] | None = None,
+        layer_tied: list[str | None] | None = None,
         vllm_cache: str | None = None,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -84,6 +88,7 @@ class KVFrontierConfig(PreTrainedConfig):
         self.layer_rotary_dims = layer_rotary_dims
         self.layer_sinks = layer_sinks
         self.layer_kv_norms = layer_kv_norms
+        self.layer_tied = layer_tied
         self.vllm_cache = vllm_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
@@ -137,6 +142,10 @@ class KVFrontierConfig(PreTrainedConfig):
         return self.layer_kv_norms or [False] * self.num_hidden_layers
 
     @property
+    def tied(self) -> list[str | None]:
+        return self.layer_tied or [None] * self.num_hidden_layers
+
+    @property
     def mask_names(self) -> list[str]:
         """The attention mask that each layer takes: its layer type, or where windows differ that and its window."""
         return [
@@ -149,6 +158,8 @@ def check_vllm(config: KVFrontierConfig) -> None:
     """Raise ValueError where vLLM would run the model wrongly, or keep a copy per layer that nobody asked for."""
     if config.value_sources != config.kv_source_layers:
         raise ValueError("vLLM cannot serve this model: its layers read keys of one layer and values of another")
+    if "vector" in config.tied:
+        raise ValueError("vLLM cannot serve this model: it would keep keys a second time, as the values that they are")
     unlike = [key for key in ("layer_sliding_windows", "layer_key_value_heads") if getattr(config, key) is not None]
     if unlike:
         raise ValueError(f"vLLM cannot serve this model: {', '.join(unlike)} differ, and it builds all layers alike")
@@ -173,7 +184,7 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
         if getattr(config, name) < 1
     ]
     names = ("layer_types", "kv_source_layers", "layer_sliding_windows", "layer_key_value_heads", "layer_rope_thetas")
-    for name in (*names, "value_source_layers", "layer_rotary_dims", "layer_sinks", "layer_kv_norms"):
+    for name in (*names, "value_source_layers", "layer_rotary_dims", "layer_sinks", "layer_kv_norms", "layer_tied"):
         values = getattr(config, name)
         if values is not None and len(values) != config.num_hidden_layers:
             problems.append(f"{name} has {len(values)} entries; num_hidden_layers is {config.num_hidden_layers}")
@@ -195,6 +206,8 @@ def _shapes(config: KVFrontierConfig) -> list[str]:
             problems.append(f"layer {layer}: {kind} with a window of {window}; sliding layers, and only they, have one")
         elif window is not None and window < 2:
             problems.append(f"layer {layer}: a window of {window}; the caches of transformers hold no less than 2")
+        if config.tied[layer] not in TIED_FORMS:
+            problems.append(f"layer {layer}: layer_tied is {config.tied[layer]!r}; it is vector, projection or None")
     sliding = [window for window in config.windows if window is not None]
     if config.sliding_window != max(sliding, default=None):
         problems.append(
@@ -223,7 +236,7 @@ def _sources(config: KVFrontierConfig) -> list[str]:
         if not 0 <= source <= layer or config.kv_source_layers[source] != source:
             problems.append(f"layer {layer} reads layer {source}; it must read itself, or an earlier layer that does")
             continue
-        for name in ("layer_types", "windows", "key_value_heads", "rope_keys"):
+        for name in ("layer_types", "windows", "key_value_heads", "rope_keys", "tied"):
             values = getattr(config, name)
             if values[layer] != values[source]:
                 problems.append(
@@ -241,7 +254,7 @@ def _sources(config: KVFrontierConfig) -> list[str]:
                 "read itself"
             )
             continue
-        for name in ("layer_types", "windows", "key_value_heads"):
+        for name in ("layer_types", "windows", "key_value_heads", "tied"):
             of = getattr(config, name)
             if of[values] != of[keys]:
                 problems.append(

@@ -132,6 +132,7 @@ class KVFrontierAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.sliding_window = config.windows[layer_idx]
         self.is_causal = True
+        self.tied = config.tied[layer_idx]
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
         self.has_sinks = config.sinks[layer_idx]
@@ -150,6 +151,9 @@ class KVFrontierAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         query_states = rotate(query_states, position_embeddings)
+        if self.tied == "vector":
+            # A view, so that both gradients are one before they join those of other layers, as with checkpointing.
+            key_states = value_states = key_states.view_as(key_states)
         sinks = self.sinks if self.has_sinks else None
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -166,6 +170,9 @@ class KVFrontierAttention(nn.Module):
             s_aux=sinks,
             **kwargs,
         )
+        if self.tied == "vector":  # values are rotated; their sum by the position of the query is not
+            cos, sin = position_embeddings
+            attn_output = rotate(attn_output.transpose(1, 2), (cos, -sin)).transpose(1, 2)
         return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
@@ -175,14 +182,21 @@ class KVFrontierOwnerAttention(KVFrontierAttention):
     def __init__(self, config: KVFrontierConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         width = config.key_value_heads[layer_idx] * self.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        if self.tied:
+            self.kv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        else:
+            self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+            self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
 
     def write(self, hidden_states: Tensor, rope: Rope, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values of the tokens at hand, after those of the cache that they may see."""
+        """Keys, rotated, and values of the tokens at hand, after those of the cache that they may see. Where keys are
+        values, too, those have no width."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key_states = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rope)
-        value_states = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        projections = [self.kv_proj] if self.tied else [self.k_proj, self.v_proj]
+        made = [projection(hidden_states).view(shape).transpose(1, 2) for projection in projections]
+        key_states, value_states = rotate(made[0], rope), made[-1]
+        if self.tied == "vector":
+            value_states = key_states[..., :0]
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
         return key_states, value_states
