@@ -38,7 +38,7 @@ from .convert import (
     value_problems,
 )
 from .plan import KVPlan, resolve_stack
-from .stores import LatentSpec, StoreSpec
+from .stores import LatentSpec, StoreSpec, TiedSpec
 
 # The class of each model_type.
 ARCHITECTURES = {
@@ -245,7 +245,10 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"query_scale: {names(scaled)} scales queries by their position")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
         stores = names([store for store in plan.stores if type(store) is kind])
-        problems.append(f"{kind.key}: {stores} {kind.summary}; stock classes cache every position or a window")
+        why = "stock classes cache every position or a window"
+        if kind is TiedSpec:
+            why = "stock classes that have that, of DeepSeek-V4 and Gemma 4, compute other things in other places"
+        problems.append(f"{kind.key}: {stores} {kind.summary}; {why}")
     if norms := [store for store in plan.stores if store.kv_norm]:
         problems.append(f"kv_norm: {names(norms)} has a norm of its own")
     if parts := [store for store in plan.stores if store.kind == "latent" and _divided(store)]:

@@ -43,6 +43,7 @@ OTHERS = {
     ("kimi_linear", 9): "0d 1d 2d 3 4d 5d 6d 7 8d",
     ("characterai", 13): "0 1s 1s 3s 3s 3s 0 7s 7s 9s 9s 9s 0",
     ("gemma3", 26): "0s 1s 2s 3s 4s 5 6s 7s 8s 9s 10s 11 12s 13s 14s 15s 16s 17 18s 19s 20s 21s 22s 23 24s 25s",
+    ("gemma4", 9): "0s 1s 2s 3s 4s 5 6s 7s 8",
     ("tail_sharing", 35): (
         "0s 1s 2s 3s 4 5s 6s 7s 8s 9 10s 11s 12s 13s 14 15s 16s 17s 18s 19 "
         "18s 18s 18s 18s 19 18s 18s 18s 18s 19 18s 18s 18s 18s 19"

@@ -33,7 +33,7 @@ def mixed(arch: str, mix: dict) -> dict:
     return {key: value for key, value in mix.items() if arch != "mla" or key != "qk_norm"}
 
 
-@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "cla2", "block"])
+@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "cla2", "block", "gqa4_tied", "gemma4"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
 def test_parameters_are_counted(arch: str, mix: dict) -> None:
     config = small(arch, **mixed(arch, mix))
@@ -47,7 +47,7 @@ def test_latents_take_no_norm_of_keys() -> None:
         resolve(small("mla", qk_norm="all"))
 
 
-@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct"])
+@pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "gqa4_tied", "gemma4"])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=list(MIXES))
 def test_decoding_equals_the_forward(arch: str, mix: dict) -> None:
     model, batch = build(small(arch, **mixed(arch, mix))), tokens(2, 20)

@@ -90,7 +90,13 @@ def test_footprint_says_which_arch_is_impossible(capsys: pytest.CaptureFixture) 
     run_footprint("+size=tiny", "size.num_heads=4", "json=true")
     captured = capsys.readouterr()
     names = {row["arch"] for row in json.loads(captured.out)}
-    assert set(committed()) - names == {"gpt_oss", "gqa8", "mimo", "qwen3_next"}  # more than four heads, and eighths
+    assert set(committed()) - names == {
+        "gemma4",
+        "gpt_oss",
+        "gqa8",
+        "mimo",
+        "qwen3_next",
+    }  # more than four heads, and eighths
     assert "gqa8 is impossible at this size" in captured.err
 
 

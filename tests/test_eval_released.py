@@ -123,6 +123,31 @@ def test_layouts_have_the_bytes_of_their_models(layout: str, model: str, shape: 
         assert next(bytes_of) == next(bytes_of), context
 
 
+@pytest.mark.parametrize("num_layers", [30, 42, 60])
+def test_gemma4_has_the_bytes_of_its_configuration(num_layers: int) -> None:
+    """Layer by layer, at the shape of 31B, whose full layers add 80 KiB per token, and at other depths. Keys and values
+    of one projection are both cached."""
+    shape = {"num_layers": num_layers, "num_heads": 32, "head_dim": 256}
+    plan = resolve(model_config("gemma4", SizeConfig(**shape)))
+    keys = {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "sliding_window": 1024,
+        "attention_k_eq_v": True,
+    }
+    released_plan = released.released(keys, "gemma4").plan
+    assert plan.owners == released_plan.owners
+    for context in (1, 1023, 1025, CONTEXT):
+        bytes_of = ([store.nbytes(context, 2) for store in each.stores] for each in (plan, released_plan))
+        assert next(bytes_of) == next(bytes_of), context
+    assert num_layers < 60 or kv_bytes(plan, CONTEXT).per_token == 80 * 1024
+
+
 def test_files_hold_what_decides_bytes_and_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     keys = released.Keys

@@ -33,7 +33,7 @@ import train.hub.checkpoint_reader
 import train.hub.exporter
 import train.hub.upload
 import train.hub.verify
-from arch import ArchConfig, Decoder, generate, resolve
+from arch import ArchConfig, Decoder, StoreConfig, generate, resolve
 from arch.convert import ConversionError
 from data.cli import UsageError
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
@@ -106,7 +106,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
-SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca"}
+SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4"}
+HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"])
 
 
 def target_of(name: str) -> str:
@@ -418,7 +419,7 @@ def test_names_in_a_card_are_text_of_one_line() -> None:
 
 def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, corpus: Path) -> None:
     """Where it is the one asked for."""
-    for name, target, reason in (
+    refusals: tuple[tuple[ArchConfig | str, str, str], ...] = (
         ("cla2", "stock", "sharing: layers 2 read"),
         ("block", "stock", "block: a Block Transformer is two decoders"),
         ("block", "remote", "block: a Block Transformer is no stack"),
@@ -426,8 +427,11 @@ def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, 
         ("qwen3_next", "remote", "matrix: `state` holds a matrix per head"),
         ("qwen3_next", "stock", "matrix: `state` holds a matrix per head"),
         ("deepseek_v4_hca", "stock", "stride: `pooled` pools positions"),
-    ):
-        source = write_checkpoint(tmp_path / name / target / "step-00000003", name)
+        ("gqa4_tied", "stock", "tied: `kv` has one tensor for keys and values; stock classes that have that"),
+        (HALF, "remote", "tied: `kv` has one tensor for keys and values; the remote decoder has"),
+    )
+    for number, (name, target, reason) in enumerate(refusals):
+        source = write_checkpoint(tmp_path / str(number) / "step-00000003", name)
         message = refused(source, f"target={target}", data=corpus)
         assert f"cannot be exported exactly, and is not approximated\ntarget {target} does not hold it:\n- " in message
         assert reason in message
