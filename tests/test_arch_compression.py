@@ -10,7 +10,17 @@ from conftest import ARCHS, build, small, tokens
 
 from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
 from arch.attend import Mask, reference, sdpa
-from arch.compression.coding import decode, encode, hadamard_matrix, pack, rotate_hadamard, unpack
+from arch.compression.coding import (
+    FP8,
+    FP8_TO_FP16,
+    decode,
+    encode,
+    fp8_as_fp16,
+    hadamard_matrix,
+    pack,
+    rotate_hadamard,
+    unpack,
+)
 from arch.compression.compressed import KeptKernel, allocate_compressed
 from arch.compression.layout import compressed_bytes, keeps, offloaded_bytes, tensor_layouts
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
@@ -449,6 +459,15 @@ def test_packing_is_undone(bits: int, width: int) -> None:
     packed = pack(code, bits)
     assert packed.shape[-1] == math.ceil(width * bits / 8) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, bits, width), code)
+
+
+def test_fp8_is_converted_exactly() -> None:
+    """All numbers of the type but NaN, which encoding clamps away, subnormal ones and negative zero included."""
+    code = torch.arange(256, dtype=torch.uint8).view(FP8)
+    got, expected = fp8_as_fp16(code).float() * FP8_TO_FP16, code.float()
+    number = expected.isfinite()
+    assert number.sum() == 254 and torch.equal(got[number], expected[number])
+    assert torch.equal(got[number].signbit(), expected[number].signbit())
 
 
 def test_hadamard_is_its_definition() -> None:

@@ -18,6 +18,7 @@ from .layout import TensorLayout
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
+FP8_TO_FP16 = 2.0**8  # exponents of FP8 count from -7, those of fp16 from -15
 LEAST_SCALE = 2.0**-24  # the smallest fp16
 MOST_SCALE = 65504.0
 
@@ -44,8 +45,20 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     per = 8 // bits
     if per == 1:
         return packed
-    parts = [(packed >> (bits * place)) & ((1 << bits) - 1) for place in range(per)]
-    return torch.stack(parts, dim=-1).flatten(-2)[..., :width]
+    # A byte becomes an integer with one byte for each of its numbers, the first in the lowest: few passes over memory.
+    wide = packed.to(torch.int16 if per == 2 else torch.int32)
+    spread = wide.clone()
+    for place in range(1, per):
+        spread |= wide << (place * (8 - bits))
+    spread &= sum(((1 << bits) - 1) << (8 * place) for place in range(per))
+    return spread.view(torch.uint8)[..., :width]
+
+
+def fp8_as_fp16(code: Tensor) -> Tensor:
+    """FP8 numbers divided by FP8_TO_FP16, exactly, in fp16: sign and exponent are moved to their places by integer
+    operators, as CPUs convert the type element by element."""
+    bits = code.view(torch.int8).to(torch.int16)  # the sign in all bits above the exponent
+    return bits.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16)
 
 
 @functools.cache
@@ -105,20 +118,33 @@ def _fp16(scale: Tensor) -> Tensor:
     return scale.clamp(LEAST_SCALE, MOST_SCALE).to(torch.float16)
 
 
-def decode(coded: tuple[Tensor, ...], layout: TensorLayout, dtype: torch.dtype) -> Tensor:
-    """Blocks [B, J, G, ..., H] of what `encode` made."""
-    codec, width = layout.codec, layout.shape[-1]
+def decode(coded: tuple[Tensor, ...], layout: TensorLayout, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Blocks [B, J, G, ..., H] of what `encode` made, written to `out` where that is given."""
+    codec, width, group = layout.codec, layout.shape[-1], layout.group
     assert codec is not None
+    if out is None:
+        out = torch.empty((*coded[0].shape[:-1], width), dtype=dtype, device=coded[0].device)
     if codec.name == "bf16":
-        return coded[0].to(dtype)
-    code = coded[0] if codec.name == "fp8" else unpack(coded[0], codec.bits, width)
+        return out.copy_(coded[0])
     made = at_least_fp32(dtype)
-    grouped = in_groups(code.to(made), layout.group)
-    x = grouped * coded[1].to(made).unsqueeze(2).unsqueeze(-1)
-    if codec.name != "fp8":
-        x = x + coded[2].to(made).unsqueeze(2).unsqueeze(-1)
-    x = ungroup(x, width)
-    return (rotate_hadamard(x) if codec.hadamard else x).to(dtype)
+    numbers = [part.to(made).unsqueeze(2) for part in coded[1:]]
+    if codec.name == "fp8":
+        values = fp8_as_fp16(coded[0])
+        numbers[0] = numbers[0] * FP8_TO_FP16
+    else:
+        values = unpack(coded[0], codec.bits, width)
+    direct = dtype == made and width % group == 0 and not codec.hadamard
+    x, target = values.to(made), out if direct else None
+    if group > 1:
+        x, numbers = in_groups(x, group), [part.unsqueeze(-1) for part in numbers]
+        target = out.view(*out.shape[:-1], -1, group) if direct else None
+    x = torch.mul(x, numbers[0], out=target)
+    for zero in numbers[1:]:
+        x += zero
+    if direct:
+        return out
+    x = ungroup(x, width) if group > 1 else x
+    return out.copy_(rotate_hadamard(x) if codec.hadamard else x)
 
 
 def zero_codes(layout: TensorLayout, batch: int, device: torch.device | str) -> tuple[Tensor, ...]:

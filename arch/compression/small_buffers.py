@@ -43,19 +43,20 @@ class CodedTensor:
         layout = self.layout
         return max(0, count - layout.recent) // layout.block * layout.block if layout.blocks else 0
 
-    def read(self, first: int, count: int) -> Tensor:
-        """[B, S, ...] tokens `first` to `count` - 1, of `count` that were written."""
+    def read(self, first: int, count: int, room: int = 0) -> Tensor:
+        """[B, S + room, ...] tokens `first` to `count` - 1, of `count` that were written, and `room` for more."""
         layout, end = self.layout, self.coded(count)
-        parts = []
+        if first >= end and not room:
+            return ring_slots(self.whole, first, count)
+        begin, dtype = first // layout.block * layout.block if first < end else first, self.whole.dtype
+        out = self.whole.new_empty(len(self.whole), count - begin + room, *layout.shape)
         if first < end:
-            begin = first // layout.block
-            blocks = (ring_slots(codes, begin, end // layout.block) for codes in self.codes)
-            parts.append(
-                decode(tuple(blocks), layout, self.whole.dtype).flatten(1, 2)[:, first - begin * layout.block :]
-            )
-        if max(first, end) < count or not parts:
-            parts.append(ring_slots(self.whole, max(first, end), count))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            blocks = (ring_slots(codes, begin // layout.block, end // layout.block) for codes in self.codes)
+            past = out[:, : end - begin].view(len(out), -1, layout.block, *layout.shape)
+            decode(tuple(blocks), layout, dtype, past)
+        rest = max(first, end)
+        out[:, rest - begin : count - begin] = ring_slots(self.whole, rest, count)
+        return out[:, first - begin :]
 
     def write(self, new: Tensor, offset: int) -> None:
         """Add tokens [B, T, ...] `offset`, `offset` + 1, ..."""
@@ -122,17 +123,18 @@ class CodedBuffer:
         """The first token that token `offset` sees."""
         return 0 if self.window is None else max(0, offset + 1 - self.window)
 
-    def read(self, first: int, count: int) -> Tensors:
-        """[B, S, ...] tokens `first` to `count` - 1 of `count`."""
-        return tuple(coded.read(first, count) for coded in self.coded)
+    def read(self, first: int, count: int, room: int = 0) -> Tensors:
+        """[B, S + room, ...] tokens `first` to `count` - 1 of `count`, and `room` for more."""
+        return tuple(coded.read(first, count, room) for coded in self.coded)
 
     def update(self, new: Tensors, offset: int) -> Tensors:
         """Write as AppendBuffer.update; the new tokens come back as they are, and those before them decoded."""
         first = self.first(offset)
         seen = new
         if first < offset:
-            past = self.read(first, offset)
-            seen = tuple(torch.cat((old, value.to(old.dtype)), dim=1) for old, value in zip(past, new, strict=True))
+            seen = self.read(first, offset, new[0].shape[1])
+            for tensor, value in zip(seen, new, strict=True):
+                tensor[:, offset - first :] = value
         for coded, value in zip(self.coded, new, strict=True):
             coded.write(value, offset)
         return seen
