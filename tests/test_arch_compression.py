@@ -405,6 +405,22 @@ def test_xkv_is_the_nearest_of_its_rank(name: str) -> None:
     assert copies.nbytes == 3 * one.nbytes == compressed_bytes(model.plan, method, 3, 16, prompt=12, itemsize=8)
 
 
+@pytest.mark.parametrize("tied", ["vector", "half", "projection"])
+def test_xkv_of_stores_with_one_tensor(tied: str) -> None:
+    """Beside a store of another kind, which has bases of its own: the full rank rounds alone."""
+    stores = {"kv": StoreConfig(kv_heads=2, tied=tied), "other": StoreConfig(kv_heads=2)}
+    model, batch = build(small(ArchConfig(stores, ["new kv", "new other"]), num_layers=4)), tokens(2, 14)
+    method, logits = parse_method("xkv(rank_k=1,rank_v=1,recent=2)"), []
+    for each in (CacheMethod(), method):
+        cache = allocate_compressed(model.plan, 2, 14, dtype=torch.float64, method=each)
+        with torch.no_grad():
+            model.prefill(batch[:, :12], cache)
+            cache.compress()
+            logits.append(model.decode_step(batch[:, 12:13], cache))
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-6)
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 14, prompt=12, itemsize=8)
+
+
 @pytest.mark.parametrize("name", ["gqa2", "cla2", "fusedkv_lite"])
 def test_think_is_the_whole_cache_with_channels_of_keys_zeroed(name: str) -> None:
     """Channels by ThinK's formula, |Q_c K_c^T|_F, of the queries of all readers, over two rows and chunks."""

@@ -400,26 +400,33 @@ def store_bytes(
 
 
 def sharing_groups(plan: KVPlan, method: CacheMethod) -> list[tuple[StoreSpec, ...]]:
-    """Stores of `plan` that share bases in xKV: neighbours among those that hold every position, latents by themselves;
+    """Stores of `plan` that share bases in xKV: neighbours among those that hold every position, each kind by itself;
     none with another keep."""
     if method.keep is None or method.keep.name != "xkv":
         return []
     groups: list[tuple[StoreSpec, ...]] = []
     size = method.keep.options["stores"]
     for store in filter(keeps, plan.stores):
-        if groups and len(groups[-1]) < size and bool(groups[-1][0].slot.latent_dim) == bool(store.slot.latent_dim):
+        if groups and len(groups[-1]) < size and tensors_of(groups[-1][0]) == tensors_of(store):
             groups[-1] = (*groups[-1], store)
         else:
             groups.append((store,))
     return groups
 
 
+def tensors_of(store: StoreSpec) -> tuple[str, int, bool]:
+    """What the tensors of a position are, whatever their widths: equal for stores that may share bases."""
+    return store.kind, len(store.position_shapes), bool(store.slot.v_dim)
+
+
 def ranks(stores: Sequence[StoreSpec], keep: KeepSpec, tokens: int) -> tuple[int, ...]:
-    """Rank in which each tensor of a group is kept, of its first `tokens` tokens; 0 of a rotary key, which is whole."""
+    """Rank in which each tensor of a group is kept, of its first `tokens` tokens; 0 of a rotary key for all
+    heads, which is whole."""
     found = []
-    for index, share in enumerate((keep.options["rank_k"], keep.options["rank_v"])):
+    for index in range(len(stores[0].position_shapes)):
         width = sum(math.prod(store.position_shapes[index]) for store in stores)
-        found.append(0 if index and stores[0].slot.latent_dim else max(1, int(min(tokens, width) * share)))
+        share = keep.options["rank_v" if index else "rank_k"]
+        found.append(0 if index and not stores[0].slot.v_dim else max(1, int(min(tokens, width) * share)))
     return tuple(found)
 
 

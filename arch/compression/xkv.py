@@ -3,7 +3,7 @@
 Side by side, tokens by all heads of all stores of a group, they are cut off after the largest singular values: a basis
 [S, R] of tokens, which the stores share, and a matrix [R, width] of each store. As in the authors' code, keys are
 factorised as they were before rotary embeddings, which spread over more singular values, and rotated again as they are
-read; padding counts as zeros. Of latents the latent is factorised, and the rotary key stays whole.
+read; padding counts as zeros. Of latents the latent is factorised, and a rotary key for all heads stays whole.
 
 Shapes: B batch, S tokens of the prompt but the newest, R rank, K key/value heads, H head, X all heads of a store.
 """
@@ -91,7 +91,7 @@ def rope_of(
 ) -> Rope | None:
     """Table that rotates the first `count` tokens of tensor `index` of a store, or that undoes it; None: they are not
     rotated."""
-    if index or store.slot.latent_dim:
+    if index or store.slot.latent_dim or store.slot.rope_dim:
         return None
     position = torch.arange(count, device=device)
     if start_B is not None:
