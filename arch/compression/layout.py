@@ -132,9 +132,9 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                     )
     every = [store for stack in plan.stacks for store in stack.plan.stores]
     if method.codec is not None and not any(store.masked for store in every):
-        states = ": what each token changes would be rounded again at each" if not every[0].grows else ""
+        states = "" if every[0].grows else ": what each token changes would be rounded again at each"
         raise ValueError(
-            f"{method.text}: every store {every[0].summary}{states}, and codecs act on tokens that are kept apart"
+            f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart{states}"
         )
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
         for store in every:
