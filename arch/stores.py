@@ -551,9 +551,7 @@ class TiedSpec(GroupedSpec):
     @property
     def position_shapes(self) -> tuple[tuple[int, ...], ...]:
         vector = (self.slot.kv_heads, self.slot.k_dim)
-        return {"vector": (vector,), "half": (vector, (self.slot.rope_dim,))}.get(
-            self.tied, (vector, (self.slot.kv_heads, self.slot.v_dim))
-        )
+        return {"vector": (vector,), "half": (vector, (self.slot.rope_dim,))}.get(self.tied, super().position_shapes)
 
     def kernel_heads(self, size: SizeConfig) -> HeadShape:
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.k_dim)
