@@ -391,7 +391,7 @@ def test_commands_of_the_page(tmp_path: Path) -> None:
         "train/import_hf.py", "train/uptrain.py", "train/export.py", "-m", "vllm",  # the last two: tests of exports
         "python3", ".venv/bin/pip", "source", "cp", "data/prepare.py", "train/estimate.py", "train/pretrain.py",
         "eval/footprint.py", "eval/pareto.py", "train/launch/single.sh", "train/launch/torchrun.sh",
-        "train/launch/slurm.sbatch", "train/benchmarks/gpu_suite.py", "train/study.py",  # test_train_bench, test_train_study
+        "train/launch/slurm.sbatch", "train/benchmarks/gpu_suite.py", "train/study.py",  # the last two: _bench, _study
     }  # fmt: skip
 
 
