@@ -3,12 +3,18 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 from eval.plots.style import DOMINATED, GRID, Axes, Picture, line_looks, literal_text, plain_axes
 from eval.study_rows import Group, Row, frontier
+from eval.units import bytes_text
 
-UNIT = 1 << 20
+# Where a name may stand beside its point: offset in points, and its end that is there.
+BESIDE = (
+    *((x, y, end) for y in (6, -6) for x, end in ((6, "left"), (-6, "right"))),
+    *((0, side * rise, "center") for rise in (10, 20, 30, 40) for side in (-1, 1)),
+)
 Looks = Mapping[str, tuple[str, str]]
 
 
@@ -32,8 +38,37 @@ def points(
     for name, mean in means.items():
         spread = [[mean - min(values[name])], [max(values[name]) - mean]]
         axes.errorbar(places[name], mean, yerr=spread, fmt="o", color=looks[name][0], markersize=5, capsize=2)
-        axes.annotate(name, (places[name], mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
     plain_axes(axes)
+
+
+def name_points(
+    picture: Picture, axes: Axes, places: Mapping[str, float], values: Mapping[str, Sequence[float]]
+) -> None:
+    """Name the points of `points`, once their axes are as they stay: where no other name and no point is."""
+    picture.canvas.draw()
+    spots = {name: axes.transData.transform((places[name], statistics.fmean(values[name]))) for name in places}
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots.values()]
+    for name in sorted(places, key=lambda name: places[name]):
+        at = places[name], statistics.fmean(values[name])
+        for x, y, end in BESIDE:
+            text = axes.annotate(
+                name, at, xytext=(x, y), textcoords="offset points", fontsize=7, ha=end, va="center_baseline"
+            )
+            box = text.get_window_extent()
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y, end) == BESIDE[-1]:
+                taken.append(box)
+                break
+            text.remove()
+
+
+def bytes_axis(axes: Axes) -> None:
+    """Make x logarithmic, with sizes at powers of two."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+    axes.margins(x=0.12, y=0.16)
 
 
 def log_axis(axes: Axes) -> None:
@@ -55,11 +90,12 @@ def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, ti
     picture.suptitle(title, fontsize=11)
     for number, context in enumerate(contexts):
         axes = picture.add_subplot(2, 2, number + 1)
-        places = {group.label: group.first["kv"][context][0] / UNIT for group in groups}
+        places = {group.label: group.first["kv"][context][0] for group in groups}
         points(axes, places, values, looks, lower=loss)
-        log_axis(axes)
-        axes.set_xlabel(f"MiB of cache at {int(context):,} tokens")
+        bytes_axis(axes)
+        axes.set_xlabel(f"cache at {int(context):,} tokens (log scale)")
         axes.set_ylabel("validation loss, nats" if loss else figure)
+        name_points(picture, axes, {name: place for name, place in places.items() if values[name]}, values)
     return picture
 
 
@@ -71,9 +107,11 @@ def draw_decoding(groups: Sequence[Group], title: str) -> Picture:
     places = {group.label: statistics.fmean(group.figures("decode/token_ms")) for group in groups}
     losses = {group.label: list(group.losses.values()) for group in groups}
     points(axes, places, losses, looks_of([group.label for group in groups]))
+    axes.margins(x=0.12, y=0.16)
     axes.set_xlabel("milliseconds per token")
     axes.set_ylabel("validation loss, nats")
     axes.set_title(title, fontsize=10)
+    name_points(picture, axes, places, losses)
     return picture
 
 
