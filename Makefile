@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO_ARCHS ?= mha,gqa2,mqa,cla2,mixattention,block,bct
 DEMO_RUNS := runs/demo-$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: help env demo demo-text demo-recall test pytest bench gpu gpu-code torch211 faults lint clean
+.PHONY: help env demo test pytest bench gpu gpu-code torch211 faults lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -46,6 +46,7 @@ demo: env
 	$(MAKE) --jobs=2 demo-text demo-recall DEMO_RUNS=$(DEMO_RUNS)
 	$(BIN)/python eval/pareto.py $(DEMO_RUNS) y=perplexity/ppl,recall/gap/accuracy baseline=mha
 
+.PHONY: demo-text demo-recall
 demo-text:
 	$(DEMO_TEXT) +arch=$(DEMO_ARCHS)
 	$(DEMO_TEXT) +arch=mha seed=1,2

@@ -14,7 +14,7 @@ from arch.static_step import StaticStep
 @pytest.mark.parametrize(("length", "batch"), [(1, 3), (WINDOW - 1, 1), (WINDOW, 3), (WINDOW + 1, 1), (3 * WINDOW, 3)])
 def test_bytes(arch: str, length: int, batch: int) -> None:
     """Allocated for `length` tokens and filled with them, the storages weigh what the formula says."""
-    model = shared(arch, torch.float32)
+    model = shared(arch, torch.float32) if isinstance(arch, str) else build(small(arch), torch.float32)
     cache = allocate(model.plan, batch, length, dtype=torch.float32)
     expected = batch * kv_bytes(model.plan, length, 4).stored
     assert cache.nbytes == expected == allocated_bytes(model.plan, batch, length, 4)

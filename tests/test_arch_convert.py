@@ -181,6 +181,7 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     expected |= {"v_dim"} if any(store.slot.k_dim != store.slot.v_dim for store in plan.stores) else set()
     expected |= {"matrix"} if any(store.matrix for store in stores) else set()
     expected |= {"stride"} if any(store.stride for store in stores) else set()
+    expected |= {"tied"} if any(store.tied and not store.stride for store in stores) else set()
     unrotated = any(store.slot.latent_dim and not store.slot.rope_dim for store in plan.stores)
     expected |= {"rope"} if unrotated or any(store.rotary_dim for store in plan.stores) else set()
     expected |= {"kv_heads, latent"} if len({store.slot for store in plan.stores}) > 1 else set()
