@@ -341,7 +341,7 @@ class Stack(nn.Module):
 
 
 def handed_on(plan: KVPlan, layer: int, written: list[KV]) -> KV:
-    """What `layer` gets of the keys and values that layers below it have written, by store."""
+    """Keys and values that `layer` gets of those that layers below it have written, by store."""
     kv, second = written[plan.reads[layer]], plan.second_read(layer)
     if second is None:
         return kv

@@ -116,7 +116,7 @@ class KVPlan:
             object.__setattr__(self, name, value)
 
     def _view(self, read: int, window: int | None, second: SecondRead | None) -> StoreSpec:
-        """What a layer sees of a store, of which it may see the last `window` positions, and of a second one."""
+        """A store as one layer sees it: its last `window` positions, if those are not all, and a second store."""
         store = self.stores[read]
         if window is not None:
             store = replace(store, window=window)

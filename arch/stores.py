@@ -363,7 +363,7 @@ class GroupedSpec(StoreSpec):
 
 
 class MixedSpec(GroupedSpec):
-    """What a layer sees of two grouped stores: a mix of their keys, and one of their values, per channel (mixed.py).
+    """Two grouped stores as a layer sees them: a mix of their keys, and one of their values, per channel (mixed.py).
 
     No store is of this kind: it stands for both, with the properties of the one that the layer reads first.
     """

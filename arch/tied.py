@@ -71,7 +71,7 @@ class TiedWriter(nn.Module):
         return x.view(*x.shape[:-1], self.kv_heads, -1)
 
     def slots(self, projected_BTP: Tensor, rope: Rope) -> tuple[Tensor, ...]:
-        """What is cached of new tokens."""
+        """Tensors of new tokens that are cached."""
         raise NotImplementedError
 
 

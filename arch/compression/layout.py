@@ -415,7 +415,7 @@ def sharing_groups(plan: KVPlan, method: CacheMethod) -> list[tuple[StoreSpec, .
 
 
 def tensors_of(store: StoreSpec) -> tuple[str, int, bool]:
-    """What the tensors of a position are, whatever their widths: equal for stores that may share bases."""
+    """Key of the tensors of a position, whatever their widths: equal for stores that may share bases."""
     return store.kind, len(store.position_shapes), bool(store.slot.v_dim)
 
 
