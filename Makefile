@@ -1,6 +1,6 @@
 # make help    these lines
 # make env     the environment in .venv; every other target makes it first
-# make demo    a fresh machine to a Pareto plot of trained models, in about ten minutes and without an account
+# make demo    a fresh machine to a Pareto plot of trained models, in a quarter of an hour, without an account
 # make test    a fresh machine to the whole test suite: format, lint, types, tests
 # make lint    format, lint and types alone
 # make pytest  the tests alone
