@@ -18,7 +18,7 @@ from arch.compression.method import parse_method
 from arch.footprint import allocated_bytes, kv_bytes
 from eval.checks import is_finite
 from eval.methods import NONE
-from eval.runs import Run
+from eval.runs import Point, Run
 from eval.tasks import TASKS
 
 METRICS = {"ppl": "perplexity", "bpb": "bits per byte"}  # of validation, beside `loss`
@@ -67,6 +67,23 @@ class Axis:
     @property
     def better(self) -> str:
         return "higher is better" if self.larger else "lower is better"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The points of one picture of the Pareto plot, and what its axes are.
+
+    context     tokens at which the cache is weighed
+    references  (name, place from left to right) of vertical lines
+    baseline    point whose range of seeds is shaded from end to end
+    """
+
+    rows: Sequence[Point]
+    context: int
+    x: Axis
+    y: Axis
+    references: Sequence[tuple[str, float]] = ()
+    baseline: Point | None = None
 
 
 def axis(name: str, context: int, runs: Sequence[Run] = ()) -> Axis:

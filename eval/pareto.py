@@ -27,7 +27,7 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
-from eval.figures import BYTES, METRICS, Axis, axis, figure, methods_of, names_of, not_alike
+from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, methods_of, names_of, not_alike
 from eval.identity import name_data
 from eval.methods import NONE
 from eval.released import load, shipped
@@ -229,32 +229,19 @@ def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -
     return [(name, value) for name, value in lines if value > 0]
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The points of a panel, weighed at `context`, with the lines of released models and the point of the baseline."""
-
-    rows: Sequence[Point]
-    context: int
-    x: Axis
-    y: Axis
-    references: References = ()
-    baseline: Point | None = None
-
-
 def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
     """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
-    return write_panels({metric: Compared(rows, context, axis("stored", context), axis(metric, context))}, out)
+    return write_panels({metric: Panel(rows, context, axis("stored", context), axis(metric, context))}, out)
 
 
-def write_panels(panels: Mapping[str, Compared], out: Path) -> list[Path]:
+def write_panels(panels: Mapping[str, Panel], out: Path) -> list[Path]:
     """The files of `write` with a panel for each figure of `panels`, one below the other in tables."""
-    from eval.plots.pareto import Panel, draw_panels, plot_pareto_html
+    from eval.plots.pareto import draw_panels, plot_pareto_html
 
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"pareto.{kind}" for kind in ("png", "html", "csv", "json")]
-    drawn = [Panel(of.rows, of.x, of.y, of.references, of.baseline) for of in panels.values()]
-    draw_panels(drawn, paths[0])
-    plot_pareto_html(drawn, paths[1])
+    draw_panels(list(panels.values()), paths[0])
+    plot_pareto_html(list(panels.values()), paths[1])
     records = [
         {"context": of.context, "metric": metric, **asdict(row)} for metric, of in panels.items() for row in of.rows
     ]
@@ -305,7 +292,7 @@ def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
             )
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) -> dict[str, Compared]:
+def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) -> dict[str, Panel]:
     """Make the panel of each figure, with warnings about what is left out of it and what hardly compares.
 
     A run that lacks the figure of one panel is not missed there if it has that of another's task.
@@ -319,7 +306,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) 
         references = reference_lines(options.reference, options.x, context, options.itemsize)
         baseline = baseline_of(rows, options.baseline) if options.baseline else None
         x, y = axis(options.x, context, of), axis(metric, context, of)
-        panels[metric] = Compared(rows, context, x, y, references, baseline)
+        panels[metric] = Panel(rows, context, x, y, references, baseline)
         expected = [run for run in runs if run in of or run not in evaluated]
         lines += passed_over(expected, context, metric, options.itemsize, options.x)
         if others := differences(of):

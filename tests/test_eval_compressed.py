@@ -17,9 +17,9 @@ from data.recall import RecallTask
 from eval import generate, pareto
 from eval.evaluate import main
 from eval.evaluations import difference
-from eval.figures import Axis, evaluations, methods_of
+from eval.figures import Axis, Panel, evaluations, methods_of
 from eval.methods import read_method, with_brackets
-from eval.plots.pareto import Panel, draw_panels
+from eval.plots.pareto import draw_panels
 from eval.runs import Point, find_runs
 from eval.tasks import compressed
 from eval.tasks.compressed import Asked, Bytes, Options, batches, pairs_of, text_windows, through
@@ -238,7 +238,7 @@ def test_forty_points_can_be_told_apart() -> None:
     rows = [
         replace(row, method=methods[place % 8], lowest=row.value, highest=row.value) for place, row in enumerate(rows)
     ]
-    figure = draw_panels([Panel(rows, Axis("stored", "bytes", in_bytes=True), Axis("loss", "loss"))])
+    figure = draw_panels([Panel(rows, 64, Axis("stored", "bytes", in_bytes=True), Axis("loss", "loss"))])
     figure.canvas.draw()
     (axes,), (legend,) = figure.axes, figure.legends
     assert [text.get_text() for text in legend.get_texts()][2:] == methods[1:]

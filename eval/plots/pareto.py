@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 
 from eval.console import visible
-from eval.figures import LOSS, METRICS, Axis, axis
+from eval.figures import LOSS, METRICS, Axis, Panel, axis
 from eval.methods import NONE
 from eval.plots.style import (
     BAND,
@@ -26,17 +25,29 @@ from eval.plots.style import (
     LINE_COLORS,
     REFERENCE,
     Axes,
+    Beside,
     Picture,
     common_suffix,
     html_text,
     literal_text,
     plain_axes,
     without_suffix,
+    write_beside,
 )
 from eval.runs import Point
 from eval.units import bytes_text, number_text
 
 SIDES = ((1, "left"), (-1, "right"))
+# Where the name of a point may stand, and that of a vertical line at either end of it.
+AROUND = (
+    *(Beside(9 * side, y, end, vertical) for y, vertical in ((5, "bottom"), (-5, "top")) for side, end in SIDES),
+    Beside(0, 12, "center", "bottom"),
+    Beside(0, -12, "center", "top"),
+    Beside(0, 24, "center", "bottom"),
+    *(Beside(x * side, y, end, "center") for x in (24, 38) for y in (0, 14, -14) for side, end in SIDES),
+)
+ALONG_TOP = tuple(Beside(2 * side, -3, end, "top") for side, end in SIDES)
+ALONG_BOTTOM = tuple(Beside(2 * side, 3, end, "bottom") for side, end in SIDES)
 # Of cache methods, in the order of the legend; colours of LINE_COLORS but black.
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d")
 PLOTLY = {
@@ -59,24 +70,9 @@ LINES = 12  # of released models, beyond which lines are thin, and a name that f
 MARKER = 13  # width of a point with room around it, in pixels
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Points, and what their axes are.
-
-    references  (name, place from left to right) of vertical lines
-    baseline    point whose range of seeds is shaded from end to end
-    """
-
-    rows: Sequence[Point]
-    x: Axis
-    y: Axis
-    references: Sequence[tuple[str, float]] = ()
-    baseline: Point | None = None
-
-
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
     """Draw bytes (log) against `quality` (lower is better): `draw_panels` with one panel."""
-    return draw_panels([Panel(rows, axis("stored", context), Axis(quality, quality))], path)
+    return draw_panels([Panel(rows, context, axis("stored", context), Axis(quality, quality))], path)
 
 
 @literal_text
@@ -213,31 +209,21 @@ def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
     lines = _merged(references)
     crowded = len(lines) > LINES
     drawn = {place: axes.transData.transform((place, 0))[0] for _, place in references}
+    look: dict[str, Any] = {"rotation": 90, "fontsize": 7, "color": LIGHT_INK, "xycoords": axes.get_xaxis_transform()}
+    if crowded:
+        look |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}, "zorder": 0.5}
+
+    def free(box: Bbox) -> bool:
+        crossed = not crowded and any(box.x0 < line < box.x1 for line in drawn.values())
+        return not (crossed or any(box.overlaps(other) for other in taken))
+
     for name, place in reversed(lines) if crowded else lines:
         axes.axvline(place, color=REFERENCE, linewidth=0.5 if crowded else 1.0, linestyle=":", zorder=0)
-        ends = [(x, end, horizontal) for end in (1, 0) for x, horizontal in ((2, "left"), (-2, "right"))]
-        for number, (x, end, horizontal) in enumerate(ends):
-            text = axes.annotate(
-                visible(name),
-                (place, end),
-                (x, -3 if end else 3),
-                xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points",
-                rotation=90,
-                ha=horizontal,
-                va="top" if end else "bottom",
-                fontsize=7,
-                color=LIGHT_INK,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5} if crowded else None,
-                zorder=0.5 if crowded else None,
-            )
-            box = text.get_window_extent()
-            crossed = not crowded and any(box.x0 < line < box.x1 for line in drawn.values())
-            forced = number == len(ends) - 1 and not crowded
-            if forced or not (crossed or any(box.overlaps(other) for other in taken)):
-                taken.append(box)
+        for end, ends in ((1, ALONG_TOP), (0, ALONG_BOTTOM)):
+            last = end == 0 and not crowded
+            if written := write_beside(axes, visible(name), (place, end), ends, free, last, **look):
+                taken += written
                 break
-            text.remove()
     return taken
 
 
@@ -297,36 +283,28 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
     for row, transform in zip(rows, drawn, strict=True):
         (x, low), (_, high) = transform.transform([(row.across, row.lowest), (row.across, row.highest)])
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
-    places = [(9, 5, "left", "bottom"), (-9, 5, "right", "bottom"), (9, -5, "left", "top"), (-9, -5, "right", "top")]
-    places += [(0, 12, "center", "bottom"), (0, -12, "center", "top"), (0, 24, "center", "bottom")]
-    places += [
-        (x * side, y, horizontal, "center") for x in (24, 38) for y in (0, 14, -14) for side, horizontal in SIDES
-    ]
     common = common_suffix([row.name for row in rows])
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
     named = [(row, transform) for row, transform in zip(rows, drawn, strict=True) if row.method == NONE or row.frontier]
+
+    def free(box: Bbox) -> bool:
+        inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+        return inside and not any(box.overlaps(other) for other in taken)
+
     for row, transform in sorted(named, key=lambda pair: (pair[0].method != NONE, not pair[0].frontier)):
-        for x, y, horizontal, vertical in places:
-            of_method = "" if row.method == NONE else f"+{visible(OPTIONS.sub('', row.method))}"
-            text = axes.annotate(
-                without_suffix(row.name, common) + of_method,
-                (row.across, row.value),
-                (x, y),
-                xycoords=transform,
-                textcoords="offset points",
-                ha=horizontal,
-                va=vertical,
-                fontsize=8.5,
-                color=INK if row.frontier else LIGHT_INK,
-                weight="bold" if row.frontier else "normal",
-            )
-            box = text.get_window_extent()
-            inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
-            forced = len(rows) <= CROWDED and row.method == NONE and (x, y) == places[-1][:2]
-            if forced or (inside and not any(box.overlaps(other) for other in taken)):
-                taken.append(box)
-                break
-            text.remove()
+        of_method = "" if row.method == NONE else f"+{visible(OPTIONS.sub('', row.method))}"
+        taken += write_beside(
+            axes,
+            without_suffix(row.name, common) + of_method,
+            (row.across, row.value),
+            AROUND,
+            free,
+            forced=len(rows) <= CROWDED and row.method == NONE,
+            xycoords=transform,
+            fontsize=8.5,
+            color=INK if row.frontier else LIGHT_INK,
+            weight="bold" if row.frontier else "normal",
+        )
 
 
 def plot_pareto_html(panels: Sequence[Panel], path: Path) -> None:

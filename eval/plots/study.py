@@ -6,14 +6,24 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from eval.plots.style import DOMINATED, GRID, Axes, Picture, line_looks, literal_text, plain_axes
+from eval.plots.style import (
+    DOMINATED,
+    GRID,
+    Axes,
+    Beside,
+    Picture,
+    line_looks,
+    literal_text,
+    plain_axes,
+    write_beside,
+)
 from eval.study_rows import Group, Row, frontier
 from eval.units import bytes_text
 
-# Where a name may stand beside its point: offset in points, and its end that is there.
+# Where the name of a point may stand.
 BESIDE = (
-    *((x, y, end) for y in (6, -6) for x, end in ((6, "left"), (-6, "right"))),
-    *((0, side * rise, "center") for rise in (10, 20, 30, 40) for side in (-1, 1)),
+    *(Beside(x, y, end, "center_baseline") for y in (6, -6) for x, end in ((6, "left"), (-6, "right"))),
+    *(Beside(0, side * rise, "center", "center_baseline") for rise in (10, 20, 30, 40) for side in (-1, 1)),
 )
 Looks = Mapping[str, tuple[str, str]]
 
@@ -48,18 +58,14 @@ def name_points(
     picture.canvas.draw()
     spots = {name: axes.transData.transform((places[name], statistics.fmean(values[name]))) for name in places}
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots.values()]
+
+    def free(box: Bbox) -> bool:
+        inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+        return inside and not any(box.overlaps(other) for other in taken)
+
     for name in sorted(places, key=lambda name: places[name]):
         at = places[name], statistics.fmean(values[name])
-        for x, y, end in BESIDE:
-            text = axes.annotate(
-                name, at, xytext=(x, y), textcoords="offset points", fontsize=7, ha=end, va="center_baseline"
-            )
-            box = text.get_window_extent()
-            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
-            if (inside and not any(box.overlaps(other) for other in taken)) or (x, y, end) == BESIDE[-1]:
-                taken.append(box)
-                break
-            text.remove()
+        taken += write_beside(axes, name, at, BESIDE, free, forced=True, fontsize=7)
 
 
 def bytes_axis(axes: Axes) -> None:

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from eval.console import visible
@@ -106,3 +107,42 @@ def without_suffix(name: str, common: str) -> str:
     """`name`, to be shown, without the suffix that is shown once; what tells it from others of the name stays."""
     base = NOTE.sub("", name)
     return visible(base.removesuffix(common) + name[len(base) :])
+
+
+class Beside(NamedTuple):
+    """Where a text may stand beside its point: offset in points, and its ends that are there."""
+
+    x: float
+    y: float
+    horizontal: str
+    vertical: str
+
+
+def write_beside(
+    axes: Axes,
+    text: str,
+    at: tuple[float, float],
+    places: Sequence[Beside],
+    free: Callable[[Bbox], bool],
+    forced: bool,
+    **look: Any,
+) -> list[Bbox]:
+    """Write `text` at the first of `places` whose box is `free`; where none is, at the last if it is `forced`.
+
+    Returns its box, in a list that is empty where nothing was written. The canvas must have been drawn.
+    """
+    for number, place in enumerate(places, start=1):
+        note = axes.annotate(
+            text,
+            at,
+            (place.x, place.y),
+            textcoords="offset points",
+            ha=place.horizontal,
+            va=place.vertical,
+            **look,
+        )
+        box = note.get_window_extent()
+        if free(box) or (forced and number == len(places)):
+            return [box]
+        note.remove()
+    return []
