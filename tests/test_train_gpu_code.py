@@ -4,12 +4,14 @@ The environment is made by `make gpu-code`, which also runs these tests.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHS, BLOCKS, whole_depth
 
+from arch.named import names
 from train.benchmarks import gpu_counts
 from train.benchmarks.gpu_case import Options, model_config
 from train.benchmarks.gpu_code import SHARED_MEMORY, Assembled, Workshop, missing
@@ -45,6 +47,17 @@ def test_operators_do_not_grow(arch: str) -> None:
     for what, count in count_operators(arch).items():
         limit = OPERATORS["layouts"][arch][what]
         assert count <= limit, f"{arch}: {count} operators in a {what}, recorded {limit}; if that is meant: {command}"
+
+
+def test_counts_of_other_layouts_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some are counted; those of all replace the file."""
+    path = tmp_path / "operators.json"
+    path.write_text(json.dumps({"layouts": {"mha": {"token": 1}, "gone": {"token": 2}}}))
+    monkeypatch.setattr(gpu_counts, "count_operators", lambda arch: {"token": 3})
+    gpu_counts.main(["toy=true", "archs=mha", f"out={tmp_path}"])
+    assert json.loads(path.read_text())["layouts"] == {"gone": {"token": 2}, "mha": {"token": 3}}
+    gpu_counts.main(["toy=true", f"out={tmp_path}"])
+    assert list(json.loads(path.read_text())["layouts"]) == sorted(names("arch"))
 
 
 def check(kernels: dict[str, list[Assembled]]) -> None:

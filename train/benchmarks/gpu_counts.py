@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -480,7 +480,8 @@ def main(arguments: list[str]) -> None:
     archs = config.archs or tuple(names("arch"))
     if config.toy:
         path = config.out / "operators.json"
-        write_result(path, {"layouts": {arch: count_operators(arch) for arch in archs}})
+        counts = kept(path, config.archs) | {arch: count_operators(arch) for arch in archs}
+        write_result(path, {"layouts": dict(sorted(counts.items()))})
         print(f"results: {path}")
         return
     if reason := missing():
@@ -489,9 +490,7 @@ def main(arguments: list[str]) -> None:
     triton: Any = importlib.import_module("triton")
     size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT, "triton": triton.__version__}
     path = config.out / "counts.json"
-    layouts: dict[str, Any] = {}
-    if config.archs and path.exists():
-        layouts = json.loads(path.read_text())["layouts"]
+    layouts = kept(path, config.archs)
     workshop = Workshop()
     for arch in archs:
         begin = time.monotonic()
@@ -500,6 +499,12 @@ def main(arguments: list[str]) -> None:
         write_result(path, {**size, "assumed": assumed, "layouts": dict(sorted(layouts.items()))})
     (config.out / "README.md").write_text(report(json.loads(path.read_text())))
     print(f"results: {config.out}")
+
+
+def kept(path: Path, archs: Sequence[str]) -> dict[str, Any]:
+    """Counts of other layouts in the file `path`, which stay where only `archs` are counted."""
+    counts: dict[str, Any] = json.loads(path.read_text())["layouts"] if archs and path.exists() else {}
+    return counts
 
 
 def line(counts: dict[str, Any]) -> str:
@@ -576,7 +581,7 @@ def verdict(share: float) -> str:
 
 
 def goals(result: dict[str, Any]) -> str:
-    """What steps should reach, as rows of a table: layouts of one goal, by the lowest and the highest roof."""
+    """Rows of a table of what steps should reach: layouts of one goal, by the lowest and the highest roof."""
     rows = []
     by_goal: dict[float, list[str]] = {}
     for arch, counts in result["layouts"].items():
