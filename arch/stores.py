@@ -697,8 +697,7 @@ class StridedSpec(GroupedSpec):
             problems.append(f"{where}.stride pools no latents; write kv_heads instead")
         if store.window is None:
             problems.append(f"{where}.stride needs a window: tokens that no entry has yet are seen there")
-        if store.rule is not None:
-            problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
+        super().check(where, store, problems)
 
     @classmethod
     def resolve_more(

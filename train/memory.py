@@ -615,8 +615,8 @@ class StridedActivations(MaskedActivations):
         return store.num_entries(config.size.seq_len) / config.size.seq_len
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-        """As of grouped stores, with keys and values of entries and a sink for each row; and what an owner pools, in
-        fp32: what tokens give, its weights, and the entries and their norms."""
+        """Bytes per token as of grouped stores, with keys and values of entries and a sink for each row; and what an
+        owner pools, in fp32: what tokens give, its weights, and the entries and their norms."""
         assert isinstance(store, StridedSpec)
         heads, length, how = config.size.num_heads, config.size.seq_len, replace(how, dense=True)
         entries, wide, (kv_heads, k_dim, v_dim) = (
