@@ -56,6 +56,7 @@ class EvaluateConfig:
     context     tokens that the model sees at once; null: those of a training sequence
     device      cpu, cuda, ...; auto: cuda where there is one
     dtype       type of the weights: fp32, bf16, fp16; auto: fp32 on the CPU, bf16 elsewhere
+    prepared    the folder of data that has the tokenizer of a checkpoint; null: that of the run
     trust       run code that the checkpoint brings; an exported folder of ours needs no trust while its code is ours
     revision    branch, tag or commit of the hub
     out         folder for the results; null: evaluations/ in the run, or runs/evaluations/NAME
@@ -72,6 +73,7 @@ class EvaluateConfig:
     context: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    prepared: Path | None = None
     trust: bool = False
     revision: str | None = None
     out: Path | None = None
@@ -87,7 +89,15 @@ def main(arguments: Sequence[str]) -> None:
     tasks = choose(options.tasks or (("compressed",) if options.cache else ("perplexity",)), words)
     methods = methods_of(options.cache, tasks)
     check(options, data)
-    source = Source(options.checkpoint, options.which, options.device, options.dtype, options.trust, options.revision)
+    source = Source(
+        options.checkpoint,
+        options.which,
+        options.device,
+        options.dtype,
+        options.trust,
+        options.revision,
+        options.prepared,
+    )
     source.check()
     from train.subjects import open_subject  # brings torch
 

@@ -174,6 +174,17 @@ def test_a_model_of_transformers(old: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found[0] == found[1]
 
 
+def test_a_run_whose_data_lies_elsewhere(old: Path) -> None:
+    """The error names a key that helps."""
+    shutil.move(old / "data", old / "moved")
+    words = ["checkpoint=run-mixattention", "tasks=recall", "recall.kinds=gap", "recall.pairs=1", "recall.length=8"]
+    words += ["recall.sequences=2", "device=cpu", "wandb=false"]
+    with pytest.raises(UsageError, match=r"data is not here; give the prepared folder .* with prepared="):
+        main(words)
+    main([*words, "prepared=moved"])
+    assert (old / "run-mixattention" / "evaluations" / "recall.json").is_file()
+
+
 def test_figures_join_the_wandb_run(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run of the same identity, offline; a run that logged none stays without."""
     monkeypatch.setenv("WANDB_MODE", "offline")
