@@ -150,13 +150,14 @@ def step_chunk(
     assert window is not None
     total = store.num_entries(capacity)
     seen = min(total, store.num_entries(tokens))
-    slot_BW = position_B1 - (position_B1 - torch.arange(window, device=device)) % window
     position_B = position_B1.squeeze(1)
     allowed = None
     if offset is None or offset < window - 1:
-        near_BW = (slot_BW >= 0) | (slot_BW == position_B1)
-        far_BE = (torch.arange(seen, device=device) + 1) * stride <= position_B1 + 1
-        allowed = torch.cat((near_BW, far_BE), dim=-1)
+        slot_S = torch.arange(window + seen, device=device)
+        there_BS = position_B1 - (position_B1 - slot_S) % window  # the position in a slot of the ring
+        near_BS = (there_BS >= 0) | (there_BS == position_B1)
+        # In one formula: FlexAttention cannot take a mask of two joined parts into its kernel.
+        allowed = torch.where(slot_S < window, near_BS, (slot_S - window + 1) * stride <= position_B1 + 1)
         allowed = allowed if len(allowed) == 1 else allowed[:, None, None]
     rope = rope_table(position_B1 // stride * stride, *store.rope_key)
     mask, slots = Seen(allowed, None, static), window + seen

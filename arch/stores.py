@@ -712,7 +712,8 @@ class StridedSpec(GroupedSpec):
 
     @property
     def positions_key(self) -> tuple[Hashable, ...]:
-        return (*super().positions_key, self.stride, self.slot.k_dim, self.slot.v_dim)
+        # Without super(), which torch 2.11 does not trace in a property.
+        return self.window, self.stride, self.rope_key, self.slot.k_dim, self.slot.v_dim
 
     @property
     def max_positions(self) -> int | None:
