@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attend_kernels import flash, flash_mask, flash_missing, flex, flex_rows, varlen
 from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
 from .precision import at_least_fp32
+from .stores import Span
 
 # (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
 Kernel = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor | None], Tensor]
@@ -302,7 +303,7 @@ class Backend(ClaimedKernel):
     about  what it is, for the log
     """
 
-    form: Callable[[Sequences, int | None], Any]
+    form: Callable[[Sequences, Span], Any]
     about: str
     windows: bool = True
     documents: bool = True
@@ -322,7 +323,7 @@ class Backend(ClaimedKernel):
         broken = self.unusable()
         return reasons if broken is None else [*reasons, f"a way to run: {broken}"]
 
-    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> Mask:
+    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> Mask:
         """Make the mask of `sequences` attending to themselves, outside of compiled code. Raises as `check_dtype`."""
         self.check_dtype(dtype)
         return Mask(self.kernel, self.form(sequences, window))

@@ -15,7 +15,8 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .masks import Packed, Rows, Sequences, effective_window, packed
+from .masks import Packed, Rows, Sequences, chunks_as_segments, effective_window, packed
+from .stores import Span
 
 
 def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
@@ -156,8 +157,9 @@ class FlashMask(NamedTuple):
     packed: Packed
 
 
-def flash_mask(sequences: Sequences, window: int | None, *, version: int) -> FlashMask:
+def flash_mask(sequences: Sequences, window: Span, *, version: int) -> FlashMask:
     """Make the mask of `flash`; only on a machine where `flash_missing` returns None."""
+    sequences, window = chunks_as_segments(sequences, window)
     functions = flash_functions(version)
     assert isinstance(functions, FlashFunctions), functions
     if sequences.segment_ids_BT is None:

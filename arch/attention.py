@@ -45,8 +45,8 @@ def attention_needs(size: SizeConfig, store: StoreSpec, documents: bool = False)
     """Features and head widths that the layers that read `store` need of an attention backend."""
     heads = store.kernel_heads(size)
     needed = {
-        "windows": store.window is not None,
-        "documents": documents,
+        "windows": store.window is not None and not store.chunked,
+        "documents": documents or store.chunked,  # each chunk is one, to kernels of windows
         "sinks": store.sinks,
         "gqa": heads.kv_heads < size.num_heads,
         "uneven_value_width": heads.k_dim != heads.v_dim,

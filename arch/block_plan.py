@@ -188,10 +188,11 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
         )
     both = (("arch", config.arch.stores), ("arch.block.token", block.token.stores))
     scaled = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].query_scale]
-    if scaled:
+    chunked = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].chunk]
+    if scaled or chunked:
+        key = f"{scaled[0]}.query_scale" if scaled else f"{chunked[0]}.chunk"
         problems.append(
-            f"{scaled[0]}.query_scale is of a decoder: positions of a Block Transformer are no tokens of a document; "
-            "leave it out"
+            f"{key} is of a decoder: positions of a Block Transformer are no tokens of a document; leave it out"
         )
     if not 0 <= block.token.bos_token < config.size.vocab_size:
         problems.append(

@@ -23,7 +23,7 @@ from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
 from .pooling import chunks_after, step_chunk
 from .positions import TokenPositions, cached_positions, step_positions
-from .stores import StoreSpec, StridedSpec
+from .stores import Chunk, Span, StoreSpec, StridedSpec
 
 
 @dataclass
@@ -157,12 +157,12 @@ class Cache:
         """The next token of each row."""
         return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
 
-    def buffer_of(self, window: int | None) -> Any:
+    def buffer_of(self, window: Span) -> Any:
         """The first buffer of slots of this window: where tokens lie is the same in all of them."""
         stores = zip(self.plan.stores, self.buffers, strict=True)
-        return next(buffer for store, buffer in stores if store.masked and store.window == window)
+        return next(buffer for store, buffer in stores if store.masked and store.span == window)
 
-    def step_seen(self, window: int | None, device: torch.device, own: int | None = None) -> Seen:
+    def step_seen(self, window: Span, device: torch.device, own: int | None = None) -> Seen:
         """Slots that the next token sees of what buffers of this window return, in layers with a window of their `own`.
 
         Of a buffer that holds every position, such layers get the last `own` slots, but where shapes are the same at
@@ -170,7 +170,7 @@ class Cache:
         """
         step = self.step()
         newest = None if step.static or window is not None else own
-        if self.start_B is None and not step.static and own == newest:
+        if self.start_B is None and not step.static and own == newest and not isinstance(window, Chunk):
             return Seen(None)
         buffer = self.buffer_of(window)
         position_1, run, looked = self.new_indices(1, device), None, own or window
@@ -178,7 +178,11 @@ class Cache:
         if newest is not None:
             slots_S = slots_S[-newest:]
         allowed = visible(position_1, slots_S, looked, self.start_B)
-        if window is None or (self.start_B is None and own is None):
+        if isinstance(window, Chunk):  # whose first token lies in the first slot of a ring, but in rows that begin late
+            if self.start_B is None:
+                rows, end_1 = buffer.tensors[0].shape[0], position_1 % window.size + 1
+                run = Run(end_1.to(torch.int32).expand(rows).contiguous())
+        elif window is None or (self.start_B is None and own is None):
             rows, slots = buffer.tensors[0].shape[:2]
             dropped = 0 if newest is None else max(0, self.length + 1 - newest)  # slots that the layer does not get
             end_1 = (position_1 + 1).clamp(max=slots) - dropped
@@ -193,10 +197,10 @@ class Cache:
 
     def mask(
         self,
-        window: int | None,
+        window: Span,
         length: int,
         device: torch.device,
-        form: Callable[[Sequences, int | None], Dense | Windowed] = dense,
+        form: Callable[[Sequences, Span], Dense | Windowed] = dense,
         own: int | None = None,
     ) -> Dense | Windowed:
         """Mask of the next `length` tokens over the slots that buffers of this window return, in layers with a window

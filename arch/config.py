@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "stride")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "stride", "chunk")
 LATENT_KEYS = ("heads", "k_dim")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
@@ -92,6 +92,8 @@ class StoreConfig:
     matrix      a matrix per head instead of positions, which no other layer reads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
     stride      beside the window, one entry for each so many positions, pooled by learned weights (strided.py)
+    chunk       instead of a window: keep the positions of the current chunk of so many, which are counted from the
+                start of each document (Llama 4); a layer sees those up to the current one
     slots       a bounded store: this many slots into which positions are merged, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
     sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded, or
@@ -119,6 +121,7 @@ class StoreConfig:
     rope: Any = None
     rope_theta: float | None = None
     query_scale: QueryScaleConfig | None = None
+    chunk: int | None = None
 
 
 @dataclass
@@ -247,8 +250,8 @@ class SizeConfig:
     rope_theta         base of rotary embeddings
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
-    max_window         windows, slots and query_scale.tokens of the layout are cut to this; small sizes, trained on
-                       short sequences, set it
+    max_window         windows, chunks, slots and query_scale.tokens of the layout are cut to this; small sizes, trained
+                       on short sequences, set it
     style              preset of the next eight keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or

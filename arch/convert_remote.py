@@ -116,6 +116,8 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(
             f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
         )
+    if chunked := [store for store in plan.stores if store.chunked]:
+        problems.append(f"chunk: {names(chunked)} keeps chunks; the remote decoder has windows")
     if scaled := [store for store in plan.stores if store.query_scale]:
         problems.append(f"query_scale: {names(scaled)} scales queries by their position; the remote decoder does not")
     if plan.reader_windows:

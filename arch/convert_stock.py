@@ -241,6 +241,8 @@ def _unsupported(plan: KVPlan) -> list[str]:
         problems.append(f"second_reads: {second_reads_text(plan)}; stock layers each read what they wrote")
     if sinks := [store for store in plan.stores if store.sinks]:
         problems.append(f"sinks: {names(sinks)} has attention sinks")
+    if chunked := [store for store in plan.stores if store.chunked]:
+        problems.append(f"chunk: {names(chunked)} keeps chunks, not a window")
     if scaled := [store for store in plan.stores if store.query_scale]:
         problems.append(f"query_scale: {names(scaled)} scales queries by their position")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):

@@ -151,7 +151,7 @@ class Stack(nn.Module):
                 self.backend, self.config.size, self.plan, self.device_type, segmented
             )
         sequences = Sequences(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
-        kinds = [(backend, s.window) for backend, s in zip(self.chosen[segmented], self.plan.views, strict=True)]
+        kinds = [(backend, s.span) for backend, s in zip(self.chosen[segmented], self.plan.views, strict=True)]
         made = {
             (backend, window): backend.mask(sequences, window, compute_dtype(x_BTD))
             for backend, window in dict.fromkeys(kinds)

@@ -19,7 +19,7 @@ from .bounded_fla import INSTALL, BoundedBackend
 from .config import SizeConfig
 from .masks import Sequences
 from .positions import TokenPositions, token_positions
-from .stores import MatrixSpec, StoreSpec
+from .stores import MatrixSpec, Span, StoreSpec
 
 # Where each rule's entry point is.
 ENTRY_POINTS = {
@@ -94,7 +94,7 @@ class DeltaFlaBackend(DeltaBackend):
         found = entry_point(self.rule)
         return [*reasons, f"a way to run: {found}"] if isinstance(found, str) else reasons
 
-    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, together with the kernel to run."""
         return token_positions(sequences)._replace(kernel=kernel(self.rule))
 

@@ -1,6 +1,7 @@
 """Attention masks: the slots that each query sees, in the form that each kernel takes.
 
-A token sees itself and what came before it, within its segment and the window. `window` counts the current token.
+A token sees itself and what came before it, within its segment and the window. `window` counts the current token; or it
+is a Chunk, whose first is counted from the start of the segment.
 `segment_ids_BT` numbers the segments of each row, such as packed documents: a run of equal numbers is one segment.
 `padded` alone knows padding, negative ids, between the tokens of one segment: then what a query sees is no interval,
 and only a dense mask can say it.
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .stores import query_blocks
+from .stores import Chunk, Span, query_blocks
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -108,16 +109,29 @@ def segment_starts(segment_ids_BT: Tensor) -> Tensor:
     return torch.where(begins_BT, index_T, 0).cummax(dim=1).values
 
 
-def first_visible(sequences: Sequences, window: int | None) -> Tensor | None:
+def first_visible(sequences: Sequences, window: Span) -> Tensor | None:
     """First token [T], or [B, T] with segments, that each token sees. None: it sees all before it."""
     starts_BT = None if sequences.segment_ids_BT is None else segment_starts(sequences.segment_ids_BT)
-    if window is None or window >= sequences.length:
+    size = window.size if isinstance(window, Chunk) else window
+    if size is None or size >= sequences.length:
         return starts_BT
-    edge_T = (torch.arange(sequences.length, device=sequences.device) - window + 1).clamp(min=0)
+    if isinstance(window, Chunk):
+        index_T = torch.arange(sequences.length, device=sequences.device)
+        return index_T - (index_T if starts_BT is None else index_T - starts_BT) % window.size
+    edge_T = (torch.arange(sequences.length, device=sequences.device) - size + 1).clamp(min=0)
     return edge_T if starts_BT is None else torch.maximum(edge_T, starts_BT)
 
 
-def dense(sequences: Sequences, window: int | None) -> Dense:
+def chunks_as_segments(sequences: Sequences, window: Span) -> tuple[Sequences, int | None]:
+    """The same sequences, with a segment for each chunk where `window` is one, and the window within segments."""
+    if not isinstance(window, Chunk):
+        return sequences, window
+    first = first_visible(sequences, window)
+    ids_BT = None if first is None else first.expand(sequences.batch, -1)
+    return sequences._replace(segment_ids_BT=ids_BT), None
+
+
+def dense(sequences: Sequences, window: Span) -> Dense:
     first = first_visible(sequences, window)
     if first is None:
         return Dense(causal=True, allowed=None)
@@ -126,13 +140,13 @@ def dense(sequences: Sequences, window: int | None) -> Dense:
     return Dense(causal=False, allowed=allowed if allowed.ndim == 2 else allowed.unsqueeze(1))
 
 
-def windowed(sequences: Sequences, window: int | None) -> Dense | Windowed:
+def windowed(sequences: Sequences, window: Span) -> Dense | Windowed:
     """Mask in blocks on the CPU where a window restricts something, else a dense one."""
     batch, length, segment_ids_BT, device = sequences
     blocks = query_blocks(length, window) if device.type == "cpu" else None
     if blocks is None:
         return dense(sequences, window)
-    assert window is not None
+    assert isinstance(window, int)
     query_C, slot_L = (
         torch.arange(window, window + blocks.size, device=device),
         torch.arange(blocks.looked, device=device),
@@ -163,7 +177,7 @@ def last_query(form: Dense | Windowed, length: int) -> Dense:
     return Dense(causal=False, allowed=F.pad(seen_B1L, (block * size, 0))[:, None, :, :length])
 
 
-def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor | None = None) -> Tensor:
+def visible(query_T: Tensor, slot_S: Tensor, window: Span, start_B: Tensor | None = None) -> Tensor:
     """Mask over a cache, [T, S], or [B, 1, T, S] given `start_B`: causal, in the window, and only filled slots.
 
     Indices count tokens from the start of the padded sequence; a slot of negative index is not filled yet. Row b is
@@ -171,7 +185,10 @@ def visible(query_T: Tensor, slot_S: Tensor, window: int | None, start_B: Tensor
     """
     distance = query_T[:, None] - slot_S[None, :]
     allowed = (distance >= 0) & (slot_S >= 0)
-    if window is not None:
+    if isinstance(window, Chunk):
+        begin = 0 if start_B is None else start_B[:, None, None]
+        allowed = allowed & (slot_S >= begin + (query_T[:, None] - begin) // window.size * window.size)
+    elif window is not None:
         allowed &= distance < window
     if start_B is None:
         return allowed
@@ -190,8 +207,9 @@ def padded(segment_ids_BT: Tensor, window: int | None) -> Dense:
     return Dense(causal=False, allowed=(allowed_BTS | alone_BTS)[:, None])
 
 
-def packed(sequences: Sequences, window: int | None) -> Packed:
+def packed(sequences: Sequences, window: Span) -> Packed:
     """Bounds of all segments. Waits for the device once, to count them."""
+    sequences, window = chunks_as_segments(sequences, window)
     batch, length, segment_ids_BT, device = sequences
     total = batch * length
     if segment_ids_BT is None:
@@ -213,7 +231,7 @@ def effective_window(window: int | None, length: int) -> int | None:
 BLOCK = 128
 
 
-def blocks(sequences: Sequences, window: int | None) -> BlockMask:
+def blocks(sequences: Sequences, window: Span) -> BlockMask:
     """Block mask for FlexAttention: the blocks of pairs that are visible in part, and those in whole.
 
     A token sees an interval, whose ends never go back from one token to the next. So the first query of a block that is
@@ -252,12 +270,13 @@ def rows_end_to_end(batch: int, length: int) -> int:
     return number if number * length >= min(batch * length, 8 * BLOCK) else batch
 
 
-def short_rows(sequences: Sequences, window: int | None) -> Rows:
+def short_rows(sequences: Sequences, window: Span) -> Rows:
     """Mask of rows without segments that attend to themselves, or with negative ids at padding as `padded`."""
     batch, length, segment_ids_BT, device = sequences
     number = rows_end_to_end(batch, length)
     index_T = torch.arange(number * length, device=device)
     begin_T = index_T - index_T % length
+    assert not isinstance(window, Chunk)  # no Block Transformer has any
     first_T = begin_T if window is None else torch.maximum(begin_T, index_T - window + 1)
     if segment_ids_BT is None:
         return Rows(_interval_blocks(first_T, index_T, number * length), number)

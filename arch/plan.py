@@ -28,7 +28,7 @@ from .config import (
     head_dim,
     style_of,
 )
-from .stores import LayoutError, MixedSpec, StoreSpec, resolve_store, share_of
+from .stores import LayoutError, MixedSpec, Span, StoreSpec, resolve_store, share_of
 
 
 class StackPlan(NamedTuple):
@@ -54,7 +54,7 @@ class StackPlan(NamedTuple):
 
 
 # The window of a store, and that of a layer which looks at fewer of its positions (None: the same).
-ReadWindow = tuple[int | None, int | None]
+ReadWindow = tuple[Span, int | None]
 
 # How a layer reads a second store: its values alone, or keys and values mixed with those of the first.
 SECOND_READS = ("values", "mix")
@@ -108,8 +108,8 @@ class KVPlan:
             (
                 "read_windows",
                 (
-                    *((store.window, None) for store in self.stores),
-                    *((self.stores[read].window, window) for read, window, _ in own),
+                    *((store.span, None) for store in self.stores),
+                    *((self.stores[read].span, window) for read, window, _ in own),
                 ),
             ),
         ):
@@ -143,6 +143,11 @@ class KVPlan:
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows of what is read by a mask, in order of first use."""
         return tuple(dict.fromkeys(view.window for view in self.views if view.masked))
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """As `windows`, chunks told from windows."""
+        return tuple(dict.fromkeys(view.span for view in self.views if view.masked))
 
     def store(self, layer: int) -> StoreSpec:
         """The store that `layer` reads, in the window that it sees of it."""
@@ -250,7 +255,7 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
     ]
     types = {name: resolve_store(name, store, config.size, problems) for name, store in config.arch.stores.items()}
     items = _expand(config, problems)
-    if not any(store.window or store.slots for store in config.arch.stores.values()):
+    if not any(store.window or store.chunk or store.slots for store in config.arch.stores.values()):
         problems += [
             f"arch.stores.{name}.sinks needs a window, of this store or of one beside it: sinks stand in for the "
             "positions that a window drops"
@@ -306,6 +311,8 @@ def _own_windows(
             problems.append(
                 f"{item}: {name} {types[name].summary}, of which a layer reads all; leave window={window} out"
             )
+        elif types[name].chunked:
+            problems.append(f"{item}: {name} is read in chunks; leave window={window} out")
         elif window > (kept or MAX_COUNT):
             problems.append(
                 f"{item}: {name} keeps {kept:,} positions; a layer sees at most those"
@@ -324,6 +331,7 @@ def _check_seconds(config: ModelConfig, types: dict[str, StoreSpec], items: list
             continue
         where, (one, other) = f"arch.pattern: `{item}`", (types[item.name], types[item.second])
         windows = [config.arch.stores[name].window for name in (item.name, item.second)]
+        chunked = next((store for store in (one, other) if store.chunked), None)
         plain = next((store for store in (one, other) if store.kind != "grouped"), None)
         if item.verb == "new":
             problems.append(f"{where}: a layer that writes a store reads it whole; write `reuse` in a layer above it")
@@ -333,6 +341,8 @@ def _check_seconds(config: ModelConfig, types: dict[str, StoreSpec], items: list
             problems.append(
                 f"{where}: {plain.name} {plain.summary}; only stores that have keys and values per head can be combined"
             )
+        elif chunked is not None:
+            problems.append(f"{where}: {chunked.name} is read in chunks; only windows, or all positions, are combined")
         elif windows[0] != windows[1]:
             kept = " and ".join("all" if window is None else f"the last {window:,}" for window in windows)
             problems.append(f"{where}: they keep {kept} positions; a key and its value must be of one position")

@@ -111,8 +111,21 @@ def gate_width(size: SizeConfig, width: int) -> int:
     return size.num_heads * {"none": 0, "head": 1, "channel": width}[style_of(size).output_gate]
 
 
-def visible_pairs(seq_len: int, window: int | None) -> int:
+class Chunk(NamedTuple):
+    """Chunks of `size` positions, of the current one of which a layer sees those up to its own."""
+
+    size: int
+
+
+# The positions that a layer sees up to its own: the last so many, those of a chunk, or all.
+Span = int | Chunk | None
+
+
+def visible_pairs(seq_len: int, window: Span) -> int:
     """Pairs (query, key) that causal attention over `seq_len` tokens looks at."""
+    if isinstance(window, Chunk):
+        whole, rest = divmod(seq_len, window.size)
+        return (whole * window.size * (window.size + 1) + rest * (rest + 1)) // 2
     full = min(seq_len, window or seq_len)
     return full * (full + 1) // 2 + (seq_len - full) * full
 
@@ -146,9 +159,9 @@ SHORT_ROW = 64
 QUERY_BLOCK = 64
 
 
-def query_blocks(seq_len: int, window: int | None) -> QueryBlocks | None:
+def query_blocks(seq_len: int, window: Span) -> QueryBlocks | None:
     """Blocks for `seq_len` tokens that attend to themselves; None: the mask is dense, or restricts nothing."""
-    if window is None or window >= seq_len or seq_len < SHORT_ROW:
+    if window is None or isinstance(window, Chunk) or window >= seq_len or seq_len < SHORT_ROW:
         return None
     size = min(QUERY_BLOCK, max(16, window // 2), seq_len - window)
     return QueryBlocks(size, -(-(seq_len - window) // size), size * (1 + -(-window // size)))
@@ -163,6 +176,7 @@ class StoreSpec:
     num_slots   of a bounded store, the slots into which positions are merged by `rule`; its window, if any, keeps the
                 last positions unmerged beside them
     query_scale factors of its readers' queries; None: they have none
+    chunked     `window` is the size of chunks
 
     kind        name of the kind
     key         the key of StoreConfig that asks for it
@@ -183,6 +197,7 @@ class StoreSpec:
     num_slots: int = 0
     rule: str | None = None
     query_scale: QueryScale | None = None
+    chunked: bool = False
 
     kind: ClassVar[str]
     key: ClassVar[str]
@@ -218,6 +233,11 @@ class StoreSpec:
     def rope_key(self) -> tuple[int, float]:
         """(width, base) of the rotary table of its keys."""
         return self.slot_rotary_dim if self.rotary_dim is None else self.rotary_dim, self.rope_theta
+
+    @property
+    def span(self) -> Span:
+        """The positions that its readers see up to their own."""
+        return Chunk(self.window) if self.chunked and self.window is not None else self.window
 
     @property
     def positions_key(self) -> tuple[Hashable, ...]:
@@ -294,12 +314,12 @@ class StoreSpec:
 
     def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
         """Forward FLOPs of attention over one sequence in one layer, the owner or another; projections aside."""
-        return self.pair_flops(size) * visible_pairs(seq_len, self.window)
+        return self.pair_flops(size) * visible_pairs(seq_len, self.span)
 
     @property
     def mark(self) -> str:
         """Letter in a layout's map of owners."""
-        return "s" if self.window else ""
+        return "c" if self.chunked else "s" if self.window else ""
 
     @property
     def slot_text(self) -> str:
@@ -309,13 +329,14 @@ class StoreSpec:
     @property
     def retention(self) -> tuple[tuple[str, int], ...]:
         """(text, number) of what is retained, as ("last 1,024", 1024); empty: every position."""
-        return ((f"last {self.window:,}", self.window),) if self.window else ()
+        which = "chunk of" if self.chunked else "last"
+        return ((f"{which} {self.window:,}", self.window),) if self.window else ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, under the names that plan.json and checkpoint.json have always had."""
         fields = {"slots" if key == "num_slots" else key: value for key, value in asdict(self).items()}
-        newer = ("query_scale", "latents", "key_dim")
-        return {key: value for key, value in fields.items() if value is not None or key not in newer}
+        newer = ("query_scale", "chunked", "latents", "key_dim")
+        return {key: value for key, value in fields.items() if value or key not in newer}
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:
@@ -939,8 +960,15 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         problems.append(f"{where} needs either kv_heads or latent, and not both")
     else:
         slot = kind.resolve_slot(where, store, size, problems)
-    window = store.window
-    if window is not None and window < 1:
+    window, chunk = store.window, store.chunk
+    if chunk is not None:
+        if window is not None or not kind.grows:
+            other = f"window is {window}" if kind.grows else f"the store {kind.summary}"
+            problems.append(f"{where}.chunk is {chunk}, and {other}: a layer sees positions of one kind; leave one out")
+        elif chunk < 1:
+            problems.append(f"{where}.chunk is {chunk}; it must be at least 1 (null: no chunks)")
+        window = chunk
+    elif window is not None and window < 1:
         problems.append(f"{where}.window is {window}; it counts the current token, so at least 1 (null: no window)")
     kind.check(where, store, problems)
     if store.tied is not None and kind not in (TiedSpec, StridedSpec):
@@ -950,7 +978,7 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
     if store.stride is not None and kind is not StridedSpec:
         problems.append(f"{where}.stride is {store.stride}, and a store that {kind.summary} has no entries: drop it")
     for key, value, limit in (
-        ("window", window, MAX_COUNT),
+        ("window" if chunk is None else "chunk", window, MAX_COUNT),
         ("slots", store.slots, MAX_WIDTH),
         ("stride", store.stride, MAX_WIDTH),
     ):
@@ -973,6 +1001,7 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         rule=store.rule,
         rotary_dim=rotary_dim,
         query_scale=resolve_query_scale(where, store, kind, size, problems),
+        chunked=chunk is not None,
         **kind.resolve_more(where, store, slot, size, problems),
     )
 

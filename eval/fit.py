@@ -22,7 +22,7 @@ def remarks(config: ModelConfig) -> list[str]:
 def _of_stack(config: ModelConfig) -> Iterator[str]:
     most, plan = config.size.max_window, resolve_stack(config)
     for name, store in config.arch.stores.items():
-        for what, number in (("window", store.window), ("slots", store.slots)):
+        for what, number in (("window", store.window), ("chunk", store.chunk), ("slots", store.slots)):
             if number is not None and most is not None and number > most:
                 yield f"{what} {number:,} of {name} cut to {most:,} by size.max_window"
     for number in dict.fromkeys(map(int, re.findall(r"\bwindow=(\d+)", str(config.arch.pattern)))):

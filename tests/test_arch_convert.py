@@ -172,6 +172,7 @@ def test_every_other_layout_is_refused(arch: str) -> None:
     expected |= {"sinks"} if any(store.sinks for store in stores) else set()
     expected |= {"slots"} if any(store.slots for store in stores) else set()
     expected |= {"kv_norm"} if any(store.kv_norm for store in stores) else set()
+    expected |= {"chunk"} if any(store.chunk for store in stores) else set()
     expected |= {"query_scale"} if any(store.query_scale for store in stores) else set()
     divided = any(store.latent and (store.latent.heads, store.latent.k_dim) != (None, None) for store in stores)
     expected |= {"latent.heads, latent.k_dim"} if divided else set()

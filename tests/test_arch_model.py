@@ -17,10 +17,10 @@ from arch.layers import rope_table, rotate
 from arch.masks import Sequences
 from arch.mixed import Mix, TwoKV
 from arch.named import load_arch, load_size
-from arch.stores import CHUNK, MixedSpec, StoreSpec, StridedSpec, visible_pairs
+from arch.stores import CHUNK, Chunk, MixedSpec, Span, StoreSpec, StridedSpec, visible_pairs
 
 
-def causal_mask(length: int, window: int | None = None) -> Mask:
+def causal_mask(length: int, window: Span = None) -> Mask:
     return BACKENDS["sdpa"].mask(Sequences(1, length, None, torch.device("cpu")), window, torch.float64)
 
 
@@ -109,7 +109,7 @@ def unseen_flops(config: ModelConfig, store: StoreSpec, length: int) -> int:
         pairs = length * (length + store.num_entries(length))
         return store.pair_flops(config.size) * pairs - store.attention_flops(config.size, length, True)
     if not store.num_slots:
-        return store.pair_flops(config.size) * (length * length - visible_pairs(length, store.window))
+        return store.pair_flops(config.size) * (length * length - visible_pairs(length, store.span))
     if not store.window:
         return 0
     # Fused, by heads a coordinate wider: the first window with something else, then blocks of a quarter of a window.
@@ -204,8 +204,8 @@ def test_a_mix_of_rotated_keys_is_the_rotated_mix(rotary_fraction: float) -> Non
     assert len(mixed(torch.ones_like(keys[0]), 0 * keys[0]).k_BSKH[0, 0].unique()) == mix.keys.numel() // 2
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 9, 30])
-def test_visible_pairs_are_those_of_the_mask(window: int | None) -> None:
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 30, Chunk(1), Chunk(4), Chunk(9), Chunk(30)])
+def test_visible_pairs_are_those_of_the_mask(window: Span) -> None:
     length = 9
     mask = causal_mask(length, window).form
     pairs = length * (length + 1) // 2 if mask.causal else int(mask.allowed.sum())
@@ -263,6 +263,9 @@ def test_window_as_long_as_the_text_is_no_window(arch: str) -> None:
     for store in free.arch.stores.values():
         store.window = 10**6 if store.window and (store.sinks or store.slots or store.stride) else None
         store.stride = store.stride and min(store.stride, length)
+        store.chunk = None
+        if store.query_scale is not None:
+            store.query_scale.tokens = length  # cut with windows
         store.slots = store.slots and min(store.slots, length)  # weights go with them: only windows are compared here
     free.size.max_window = None
     windowed, full = build(narrow), build(free)

@@ -208,6 +208,10 @@ TWO = {**KV, "far": {"kv_heads": 2}}
         ({"kv": {"latent": {"k_dim": "1/3"}}}, ["new kv"], {}, "latent.k_dim is 1/3, 8/3 with 8 as the head dim"),
         ({"kv": {"kv_heads": 1, "query_scale": {"slope": "log"}}}, ["new kv"], {}, "a positive number, or learned"),
         ({"kv": {"kv_heads": 1, "query_scale": {"tokens": 0}}}, ["new kv"], {}, "query_scale.tokens is 0"),
+        ({"kv": {"kv_heads": 1, "chunk": 4, "window": 4}}, ["new kv"], {}, "chunk is 4, and window is 4"),
+        ({"kv": {"kv_heads": 1, "chunk": 0}}, ["new kv"], {}, "chunk is 0; it must be at least 1"),
+        ({"kv": {"kv_heads": 1, "chunk": 4, "slots": 4, "rule": "gated"}}, ["new kv"], {}, "the store is bounded"),
+        ({"kv": {"kv_heads": 1, "chunk": 4}}, ["new kv", "reuse kv window=2"], {}, "kv is read in chunks"),
         ({"kv": {"matrix": {}, "query_scale": {}}}, ["new kv"], {}, "the store holds a matrix per head: leave it out"),
         (
             {"kv": {"kv_heads": 1, "slots": 4}},

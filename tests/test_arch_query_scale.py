@@ -19,13 +19,22 @@ LAYOUT = from_dict(
         "stores": {
             "grouped": {"kv_heads": 2, "rope": "none", "query_scale": FIXED},
             "window": {"kv_heads": 2, "window": 5, "rope": "none", "query_scale": LEARNED},
+            "chunk": {"kv_heads": 2, "chunk": 4, "sinks": True, "query_scale": FIXED},
             "latent": {"latent": {"heads": 2, "k_dim": "1/2"}, "query_scale": LEARNED},
             "vector": {"kv_heads": 2, "tied": "vector", "query_scale": FIXED},
             "half": {"kv_heads": 2, "tied": "half", "query_scale": LEARNED},
             "other": {"kv_heads": 2, "rope": "none"},
         },
         "pattern": [
-            *("new grouped", "reuse grouped window=4", "new window", "new latent", "reuse latent", "new vector"),
+            *(
+                "new grouped",
+                "reuse grouped window=4",
+                "new window",
+                "new chunk",
+                "new latent",
+                "reuse latent",
+                "new vector",
+            ),
             *("new half", "new other", "reuse grouped mix=other"),
         ],
     },
@@ -35,7 +44,7 @@ LENGTH = 17
 
 @pytest.fixture(scope="module")
 def model() -> Decoder:
-    model = build(small(LAYOUT, num_layers=9, init_std=0.1))
+    model = build(small(LAYOUT, num_layers=10, init_std=0.1))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "head_scale" in name:
@@ -82,7 +91,7 @@ def test_every_reader_scales(name: str, model: Decoder) -> None:
     """Without the factors of this store logits are others."""
     layout = from_dict(ArchConfig, {"stores": dict(LAYOUT.stores), "pattern": list(LAYOUT.pattern)})
     layout.stores[name] = StoreConfig(**{**vars(LAYOUT.stores[name]), "query_scale": None})
-    plain = build(small(layout, num_layers=9))
+    plain = build(small(layout, num_layers=10))
     own = plain.state_dict()
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in own})
     rows = tokens(1, LENGTH)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arch import ModelConfig, SizeConfig, build, generate, kv_bytes
+from arch.config import QueryScaleConfig
 from arch.decoder import Decoder
 from arch.named import load_arch
 
@@ -102,7 +103,58 @@ def mistral_large4() -> Pair:
     return Pair(stock, ours, cache_bytes)
 
 
-@pytest.mark.parametrize("make", [mistral_large4])
+def llama4() -> Pair:
+    """Chunks of 8 positions, and layers that see all and scale their queries; dense, and without norms of queries and
+    keys, as Maverick."""
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **WIDTHS,
+        intermediate_size_mlp=48,
+        moe_layers=[],
+        num_key_value_heads=1,
+        head_dim=8,
+        rms_norm_eps=1e-6,
+        rope_parameters=ROPE | {"rope_theta": 500000.0},
+        attention_chunk_size=8,
+        floor_scale=3,
+        attn_scale=0.7,
+        use_qk_norm=False,
+    )
+    stock = transformers.Llama4TextModel(config).eval()
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    layout = load_arch("llama4")
+    layout.stores["chunk"].chunk = 8
+    layout.stores["nope"].query_scale = QueryScaleConfig(0.7, 3)
+    ours = build(ModelConfig(layout, SIZE))
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        yield "embed.weight", stock.embed_tokens.weight
+        yield "norm.weight", stock.norm.weight
+        for index, layer in enumerate(stock.layers):
+            attention, prefix = layer.self_attn, f"layers.{index}."
+            rotary = 8 * config.no_rope_layers[index]
+            yield prefix + "attn_norm.weight", layer.input_layernorm.weight
+            yield prefix + "mlp_norm.weight", layer.post_attention_layernorm.weight
+            yield prefix + "reader.q_proj.weight", halves(attention.q_proj.weight, 4, 8, rotary)
+            yield prefix + "writer.k_proj.weight", halves(attention.k_proj.weight, 1, 8, rotary)
+            yield prefix + "writer.v_proj.weight", attention.v_proj.weight
+            yield prefix + "reader.o_proj.weight", attention.o_proj.weight
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield f"{prefix}mlp.{name}.weight", getattr(layer.feed_forward, name).weight
+
+    copy(ours, pairs())
+
+    def cache_bytes(cache: Any) -> int:
+        """Chunks counted with the position that the cache dropped, as from a window."""
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        assert {t.shape[2] for t in tensors} == {7, LENGTH + STEPS}
+        return sum(t.nbytes // 7 * 8 if t.shape[2] == 7 else t.nbytes for t in tensors)
+
+    return Pair(stock, ours, cache_bytes)
+
+
+@pytest.mark.parametrize("make", [mistral_large4, llama4])
 def test_stock_class_with_our_weights(make: Callable[[], Pair]) -> None:
     stock, ours, cache_bytes = make()
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))

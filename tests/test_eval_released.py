@@ -112,11 +112,15 @@ def test_published_figures() -> None:
 
 @pytest.mark.parametrize(
     ("layout", "model", "shape"),
-    [("gpt_oss", f"gpt-oss-{size}", {"num_layers": n, "num_heads": 64}) for size, n in (("20b", 24), ("120b", 36))],
+    [
+        ("gpt_oss", "gpt-oss-20b", {"num_layers": 24, "num_heads": 64, "head_dim": 64}),
+        ("gpt_oss", "gpt-oss-120b", {"num_layers": 36, "num_heads": 64, "head_dim": 64}),
+        ("llama4", "llama-4-scout", {"num_layers": 48, "num_heads": 32, "head_dim": 128}),  # 40 query heads there
+    ],
 )
 def test_layouts_have_the_bytes_of_their_models(layout: str, model: str, shape: dict[str, int]) -> None:
     """At the model's shape, layer by layer, before and after windows and chunks fill."""
-    plan, released_plan = resolve(model_config(layout, SizeConfig(head_dim=64, **shape))), load(model).plan
+    plan, released_plan = resolve(model_config(layout, SizeConfig(**shape))), load(model).plan
     assert plan.owners == released_plan.owners
     for context in (1, 127, 128, 8191, 8193, CONTEXT):
         bytes_of = ([store.nbytes(context, 2) for store in each.stores] for each in (plan, released_plan))

@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
 SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4"}
-HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"])
+HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"]), "llama4"}
 
 
 def target_of(name: str) -> str:

@@ -23,8 +23,10 @@ from arch.stores import (
     SCORES,
     WINDOW_BLOCKS,
     BoundedSpec,
+    Chunk,
     LatentSpec,
     MatrixSpec,
+    Span,
     StridedSpec,
     TiedSpec,
     delta_chunk,
@@ -234,7 +236,7 @@ def segment_bytes(stack: StackShape, how: Execution, micro_batch: int) -> int:
     if how.pads:
         return stack.rows * (8 * length + length**2 * (1 + how.itemsize * stack.plan.num_layers))
     pairs = (-(-length // FLEX_BLOCK)) ** 2
-    windows = {None if window is None or window >= length else window for window in stack.plan.windows}
+    windows = {None if mask_elements(length, span) == 0 else span for span in stack.plan.spans}
     return micro_batch * (16 * length + len(windows) * (4 * length + 32 * pairs))
 
 
@@ -260,7 +262,7 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
         for store in (handed_on(plan, number) for number in range(len(plan.stores)))
         if store is not None
     )
-    masks = how.dense * sum(mask_elements(size.seq_len, window) for window in plan.windows)
+    masks = how.dense * sum(mask_elements(size.seq_len, span) for span in plan.spans)
     strided = {store.positions_key: store for store in plan.stores if isinstance(store, StridedSpec)}
     masks += sum(size.seq_len * (size.seq_len + store.num_entries(size.seq_len)) for store in strided.values())
     return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks
@@ -278,12 +280,13 @@ def handed_on(plan: KVPlan, number: int) -> StoreSpec | None:
     return replace(store, slot=replace(store.slot, **{"v_dim" if keys else "k_dim": 0}))
 
 
-def mask_elements(seq_len: int, window: int | None) -> int:
+def mask_elements(seq_len: int, window: Span) -> int:
     """Elements of the mask of a window: of a block of queries, or dense; none where it restricts nothing."""
     blocks = query_blocks(seq_len, window)
     if blocks is not None:
         return blocks.size * blocks.looked
-    return 0 if window is None or window >= seq_len else seq_len**2
+    size = window.size if isinstance(window, Chunk) else window
+    return 0 if size is None or size >= seq_len else seq_len**2
 
 
 def norm_bytes(size: SizeConfig) -> int:
@@ -491,7 +494,7 @@ class MaskedActivations:
         """
         heads, appended, wide = config.size.num_heads, store.sinks and how.dense, self.width(config, store, how)
         kv_heads, k_dim, v_dim = store.kernel_heads(config.size)
-        blocks = query_blocks(config.size.seq_len, store.window) if how.dense else None
+        blocks = query_blocks(config.size.seq_len, store.span) if how.dense else None
         if blocks is not None:
             assert store.window is not None
             length, window = config.size.seq_len, store.window
@@ -523,7 +526,7 @@ class MaskedActivations:
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
         """The mask of a window, which each layer converts and keeps: of a block of queries, with sinks also of the
         first window; dense [T, T] in short rows."""
-        length, blocks = config.size.seq_len, query_blocks(config.size.seq_len, store.window)
+        length, blocks = config.size.seq_len, query_blocks(config.size.seq_len, store.span)
         if not how.dense or not (store.sinks or (store.window is not None and store.window < length)):
             return 0
         if blocks is None:

@@ -172,7 +172,7 @@ def attention_counts(store: StoreSpec, size: SizeConfig, length: int, owner: boo
     if within_blocks:
         return Counts(masked=of_pair * length * TILE)
     restricted = store.window is not None and store.window < length
-    pairs = visible_pairs(length, store.window)
+    pairs = visible_pairs(length, store.span)
     if restricted or store.sinks:
         return Counts(masked=of_pair * (pairs + length * TILE))
     return Counts(attention=of_pair * (pairs + length * TILE / 2))

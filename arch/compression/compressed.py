@@ -19,6 +19,7 @@ from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
 from .arkvale import ArkValeBuffer
+from ..stores import Chunk, Span
 from .keeps import (
     CormBuffer,
     H2OBuffer,
@@ -152,18 +153,20 @@ class CompressedCache(Cache):
         """Raises ValueError: shapes follow the number of tokens."""
         raise ValueError("a compressed cache takes no steps in unchanging shapes; decode without compile")
 
-    def step_seen(self, window: int | None, device: torch.device, own: int | None = None) -> Seen:
+    def step_seen(self, window: Span, device: torch.device, own: int | None = None) -> Seen:
         assert own is None  # check_method
-        if self.start_B is None:
+        if self.start_B is None and not isinstance(window, Chunk):
             return Seen(None)
         buffer = self.buffer_of(window)
         if not isinstance(buffer, CodedBuffer):
             return super().step_seen(window, device)
         slots = buffer.indices(self.length, 1, device)
         allowed = visible(torch.tensor([self.length], device=device), slots, window, self.start_B)
+        if self.start_B is None:
+            return Seen(allowed)
         end_B = torch.full_like(self.start_B, len(slots), dtype=torch.int32)
         first_B = (self.start_B - buffer.first(self.length)).clamp(min=0).to(torch.int32)
-        return Seen(allowed, Run(end_B, first_B))
+        return Seen(allowed, None if isinstance(window, Chunk) else Run(end_B, first_B))
 
     def store_masks(
         self, masks: list[Mask | TokenPositions], length: int, device: torch.device
