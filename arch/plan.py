@@ -227,9 +227,9 @@ class KVPlan:
         return cls(stores, reads, own, seconds)
 
     def __str__(self) -> str:
-        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `b`
-        for bounded stores, `d` for a matrix per head, `p` for pooled positions. Where values are those of another
-        store, its owner comes after a slash, and that of one that is mixed in after a plus sign."""
+        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `c`
+        for chunks, `b` for bounded stores, `d` for a matrix per head, `p` for pooled positions. Where values are those
+        of another store, its owner comes after a slash, and that of one that is mixed in after a plus sign."""
         parts = []
         for layer in range(self.num_layers):
             store, second = self.store(layer), self.second_read(layer)

@@ -10,7 +10,7 @@ from .config import SizeConfig
 from .masks import Sequences
 from .pooling import chunks_alone
 from .positions import TokenPositions, token_positions
-from .stores import StoreSpec, StridedSpec
+from .stores import Span, StoreSpec, StridedSpec
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class StridedBackend(BoundedBackend):
     stride: int = 1
     rope_key: tuple[int, float] = (0, 0.0)
 
-    def mask(self, sequences: Sequences, window: int | None, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their chunks and the mask of tokens and entries."""
+        assert window is None or isinstance(window, int)  # a strided store has a window
         chunks = chunks_alone(window, self.stride, self.rope_key, sequences)
         found = token_positions(sequences)._replace(chunks=chunks)
         return found.with_mask(lambda form: Mask(dense_backend(self.kernel).kernel, form))

@@ -26,8 +26,8 @@ HEAD = f"""# Layouts, by idea
 For people who choose one. Families follow the plan: a layout belongs to the one whose idea it uses, whatever its name.
 Figures are those of the `{SIZE}` size in bf16, at {CONTEXT:,} tokens of context;
 `python eval/footprint.py +size={SIZE} +arch=NAME` draws any layout. In a map, each layer has the number of the layer
-whose store it reads; `s` marks a window, `b` a bounded store, `d` a matrix per head; after `/` comes the
-layer whose values it reads, after `+` one whose keys and values are mixed in.
+whose store it reads; `s` marks a window, `c` a chunk, `b` a bounded store, `d` a matrix per head; after `/`
+comes the layer whose values it reads, after `+` one whose keys and values are mixed in.
 
 <!-- layouts: python eval/readme.py -->
 """

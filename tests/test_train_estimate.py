@@ -59,6 +59,7 @@ LAYOUTS = [
     "gla2",
     "fusedkv",
     "fusedkv_lite",
+    "llama4",
     "bct",
     "bct_gated",
     "bct_ring",

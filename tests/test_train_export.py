@@ -106,8 +106,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
-SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4"}
-HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"]), "llama4"}
+SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4", "llama4"}
+HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"])
 
 
 def target_of(name: str) -> str:

@@ -18,8 +18,8 @@ from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
-from .arkvale import ArkValeBuffer
 from ..stores import Chunk, Span
+from .arkvale import ArkValeBuffer
 from .keeps import (
     CormBuffer,
     H2OBuffer,
