@@ -316,7 +316,7 @@ def test_repeats_beyond_the_depth_are_cut(repeats: str) -> None:
 
 
 def test_from_dict_refuses_unknown_keys() -> None:
-    with pytest.raises(ValueError, match="StoreConfig has no kv_head; its keys are head_dim, k_dim, kv_heads"):
+    with pytest.raises(ValueError, match="StoreConfig has no kv_head; its keys are chunk, head_dim, k_dim, kv_heads"):
         from_dict(ArchConfig, {"stores": {"kv": {"kv_head": 1}}})
     latent = from_dict(StoreConfig, {"latent": {"dim": 4}}).latent
     assert latent == LatentConfig(dim=4)
