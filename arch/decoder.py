@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, D model, V vocabulary.
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,23 @@ class Block(nn.Module):
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
         x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
         return x_BTD, kv
+
+
+class LayerInputs(NamedTuple):
+    """What layers get of positions: masks, or token positions, by view, rotary tables by the key of a store, and tables
+    of queries by its rule."""
+
+    masks: Sequence[Mask | TokenPositions | None]
+    ropes: dict[Hashable, Rope]
+    query_tables: dict[QueryScale | None, Tensor | None]
+
+    def of_last(self, length: int) -> "LayerInputs":
+        """Of the last of `length` positions; a mask is None where there is none of a single query."""
+        return LayerInputs(
+            [mask.last_query(length) if isinstance(mask, Mask) else None for mask in self.masks],
+            {key: last_position(rope) for key, rope in self.ropes.items()},
+            {rule: None if table is None else table[..., -1:] for rule, table in self.query_tables.items()},
+        )
 
 
 class Stack(nn.Module):
@@ -236,55 +253,38 @@ class Stack(nn.Module):
         `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `keep`: only the last
         position of the result is wanted (1), or nothing but what goes into the cache (0): what the layers from
         `plan.tail` on would do beyond that is left out. `starts_BT`: where the document of each token begins; None:
-        at 0. Raises ValueError where the tokens do not fit into the cache,
-        or as `masks`.
+        at 0. Raises ValueError where the tokens do not fit into the cache, or as `masks`.
         """
-        length, device, plan = x_BTD.shape[1], x_BTD.device, self.plan
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
-        wanted = keep
-        if cache is not None and cache.sees_queries:
-            keep = None
-        if cache is not None and masks is None and length == 1 and keep != 0 and cache.takes_steps:
-            cache.check(self.plan, x_BTD.shape[0], 1)
-            x_BD = self.step(x_BTD.squeeze(1), cache, context_BCD)
-            cache.length += 1
-            return x_BD.unsqueeze(1)
-        if cache is None:
-            offset, positions = 0, torch.arange(length, device=device)
-            masks = self.masks(x_BTD) if masks is None else masks
-        else:
-            cache.check(self.plan, x_BTD.shape[0], length)
-            offset, positions = cache.length, cache.positions(length, device)
-            masks = self.cached_masks(cache, length, device) if masks is None else masks
-        ropes = {key: rope_table(positions, *key) for key in dict.fromkeys(store.rope_key for store in plan.stores)}
-        tables = self.query_tables(positions if starts_BT is None else positions - starts_BT)
-        tail = plan.last_owner if keep == 0 else plan.num_layers  # the first layer that keeps `keep` positions
-        tail_masks: Sequence[Mask | TokenPositions | None] = masks
-        tail_ropes = {key: last_position(rope) for key, rope in ropes.items()}
-        if keep == 1 and length > 1:
-            tail_masks = [mask.last_query(length) if isinstance(mask, Mask) else None for mask in masks]
-            if all(tail_masks[view] for view in plan.view_reads[plan.tail :]):
-                tail = plan.tail
+        length, plan, wanted = x_BTD.shape[1], self.plan, keep
+        if cache is not None:
+            cache.check(plan, x_BTD.shape[0], length)
+            if masks is None and length == 1 and keep != 0 and cache.takes_steps:
+                x_BD = self.step(x_BTD.squeeze(1), cache, context_BCD)
+                cache.length += 1
+                return x_BD.unsqueeze(1)
+            if cache.sees_queries:
+                keep = None
         contexts = self.cross_contexts(x_BTD, context_BCD, cache)
+        inputs = self.layer_inputs(x_BTD, cache, masks, starts_BT)
+        tail, of_tail = self.tail_inputs(inputs, length, keep)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
-            read = plan.reads[layer]
-            spec = plan.stores[read]
-            owner = spec.owner == layer
+            store = plan.store(layer)
+            owner = store.owner == layer
             if layer == tail and not owner:
                 x_BTD = x_BTD[:, -1:]
-            if layer >= tail and not owner:
-                ropes = tail_ropes
+            of = of_tail if layer >= tail else inputs
             arguments = (
                 x_BTD,
                 () if owner else handed_on(plan, layer, written),
-                ropes[spec.rope_key],
-                (tail_masks if layer >= tail else masks)[plan.view_reads[layer]],
-                cache.buffers[read] if owner and cache is not None else None,
-                offset,
+                (inputs if owner else of).ropes[store.rope_key],  # an owner writes every position
+                of.masks[plan.view_reads[layer]],
+                cache.buffers[plan.reads[layer]] if owner and cache is not None else None,
+                0 if cache is None else cache.length,
                 contexts[layer],
                 keep if layer == tail and owner else None,
-                last_of(tables[spec.query_scale]) if layer >= tail else tables[spec.query_scale],
+                of.query_tables[store.query_scale],
             )
             if self.activation_checkpointing and self.training:
                 x_BTD, kv = checkpoint(block, *arguments, use_reentrant=False)
@@ -292,14 +292,46 @@ class Stack(nn.Module):
                 x_BTD, kv = block(*arguments)
             if owner:
                 written.append(kv)
-            for number in {*chain(*plan.sources(layer))}:
-                if layer == plan.last_reader(number):
-                    written[number] = ()  # checkpointing would keep them for nobody
+            let_go(plan, layer, written)
             if layer == tail and keep == 0:
                 break
         if cache is not None:
             cache.length += length
         return x_BTD if wanted is None else x_BTD[:, x_BTD.shape[1] - wanted :]
+
+    def layer_inputs(
+        self,
+        x_BTD: Tensor,
+        cache: Cache | None,
+        masks: Sequence[Mask | TokenPositions] | None,
+        starts_BT: Tensor | None,
+    ) -> LayerInputs:
+        """Make what layers get of the positions of `x_BTD`; arguments as in `run`."""
+        length, device = x_BTD.shape[1], x_BTD.device
+        if cache is None:
+            positions = torch.arange(length, device=device)
+            masks = self.masks(x_BTD) if masks is None else masks
+        else:
+            positions = cache.positions(length, device)
+            masks = self.cached_masks(cache, length, device) if masks is None else masks
+        rope_keys = dict.fromkeys(store.rope_key for store in self.plan.stores)
+        return LayerInputs(
+            masks,
+            {key: rope_table(positions, *key) for key in rope_keys},
+            self.query_tables(positions if starts_BT is None else positions - starts_BT),
+        )
+
+    def tail_inputs(self, inputs: LayerInputs, length: int, keep: int | None) -> tuple[int, LayerInputs]:
+        """The first layer that goes on with the last `keep` of `length` positions, and what it and those above get;
+        the number of layers where none does."""
+        plan = self.plan
+        if keep == 0:
+            return plan.last_owner, inputs
+        if keep == 1 and length > 1:
+            last = inputs.of_last(length)
+            if all(last.masks[view] is not None for view in plan.view_reads[plan.tail :]):
+                return plan.tail, last
+        return plan.num_layers, inputs
 
     def step(self, x_BD: Tensor, cache: Cache, context_BCD: Tensor | None = None) -> Tensor:
         """Run the layers on one token of each row, as `run`, but leave `cache.length` as it is; [B, D]."""
@@ -349,15 +381,17 @@ def handed_on(plan: KVPlan, layer: int, written: list[KV]) -> KV:
     return TwoKV(*kv, *other) if second.how == "mix" else GroupedKV(kv[0], other[1])
 
 
+def let_go(plan: KVPlan, layer: int, written: list[KV]) -> None:
+    """Forget what no layer above `layer` reads, which checkpointing would keep."""
+    for number in {*chain(*plan.sources(layer))}:
+        if layer == plan.last_reader(number):
+            written[number] = ()
+
+
 def last_position(rope: Rope) -> Rope:
     """Rotary tables of the last position."""
     cos, sin = rope
     return cos[..., -1:, :], sin[..., -1:, :]
-
-
-def last_of(table: Tensor | None) -> Tensor | None:
-    """The table of queries of the last position."""
-    return None if table is None else table[..., -1:]
 
 
 def one_token(table: Tensor | None) -> Tensor | None:

@@ -6,13 +6,13 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .block_plan import Plan
-from .cache import Cache
 from .language_model import LanguageModel
 from .static_step import StepFn, close, step_fn
 
@@ -83,41 +83,41 @@ def generate(
     """
     prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
-    device = model.output_weight.device
-    queue = Queue(model, prompts, max_batch, max_new_tokens, pad_token)
-    batch = batch_prompts(model.plan, [prompts[number] for number in queue.held], pad_token, device)
-    num_steps = batch.forced_BF.shape[1] + max_new_tokens
+    queue = Queue(model, prompts, max_batch, max_new_tokens, pad_token, stop_token)
     if cache is None:
-        cache = model.allocate_cache(len(queue.held), batch.capacity(max_new_tokens), dtype=cache_dtype)
-    start_B = batch.start_B
-    if queue.waiting and start_B is None:
-        start_B = torch.zeros_like(batch.num_forced_B)
-    cache.pad_left(start_B)
-    queue.start(batch.num_forced_B)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    generated: list[Tensor] = []
+        cache = queue.allocate(cache_dtype)
+    generator = torch.Generator(device=model.output_weight.device).manual_seed(seed)
+    pick = partial(sample, temperature=temperature, top_p=top_p, generator=generator, top_k=top_k, min_p=min_p)
     with evaluating(model):
-        logits_B1V = model.prefill(batch.tokens_BT, cache, prefill_chunk, batch.segment_ids_BT)
+        logits_B1V = queue.prefill(cache, prefill_chunk, cache_dtype)
         with decoding(model, cache, steps) as step:
-            while True:
-                next_B, number = sample(logits_B1V[:, -1], temperature, top_p, generator, top_k, min_p), len(generated)
-                if number < batch.forced_BF.shape[1]:
-                    next_B = torch.where(number < batch.num_forced_B, batch.forced_BF[:, number], next_B)
-                queue.force(next_B)
-                generated.append(next_B)
-                if (on_step is not None and on_step(next_B)) or (not queue.used and len(generated) == num_steps):
-                    break
-                ended = queue.ended(next_B, number, stop_token, full=queue.used and queue.full(cache))
-                if len(ended) == len(queue.held) and not queue.waiting:
-                    break
-                if queue.used and queue.full(cache):
-                    queue.make_room(cache.stacks[0], ended)
-                logits_B1V = step(next_B[:, None])
-                if not (queue.waiting and cache.takes_rows):
-                    continue
-                for row in ended[: len(queue.waiting)]:
-                    logits_B1V[row] = queue.refill(row, cache, len(generated), prefill_chunk, cache_dtype)[0]
-    return new_tokens(torch.stack(generated, dim=1), queue.spans, max_new_tokens, stop_token)
+            generated_BS = decode(step, logits_B1V, queue, pick, on_step)
+    return new_tokens(generated_BS, queue.spans, max_new_tokens, stop_token)
+
+
+def decode(
+    step: StepFn,
+    logits_B1V: Tensor,
+    queue: "Queue",
+    pick: Callable[[Tensor], Tensor],
+    on_step: Callable[[Tensor], bool] | None,
+) -> Tensor:
+    """Continue the rows that `queue` has prefilled, by tokens that `pick` takes from their logits, until no prompt is
+    left or `on_step` is True; the tokens [B, S] of all steps, forced ones included."""
+    generated: list[Tensor] = []
+    while True:
+        number = len(generated)
+        next_B = queue.force(pick(logits_B1V[:, -1]), number)
+        generated.append(next_B)
+        if on_step is not None and on_step(next_B):
+            break
+        ended = queue.ended(next_B, number)
+        if queue.is_done(ended, number):
+            break
+        queue.make_room(ended)
+        logits_B1V = step(next_B[:, None])
+        queue.refill(ended, logits_B1V, number + 1)
+    return torch.stack(generated, dim=1)
 
 
 @contextmanager
@@ -135,6 +135,7 @@ class Queue:
 
     held     prompts that the rows hold now, by number
     waiting  those that no row has held, the longest first
+    batch    those that are held first, which `prefill` puts into the cache
     spans    (prompt, row, step of its first new token) of all that a row has held
     used     there were prompts that had to wait
     forced   for rows that have taken a prompt, its tokens that come after whole blocks
@@ -149,10 +150,11 @@ class Queue:
         max_batch: int | None,
         max_new_tokens: int,
         pad_token: int | None,
+        stop_token: int | None,
     ) -> None:
         """Raises ValueError on an impossible `max_batch`, and on a prompt too short without `pad_token`."""
-        self.model, self.prompts, self.max_new_tokens, self.pad_token = model, prompts, max_new_tokens, pad_token
-        self.forced: dict[int, list[int]] = {}
+        self.model, self.prompts, self.max_new_tokens = model, prompts, max_new_tokens
+        self.pad_token, self.stop_token, self.device = pad_token, stop_token, model.output_weight.device
         numbers = list(range(len(prompts)))
         self.used = max_batch is not None and len(prompts) > max_batch
         if max_batch is not None and max_batch < 1:
@@ -162,40 +164,72 @@ class Queue:
             numbers.sort(key=lambda number: -len(prompts[number]))  # later ones then fit before what is there
         self.held = numbers[:max_batch]
         self.waiting = numbers[len(self.held) :]
-
-    def start(self, num_forced_B: Tensor) -> None:
-        """Begin with the prompts that are held, after as many tokens as are forced."""
+        self.batch = self.batch_of(self.held)
+        self.forced: dict[int, list[int]] = {}
+        num_forced_B = self.batch.num_forced_B
         self.begin_B, self.done_B = num_forced_B.clone(), torch.zeros_like(num_forced_B, dtype=torch.bool)
         begins = num_forced_B.tolist()
         self.spans = [(number, row, begins[row]) for row, number in enumerate(self.held)]
 
-    def force(self, next_B: Tensor) -> None:
-        """Put the tokens of prompts that rows have taken in the place of sampled ones."""
+    def batch_of(self, numbers: Sequence[int]) -> PromptBatch:
+        return batch_prompts(self.model.plan, [self.prompts[number] for number in numbers], self.pad_token, self.device)
+
+    def allocate(self, dtype: torch.dtype | None) -> Any:
+        """A cache for the rows, of elements of `dtype`; None: that of the weights."""
+        return self.model.allocate_cache(len(self.held), self.batch.capacity(self.max_new_tokens), dtype=dtype)
+
+    def prefill(self, cache: Any, chunk: int | None, dtype: torch.dtype | None) -> Tensor:
+        """Put what is held first into the empty `cache`; the logits [B, 1, V] of the token after it.
+
+        Later prompts, too, are taken `chunk` tokens at a time, and into a cache of `dtype` first.
+        """
+        self.cache, self.chunk, self.dtype = cache, chunk, dtype
+        start_B = self.batch.start_B
+        if self.waiting and start_B is None:
+            start_B = torch.zeros_like(self.batch.num_forced_B)
+        cache.pad_left(start_B)
+        return self.model.prefill(self.batch.tokens_BT, cache, chunk, self.batch.segment_ids_BT)
+
+    def force(self, next_B: Tensor, number: int) -> Tensor:
+        """The tokens [B] of step `number`: those of prompts, which come after whole blocks, in the place of sampled
+        ones."""
+        if number < self.batch.forced_BF.shape[1]:
+            next_B = torch.where(number < self.batch.num_forced_B, self.batch.forced_BF[:, number], next_B)
         for row, tokens in list(self.forced.items()):
             next_B[row] = tokens.pop(0)
             if not tokens:
                 del self.forced[row]
+        return next_B
 
-    def ended(self, next_B: Tensor, number: int, stop_token: int | None, full: bool) -> list[int]:
+    def ended(self, next_B: Tensor, number: int) -> list[int]:
         """List the rows that have made their last token after step `number`; empty where nobody looked, which happens
-        where the cache is not `full` alone."""
-        if stop_token is None and not self.used:
+        where the cache is not full alone."""
+        if self.stop_token is None and not self.used:
             return []
-        if stop_token is not None:
-            self.done_B |= (next_B == stop_token) & (number >= self.begin_B)
+        if self.stop_token is not None:
+            self.done_B |= (next_B == self.stop_token) & (number >= self.begin_B)
         self.done_B |= number + 1 >= self.begin_B + self.max_new_tokens
-        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY and not full:
+        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY and not self.must_make_room:
             return []  # each look waits for the device
         ended: list[int] = self.done_B.nonzero().flatten().tolist()
         return ended
 
-    def full(self, cache: Any) -> bool:
-        """The next position of the first stack does not fit into `cache`."""
-        first = cache.stacks[0]
-        return bool(first.length >= first.capacity)
+    def is_done(self, ended: Sequence[int], number: int) -> bool:
+        """True where step `number` was the last, after which the rows `ended` have."""
+        last = self.batch.forced_BF.shape[1] + self.max_new_tokens - 1
+        return (not self.used and number == last) or (len(ended) == len(self.held) and not self.waiting)
 
-    def make_room(self, cache: Cache, ended: Sequence[int]) -> None:
-        """Before a step of a full cache, that of the first stack: forget what is padding in every row that goes on."""
+    @property
+    def must_make_room(self) -> bool:
+        """True where the next position of the first stack does not fit into the cache, which rows have gone on in."""
+        first = self.cache.stacks[0]
+        return bool(self.used and first.length >= first.capacity)
+
+    def make_room(self, ended: Sequence[int]) -> None:
+        """Before a step for which the cache has no room, forget what is padding in every row that goes on."""
+        if not self.must_make_room:
+            return
+        cache = self.cache.stacks[0]
         assert cache.start_B is not None
         starts, block = cache.start_B.tolist(), self.model.plan.block_length
         needed = [cache.length - start for row, start in enumerate(starts) if row not in ended]
@@ -205,23 +239,29 @@ class Queue:
         if count := cache.length - max(needed, default=cache.length):
             cache.drop(count)
 
-    def refill(
-        self, row: int, cache: Any, step: int, prefill_chunk: int | None, cache_dtype: torch.dtype | None
-    ) -> Tensor:
+    def refill(self, ended: Sequence[int], logits_B1V: Tensor, number: int) -> None:
+        """Before step `number`, let rows that have `ended` hold the next prompts, and put the logits of the tokens
+        after their whole blocks into `logits_B1V`, if the cache can take a row now."""
+        if not (self.waiting and self.cache.takes_rows):
+            return
+        for row in ended[: len(self.waiting)]:
+            logits_B1V[row] = self.take_next(row, number)[0]
+
+    def take_next(self, row: int, number: int) -> Tensor:
         """Let `row` hold the next prompt, and return the logits [1, 1, V] of the token after its whole blocks."""
-        number, model = self.waiting.pop(0), self.model
-        batch = batch_prompts(model.plan, [self.prompts[number]], self.pad_token, model.output_weight.device)
+        taken, model = self.waiting.pop(0), self.model
+        batch = self.batch_of([taken])
         block, length = model.plan.block_length, batch.tokens_BT.shape[1]
         whole = length // block * block
         ids_1T = None if batch.segment_ids_BT is None else batch.segment_ids_BT[:, :whole]
-        alone = model.allocate_cache(1, max(whole, block), dtype=cache_dtype)
-        logits_11V = model.prefill(batch.tokens_BT[:, :whole], alone, prefill_chunk, ids_1T)
-        cache.take_row(row, alone)
+        alone = model.allocate_cache(1, max(whole, block), dtype=self.dtype)
+        logits_11V = model.prefill(batch.tokens_BT[:, :whole], alone, self.chunk, ids_1T)
+        self.cache.take_row(row, alone)
         if whole < length:
             self.forced[row] = batch.tokens_BT[0, whole:].tolist()
-        begin = step + length - whole
-        self.held[row] = number
-        self.spans.append((number, row, begin))
+        begin = number + length - whole
+        self.held[row] = taken
+        self.spans.append((taken, row, begin))
         self.begin_B[row], self.done_B[row] = begin, False
         return logits_11V
 
