@@ -30,7 +30,7 @@ from .footprint import (
 )
 from .named import load_arch, load_size, model_config, names
 from .plan import KVPlan, StackPlan
-from .stores import LayoutError, SlotShape, StoreSpec
+from .store_spec import LayoutError, SlotShape, StoreSpec
 
 if TYPE_CHECKING:
     from .block_transformer import BlockTransformer, allocate_blocks

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .attend_kernels import flash, flash_mask, flash_missing, flex, flex_rows, varlen
 from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
 from .precision import at_least_fp32
-from .stores import Span
+from .spans import Span
 
 # (q_BTNH, k_BSKH, v_BSKV, mask in the kernel's form, scale, sinks_N) -> [B, T, N, V]
 Kernel = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor | None], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from .masks import Packed, Rows, Sequences, chunks_as_segments, effective_window, packed
-from .stores import Span
+from .spans import Span
 
 
 def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:

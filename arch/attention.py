@@ -21,7 +21,7 @@ from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
-from .stores import StoreSpec
+from .store_spec import StoreSpec
 from .strided import StridedWriter, build_strided_reader
 from .strided_backend import select_strided_backend
 from .tied import build_tied_reader, build_tied_writer

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from .config import MAX_LAYERS, MAX_WIDTH, ArchConfig, BlockConfig, EncoderConfig, ModelConfig
 from .plan import KVPlan, StackPlan, resolve_stack
-from .stores import LayoutError, share_of
+from .store_spec import LayoutError, share_of
 
 EMBEDDERS = ("lookup", "projection", "encoder", "cls")
 KINDS = ("prefix", "summation", "cross")

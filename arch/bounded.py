@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .attend import sdpa
+from .bounded_spec import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec
 from .bounded_triton import kernels, triton_advance, triton_retreat
 from .buffers import StateBuffer, Step
 from .config import SizeConfig, has_qkv_bias, head_dim, style_of
@@ -41,7 +42,7 @@ from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_
 from .masks import Dense
 from .positions import Near, TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
-from .stores import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec, StoreSpec
+from .store_spec import StoreSpec
 
 # How far write scores spread over the slots before training; equal scores would make all slots the same average.
 SHARPNESS = 2.0
@@ -222,7 +223,7 @@ scan.register_autograd(_backward, setup_context=_save)
 
 
 class Chunks:
-    """Tokens in chunks of `stores.CHUNK`, the last one filled up with tokens that write nothing.
+    """Tokens in chunks of `bounded_spec.CHUNK`, the last one filled up with tokens that write nothing.
 
     seen   [C, C], with segments [Z, B, C, C]: 1 where a token finds another of its chunk, else 0
     begun  with segments [Z, B, C]: 1 where a token finds what was before its chunk, else 0; None: all do

@@ -23,7 +23,8 @@ from .attend_kernels import run_flex
 from .config import SizeConfig
 from .masks import Sequences, blocks
 from .positions import Near, TokenPositions, token_positions
-from .stores import Span, StoreSpec
+from .spans import Span
+from .store_spec import StoreSpec
 
 INSTALL = 'pip install -e ".[fla]"'
 # More slots than the kernel has one tile for, or numbers it pads, are not tried.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .precision import at_least_fp32
-from .stores import StoreSpec, StridedSpec
+from .store_spec import StoreSpec
+from .strided_spec import StridedSpec
 
 # What a writer hands to readers, as explicit arguments and results: a NamedTuple for each kind of store.
 KV = tuple[Any, ...]

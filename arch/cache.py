@@ -23,7 +23,9 @@ from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
 from .pooling import chunks_after, step_chunk
 from .positions import TokenPositions, cached_positions, step_positions
-from .stores import Chunk, Span, StoreSpec, StridedSpec
+from .spans import Chunk, Span
+from .store_spec import StoreSpec
+from .strided_spec import StridedSpec
 
 
 @dataclass

@@ -20,7 +20,8 @@ from .convert import (
 )
 from .convert_stock import TIED, own_windows_text, second_reads_text, weights
 from .plan import KVPlan, resolve_stack
-from .stores import StoreSpec, TiedSpec
+from .store_spec import StoreSpec
+from .tied_spec import TiedSpec
 
 __all__ = ["TIED", "from_hf_config", "to_hf_config", "weights"]
 

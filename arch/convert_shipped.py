@@ -9,7 +9,7 @@ from .block_plan import resolve
 from .config import HF_SIZE_KEYS, ModelConfig, from_dict, to_dict
 from .convert import NO_SPECIAL_TOKENS, UnsupportedModelError, Weight, parameter_shapes
 from .footprint import num_params
-from .stores import LayoutError
+from .store_spec import LayoutError
 
 MODEL_TYPE = "kvfrontier_shipped"
 ARCHITECTURE = "KVFrontierShippedForCausalLM"

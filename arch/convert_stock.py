@@ -37,8 +37,10 @@ from .convert import (
     style_problems,
     value_problems,
 )
+from .latent_spec import LatentSpec
 from .plan import KVPlan, resolve_stack
-from .stores import LatentSpec, StoreSpec, TiedSpec
+from .store_spec import StoreSpec
+from .tied_spec import TiedSpec
 
 # The class of each model_type.
 ARCHITECTURES = {

@@ -13,7 +13,7 @@ from .buffers import AppendBuffer
 from .config import SizeConfig, style_of
 from .grouped import GroupedKV
 from .layers import build_norm
-from .stores import StoreSpec
+from .store_spec import StoreSpec
 
 
 class CrossContext(NamedTuple):

@@ -28,7 +28,7 @@ from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
 from .query_scale import query_table
-from .stores import QueryScale, StoreSpec
+from .store_spec import QueryScale, StoreSpec
 
 
 class Block(nn.Module):

@@ -35,11 +35,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .buffers import StateBuffer, Step
 from .config import SizeConfig
+from .delta_spec import MatrixSpec, delta_chunk
 from .init import OwnInit
 from .layers import RMSNorm, Rope
 from .positions import TokenPositions
 from .precision import at_least_fp32, no_autocast
-from .stores import MatrixSpec, StoreSpec, delta_chunk
+from .store_spec import StoreSpec
 
 # Added to the squared length of queries and keys, as in the references.
 LENGTH_EPS = 1e-6

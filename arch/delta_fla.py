@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .bounded_fla import INSTALL, BoundedBackend
 from .config import SizeConfig
+from .delta_spec import MatrixSpec
 from .masks import Sequences
 from .positions import TokenPositions, token_positions
-from .stores import MatrixSpec, Span, StoreSpec
+from .spans import Span
+from .store_spec import StoreSpec
 
 # Where each rule's entry point is.
 ENTRY_POINTS = {

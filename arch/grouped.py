@@ -14,7 +14,7 @@ from .buffers import SlotBuffer, Step
 from .config import SizeConfig, has_qkv_bias, style_of
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
 from .query_scale import build_head_scale, scale_queries
-from .stores import StoreSpec
+from .store_spec import StoreSpec
 
 
 class GroupedKV(NamedTuple):

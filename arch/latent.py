@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
 from .config import SizeConfig, has_qkv_bias, head_dim, style_of
+from .latent_spec import LatentSpec
 from .layers import RMSNorm, Rope, build_output_gate, gate_output, rotate, rotate_step
 from .precision import at_least_fp32
 from .query_scale import build_head_scale, scale_queries
-from .stores import LatentSpec, StoreSpec
+from .store_spec import StoreSpec
 
 # Fixed by the stock DeepSeek classes whatever their rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6

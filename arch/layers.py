@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .config import SizeConfig, style_of
 from .precision import at_least_fp32
-from .stores import gate_width, norm_width
+from .store_spec import gate_width, norm_width
 
 # Cosines and sines, or a matrix that rotates.
 Rope = tuple[Tensor, ...]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .stores import Chunk, Span, query_blocks
+from .spans import Chunk, Span, query_blocks
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -17,7 +17,8 @@ from .config import SizeConfig
 from .grouped import GroupedKV, GroupedReader
 from .init import OwnInit
 from .layers import Rope
-from .stores import MixedSpec, StoreSpec
+from .mixed_spec import MixedSpec
+from .store_spec import StoreSpec
 
 
 class TwoKV(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ArchConfig, ModelConfig, SizeConfig, from_dict
-from .stores import LayoutError
+from .store_spec import LayoutError
 
 
 class UnknownNameError(LayoutError):

@@ -28,7 +28,10 @@ from .config import (
     head_dim,
     style_of,
 )
-from .stores import LayoutError, MixedSpec, Span, StoreSpec, resolve_store, share_of
+from .mixed_spec import MixedSpec
+from .spans import Span
+from .store_spec import LayoutError, StoreSpec, share_of
+from .stores import resolve_store, store_from_dict
 
 
 class StackPlan(NamedTuple):
@@ -206,7 +209,7 @@ class KVPlan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVPlan":
         """Raises KeyError or TypeError where `values` are not those of a plan."""
-        stores, reads = tuple(map(StoreSpec.from_dict, values["stores"])), tuple(values["reads"])
+        stores, reads = tuple(map(store_from_dict, values["stores"])), tuple(values["reads"])
         own = tuple(values.get("reader_windows", ()))
         if own and (
             len(own) != len(reads)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .layers import Rope, rope_table
 from .masks import Dense, Seen, Sequences, dense, segment_starts, visible
-from .stores import StridedSpec
+from .strided_spec import StridedSpec
 
 
 class Chunks(NamedTuple):

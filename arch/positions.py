@@ -12,7 +12,7 @@ from torch import Tensor
 from .layers import Rope, rope_table, step_rope
 from .masks import Sequences, segment_starts
 from .pooling import Chunks, StepChunk
-from .stores import StoreSpec
+from .store_spec import StoreSpec
 
 
 class TokenPositions(NamedTuple):

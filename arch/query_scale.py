@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .config import SizeConfig
 from .init import OwnInit
-from .stores import QueryScale, StoreSpec
+from .store_spec import QueryScale, StoreSpec
 
 
 def query_table(positions: Tensor, rule: QueryScale) -> Tensor:

@@ -27,7 +27,8 @@ from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
 from .pooling import CachedChunks, Chunks, StepChunk
 from .positions import TokenPositions
 from .precision import at_least_fp32, no_autocast
-from .stores import StoreSpec, StridedSpec
+from .store_spec import StoreSpec
+from .strided_spec import StridedSpec
 from .tied import VectorKV, VectorReader, VectorWriter
 
 

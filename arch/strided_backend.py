@@ -10,7 +10,9 @@ from .config import SizeConfig
 from .masks import Sequences
 from .pooling import chunks_alone
 from .positions import TokenPositions, token_positions
-from .stores import Span, StoreSpec, StridedSpec
+from .spans import Span
+from .store_spec import StoreSpec
+from .strided_spec import StridedSpec
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from .grouped import GroupedKV, GroupedReader
 from .layers import RMSNorm, Rope, back, build_head_norm, gate_output, norm_heads, rotate, rotate_step
 from .precision import at_least_fp32
 from .query_scale import scale_queries
-from .stores import StoreSpec, TiedSpec
+from .store_spec import StoreSpec
+from .tied_spec import TiedSpec
 
 
 class VectorKV(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from arch import KVPlan, ModelConfig
 from arch.block_plan import split_config
 from arch.plan import allot_layers, resolve_stack
-from arch.stores import share_of
+from arch.store_spec import share_of
 from eval.units import counted
 
 

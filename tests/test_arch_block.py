@@ -38,7 +38,7 @@ from arch.convert_stock import to_hf_config
 from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params, prefill_flops
 from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack
-from arch.stores import visible_pairs
+from arch.spans import visible_pairs
 from train.loss import cross_entropy_sum
 
 MHA = {"kv": StoreConfig(kv_heads="all")}

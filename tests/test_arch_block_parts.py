@@ -33,7 +33,7 @@ from arch.cross_attention import CrossContext
 from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params
 from arch.layers import rope_table
 from arch.masks import LONGEST, Dense, rows_end_to_end
-from arch.stores import visible_pairs
+from arch.spans import visible_pairs
 from eval.footprint import plan_tables
 
 COMBINATIONS = [(kind, embedder) for kind in KINDS for embedder in EMBEDDERS]

@@ -15,11 +15,11 @@ from arch import ArchConfig, Decoder, StoreConfig, allocate, bounded, resolve
 from arch.attend_kernels import run_flex
 from arch.attention import choose_backends
 from arch.bounded import UNSEEN, RingRouter, merge, read_window, run_near, scan, tf32_bmm, written_slots
+from arch.bounded_spec import RULES
 from arch.footprint import kv_bytes
 from arch.grouped import GroupedKV
 from arch.masks import Sequences, blocks, dense
 from arch.positions import Near, TokenPositions, token_positions
-from arch.stores import RULES
 
 KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
 BOUNDED = ["bct", "bct_gated", "bct_ring", "bct_mixed"]

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, LayoutError, MatrixConfig, StoreConfig, allocate, resolve
 from arch.delta import DeltaReader, DeltaWriter, delta_states, read_chunks, read_step
+from arch.delta_spec import DELTA_CHUNK, MatrixSpec
 from arch.footprint import kv_bytes
 from arch.masks import Sequences
 from arch.positions import TokenPositions, token_positions
-from arch.stores import DELTA_CHUNK, MatrixSpec
 from train.optim import build_optimizer
 from train.schema import OptimConfig
 

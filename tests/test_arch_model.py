@@ -11,13 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, SizeConfig, StoreConfig, allocate, kv_bytes, resolve
 from arch import build as build_model
 from arch.attend import BACKENDS, Mask
+from arch.bounded_spec import CHUNK
 from arch.footprint import forward_flops, num_params, prefill_flops, train_flops_per_token
 from arch.grouped import GroupedKV
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
 from arch.mixed import Mix, TwoKV
+from arch.mixed_spec import MixedSpec
 from arch.named import load_arch, load_size
-from arch.stores import CHUNK, Chunk, MixedSpec, Span, StoreSpec, StridedSpec, visible_pairs
+from arch.spans import Chunk, Span, visible_pairs
+from arch.store_spec import StoreSpec
+from arch.strided_spec import StridedSpec
 
 
 def causal_mask(length: int, window: Span = None) -> Mask:

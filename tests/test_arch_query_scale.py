@@ -10,7 +10,7 @@ from arch import ArchConfig, StoreConfig, from_dict
 from arch.decoder import Decoder
 from arch.query_scale import query_table
 from arch.static_step import step_fn
-from arch.stores import QueryScale
+from arch.store_spec import QueryScale
 
 LEARNED, FIXED = {"slope": "learned"}, {"slope": 0.7, "tokens": 3}
 LAYOUT = from_dict(

@@ -16,23 +16,15 @@ from dataclasses import dataclass, fields, replace
 
 from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
 from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
+from arch.bounded_spec import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec
 from arch.config import SizeConfig, head_dim, style_of
+from arch.delta_spec import MatrixSpec, delta_chunk
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
-from arch.stores import (
-    CHUNK,
-    SCORES,
-    WINDOW_BLOCKS,
-    BoundedSpec,
-    Chunk,
-    LatentSpec,
-    MatrixSpec,
-    Span,
-    StridedSpec,
-    TiedSpec,
-    delta_chunk,
-    gate_width,
-    query_blocks,
-)
+from arch.latent_spec import LatentSpec
+from arch.spans import Chunk, Span, query_blocks
+from arch.store_spec import gate_width
+from arch.strided_spec import StridedSpec
+from arch.tied_spec import TiedSpec
 from train.schema import loss_rows
 
 FP32 = 4

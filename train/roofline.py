@@ -11,7 +11,9 @@ from arch import ModelConfig, Plan
 from arch.block_plan import BlockPlan
 from arch.config import SizeConfig
 from arch.footprint import cross_matrices, embedder_flops, num_params
-from arch.stores import StoreSpec, StridedSpec, visible_pairs
+from arch.spans import visible_pairs
+from arch.store_spec import StoreSpec
+from arch.strided_spec import StridedSpec
 from eval.hardware import GIGA, Gpu
 from train.memory import (
     Execution,

@@ -18,7 +18,7 @@ from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
-from ..stores import Chunk, Span
+from ..spans import Chunk, Span
 from .arkvale import ArkValeBuffer
 from .keeps import (
     CormBuffer,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ..block_plan import BlockPlan, Plan
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
-from ..stores import StoreSpec
+from ..store_spec import StoreSpec
 from .method import BY_CONTENT, CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16

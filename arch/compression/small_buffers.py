@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..buffers import AppendBuffer, Step, Tensors, repeat_row, zero_slots
 from ..masks import Dense, visible
-from ..stores import StoreSpec
+from ..store_spec import StoreSpec
 from .coding import decode, encode, zero_codes
 from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
 from .method import CacheMethod

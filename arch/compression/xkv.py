@@ -16,7 +16,7 @@ from torch import Tensor
 from ..buffers import AppendBuffer, Tensors, repeat_row
 from ..layers import Rope, rope_table, rotate
 from ..precision import at_least_fp32
-from ..stores import StoreSpec
+from ..store_spec import StoreSpec
 from .layout import TensorLayout, basis_layout, kept_slots, ranks, tensor_layouts
 from .small_buffers import CodedBuffer, CodedTensor, KeptBuffer
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from arch.stores import CacheTensor, StoreSpec
+from arch.store_spec import CacheTensor, StoreSpec
 from eval.released.keys import Keys
 from eval.released.stores import Layer, grouped, latent, state
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arch import KVPlan
-from arch.stores import CacheTensor, GroupedSpec, LatentSpec, SlotShape, StoreSpec
+from arch.grouped_spec import GroupedSpec
+from arch.latent_spec import LatentSpec
+from arch.store_spec import CacheTensor, SlotShape, StoreSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arch.attend import BACKENDS, Needs, attend, reference
 from arch.masks import Sequences, dense, segment_starts
-from arch.stores import visible_pairs
+from arch.spans import visible_pairs
 from train.benchmarks.timing import milliseconds
 
 # Query heads, key heads, key width, value width.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arch import ModelConfig, SizeConfig, build, resolve
 from arch.config import head_dim
-from arch.stores import SlotShape
+from arch.store_spec import SlotShape
 from train.benchmarks.timing import Series, Turns, take_turns
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer

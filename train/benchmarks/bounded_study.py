@@ -36,7 +36,7 @@ from arch import ArchConfig, Decoder, KVPlan, ModelConfig, SizeConfig
 from arch.footprint import kv_bytes, num_params
 from arch.named import load_arch
 from arch.plan import resolve_stack
-from arch.stores import state_itemsize
+from arch.store_spec import state_itemsize
 from data.batches import EvalBatches, TrainBatches
 from data.cli import UsageError, fail, parse
 from data.mixture import EvalWindows

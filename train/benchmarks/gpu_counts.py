@@ -36,8 +36,8 @@ from arch.decoder import Decoder, Stack
 from arch.footprint import num_params, train_flops_per_token
 from arch.masks import BLOCK
 from arch.named import names
+from arch.spans import visible_pairs
 from arch.static_step import StaticStep
-from arch.stores import visible_pairs
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result

@@ -1,0 +1,111 @@
+"""Bounded stores, as a layout declares them; bounded.py has their modules."""
+
+from typing import Any
+
+from .config import SizeConfig, StoreConfig
+from .grouped_spec import GroupedSpec
+from .store_spec import CacheTensor, ParamCount, SlotShape, own_widths, state_itemsize
+
+# Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
+# Bounded-Cache Transformer (Yi et al. 2024), whose update formula we could not obtain.
+RULES = {"gated": False, "ring_slots": True, "ring_router": False}
+# Tokens that the parallel form of a bounded store takes at a time; bounded.py says why not more.
+CHUNK = 8
+# Its scores that are made at a time on a CPU, so that they stay in a core's cache.
+SCORES = 1 << 18
+# Blocks that a window's queries are taken in; each looks at its own positions and a window more, a fifth in vain.
+WINDOW_BLOCKS = 4
+
+
+class BoundedSpec(GroupedSpec):
+    """Keys and values of all positions merged into `num_slots` slots, and in some rules those of a window."""
+
+    kind, key, summary = "bounded", "slots", "is bounded"
+    masked, grows = False, False
+
+    @classmethod
+    def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
+        if store.latent is not None:
+            return SlotShape()  # reported by `check`
+        return super().resolve_slot(where, store, size, problems)
+
+    @classmethod
+    def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
+        assert store.slots is not None
+        problems += own_widths(where, store, "are as wide as size.head_dim in a bounded store")
+        if store.slots < 1:
+            problems.append(f"{where}.slots is {store.slots}; a bounded store has at least 1 (null: not bounded)")
+        if store.latent is not None:
+            problems.append(f"{where}.slots cannot hold a latent; write kv_heads instead")
+        if store.rule not in RULES:
+            problems.append(f"{where}.rule is {store.rule!r}; stores with slots need one of {', '.join(RULES)}")
+        elif RULES[store.rule] and store.window is None:
+            problems.append(
+                f"{where}.rule {store.rule} needs a window: the last positions, kept whole beside the slots"
+            )
+        elif not RULES[store.rule]:
+            problems += [
+                f"{where}.{key} is {getattr(store, key)}; rule {store.rule} has only slots, without positions: "
+                "leave it out, or choose ring_slots"
+                for key in ("window", "rope", "rope_theta")
+                if getattr(store, key) is not None
+            ]
+
+    @classmethod
+    def describes(cls, fields: dict[str, Any]) -> bool:
+        return bool(fields.get("num_slots"))
+
+    @property
+    def max_positions(self) -> int | None:
+        return self.num_slots + (self.window or 0)
+
+    @property
+    def address_dim(self) -> int:
+        """Width of what the router reads: a write query, or the merged keys of all heads."""
+        return self.slot.kv_heads * self.slot.k_dim if self.window else self.slot.k_dim
+
+    def num_positions(self, context: int) -> int:
+        """The window, which is there in full from the first token on."""
+        return self.window or 0
+
+    def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
+        """The state, keys beside values, and the window where there is one; heads first, as products take them."""
+        heads = self.slot.kv_heads
+        state = CacheTensor((heads, self.num_slots, self.slot.k_dim + self.slot.v_dim), True)
+        if self.window is None:
+            return (state,)
+        return state, *(CacheTensor((heads, self.window, dim)) for dim in (self.slot.k_dim, self.slot.v_dim))
+
+    def slot_bytes(self, itemsize: int) -> tuple[int, ...]:
+        positions = super().slot_bytes(itemsize) if self.window else ()
+        return (*positions, *super().slot_bytes(state_itemsize(itemsize)))
+
+    def writer_params(self, size: SizeConfig) -> ParamCount:
+        """Also the router: a write query where it does not read the keys, addresses, and the gate."""
+        matrices, others = super().writer_params(size)
+        query = 0 if self.window else size.d_model
+        return ParamCount(
+            matrices + self.address_dim * (self.num_slots + query), others + self.address_dim + self.num_slots
+        )
+
+    def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
+        """In the form that trains: M slots, chunks of C tokens, heads of H.
+
+        Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what
+        those weigh in the slots 4 C M; every reader makes the states between chunks, 4 M H per key/value head, and the
+        owner the sums of log(1 - p), 2 C M. Whole chunks and all pairs in them are computed and counted, unlike the
+        pairs of softmax attention.
+        """
+        chunk, slots, width = min(CHUNK, seq_len), self.num_slots, self.slot.k_dim
+        per_token = size.num_heads * 4 * (slots * width + chunk * width + chunk * slots)
+        per_token += self.slot.kv_heads * 4 * slots * width + (2 * chunk * slots if owner else 0)
+        total = per_token * chunk * -(-seq_len // chunk)
+        return total + (super().attention_flops(size, seq_len, owner) if self.window else 0)
+
+    @property
+    def mark(self) -> str:
+        return "b"
+
+    @property
+    def retention(self) -> tuple[tuple[str, int], ...]:
+        return (*super().retention, (f"{self.num_slots:,} slots", self.num_slots))
