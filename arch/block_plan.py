@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from .config import MAX_LAYERS, MAX_WIDTH, ArchConfig, BlockConfig, EncoderConfig, ModelConfig
+from .config import MAX_LAYERS, MAX_WIDTH, STYLES, ArchConfig, BlockConfig, EncoderConfig, ModelConfig, style_of
 from .plan import KVPlan, StackPlan, resolve_stack
 from .store_spec import LayoutError, share_of
 
@@ -193,6 +193,10 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
         key = f"{scaled[0]}.query_scale" if scaled else f"{chunked[0]}.chunk"
         problems.append(
             f"{key} is of a decoder: positions of a Block Transformer are no tokens of a document; leave it out"
+        )
+    if config.size.style in STYLES and style_of(config.size).scale_embeddings:
+        problems.append(
+            "size.scale_embeddings is of a decoder: a Block Transformer maps its embeddings to blocks; leave it out"
         )
     if not 0 <= block.token.bos_token < config.size.vocab_size:
         problems.append(

@@ -223,6 +223,8 @@ class Style:
     qk_norm: str = "none"
     output_gate: str = "none"
     qkv_bias: bool = False
+    norm_placement: str = "before"
+    scale_embeddings: bool = False
 
 
 # Presets of `SizeConfig.style`.
@@ -230,7 +232,8 @@ STYLES = {
     "llama": Style("rmsnorm", "swiglu", bias=False, parallel_residual=False, rotary_fraction=1.0),
     "neox": Style("layernorm", "gelu", bias=True, parallel_residual=True, rotary_fraction=0.25),
 }
-NORMS, MLPS = ("rmsnorm", "layernorm"), ("swiglu", "gelu")
+NORMS, MLPS = ("rmsnorm", "layernorm"), ("swiglu", "gelu", "geglu")
+NORM_PLACEMENTS = ("before", "after", "both")
 QK_NORMS, OUTPUT_GATES = ("none", "head", "all"), ("none", "head", "channel")
 STYLE_KEYS = tuple(field.name for field in fields(Style))
 
@@ -252,12 +255,12 @@ class SizeConfig:
     init_std           standard deviation of new weights
     max_window         windows, chunks, slots and query_scale.tokens of the layout are cut to this; small sizes, trained
                        on short sequences, set it
-    style              preset of the next eight keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
+    style              preset of the next ten keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or
                        output gates
     norm               rmsnorm or layernorm
-    mlp                swiglu or gelu
+    mlp                swiglu, gelu, or geglu, gated as swiglu by the tanh form of GELU (Gemma)
     bias               whether projections of attention and MLP have biases
     parallel_residual  whether attention and MLP read the same residual stream, and are added to it together
     rotary_fraction    leading share of each head that is rotated; latent stores have `latent.rope_dim` instead
@@ -267,6 +270,9 @@ class SizeConfig:
                        head, one factor per head; channel, one per element (Qwen3-Next). Like qk_norm, not in the
                        attention of a `cross` token decoder to its context
     qkv_bias           whether projections to queries, keys and values have biases where `bias` is false (Qwen2)
+    norm_placement     where the norms of attention and MLP are: before, of their inputs; after, of their outputs
+                       before these are added to the residual stream (OLMo 2); or both (Gemma 3)
+    scale_embeddings   multiply embeddings by the square root of d_model (Gemma); not of a Block Transformer
     tokens             training tokens: like the next two, a default of the trainer, never read by the model
     batch_size         sequences per optimizer step
     lr                 peak learning rate
@@ -293,6 +299,8 @@ class SizeConfig:
     qk_norm: str | None = None
     output_gate: str | None = None
     qkv_bias: bool | None = None
+    norm_placement: str | None = None
+    scale_embeddings: bool | None = None
     tokens: int = 1_000_000
     batch_size: int = 16
     lr: float = 1e-3

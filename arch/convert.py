@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import HF_SIZE_KEYS, STYLE_KEYS, STYLES, ModelConfig, SizeConfig, Style, style_of
 from .model import build
+from .precision import at_least_fp32
 
 # Field of SizeConfig, key of config.json.
 SIZE_KEYS = HF_SIZE_KEYS | {"norm_eps": "rms_norm_eps", "init_std": "initializer_range"}
@@ -69,6 +70,7 @@ class Weight:
             is rotated against row i + P/2 (half-split), there row 2i against row 2i + 1 (interleaved)
     fused   (part, num_heads): the tensor holds queries, keys and values head by head, and the parameter is number
             `part` of the three; imported only
+    offset, factor  the parameter is (tensor + offset) * factor, in at least fp32: norms of Gemma 3 hold weights less 1
     """
 
     name: str
@@ -76,18 +78,28 @@ class Weight:
     shape: torch.Size
     rotary: tuple[int, int] | None = None
     fused: tuple[int, int] | None = None
+    offset: float = 0.0
+    factor: float = 1.0
 
     @property
     def hf_shape(self) -> torch.Size:
         return self.shape if self.fused is None else torch.Size((3 * self.shape[0], *self.shape[1:]))
 
+    @property
+    def shifted(self) -> bool:
+        return (self.offset, self.factor) != (0.0, 1.0)
+
     def to_hf(self, tensor: Tensor) -> Tensor:
-        """Convert the parameter to the tensor; returns `tensor` itself where the order of rows is the same."""
+        """Convert the parameter to the tensor; returns `tensor` itself where both are the same."""
         assert self.fused is None, f"{self.name} is part of a fused tensor"
+        if self.shifted:
+            return tensor.to(at_least_fp32(tensor.dtype)) / self.factor - self.offset
         return self._reorder(tensor, "g (two p) d -> g (p two) d")
 
     def from_hf(self, tensor: Tensor) -> Tensor:
         """Convert the tensor to the parameter, the inverse of `to_hf`."""
+        if self.shifted:
+            return (tensor.to(at_least_fp32(tensor.dtype)) + self.offset) * self.factor
         if self.fused is not None:
             part, num_heads = self.fused
             return rearrange(tensor, "(n three h) ... -> three (n h) ...", n=num_heads, three=3)[part]

@@ -5,13 +5,17 @@ grouped heads, one window size MinistralForCausalLM, each layer sliding or full
 ... and layers without rotation SmolLM3ForCausalLM
 ... and biases of Q, K and V   Qwen2ForCausalLM
 ... and norms of Q and K heads Qwen3ForCausalLM
+... of all Q, K, and of outputs Olmo2ForCausalLM; with one window size Olmo3ForCausalLM
+the style of Gemma 3           Gemma3ForCausalLM
 latent                         DeepseekV3ForCausalLM, dense layers and uncompressed queries
 
-Import reads MistralForCausalLM with a window, too.
+Olmo3ForCausalLM and Gemma3ForCausalLM have a rotary base for full layers, and one for sliding ones. Import reads
+MistralForCausalLM with a window, too.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from .config import (
@@ -50,12 +54,37 @@ ARCHITECTURES = {
     "smollm3": "SmolLM3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 # Properties of the style llama that these classes have otherwise.
-OWN_STYLES: dict[str, dict[str, Any]] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": "head"}}
+OLMO = {"norm_placement": "after", "qk_norm": "all"}
+GEMMA3 = {"norm_placement": "both", "qk_norm": "head", "mlp": "geglu", "scale_embeddings": True}
+OWN_STYLES: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "olmo2": OLMO,
+    "olmo3": OLMO,
+    "gemma3_text": GEMMA3,
+}
 # Classes that have windows where layer_types says so; `use_sliding_window` turns all of them off.
 SWITCHED_WINDOWS = ("smollm3", "qwen2", "qwen3")
+# Classes in which layers of each kind have rotations of their own, and, where no key says so, the kind of each layer:
+# the last of so many is full.
+ROTATED_BY_KIND = {"olmo3": 4, "gemma3_text": 6}
+KINDS = {"full_attention": "global", "sliding_attention": "local"}
+# Classes that no Decoder is, and why; `eval/footprint.py hf=` counts the cache of most.
+REFUSED = {
+    "gemma3": "vision_config, images: load its language model as Gemma3ForCausalLM and save that",
+    "gemma4": "vision_config, images, and what gemma4_text has",
+    "gemma4_text": (
+        "values that are normed in every layer, layer_scalar, and as it says hidden_size_per_layer_input, "
+        "num_kv_shared_layers, enable_moe_block and final_logit_softcapping: a Decoder has none of these"
+    ),
+    "gpt_oss": "num_local_experts, experts in every layer: a Decoder has none",
+}
 
 # The stock classes' values of keys that a config.json lacks.
 DEFAULTS: dict[str, Any] = {
@@ -84,6 +113,16 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": SWITCHED_DEFAULTS,
     "qwen3": SWITCHED_DEFAULTS | {"head_dim": 128},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "sliding_window": 4096},
+    "gemma3_text": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
     "deepseek_v3": {"num_key_value_heads": 128, "q_lora_rank": 1536, "first_k_dense_replace": 3},
 }
 # Keys that, if present, must have the one value for which the stock class and a Decoder compute the same.
@@ -98,6 +137,14 @@ REQUIRED_VALUES = {
     "quantization_config": None,
     "per_layer_config": None,
 }
+GEMMA3_VALUES = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+# Rotary bases of sliding layers, where no key of rope_parameters has them: a key of config.json, and its default.
+LOCAL_BASES = {"olmo3": ("", 500000.0), "gemma3_text": ("rope_local_base_freq", 10000.0)}
 LATENT_WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 OPTIONAL_WIDTHS = ("num_key_value_heads", "head_dim", "sliding_window")
 # Tied embeddings: the tensor that may be there as a copy, and the one it is a copy of.
@@ -123,6 +170,12 @@ LAYER_MODULES = {
     "mlp.up_proj": "mlp.up_proj",
     "mlp.down_proj": "mlp.down_proj",
 }
+# Of classes that norm outputs.
+OUTPUT_NORMS = {
+    "attn_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -134,7 +187,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     if config.arch.block is not None:
         raise UnsupportedModelError(["block: a Block Transformer is two decoders; a stock class is one"])
     plan = resolve_stack(config)
-    problems = _unsupported(plan) + _style_problems(config.size, plan)
+    problems = _unsupported(plan) + _rope_problems(config.size, plan) + _style_problems(config.size, plan)
     hf = {} if problems else _stock_config(config.size, plan)
     # A property that `_unsupported` does not know would be lost in silence.
     if not problems and _without_names(resolve_stack(from_hf_config(hf))) != _without_names(plan):
@@ -151,12 +204,42 @@ def _own_style(model_type: str) -> Style:
 def _style_problems(size: SizeConfig, plan: KVPlan) -> list[str]:
     """The style of `size` as a reason against every stock class, or against that which has it."""
     problems = style_problems(size, [_own_style(model_type) for model_type in ARCHITECTURES])
-    if not problems and style_of(size) != STYLES["llama"]:
-        model_type = next(name for name in OWN_STYLES if _own_style(name) == style_of(size))
-        if any(store.kind != "grouped" or store.rotary_dim is not None for store in plan.stores):
-            own = ", ".join(f"{key} {value}" for key, value in OWN_STYLES[model_type].items())
-            problems = [f"size.style: {own} is {ARCHITECTURES[model_type]}, whose layers rotate keys per head"]
+    if problems or style_of(size) == STYLES["llama"]:
+        return problems
+    model_type = _types_of(size)[-1]
+    if any(store.kind != "grouped" or store.rotary_dim is not None for store in plan.stores):
+        own = ", ".join(f"{key} {value}" for key, value in OWN_STYLES[model_type].items())
+        problems.append(f"size.style: {own} is {ARCHITECTURES[model_type]}, whose layers rotate keys per head")
+    if model_type in ROTATED_BY_KIND and size.d_model % size.num_heads:
+        problems.append(f"size.d_model: {ARCHITECTURES[model_type]} takes a multiple of the query heads")
+    elif model_type == "olmo3" and head_dim(size) != size.d_model // size.num_heads:
+        problems.append(f"size.head_dim: {ARCHITECTURES[model_type]} has d_model / num_heads")
     return problems
+
+
+def _types_of(size: SizeConfig) -> list[str]:
+    """Every model_type that has the style of `size`, unless that is Llama's."""
+    return [model_type for model_type in OWN_STYLES if _own_style(model_type) == style_of(size)]
+
+
+def _by_kind(plan: KVPlan) -> dict[str, list[StoreSpec]]:
+    """The stores that layers of each kind read, full and sliding ones, of those that are rotated."""
+    return {
+        kind: [store for store in plan.stores if store.rope_theta and (store.window is not None) == sliding]
+        for kind, sliding in (("full_attention", False), ("sliding_attention", True))
+    }
+
+
+def _rope_problems(size: SizeConfig, plan: KVPlan) -> list[str]:
+    """Rotary bases that differ where the stock classes have one."""
+    kinds = list(_by_kind(plan).values())
+    each = any(model_type in ROTATED_BY_KIND for model_type in _types_of(size))
+    groups = kinds if each else [list(chain(*kinds))]
+    thetas = sorted({store.rope_theta for stores in groups for store in stores})
+    if all(len({store.rope_theta for store in stores}) <= 1 for stores in groups):
+        return []
+    have = "one for each kind of layer" if each else "one"
+    return [f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have {have}"]
 
 
 def _without_names(plan: KVPlan) -> KVPlan:
@@ -166,8 +249,9 @@ def _without_names(plan: KVPlan) -> KVPlan:
 
 def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
     """Return the config.json of a plan whose layers differ only in whether they have the window."""
-    slot, theta = plan.stores[0].slot, max(store.rope_theta for store in plan.stores) or size.rope_theta
+    slot = plan.stores[0].slot
     windows = [plan.store(layer).window for layer in range(plan.num_layers)]
+    types = _types_of(size)
     layout: dict[str, Any] = {"num_key_value_heads": slot.kv_heads, "head_dim": slot.k_dim}
     if slot.latent_dim:
         model_type = "deepseek_v3"
@@ -184,8 +268,18 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
             "num_nextn_predict_layers": 0,
             "attention_bias": False,
         }
-    elif style_of(size) != STYLES["llama"] or any(store.rotary_dim == 0 for store in plan.stores):
-        model_type = next((name for name in OWN_STYLES if _own_style(name) == style_of(size)), "smollm3")
+    elif types and types[-1] in ROTATED_BY_KIND:
+        model_type = "olmo2" if "olmo2" in types and not any(windows) else types[-1]
+        layout |= {"attention_bias": False}
+        if model_type != "olmo2":
+            layout |= _window_keys(windows)
+        if model_type == "gemma3_text":
+            layout |= GEMMA3_VALUES | {"query_pre_attn_scalar": slot.k_dim}
+            layout["sliding_window"] = layout["sliding_window"] or size.seq_len  # asked for also where no layer has one
+        else:
+            del layout["head_dim"]  # Olmo2Config has no such key
+    elif types or any(store.rotary_dim == 0 for store in plan.stores):
+        model_type = types[0] if types else "smollm3"
         layout |= _window_keys(windows) | {"use_sliding_window": any(windows), "max_window_layers": plan.num_layers}
         if model_type == "smollm3":
             del layout["max_window_layers"]
@@ -205,12 +299,27 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
         "model_type": model_type,
         **{hf_key: getattr(size, key) for key, hf_key in SIZE_KEYS.items()},
         **layout,
-        "hidden_act": "silu",
+        **({} if "hidden_activation" in layout else {"hidden_act": "silu"}),
         "attention_dropout": 0.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "rope_theta": theta,  # for readers older than rope_parameters
+        **_rope_keys(model_type, size, plan),
         **NO_SPECIAL_TOKENS,
     }
+
+
+def _rope_keys(model_type: str, size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
+    """Return the keys of rotary embeddings, with those for readers older than rope_parameters."""
+    kinds = _by_kind(plan)
+    thetas = {kind: max((store.rope_theta for store in stores), default=0.0) for kind, stores in kinds.items()}
+    if model_type in ROTATED_BY_KIND:
+        ropes = {
+            kind: {"rope_type": "default", "rope_theta": theta or size.rope_theta} for kind, theta in thetas.items()
+        }
+        old = {"rope_theta": ropes["full_attention"]["rope_theta"]}
+        if local := LOCAL_BASES[model_type][0]:
+            old[local] = ropes["sliding_attention"]["rope_theta"]
+        return {"rope_parameters": ropes, **old}
+    theta = max(thetas.values()) or size.rope_theta
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
 
 
 def _divided(store: StoreSpec) -> bool:
@@ -272,9 +381,6 @@ def _unsupported(plan: KVPlan) -> list[str]:
         store for store in plan.stores if store.rotary_dim or (store.slot.latent_dim and not store.slot.rope_dim)
     ]:
         problems.append(f"rope: {names(part)} has keys that are not rotated in whole")
-    thetas = sorted({store.rope_theta for store in plan.stores if store.rope_theta})
-    if len(thetas) > 1:
-        problems.append(f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have one")
     return problems
 
 
@@ -297,45 +403,78 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     impossible.
     """
     model_type = str(hf.get("model_type"))
+    if model_type in REFUSED:
+        raise UnsupportedModelError([f"model_type is {model_type!r}, which has {REFUSED[model_type]}"])
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
     values = DEFAULTS | MODEL_DEFAULTS[model_type] | dict(hf)
     if model_type in SWITCHED_WINDOWS and not values["use_sliding_window"]:
         values["sliding_window"] = None
     latent = model_type == "deepseek_v3"
-    problems = value_problems(values, REQUIRED_VALUES | {"architectures": [ARCHITECTURES[model_type]]})
-    theta = _rope_theta(values, problems)
-    widths = size_problems(values, (*SIZE_KEYS.values(), *(LATENT_WIDTHS if latent else ())), OPTIONAL_WIDTHS)
+    required = REQUIRED_VALUES | {"architectures": [ARCHITECTURES[model_type]]}
+    own: tuple[str, ...] = LATENT_WIDTHS if latent else ()
+    if model_type == "gemma3_text":
+        required, own = required | GEMMA3_VALUES, ("query_pre_attn_scalar",)
+        del required["hidden_act"]  # not read
+    problems = value_problems(values, required)
+    thetas = _rope_thetas(values, problems)
+    widths = size_problems(values, (*SIZE_KEYS.values(), *own), OPTIONAL_WIDTHS)
     if widths:  # the layout is read from them
         raise UnsupportedModelError(problems + widths)
-    arch, width = (_latent_layout if latent else _grouped_layout)(values, problems)
+    if latent:
+        arch, width = _latent_layout(values, problems)
+    else:
+        arch, width = _grouped_layout(values, thetas, problems)
     if problems:
         raise UnsupportedModelError(problems)
     sizes = {key: values[hf_key] for key, hf_key in SIZE_KEYS.items()}
-    sizes |= {"head_dim": width, "rope_theta": theta} | OWN_STYLES.get(model_type, {})
+    sizes |= {"head_dim": width, "rope_theta": thetas["full_attention"]} | OWN_STYLES.get(model_type, {})
     config = ModelConfig(arch, from_dict(SizeConfig, sizes))
     resolve_stack(config)
     return config
 
 
-def _rope_theta(values: dict[str, Any], problems: list[str]) -> float:
-    """Return the rotary base, from where the stock classes look for it.
+def _rope_thetas(values: dict[str, Any], problems: list[str]) -> dict[str, float]:
+    """Return the rotary base of each kind of layer, from where the stock classes look for it.
 
-    Appends to `problems` every setting that scales the rotation or differs between layers or dimensions.
+    Appends to `problems` every setting that scales the rotation or differs between dimensions, or between layers where
+    a class has one.
     """
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    rope = values.get(key) or {}
+    model_type = values["model_type"]
+    if model_type not in ROTATED_BY_KIND:
+        where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+        theta = _rope_theta(where, values.get(where) or {}, "rope_theta", values["rope_theta"], problems)
+        return dict.fromkeys(KINDS, theta)
+    rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or not set(rope) <= set(KINDS):
+        problems.append(f"rope_parameters is {rope!r}; it must be a mapping with {' and '.join(KINDS)}")
+        rope = {}
+    key, base = LOCAL_BASES[model_type]
+    bases = {"full_attention": ("rope_theta", values["rope_theta"]), "sliding_attention": (key, values.get(key, base))}
+    thetas = {}
+    for kind, (key, base) in bases.items():
+        where, own = f"rope_parameters.{kind}", rope.get(kind) or {}
+        if kind == "full_attention" and values.get("rope_scaling"):
+            where, own = "rope_scaling", values["rope_scaling"]
+        thetas[kind] = _rope_theta(where, own, key, base, problems)
+    return thetas
+
+
+def _rope_theta(where: str, rope: Any, key: str, base: Any, problems: list[str]) -> float:
+    """Return the rotary base in `rope`, or else `base`; appends to `problems` as `_rope_thetas`."""
     if not isinstance(rope, dict):
-        problems.append(f"{key} is {rope!r}; it must be a mapping")
+        problems.append(f"{where} is {rope!r}; it must be a mapping")
         return 1.0
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        problems.append(f"{key} is {rope!r}; it must be unscaled, and the same in all layers")
+        problems.append(f"{where} is {rope!r}; it must be unscaled, and the same in all layers")
     elif rope.get("partial_rotary_factor") not in (None, 1.0):
-        problems.append(f"{key}.partial_rotary_factor is {rope['partial_rotary_factor']}; it must be 1.0")
-    theta = rope.get("rope_theta", values["rope_theta"])
+        problems.append(f"{where}.partial_rotary_factor is {rope['partial_rotary_factor']}; it must be 1.0")
+    theta = rope.get("rope_theta", base)
     if not is_positive(theta):
-        problems.append(f"rope_theta is {theta!r}; it must be a positive number")
+        key = f"{where}.rope_theta" if "rope_theta" in rope else key
+        problems.append(f"{key} is {theta!r}; it must be a positive number")
+        return 1.0
     return theta  # type: ignore[no-any-return]
 
 
@@ -360,27 +499,41 @@ def _latent_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCon
     return ArchConfig({"latent": StoreConfig(latent=latent)}, ["new latent"]), width
 
 
-def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchConfig, int]:
+def _layer_types(values: dict[str, Any], turned: list[bool], problems: list[str]) -> Any:
+    """Return `layer_types`, or what the class makes of its other keys; appends as `_latent_layout` does."""
+    depth, window, model_type = values["num_hidden_layers"], values["sliding_window"], values["model_type"]
+    uniform = "full_attention" if window is None else "sliding_attention"
+    if values["layer_types"] is not None:
+        return values["layer_types"]
+    if model_type in ROTATED_BY_KIND:
+        every = values.get("sliding_window_pattern", 6) if model_type == "gemma3_text" else ROTATED_BY_KIND[model_type]
+        if type(every) is not int or every < 1:
+            problems.append(f"sliding_window_pattern is {every!r}; it must be a whole number, at least 1")
+            every = 1
+        return ["sliding_attention" if (layer + 1) % every else "full_attention" for layer in range(depth)]
+    if window is not None and model_type == "smollm3":
+        return [uniform if not turns else "full_attention" for turns in turned]
+    if window is not None and model_type in SWITCHED_WINDOWS:
+        first = values["max_window_layers"]
+        if type(first) is not int or first < 0:
+            problems.append(f"max_window_layers is {first!r}; it must be a whole number, at least 0")
+            first = 0
+        first = min(depth, first)
+        return ["full_attention"] * first + [uniform] * (depth - first)
+    return [uniform] * depth
+
+
+def _grouped_layout(values: dict[str, Any], thetas: dict[str, float], problems: list[str]) -> tuple[ArchConfig, int]:
     """Return the layout and head width of a config of grouped heads; appends as `_latent_layout` does."""
     heads, depth, window = values["num_attention_heads"], values["num_hidden_layers"], values["sliding_window"]
-    model_type, names = values["model_type"], {"full_attention": "global", "sliding_attention": "local"}
+    model_type, names = values["model_type"], KINDS
     uniform = "full_attention" if window is None else "sliding_attention"
-    layer_types = [uniform] * depth if values["layer_types"] is None else values["layer_types"]
     turned = _rotated_layers(values, problems)
-    if values["layer_types"] is None and window is not None:  # the defaults of classes that switch windows
-        if model_type == "smollm3":
-            layer_types = [uniform if not turns else "full_attention" for turns in turned]
-        elif model_type in SWITCHED_WINDOWS:
-            first = values["max_window_layers"]
-            if type(first) is not int or first < 0:
-                problems.append(f"max_window_layers is {first!r}; it must be a whole number, at least 0")
-                first = 0
-            first = min(depth, first)
-            layer_types = ["full_attention"] * first + [uniform] * (depth - first)
+    layer_types = _layer_types(values, turned, problems)
     types = list(map(str, layer_types)) if isinstance(layer_types, list) else []
-    if model_type == "llama" and window is not None:
-        problems.append(f"sliding_window is {window}; Llama has no windows, so it must be None")
-    allowed = list(names) if model_type in ("ministral", *SWITCHED_WINDOWS) else [uniform]
+    if model_type in ("llama", "olmo2") and window is not None:
+        problems.append(f"sliding_window is {window}; {ARCHITECTURES[model_type]} has no windows, so it must be None")
+    allowed = list(names) if model_type in ("ministral", *SWITCHED_WINDOWS, *ROTATED_BY_KIND) else [uniform]
     if len(types) != depth or not set(types) <= set(allowed):
         problems.append(f"layer_types is {layer_types!r}; it must be {depth} times {' or '.join(allowed)}")
     elif window is None and "sliding_attention" in types:
@@ -391,10 +544,13 @@ def _grouped_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchCo
     windows = {"full_attention": None, "sliding_attention": window}
     layers = list(zip(types, turned, strict=False))
     labels = {(kind, turns): names[kind] + ("" if turns else "_nope") for kind in names for turns in (True, False)}
+    bases = {kind: None if theta == thetas["full_attention"] else theta for kind, theta in thetas.items()}
     stores = {
-        labels[layer]: StoreConfig(kv_heads=kv_heads, window=windows[layer[0]], rope=None if layer[1] else "none")
-        for layer in labels
-        if layer in layers
+        labels[kind, turns]: StoreConfig(
+            kv_heads=kv_heads, window=windows[kind], rope=None if turns else "none", rope_theta=bases[kind]
+        )
+        for kind, turns in labels
+        if (kind, turns) in layers
     }
     pattern = [f"new {labels.get(layer)}" for layer in layers]
     width = values["hidden_size"] // heads if values["head_dim"] is None else values["head_dim"]
@@ -425,6 +581,9 @@ def weights(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
     if slot.latent_dim and hf.get("rope_interleave", True):
         rotary["reader.q_proj"] = (head_dim(config.size), slot.rope_dim)
         rotary["writer.kv_down_proj"] = (slot.latent_dim, slot.rope_dim)
+    modules = LAYER_MODULES | (OUTPUT_NORMS if style_of(config.size).norm_placement != "before" else {})
+    offset = 1.0 if hf.get("model_type") == "gemma3_text" else 0.0
+    scalar = hf.get("query_pre_attn_scalar", 256) if offset else slot.k_dim
     table = []
     for name, shape in parameter_shapes(config).items():
         module, _, kind = name.rpartition(".")
@@ -432,6 +591,8 @@ def weights(config: ModelConfig, hf: Mapping[str, Any]) -> list[Weight]:
             hf_module = MODULES[module]
         else:
             _, layer, module = module.split(".", 2)
-            hf_module = f"model.layers.{layer}.{LAYER_MODULES[module]}"
-        table.append(Weight(name, f"{hf_module}.{kind}", shape, rotary.get(module)))
+            hf_module = f"model.layers.{layer}.{modules[module]}"
+        factor = (slot.k_dim / scalar) ** 0.5 if module == "reader.q_norm" else 1.0  # scores have the head's scale here
+        less = offset if module.endswith("norm") else 0.0
+        table.append(Weight(name, f"{hf_module}.{kind}", shape, rotary.get(module), offset=less, factor=factor))
     return table

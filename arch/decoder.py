@@ -22,7 +22,7 @@ from .config import ModelConfig, SizeConfig, style_of
 from .cross_attention import CrossAttention, CrossContext
 from .grouped import GroupedKV
 from .language_model import Head, LanguageModel
-from .layers import Rope, build_mlp, build_norm, compute_dtype, rope_table, step_rope
+from .layers import Rope, build_embedding, build_mlp, build_norm, compute_dtype, rope_table, step_rope
 from .masks import Dense, Sequences, Windowed, padded, rows_across, segment_starts
 from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
@@ -32,8 +32,8 @@ from .store_spec import QueryScale, StoreSpec
 
 
 class Block(nn.Module):
-    """Pre-norm attention, then the MLP; or, with parallel residuals, both of the same input. The owner of a store also
-    writes it.
+    """Attention, then the MLP; or, with parallel residuals, both of the same input. Their inputs are normed, their
+    outputs, or both. The owner of a store also writes it.
 
     With `cross`, attention to the vectors of a CrossContext comes after that to the sequence. `newest`: in a step over
     a cache that grows, the last so many slots are read, of all that a store has.
@@ -43,14 +43,18 @@ class Block(nn.Module):
         super().__init__()
         self.newest = newest
         self.masked = store.masked
-        self.parallel_residual = style_of(size).parallel_residual
-        self.attn_norm = build_norm(size)
+        style = style_of(size)
+        self.parallel_residual = style.parallel_residual
+        before, after = style.norm_placement != "after", style.norm_placement != "before"
+        self.attn_norm = build_norm(size) if before else nn.Identity()
         self.kv_norm = build_norm(size) if owner and store.kv_norm else None
         self.writer = build_writer(size, store) if owner else None
         self.reader = build_reader(size, store)
+        self.attn_out_norm = build_norm(size) if after else None
         self.cross = CrossAttention(size, store) if cross else None
-        self.mlp_norm = build_norm(size)
+        self.mlp_norm = build_norm(size) if before else nn.Identity()
         self.mlp = build_mlp(size)
+        self.mlp_out_norm = build_norm(size) if after else None
 
     def forward(
         self,
@@ -88,12 +92,17 @@ class Block(nn.Module):
             make: Any = type(kv)
             seen = make(*(tensor[:, -self.newest :] for tensor in kv))
         scaled = () if query_table is None else (query_table,)
-        attended_BTD = x_BTD + self.reader(h_BTD, seen, rope, visibility, *scaled)
+        out_BTD = self.reader(h_BTD, seen, rope, visibility, *scaled)
+        if self.attn_out_norm is not None:
+            out_BTD = self.attn_out_norm(out_BTD)
+        attended_BTD = x_BTD + out_BTD
         if self.cross is not None:
             assert context is not None
             attended_BTD = attended_BTD + self.cross(attended_BTD, context)
-        x_BTD = attended_BTD + self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
-        return x_BTD, kv
+        out_BTD = self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
+        if self.mlp_out_norm is not None:
+            out_BTD = self.mlp_out_norm(out_BTD)
+        return attended_BTD + out_BTD, kv
 
 
 class LayerInputs(NamedTuple):
@@ -407,7 +416,7 @@ class Decoder(Stack, LanguageModel):
     def __init__(self, config: ModelConfig, backend: str = "auto", device_type: str = "cpu", cross: bool = False):
         super().__init__(config, backend, device_type, cross)
         size = config.size
-        self.embed = nn.Embedding(size.vocab_size, size.d_model)
+        self.embed = build_embedding(size)
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
 
     @property

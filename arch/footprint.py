@@ -132,6 +132,11 @@ def stack_params(config: ModelConfig, plan: KVPlan) -> int:
     return layers + norm_params(config.size)
 
 
+def num_norms(size: SizeConfig) -> int:
+    """Norms of the attention and the MLP of a layer."""
+    return 4 if style_of(size).norm_placement == "both" else 2
+
+
 def norm_params(size: SizeConfig) -> int:
     return size.d_model * (2 if style_of(size).norm == "layernorm" else 1)
 
@@ -141,7 +146,7 @@ def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, in
     size, store, style = config.size, plan.store(layer), style_of(config.size)
     hidden = size.d_ff * (1 if style.mlp == "gelu" else 2)
     matrices = size.d_model * (hidden + size.d_ff)
-    others = 2 * norm_params(size) + (hidden + size.d_model if style.bias else 0)
+    others = num_norms(size) * norm_params(size) + (hidden + size.d_model if style.bias else 0)
     counts = [store.reader_params(size)]
     if store.owner == layer:
         counts.append(store.writer_params(size))

@@ -1,4 +1,4 @@
-"""Norms, rotary embeddings, and the MLPs of both styles.
+"""Embeddings, norms, rotary embeddings, and MLPs.
 
 Shapes: B batch, T tokens, D model, P rotary width; `*` any number of axes.
 """
@@ -155,6 +155,18 @@ def rotate_step(x_BNP: Tensor, rope: Rope) -> Tensor:
     return torch.addcmul(x_BNP * cos, x_BNP.roll(rotary // 2, -1), sin).to(x_BNP.dtype)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times the square root of their width, which is rounded to their type as in Gemma."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        x_BTD = super().forward(tokens_BT)
+        return x_BTD * torch.full((), self.embedding_dim**0.5, dtype=x_BTD.dtype, device=x_BTD.device)
+
+
+def build_embedding(size: SizeConfig) -> nn.Embedding:
+    return (ScaledEmbedding if style_of(size).scale_embeddings else nn.Embedding)(size.vocab_size, size.d_model)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
@@ -165,8 +177,18 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out: Tensor = self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out
+
+    def activation(self, x_BTF: Tensor) -> Tensor:
+        return F.silu(x_BTF)
+
+
+class GeGLU(SwiGLU):
+    """down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
+
+    def activation(self, x_BTF: Tensor) -> Tensor:
+        return F.gelu(x_BTF, approximate="tanh")
 
 
 class GeluMLP(nn.Module):
@@ -182,6 +204,9 @@ class GeluMLP(nn.Module):
         return out
 
 
+MLP_MODULES: dict[str, type[SwiGLU | GeluMLP]] = {"swiglu": SwiGLU, "geglu": GeGLU, "gelu": GeluMLP}
+
+
 def build_mlp(size: SizeConfig) -> SwiGLU | GeluMLP:
     style = style_of(size)
-    return (GeluMLP if style.mlp == "gelu" else SwiGLU)(size.d_model, size.d_ff, style.bias)
+    return MLP_MODULES[style.mlp](size.d_model, size.d_ff, style.bias)

@@ -19,6 +19,7 @@ from .config import (
     MAX_NESTING,
     MAX_WIDTH,
     MLPS,
+    NORM_PLACEMENTS,
     NORMS,
     OUTPUT_GATES,
     QK_NORMS,
@@ -393,9 +394,10 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
     if size.style not in STYLES:
         return [f"size.style is {size.style!r}; it is {' or '.join(STYLES)}"]
     style, width = style_of(size), head_dim(size)
+    allowed = {"norm": NORMS, "mlp": MLPS, "qk_norm": QK_NORMS, "output_gate": OUTPUT_GATES}
     problems = [
         f"size.{key} is {getattr(style, key)!r}; it is {', '.join(choices[:-1])} or {choices[-1]}"
-        for key, choices in (("norm", NORMS), ("mlp", MLPS), ("qk_norm", QK_NORMS), ("output_gate", OUTPUT_GATES))
+        for key, choices in (allowed | {"norm_placement": NORM_PLACEMENTS}).items()
         if getattr(style, key) not in choices
     ]
     rotary = style.rotary_fraction * width

@@ -25,12 +25,16 @@ MIXES = {
     "qk-norm": {"qk_norm": "head", "output_gate": "head", "bias": True},
     "qkv-bias": {"qkv_bias": True, "output_gate": "head"},
     "qk-norm-all": {"qk_norm": "all", "output_gate": "channel"},
+    "norms-after": {"norm_placement": "after", "norm": "layernorm"},
+    "gemma": {"norm_placement": "both", "mlp": "geglu", "scale_embeddings": True},
+    "parallel-after": {"norm_placement": "after", "parallel_residual": True},
 }
 
 
 def mixed(arch: str, mix: dict) -> dict:
-    """Latents have no keys that could be normed."""
-    return {key: value for key, value in mix.items() if arch != "mla" or key != "qk_norm"}
+    """Latents have no keys that could be normed, and a Block Transformer maps embeddings."""
+    missing = {"mla": "qk_norm", "block": "scale_embeddings"}.get(arch)
+    return {key: value for key, value in mix.items() if key != missing}
 
 
 @pytest.mark.parametrize("arch", ["gqa2", "mla", "bct", "cla2", "block", "gqa4_tied", "gemma4"])
@@ -87,6 +91,34 @@ def test_norms_of_queries_and_keys_bound_scores() -> None:
         torch.testing.assert_close(wanted, torch.full_like(wanted, 8.0), rtol=1e-3, atol=0)
 
 
+def test_where_norms_are() -> None:
+    """Of outputs only, a sublayer adds what has the length of its norm's weights, whatever it reads."""
+    for placement, names in (
+        ("before", {"attn_norm", "mlp_norm"}),
+        ("after", {"attn_out_norm", "mlp_out_norm"}),
+        ("both", {"attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm"}),
+    ):
+        model = build(small("gqa2", norm_placement=placement, num_layers=1))
+        assert {name.split(".")[2] for name in model.state_dict() if "norm" in name and "layers" in name} == names
+        with torch.no_grad():
+            model.layers[0].mlp.down_proj.weight.zero_()
+            model.layers[0].reader.o_proj.weight.mul_(1000)
+            x = model.embed(tokens(1, 9))
+            added = model.run(x) - x
+        lengths = added.square().mean(-1)
+        assert torch.allclose(lengths, torch.ones_like(lengths), rtol=1e-2) == (placement != "before")
+
+
+def test_scaled_embeddings() -> None:
+    batch, width = tokens(2, 9), 32
+    plain, scaled = (build(small("gqa2", scale_embeddings=scale)).embed for scale in (False, True))
+    torch.testing.assert_close(scaled(batch), plain(batch) * width**0.5, rtol=1e-12, atol=0)
+    half = scaled.to(torch.bfloat16)(batch)  # as the stock class has it, which rounds the factor
+    assert torch.equal(half, plain.to(torch.bfloat16)(batch) * torch.tensor(width**0.5, dtype=torch.bfloat16))
+    with pytest.raises(LayoutError, match=r"^- size.scale_embeddings is of a decoder: .*; leave it out$"):
+        resolve(small("block", scale_embeddings=True))
+
+
 def test_a_preset_is_its_properties() -> None:
     for name, style in STYLES.items():
         spelt = {"style": "llama" if name == "neox" else "neox", **asdict(style)}
@@ -104,7 +136,8 @@ def test_a_preset_is_its_properties() -> None:
         ({"norm": "batchnorm"}, "size.norm is 'batchnorm'; it is rmsnorm or layernorm"),
         ({"qk_norm": "heads"}, "size.qk_norm is 'heads'; it is none, head or all"),
         ({"output_gate": "all"}, "size.output_gate is 'all'; it is none, head or channel"),
-        ({"mlp": "relu"}, "size.mlp is 'relu'; it is swiglu or gelu"),
+        ({"mlp": "relu"}, "size.mlp is 'relu'; it is swiglu, gelu or geglu"),
+        ({"norm_placement": "post"}, "size.norm_placement is 'post'; it is before, after or both"),
         ({"rotary_fraction": 0.0}, "size.rotary_fraction is 0.0"),
         ({"rotary_fraction": 1.5}, "size.rotary_fraction is 1.5"),
         ({"rotary_fraction": 0.125}, "0.125 of the head dimension 8 is 1; .* multiple of 16"),

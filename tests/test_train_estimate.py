@@ -84,6 +84,9 @@ STYLES = {
     "rmsnorm-gelu": {"style": "neox", "norm": "rmsnorm", "parallel_residual": False},
     "heads": {"qk_norm": "head", "output_gate": "channel"},
     "heads-all": {"qk_norm": "all", "output_gate": "head"},
+    "norms-after": {"norm_placement": "after", "qk_norm": "all"},
+    "norms-both": {"norm_placement": "both", "mlp": "geglu", "scale_embeddings": True},
+    "parallel-after": {"norm_placement": "after", "parallel_residual": True},
 }
 
 

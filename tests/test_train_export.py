@@ -35,6 +35,7 @@ import train.hub.upload
 import train.hub.verify
 from arch import ArchConfig, Decoder, StoreConfig, generate, resolve
 from arch.convert import ConversionError
+from arch.convert_stock import GEMMA3, OLMO
 from data.cli import UsageError
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import sha256
@@ -151,6 +152,23 @@ def test_every_layout_comes_back_the_same(
     assert checks[0].name == "class"
     assert checks[0].found == (target_of(layout) if isinstance(layout, str) else STOCK["swa"])
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("layout", "style", "dtype"),
+    [("olmo3", OLMO | {"head_dim": None}, "fp32"), ("gemma3", GEMMA3, "fp32"), ("gemma3", GEMMA3, "bf16")],
+)
+def test_released_styles_are_the_stock_class(
+    layout: str, style: dict[str, Any], dtype: str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure, of the cache too; in half precision what is rounded is the tensor of the file, a norm less 1."""
+    monkeypatch.setattr(train.hub.verify, "NUM_NEW_TOKENS", 5)
+    source = write_checkpoint(tmp_path / "step-00000003", layout, num_layers=6, **style)
+    checks = export(ExportConfig(str(source), str(tmp_path / "out"), prepared=str(corpus), dtype=dtype), QUIET)
+    assert not [check for check in checks if check.passed is False]
+    assert checks[0].found == {"olmo3": "Olmo3ForCausalLM", "gemma3": "Gemma3ForCausalLM"}[layout]
+    assert {check.name for check in checks if "cache" in check.name} >= {"bytes of the static cache"}
 
 
 @pytest.mark.slow

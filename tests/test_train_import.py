@@ -16,7 +16,7 @@ from conversions import from_hf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_arch_convert import DEEPSEEK, LATENT, LLAMA, MINISTRAL, WIDTHS, assert_same, randomised
+from test_arch_convert import DEEPSEEK, GEMMA, LATENT, LLAMA, MINISTRAL, SLIDING, WIDTHS, assert_same, randomised
 
 from arch import (
     ArchConfig,
@@ -54,6 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
     "ministral": ("Ministral", {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8} | MIXED),
     "deepseek": ("DeepseekV3", LATENT),
+    "gemma3": ("Gemma3", SLIDING | MIXED | {"head_dim": 6, "query_pre_attn_scalar": 17}),
     "pythia": ("GPTNeoX", PYTHIA),
     "pythia_tied": ("GPTNeoX", PYTHIA | {"tie_word_embeddings": True}),
 }
@@ -65,7 +66,7 @@ def theirs(family: str, **changes: Any) -> Any:
     values = {key: value for key, value in (WIDTHS | own | changes).items() if key != "model_type"}
     if name == "GPTNeoX":
         values.pop("rope_parameters")
-    config = getattr(transformers, f"{name}Config")(**values)
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(**values)
     return randomised(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
 
 
@@ -505,7 +506,9 @@ REMOTE = convert_remote.to_hf_config(small("mixattention", num_layers=8))
 
 
 @pytest.mark.parametrize(
-    "hf", [LLAMA, MINISTRAL, DEEPSEEK, PYTHIA, REMOTE], ids=["llama", "ministral", "deepseek", "pythia", "remote"]
+    "hf",
+    [LLAMA, MINISTRAL, GEMMA, DEEPSEEK, PYTHIA, REMOTE],
+    ids=["llama", "ministral", "gemma3", "deepseek", "pythia", "remote"],
 )
 def test_odd_values_in_a_config(hf: dict[str, Any]) -> None:
     """Each key of a config.json with each of them: a model that can be built, or a refusal in words."""

@@ -19,7 +19,7 @@ from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolv
 from arch.bounded_spec import CHUNK, SCORES, WINDOW_BLOCKS, BoundedSpec
 from arch.config import SizeConfig, head_dim, style_of
 from arch.delta_spec import MatrixSpec, delta_chunk
-from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_params
+from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_norms, num_params
 from arch.latent_spec import LatentSpec
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
@@ -310,21 +310,24 @@ def layer_bytes(config: ModelConfig, plan: KVPlan, layer: int, how: Execution) -
                 with 1 / rms; the latent and rotary key as projected; gate and up (F each)
 
     A GELU MLP has but one projection before its product (up). With parallel residuals both norms have one input.
+    Where outputs are normed, not inputs, the residual stream is in the place of the norms' outputs, and parallel
+    projections have one input; with both, the norms of outputs come on top.
     Norms of queries and keys, and gates: `head_bytes`.
     Compiled, this is measured to 3 % for the preset styles, and to 12 % where their properties are mixed.
     """
     size, store, width = config.size, plan.store(layer), how.itemsize
     dim = size.d_model
-    owner, style = store.owner == layer, style_of(size)
+    owner, style, norms = store.owner == layer, style_of(size), num_norms(size)
     total = ACTIVATIONS[store.kind].attention(config, store, owner, how) + head_bytes(size, store, owner, how)
     if how.compiled:
-        total += width * (4 * dim + (2 if style.mlp == "gelu" else 3) * size.d_ff)
-        total += (4 if style.norm == "layernorm" else 2) * FP32
+        total += width * ((2 + norms) * dim + (2 if style.mlp == "gelu" else 3) * size.d_ff)
+        total += norms * (2 if style.norm == "layernorm" else 1) * FP32
         kv_norm = 0
     else:
         shared_input = FP32 * dim if width == FP32 else 0  # not cast: norms of one input keep it once
         total += width * (2 * dim + (2 if style.mlp == "gelu" else 4) * size.d_ff)
-        total += 2 * norm_bytes(size) - style.parallel_residual * shared_input
+        total += norms * norm_bytes(size)
+        total -= style.parallel_residual * (width * dim if style.norm_placement == "after" else shared_input)
         kv_norm = norm_bytes(size) - shared_input
     if owner and store.kv_norm:
         total += width * dim + kv_norm

@@ -89,7 +89,8 @@ STOCK_NOTES = {
         "Sliding layers cost their window and no more in `transformers`. An engine without a cache manager for mixed "
         "layers may hold them at full length: look at the number of blocks it reports.",
     ),
-    **dict.fromkeys(("smollm3", "qwen2", "qwen3"), ()),
+    **dict.fromkeys(("smollm3", "qwen2", "qwen3", "olmo2", "olmo3"), ()),
+    "gemma3_text": ("Norms are stored as the class has them, less 1; it computes without `final_logit_softcapping`.",),
     "deepseek_v3": (
         "Before 5.15 `transformers` caches expanded keys and values: the same tokens, without the saving.",
         "Queries are not compressed (`q_lora_rank` is null), and all layers are dense.",

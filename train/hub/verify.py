@@ -64,8 +64,10 @@ def verify(exported: ExportUnderTest) -> list[Check]:
     with torch.inference_mode():
         trained = [prompt_logits(model, request, number) for number in (0, 1)]
         if exported.dtype != torch.float32:
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(exported.dtype))
+            parameters = dict(model.named_parameters())
+            for weight in exported.target.weights:  # what is rounded is the tensor in the file
+                parameter = parameters[weight.name]
+                parameter.copy_(weight.from_hf(weight.to_hf(parameter).to(exported.dtype)))
         expected = [prompt_logits(model, request, number) for number in (0, 1)]
         loss = nats(model, exported.corpus.windows)
         tokens = [generate(model, [prompt], NUM_NEW_TOKENS)[0] for prompt in request["prompts"]]
