@@ -79,8 +79,8 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
 
 
 @cache
-def whole_depth(name: str, least: int = 7) -> int:
-    """At least `least` layers (few tiles divide 7), and as many as it takes until every item of the pattern occurs."""
+def whole_depth(name: str, least: int = 5) -> int:
+    """At least `least` layers (few tiles divide 5), and as many as it takes until every item of the pattern occurs."""
     arch = load_arch(name)
     if name in BLOCKS:
         return least // 2 * 2

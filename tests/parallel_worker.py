@@ -37,7 +37,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for number, name in enumerate(ARCHS):
-        config, batch, blocks = small(name, num_layers=whole_depth(name, 4)), tokens(2, 17), name in BLOCKS
+        config, batch, blocks = small(name, num_layers=whole_depth(name, 3)), tokens(2, 17), name in BLOCKS
         model = build(config, torch.float32).train()
         backward(model, batch, blocks)
         expected = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}

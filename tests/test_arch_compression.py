@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHS, build, small, tokens
+from conftest import ARCHS, build, small, tokens, whole_depth
 
 from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
 from arch.attend import Mask, reference, sdpa
@@ -223,7 +223,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
 def test_decoding_over_a_compressed_cache(name: str) -> None:
     """Chunks, compression, a second turn and steps: 8 bits are near the uncompressed cache, `none` and a budget that
     keeps all are it, bit for bit, and what is dropped leaves logits finite."""
-    model, batch = build(small(name), torch.float32), tokens(2, 21)
+    model, batch = build(small(name, num_layers=whole_depth(name, 3)), torch.float32), tokens(2, 21)
     block = model.plan.block_length
     starts = torch.tensor([0, 1 if block > 1 else 5])
     prompt, chunk = 4 * block if block > 1 else 13, block if block > 1 else 5

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     sys.path.insert(1, str(Path(__file__).resolve().parent))
 
-from conftest import ARCHS, documents, small
+from conftest import ARCHS, documents, small, whole_depth
 
 from arch import ModelConfig, build, resolve
 from arch.config import EncoderConfig
@@ -32,15 +32,17 @@ from train.schema import OptimConfig, sequence_format
 
 GOLDEN = Path(__file__).with_name("golden")
 STEPS, BATCH, SEQ_LEN, END_OF_TEXT = 4, 4, 32, 256
+DEPTH = 7
 
 
 def variants() -> Iterator[tuple[str, ModelConfig]]:
     """Every file of configs/arch, and what the files leave at its default: the neox style, the paper's other embedders
     and token decoders."""
     for name in ARCHS:
-        yield name, small(name)
+        yield name, small(name, num_layers=whole_depth(name, DEPTH))
     for name in ("gqa2", "mla", "bct", "block"):
-        yield f"{name}-neox", small(name, style="neox", head_dim=8, tie_embeddings=False)
+        neox = small(name, num_layers=whole_depth(name, DEPTH), style="neox", head_dim=8, tie_embeddings=False)
+        yield f"{name}-neox", neox
     for embedder, kind in (("projection", "summation"), ("encoder", "cross"), ("cls", "prefix")):
         layout = deepcopy(load_arch("block"))
         assert layout.block is not None
