@@ -173,7 +173,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
         method = parse_method(text)
         if any(p.reader_windows for p in stacks):
             with pytest.raises(
-                ValueError, match="layer 1 sees the last 6 positions of store kv, and a compressed cache"
+                ValueError, match=r"layer \d sees the last 6 positions of store kv, and a compressed cache"
             ):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
