@@ -222,8 +222,7 @@ class Queue:
     @property
     def must_make_room(self) -> bool:
         """True where the next position of the first stack does not fit into the cache, which rows have gone on in."""
-        first = self.cache.stacks[0]
-        return bool(self.used and first.length >= first.capacity)
+        return bool(self.used and self.cache.stacks[0].length >= self.cache.stacks[0].capacity)
 
     def make_room(self, ended: Sequence[int]) -> None:
         """Before a step for which the cache has no room, forget what is padding in every row that goes on."""

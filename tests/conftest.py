@@ -45,6 +45,7 @@ BLOCKS = [name for name in ARCHS if load_arch(name).block is not None]
 DECODERS = [name for name in ARCHS if name not in BLOCKS]
 SIZES = names("size")
 WINDOW = 6
+DEPTH = 5  # few tiles divide it
 SHIM = str(ROOT / "tests" / "forked_python.py")
 
 # Where transformers copies the code of exported models to.
@@ -63,7 +64,7 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
     large enough that a wrong slot shows."""
     layout = load_arch(arch) if isinstance(arch, str) else copy.deepcopy(arch)
     size = SizeConfig(
-        num_layers=whole_depth(arch) if isinstance(arch, str) else 7,
+        num_layers=whole_depth(arch) if isinstance(arch, str) else DEPTH,
         d_model=32,
         num_heads=8,
         head_dim=8,
@@ -79,8 +80,8 @@ def small(arch: ArchConfig | str, *, window: int | None = WINDOW, **changes: obj
 
 
 @cache
-def whole_depth(name: str, least: int = 5) -> int:
-    """At least `least` layers (few tiles divide 5), and as many as it takes until every item of the pattern occurs."""
+def whole_depth(name: str, least: int = DEPTH) -> int:
+    """At least `least` layers, and as many as it takes until every item of the pattern occurs."""
     arch = load_arch(name)
     if name in BLOCKS:
         return least // 2 * 2

@@ -9,7 +9,6 @@ import torch
 from conftest import ARCHS, BLOCKS, build, small, tokens
 
 from arch import ModelConfig, resolve
-from arch.decoder import Block
 from train.parallel import parallelize
 
 LENGTH = 16  # two chunks of a bounded store, which a graph repeats for each
@@ -64,8 +63,8 @@ def test_a_block_is_one_graph_in_training_validation_and_documents(name: str) ->
 
     parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.float32)
     layers = [block for stack in model.stacks for block in stack.layers]
-    kind_of = dict(zip(layers, kinds(name, num_layers=len(layers)), strict=True))
-    blocks = {kind: block for block, kind in kind_of.items() if kind in COVERING[name]}  # one of each, the rest as it is
+    kind_of = zip(kinds(name, num_layers=len(layers)), layers, strict=True)
+    blocks = {kind: block for kind, block in kind_of if kind in COVERING[name]}  # one of each; the rest runs uncompiled
     assert blocks.keys() == COVERING[name]
     for block in layers:
         block._compiled_call_impl = None

@@ -188,7 +188,7 @@ TWO = {**KV, "far": {"kv_heads": 2}}
         ),
         (KV, ["reuse kv", "new kv"], {}, "layer 0: `reuse kv` has nothing to reuse"),
         (KV, ["new kv", {"layers": 1, "pattern": ["new kv"]}], {}, "mixes items and sections"),
-        (KV, [{"layers": 1, "pattern": ["new kv"]}], {}, "covers 1 layers, the model has 7"),
+        (KV, [{"layers": 1, "pattern": ["new kv"]}], {}, "covers 1 layers, the model has 5"),
         (KV, [{"pattern": ["new kv"]}, {"pattern": ["new kv"]}], {}, "both lack `layers`"),
         (KV, [{"layers": "half", "pattern": ["new kv"]}], {}, "write a number, or a share of the depth"),
         (KV, [{"layer": 1, "pattern": ["new kv"]}], {}, "a section's keys are layers, pattern, short_group"),

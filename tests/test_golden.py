@@ -32,16 +32,16 @@ from train.schema import OptimConfig, sequence_format
 
 GOLDEN = Path(__file__).with_name("golden")
 STEPS, BATCH, SEQ_LEN, END_OF_TEXT = 4, 4, 32, 256
-DEPTH = 7
+GOLDEN_DEPTH = 7
 
 
 def variants() -> Iterator[tuple[str, ModelConfig]]:
     """Every file of configs/arch, and what the files leave at its default: the neox style, the paper's other embedders
     and token decoders."""
     for name in ARCHS:
-        yield name, small(name, num_layers=whole_depth(name, DEPTH))
+        yield name, small(name, num_layers=whole_depth(name, GOLDEN_DEPTH))
     for name in ("gqa2", "mla", "bct", "block"):
-        neox = small(name, num_layers=whole_depth(name, DEPTH), style="neox", head_dim=8, tie_embeddings=False)
+        neox = small(name, num_layers=whole_depth(name, GOLDEN_DEPTH), style="neox", head_dim=8, tie_embeddings=False)
         yield f"{name}-neox", neox
     for embedder, kind in (("projection", "summation"), ("encoder", "cross"), ("cls", "prefix")):
         layout = deepcopy(load_arch("block"))

@@ -242,8 +242,8 @@ def test_what_vllm_would_get_wrong_is_refused(
 @pytest.mark.parametrize(
     ("name", "accepted", "message"),
     [
-        ("cla2", None, r"a copy of the keys and values for each of 3 layers .* pip install .* --hf-overrides '{\"vllm"),
-        ("cla2", "yes", "a copy of the keys and values for each of 3 layers"),
+        ("cla2", None, r"a copy of the keys and values for each of 2 layers .* pip install .* --hf-overrides '{\"vllm"),
+        ("cla2", "yes", "a copy of the keys and values for each of 2 layers"),
         ("swa_sinks", "per_layer", "may leave out attention sinks, and the plugin of kvfrontier is not there"),
         ("gqa2", None, None),
     ],
