@@ -33,6 +33,17 @@ def compiled_flex() -> Any:
     return torch.compile(flex_attention, fullgraph=True)  # an error beyond the recompile limit, not silent eager code
 
 
+# For FlexAttention's backward pass with heads of 129 to 256 in half precision. torch gives four warps tiles of 64 x 64,
+# whose sums alone fill their registers: on an H100 each thread spills 1.6 KB at 256, and 192 bytes with these.
+WIDE_BACKWARD = {"bwd_num_warps": 8, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}
+
+
+def kernel_options(q_BTNH: Tensor, v_BSKV: Tensor) -> dict[str, int] | None:
+    """Options of FlexAttention's kernels where torch's own choice is a poor one; None: its choice."""
+    wide = 128 < max(q_BTNH.shape[-1], v_BSKV.shape[-1]) <= 256
+    return WIDE_BACKWARD if wide and q_BTNH.is_cuda and q_BTNH.dtype in (torch.bfloat16, torch.float16) else None
+
+
 def run_flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, lse: bool) -> Any:
     """[B, T, N, V], and where `lse`, [B, N, T] the logarithm of the sum that weights were divided by; or None.
 
@@ -47,6 +58,7 @@ def run_flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, sc
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=kernel_options(q_BTNH, v_BSKV),
         return_aux=AuxRequest(lse=True) if lse else None,
     )
     return rearrange(result[0] if lse else result, "b n t v -> b t n v"), result[1].lse if lse else None
