@@ -74,6 +74,7 @@ KEYS = {
     "trainer.val_every": Key(None),
     "trainer.checkpoint_every": Key(None),
     "trainer.checkpoint_minutes": Key(None),
+    "trainer.checkpoint_async": Key(None),
     "trainer.keep_checkpoints": Key(None),
     "trainer.max_rise": Key(None),
     "trainer.max_hours": Key(None),

@@ -2,7 +2,9 @@
 one process. Gradients, their norm, steps of Muon and AdamW, and checkpoints from and for other worlds."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -15,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import arch
-from train.checkpoint import load, named_tensors, save, stored_tensors, verify_checksums
+from train.checkpoint import BackgroundSave, load, named_tensors, save, stored_tensors, verify_checksums
+from train.errors import TrainingError
 from train.optim import build_optimizer
 from train.parallel import hybrid_mesh, parallelize
 from train.schema import OptimConfig
@@ -65,6 +68,29 @@ class Training:
         return {name: full(value) for name, value in named_tensors(self.model, self.optimizer).items()}
 
 
+def in_background(saved: Path, training: Training) -> None:
+    """A thread of each process writes what `save` has written to `saved`; where one cannot, none does."""
+    group, copies = dist.new_group(backend="gloo"), {}
+    folder = saved.parents[1] / "background" / "checkpoints" / saved.name
+    state = folder, training.model, training.optimizer, 1, {}
+    full = patch("train.checkpoint.write_file", side_effect=OSError(28, "No space left on device"))
+    for broken in (True, False):
+        with full if broken and dist.get_rank() == 2 else nullcontext():
+            writing = BackgroundSave(*state, copies, group)
+            dist.all_reduce(torch.ones(1))  # training goes on
+            problem = ""
+            try:
+                writing.wait()
+            except TrainingError as error:
+                problem = str(error)
+        assert problem == (f"cannot save {folder}: [Errno 28] No space left on device" if broken else "")
+        dist.barrier()  # all have deleted what there was
+        if dist.get_rank() == 0:
+            assert [path.name for path in folder.parent.iterdir()] == ([] if broken else [folder.name])
+    for path in saved.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 4), rank=rank, world_size=4)
@@ -80,6 +106,7 @@ def main() -> None:
     saved = folder / "checkpoints" / "step-00000001"
     save(saved, replicated.model, replicated.optimizer, 1, {})
     verify_checksums(saved)
+    in_background(saved, replicated)
     sizes = {name: tuple(value.shape) for name, value in alone.tensors().items()}
     assert {name: stored.shape for name, stored in stored_tensors(saved).items()} == sizes, "each row once"
     others = {"fsdp": Training(init_device_mesh("cpu", (4,))), "one process, or ddp": Training(None)}

@@ -5,8 +5,12 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import current_thread, main_thread
+from threading import enumerate as enumerate_threads
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +24,9 @@ from torch.distributed.fsdp import fully_shard
 
 import train.training
 from data.cli import UsageError
+from train import checkpoint
 from train.benchmarks.faults import cut_in_half, flip_a_byte
-from train.checkpoint import checkpoints, load, resolve, save, verify_checksums
+from train.checkpoint import INFO, BackgroundSave, checkpoints, load, resolve, save, step_of, verify_checksums
 from train.errors import TrainingError
 from train.lit_module import LitModel
 
@@ -264,3 +269,128 @@ def test_what_was_written_is_what_is_there(damage: Callable[[Path], object], mes
     damage(next(folder.glob("*.safetensors")))
     with pytest.raises(TrainingError, match=message):
         verify_checksums(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def hold(monkeypatch: pytest.MonkeyPatch, let_go: Callable[[int], bool]) -> None:
+    """Let no file of a checkpoint be written in the background before `let_go` of its step."""
+    write = checkpoint.write_file
+
+    def held(path: Path, *arguments: Any) -> dict[str, Any]:
+        while current_thread() is not main_thread() and not let_go(step_of(path.parent.with_suffix(""))):
+            time.sleep(0.002)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_file", held)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_background_writes_the_state_of_its_step(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Byte for byte what `save` writes, though training goes on; the second one over the copies of the first."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    if sharded:
+        request.getfixturevalue("group")
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer, copies = stepped(model), {}
+    changed: set[int] = set()
+    hold(monkeypatch, changed.__contains__)
+    for step in (1, 2):
+        expected, folder = (tmp_path / name / "checkpoints" / f"step-{step:08}" for name in ("one", "two"))
+        save(expected, model, optimizer, step, {"plan": "this"})
+        writing = BackgroundSave(folder, model, optimizer, step, {"plan": "this"}, copies, None)
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        assert not writing.ended and not checkpoints(tmp_path / "two")[step - 1 :]
+        changed.add(step)
+        writing.wait()
+        assert contents(folder) == contents(expected)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    whole: Path, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is written when the next step has begun, but for the last; run and checkpoints are as if it waited."""
+    folder, unfinished = tmp_path / "run", {}
+    training_step = LitModel.training_step
+
+    def step(self: LitModel, *arguments: Any) -> Any:
+        unfinished[self.trainer.global_step] = [path.name for path in folder.glob("checkpoints/*.partial")]
+        return training_step(self, *arguments)
+
+    monkeypatch.setattr(LitModel, "training_step", step)
+    hold(monkeypatch, lambda step: step in unfinished or step == 8)
+    pretrain(*options, f"folder={folder}", "trainer.checkpoint_async=true")
+    for number in (3, 4, 6):
+        assert unfinished[number] == [f"step-{number:08}.partial"], "when the next step begins"
+    assert losses(folder) == losses(whole)
+    found = [{path.name: contents(path) for path in checkpoints(run)} for run in (whole, folder)]
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        verify_checksums(folder / "checkpoints" / name)
+        infos = [json.loads(content[name].pop(INFO)) | {"clock": None} for content in found]
+        assert infos[0] == infos[1]
+        assert found[1][name] == expected
+    best = [(run / "checkpoints" / "best.json").read_text() for run in (whole, folder)]
+    assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "failure"])
+def test_the_end_waits_for_what_is_written_in_the_background(
+    how: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is not written before someone waits for it."""
+    folder, waited = tmp_path / "run", []
+    wait, training_step = BackgroundSave.wait, LitModel.training_step
+
+    def wait_for(self: BackgroundSave) -> None:
+        waited.append(self.folder.name)
+        wait(self)
+
+    def fail(self: LitModel, *arguments: Any) -> Any:
+        if self.trainer.global_step == 3:
+            raise TrainingError("the loss is lost")
+        return training_step(self, *arguments)
+
+    monkeypatch.setattr(BackgroundSave, "wait", wait_for)
+    hold(monkeypatch, lambda step: bool(waited))
+    arguments = [*options, f"folder={folder}", "trainer.checkpoint_async=true"]
+    if how == "SIGTERM":
+        stop(*arguments, step=3)
+    else:
+        monkeypatch.setattr(LitModel, "training_step", fail)
+        with pytest.raises(TrainingError, match=r"is lost\. The last good checkpoint is .*step-00000003"):
+            pretrain(*arguments)
+    assert waited == ["step-00000003"]
+    assert resolve(folder).name == "step-00000003"
+    assert not list(folder.glob("checkpoints/*.partial"))
+
+
+def test_a_failure_in_the_background_ends_the_run_at_the_next_step(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, write, training_step = tmp_path / "run", checkpoint.write_file, LitModel.training_step
+
+    def full(path: Path, *arguments: Any) -> dict[str, Any]:
+        if "step-00000004" in path.parent.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, *arguments)
+
+    def step(self: LitModel, *arguments: Any) -> Any:
+        for thread in enumerate_threads():
+            if thread.name.startswith("save "):
+                thread.join()
+        return training_step(self, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    monkeypatch.setattr(LitModel, "training_step", step)
+    saved = r"The last good checkpoint is .*step-00000003"
+    with pytest.raises(TrainingError, match=rf"cannot save .*step-00000004: .*No space left on device.*{saved}"):
+        pretrain(*options, f"folder={folder}", "trainer.checkpoint_async=true")
+    assert max(losses(folder)) <= 5, "the next checkpoint would have been after step 6"
+    assert not list(folder.glob("checkpoints/*.partial"))
+    assert not (folder / "checkpoints" / "best.json").exists(), "it would name what was not written"

@@ -63,10 +63,13 @@ def single(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1"]])
+@pytest.mark.parametrize(
+    "options",
+    [["trainer=ddp"], ["trainer=fsdp"], ["trainer=fsdp", "trainer.micro_batch=1", "trainer.checkpoint_async=true"]],
+)
 def test_two_processes_train_like_one(single: Path, tmp_path: Path, corpus: Path, options: list[str]) -> None:
-    """The command itself, launched on two processes: the same losses and validation, also when it accumulates, and with
-    tasks of evaluation in between, which they share; one of them generates."""
+    """The command itself, launched on two processes: the same losses and validation, also when it accumulates, writes
+    checkpoints in the background, and has tasks of evaluation in between, which they share; one of them generates."""
     folder = tmp_path / "run"
     evals = "evals={every: 3, tasks: [perplexity, copy], options: {copy: {sequences: 3, batch: 1}}}"
     arguments = [*SMALL, *options, evals, f"data.path={corpus}", f"folder={folder}"]

@@ -12,9 +12,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data.files import DataError, set_aside, write_json
 from train import checkpoint
+from train.errors import TrainingError
 from train.lightning_private import disable_signal_handling, set_loop_step
 from train.lit_module import LitModel, lit_model
 from train.signals import RunStopped, Signals
@@ -24,18 +26,31 @@ class CheckpointCallback(L.Callback):
     """Save every `every` steps, at the best validation so far and at the end; keep the newest `keep` and the best.
 
     With `minutes`, save at the step after so many have passed since the last save, in place of every `every` steps.
+    With `in_background`, write while training goes on; the next one waits for the one before, and the end for the last.
 
     Before training, restore the state of `start`, a checkpoint of this run, or else the weights of `init`, a run or a
     checkpoint. Rank 0's `run` and `start` are broadcast: other ranks may have chosen another timestamped folder.
     """
 
     def __init__(
-        self, run: Path, every: int, keep: int, start: Path | None, init: Path | None, minutes: float | None = None
+        self,
+        run: Path,
+        every: int,
+        keep: int,
+        start: Path | None,
+        init: Path | None,
+        minutes: float | None = None,
+        in_background: bool = False,
     ):
         self.run, self.every, self.minutes, self.keep = run, every, minutes, keep
         self.start, self.init = start, init
+        self.in_background = in_background
+        self.copies: dict[str, Tensor] = {}
+        self.group: dist.ProcessGroup | None = None
+        self.writing: checkpoint.BackgroundSave | None = None
         self.best = math.inf
-        self.step = 0  # of the newest checkpoint
+        self.new_best: dict[str, Any] | None = None  # for best.json, once its checkpoint is written
+        self.step = 0  # of the newest checkpoint, which may still be written
         self.saved_at = time.monotonic()
         self.timed_step = 0  # at which a checkpoint is due by the clock, as all processes have agreed
         self.broken: set[str] = set()  # names of checkpoints that were found so; they count as none
@@ -50,6 +65,8 @@ class CheckpointCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = lit_model(pl_module)
+        if self.in_background and trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")
         if self.start is not None:
             checkpoint.load(self.start, module.model, trainer.optimizers[0])
             self.step = checkpoint.step_of(self.start)
@@ -86,6 +103,8 @@ class CheckpointCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.writing is not None and self.writing.ended and not self.writing.failed:
+            self.finish(trainer)
         if self.due(trainer.global_step):
             self.save(trainer, lit_model(pl_module))
 
@@ -102,30 +121,64 @@ class CheckpointCallback(L.Callback):
         if module.val_metrics["loss"] < self.best:
             self.best = module.val_metrics["loss"]
             self.save(trainer, module)
-            if trainer.is_global_zero:
-                write_json(self.best_file, {"checkpoint": folder_name(self.step), "val_loss": self.best})
+            self.new_best = {"checkpoint": folder_name(self.step), "val_loss": self.best}
+            if self.writing is None:
+                self._record_best(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer, lit_model(pl_module))
+        self.finish(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was trained when the data fails. With several processes the others would wait for this one."""
+        """Save what was trained when the data fails. With several processes the others would wait for this one.
+
+        Another failure waits for the checkpoint that is being written; who stops a run twice does not.
+        """
         if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step:
             self.save(trainer, lit_model(pl_module))
+            self.finish(trainer)
+        elif not isinstance(exception, RunStopped):
+            try:
+                self.finish(trainer)
+            except (TrainingError, RuntimeError) as error:  # the latter where another process has ended
+                print(f"warning: {error}", file=sys.stderr)
 
     def save(self, trainer: L.Trainer, module: LitModel) -> None:
-        """Save the state after the last whole step, unless it is saved already."""
+        """Save the state after the last whole step, unless it is saved already.
+
+        Raises TrainingError if this or the checkpoint before cannot be written.
+        """
         step = trainer.global_step
         if step == self.step:
             return
         module.check_finite()  # waits for the device
         folder = self.run / "checkpoints" / folder_name(step)
         with module.clock.paused():
+            self.finish(trainer)
             info = module.describe() | {"clock": module.clock.to_dict()}
-            checkpoint.save(folder, module.model, trainer.optimizers[0], step, info)
+            state = folder, module.model, trainer.optimizers[0], step, info
+            if self.in_background:
+                self.writing = checkpoint.BackgroundSave(*state, self.copies, self.group)
+            else:
+                checkpoint.save(*state)
             self.step, self.saved_at = step, time.monotonic()
+            if self.writing is None and trainer.is_global_zero:
+                self.prune()
+
+    def finish(self, trainer: L.Trainer) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Raises TrainingError if it cannot be."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.wait()
             if trainer.is_global_zero:
                 self.prune()
+            self._record_best(trainer)
+
+    def _record_best(self, trainer: L.Trainer) -> None:
+        """Write best.json if the best checkpoint is another one than before."""
+        if self.new_best is not None and trainer.is_global_zero:
+            write_json(self.best_file, self.new_best)
+        self.new_best = None
 
     def prune(self) -> None:
         """Delete all but the newest `keep` checkpoints and the best; those that are broken count as none.
@@ -154,10 +207,11 @@ class GracefulStop(L.Callback):
     does so after the micro-batch.
 
     Signals are those of train/signals.py. Processes agree once in a step, and in each batch of a validation, through a
-    process group on the CPU, which waits for no device; also on whether rank 0's clock says that a checkpoint is due.
+    process group on the CPU, which waits for no device; also on whether rank 0's clock says that a checkpoint is due,
+    and whether one could not be written in the background, which ends the run.
     """
 
-    TIME_IS_UP = 1000
+    TIME_IS_UP, NOT_SAVED = 1000, 1001
 
     def __init__(self, checkpoints: CheckpointCallback, signals: Signals, max_hours: float | None):
         self.checkpoints, self.signals = checkpoints, signals
@@ -200,15 +254,20 @@ class GracefulStop(L.Callback):
     def _stop_if_requested(self, trainer: L.Trainer, module: LitModel) -> None:
         reason = self.signals.received or (self.TIME_IS_UP if time.monotonic() > self.deadline else 0)
         due = int(trainer.is_global_zero and self.checkpoints.time_is_up())
+        if self.checkpoints.writing is not None and self.checkpoints.writing.failed:
+            reason = self.NOT_SAVED
         if trainer.world_size > 1:
             flags = torch.tensor([reason, due])
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
             reason, due = flags.tolist()
+        if reason == self.NOT_SAVED:
+            self.checkpoints.finish(trainer)  # raises, in all processes
         if due:
             self.checkpoints.timed_step = trainer.global_step + 1
         if not reason:
             return
         self.checkpoints.save(trainer, module)
+        self.checkpoints.finish(trainer)
         name = "trainer.max_hours are over" if reason == self.TIME_IS_UP else signal.Signals(reason).name
         # Rank 0's exit code stands for the run; Lightning would kill it if another rank ended with an error.
         code = 130 if reason == signal.SIGINT and trainer.is_global_zero else 0

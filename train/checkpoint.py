@@ -14,10 +14,12 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import torch
@@ -73,13 +75,17 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 
 class TensorWriter(HuggingFaceStorageWriter):
-    """Write the files of the base class without its copies of all tensors: one after the other, hashed on the way."""
+    """Write the files of the base class without its copies of all tensors: one after the other, hashed on the way.
 
-    files: dict[str, Any]  # size and sha256 of those that this process has written
+    With `copies`, tensors in host memory by name, the tensors are only copied to there, over those of a checkpoint
+    before; `write_copies` writes the files.
+    """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, copies: dict[str, Tensor] | None = None):
         super().__init__(str(folder), save_distributed=True)
-        self.folder, self.files = folder, {}
+        self.folder, self.copies = folder, copies
+        self.files: dict[str, Any] = {}  # size and sha256 of those that this process has written
+        self.unwritten: dict[str, Callable[[], dict[str, Any]]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write what `plan` gives this process. Larger types come first, which keeps all tensors aligned."""
@@ -96,10 +102,26 @@ class TensorWriter(HuggingFaceStorageWriter):
         if pieces:
             name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
             tensors = (cast(Tensor, planner.resolve_data(item)) for _, item in pieces.values())
-            self.files[name] = write_file(self.folder / name, layouts, tensors, metadata)
+            path = self.folder / name
+            if self.copies is None:
+                self.files[name] = write_file(path, layouts, tensors, metadata)
+            else:
+                copied = [self._copy(key, tensor) for key, tensor in zip(pieces, tensors, strict=True)]
+                self.unwritten[name] = partial(write_file, path, layouts, copied, metadata)
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(MetadataIndex(name), layout.num_bytes, None) for name, layout in layouts.items()])
         return done
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        assert self.copies is not None
+        if name not in self.copies:
+            self.copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return self.copies[name].copy_(tensor)
+
+    def write_copies(self) -> None:
+        """Write what was copied. Raises OSError."""
+        for name, write in self.unwritten.items():
+            self.files[name] = write()
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]) -> None:
@@ -109,18 +131,97 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 
     Raises TrainingError, in all processes, if it cannot be written; nothing of it is left then.
     """
+    with _saving(folder) as unfinished:
+        writer = TensorWriter(unfinished)
+        _give(writer, model, optimizer)
+        info = {"format": FORMAT, "step": step, **about, "files": _gather(writer.files)}
+        _on_rank_0(lambda: _complete(unfinished, folder, info))
+
+
+class BackgroundSave:
+    """A checkpoint like that of `save`, which a thread writes while training goes on, from copies of the tensors.
+
+    All processes make one together, and the one before must have ended. `copies`: an empty dictionary, which keeps the
+    copies in host memory, as large as the files of this process, from one checkpoint to the next. `group`: of all
+    processes, on the CPU, which nothing else uses; None where there is one process.
+
+    Until the checkpoint is complete in all processes it has its other name, also where they are killed. Raises
+    TrainingError where the copies cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        about: Mapping[str, Any],
+        copies: dict[str, Tensor],
+        group: dist.ProcessGroup | None,
+    ):
+        self.folder, self.group = folder, group
+        self.info = {"format": FORMAT, "step": step, **about}
+        self._error: BaseException | None = None
+        with _saving(folder) as unfinished:
+            self._writer = TensorWriter(unfinished, copies)
+            _give(self._writer, model, optimizer)
+        # A daemon, for which no process waits that ends in haste.
+        self._thread = Thread(target=self._run, name=f"save {folder.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return self.ended and self._error is not None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is complete. Raises TrainingError, in all processes, if it cannot be written;
+        nothing of it is left then.
+        """
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            with _saving(self.folder) as unfinished:
+                problem = None
+                try:
+                    self._writer.write_copies()
+                except Exception as error:  # the others wait to be told
+                    problem = str(error) or repr(error)
+                found = _gather({str(rank()): (self._writer.files, problem)}, self.group)
+                if problems := dict.fromkeys(problem for _, problem in found.values() if problem is not None):
+                    raise OSError("; ".join(problems))
+                files = {name: about for files, _ in found.values() for name, about in files.items()}
+                _on_rank_0(lambda: _complete(unfinished, self.folder, self.info | {"files": files}), self.group)
+        except BaseException as error:  # for `wait`
+            self._error = error
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[Path]:
+    """Yield the folder in which the checkpoint `folder` is written until it is complete.
+
+    Raises TrainingError if it cannot be, and leaves nothing of it.
+    """
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    try:
+        yield unfinished
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise TrainingError(f"cannot save {folder}: {_cause(error)}") from error
+
+
+def _give(writer: TensorWriter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give `writer` the tensors that this process saves."""
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass alone the root is still gathered, in tensors the optimizer does not know
-    partial = folder.with_name(f"{folder.name}.partial")
-    try:
-        _on_rank_0(lambda: _make_empty(partial))
-        writer = TensorWriter(partial)
-        dcp.save(named_tensors(model, optimizer), storage_writer=writer, no_dist=not distributed())
-        info = {"format": FORMAT, "step": step, **about, "files": _gather(writer.files)}
-        _on_rank_0(lambda: _complete(partial, folder, info))
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingError(f"cannot save {folder}: {_cause(error)}") from error
+    _on_rank_0(lambda: _make_empty(writer.folder))
+    dcp.save(named_tensors(model, optimizer), storage_writer=writer, no_dist=not distributed())
 
 
 def _make_empty(folder: Path) -> None:
@@ -128,15 +229,15 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _complete(partial: Path, folder: Path, info: Mapping[str, Any]) -> None:
+def _complete(unfinished: Path, folder: Path, info: Mapping[str, Any]) -> None:
     """Give the checkpoint its name, in the place of one that was there."""
-    write_json(partial / INFO, info)
+    write_json(unfinished / INFO, info)
     delete(folder)
-    rename(partial, folder)
+    rename(unfinished, folder)
     sync_folder(folder.parent.parent)  # it may be the first checkpoint
 
 
-def _on_rank_0(task: Callable[[], None]) -> None:
+def _on_rank_0(task: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
     """Run `task` on rank 0 while the others wait. Raises its OSError on all of them."""
     failed: list[OSError | None] = [None]
     if rank() == 0:
@@ -145,7 +246,7 @@ def _on_rank_0(task: Callable[[], None]) -> None:
         except OSError as error:
             failed = [error]
     if distributed():
-        dist.broadcast_object_list(failed)
+        dist.broadcast_object_list(failed, group=group)
     if failed[0] is not None:
         raise failed[0]
 
@@ -384,12 +485,12 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+def _gather(mine: dict[str, Any], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Return the union of the dictionaries of all processes."""
     if not distributed():
         return mine
     parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, mine, group=group)
     return {name: value for part in parts for name, value in part.items()}
 
 

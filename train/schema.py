@@ -87,6 +87,7 @@ class TrainerConfig:
     val_every         steps between validations; null: four in the run
     checkpoint_every  steps between checkpoints
     checkpoint_minutes  minutes between checkpoints, in place of steps; null: by steps
+    checkpoint_async  write checkpoints while training goes on; takes as much host memory as a process has to write
     keep_checkpoints  number of newest checkpoints to keep, with the best
     max_rise          the run ends where the loss stays more than this many nats above its lowest
     max_hours         save and end after this many hours (leave room for one checkpoint); null: no limit
@@ -108,6 +109,7 @@ class TrainerConfig:
     val_every: int | None = None
     checkpoint_every: int = 200
     checkpoint_minutes: float | None = None
+    checkpoint_async: bool = False
     keep_checkpoints: int = 2
     max_rise: float = 3.0
     max_hours: float | None = None

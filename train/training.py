@@ -89,7 +89,9 @@ def run(config: PretrainConfig) -> None:
     try:
         init = None if config.init is None else Path(config.init)
         every, minutes = options.checkpoint_every, options.checkpoint_minutes
-        checkpoints = CheckpointCallback(folder, every, options.keep_checkpoints, start, init, minutes)
+        checkpoints = CheckpointCallback(
+            folder, every, options.keep_checkpoints, start, init, minutes, options.checkpoint_async
+        )
         with naming_the_last_checkpoint(checkpoints):
             evaluations = Evaluations(config.evals, folder)
             trainer = build_trainer(config, plan, device, checkpoints, signals, evaluations)
