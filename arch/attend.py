@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .attend_cpu import HALF, fused_attention
 from .attend_kernels import flash, flash_mask, flash_missing, flex, flex_rows, varlen
 from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
 from .precision import at_least_fp32
@@ -73,8 +74,6 @@ def reference(
     weight = score.softmax(dim=-1)[..., : v.shape[2]]
     return torch.einsum("bnts,bnsv->btnv", weight, v).to(q_BTNH.dtype)
 
-
-HALF = frozenset({torch.bfloat16, torch.float16})
 
 # cuDNN, which torch prefers on Hopper, plans anew for each number of slots: tens of milliseconds per decoded token.
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -162,15 +161,7 @@ def sdpa(
     elif group > 1 and q.is_cuda and q.dtype == torch.float32:
         k, v = (repeat(x, "b k s h -> b (k g) s h", g=group) for x in (k, v))
     with sdpa_kernel(NOT_CUDNN) if q.is_cuda and length != slots else nullcontext():
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=allowed,
-            is_causal=mask.causal,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        out = fused_attention(q, k, v, allowed, mask.causal, scale)
     return rearrange(out, "b k (g t) v -> b t (k g) v", t=length)[..., :value_width]
 
 
@@ -204,16 +195,7 @@ def sdpa_windowed(
     for q_TNH, k_TKH, v_TKV, row_bias in zip(q.unbind(), k.unbind(), v.unbind(), biases, strict=True):
         queries_ZNCH = rearrange(q_TNH, "(z c) n h -> z n c h", c=size)
         k_ZKLH, v_ZKLV = (rearrange(x.unfold(0, looked, step), "z k h l -> z k l h") for x in (k_TKH, v_TKV))
-        rows.append(
-            F.scaled_dot_product_attention(
-                queries_ZNCH,
-                k_ZKLH,
-                v_ZKLV,
-                attn_mask=row_bias,
-                scale=scale,
-                enable_gqa=q.shape[2] != k.shape[2],
-            )
-        )
+        rows.append(fused_attention(queries_ZNCH, k_ZKLH, v_ZKLV, row_bias, False, scale))
     rest = rearrange(torch.stack(rows), "b z n c v -> b (z c) n v")
     return torch.cat((first, rest[:, : length - window, :, :value_width]), dim=1)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
-from .attend import CUDA, HALF, WIDTHS_OF_FLASH, ClaimedKernel, Mask, reference, sdpa
+from .attend import CUDA, WIDTHS_OF_FLASH, ClaimedKernel, Mask, reference, sdpa
+from .attend_cpu import HALF
 from .attend_kernels import FLASH, flash_missing, flex, with_sinks
 from .masks import BLOCK, Dense, Seen
 

@@ -16,7 +16,7 @@ from arch import Decoder
 from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend, takes_widths
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
-from arch.masks import Dense, Sequences, Windowed, dense, visible
+from arch.masks import Dense, Sequences, Windowed, dense, visible, windowed
 
 CPU = torch.device("cpu")
 DENSE = {"sdpa": sdpa, "reference": reference}  # the kernels that take any mask, and run anywhere
@@ -147,6 +147,38 @@ def test_half_precision_stays_close(name: str, sink: float | None) -> None:
     half = DENSE[name](q, k, v, mask, 0.125, sinks)
     assert half.dtype == torch.bfloat16
     assert (half.double() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("length", "window", "kv_heads"), [(40, None, 4), (40, 6, 2), (9, 4, 1)])
+def test_half_precision_on_the_cpu_has_gradients_of_fp32(length: int, window: int | None, kv_heads: int) -> None:
+    """To the bit the outputs of a pass without gradients; gradients within the rounding of the inputs."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, length, heads, 16) for heads in (4, kv_heads, kv_heads))
+    half = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in half]
+    mask = windowed(Sequences(2, length, None, CPU), window)
+    out = sdpa(*half, mask, 0.25, None)
+    assert "BackwardInFp32" in graph_nodes(out)
+    with torch.no_grad():
+        assert torch.equal(out, sdpa(*half, mask, 0.25, None))
+    weight = torch.randn(out.shape, generator=generator).bfloat16()
+    grads = torch.autograd.grad((out * weight).sum(), half)
+    true = torch.autograd.grad((sdpa(*exact, mask, 0.25, None) * weight).sum(), exact)
+    for grad, expected in zip(grads, true, strict=True):
+        assert grad.dtype == torch.bfloat16
+        assert (grad.double() - expected).norm() < 4e-3 * expected.norm()
+
+
+def graph_nodes(out: torch.Tensor) -> str:
+    """Names of all nodes of the graph that computed `out`."""
+    nodes: set[Any] = set()
+    todo: list[Any] = [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    return " ".join(node.name() for node in nodes)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
