@@ -11,7 +11,7 @@ import torch
 from conftest import build, small, tokens
 from torch import Tensor
 
-from arch import attend, resolve
+from arch import ArchConfig, StoreConfig, attend, resolve
 from arch.compression import scores
 from arch.compression.arkvale import ArkValeBuffer, page_digest, page_scores
 from arch.compression.compressed import KeptKernel, allocate_compressed
@@ -353,12 +353,21 @@ class Steps:
         ("prefixkv@9(recent=2,sinks=1,every=3)", 2),
         ("corm(window=4,sinks=1,every=3)", 4),
         ("corm(window=18,sinks=0,every=4)", 18),  # longer than one row
+        ("h2o@6(recent=2,sinks=6,every=3,windows=true)", 2),
+        ("snapkv@5(window=2,kernel=3,sinks=0,every=2,windows=true)", 2),
+        ("scissorhands@5(recent=1,sinks=0,history=4,every=1,windows=true)", 1),
+        ("knorm@3(recent=0,sinks=0,every=4,windows=true)", 0),
+        ("corm(window=4,sinks=0,every=3,windows=true)", 4),
     ],
 )
 def test_keeps_act_again(text: str, newest: int) -> None:
     """Every k tokens, against lists of what lives in each row and head, with scores summed query by query: readers get
-    the keys of those, and memory stays as it is."""
+    the keys of those, and memory stays as it is. In windows, what leaves them is neither seen nor chosen."""
     model, batch, start, prompt = record_keeps.model(), tokens(2, 50) % 61, (0, 4), 20
+    window = 100
+    if "windows" in text:
+        window, layout = 11, ArchConfig({"kv": StoreConfig(kv_heads=2, window=11)}, ["new kv"])
+        model = build(small(layout, window=None, num_heads=4, num_layers=2))
     method = parse_method(text)
     assert method.keep is not None
     budget, options = int(method.keep.budget.amount) if method.keep.budget else 0, method.keep.options
@@ -378,7 +387,8 @@ def test_keeps_act_again(text: str, newest: int) -> None:
         for row, head in ((row, head) for row in range(2) for head in range(2)):
             seen = rows[row][head]
             for place in range(len(seen), end):  # of the prompt at first, then the last token
-                at = [p for p in (range(start[row], place + 1) if place < prompt else live[row][head]) if p <= place]
+                at = [*range(start[row], place + 1)] if place < prompt else live[row][head]
+                at = [p for p in at if place - window < p <= place]
                 if not at:
                     seen.append({})
                     continue
@@ -388,7 +398,7 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                 told = (weight * len(at) >= 1).double().sum(0) if "corm" in text else told
                 seen.append(dict(zip(at, told.tolist(), strict=True)))
             if (end - prompt) % options["every"] == 0:
-                before = [p for p in live[row][head] if p < end - newest]
+                before = [p for p in live[row][head] if end - window < p < end - newest]
 
                 def score(p: int, seen: list = seen, row: int = row, head: int = head) -> float:
                     if "knorm" in text:
@@ -413,7 +423,8 @@ def test_keeps_act_again(text: str, newest: int) -> None:
         assert "corm" in text or cache.nbytes <= compressed_bytes(model.plan, method, 2, 50, **shape)
         for row, head in ((row, head) for row in range(2) for head in range(2)):
             got = steps.last_k[row, steps.last_allowed[row, head, 0], head]
-            assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in live[row][head]])), (end, row, head)
+            want = [p for p in live[row][head] if p > end - window]
+            assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in want])), (end, row, head)
     assert buffer.later.tensors[0].shape[1] == newest + options["every"]
     assert "corm" in text or sum(buffer.chosen_slots for buffer in cache.buffers) <= 2 * (budget - newest)
 
@@ -611,3 +622,6 @@ def test_pages_with_room_for_all_but_the_newest_change_rounding_alone() -> None:
 def test_stores_that_a_keep_leaves_alone_are_named(name: str, left: str) -> None:
     assert left_alone(resolve(small(name)), parse_method("snapkv@25%")) == left
     assert left_alone(resolve(small(name)), parse_method("int4")) == ""
+    assert "local" not in left_alone(resolve(small(name)), parse_method("snapkv@3(every=1,windows=true)"))
+    much, fits = left_alone(resolve(small(name)), parse_method("snapkv@5(every=1,windows=true)")), "local" not in left
+    assert fits or much.startswith("store local, whose window of 6 tokens holds no more than what would stay")

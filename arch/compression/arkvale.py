@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..buffers import AppendBuffer, Tensors, repeat_row
+from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..masks import Dense, visible
 from ..precision import at_least_fp32
 from .layout import kept_slots, page_layouts, page_ring, pages_of
@@ -110,7 +110,7 @@ class ArkValeBuffer(KeptBuffer):
         assert self.kept is not None and self.start_B is not None
         return ((length - self.kept.newest - self.start_B).clamp(min=0)) // self.kept.page
 
-    def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | AppendBuffer":
+    def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | SlotBuffer":
         assert self.whole is not None and self.method.keep is not None
         tensors = tuple(tensor[:, :length] for tensor in self.whole.tensors)
         batch, dtype, device = len(tensors[0]), tensors[0].dtype, tensors[0].device

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..attend import Kernel, Mask
 from ..block_plan import BlockPlan, Plan
 from ..block_transformer import BlockCache
-from ..buffers import AppendBuffer, allocate_buffer, repeat_row
+from ..buffers import StateBuffer, allocate_buffer, repeat_row
 from ..cache import Cache, allocate_cross
-from ..masks import Dense, Run, Seen, visible
+from ..masks import Dense, Run, Seen, Windowed, visible
 from ..plan import KVPlan
 from ..positions import TokenPositions
 from ..spans import Chunk, Span
@@ -69,7 +69,7 @@ class KeptKernel:
         self.buffer.see(q, k, mask, scale, sinks)
         k, v, mask = self.buffer.join(q, k, v, mask, scale)
         group, length, allowed = q.shape[2] // k.shape[2], q.shape[1], mask.allowed
-        if allowed is None or allowed.ndim == 2 or allowed.shape[1] == 1 or group == 1:
+        if isinstance(mask, Windowed) or allowed is None or allowed.ndim == 2 or allowed.shape[1] == 1 or group == 1:
             return self.kernel(q, k, v, mask, scale, sinks)
         if sinks is not None:  # one of each query head
             k, v = (repeat(x, "b s k h -> b s (k g) h", g=group) for x in (k, v))
@@ -114,7 +114,14 @@ class CompressedCache(Cache):
 
     @property
     def takes_steps(self) -> bool:
-        return all(buffer.whole is not None and not buffer.sees_queries for buffer in self.kept)
+        kept = self.kept
+        return all(x.whole is not None and x.store.window is None and not x.sees_queries for x in kept)
+
+    def buffer_of(self, window: int | None) -> Any:
+        """The first buffer of slots of this window, without a keep where there is one: it has masks of its own."""
+        stores = zip(self.plan.stores, self.buffers, strict=True)
+        found: list[Any] = [buffer for store, buffer in stores if store.masked and store.window == window]
+        return next((buffer for buffer in found if not isinstance(buffer, KeptBuffer)), found[0])
 
     @property
     def sees_queries(self) -> bool:
@@ -271,7 +278,7 @@ def _allocate(
             buffers.append(allocate_buffer(store, batch, capacity, dtype, device))
         elif keep is not None:
             whole = allocate_buffer(store, batch, capacity, dtype, device)
-            assert isinstance(whole, AppendBuffer)
+            assert not isinstance(whole, StateBuffer)
             buffers.append(KEPT_BUFFERS[keep.name](store, method, capacity, whole))
         else:
             layouts = tensor_layouts(store, method.codec, capacity, store.window)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..buffers import Tensors, repeat_row
-from ..masks import Dense
+from ..buffers import SlotBuffer, Tensors, repeat_row
+from ..masks import Dense, visible
 from ..precision import at_least_fp32
 from .layout import POSITION_BYTES, Kept, kept_slots, position_heads
 from .scores import (
@@ -31,7 +31,7 @@ from .scores import (
     select_marked,
     snapkv_scores,
 )
-from .small_buffers import KeptBuffer
+from .small_buffers import CodedBuffer, KeptBuffer
 
 QUERIES = 256  # whose attention is computed at a time
 
@@ -77,12 +77,14 @@ class AttentionBuffer(ScoredBuffer):
 
     seen  [B, K, W, S], for each of the last queries, summed over readers; W is 1 where all queries are summed
     end   tokens whose queries were seen
+    offset, start_B  tokens before those that were written last, and the padding of the rows: where slots of a ring lie
     """
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self.seen: Tensor | None = None
-        self.end = 0
+        self.end = self.offset = 0
+        self.start_B: Tensor | None = None
 
     @property
     def sees_queries(self) -> bool:  # type: ignore[override]
@@ -108,38 +110,63 @@ class AttentionBuffer(ScoredBuffer):
         """[B, K, T, S] what the queries tell: by default their attention, a mean over the heads of a group."""
         return observe(weight_BNTS, allowed, position_heads(self.store)).weight
 
+    def update(self, new: Tensors, offset: int) -> Tensors:
+        self.offset = offset
+        return super().update(new, offset)
+
+    def allowed(self, offset: int, length: int, device: torch.device, start_B: Tensor | None) -> Tensor | None:
+        self.start_B = start_B
+        return super().allowed(offset, length, device, start_B)
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         if not self.sees_queries:
             return
-        queries, slots = q_BTNH.shape[1], k_BSKH.shape[1]
+        queries, slots, device = q_BTNH.shape[1], k_BSKH.shape[1], k_BSKH.device
+        window, index_S = self.store.window, torch.arange(slots, device=device)
+        ring = self.whole is not None and window is not None  # its slots are not in the order of tokens
+        if ring:
+            assert self.whole is not None
+            index_S, slots = self.whole.indices(self.offset, queries, device), self.offset + queries
         if self.seen is None:
             shape = len(k_BSKH), position_heads(self.store), 0 if self.window else 1, 0
-            self.seen = torch.zeros(shape, dtype=self.row_type(k_BSKH.dtype), device=k_BSKH.device)
+            self.seen = torch.zeros(shape, dtype=self.row_type(k_BSKH.dtype), device=device)
         if slots > self.end:  # the first reader of these tokens
             more = max(0, slots - self.seen.shape[-1])
             self.seen = F.pad(self.seen, (0, more, 0, queries if self.window else 0))
             self.seen = self.seen if self.window is None else self.seen[:, :, -self.window :].contiguous()
             self.end = slots
         first = 0 if self.window is None else max(0, queries - self.window)
-        index = torch.arange(slots, device=k_BSKH.device)
+        index_T = torch.arange(slots - queries, slots, device=device)
         for begin in range(first, queries, QUERIES):
             end = min(begin + QUERIES, queries)
-            allowed = index <= index[slots - queries + begin : slots - queries + end, None]
-            if mask.allowed is not None:
+            if ring:
+                allowed = visible(index_T[begin:end], index_S, window, self.start_B)
+            elif mask.allowed is None:
+                allowed = index_S <= index_T[begin:end, None]
+            else:
                 allowed = mask.allowed[..., begin:end, :]
             weight = attention_weights(q_BTNH[:, begin:end], k_BSKH, allowed, scale, sinks_N)
-            row = self.row(weight, allowed)
+            row = self.row(weight, allowed).to(self.seen.dtype)
             if self.window is None:
-                self.seen[..., :slots] += row.sum(dim=2, keepdim=True)
+                place, row = slice(None), row.sum(dim=2, keepdim=True)
             else:
                 behind = self.seen.shape[2] - queries
-                self.seen[:, :, behind + begin : behind + end, :slots] += row
+                place = slice(behind + begin, behind + end)
+            if ring:  # a slot that holds nothing gets nothing
+                self.seen[:, :, place].index_add_(3, index_S.clamp(min=0), row)
+            else:
+                self.seen[:, :, place, :slots] += row
 
     def told(self, position_BKS: Tensor) -> Tensor:
         """[B, K, W, S'] what was seen, with the newest slots; nothing, where no reader ran."""
         if self.seen is None:
             return position_BKS.new_zeros(*position_BKS.shape[:2], 1, position_BKS.shape[-1]).float()
         return self.seen
+
+    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | SlotBuffer:
+        if self.seen is not None and self.whole is not None:
+            self.seen = self.seen[..., self.first(length) :]
+        return super().compress(length, start_B)
 
     def carry(self, index_BKC: Tensor, count: int, kept: Kept, room: int) -> None:
         if not kept.rows:
@@ -170,10 +197,9 @@ class SnapBuffer(AttentionBuffer):
     def score(self, candidates: Tensors, position_BKS: Tensor, newest: int) -> Tensor:
         assert self.method.keep is not None
         slots = position_BKS.shape[-1]
-        scores = snapkv_scores(
-            self.told(position_BKS)[:, :, -newest:, : slots + newest], self.method.keep.options["kernel"], newest
-        )
-        return scores[..., :slots]
+        told = self.told(position_BKS)[:, :, -newest:, : slots + newest]
+        empty = F.pad(position_BKS == EMPTY, (0, told.shape[-1] - slots)).unsqueeze(2)  # or left the window
+        return snapkv_scores(told.masked_fill(empty, 0), self.method.keep.options["kernel"], newest)[..., :slots]
 
 
 class H2OBuffer(AttentionBuffer):

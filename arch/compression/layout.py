@@ -12,7 +12,7 @@ from ..block_plan import BlockPlan, Plan
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
 from ..store_spec import StoreSpec
-from .method import BY_CONTENT, CacheMethod, CodecSpec, KeepSpec
+from .method import BY_CONTENT, KEEPS, CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16
 POSITION_BYTES = 4  # positions of kept slots, or numbers of kept channels, are int32
@@ -150,9 +150,12 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                     f"{method.text}: store {store.name} {store.summary}, and {method.keep.name} {what}: take a codec, "
                     "or another keep"
                 )
-    if method.keep is not None and not any(keeps(store) for store in every):
+    if method.keep is not None and not any(keeps(store, method.keep) for store in every):
+        able = [name for name, options in KEEPS.items() if "windows" in options]
+        hint = f"; {', '.join(able)} act on windows with windows=true and every=16"
         raise ValueError(
             f"{method.text}: no store grows with the context, so that {method.keep.name} has nothing to act on"
+            + (hint if any(store.masked for store in every) else "")
         )
 
 
@@ -160,7 +163,7 @@ def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
     """Raises ValueError where a layer reads two stores, of which `method` would keep other positions or channels."""
     keep = method.keep
     for layer, second in enumerate(plan.second_reads):
-        if keep is None or second is None or not keeps(plan.stores[plan.reads[layer]]):
+        if keep is None or second is None or not keeps(plan.stores[plan.reads[layer]], keep):
             continue
         one, other = plan.stores[plan.reads[layer]], plan.stores[second.store]
         in_bytes = keep.budget is not None and keep.budget.unit == "bytes"
@@ -175,9 +178,10 @@ def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
         )
 
 
-def keeps(store: StoreSpec) -> bool:
-    """Return whether a keep acts on a store: on those that hold every position."""
-    return store.masked and store.window is None
+def keeps(store: StoreSpec, keep: KeepSpec | None = None) -> bool:
+    """Return whether a keep acts on a store: on those that hold every position, or with windows=true a window."""
+    windows = keep is not None and keep.options.get("windows", False)
+    return store.masked and (store.window is None or windows)
 
 
 @dataclass(frozen=True)
@@ -230,8 +234,13 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         recent, chosen = keep.options["recent"], prompt - keep.options["recent"]
         salient = max(0, int(chosen * keep.options["salient"]))
         return None if chosen < 1 else Kept(chosen, recent, None, 0, salient, keep.options["group"], recent)
+    every = keep.options.get("every", 0)
+    if store.window is not None:
+        prompt, capacity = min(prompt, store.window), min(capacity, store.window)
     if keep.name == "corm":
-        newest, every = keep.options["window"], keep.options["every"]
+        newest = keep.options["window"]
+        if store.window is not None and newest + every >= capacity:
+            return None
         if prompt <= newest and (not every or not prompt or newest + every >= capacity):
             return None
         rows = newest if every else 0
@@ -240,8 +249,9 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
     budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
     if keep.name == "arkvale":
         kept = pages_of_budget(keep, budget)
-        return None if kept.resident >= pages_of(kept, capacity) else kept
-    every = keep.options.get("every", 0)
+        return None if budget >= capacity or kept.resident >= pages_of(kept, capacity) else kept
+    if store.window is not None and budget + every >= capacity:  # more slots than those of the window
+        return None
     if budget >= prompt and (not every or not prompt or budget + every >= capacity):
         return None
     if keep.name == "streaming":
@@ -291,13 +301,22 @@ def offloads(method: CacheMethod | None) -> bool:
     return method is not None and method.keep is not None and method.keep.name == "arkvale"
 
 
-def left_alone(plan: Plan, method: CacheMethod) -> str:
+def left_alone(plan: Plan, method: CacheMethod, itemsize: int = 2) -> str:
     """Name the stores on which the keep of `method` does not act, and why; empty: it has none, or acts on all."""
     if method.keep is None:
         return ""
-    windows = [store for stack in plan.stacks for store in stack.plan.stores if store.masked and store.window]
-    bounded = [store for stack in plan.stacks for store in stack.plan.stores if not store.masked]
-    found = [f"store {store.name}, whose window is {store.window:,} tokens" for store in windows]
+    found, bounded = [], [store for stack in plan.stacks for store in stack.plan.stores if not store.masked]
+    for stack in plan.stacks:
+        keep = with_budget(stack.plan, method, itemsize).keep
+        assert keep is not None
+        for store in (store for store in stack.plan.stores if store.masked and store.window):
+            window = store.window or 0
+            if not keeps(store, keep):
+                found.append(f"store {store.name}, whose window is {window:,} tokens")
+            elif kept_slots(store, keep, window, itemsize, window) is None:
+                found.append(
+                    f"store {store.name}, whose window of {window:,} tokens holds no more than what would stay"
+                )
     found += [
         f"store {store.name}, which {store.summary}" if store.grows else f"store {store.name}, whose size is fixed"
         for store in bounded
@@ -311,7 +330,7 @@ def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod
     """The method with the budget of each store, where it has one for all stores of `plan` on which the keep acts."""
     if method.keep is None or method.keep.budget is None:
         return method
-    slot_bytes = sum(store.slot.elements for store in plan.stores if keeps(store)) * itemsize
+    slot_bytes = sum(store.slot.elements for store in plan.stores if keeps(store, method.keep)) * itemsize
     return replace(method, keep=replace(method.keep, budget=method.keep.budget.of_store(slot_bytes)))
 
 
@@ -323,7 +342,7 @@ def has_formula(method: CacheMethod) -> bool:
 def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
     """Return whether `keep` drops something of some prompt of up to `capacity` tokens, or of what follows it."""
     prompts = (1, capacity)
-    return keeps(store) and any(kept_slots(store, keep, prompt, itemsize, capacity) for prompt in prompts)
+    return keeps(store, keep) and any(kept_slots(store, keep, prompt, itemsize, capacity) for prompt in prompts)
 
 
 def position_heads(store: StoreSpec) -> int:
@@ -372,7 +391,7 @@ def store_bytes(
     if not store.masked:
         return store.nbytes(capacity, itemsize)
     kept = None
-    if method.keep is not None and keeps(store):
+    if method.keep is not None and keeps(store, method.keep):
         if prompt is not None:
             kept = kept_slots(store, method.keep, prompt, itemsize, capacity)
         if prompt is None and acts(store, method.keep, capacity, itemsize):  # whole until it is compressed

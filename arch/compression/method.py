@@ -43,6 +43,7 @@ CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 #   merge   what is dropped of the tokens before the newest is averaged into the nearest that was chosen (Elastic Cache)
 #   every   decoded tokens after which the keep acts again, so that a store has no more slots than what it chose and so
 #           many; 0: it acts once, after the prompt
+#   windows stores with a window are kept smaller, too, of which a share is one of the window; only with `every`
 #   ratio   share of the channels of a key that are dropped
 #   salient share of the tokens that get 4 bits, and not 2
 #   random  share of the other queries of the prompt that decide, too
@@ -53,18 +54,19 @@ CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 #   topk    pages that queries recall at a time; 0: half of the resident ones but the sinks
 #   digest  of the keys of a page: a box that holds them (`box`), or reaches as far as they do on average (`mean`)
 _ONCE: dict[str, Value] = {"sinks": 4, "recent": 16, "merge": False}
-_SCORED: dict[str, Value] = {**_ONCE, "every": 0}
+_AGAIN: dict[str, Value] = {"every": 0, "windows": False}
+_SCORED: dict[str, Value] = {**_ONCE, **_AGAIN}
 _SNAP: dict[str, Value] = {"sinks": 4, "window": 16, "kernel": 5, "merge": False}
 KEEPS: dict[str, dict[str, Value]] = {
     "streaming": {"sinks": 4},
     "random": {**_SCORED, "seed": 0},
     "knorm": _SCORED,
-    "snapkv": {**_SNAP, "every": 0},
+    "snapkv": {**_SNAP, **_AGAIN},
     "snapstream": {**_SNAP, "ring": 64},
     "h2o": _SCORED,
     "scissorhands": {**_SCORED, "history": 64},
-    "prefixkv": _SCORED,
-    "corm": {"sinks": 4, "window": 32, "merge": False, "every": 0},
+    "prefixkv": {**_ONCE, "every": 0},
+    "corm": {"sinks": 4, "window": 32, "merge": False, **_AGAIN},
     "think": {"ratio": 0.4, "recent": 32, "window": 32},
     "arkvale": {"sinks": 4, "recent": 16, "page": 32, "topk": 0, "digest": "mean"},
     "zipcache": {"salient": 0.6, "random": 0.05, "recent": 32, "window": 32, "group": 32},
@@ -76,6 +78,12 @@ WITHOUT_BUDGET: dict[str, str] = {  # and why
     "zipcache": "every token stays",
     "xkv": "every token stays",
 }
+NO_WINDOWS: dict[str, str] = {  # why a keep does not act on stores with a window
+    "streaming": "what it would leave of one is a shorter window; give the store that",
+    "snapstream": "its ring is one already; take snapkv",
+    "prefixkv": "it shares bytes among stores that hold the same tokens; take h2o",
+    "arkvale": "it recalls tokens from far back, which they do not see; take h2o",
+} | dict.fromkeys(("think", "zipcache", "xkv"), "it acts once, on the prompt, which leaves them; take a codec")
 BY_CONTENT: frozenset[str] = frozenset({"prefixkv", "corm"})  # the number of slots of a store depends on the text
 
 # Published methods that are none of these, and why.
@@ -175,6 +183,11 @@ def parse_method(text: str) -> CacheMethod:
             if keep is not None:
                 raise ValueError(f"cache method {text!r:.80} has two keeps; leave one out")
             keep = KeepSpec(name, _budget(name, budget), _options(name, KEEPS[name], options))
+            if keep.options.get("windows") and not keep.options["every"]:
+                raise ValueError(
+                    f"{name}(windows=true) needs every, as every=16: a window lets go of what was chosen once, and "
+                    "later tokens fill it"
+                )
         elif name == "none":
             raise ValueError(f"none joins nothing; write {compact.replace('none+', '').replace('+none', '')}")
         elif name in LEFT_OUT:
@@ -196,6 +209,8 @@ def _options(name: str, defaults: dict[str, Value], text: str) -> dict[str, Any]
         key, _, written = entry.partition("=")
         if key in given:
             raise ValueError(f"{name}({key}) is given twice; leave one out")
+        if key == "windows" and name in NO_WINDOWS:
+            raise ValueError(f"{name} does not act on windows: {NO_WINDOWS[name]}")
         if key not in defaults or not written:
             known = ", ".join(f"{key}={value}".lower() for key, value in defaults.items()) or "none"
             raise ValueError(f"{name} has no option {entry!r:.40}; its options and their defaults: {known}")

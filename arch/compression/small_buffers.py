@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buffers import AppendBuffer, Step, Tensors, repeat_row, zero_slots
+from ..buffers import SlotBuffer, Step, Tensors, repeat_row, zero_slots
 from ..masks import Dense, visible
 from ..store_spec import StoreSpec
 from .coding import decode, encode, zero_codes
@@ -174,9 +174,9 @@ class KeptBuffer:
 
     sees_queries = False
 
-    def __init__(self, store: StoreSpec, method: CacheMethod, capacity: int, whole: AppendBuffer):
+    def __init__(self, store: StoreSpec, method: CacheMethod, capacity: int, whole: SlotBuffer):
         self.store, self.method, self.capacity = store, method, capacity
-        self.whole: AppendBuffer | None = whole
+        self.whole: SlotBuffer | None = whole
         self.position_BKC: Tensor | None = None
         self.chosen: CodedBuffer | None = None
         self.later: CodedBuffer | None = None
@@ -200,6 +200,10 @@ class KeptBuffer:
             return None
         return 0 if self.position_BKC is None else self.position_BKC.shape[-1]
 
+    def first(self, length: int) -> int:
+        """The first of `length` tokens that the whole cache holds."""
+        return 0 if self.store.window is None else max(0, length - self.store.window)
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         """Take note of the queries of one reader of the store, before compression or after it."""
 
@@ -221,30 +225,32 @@ class KeptBuffer:
         """Take note that slots `index_BKC` of the first `count` were chosen, and that the newest follow them, with
         `room` for so many slots in all."""
 
-    def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | AppendBuffer":
+    def compress(self, length: int, start_B: Tensor | None) -> "KeptBuffer | CodedBuffer | SlotBuffer":
         """Let go of what the keep does not choose of `length` tokens, and code the rest. Return the buffer that goes on
         with them: where everything stays, it is one without a keep."""
         assert self.whole is not None and self.method.keep is not None
         tensors, codec = self.whole.tensors, self.method.codec
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
         kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size(), self.capacity)
+        first = self.first(length)
         if kept is None:
             if codec is None:
                 return self.whole
-            coded = CodedBuffer.allocate(tensor_layouts(self.store, codec, self.capacity), batch, dtype, device)
-            coded.update(tuple(tensor[:, :length] for tensor in tensors), 0)
+            layouts = tensor_layouts(self.store, codec, self.capacity, self.store.window)
+            coded = CodedBuffer.allocate(layouts, batch, dtype, device)
+            coded.update(tuple(ring_slots(tensor, first, length) for tensor in tensors), first)
             return coded
-        place_BKS = self.places(max(0, length - kept.newest), start_B)
+        place_BKS = self.places(max(0, length - first - kept.newest), start_B, first)
         self.kept, self.prompt = kept, length
-        self.settle(tuple(tensor[:, :length] for tensor in tensors), place_BKS, length, start_B)
+        self.settle(tuple(ring_slots(tensor, first, length) for tensor in tensors), place_BKS, length, start_B)
         self.whole = None
         return self
 
-    def places(self, count: int, start_B: Tensor | None) -> Tensor:
-        """[B, K, S] the first `count` tokens as slots of the whole cache, EMPTY for padding."""
+    def places(self, count: int, start_B: Tensor | None, first: int = 0) -> Tensor:
+        """[B, K, S] `count` tokens from number `first` on, as slots of the whole cache, EMPTY for padding."""
         assert self.whole is not None
         tensor = self.whole.tensors[0]
-        index = torch.arange(count, device=tensor.device).expand(len(tensor), -1)
+        index = torch.arange(first, first + count, device=tensor.device).expand(len(tensor), -1)
         if start_B is not None:
             index = torch.where(index >= start_B[:, None], index, EMPTY)
         return index[:, None].expand(-1, position_heads(self.store), -1)
@@ -256,6 +262,8 @@ class KeptBuffer:
         kept, codec, count = self.kept, self.method.codec, place_BKS.shape[-1]
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
         candidates = tuple(tensor[:, :count] for tensor in tensors)
+        if self.store.window is not None:  # no later token sees them
+            place_BKS = place_BKS.masked_fill(place_BKS <= length - self.store.window, EMPTY)
         position_BKS = place_BKS if start_B is None else in_rows(place_BKS, start_B)
         index_BKC = self.choose(candidates, position_BKS, kept) if count else place_BKS
         kept = replace(kept, chosen=index_BKC.shape[-1])
@@ -320,23 +328,28 @@ class KeptBuffer:
     def allowed(self, offset: int, length: int, device: torch.device, start_B: Tensor | None) -> Tensor | None:
         """[1 or B, 1 or K, T, S] what each of `length` queries sees of the slots that `update` returns.
 
-        None before compression, when slots are those of all tokens.
+        None before compression, when slots are those of all tokens, and for the first of a window.
         """
+        query, window = torch.arange(offset, offset + length, device=device), self.store.window
         if self.whole is not None:
-            return None
+            slots = self.whole.indices(offset, length, device)
+            return visible(query, slots, window, start_B) if window is not None and offset else None
         assert self.later is not None
-        query = torch.arange(offset, offset + length, device=device)
         slots = self.base + self.later.indices(offset - self.base, length, device)
-        allowed = visible(query, slots, self.later.window, start_B)
+        allowed = visible(query, slots, self.later.window if window is None else window, start_B)
         allowed = allowed if allowed.ndim == 4 else allowed[None, None]
         if self.position_BKC is None:
             return allowed
         batch, heads = self.position_BKC.shape[:2]
         chosen = (self.position_BKC >= 0).unsqueeze(2).expand(-1, -1, length, -1)
+        if window is not None:
+            chosen = chosen & (self.position_BKC.unsqueeze(2) > query[:, None] - window)
         return torch.cat((chosen, allowed.expand(batch, heads, -1, -1)), dim=-1)
 
     def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
         """[S] token index of each slot that `update` returns before compression; after it `allowed` decides."""
+        if self.whole is not None:
+            return self.whole.indices(offset, length, device)
         return torch.arange(offset + length, device=device)
 
     def append(self, new: Tensors, step: Step) -> Tensors:
@@ -354,7 +367,7 @@ class KeptBuffer:
         copy = type(self)(self.store, self.method, self.capacity, self.whole)  # type: ignore[arg-type]
         copy.__dict__.update(self.__dict__)
         if self.whole is not None:
-            copy.whole = AppendBuffer(tuple(repeat_row(tensor, rows) for tensor in self.whole.tensors))
+            copy.whole = type(self.whole)(tuple(repeat_row(tensor, rows) for tensor in self.whole.tensors))
         copy.chosen = None if self.chosen is None else self.chosen.repeat(rows)
         copy.later = None if self.later is None else self.later.repeat(rows)
         copy.position_BKC = None if self.position_BKC is None else repeat_row(self.position_BKC, rows)

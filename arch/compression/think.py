@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H
 import torch
 from torch import Tensor
 
-from ..buffers import AppendBuffer, Tensors
+from ..buffers import SlotBuffer, Tensors
 from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import kept_layouts, kept_slots
@@ -49,7 +49,7 @@ class ThinkBuffer(KeptBuffer):
             self.queries.append(squares)
         self.reader += 1
 
-    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | AppendBuffer:
+    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | SlotBuffer:
         assert self.whole is not None and self.method.keep is not None
         keys, values = self.whole.tensors
         kept = kept_slots(self.store, self.method.keep, length, keys.element_size(), self.capacity)

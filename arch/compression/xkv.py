@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..buffers import AppendBuffer, Tensors, repeat_row
+from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..layers import Rope, rope_table, rotate
 from ..precision import at_least_fp32
 from ..store_spec import StoreSpec
@@ -37,7 +37,7 @@ class XkvBuffer(KeptBuffer):
         shared = (tensor for basis in self.bases for tensor in basis.tensors)
         return *self.later.tensors, *(matrix for matrix in self.matrices if matrix is not None), *shared
 
-    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | AppendBuffer:
+    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | SlotBuffer:
         assert self.whole is not None
         if not self.bases:
             return super().compress(length, start_B)

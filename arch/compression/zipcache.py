@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H
 import torch
 from torch import Tensor
 
-from ..buffers import AppendBuffer, Tensors
+from ..buffers import SlotBuffer, Tensors
 from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import kept_layouts, kept_slots
@@ -76,7 +76,7 @@ class ZipCacheBuffer(KeptBuffer):
         mean = total / number_BS.clamp(min=1)[:, None]
         return mean.masked_fill((slot_S < start_B1)[:, None], -torch.inf)
 
-    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | AppendBuffer:
+    def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | SlotBuffer:
         assert self.whole is not None and self.method.keep is not None
         tensors = self.whole.tensors
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device

@@ -127,7 +127,9 @@ def run(subject: Subject, options: Options) -> TaskResult:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     samples: dict[str, list[float]] = {}
-    if subject.method is not None and (left := left_alone(subject.model.plan, subject.method)):
+    if subject.method is not None and (
+        left := left_alone(subject.model.plan, subject.method, ITEMSIZES[options.dtype])
+    ):
         notes.append(f"{subject.method.text} drops nothing of {left}")
     for part in PARTS:
         if part in options.parts:
