@@ -358,16 +358,22 @@ class Steps:
         ("scissorhands@5(recent=1,sinks=0,history=4,every=1,windows=true)", 1),
         ("knorm@3(recent=0,sinks=0,every=4,windows=true)", 0),
         ("corm(window=4,sinks=0,every=3,windows=true)", 4),
+        ("h2o@6(recent=2,sinks=6,every=2,windows=true)", 2),  # of chunks
     ],
 )
 def test_keeps_act_again(text: str, newest: int) -> None:
     """Every k tokens, against lists of what lives in each row and head, with scores summed query by query: readers get
     the keys of those, and memory stays as it is. In windows, what leaves them is neither seen nor chosen."""
     model, batch, start, prompt = record_keeps.model(), tokens(2, 50) % 61, (0, 4), 20
-    window = 100
+    window, chunk = (11 if "windows" in text else 100), "every=2,windows" in text and "h2o" in text
     if "windows" in text:
-        window, layout = 11, ArchConfig({"kv": StoreConfig(kv_heads=2, window=11)}, ["new kv"])
-        model = build(small(layout, window=None, num_heads=4, num_layers=2))
+        store = StoreConfig(kv_heads=2, chunk=11) if chunk else StoreConfig(kv_heads=2, window=11)
+        model = build(small(ArchConfig({"kv": store}, ["new kv"]), window=None, num_heads=4, num_layers=2))
+
+    def first(query: int, row: int) -> int:
+        """The first token that one sees."""
+        return query - (query - start[row]) % window if chunk else query - window + 1
+
     method = parse_method(text)
     assert method.keep is not None
     budget, options = int(method.keep.budget.amount) if method.keep.budget else 0, method.keep.options
@@ -388,7 +394,7 @@ def test_keeps_act_again(text: str, newest: int) -> None:
             seen = rows[row][head]
             for place in range(len(seen), end):  # of the prompt at first, then the last token
                 at = [*range(start[row], place + 1)] if place < prompt else live[row][head]
-                at = [p for p in at if place - window < p <= place]
+                at = [p for p in at if first(place, row) <= p <= place]
                 if not at:
                     seen.append({})
                     continue
@@ -398,7 +404,7 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                 told = (weight * len(at) >= 1).double().sum(0) if "corm" in text else told
                 seen.append(dict(zip(at, told.tolist(), strict=True)))
             if (end - prompt) % options["every"] == 0:
-                before = [p for p in live[row][head] if end - window < p < end - newest]
+                before = [p for p in live[row][head] if first(end, row) <= p < end - newest]
 
                 def score(p: int, seen: list = seen, row: int = row, head: int = head) -> float:
                     if "knorm" in text:
@@ -406,16 +412,16 @@ def test_keeps_act_again(text: str, newest: int) -> None:
                     last = seen[-options.get("history", options.get("window", 0)) :]
                     return sum(told.get(p, 0.0) for told in last)
 
-                first = {p for p in before if p < start[row] + options["sinks"]}
+                sinks = {p for p in before if p < start[row] + options["sinks"]}
                 scored = [score(p) for p in before]
                 if "snapkv" in text:  # neighbours that are left, whatever was between them
                     padded = [0.0, *scored, 0.0]
                     scored = [sum(padded[place : place + 3]) for place in range(len(scored))]
                 by_place = dict(zip(before, scored, strict=True))
-                ranked = sorted(before, key=lambda p: (p not in first, -by_place[p], p))
+                ranked = sorted(before, key=lambda p: (p not in sinks, -by_place[p], p))
                 best = ranked[: buffer.budget if "prefixkv" in text else budget - newest]
                 if "corm" in text:
-                    best = [p for p in before if p in first or by_place[p] > 0]
+                    best = [p for p in before if p in sinks or by_place[p] > 0]
                 live[row][head] = sorted(best) + [p for p in live[row][head] if p >= end - newest]
             live[row][head].append(end)
         shape = {"prompt": prompt, "itemsize": 8}
@@ -423,7 +429,7 @@ def test_keeps_act_again(text: str, newest: int) -> None:
         assert "corm" in text or cache.nbytes <= compressed_bytes(model.plan, method, 2, 50, **shape)
         for row, head in ((row, head) for row in range(2) for head in range(2)):
             got = steps.last_k[row, steps.last_allowed[row, head, 0], head]
-            want = [p for p in live[row][head] if p > end - window]
+            want = [p for p in live[row][head] if p >= first(end, row)]
             assert torch.equal(got, torch.stack([steps.k[p][row, head] for p in want])), (end, row, head)
     assert buffer.later.tensors[0].shape[1] == newest + options["every"]
     assert "corm" in text or sum(buffer.chosen_slots for buffer in cache.buffers) <= 2 * (budget - newest)

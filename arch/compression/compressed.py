@@ -117,10 +117,10 @@ class CompressedCache(Cache):
         kept = self.kept
         return all(x.whole is not None and x.store.window is None and not x.sees_queries for x in kept)
 
-    def buffer_of(self, window: int | None) -> Any:
+    def buffer_of(self, window: Span) -> Any:
         """The first buffer of slots of this window, without a keep where there is one: it has masks of its own."""
         stores = zip(self.plan.stores, self.buffers, strict=True)
-        found: list[Any] = [buffer for store, buffer in stores if store.masked and store.window == window]
+        found: list[Any] = [buffer for store, buffer in stores if store.masked and store.span == window]
         return next((buffer for buffer in found if not isinstance(buffer, KeptBuffer)), found[0])
 
     @property

@@ -122,8 +122,8 @@ class AttentionBuffer(ScoredBuffer):
         if not self.sees_queries:
             return
         queries, slots, device = q_BTNH.shape[1], k_BSKH.shape[1], k_BSKH.device
-        window, index_S = self.store.window, torch.arange(slots, device=device)
-        ring = self.whole is not None and window is not None  # its slots are not in the order of tokens
+        span, index_S = self.store.span, torch.arange(slots, device=device)
+        ring = self.whole is not None and span is not None  # its slots are not in the order of tokens
         if ring:
             assert self.whole is not None
             index_S, slots = self.whole.indices(self.offset, queries, device), self.offset + queries
@@ -140,7 +140,7 @@ class AttentionBuffer(ScoredBuffer):
         for begin in range(first, queries, QUERIES):
             end = min(begin + QUERIES, queries)
             if ring:
-                allowed = visible(index_T[begin:end], index_S, window, self.start_B)
+                allowed = visible(index_T[begin:end], index_S, span, self.start_B)
             elif mask.allowed is None:
                 allowed = index_S <= index_T[begin:end, None]
             else:

@@ -312,7 +312,9 @@ def left_alone(plan: Plan, method: CacheMethod, itemsize: int = 2) -> str:
         for store in (store for store in stack.plan.stores if store.masked and store.window):
             window = store.window or 0
             if not keeps(store, keep):
-                found.append(f"store {store.name}, whose window is {window:,} tokens")
+                found.append(
+                    f"store {store.name}, whose {'chunks have' if store.chunked else 'window is'} {window:,} tokens"
+                )
             elif kept_slots(store, keep, window, itemsize, window) is None:
                 found.append(
                     f"store {store.name}, whose window of {window:,} tokens holds no more than what would stay"

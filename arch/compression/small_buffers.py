@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..buffers import SlotBuffer, Step, Tensors, repeat_row, zero_slots
 from ..masks import Dense, visible
+from ..spans import Chunk, Span
 from ..store_spec import StoreSpec
 from .coding import decode, encode, zero_codes
 from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
@@ -263,7 +264,8 @@ class KeptBuffer:
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
         candidates = tuple(tensor[:, :count] for tensor in tensors)
         if self.store.window is not None:  # no later token sees them
-            place_BKS = place_BKS.masked_fill(place_BKS <= length - self.store.window, EMPTY)
+            next_T = torch.tensor([length], device=device)
+            place_BKS = place_BKS.masked_fill(~reached(self.store.span, next_T, place_BKS, start_B)[:, :, 0], EMPTY)
         position_BKS = place_BKS if start_B is None else in_rows(place_BKS, start_B)
         index_BKC = self.choose(candidates, position_BKS, kept) if count else place_BKS
         kept = replace(kept, chosen=index_BKC.shape[-1])
@@ -330,20 +332,20 @@ class KeptBuffer:
 
         None before compression, when slots are those of all tokens, and for the first of a window.
         """
-        query, window = torch.arange(offset, offset + length, device=device), self.store.window
+        query, span = torch.arange(offset, offset + length, device=device), self.store.span
         if self.whole is not None:
             slots = self.whole.indices(offset, length, device)
-            return visible(query, slots, window, start_B) if window is not None and offset else None
+            return visible(query, slots, span, start_B) if span is not None and offset else None
         assert self.later is not None
         slots = self.base + self.later.indices(offset - self.base, length, device)
-        allowed = visible(query, slots, self.later.window if window is None else window, start_B)
+        allowed = visible(query, slots, self.later.window if span is None else span, start_B)
         allowed = allowed if allowed.ndim == 4 else allowed[None, None]
         if self.position_BKC is None:
             return allowed
         batch, heads = self.position_BKC.shape[:2]
         chosen = (self.position_BKC >= 0).unsqueeze(2).expand(-1, -1, length, -1)
-        if window is not None:
-            chosen = chosen & (self.position_BKC.unsqueeze(2) > query[:, None] - window)
+        if span is not None:
+            chosen = chosen & reached(span, query, self.position_BKC, start_B)
         return torch.cat((chosen, allowed.expand(batch, heads, -1, -1)), dim=-1)
 
     def indices(self, offset: int, length: int, device: torch.device) -> Tensor:
@@ -380,6 +382,17 @@ class KeptBuffer:
     def drop(self, count: int, offset: int) -> None:
         """Raises ValueError."""
         raise ValueError(NO_ROWS)
+
+
+def reached(span: Span, query_T: Tensor, place_BKS: Tensor, start_B: Tensor | None) -> Tensor:
+    """[B, K, T, S] what of the tokens `place_BKS` is not too far back for each query."""
+    query_T1, place_BK1S = query_T[:, None], place_BKS.unsqueeze(2)
+    if span is None:
+        return place_BK1S >= EMPTY
+    if isinstance(span, Chunk):
+        begin = 0 if start_B is None else start_B[:, None, None, None]
+        return place_BK1S >= begin + (query_T1 - begin) // span.size * span.size
+    return place_BK1S > query_T1 - span
 
 
 def gather_slots(tensor: Tensor, index_BKC: Tensor) -> Tensor:
