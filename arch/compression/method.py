@@ -43,7 +43,7 @@ CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 #   merge   what is dropped of the tokens before the newest is averaged into the nearest that was chosen (Elastic Cache)
 #   every   decoded tokens after which the keep acts again, so that a store has no more slots than what it chose and so
 #           many; 0: it acts once, after the prompt
-#   windows stores with a window, or with chunks, are kept smaller, too, of which a share is one of the window; only with `every`
+#   windows stores with a window, or with chunks, are kept smaller, too; a share is one of the window. Only with `every`
 #   ratio   share of the channels of a key that are dropped
 #   salient share of the tokens that get 4 bits, and not 2
 #   random  share of the other queries of the prompt that decide, too
