@@ -20,6 +20,8 @@ ELSEWHERE = {
     "SIGKILL after step 16",
     "loss is not a number",
     "newest checkpoint half written",  # test_train_checkpoint
+    "disk full while saving in the background",
+    "SIGTERM to one of two processes that save in the background, FSDP; resumed by two",  # test_train_parallel
     "two processes, DDP; resumed by one",  # as with FSDP
 }
 

@@ -261,7 +261,8 @@ class GracefulStop(L.Callback):
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
             reason, due = flags.tolist()
         if reason == self.NOT_SAVED:
-            self.checkpoints.finish(trainer)  # raises, in all processes
+            self.checkpoints.finish(trainer)
+            raise TrainingError("another process could not write a checkpoint")
         if due:
             self.checkpoints.timed_step = trainer.global_step + 1
         if not reason:

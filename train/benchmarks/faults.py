@@ -172,14 +172,40 @@ def killed(step: int) -> Inject:
     return inject
 
 
+def all_stopped(process: int) -> bool:
+    """Tell whether all threads of a process stand still."""
+    states = (path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{process}/task").glob("*/stat"))
+    return all(state == "T" for state in states)
+
+
+def killed_while_saving(run: FaultRun) -> Injected:
+    """Kill the run while a file of a checkpoint is written in the background: stopped in the middle, it is there."""
+    process = run.begin(ASYNC, "trainer.checkpoint_every=1")
+    run.wait_for_step(process, 7)
+    while True:
+        check(process.poll() is None, "ended before it was caught while saving")
+        if list(run.folder.glob("checkpoints/*.partial/*.safetensors")):
+            process.send_signal(signal.SIGSTOP)
+            while not all_stopped(process.pid):
+                time.sleep(0.001)
+            if caught := list(run.folder.glob("checkpoints/step-????????.partial/*.safetensors")):
+                break
+            process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.communicate()
+    unfinished = caught[0].parent
+    check(unfinished.is_dir() and not unfinished.with_suffix("").exists(), f"{unfinished} was finished")
+    return Injected(max(run.losses()), "")
+
+
 def out_of_time(run: FaultRun) -> Injected:
     stderr = run.end(run.begin("trainer.max_hours=0.0004"), 0)
     return Injected(max(run.losses(), default=0), stderr)
 
 
-def one_of_two_signalled(strategy: str, rank: int) -> Inject:
+def one_of_two_signalled(strategy: str, rank: int, *options: str) -> Inject:
     def inject(run: FaultRun) -> Injected:
-        process = run.begin(f"trainer={strategy}")
+        process = run.begin(f"trainer={strategy}", *options)
         run.wait_for_step(process, 7)
         others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(process.pid if rank == 0 else int(others[0]), signal.SIGTERM)
@@ -223,15 +249,19 @@ def cut_in_half(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def disk_full(run: FaultRun) -> Injected:
+def disk_full(*options: str) -> Inject:
     """Limit the files of the process to 60 kB from step 7 on, so that the kernel refuses a checkpoint."""
-    process = run.begin()
-    run.wait_for_step(process, 7)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
-    stderr = run.end(process, 1)
-    check("cannot save" in stderr and "The last good checkpoint is" in stderr, stderr[-500:])
-    check(not list(run.folder.glob("checkpoints/*.partial")), "half a checkpoint was left")
-    return Injected(max(run.losses()), stderr)
+
+    def inject(run: FaultRun) -> Injected:
+        process = run.begin(*options)
+        run.wait_for_step(process, 7)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        stderr = run.end(process, 1)
+        check("cannot save" in stderr and "The last good checkpoint is" in stderr, stderr[-500:])
+        check(not list(run.folder.glob("checkpoints/*.partial")), "half a checkpoint was left")
+        return Injected(max(run.losses()), stderr)
+
+    return inject
 
 
 def diverged(*options: str) -> Inject:
@@ -288,6 +318,7 @@ class Fault:
 
 
 ONE = ("trainer.strategy=auto", "trainer.devices=1")
+ASYNC = "trainer.checkpoint_async=true"
 SOUND = ("optim.lr=3e-3", "optim.clip=1")
 FAULTS = (
     Fault("SIGTERM", stopped),
@@ -298,11 +329,17 @@ FAULTS = (
     Fault("time is up", out_of_time, after=("trainer.max_hours=null",)),
     Fault("SIGTERM to the second of two processes, DDP; resumed by two", one_of_two_signalled("ddp", 1)),
     Fault("SIGTERM to the first of two processes, FSDP; resumed by two", one_of_two_signalled("fsdp", 0)),
+    Fault(
+        "SIGTERM to one of two processes that save in the background, FSDP; resumed by two",
+        one_of_two_signalled("fsdp", 1, ASYNC),
+    ),
     Fault("two processes, DDP; resumed by one", one_of_two_signalled("ddp", 1), after=ONE, tolerance=1e-5),
     Fault("two processes, FSDP; resumed by one", one_of_two_signalled("fsdp", 1), after=ONE, tolerance=1e-5),
     Fault("newest checkpoint altered", damaged(flip_a_byte), most_lost=SAVED_EVERY),
     Fault("newest checkpoint half written", damaged(cut_in_half), most_lost=SAVED_EVERY),
-    Fault("disk full while saving", disk_full, most_lost=SAVED_EVERY),
+    Fault("disk full while saving", disk_full(), most_lost=SAVED_EVERY),
+    Fault("disk full while saving in the background", disk_full(ASYNC), most_lost=SAVED_EVERY + 1),
+    Fault("SIGKILL while saving in the background", killed_while_saving, most_lost=2),
     Fault("loss is not a number", diverged("optim.lr=1e30", "optim.clip=1e30"), after=SOUND),
     Fault("loss explodes", diverged("optim.lr=30", "optim.clip=1e9"), after=SOUND),
     Fault("a shard is cut while it is read", shard_cut),
