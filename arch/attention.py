@@ -1,4 +1,5 @@
-"""The modules of each kind of store: a writer in the layer that owns it, a reader in every layer that reads it.
+"""The torch side of each kind of store: a writer in the layer that owns it, a reader in every layer that reads it, its
+cache, and its backends.
 
 A writer is called as `writer(x_BTD, rope, buffer, offset)`; where its store is not read by a mask, it gets token
 positions after `rope`. With `buffer`, the cache of its store, the new slots (of tokens `offset` on) go through it and
@@ -9,11 +10,13 @@ it projects queries of its own and attends over whatever it is handed, by its ow
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .attend import Backend, Needs, check_name, select_backend
 from .bounded import BoundedReader, BoundedWriter
 from .bounded_fla import BoundedBackend, select_bounded_backend
+from .buffers import Buffer, allocate_slots, allocate_state
 from .config import SizeConfig
 from .delta import DeltaReader, DeltaWriter
 from .delta_fla import select_delta_backend
@@ -21,12 +24,36 @@ from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
+from .positions import TokenPositions, cached_positions, step_positions
 from .store_spec import StoreSpec
-from .strided import StridedWriter, build_strided_reader
-from .strided_backend import select_strided_backend
+from .strided import (
+    StridedWriter,
+    allocate_strided,
+    build_strided_reader,
+    select_strided_backend,
+    strided_positions,
+    strided_step,
+)
 from .tied import build_tied_reader, build_tied_writer
 
 StoreBackend = Backend | BoundedBackend
+
+
+class StoreCache(NamedTuple):
+    """The cache of a kind of store.
+
+    allocate   (store, batch, capacity, type, device) -> an empty buffer
+    positions  positions.cached_positions, or another such function; None: the store is read by a mask
+    step       positions.step_positions, or another such function
+    """
+
+    allocate: Callable[[StoreSpec, int, int, torch.dtype, torch.device | str], Buffer]
+    positions: Callable[[StoreSpec, Tensor, int, int], TokenPositions] | None = None
+    step: Callable[[StoreSpec, Tensor, int, int, int | None, bool], TokenPositions] | None = None
+
+
+SLOTS = StoreCache(allocate_slots)
+STATE = StoreCache(allocate_state, cached_positions, step_positions)
 
 
 class StoreModules(NamedTuple):
@@ -34,11 +61,14 @@ class StoreModules(NamedTuple):
 
     select_backend  (backend name, size, store, device type, with documents) -> the backend of its readers; raises
                     ValueError where the named one cannot run the store
+    own_backends    backends that have a kernel for this kind, and none for stores that are read by a mask
     """
 
     writer: Callable[[SizeConfig, StoreSpec], nn.Module]
     reader: Callable[[SizeConfig, StoreSpec], nn.Module]
     select_backend: Callable[[str, SizeConfig, StoreSpec, str, bool], StoreBackend]
+    cache: StoreCache = SLOTS
+    own_backends: tuple[str, ...] = ()
 
 
 def attention_needs(size: SizeConfig, store: StoreSpec, documents: bool = False) -> Needs:
@@ -59,14 +89,15 @@ def select_masked_backend(name: str, size: SizeConfig, store: StoreSpec, device:
     return select_backend(name, attention_needs(size, store, documents), device)
 
 
+STRIDED = StoreCache(allocate_strided, strided_positions, strided_step)
 STORE_MODULES = {
     "grouped": StoreModules(GroupedWriter, GroupedReader, select_masked_backend),
     "mixed": StoreModules(GroupedWriter, MixedReader, select_masked_backend),  # of two grouped stores
     "latent": StoreModules(LatentWriter, LatentReader, select_masked_backend),
     "tied": StoreModules(build_tied_writer, build_tied_reader, select_masked_backend),
-    "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend),
-    "strided": StoreModules(StridedWriter, build_strided_reader, select_strided_backend),
-    "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend),
+    "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend, STATE, ("fla",)),
+    "strided": StoreModules(StridedWriter, build_strided_reader, select_strided_backend, STRIDED),
+    "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend, STATE, ("fla",)),
 }
 
 
@@ -80,6 +111,29 @@ def build_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
     return STORE_MODULES[store.kind].reader(size, store)
 
 
+def allocate_buffer(
+    store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> Buffer:
+    """An empty buffer of `store` for `batch` sequences of up to `capacity` tokens."""
+    return STORE_MODULES[store.kind].cache.allocate(store, batch, capacity, dtype, device)
+
+
+def has_own_kernel(name: str, plan: KVPlan) -> bool:
+    """Tell whether the backend `name` has a kernel for a kind of store of `plan` that is not read by a mask."""
+    return any(name in STORE_MODULES[store.kind].own_backends for store in plan.stores)
+
+
+def check_own_kernel(name: str, *plans: KVPlan) -> None:
+    """Raises ValueError where the backend `name` is for kinds of store of which no plan has one."""
+    kinds = [kind for kind, modules in STORE_MODULES.items() if name in modules.own_backends]
+    if not kinds or any(has_own_kernel(name, plan) for plan in plans):
+        return
+    found = dict.fromkeys(f"{store.name} {store.summary}" for plan in plans for store in plan.stores)
+    raise ValueError(
+        f"backend {name} is for {' and '.join(f'{kind} stores' for kind in kinds)}, and {', '.join(found)}; choose another or auto"
+    )
+
+
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
 ) -> tuple[StoreBackend, ...]:
@@ -88,10 +142,7 @@ def choose_backends(
     Raises ValueError where the backend `name` cannot run them.
     """
     check_name(name)
-    if name == "fla" and all(store.masked or store.kind == "strided" for store in plan.stores):
-        raise ValueError(
-            "backend fla is for bounded stores and matrices, and the layout has none; choose another or auto"
-        )
+    check_own_kernel(name, plan)
     return tuple(
         STORE_MODULES[store.kind].select_backend(name, size, store, device_type, documents) for store in plan.views
     )

@@ -14,6 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attention import check_own_kernel, has_own_kernel
 from .block_plan import (
     BlockPlan,
     block_config,
@@ -133,13 +134,13 @@ class BlockTransformer(LanguageModel):
         self.bos_token = block_config(config).token.bos_token
         self.embedder = Embedder(config, backend)
         self.start = nn.Parameter(torch.empty(block_size.d_model)) if block_config(config).start else None
-        bounded = [not all(store.masked for store in plan.stores) for plan in (self.plan.block, self.plan.token)]
-        block_backend = "auto" if backend == "fla" and bounded == [False, True] else backend
+        check_own_kernel(backend, self.plan.block, self.plan.token)
+        own_kernel = [has_own_kernel(backend, plan) for plan in (self.plan.block, self.plan.token)]
+        block_backend = "auto" if own_kernel == [False, True] else backend
         self.block_decoder = Stack(configs[0], block_backend, device_type)
         self.expansion = nn.Linear(block_size.d_model, self.plan.num_context_vectors * token_size.d_model)
         # On CUDA kernels fill a tile of 128 with each block, and not all take so many rows (attend.MAX_ROWS).
-        own = backend in ("reference", "sdpa") or (backend == "fla" and bounded[1])
-        token_backend = backend if own else "rows"
+        token_backend = backend if own_kernel[1] or backend in ("reference", "sdpa") else "rows"
         self.token_decoder = Decoder(configs[1], token_backend, device_type, cross=self.plan.cross)
 
     @property

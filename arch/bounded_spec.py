@@ -9,7 +9,7 @@ from .store_spec import CacheTensor, ParamCount, SlotShape, own_widths, state_it
 # Rules of bounded stores (bounded.py has the formulas), and whether they take a window. All are readings of the
 # Bounded-Cache Transformer (Yi et al. 2024), whose update formula we could not obtain.
 RULES = {"gated": False, "ring_slots": True, "ring_router": False}
-# Tokens that the parallel form of a bounded store takes at a time; bounded.py says why not more.
+# Tokens that the parallel form of a bounded store takes at a time; bounded_chunks.py says why not more.
 CHUNK = 8
 # Its scores that are made at a time on a CPU, so that they stay in a core's cache.
 SCORES = 1 << 18

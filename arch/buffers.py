@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .precision import at_least_fp32
 from .store_spec import StoreSpec
-from .strided_spec import StridedSpec
 
 # What a writer hands to readers, as explicit arguments and results: a NamedTuple for each kind of store.
 KV = tuple[Any, ...]
@@ -189,59 +188,29 @@ class StateBuffer:
         """Drop tokens like AppendBuffer.drop: nothing here is at an offset."""
 
 
-class StridedBuffer(StateBuffer):
-    """Holds what the slots of a strided store do, [B, W + E, K, H] each: those of its window, position i of a row in
-    slot i mod W, then its entries; and last the state [B, 2, K, X] of what no entry has yet, in at least fp32."""
-
-    def append(self, new: Tensors, step: Step) -> Tensors:
-        """Write slot `step.offset`, [1 or B] where rows differ; return the first `step.num_slots`."""
-        self.put(step.offset, new)
-        return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors[:-1])
-
-    def put(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:
-        """Overwrite a slot with [B, K, H] each, in rows `where` it is so."""
-        for tensor, value in zip(self.tensors[:-1], new, strict=True):
-            if isinstance(slot, int):
-                tensor.select(1, slot).copy_(value)
-                continue
-            index = slot.view(-1, 1, 1, 1).expand(len(tensor), 1, *tensor.shape[2:])
-            value = value.unsqueeze(1).to(tensor.dtype)
-            if isinstance(where, Tensor):
-                value = torch.where(where.view(-1, 1, 1, 1), value, tensor.gather(1, index))
-            tensor.scatter_(1, index, value)
-
-    def take_row(self, row: int, other: StateBuffer, length: int, offset: int) -> None:
-        """Take a row as StateBuffer does; `other` may have room for fewer entries."""
-        for tensor, source in zip(self.tensors, other.tensors, strict=True):
-            tensor[row, : source.shape[1]] = source[0]
-
-
 SlotBuffer = AppendBuffer | RingBuffer
 Buffer = SlotBuffer | StateBuffer
 
 
-def allocate_buffer(
+def allocate_slots(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
-) -> Buffer:
-    """An empty buffer of `store` for `batch` sequences of up to `capacity` tokens."""
-    if isinstance(store, StridedSpec):
-        *slots, (state, _) = store.cache_tensors(capacity)
-        return StridedBuffer(
-            (
-                *(zero_slots((batch, *shape), dtype, device) for shape, _ in slots),
-                torch.zeros((batch, *state), dtype=at_least_fp32(dtype), device=device),
-            )
-        )
-    if not store.masked:
-        return StateBuffer(
-            tuple(
-                torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
-                for shape, accumulates in store.cache_tensors(capacity)
-            )
-        )
+) -> SlotBuffer:
+    """An empty buffer of a store that is read by a mask, for `batch` sequences of up to `capacity` tokens."""
     shapes = (tensor.shape for tensor in store.cache_tensors(capacity))
     tensors = tuple(zero_slots((batch, *shape), dtype, device) for shape in shapes)
     return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
+
+
+def allocate_state(
+    store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> StateBuffer:
+    """An empty buffer of a store that is a state, as `allocate_slots`."""
+    return StateBuffer(
+        tuple(
+            torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
+            for shape, accumulates in store.cache_tensors(capacity)
+        )
+    )
 
 
 def zero_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

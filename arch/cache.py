@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import STORE_MODULES, allocate_buffer
 from .buffers import (
     AppendBuffer,
     Buffer,
     Step,
-    allocate_buffer,
     repeat_buffer,
     repeat_row,
     zero_slots,
 )
 from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
 from .plan import KVPlan
-from .pooling import chunks_after, step_chunk
-from .positions import TokenPositions, cached_positions, step_positions
+from .positions import TokenPositions
 from .spans import Chunk, Span
 from .store_spec import StoreSpec
-from .strided_spec import StridedSpec
 
 
 @dataclass
@@ -227,19 +225,18 @@ class Cache:
         """Positions of the next `length` tokens, for a store not read by a mask."""
         index = self.new_indices(length, device)
         position_BT = index[None] if self.start_B is None else index - self.start_B[:, None]
-        if isinstance(store, StridedSpec):
-            return TokenPositions(position_BT, chunks=chunks_after(store, position_BT, self.capacity, self.length))
-        return cached_positions(store, position_BT)
+        make = STORE_MODULES[store.kind].cache.positions
+        assert make is not None
+        return make(store, position_BT, self.capacity, self.length)
 
     def step_positions(self, store: StoreSpec, device: torch.device) -> TokenPositions:
         """Positions of the next token of each row, for a store not read by a mask."""
         index, known = self.new_indices(1, device), self.start_B is None and self.position is None
         position_B1 = index[None] if self.start_B is None else index - self.start_B[:, None]
-        if isinstance(store, StridedSpec):
-            tokens, static = self.step().num_slots, self.position is not None
-            chunk = step_chunk(store, position_B1, self.capacity, tokens, self.length if known else None, static)
-            return TokenPositions(position_B1, chunks=chunk)
-        return step_positions(store, position_B1, self.length if known else None)
+        make = STORE_MODULES[store.kind].cache.step
+        assert make is not None
+        tokens, static = self.step().num_slots, self.position is not None
+        return make(store, position_B1, self.capacity, tokens, self.length if known else None, static)
 
 
 def allocate(

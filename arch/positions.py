@@ -22,7 +22,7 @@ class TokenPositions(NamedTuple):
     evicted_rope  undoes the rotation of the keys that leave a cached window as these tokens come, of W at most; None
                   without a cache
     kernel        (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
-    near          kernel of the window beside the slots; None: it is read in blocks (bounded.read_window)
+    near          kernel of the window beside the slots; None: it is read in blocks (bounded_window.py)
     segmented     there may be several segments in a row, so that positions begin anew
     step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
     chunks        of a strided store
@@ -73,14 +73,21 @@ def token_positions(sequences: Sequences) -> TokenPositions:
     return TokenPositions(position_BT, segmented=sequences.segment_ids_BT is not None)
 
 
-def cached_positions(store: StoreSpec, position_BT: Tensor) -> TokenPositions:
-    """Positions of tokens that continue a cache, for a bounded store."""
+def cached_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offset: int) -> TokenPositions:
+    """Positions of tokens that continue a cache of `offset` tokens with room for `capacity`, for a store that is a
+    state."""
     return TokenPositions(position_BT, evicted_rope(store, position_BT))
 
 
-def step_positions(store: StoreSpec, position_B1: Tensor, offset: int | None) -> TokenPositions:
-    """Positions of one token of each row over a cache, for a bounded store; `offset`: where it is the position of all,
-    as a number."""
+def step_positions(
+    store: StoreSpec, position_B1: Tensor, capacity: int, tokens: int, offset: int | None, static: bool
+) -> TokenPositions:
+    """Positions of one token of each row over a cache, for a store that is a state.
+
+    tokens  that the cache has then, at most
+    offset  the position, where it is that of all rows and known as a number
+    static  shapes are the same at every position
+    """
     window, num_slots = store.window, store.num_slots
     ring = window or (num_slots if store.rule == "ring_router" else 0)
     table = evicted_rope(store, position_B1)

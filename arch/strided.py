@@ -13,23 +13,77 @@ that a slot holds.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attend import Mask
-from .buffers import KV, Step, StridedBuffer, Tensors
+from .attend import Mask, dense_backend
+from .bounded_fla import BoundedBackend
+from .buffers import KV, StateBuffer, Step, Tensors, zero_slots
 from .config import SizeConfig, has_qkv_bias
 from .delta import apart
 from .grouped import GroupedKV, GroupedReader, GroupedWriter
 from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
-from .pooling import CachedChunks, Chunks, StepChunk
-from .positions import TokenPositions
+from .masks import Sequences
+from .pooling import CachedChunks, Chunks, StepChunk, chunks_after, chunks_alone, step_chunk
+from .positions import TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
+from .spans import Span
 from .store_spec import StoreSpec
 from .strided_spec import StridedSpec
 from .tied import VectorKV, VectorReader, VectorWriter
+
+
+class StridedBuffer(StateBuffer):
+    """Holds what the slots of a strided store do, [B, W + E, K, H] each: those of its window, position i of a row in
+    slot i mod W, then its entries; and last the state [B, 2, K, X] of what no entry has yet, in at least fp32."""
+
+    def append(self, new: Tensors, step: Step) -> Tensors:
+        """Write slot `step.offset`, [1 or B] where rows differ; return the first `step.num_slots`."""
+        self.put(step.offset, new)
+        return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors[:-1])
+
+    def put(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:
+        """Overwrite a slot with [B, K, H] each, in rows `where` it is so."""
+        for tensor, value in zip(self.tensors[:-1], new, strict=True):
+            if isinstance(slot, int):
+                tensor.select(1, slot).copy_(value)
+                continue
+            index = slot.view(-1, 1, 1, 1).expand(len(tensor), 1, *tensor.shape[2:])
+            value = value.unsqueeze(1).to(tensor.dtype)
+            if isinstance(where, Tensor):
+                value = torch.where(where.view(-1, 1, 1, 1), value, tensor.gather(1, index))
+            tensor.scatter_(1, index, value)
+
+    def take_row(self, row: int, other: StateBuffer, length: int, offset: int) -> None:
+        """Take a row as StateBuffer does; `other` may have room for fewer entries."""
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[row, : source.shape[1]] = source[0]
+
+
+def allocate_strided(
+    store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+) -> StridedBuffer:
+    """An empty buffer of a strided store, for `batch` sequences of up to `capacity` tokens."""
+    *slots, (state, _) = store.cache_tensors(capacity)
+    tensors = [zero_slots((batch, *shape), dtype, device) for shape, _ in slots]
+    return StridedBuffer((*tensors, torch.zeros((batch, *state), dtype=at_least_fp32(dtype), device=device)))
+
+
+def strided_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offset: int) -> TokenPositions:
+    """Positions of tokens that continue a cache, for a strided store, with their chunks."""
+    assert isinstance(store, StridedSpec)
+    return TokenPositions(position_BT, chunks=chunks_after(store, position_BT, capacity, offset))
+
+
+def strided_step(
+    store: StoreSpec, position_B1: Tensor, capacity: int, tokens: int, offset: int | None, static: bool
+) -> TokenPositions:
+    """Positions of one token of each row over a cache, for a strided store."""
+    assert isinstance(store, StridedSpec)
+    return TokenPositions(position_B1, chunks=step_chunk(store, position_B1, capacity, tokens, offset, static))
 
 
 class Pool(nn.Module):
@@ -188,3 +242,29 @@ class StridedVectorReader(VectorReader):
 
 def build_strided_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
     return (StridedReader if store.slot.v_dim else StridedVectorReader)(size, store)
+
+
+@dataclass(frozen=True)
+class StridedBackend(BoundedBackend):
+    """A kernel that takes any mask, of one window, stride and rotary table."""
+
+    kernel: str = "sdpa"
+    stride: int = 1
+    rope_key: tuple[int, float] = (0, 0.0)
+
+    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+        """Positions of the tokens, with their chunks and the mask of tokens and entries."""
+        assert window is None or isinstance(window, int)  # a strided store has a window
+        chunks = chunks_alone(window, self.stride, self.rope_key, sequences)
+        found = token_positions(sequences)._replace(chunks=chunks)
+        return found.with_mask(lambda form: Mask(dense_backend(self.kernel).kernel, form))
+
+
+def select_strided_backend(
+    name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool
+) -> StridedBackend:
+    """`reference` where the backend `name` is that; sdpa for any other: no other kernel takes such a mask."""
+    assert isinstance(store, StridedSpec)
+    kernel = dense_backend(name).name
+    about = "strided, a dense mask of tokens and entries"
+    return StridedBackend(kernel, about, kernel=kernel, stride=store.stride, rope_key=store.rope_key)

@@ -14,12 +14,15 @@ from torch.nn import functional as F
 from arch import ArchConfig, Decoder, StoreConfig, allocate, bounded, resolve
 from arch.attend_kernels import run_flex
 from arch.attention import choose_backends
-from arch.bounded import UNSEEN, RingRouter, merge, read_window, run_near, scan, tf32_bmm, written_slots
+from arch.bounded import RingRouter
+from arch.bounded_chunks import UNSEEN
+from arch.bounded_scan import scan, tf32_bmm
 from arch.bounded_spec import RULES
+from arch.bounded_window import merge, read_window, run_near
 from arch.footprint import kv_bytes
 from arch.grouped import GroupedKV
 from arch.masks import Sequences, blocks, dense
-from arch.positions import Near, TokenPositions, token_positions
+from arch.positions import Near, TokenPositions, token_positions, written_slots
 
 KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
 BOUNDED = ["bct", "bct_gated", "bct_ring", "bct_mixed"]
@@ -322,7 +325,7 @@ def test_pieces_of_the_reader_change_nothing(rule: str, monkeypatch: pytest.Monk
     segments = torch.tensor([[0] * 11 + [1] * 29, [0] * 40])
     found = []
     for scores in (1 << 30, 1):
-        monkeypatch.setattr("arch.bounded.SCORES", scores)
+        monkeypatch.setattr("arch.bounded_chunks.SCORES", scores)
         model = one_layer(store(rule, sinks=True))
         logits = model(tokens(2, 40), segment_ids_BT=segments)
         logits.square().mean().backward()
@@ -382,7 +385,7 @@ def test_a_copy_of_the_file_has_operators_of_its_own(monkeypatch: pytest.MonkeyP
     package = types.ModuleType("copy_of_arch")
     package.__path__ = [str(ROOT / "arch")]
     monkeypatch.setitem(sys.modules, "copy_of_arch", package)
-    other = importlib.import_module("copy_of_arch.bounded")
+    other = importlib.import_module("copy_of_arch.bounded_scan")
     assert other.scan._opoverload.name() != scan._opoverload.name()
     arguments = (*(numbers(3, 2, *n) for n in ((4,), (7, 4), (5, 7, 3), (5, 7, 3))), numbers(2, 5, 4, 6))
     assert torch.equal(other.scan(*arguments), scan(*arguments))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from arch.bounded import advance, recurrence, retreat
+from arch.bounded_scan import advance, recurrence, retreat
 
 SHAPES = [(5, 2, 2, 3, 6), (1, 1, 1, 64, 16), (9, 2, 1, 40, 24)]  # Z, B, K, M, E: powers of two and others
 

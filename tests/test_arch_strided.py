@@ -8,13 +8,13 @@ import torch
 from conftest import build, small, tokens
 from torch import Tensor, nn
 
-from arch import ArchConfig, LatentConfig, LayoutError, StoreConfig, allocate, resolve
+from arch import ArchConfig, BlockTransformer, LatentConfig, LayoutError, StoreConfig, allocate, resolve
+from arch.attention import choose_backends, has_own_kernel
 from arch.footprint import kv_bytes
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
 from arch.static_step import StaticStep
-from arch.strided import StridedReader, StridedWriter
-from arch.strided_backend import StridedBackend
+from arch.strided import StridedBackend, StridedReader, StridedWriter
 
 SHAPES = [(4, 6), (6, 4), (1, 1), (3, 2), (8, 3)]  # window, stride
 
@@ -247,3 +247,15 @@ def test_both_decoders_of_a_block_transformer_take_strides() -> None:
             new = batch[:, end - 1 : end] if end > 4 else batch[:, :4]
             whole = model.next_token_logits(batch[:, :end])[:, -1:]
             torch.testing.assert_close(model(new, cache, last_only=True), whole, rtol=0, atol=1e-10)
+
+
+def test_backends_of_other_kinds_are_refused() -> None:
+    """Also in the token decoder of a Block Transformer alone; beside a store that takes fla, its backend is sdpa."""
+    config = small("block")
+    config.arch.block.token.stores["kv"] = StoreConfig("all", window=4, stride=2)
+    with pytest.raises(ValueError, match=r"^backend fla is for bounded stores and matrix stores, and .* kv pools pos"):
+        BlockTransformer(config, "fla", "cuda")
+    plan = resolve(config).token
+    assert not has_own_kernel("fla", plan)
+    (chosen,) = choose_backends("rows", config.size, plan, "cuda")
+    assert chosen.name == "sdpa" and chosen.about.startswith("strided")

@@ -11,9 +11,10 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..attend import Kernel, Mask
+from ..attention import allocate_buffer
 from ..block_plan import BlockPlan, Plan
 from ..block_transformer import BlockCache
-from ..buffers import StateBuffer, allocate_buffer, repeat_row
+from ..buffers import StateBuffer, repeat_row
 from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, Windowed, visible
 from ..plan import KVPlan

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from arch import attend, bounded
+from arch import attend, bounded_scan
 
 MISSING = (
     "the CUDA build of torch 2.11 or later, and no GPU: make gpu-code installs it and runs tests/test_train_gpu_code.py"
@@ -513,7 +513,7 @@ def products(module: fx.GraphModule) -> tuple[Products, int]:
 
 
 def scan_of(node: fx.Node) -> tuple[list[tuple[int, int, str]], int] | None:
-    """Products of a scan of states (arch/bounded.py), or of its backward pass, and bytes of the rest; None: it is none.
+    """Products of a scan of states (arch/bounded_scan.py), or of its backward pass, and bytes of the rest; None: it is none.
 
     Forward the keys and values are joined and written to every state, which the recurrence reads and writes; backward
     the gradients are copied, and summed beside the states.
@@ -532,7 +532,7 @@ def scan_of(node: fx.Node) -> tuple[list[tuple[int, int, str]], int] | None:
     return [(one, moved, kind)] * (2 if backward else 1), joined + whole * (5 if backward else 2)
 
 
-BOUNDED = getattr(torch.ops, bounded.NAMESPACE)
+BOUNDED = getattr(torch.ops, bounded_scan.NAMESPACE)
 
 
 def in_tf32(function: Any, arguments: Sequence[Any]) -> bool:

@@ -1,0 +1,297 @@
+"""The parallel form of a bounded store: what chunks of C tokens write to the slots, and what each token reads of them.
+
+e^{G_i - G_j}, never more than 1 where it counts, is a product of e^{G_i - R} and e^{R - G_j}, so that reads are plain
+matrix products. R lies in the middle of the values of G in the chunk. Of a slot a write leaves at least the type's
+resolution: with chunks of 8 no factor is more than e^64 in fp32, which ends at e^88.
+
+Shapes: as in bounded.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .bounded_scan import product, run_scan, run_scan_backward, scan
+from .bounded_spec import CHUNK, SCORES
+from .positions import TokenPositions
+from .precision import no_autocast
+
+# The score of what is not seen. Finite: where nothing is seen, a softmax has no NaN, and its result no weight.
+UNSEEN = -1e30
+
+
+class Chunks:
+    """Tokens in chunks of `bounded_spec.CHUNK`, the last one filled up with tokens that write nothing.
+
+    seen   [C, C], with segments [Z, B, C, C]: 1 where a token finds another of its chunk, else 0
+    begun  with segments [Z, B, C]: 1 where a token finds what was before its chunk, else 0; None: all do
+    """
+
+    def __init__(self, positions: TokenPositions, length: int, dtype: torch.dtype):
+        self.length, self.size = length, min(CHUNK, length)
+        self.fill = -length % self.size
+        index = torch.arange(self.size, device=positions.position_BT.device)
+        distance = index[:, None] - index
+        self.seen, self.begun = (distance >= 0).to(dtype), None
+        if positions.segmented:
+            place_ZBC = self.split(positions.position_BT)
+            self.seen = self.seen * (distance <= place_ZBC.unsqueeze(-1))
+            self.begun = (place_ZBC > index).to(dtype)
+
+    def split(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.fill)) if self.fill else x
+        return rearrange(padded, "b (z c) ... -> z b c ...", c=self.size)
+
+    def join(self, x_ZBNCH: Tensor) -> Tensor:
+        joined = rearrange(x_ZBNCH, "z b n c h -> b (z c) n h")
+        return joined[:, : self.length] if self.fill else joined
+
+
+class ChunkWrites(NamedTuple):
+    """Writes of the tokens of each chunk, and what is left of them at each of these and at the chunk's end.
+
+    faded_ZBCM        e^{G - R}: what a token finds of the state before the chunk, times e^R, and of a share
+    share_ZBCM        e^{R - G} p
+    kept_ZBM          what the end finds of the state before the chunk; states are held times e^R, each with its chunk's
+    last_ZBCM         what the end finds of each token's key and value
+    k_ZBKCH, v_ZBKCH  keys and values
+    start_BKME        the state before all chunks
+    """
+
+    faded_ZBCM: Tensor
+    share_ZBCM: Tensor
+    kept_ZBM: Tensor
+    last_ZBCM: Tensor
+    k_ZBKCH: Tensor
+    v_ZBKCH: Tensor
+    start_BKME: Tensor
+
+
+def chunk_writes(
+    k_BTKH: Tensor, v_BTKH: Tensor, p_BTM: Tensor, positions: TokenPositions, state_BKME: Tensor | None, empty: bool
+) -> ChunkWrites:
+    """Compute the writes of tokens, which continue a cached state unless it is `empty`; that becomes the one after
+    them."""
+    with no_autocast(k_BTKH):
+        chunks = Chunks(positions, p_BTM.shape[1], p_BTM.dtype)
+        p_ZBCM = chunks.split(p_BTM)
+        k, v = (chunks.split(x.to(p_BTM.dtype)).transpose(2, 3).contiguous() for x in (k_BTKH, v_BTKH))
+        num_chunks, batch, size, num_slots = p_ZBCM.shape
+        # The least that a write leaves keeps logarithms finite; an overwritten slot is not known more exactly.
+        left = (1 - p_ZBCM).clamp(min=torch.finfo(p_BTM.dtype).eps).log().reshape(-1, size, num_slots)
+        # Not a cumulative sum, which would carry another segment's rounding.
+        seen = chunks.seen.reshape(-1, size, size).expand(left.shape[0], -1, -1)
+        decay_ZBCM = torch.bmm(seen, left).view(num_chunks, batch, size, num_slots)
+        with torch.no_grad():  # of any reference the result is the same, and so is its gradient
+            middle_ZBM = decay_ZBCM.amin(dim=2) / 2
+            following = torch.cat((middle_ZBM[1:], torch.zeros_like(middle_ZBM[:1])))
+        from_middle = decay_ZBCM - middle_ZBM.unsqueeze(2)
+        faded_ZBCM, share_ZBCM = from_middle.exp(), from_middle.neg().exp() * p_ZBCM
+        end_ZBM = from_middle[:, :, -1]
+        kept_ZBM = (end_ZBM + following).exp()
+        last_ZBCM = share_ZBCM * kept_ZBM.unsqueeze(2)
+        if chunks.begun is not None:
+            last_ZBCM = last_ZBCM * chunks.seen[:, :, -1].unsqueeze(-1)
+            kept_ZBM = kept_ZBM * chunks.begun[:, :, -1:]
+        start = k.new_zeros(batch, k.shape[2], num_slots, 2 * k.shape[-1])
+        if state_BKME is not None:
+            if not empty:
+                start += state_BKME * middle_ZBM[0].exp()[:, None, :, None]
+            after = decay_ZBCM[:, :, -1].flip(0).cumsum(dim=0).flip(0)  # of each chunk and those after it
+            share = share_ZBCM * (after - middle_ZBM).exp().unsqueeze(2)
+            new = torch.einsum("zbcm,zbkch->bkmh", share, torch.cat((k, v), dim=-1))
+            state_BKME.copy_(new if empty else new + state_BKME * after[0].exp()[:, None, :, None])
+        return ChunkWrites(faded_ZBCM, share_ZBCM, kept_ZBM, last_ZBCM, k, v, start)
+
+
+class Sight(NamedTuple):
+    """Visibility, and how products are computed. `seen`, `begun`: as in Chunks; `bias` [Z, 1 or B, 1, C, 1 or M] is
+    added to scores; `more`: something besides the slots is read; `tf32`: as in `product`."""
+
+    seen: Tensor
+    begun: Tensor | None
+    bias: Tensor | None
+    more: bool
+    tf32: bool
+
+    def part(self, chunks: slice) -> "Sight":
+        seen = self.seen if self.begun is None else self.seen[chunks]
+        begun, bias = (None if x is None else x[chunks] for x in (self.begun, self.bias))
+        return self._replace(seen=seen, begun=begun, bias=bias)
+
+
+def read_slots(
+    q_BTNH: Tensor,
+    writes: ChunkWrites,
+    positions: TokenPositions,
+    seen_BTM: Tensor | None,
+    sinks_N: Tensor | None,
+    more: bool,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """[B, T, N, H] the slots as each token finds them, which are never made, weighted for scaled queries. Where `more`
+    is read beside them, also [B, T, N] the logarithm of the sum that weights were divided by.
+
+    `seen_BTM`: [1 or B, T, 1 or M] slots to look at, None for all. `tf32`: as in `product`.
+    """
+    chunks = Chunks(positions, q_BTNH.shape[1], q_BTNH.dtype)
+    q = rearrange(chunks.split(q_BTNH), "z b c (k g) h -> z b k (g c) h", k=writes.k_ZBKCH.shape[2])
+    bias = None
+    if seen_BTM is not None:
+        bias = torch.zeros(seen_BTM.shape, dtype=q.dtype, device=q.device).masked_fill(~seen_BTM, UNSEEN)
+        bias = chunks.split(bias).unsqueeze(2).contiguous()  # results are laid out as it is
+    sight = Sight(chunks.seen, chunks.begun, bias, more, tf32)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out, total = Recomputed.apply(sight, q, sinks_N, *writes)  # type: ignore[no-untyped-call]
+    elif torch.compiler.is_compiling():
+        out, total = read_chunks(sight, q, sinks_N, writes, *split_states(scan(*writes[2:], tf32)))
+    else:
+        out, total, _ = read_pieces(sight, q, sinks_N, writes)
+    return chunks.join(out), chunks.join(total.unsqueeze(-1)).squeeze(-1) if more else None
+
+
+def pieces(q_ZBKRH: Tensor, num_slots: int) -> list[slice]:
+    """Chunks that are read at a time, in order."""
+    length = step = q_ZBKRH.shape[0]
+    if not q_ZBKRH.is_cuda:
+        step = max(1, SCORES * q_ZBKRH.shape[-1] // (q_ZBKRH[0].numel() * num_slots))
+    return [slice(z, min(z + step, length)) for z in range(0, length, step)]
+
+
+def read_pieces(
+    sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, writes: ChunkWrites
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """[Z, B, N, C, H] and [Z, B, N, C] of all chunks, and the states before each of the pieces they were read in."""
+    results, starts = [], [writes.start_BKME]
+    for part in pieces(q_ZBKRH, writes.share_ZBCM.shape[-1]):
+        some = ChunkWrites._make((*(x[part] for x in writes[:-1]), starts[-1]))
+        states = run_scan(*some[2:], sight.tf32)
+        results.append(read_chunks(sight.part(part), q_ZBKRH[part], sinks_N, some, *split_states(states)))
+        starts.append(states[-1].clone())
+    out, total = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results, strict=True))
+    return out, total, starts[:-1]
+
+
+def split_states(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [Z, B, K, M, H] of the states before each chunk."""
+    state_k, state_v = states[:-1].chunk(2, dim=-1)
+    return state_k, state_v
+
+
+class Recomputed(torch.autograd.Function):
+    """`read_pieces`, whose pieces are computed again in the backward pass: memory is slower than that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, *writes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        out, total, starts = read_pieces(sight, q_ZBKRH, sinks_N, ChunkWrites(*writes))
+        ctx.more, ctx.tf32, ctx.num_pieces = sight.more, sight.tf32, len(starts)
+        ctx.save_for_backward(*sight[:-2], sinks_N, *starts, q_ZBKRH, *writes[:-1])
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        seen, begun, bias, sinks_N, *saved = ctx.saved_tensors
+        sight = Sight(seen, begun, bias, ctx.more, ctx.tf32)
+        starts, inputs = saved[: ctx.num_pieces], saved[ctx.num_pieces :]
+        found = [torch.empty_like(x) for x in inputs]
+        of_sinks = None if sinks_N is None else torch.zeros_like(sinks_N)
+        of_state = torch.zeros_like(starts[0])
+        cuts = pieces(inputs[0], inputs[2].shape[-1])
+        for part, start in zip(reversed(cuts), reversed(starts), strict=True):
+            q, *some = (x[part] for x in inputs)
+            writes = ChunkWrites._make((*some, start))
+            given = [x[part] for x in gradients[: 1 + sight.more]]
+            of_sink, of_state, new = backward_of_chunks(sight.part(part), q, sinks_N, writes, given, of_state)
+            for whole, one in zip(found, new, strict=True):
+                whole[part] = one
+            if of_sinks is not None and of_sink is not None:
+                of_sinks += of_sink
+        return None, found[0], of_sinks, *found[1:], of_state
+
+
+def backward_of_chunks(
+    sight: Sight,
+    q_ZBKRH: Tensor,
+    sinks_N: Tensor | None,
+    writes: ChunkWrites,
+    gradients: list[Tensor],
+    of_state: Tensor,
+) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+    """Gradients of the sinks, of the state before the chunks, and of the queries and writes, given those of what was
+    read and of the state after them."""
+    with no_autocast(q_ZBKRH):
+        states = run_scan(*writes[2:], sight.tf32)
+        with torch.enable_grad():
+            inputs = (q_ZBKRH, writes.faded_ZBCM, writes.share_ZBCM, writes.k_ZBKCH, writes.v_ZBKCH)
+            leaves = [x.detach().requires_grad_() for x in (*inputs, *split_states(states))]
+            q, faded, share, k, v, state_k, state_v = leaves
+            sink = None if sinks_N is None else sinks_N.detach().requires_grad_()
+            again = writes._replace(faded_ZBCM=faded, share_ZBCM=share, k_ZBKCH=k, v_ZBKCH=v)
+            results = read_chunks(sight, q, sink, again, state_k, state_v)[: len(gradients)]
+            wanted = leaves if sink is None else [*leaves, sink]
+            of_q, of_faded, of_share, of_k, of_v, of_states_k, of_states_v, *of_sink = torch.autograd.grad(
+                results, wanted, gradients
+            )
+        whole = torch.empty_like(states)
+        torch.cat((of_states_k, of_states_v), dim=-1, out=whole[:-1])
+        whole[-1] = of_state
+        kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states, sight.tf32)
+    of_writes = of_faded, of_share, kept, last, of_k.add_(more_k), of_v.add_(more_v)
+    return of_sink[0] if of_sink else None, start, (of_q, *of_writes)
+
+
+def read_chunks(
+    sight: Sight,
+    q_ZBKRH: Tensor,
+    sinks_N: Tensor | None,
+    writes: ChunkWrites,
+    state_k_ZBKMH: Tensor,
+    state_v_ZBKMH: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`read_slots` of a few chunks, given the states before each: [Z, B, N, C, H] and [Z, B, N, C]."""
+    faded, share, _, _, k, v, _ = writes
+    seen, begun, bias, more, tf32 = sight
+    (num_chunks, batch, kv_heads, rows, width), (size, num_slots) = q_ZBKRH.shape, share.shape[2:]
+    heads = (num_chunks, batch, kv_heads * rows // size)  # then tokens of a chunk
+    k, v, state_k, state_v = (x.flatten(0, 2) for x in (k, v, state_k_ZBKMH, state_v_ZBKMH))
+    share, faded = share.flatten(0, 1), faded.unsqueeze(2)
+    if begun is not None:
+        seen, begun = seen.unsqueeze(2), begun[:, :, None, None, :, None]
+
+    def of_begun(x: Tensor) -> Tensor:
+        """Set rows of segments that begin in a chunk to 0: they find nothing of the state before it."""
+        return x if begun is None else (x.view(num_chunks, batch, kv_heads, -1, size, width) * begun).view(x.shape)
+
+    in_place = not torch.is_grad_enabled()
+    times = Tensor.mul_ if in_place else Tensor.mul
+
+    def add(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        if tf32:
+            return x + product(left, right, tf32)
+        return x.baddbmm_(left, right) if in_place else x.baddbmm(left, right)
+
+    q = q_ZBKRH.flatten(0, 2)
+    pair = times(product(q, k.mT, tf32).view(*heads, size, size), seen)
+    score = product(of_begun(q), state_k.mT, tf32).view(share.shape[0], -1, num_slots)
+    score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
+    score = times(score, faded) if bias is None else torch.addcmul(bias, score, faded)
+    if more or sinks_N is not None:
+        total = score.logsumexp(dim=-1)
+        if sinks_N is not None:
+            total = torch.logaddexp(total, sinks_N.unsqueeze(-1))
+        weight = (score - total.unsqueeze(-1)).exp()
+    else:
+        total, weight = score.new_zeros(heads[:1]), score.softmax(dim=-1)
+    weight = times(weight, faded)
+    pair = product(weight.view(share.shape[0], -1, num_slots), share.mT, tf32).view(*heads, size, size)
+    new = product(times(pair, seen).view(-1, rows, size), v, tf32)
+    weight = weight.view(-1, rows, num_slots)
+    out = add(new, weight, state_v) if begun is None else new + of_begun(product(weight, state_v, tf32))
+    return out.view(*heads, size, width), total
