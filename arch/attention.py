@@ -125,12 +125,12 @@ def has_own_kernel(name: str, plan: KVPlan) -> bool:
 
 def check_own_kernel(name: str, *plans: KVPlan) -> None:
     """Raises ValueError where the backend `name` is for kinds of store of which no plan has one."""
-    kinds = [kind for kind, modules in STORE_MODULES.items() if name in modules.own_backends]
+    kinds = [f"{kind} stores" for kind, modules in STORE_MODULES.items() if name in modules.own_backends]
     if not kinds or any(has_own_kernel(name, plan) for plan in plans):
         return
     found = dict.fromkeys(f"{store.name} {store.summary}" for plan in plans for store in plan.stores)
     raise ValueError(
-        f"backend {name} is for {' and '.join(f'{kind} stores' for kind in kinds)}, and {', '.join(found)}; choose another or auto"
+        f"backend {name} is for {' and '.join(kinds)}, and {', '.join(found)}; choose another backend or auto"
     )
 
 

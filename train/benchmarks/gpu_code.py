@@ -513,7 +513,7 @@ def products(module: fx.GraphModule) -> tuple[Products, int]:
 
 
 def scan_of(node: fx.Node) -> tuple[list[tuple[int, int, str]], int] | None:
-    """Products of a scan of states (arch/bounded_scan.py), or of its backward pass, and bytes of the rest; None: it is none.
+    """Products of a scan of states (bounded_scan.py), or of its backward pass, and bytes of the rest; None: it is none.
 
     Forward the keys and values are joined and written to every state, which the recurrence reads and writes; backward
     the gradients are copied, and summed beside the states.
