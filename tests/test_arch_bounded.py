@@ -11,11 +11,11 @@ from conftest import ROOT, build, small, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from arch import ArchConfig, Decoder, StoreConfig, allocate, bounded, resolve
+from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
 from arch.attend_kernels import run_flex
 from arch.attention import choose_backends
 from arch.bounded import RingRouter
-from arch.bounded_chunks import UNSEEN
+from arch.bounded_chunks import UNSEEN, read_slots
 from arch.bounded_scan import scan, tf32_bmm
 from arch.bounded_spec import RULES
 from arch.bounded_window import merge, read_window, run_near
@@ -231,17 +231,17 @@ def test_products_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         products.append(left.shape)
         return torch.bmm(*((x.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32) for x in (left, right)))
 
-    monkeypatch.setattr(bounded, "tf32_bmm", cut)
+    monkeypatch.setattr("arch.bounded_scan.tf32_bmm", cut)
     block, place = one_layer(store("gated", slots=16)).layers[0], TokenPositions(places(64))
     torch.nn.init.constant_(block.writer.router.gate_bias, 6.0)  # strengths near 1: factors up to e^60
     x = numbers(2, 64, 32)
     with torch.no_grad():
         kv = block.writer(x, (), place)
         q = block.reader.q_proj(x).view(2, 64, HEADS, WIDTH)
-        exact, _ = bounded.read_slots(q, kv.chunks, place, None, None, False)
+        exact, _ = read_slots(q, kv.chunks, place, None, None, False)
         block.float()
         kv = block.writer(x.float(), (), place)
-        ours, _ = bounded.read_slots(q.float(), kv.chunks, place, None, None, False, tf32=True)
+        ours, _ = read_slots(q.float(), kv.chunks, place, None, None, False, tf32=True)
     assert len(products) == 7
     assert 1e-6 < (ours - exact).abs().max() / exact.abs().max() < 3e-3
 
