@@ -227,9 +227,10 @@ def test_points_of_methods_stand_beside_those_of_their_runs(old: Path, capsys: p
         assert [row["method"] for row in csv.DictReader(file)] == ["none", "none"], "perplexity is of no method"
 
 
-def test_forty_points_can_be_told_apart() -> None:
-    """Every method is in the legend and joined to its model; names touch no point and no other name."""
-    methods = ["none", *(f"method{number}" for number in range(7))]
+@pytest.mark.parametrize("options", ["", "(group=16,recent=8,keys=token,hadamard=true)"])
+def test_forty_points_can_be_told_apart(options: str) -> None:
+    """Every method is in the legend, in whole, and joined to its model; names touch no point and no other name."""
+    methods = ["none", *(f"method{number}{options}" for number in range(7))]
     rows = [
         Point(f"layout{n}-tiny", 2 ** (20 - n) // (m + 1), 5 + 0.1 * n + 0.02 * m, 5.0, 5.0, 1, n == m, 1, 1, 1, 0, 1)
         for n in range(5)
@@ -246,7 +247,9 @@ def test_forty_points_can_be_told_apart() -> None:
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) >= 5
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
-    assert not any(legend.get_window_extent().overlaps(box) for box in [*boxes, axes.bbox])
+    below = legend.get_window_extent()
+    assert not any(below.overlaps(box) for box in [*boxes, axes.bbox])
+    assert 0 <= below.x0 < below.x1 <= figure.bbox.x1 and below.y0 >= 0
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ PLOTLY = {
 OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
 LINES = 12  # of released models, beyond which lines are thin, and a name that finds no room is left out
+LINE_OF_LEGEND = 0.17  # inches
 MARKER = 13  # width of a point with room around it, in pixels
 
 
@@ -88,7 +89,7 @@ def draw_panels(panels: Sequence[Panel], path: Path | None = None) -> Picture:
         spread = any(row.runs > 1 for panel in panels for row in panel.rows)
         handles = _handles(spread, any(panel.references for panel in panels), looks)
         handles += [_band(panel.baseline) for panel in panels[:1] if panel.baseline]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(panels), frameon=False, fontsize=8)
+        _legend_below(figure, handles, 3 * len(panels))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(figure, axes, panel, looks)
     figure.write(path, dpi=200)
@@ -182,6 +183,17 @@ def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]])
         text = visible(method)
         handles.append(Line2D([], [], marker=marker, color=tint, markerfacecolor="white", linestyle="", label=text))
     return handles
+
+
+def _legend_below(figure: Picture, handles: Sequence[Artist], most: int) -> None:
+    """Add a legend in as many columns, at `most`, as fit into the picture, which grows with its lines beyond five."""
+    for columns in range(most, 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + LINE_OF_LEGEND * max(0, lines - 5))
 
 
 def _band(baseline: Point) -> Artist:
