@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 T = TypeVar("T")
 
 # Keys of newer versions, left out of files where they are null.
-STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "stride", "chunk")
+STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "rope_scaling", "stride", "chunk")
 LATENT_KEYS = ("heads", "k_dim")
 
 # Limits of what is resolved: beyond every model, and within what is answered at once.
@@ -75,6 +75,28 @@ class QueryScaleConfig:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Rotary embeddings whose frequencies are slowed down for longer contexts (rope_scaling.py has the rules).
+
+    rule       linear, llama3 or yarn
+    factor     by which frequencies are divided
+    original   of llama3 and yarn: positions that the model knew before
+    low, high  of llama3 and yarn: a frequency that makes fewer than `low` turns within those positions is divided, one
+               that makes more than `high` stays as it is; null: 1 and 4 of llama3, 1 and 32 of yarn
+    attention  of yarn: factor of cosines and sines, by whose square scores grow; null: 0.1 log(factor) + 1
+    truncate   of yarn: between them, begin and end at a whole number of frequencies
+    """
+
+    rule: str = "linear"
+    factor: float = 1.0
+    original: int | None = None
+    low: float | None = None
+    high: float | None = None
+    attention: float | None = None
+    truncate: bool = True
+
+
+@dataclass
 class StoreConfig:
     """A type of store: what one cached position holds and how long it is kept.
 
@@ -102,6 +124,7 @@ class StoreConfig:
     rope        how much of each key is rotated: `full`, `none`, a leading share (`1/4`) or number of elements; null
                 takes the size's rotary_fraction. Latents have `latent.rope_dim` instead, which may be 0
     rope_theta  rotary base of this store; null takes the size's
+    rope_scaling  frequencies of its rotation are slowed down for longer contexts
     query_scale in layers that read the store, queries are scaled with the logarithm of their position
     """
 
@@ -120,6 +143,7 @@ class StoreConfig:
     kv_norm: bool = False
     rope: Any = None
     rope_theta: float | None = None
+    rope_scaling: RopeScalingConfig | None = None
     query_scale: QueryScaleConfig | None = None
     chunk: int | None = None
 

@@ -121,6 +121,8 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(f"chunk: {names(chunked)} keeps chunks; the remote decoder has windows")
     if scaled := [store for store in plan.stores if store.query_scale]:
         problems.append(f"query_scale: {names(scaled)} scales queries by their position; the remote decoder does not")
+    if slowed := [store for store in plan.stores if store.rope_scaling]:
+        problems.append(f"rope_scaling: {names(slowed)} scales its rotation; the remote decoder does not")
     if plan.reader_windows:
         problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
     if any(second and second.how == "mix" for second in plan.second_reads):

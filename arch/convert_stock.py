@@ -16,13 +16,14 @@ MistralForCausalLM with a window, too.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import (
     STYLES,
     ArchConfig,
     LatentConfig,
     ModelConfig,
+    RopeScalingConfig,
     SizeConfig,
     StoreConfig,
     Style,
@@ -31,6 +32,7 @@ from .config import (
     style_of,
 )
 from .convert import (
+    MAX_SEQ_LEN,
     NO_SPECIAL_TOKENS,
     SIZE_KEYS,
     UnsupportedModelError,
@@ -43,6 +45,7 @@ from .convert import (
 )
 from .latent_spec import LatentSpec
 from .plan import KVPlan, resolve_stack
+from .rope_scaling import yarn_attention
 from .store_spec import StoreSpec
 from .tied_spec import TiedSpec
 
@@ -147,6 +150,14 @@ GEMMA3_VALUES = {
 LOCAL_BASES = {"olmo3": ("", 500000.0), "gemma3_text": ("rope_local_base_freq", 10000.0)}
 LATENT_WIDTHS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 OPTIONAL_WIDTHS = ("num_key_value_heads", "head_dim", "sliding_window")
+# Rules of scaled rotations: fields of RopeScalingConfig, and their keys in rope_parameters.
+SCALING_KEYS = {
+    "linear": {"factor": "factor"},
+    "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"},
+    "yarn": {"factor": "factor", "low": "beta_slow", "high": "beta_fast", "attention": "attention_factor"},
+}
+YARN_KEYS = {"linear": (), "llama3": (), "yarn": ("mscale", "mscale_all_dim", "truncate")}
+ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # Tied embeddings: the tensor that may be there as a copy, and the one it is a copy of.
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
 # Module of a Decoder, module of the stock class: of the model, and of one layer.
@@ -176,6 +187,13 @@ OUTPUT_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
+
+
+class Rotation(NamedTuple):
+    """Base of a rotation, and how its frequencies are slowed down."""
+
+    theta: float
+    scaling: RopeScalingConfig | None = None
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -231,15 +249,17 @@ def _by_kind(plan: KVPlan) -> dict[str, list[StoreSpec]]:
 
 
 def _rope_problems(size: SizeConfig, plan: KVPlan) -> list[str]:
-    """Rotary bases that differ where the stock classes have one."""
+    """Rotations that differ where the stock classes have one."""
     kinds = list(_by_kind(plan).values())
     each = any(model_type in ROTATED_BY_KIND for model_type in _types_of(size))
     groups = kinds if each else [list(chain(*kinds))]
-    thetas = sorted({store.rope_theta for stores in groups for store in stores})
-    if all(len({store.rope_theta for store in stores}) <= 1 for stores in groups):
-        return []
-    have = "one for each kind of layer" if each else "one"
-    return [f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have {have}"]
+    have, problems = "one for each kind of layer" if each else "one", []
+    if any(len({store.rope_theta for store in stores}) > 1 for stores in groups):
+        thetas = sorted({store.rope_theta for stores in groups for store in stores})
+        problems.append(f"rope_theta: bases of {', '.join(map(str, thetas))}; the stock classes have {have}")
+    if any(len({store.rope_scaling for store in stores}) > 1 for stores in groups):
+        problems.append(f"rope_scaling: layers scale their rotation differently; the stock classes have {have}")
+    return problems
 
 
 def _without_names(plan: KVPlan) -> KVPlan:
@@ -309,17 +329,28 @@ def _stock_config(size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
 def _rope_keys(model_type: str, size: SizeConfig, plan: KVPlan) -> dict[str, Any]:
     """Return the keys of rotary embeddings, with those for readers older than rope_parameters."""
     kinds = _by_kind(plan)
-    thetas = {kind: max((store.rope_theta for store in stores), default=0.0) for kind, stores in kinds.items()}
+    ropes = {kind: rope_parameters(next(iter(stores), None), size) for kind, stores in kinds.items()}
+    rope = ropes["full_attention" if kinds["full_attention"] or model_type in ROTATED_BY_KIND else "sliding_attention"]
+    keys: dict[str, Any] = {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
+    if rope["rope_type"] != "default":
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     if model_type in ROTATED_BY_KIND:
-        ropes = {
-            kind: {"rope_type": "default", "rope_theta": theta or size.rope_theta} for kind, theta in thetas.items()
-        }
-        old = {"rope_theta": ropes["full_attention"]["rope_theta"]}
+        keys["rope_parameters"] = ropes
         if local := LOCAL_BASES[model_type][0]:
-            old[local] = ropes["sliding_attention"]["rope_theta"]
-        return {"rope_parameters": ropes, **old}
-    theta = max(thetas.values()) or size.rope_theta
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_theta": theta}
+            keys[local] = ropes["sliding_attention"]["rope_theta"]
+    return keys
+
+
+def rope_parameters(store: StoreSpec | None, size: SizeConfig) -> dict[str, Any]:
+    """Return the rotation of `store`, or without one that of `size`, as transformers writes it."""
+    if store is None or store.rope_scaling is None:
+        return {"rope_type": "default", "rope_theta": size.rope_theta if store is None else store.rope_theta}
+    scaling = store.rope_scaling
+    rope: dict[str, Any] = {"rope_type": scaling.rule, "rope_theta": store.rope_theta}
+    rope |= {key: getattr(scaling, ours) for ours, key in SCALING_KEYS[scaling.rule].items()}
+    if scaling.rule != "linear":
+        rope["original_max_position_embeddings"] = scaling.original
+    return rope | ({"truncate": scaling.truncate} if scaling.rule == "yarn" else {})
 
 
 def _divided(store: StoreSpec) -> bool:
@@ -417,65 +448,107 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         required, own = required | GEMMA3_VALUES, ("query_pre_attn_scalar",)
         del required["hidden_act"]  # not read
     problems = value_problems(values, required)
-    thetas = _rope_thetas(values, problems)
+    rotations = _rotations(values, problems)
     widths = size_problems(values, (*SIZE_KEYS.values(), *own), OPTIONAL_WIDTHS)
     if widths:  # the layout is read from them
         raise UnsupportedModelError(problems + widths)
     if latent:
         arch, width = _latent_layout(values, problems)
     else:
-        arch, width = _grouped_layout(values, thetas, problems)
+        arch, width = _grouped_layout(values, rotations, problems)
     if problems:
         raise UnsupportedModelError(problems)
     sizes = {key: values[hf_key] for key, hf_key in SIZE_KEYS.items()}
-    sizes |= {"head_dim": width, "rope_theta": thetas["full_attention"]} | OWN_STYLES.get(model_type, {})
+    sizes |= {"head_dim": width, "rope_theta": rotations["full_attention"].theta} | OWN_STYLES.get(model_type, {})
     config = ModelConfig(arch, from_dict(SizeConfig, sizes))
     resolve_stack(config)
     return config
 
 
-def _rope_thetas(values: dict[str, Any], problems: list[str]) -> dict[str, float]:
-    """Return the rotary base of each kind of layer, from where the stock classes look for it.
+def _rotations(values: dict[str, Any], problems: list[str]) -> dict[str, Rotation]:
+    """Return how each kind of layer rotates, from where the stock classes look for it.
 
-    Appends to `problems` every setting that scales the rotation or differs between dimensions, or between layers where
-    a class has one.
+    Appends to `problems` every setting that differs between dimensions, or between layers where a class has one, and
+    every scaling of another rule.
     """
     model_type = values["model_type"]
     if model_type not in ROTATED_BY_KIND:
         where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-        theta = _rope_theta(where, values.get(where) or {}, "rope_theta", values["rope_theta"], problems)
-        return dict.fromkeys(KINDS, theta)
+        rotation = _rotation(where, values.get(where) or {}, "rope_theta", values, problems)
+        return dict.fromkeys(KINDS, rotation)
     rope = values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or not set(rope) <= set(KINDS):
         problems.append(f"rope_parameters is {rope!r}; it must be a mapping with {' and '.join(KINDS)}")
         rope = {}
     key, base = LOCAL_BASES[model_type]
-    bases = {"full_attention": ("rope_theta", values["rope_theta"]), "sliding_attention": (key, values.get(key, base))}
-    thetas = {}
-    for kind, (key, base) in bases.items():
-        where, own = f"rope_parameters.{kind}", rope.get(kind) or {}
-        if kind == "full_attention" and values.get("rope_scaling"):
-            where, own = "rope_scaling", values["rope_scaling"]
-        thetas[kind] = _rope_theta(where, own, key, base, problems)
-    return thetas
+    rotations = {}
+    for kind in KINDS:
+        where, own, base_key = f"rope_parameters.{kind}", rope.get(kind) or {}, "rope_theta"
+        if kind == "sliding_attention":
+            base_key, values = key, {key: base} | values
+        elif values.get("rope_scaling"):
+            where, scaling = "rope_scaling", values["rope_scaling"]
+            own = own | scaling if isinstance(own, dict) and isinstance(scaling, dict) else scaling
+        rotations[kind] = _rotation(where, own, base_key, values, problems)
+        if (scaling := rotations[kind].scaling) and not scaling.truncate:
+            problems.append(f"{where}.truncate is False; {ARCHITECTURES[model_type]} reads it nowhere: it must be True")
+    return rotations
 
 
-def _rope_theta(where: str, rope: Any, key: str, base: Any, problems: list[str]) -> float:
-    """Return the rotary base in `rope`, or else `base`; appends to `problems` as `_rope_thetas`."""
+def _rotation(where: str, rope: Any, key: str, values: Mapping[str, Any], problems: list[str]) -> Rotation:
+    """Return the rotation that `rope` describes, whose base may also be `values[key]`; appends as `_rotations`."""
     if not isinstance(rope, dict):
         problems.append(f"{where} is {rope!r}; it must be a mapping")
-        return 1.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        problems.append(f"{where} is {rope!r}; it must be unscaled, and the same in all layers")
+        return Rotation(1.0)
+    rule = rope.get("rope_type", rope.get("type", "default"))
+    rules = ("default",) if values["model_type"] == "deepseek_v3" else ("default", *SCALING_KEYS)
+    if rule not in rules or any(isinstance(value, dict) for value in rope.values()):
+        which = "unscaled" if len(rules) == 1 else f"of rope_type {', '.join(rules[:-1])} or {rules[-1]}"
+        problems.append(f"{where} is {rope!r}; it must be {which}, and the same in all layers")
+        rule = "default"
     elif rope.get("partial_rotary_factor") not in (None, 1.0):
         problems.append(f"{where}.partial_rotary_factor is {rope['partial_rotary_factor']}; it must be 1.0")
-    theta = rope.get("rope_theta", base)
+    theta = rope.get("rope_theta", values[key])
     if not is_positive(theta):
         key = f"{where}.rope_theta" if "rope_theta" in rope else key
         problems.append(f"{key} is {theta!r}; it must be a positive number")
-        return 1.0
-    return theta  # type: ignore[no-any-return]
+        return Rotation(1.0)
+    return Rotation(theta, None if rule == "default" else _scaling(where, rule, rope, values, problems))
+
+
+def _scaling(
+    where: str, rule: str, rope: dict[str, Any], values: Mapping[str, Any], problems: list[str]
+) -> RopeScalingConfig | None:
+    """Return the scaling that `rope` describes; appends every number of it that is none, and every unknown key."""
+    keys, before = SCALING_KEYS[rule], len(problems)
+    unknown = [key for key in rope if key not in (*ROPE_KEYS, *keys.values(), *YARN_KEYS[rule])]
+    problems += [f"{where}.{key} is {rope[key]!r}; it is no key of rope_type {rule}" for key in unknown]
+    found: dict[str, Any] = {ours: rope.get(key) for ours, key in keys.items()}
+    if rule != "linear":
+        original, key = values.get("original_max_position_embeddings"), "original_max_position_embeddings"
+        found["original"] = original or rope.get(key) or values.get("max_position_embeddings")
+        if type(found["original"]) is not int or not 1 <= found["original"] <= MAX_SEQ_LEN:
+            problems.append(f"{where}.{key} is {found['original']!r}; it must be a whole number, at least 1")
+    if rule == "yarn" and len(problems) == before:
+        found["factor"] = found["factor"] or values["max_position_embeddings"] / found["original"]
+        found |= {key: found[key] or None for key in ("low", "high")}
+        scales: list[Any] = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
+        if found["attention"] is None and all(map(is_positive, scales)) and is_positive(found["factor"]):
+            one, other = (yarn_attention(found["factor"], scale) for scale in scales)
+            found["attention"] = one / other
+    optional = ("low", "high", "attention") if rule == "yarn" else ()
+    problems += [
+        f"{where}.{key} is {rope.get(key)!r}; it must be a positive number"
+        for ours, key in keys.items()
+        if not is_positive(found[ours]) and not (ours in optional and found[ours] is None)
+    ]
+    truncate = rope.get("truncate", True)
+    if type(truncate) is not bool:
+        problems.append(f"{where}.truncate is {truncate!r}; it must be true or false")
+    if len(problems) > before:
+        return None
+    whole = {key: value if key == "original" or value is None else float(value) for key, value in found.items()}
+    return from_dict(RopeScalingConfig, {"rule": rule, "truncate": truncate} | whole)
 
 
 def _latent_layout(values: dict[str, Any], problems: list[str]) -> tuple[ArchConfig, int]:
@@ -523,7 +596,9 @@ def _layer_types(values: dict[str, Any], turned: list[bool], problems: list[str]
     return [uniform] * depth
 
 
-def _grouped_layout(values: dict[str, Any], thetas: dict[str, float], problems: list[str]) -> tuple[ArchConfig, int]:
+def _grouped_layout(
+    values: dict[str, Any], rotations: dict[str, Rotation], problems: list[str]
+) -> tuple[ArchConfig, int]:
     """Return the layout and head width of a config of grouped heads; appends as `_latent_layout` does."""
     heads, depth, window = values["num_attention_heads"], values["num_hidden_layers"], values["sliding_window"]
     model_type, names = values["model_type"], KINDS
@@ -544,10 +619,15 @@ def _grouped_layout(values: dict[str, Any], thetas: dict[str, float], problems: 
     windows = {"full_attention": None, "sliding_attention": window}
     layers = list(zip(types, turned, strict=False))
     labels = {(kind, turns): names[kind] + ("" if turns else "_nope") for kind in names for turns in (True, False)}
-    bases = {kind: None if theta == thetas["full_attention"] else theta for kind, theta in thetas.items()}
+    theta = rotations["full_attention"].theta
+    bases = {kind: None if own.theta == theta else own.theta for kind, own in rotations.items()}
     stores = {
         labels[kind, turns]: StoreConfig(
-            kv_heads=kv_heads, window=windows[kind], rope=None if turns else "none", rope_theta=bases[kind]
+            kv_heads=kv_heads,
+            window=windows[kind],
+            rope=None if turns else "none",
+            rope_theta=bases[kind] if turns else None,
+            rope_scaling=rotations[kind].scaling if turns else None,
         )
         for kind, turns in labels
         if (kind, turns) in layers

@@ -3,12 +3,15 @@
 Shapes: B batch, T tokens, D model, P rotary width; `*` any number of axes.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import SizeConfig, style_of
 from .precision import at_least_fp32
+from .rope_scaling import RopeScaling
 from .store_spec import gate_width, norm_width
 
 # Cosines and sines, or a matrix that rotates.
@@ -88,14 +91,35 @@ def gate_output(gate: nn.Linear | None, x_BTD: Tensor, out_BTNH: Tensor) -> Tens
     return out_BTNH * factors.view(*out_BTNH.shape[:-1], -1)
 
 
-def rope_table(positions: Tensor, dim: int, theta: float) -> Rope:
+def rope_table(positions: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
     """Cosines and sines, fp32, of shape positions.shape + (dim / 2,).
 
     To the bit those of Hugging Face: a frequency one rounding apart turns by another 1e-4 at position 1000.
     """
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angle = positions.float().unsqueeze(-1) * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    period = theta**exponent
+    frequency = 1.0 / period if scaling is None else slowed(period, theta, scaling)
+    angle = positions.float().unsqueeze(-1) * frequency
+    if scaling is None or scaling.attention == 1.0:
+        return angle.cos(), angle.sin()
+    return angle.cos() * scaling.attention, angle.sin() * scaling.attention
+
+
+def slowed(period_P: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """The frequencies, 1 / `period`, as `scaling` slows them down, in the operations of Hugging Face."""
+    frequency_P, factor, half = 1.0 / period_P, scaling.factor, len(period_P)
+    if scaling.rule == "linear":
+        return frequency_P / factor
+    if scaling.rule == "yarn":
+        first, last = scaling.ramp(2 * half, theta)
+        index_P = torch.arange(half, dtype=torch.float32, device=frequency_P.device)
+        kept_P = 1 - ((index_P - first) / (last - first)).clamp(0, 1)
+        return 1.0 / (factor * period_P) * (1 - kept_P) + frequency_P * kept_P
+    length_P = 2 * math.pi / frequency_P
+    share_P = (scaling.original / length_P - scaling.low) / (scaling.high - scaling.low)
+    between_P = (1 - share_P) * frequency_P / factor + share_P * frequency_P
+    slow_P = torch.where(length_P > scaling.original / scaling.low, frequency_P / factor, between_P)
+    return torch.where(length_P < scaling.original / scaling.high, frequency_P, slow_P)
 
 
 def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:

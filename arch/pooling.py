@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .layers import Rope, rope_table
 from .masks import Dense, Seen, Sequences, dense, segment_starts, visible
+from .store_spec import RopeKey
 from .strided_spec import StridedSpec
 
 
@@ -76,7 +77,7 @@ class StepChunk(NamedTuple):
     mask: Any
 
 
-def chunks_alone(store_window: int | None, stride: int, rope_key: tuple[int, float], sequences: Sequences) -> Chunks:
+def chunks_alone(store_window: int | None, stride: int, rope_key: RopeKey, sequences: Sequences) -> Chunks:
     """Chunks of tokens that attend to themselves, without a cache. Readers see the tokens, then T // M entries."""
     batch, length, segment_ids_BT, device = sequences
     index_T = torch.arange(length, device=device)

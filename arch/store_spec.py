@@ -11,7 +11,11 @@ from fractions import Fraction
 from typing import Any, ClassVar, NamedTuple
 
 from .config import MAX_WIDTH, SizeConfig, StoreConfig, has_qkv_bias, style_of
+from .rope_scaling import RopeScaling
 from .spans import Chunk, Span, visible_pairs
+
+# Arguments of rope_table after the positions.
+RopeKey = tuple[int, float] | tuple[int, float, RopeScaling]
 
 
 class LayoutError(ValueError):
@@ -96,6 +100,7 @@ class StoreSpec:
                 last positions unmerged beside them
     query_scale factors of its readers' queries; None: they have none
     chunked     `window` is the size of chunks
+    rope_scaling  how frequencies of the rotation are slowed down; None: they are not
 
     kind        name of the kind
     key         the key of StoreConfig that asks for it
@@ -121,6 +126,7 @@ class StoreSpec:
     rule: str | None = None
     query_scale: QueryScale | None = None
     chunked: bool = False
+    rope_scaling: RopeScaling | None = None
 
     kind: ClassVar[str]
     key: ClassVar[str]
@@ -131,7 +137,7 @@ class StoreSpec:
     unshared: ClassVar[str] = ""
     takes: ClassVar[tuple[str, ...]] = ()
     stray: ClassVar[str] = ""
-    newer: ClassVar[tuple[str, ...]] = ("query_scale", "chunked")
+    newer: ClassVar[tuple[str, ...]] = ("query_scale", "chunked", "rope_scaling")
 
     @classmethod
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
@@ -157,9 +163,10 @@ class StoreSpec:
         return self.slot.k_dim
 
     @property
-    def rope_key(self) -> tuple[int, float]:
-        """(width, base) of the rotary table of its keys."""
-        return self.slot_rotary_dim if self.rotary_dim is None else self.rotary_dim, self.rope_theta
+    def rope_key(self) -> RopeKey:
+        """(width, base) of the rotary table of its keys, and how its frequencies are slowed down."""
+        width = self.slot_rotary_dim if self.rotary_dim is None else self.rotary_dim
+        return (width, self.rope_theta) if self.rope_scaling is None else (width, self.rope_theta, self.rope_scaling)
 
     @property
     def span(self) -> Span:

@@ -13,6 +13,7 @@ from .config import MAX_COUNT, MAX_WIDTH, SizeConfig, StoreConfig, style_of
 from .delta_spec import MatrixSpec
 from .grouped_spec import GroupedSpec
 from .latent_spec import LatentSpec
+from .rope_scaling import RopeScaling, resolve_rope_scaling
 from .store_spec import QueryScale, SlotShape, StoreSpec, resolve_share
 from .strided_spec import StridedSpec
 from .tied_spec import TiedSpec
@@ -73,6 +74,7 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
         rotary_dim=rotary_dim,
         query_scale=resolve_query_scale(where, store, kind, size, problems),
         chunked=chunk is not None,
+        rope_scaling=resolve_scaling(where, store, kind, rotary_dim, problems),
         **kind.resolve_more(where, store, slot, size, problems),
     )
 
@@ -81,9 +83,27 @@ def store_from_dict(values: dict[str, Any]) -> StoreSpec:
     """The store that `to_dict` of a spec describes. Raises KeyError or TypeError where `values` are not such."""
     fields = {"num_slots" if key == "slots" else key: value for key, value in values.items()}
     fields["slot"] = SlotShape(**values["slot"])
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     if fields.get("query_scale"):
         fields["query_scale"] = QueryScale(**fields["query_scale"])
     return next(kind for kind in KINDS if kind.describes(fields)).from_fields(fields)
+
+
+def resolve_scaling(
+    where: str, store: StoreConfig, kind: type[StoreSpec], rotary_dim: int | None, problems: list[str]
+) -> RopeScaling | None:
+    """How frequencies are slowed down. Adds to `problems` where that cannot be."""
+    if store.rope_scaling is None:
+        return None
+    if kind not in (GroupedSpec, TiedSpec) or store.tied not in (None, "projection"):
+        what = f"tied is {store.tied}" if store.tied else f"the store {kind.summary}"
+        problems.append(
+            f"{where}.rope_scaling is of keys that are rotated per head, and values that are not; {what}: leave it out"
+        )
+    elif rotary_dim == 0:
+        problems.append(f"{where}.rope_scaling: rope is none, and nothing turns; leave one of them out")
+    return resolve_rope_scaling(f"{where}.rope_scaling", store.rope_scaling, problems)
 
 
 def resolve_query_scale(

@@ -31,7 +31,7 @@ from .pooling import CachedChunks, Chunks, StepChunk, chunks_after, chunks_alone
 from .positions import TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
 from .spans import Span
-from .store_spec import StoreSpec
+from .store_spec import RopeKey, StoreSpec
 from .strided_spec import StridedSpec
 from .tied import VectorKV, VectorReader, VectorWriter
 
@@ -250,7 +250,7 @@ class StridedBackend(BoundedBackend):
 
     kernel: str = "sdpa"
     stride: int = 1
-    rope_key: tuple[int, float] = (0, 0.0)
+    rope_key: RopeKey = (0, 0.0)
 
     def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their chunks and the mask of tokens and entries."""

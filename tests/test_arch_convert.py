@@ -20,14 +20,29 @@ from arch import (
     ModelConfig,
     StoreConfig,
     convert_stock,
+    from_dict,
     generate,
+    plan_from_dict,
     resolve,
 )
+from arch.config import RopeScalingConfig, to_dict
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_stock import GEMMA3, OLMO, from_hf_config, to_hf_config
 from arch.layers import rope_table
 
 LENGTH = 20  # more than three windows
+
+
+def scaled(*names: str, **scaling: Any) -> ArchConfig:
+    """A layout of one store, or of sliding and full layers, with the rotation of the stores `names` scaled."""
+    if not names:
+        return ArchConfig({"kv": StoreConfig("1/4", rope_scaling=RopeScalingConfig(**scaling))}, ["new kv"])
+    stores = {"local": StoreConfig("1/4", window=4), "global": StoreConfig("1/4")}
+    for name in names:
+        stores[name].rope_scaling = RopeScalingConfig(**scaling)
+    return ArchConfig(stores, ["new local", "new global"])
+
+
 STOCK = {
     "mha": "LlamaForCausalLM",
     "gqa2": "LlamaForCausalLM",
@@ -127,6 +142,12 @@ def exported(layout: ArchConfig | str, **changes: object) -> tuple[Decoder, dict
         ("gqa2", GEMMA3),
         ("gemma3", GEMMA3 | {"num_layers": 7, "head_dim": 6}),
         (TWO_BASES, GEMMA3 | {"num_layers": 4, "tie_embeddings": False}),
+        (scaled(rule="linear", factor=2.0), {}),
+        (scaled(rule="llama3", factor=8.0, original=32, low=0.5, high=2.5), {"tie_embeddings": False}),
+        (scaled(rule="yarn", factor=4.0, original=16, truncate=False), {"qk_norm": "head"}),
+        (scaled("local", "global", rule="yarn", factor=4.0, original=16), {"num_layers": 4}),
+        (scaled("global", rule="linear", factor=8.0), GEMMA3 | {"num_layers": 4}),
+        (scaled("global", rule="yarn", factor=4.0, original=16), OLMO | {"head_dim": None, "num_layers": 4}),
     ],
 )
 def test_export_is_the_stock_model(layout: ArchConfig | str, changes: dict[str, object], tmp_path: Path) -> None:
@@ -210,10 +231,12 @@ def test_every_other_layout_is_refused(arch: str) -> None:
 
 
 def test_refused_layouts_that_no_file_has() -> None:
+    scaling = RopeScalingConfig(factor=2.0)
     for stores, expected in (
         ({"a": StoreConfig(2, window=3), "b": StoreConfig(2, window=4)}, {"window"}),
         ({"a": StoreConfig(2, window=1), "b": StoreConfig(2)}, {"window"}),
         ({"a": StoreConfig(2), "b": StoreConfig(4)}, {"kv_heads, latent"}),
+        ({"a": StoreConfig(2), "b": StoreConfig(2, window=3, rope_scaling=scaling)}, {"rope_scaling"}),
         ({"a": StoreConfig(2), "b": StoreConfig(latent=LatentConfig(), window=3)}, {"window", "kv_heads, latent"}),
     ):
         config = small(ArchConfig(stores, ["new a", "new b"]))
@@ -256,6 +279,19 @@ BASES = {
     "full_attention": {"rope_type": "default", "rope_theta": 700.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
 }
+# Scaled within the context of WIDTHS: frequencies of heads of 8 fall below, between and above.
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 2.5,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
+YARN = SCALED["yarn"] | {"beta_fast": 3.0, "beta_slow": 0.25, "truncate": False, "attention_factor": 1.25}
 SLIDING = {"num_key_value_heads": 2, "sliding_window": 5, "pad_token_id": None, "rope_parameters": BASES}
 SWITCHED = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 5}
 
@@ -266,6 +302,16 @@ SWITCHED = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_windo
         ("Llama", {}, None),
         ("Llama", {"num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-2}, None),
         ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, None),
+        *[
+            ("Llama", {"head_dim": 8, "rope_parameters": {"rope_theta": 700.0} | rope}, None)
+            for rope in SCALED.values()
+        ],
+        ("Llama", {"head_dim": 16, "rope_parameters": {"rope_theta": 50.0} | YARN}, None),
+        ("Qwen2", {"num_key_value_heads": 2, "rope_scaling": SCALED["yarn"] | {"factor": None}}, None),
+        ("Qwen3", SWITCHED | {"head_dim": 8, "rope_scaling": SCALED["yarn"], "max_window_layers": 1}, [None, 5, 5]),
+        ("SmolLM3", {"no_rope_layers": [0, 1, 0], "rope_scaling": SCALED["linear"], "pad_token_id": None}, None),
+        ("Olmo3", SLIDING | {"layer_types": MIXED, "rope_scaling": SCALED["yarn"]}, 5),
+        ("Gemma3", SLIDING | {"layer_types": MIXED, "head_dim": 6, "rope_scaling": SCALED["linear"]}, 5),
         ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "hidden_size": 36, "head_dim": 8}, None),
         ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}, 5),
         ("Ministral", {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8}, 5),
@@ -360,8 +406,16 @@ DEEPSEEK = LLAMA | {"model_type": "deepseek_v3", **LATENT}
         (LLAMA, {"partial_rotary_factor": 0.5}),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}),
         (LLAMA, {"per_layer_config": {"0": {"num_key_value_heads": 1}}}),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        (LLAMA, {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}}),
+        (LLAMA | {"rope_scaling": SCALED["linear"]}, {"rope_scaling.factor": -1.0}),
+        (LLAMA | {"rope_scaling": SCALED["linear"]}, {"rope_scaling.beta_fast": 1.0}),
+        (LLAMA | {"rope_scaling": SCALED["llama3"]}, {"rope_scaling.low_freq_factor": None}),
+        (LLAMA | {"rope_scaling": SCALED["llama3"]}, {"rope_scaling.original_max_position_embeddings": 0.5}),
+        (LLAMA | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.attention_factor": "big"}),
+        (LLAMA | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.truncate": 1}),
+        (LLAMA | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.llama_4_scaling_beta": 0.1}),
+        (OLMO3 | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.truncate": False}),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
         (LLAMA, {"rope_parameters.partial_rotary_factor": 0.25}),
         (LLAMA, {"sliding_window": 4}),
@@ -408,6 +462,32 @@ def test_refusals_come_together() -> None:
     }
     with pytest.raises(LayoutError, match="kv_heads 3 does not divide"):
         from_hf_config(LLAMA | {"num_key_value_heads": 3})
+
+
+def test_scaled_rotations_over_a_cache_and_in_files() -> None:
+    """Windows and keys that are handed on, too; what is cached is rotated as training rotates it."""
+    stores = {
+        "local": StoreConfig("1/4", window=4, rope_scaling=RopeScalingConfig("yarn", 4.0, 16)),
+        "global": StoreConfig("1/4", tied="projection", rope_scaling=RopeScalingConfig("llama3", 4.0, 16)),
+    }
+    model, batch = build(small(ArchConfig(stores, ["new local", "new global", "reuse local"]))), tokens(2, LENGTH)
+    with torch.no_grad():
+        expected, cache = model(batch), model.allocate_cache(2, LENGTH)
+        logits = torch.cat([model(part, cache) for part in batch.split([7, 1, 5, *[1] * 7], dim=1)], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(model.config)))) == model.config
+    assert plan_from_dict(json.loads(json.dumps(model.plan.to_dict()))) == model.plan
+
+
+@pytest.mark.parametrize("rope", [*SCALED.values(), YARN, SCALED["yarn"] | {"mscale": 1.0, "mscale_all_dim": 0.5}])
+def test_scaled_rotary_tables_are_theirs_to_the_bit(rope: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    options = LLAMA | {"head_dim": 96, "rope_parameters": {"rope_theta": 700.0} | rope}
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**options))
+    positions = torch.tensor([0, 1, 1000, 8191, 100_000])
+    key = resolve(from_hf_config(options)).stores[0].rope_key
+    for table, their_table in zip(rope_table(positions, *key), theirs(torch.zeros(1), positions[None]), strict=True):
+        assert torch.equal(torch.cat((table, table), dim=-1), their_table[0])
 
 
 def test_missing_keys_are_the_stock_defaults() -> None:

@@ -239,7 +239,7 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
     With checkpointing the input of each layer instead, the slots that other layers read, and the boolean masks.
     """
     config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
-    whole = FP32 * size.seq_len * sum(rotary for rotary, _ in {store.rope_key for store in plan.stores})
+    whole = FP32 * size.seq_len * sum(key[0] for key in {store.rope_key for store in plan.stores})
     whole += stack.outputs * last_norm_bytes(size, how)
     if width == FP32 or how.compiled:  # the norm's input is no copy, and a slice of it keeps the whole
         whole += width * size.d_model * max(0, stack.positions - stack.outputs)
