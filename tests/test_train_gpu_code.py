@@ -23,9 +23,7 @@ needs_cuda_build = [
     pytest.mark.timeout(1800),
     pytest.mark.slow,
 ]
-# Bytes of stack per thread of kernels that spill registers; torch's own template of FlexAttention's backward pass takes
-# 568 with the keys of 192 of MLA.
-SPILL, SPILL_OF_TEMPLATES = 512, 640
+SPILL = 512  # bytes of stack per thread that a kernel may have, which spills its registers to there
 
 
 def recorded(name: str) -> dict[str, Any]:
@@ -65,8 +63,7 @@ def check(kernels: dict[str, list[Assembled]]) -> None:
     assert kernels
     for name, tried in kernels.items():
         assert min(made.shared for made in tried) <= SHARED_MEMORY, (name, tried)
-        limit = SPILL_OF_TEMPLATES if name.startswith("triton_tem") else SPILL
-        assert min(made.stack for made in tried) <= limit, (name, tried)
+        assert min(made.stack for made in tried) <= SPILL, (name, tried)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +88,12 @@ class TestCode:
         check(workshop.assemble(lowered for _, _, graphs in step.graphs for lowered in graphs))
         known = recorded("counts.json")
         version = known["versions"]["torch"].partition("+")[0]
-        if documents or arch not in known["layouts"] or version != torch.__version__.partition("+")[0]:
+        command = "python train/benchmarks/gpu_counts.py"
+        assert arch in known["layouts"], f"{arch} was never counted: {command} steps=true archs={arch}"
+        if documents or version != torch.__version__.partition("+")[0]:
             return
         launches = sum(part.launches for part in step.parts.values())
         limit = known["layouts"][arch]["launches"]
-        command = "python train/benchmarks/gpu_counts.py"
         assert launches <= limit, f"{arch}: {launches} launches, recorded {limit}; if that is meant: {command}"
 
     @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in BLOCKS])
