@@ -38,6 +38,7 @@ from arch.masks import BLOCK
 from arch.named import names
 from arch.spans import visible_pairs
 from arch.static_step import StaticStep
+from arch.strided_spec import StridedSpec
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result
@@ -72,6 +73,7 @@ CONTEXT = 4096  # tokens in the cache of a decoded one
 # Rates assumed, per second: FLOPs of matrix products in each type, of attention forward and backward, bytes of memory.
 RATES = {"bfloat16": 700e12, "float32": 50e12, "tf32": 300e12}
 ATTENTION = {"sdpa": (550e12, 430e12), "flex": (380e12, 260e12), "flex_rows": (380e12, 260e12)}
+ATTENTION["dense mask"] = (200e12, 120e12)  # the efficient kernel, which computes every pair
 WIDE = 0.75  # of these rates where keys are wider than 128
 BANDWIDTH = 3.0e12
 PEAK = 989.5e12
@@ -338,8 +340,8 @@ def count_token(config: ModelConfig, workshop: Workshop, compiled: bool = True) 
 def attention_seconds(config: ModelConfig) -> tuple[int, float]:
     """FLOPs of attention to visible pairs, forward and backward, over one sequence; and their time at assumed rates.
 
-    Kernels compute whole blocks of BLOCK x BLOCK pairs. What bounded stores do with slots is not in the time: that is
-    matrix products.
+    Kernels compute whole blocks of BLOCK x BLOCK pairs, with a dense mask every pair. What bounded stores do with slots
+    is not in the time: that is matrix products.
     """
     total, seconds = 0, 0.0
     with torch.device("meta"):
@@ -358,7 +360,12 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
             if backend == "chunks+flex":  # the products with slots are none of the kernel's
                 pairs = visible_pairs(positions, store.window)
                 backend, flops = "flex", rows * store.pair_flops(stack.config.size) * pairs
-            if store.masked or backend == "flex":
+            if isinstance(store, StridedSpec):  # of tokens and entries
+                pairs = positions * (positions + store.num_entries(positions))
+                forward, backward = ATTENTION["dense mask"]
+                computed = float(rows * store.pair_flops(stack.config.size) * pairs)
+                seconds += computed / forward + 2.5 * computed / backward
+            elif store.masked or backend == "flex":
                 forward, backward = ATTENTION[backend]
                 wide = WIDE if store.kernel_heads(stack.config.size).k_dim > 128 else 1.0
                 computed = flops * computed_share(positions, store.window, packed=backend == "flex_rows") / wide
@@ -647,9 +654,10 @@ block. One launch is one fused kernel or one operator: cuDNN's backward pass and
 more. Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over micro-steps.
 
 The roof: products at 700 TFLOP/s in bf16 (50 in fp32), bound by memory where they are narrow; attention at 550 and 430
-TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs; memory at
-3.0 TB/s; AdamW once in {accumulate} micro-steps. All rates are assumed. Steps reach 0.80 to 0.92 of such a roof, so
-that a goal is within reach at up to 0.80 of it. MFU counts visible pairs, as the repository does, over 989.5 TFLOP/s.
+TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs, and 200 and
+120 with a dense mask, which only strided stores have, to every pair; memory at 3.0 TB/s; AdamW once in {accumulate}
+micro-steps. All rates are assumed. Steps reach 0.80 to 0.92 of such a roof, so that a goal is within reach at up to
+0.80 of it. MFU counts visible pairs, as the repository does, over 989.5 TFLOP/s.
 
 {rows}
 
