@@ -18,7 +18,7 @@ import arch
 from arch import attend, attention, convert_formats, stores
 from eval import footprint, pareto
 from eval.tasks import TASKS
-from train import memory
+from train import activations
 from train.hub import request, targets
 
 PAGES = ("library", "extending", "recipes")
@@ -86,7 +86,7 @@ REGISTRIES = (
     attend.BACKENDS,
     attention.STORE_MODULES,
     convert_formats.FORMATS,
-    memory.ACTIVATIONS,
+    activations.ACTIVATIONS,
     pareto.METRICS,
     TASKS,
     targets.TARGETS,

@@ -18,6 +18,7 @@ from data.cli import UsageError
 from data.config import DataConfig
 from data.shards import Manifest
 from train import capacity, device, lightning_trainer, memory, pretrain
+from train.activations import Execution
 from train.capacity import choose_micro_batch, execution, needed_bytes
 from train.datamodule import TokenDataModule
 from train.lit_module import LitModel
@@ -199,7 +200,7 @@ def test_documents_are_counted() -> None:
         tensors += [tensor for tensor in mask.as_tuple() if isinstance(tensor, torch.Tensor)]
         tensors += [cell.cell_contents for cell in mask.mask_mod.__closure__ if torch.is_tensor(cell.cell_contents)]
     held = sum(tensor.nbytes for tensor in tensors)
-    counted = memory.segment_bytes(stack, memory.Execution(documents=True), 3)
+    counted = memory.segment_bytes(stack, Execution(documents=True), 3)
     assert 0.5 * counted < held
     config = run_of("cla2", "1b")
     config.data.document_mask = True

@@ -26,11 +26,11 @@ from arch.named import load_arch, load_size
 from eval.cli import Choices
 from eval.hardware import find_gpu
 from train import estimate as script
+from train.activations import Execution
 from train.estimate import EstimateConfig, make_estimate
 from train.lit_module import local
 from train.loss import cross_entropy_sum
 from train.memory import (
-    Execution,
     activation_bytes,
     cast_bytes,
     loss_bytes,

@@ -15,8 +15,8 @@ from arch.spans import visible_pairs
 from arch.store_spec import StoreSpec
 from arch.strided_spec import StridedSpec
 from eval.hardware import GIGA, Gpu
+from train.activations import Execution
 from train.memory import (
-    Execution,
     StackShape,
     between_params,
     cross_bytes,

@@ -42,6 +42,7 @@ from arch.strided_spec import StridedSpec
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result
+from train.activations import Execution
 from train.benchmarks.gpu_case import FAMILIES, Options, model_config
 from train.benchmarks.gpu_code import (
     DEVICE,
@@ -61,7 +62,7 @@ from train.benchmarks.gpu_code import (
     product,
 )
 from train.loss import cross_entropy_sum
-from train.memory import Execution, step_memory
+from train.memory import step_memory
 from train.parallel import parallelize
 
 OUT = ROOT / "docs" / "results" / "gpu-counts"
