@@ -232,7 +232,7 @@ class StridedActivations(MaskedActivations):
 
 
 class BoundedActivations:
-    """Activations saved by arch/bounded.py in the chunk form."""
+    """Activations saved by arch/bounded.py and bounded_chunks.py in the chunk form."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Keys and values, of what has left a window with those before it; strengths, what chunks write and the state
@@ -309,7 +309,7 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivation
 }
 
 
-# --- bounded stores, in the chunk form of arch/bounded.py
+# --- bounded stores, in the chunk form of arch/bounded_chunks.py
 #
 # Elements and bytes are per token: A address, C tokens of a chunk, N query heads, K key/value heads, H head, M slots,
 # W window.
