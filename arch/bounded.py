@@ -122,7 +122,7 @@ class Router(nn.Module):
         with no_autocast(a_BTA):
             a_BTA = a_BTA.to(dtype)
             unit_BTA, keys_MA = (F.normalize(x, dim=-1) for x in (a_BTA, self.slot_keys.weight.to(dtype)))
-            score_BTM = F.linear(unit_BTA, keys_MA) * SHARPNESS * math.sqrt(a_BTA.shape[-1])
+            score_BTM = F.linear(unit_BTA, keys_MA) * (SHARPNESS * math.sqrt(a_BTA.shape[-1]))
             gate_BTM = (a_BTA * self.gate.to(dtype)).sum(-1, keepdim=True) + self.gate_bias.to(dtype)
             p_BTM = self.strengths(score_BTM, gate_BTM, position_BT)
             return p_BTM if all_write else p_BTM * (position_BT >= 0).unsqueeze(-1)

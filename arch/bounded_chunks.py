@@ -247,6 +247,49 @@ def backward_of_chunks(
     return of_sink[0] if of_sink else None, start, (of_q, *of_writes)
 
 
+class FadedSoftmax(torch.autograd.Function):
+    """[Z, B, N, C, M] softmax(score faded + bias) faded, where sinks may take a share, and [Z, B, N, C] the logarithm
+    of the sum that weights were divided by, where it is known.
+
+    The gradient of a score, by hand, takes half of the passes over them that autograd would: with t = weight (d loss /
+    d weight), it is t - weight sum(t).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, unfaded: Tensor, faded: Tensor, bias: Tensor | None, sinks_N: Tensor | None, more: bool
+    ) -> tuple[Tensor, Tensor]:
+        score = unfaded * faded if bias is None else torch.addcmul(bias, unfaded, faded)
+        weight, total = score.softmax(dim=-1), score.new_zeros(score.shape[:1])
+        if more or sinks_N is not None:
+            total = score.amax(dim=-1) - weight.amax(dim=-1).log()  # one exponential less than logsumexp
+        del score
+        if sinks_N is not None:
+            of_slots, total = total, torch.logaddexp(total, sinks_N.unsqueeze(-1))
+            weight.mul_((of_slots - total).exp().unsqueeze(-1))
+        ctx.more = more
+        ctx.save_for_backward(unfaded, faded, sinks_N, weight, total)
+        return weight * faded, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_faded_weight: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
+        unfaded, faded, sinks_N, weight, total = ctx.saved_tensors
+        weighted = (of_faded_weight * weight).mul_(faded)
+        less = weighted.sum(dim=-1)
+        if ctx.more:
+            less -= of_total
+        of_faded = weighted.sum(dim=2, keepdim=True) / faded
+        # Not in place, which a compiler would round otherwise.
+        of_score = torch.addcmul(weighted, weight, less.unsqueeze(-1), value=-1)
+        del weighted
+        of_faded += (of_score * unfaded).sum(dim=2, keepdim=True)
+        of_sinks = None
+        if sinks_N is not None:
+            of_sinks = -((sinks_N.unsqueeze(-1) - total).exp() * less).sum(dim=(0, 1, 3))
+        return of_score.mul_(faded), of_faded, None, of_sinks, None
+
+
 def read_chunks(
     sight: Sight,
     q_ZBKRH: Tensor,
@@ -281,15 +324,7 @@ def read_chunks(
     pair = times(product(q, k.mT, tf32).view(*heads, size, size), seen)
     score = product(of_begun(q), state_k.mT, tf32).view(share.shape[0], -1, num_slots)
     score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
-    score = times(score, faded) if bias is None else torch.addcmul(bias, score, faded)
-    if more or sinks_N is not None:
-        total = score.logsumexp(dim=-1)
-        if sinks_N is not None:
-            total = torch.logaddexp(total, sinks_N.unsqueeze(-1))
-        weight = (score - total.unsqueeze(-1)).exp()
-    else:
-        total, weight = score.new_zeros(heads[:1]), score.softmax(dim=-1)
-    weight = times(weight, faded)
+    weight, total = FadedSoftmax.apply(score, faded, bias, sinks_N, more)  # type: ignore[no-untyped-call]
     pair = product(weight.view(share.shape[0], -1, num_slots), share.mT, tf32).view(*heads, size, size)
     new = product(times(pair, seen).view(-1, rows, size), v, tf32)
     weight = weight.view(-1, rows, num_slots)

@@ -15,7 +15,7 @@ from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
 from arch.attend_kernels import run_flex
 from arch.attention import choose_backends
 from arch.bounded import RingRouter
-from arch.bounded_chunks import UNSEEN, read_slots
+from arch.bounded_chunks import UNSEEN, FadedSoftmax, read_slots
 from arch.bounded_scan import scan, tf32_bmm
 from arch.bounded_spec import RULES
 from arch.bounded_window import merge, read_window, run_near
@@ -263,6 +263,23 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
         return block.reader(x, slots, rope, TokenPositions(place, None))
 
     assert torch.autograd.gradcheck(layer, numbers(1, 35, 32).requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_gradients_of_faded_weights(hidden: bool, sinks: bool, more: bool) -> None:
+    """They are written by hand: those of differences."""
+    scores, faded = numbers(2, 1, 2, 3, 4), numbers(2, 1, 1, 3, 4, seed=1).exp()
+    bias = torch.zeros(2, 1, 1, 3, 4, dtype=scores.dtype)
+    bias[..., :1] = UNSEEN
+    given = scores.requires_grad_(), faded.requires_grad_(), numbers(2, seed=2).requires_grad_()
+
+    def weights(scores: torch.Tensor, faded: torch.Tensor, sinks_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, total = FadedSoftmax.apply(scores, faded, bias if hidden else None, sinks_N if sinks else None, more)
+        return (out, total) if more else (out,)
+
+    assert torch.autograd.gradcheck(weights, given)
 
 
 def test_scan_is_a_proper_operator() -> None:
