@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 class LayerInputs(NamedTuple):
-    """What layers get of positions: masks, or token positions, by view, rotary tables by the key of a store, and tables
+    """Positions as layers get them: masks, or token positions, by view, rotary tables by the key of a store, and tables
     of queries by its rule."""
 
     masks: Sequence[Mask | TokenPositions | None]
@@ -114,7 +114,7 @@ class LayerInputs(NamedTuple):
     query_tables: dict[QueryScale | None, Tensor | None]
 
     def of_last(self, length: int) -> "LayerInputs":
-        """Of the last of `length` positions; a mask is None where there is none of a single query."""
+        """Those of the last of `length` positions; a mask is None where there is none of a single query."""
         return LayerInputs(
             [mask.last_query(length) if isinstance(mask, Mask) else None for mask in self.masks],
             {key: last_position(rope) for key, rope in self.ropes.items()},

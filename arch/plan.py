@@ -150,7 +150,7 @@ class KVPlan:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """As `windows`, chunks told from windows."""
+        """Distinct windows and chunks of what is read by a mask, in order of first use."""
         return tuple(dict.fromkeys(view.span for view in self.views if view.masked))
 
     def store(self, layer: int) -> StoreSpec:

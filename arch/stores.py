@@ -93,7 +93,7 @@ def store_from_dict(values: dict[str, Any]) -> StoreSpec:
 def resolve_scaling(
     where: str, store: StoreConfig, kind: type[StoreSpec], rotary_dim: int | None, problems: list[str]
 ) -> RopeScaling | None:
-    """How frequencies are slowed down. Adds to `problems` where that cannot be."""
+    """The slowing of frequencies. Adds to `problems` where that cannot be."""
     if store.rope_scaling is None:
         return None
     if kind not in (GroupedSpec, TiedSpec) or store.tied not in (None, "projection"):
