@@ -1,14 +1,16 @@
 """The remote-code decoder of train/hf, for layouts that no stock class holds: its config.json and weights.
 
 It shares keys and values between layers as the plan does, also values without their keys, with windows, heads, rotary
-bases and widths per store, attention sinks, norms before keys and values, and keys and values of one projection. Its
-weights have Llama's names: they are those of convert_stock.py.
+bases and widths per store, attention sinks, norms before keys and values, and keys and values of one projection;
+scaled rotations, and norms, embeddings and MLP as OLMo 2 or Gemma 3 have them. Its weights have the names of
+convert_stock.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from .config import ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict
+from .config import STYLES, ArchConfig, ModelConfig, SizeConfig, StoreConfig, from_dict, style_of
 from .convert import (
     MAX_SEQ_LEN,
     NO_SPECIAL_TOKENS,
@@ -18,7 +20,7 @@ from .convert import (
     size_problems,
     style_problems,
 )
-from .convert_stock import TIED, own_windows_text, second_reads_text, weights
+from .convert_stock import TIED, own_windows_text, read_scaling, rope_parameters, second_reads_text, weights
 from .plan import KVPlan, resolve_stack
 from .store_spec import StoreSpec
 from .tied_spec import TiedSpec
@@ -37,6 +39,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": f"modeling_kvfrontier.{ARCHITECTURE}",
     "AutoModelForSequenceClassification": "modeling_kvfrontier.KVFrontierForSequenceClassification",
 }
+ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+STYLE_DEFAULTS = {"qk_norm": None, "norm_placement": "before", "hidden_act": "silu", "scale_embeddings": False}
 # Keys that do not describe what the model computes.
 IGNORED_KEYS = ("architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -60,6 +64,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     turned = _per_layer(plan, lambda store: store.rope_key[0])
     sinks = _per_layer(plan, lambda store: store.sinks)
     tied = _per_layer(plan, _tied_form)
+    scaling = _per_layer(plan, lambda store: _scaling(store, config.size))
     norms = [plan.store(i).kv_norm and owner == i for i, owner in enumerate(plan.owners)]
     distinct_windows = {window for window in windows if window is not None}
     return {
@@ -81,8 +86,29 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_sinks": sinks if any(sinks) else None,
         "layer_kv_norms": norms if any(norms) else None,
         **({"layer_tied": tied} if any(tied) else {}),
+        **({"layer_rope_scaling": scaling} if any(scaling) else {}),
+        **_style_keys(config.size),
         **NO_SPECIAL_TOKENS,
     }
+
+
+def _style_keys(size: SizeConfig) -> dict[str, Any]:
+    """Return the keys of what all layers have otherwise than Llama's."""
+    style = style_of(size)
+    keys = {
+        "qk_norm": None if style.qk_norm == "none" else style.qk_norm,
+        "norm_placement": style.norm_placement,
+        "hidden_act": ACTIVATIONS[style.mlp],
+        "scale_embeddings": style.scale_embeddings,
+    }
+    return {key: value for key, value in keys.items() if value != STYLE_DEFAULTS[key]}
+
+
+def _scaling(store: StoreSpec, size: SizeConfig) -> dict[str, Any] | None:
+    """Return how the rotation of `store` is slowed down; None: it is not."""
+    keys = rope_parameters(store, size)
+    del keys["rope_theta"]
+    return keys if store.rope_scaling else None
 
 
 def _value_owners(plan: KVPlan) -> list[int]:
@@ -110,7 +136,10 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
     def names(stores: Iterable[StoreSpec]) -> str:
         return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
 
-    problems = style_problems(size)
+    style = style_of(size)
+    mlp = style.mlp if style.mlp not in ACTIVATIONS else "swiglu"
+    plain = replace(style, qk_norm="none", norm_placement="before", scale_embeddings=False, mlp=mlp)
+    problems = [] if plain == STYLES["llama"] else style_problems(size)
     heads = [store for store in plan.stores if store.kind == "grouped" or _tied_form(store) in TIED_FORMS]
     for kind in dict.fromkeys(type(store) for store in plan.stores if store not in heads):
         stores = names(store for store in plan.stores if type(store) is kind)
@@ -121,8 +150,6 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
         problems.append(f"chunk: {names(chunked)} keeps chunks; the remote decoder has windows")
     if scaled := [store for store in plan.stores if store.query_scale]:
         problems.append(f"query_scale: {names(scaled)} scales queries by their position; the remote decoder does not")
-    if slowed := [store for store in plan.stores if store.rope_scaling]:
-        problems.append(f"rope_scaling: {names(slowed)} scales its rotation; the remote decoder does not")
     if plan.reader_windows:
         problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
     if any(second and second.how == "mix" for second in plan.second_reads):
@@ -155,6 +182,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         "layer_sinks": [False] * depth,
         "layer_kv_norms": [False] * depth,
         "layer_tied": [None] * depth,
+        "layer_rope_scaling": [None] * depth,
     }
     lists = {key: hf.get(key) or value for key, value in lists.items()}
     if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
@@ -178,10 +206,24 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
             rope=turned if 0 < turned < hf["head_dim"] else None if turned else "none",
             rope_theta=base if turned else None,
             tied=form,
+            rope_scaling=scaling and read_scaling("layer_rope_scaling", scaling, hf, problems),
         )
-        for span, heads, base, turned, sink, norm, form in zip(*lists.values(), strict=True)
+        for span, heads, base, turned, sink, norm, form, scaling in zip(*lists.values(), strict=True)
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
+    style = STYLE_DEFAULTS | {key: hf[key] for key in STYLE_DEFAULTS if key in hf}
+    mlps = {activation: mlp for mlp, activation in ACTIVATIONS.items()}
+    for key, kinds in (("qk_norm", (str, type(None))), ("norm_placement", (str,)), ("scale_embeddings", (bool,))):
+        if type(style[key]) not in kinds:
+            problems.append(f"{key} is {style[key]!r}; that cannot be")
+    if str(style["hidden_act"]) not in mlps:
+        problems.append(f"hidden_act is {style['hidden_act']!r}; it must be {' or '.join(mlps)}")
+    if problems:
+        raise UnsupportedModelError(problems)
+    own = {"qk_norm": style["qk_norm"], "mlp": mlps[style["hidden_act"]]}
+    own |= {key: style[key] for key in ("norm_placement", "scale_embeddings")}
+    llama = vars(STYLES["llama"])
+    sizes |= {key: value for key, value in own.items() if value not in (None, llama[key])}
     size = from_dict(SizeConfig, sizes)
     for merge_equal in (True, False) if value_sources == sources else (False,):
         config = ModelConfig(_layout(stores, sources, value_sources, merge_equal), size)
@@ -207,6 +249,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
         "layer_sinks": (bool,),
         "layer_kv_norms": (bool,),
         "layer_tied": (str, type(None)),
+        "layer_rope_scaling": (dict, type(None)),
     }
     problems, depth = [], hf.get("num_hidden_layers")
     for key, kinds in entries.items():

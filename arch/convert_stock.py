@@ -516,6 +516,17 @@ def _rotation(where: str, rope: Any, key: str, values: Mapping[str, Any], proble
     return Rotation(theta, None if rule == "default" else _scaling(where, rule, rope, values, problems))
 
 
+def read_scaling(
+    where: str, rope: dict[str, Any], values: Mapping[str, Any], problems: list[str]
+) -> RopeScalingConfig | None:
+    """Return the scaling in `rope`, as `rope_parameters` has it; appends whatever is wrong with it to `problems`."""
+    rule = rope.get("rope_type")
+    if rule not in SCALING_KEYS:
+        problems.append(f"{where} is {rope!r}; its rope_type must be one of {', '.join(SCALING_KEYS)}")
+        return None
+    return _scaling(where, rule, rope, values, problems)
+
+
 def _scaling(
     where: str, rule: str, rope: dict[str, Any], values: Mapping[str, Any], problems: list[str]
 ) -> RopeScalingConfig | None:

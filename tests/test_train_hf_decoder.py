@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from arch import ArchConfig, Decoder, LatentConfig, ModelConfig, StoreConfig, generate, resolve
 from arch import build as build_model
+from arch.config import RopeScalingConfig
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_remote import FILES, from_hf_config, to_hf_config
+from arch.convert_stock import GEMMA3, OLMO
 from arch.footprint import kv_bytes
 from arch.named import load_arch
 from train import checkpoint
@@ -63,7 +65,24 @@ TIED = ArchConfig(
     },
     ["new near", "reuse near", "new both", "reuse near", "new plain", "reuse both"],
 )
-OWN = {"mixed": MIXED, "tied": TIED}
+# The styles of Gemma 3 and OLMo 2 with sharing, sinks and rotations scaled by each rule.
+GEMMA = ArchConfig(
+    {
+        "near": StoreConfig(2, window=4, rope_theta=50.0, sinks=True),
+        "far": StoreConfig(2, rope_scaling=RopeScalingConfig("linear", 8.0)),
+        "both": StoreConfig(4, tied="projection", rope_scaling=RopeScalingConfig("llama3", 4.0, 16)),
+    },
+    ["new near", "new far", "reuse near", "new both", "reuse both"],
+)
+OLMO2 = ArchConfig(
+    {
+        "far": StoreConfig(2, rope_scaling=RopeScalingConfig("yarn", 4.0, 16), kv_norm=True),
+        "both": StoreConfig(4, tied="projection", window=5),
+    },
+    ["new far", "reuse far", "new both", "reuse both"],
+)
+OWN = {"mixed": MIXED, "tied": TIED, "gemma-style": GEMMA, "olmo-style": OLMO2}
+STYLES = {"gemma-style": GEMMA3, "olmo-style": OLMO}
 WHOLE = {"window": None, "num_layers": 8}
 LAYOUTS = [name for name in DECODERS if name not in REFUSED] + list(OWN)
 LENGTH = 10  # of the prompt; more than any window
@@ -79,7 +98,7 @@ def depth(name: str) -> dict[str, int]:
 def pair(name: str, **changes: Any) -> tuple[Decoder, Any]:
     """Ours and theirs with the same weights, in fp64, no two norms or sinks alike."""
     config = (
-        small(OWN[name], **(WHOLE | {"num_layers": len(OWN[name].pattern)} | changes))
+        small(OWN[name], **(WHOLE | {"num_layers": len(OWN[name].pattern)} | STYLES.get(name, {}) | changes))
         if name in OWN
         else small(name, **(depth(name) | changes))
     )
@@ -380,6 +399,10 @@ def test_readers_have_no_cache_and_kv_sharing_modes_say_so() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "it must be of rope_type default"),
         ({"layer_kv_norms": [True] * 8}, "layer 3 reads layer 0 and projects nothing"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"qk_norm": "heads"}, "qk_norm is 'heads'; it must be one of None, head, all"),
+        ({"norm_placement": "post"}, "norm_placement is 'post'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"layer_rope_scaling": [{"rope_type": "linear"}] + [None] * 7}, "it is linear, llama3 or yarn, in whole"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict[str, Any], message: str) -> None:
@@ -420,6 +443,12 @@ def test_block_transformers_and_two_reasons_are_refused() -> None:
         ({"layer_sinks": [True] + [False] * 7}, "layer_sinks is "),  # ours have them in all readers of a store
         ({"layer_types": ["full_attention"] * 8}, "layer_types is "),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, "rope_parameters is "),
+        ({"layer_rope_scaling": [{"rope_type": "dynamic"}] + [None] * 7}, "layer_rope_scaling is "),
+        ({"layer_rope_scaling": [{"rope_type": "linear"}] + [None] * 7}, "layer_rope_scaling.factor is None"),
+        ({"qk_norm": 3}, "qk_norm is 3"),
+        ({"norm_placement": None}, "norm_placement is None"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"scale_embeddings": 1}, "scale_embeddings is 1"),
     ],
 )
 def test_configs_that_ours_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:

@@ -8,6 +8,19 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 TIED_FORMS = (None, "vector", "projection")
+# Numbers of each rule by which rotations are scaled.
+SCALING_KEYS = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "beta_slow", "beta_fast", "attention_factor", "original_max_position_embeddings", "truncate"},
+}
+# Values of the keys that say what all layers do.
+STYLE_VALUES = {
+    "qk_norm": (None, "head", "all"),
+    "norm_placement": ("before", "after", "both"),
+    "hidden_act": ("silu", "gelu_pytorch_tanh"),
+    "scale_embeddings": (False, True),
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -26,6 +39,12 @@ class KVFrontierConfig(PreTrainedConfig):
     layer_rotary_dims      leading elements of each head that are rotated, 0 for none, where not all of `head_dim` are
     layer_sinks            whether it has a learned attention-sink logit for each query head
     layer_kv_norms         whether it computes its keys and values from a norm of their own
+    layer_rope_scaling     how frequencies of its rotation are slowed down, as rope_parameters of transformers say it
+                           (linear, llama3 or yarn, with every number); None: they are not
+    qk_norm                norm of queries and keys before they are rotated: head, of each head; all, of all together
+    norm_placement         norms of attention and MLP: before, of their inputs; after, of their outputs; or both
+    hidden_act             of the gated MLP: silu or gelu_pytorch_tanh
+    scale_embeddings       embeddings are multiplied by the square root of their width
     layer_tied             vector: its keys are the values, too, and its outputs are rotated back by the position of
                            the query; projection: keys and values are of one projection, and keys rotated
     vllm_cache             how vLLM keeps what layers share, which must be said there: `joined`, as its plugin says, or
@@ -62,6 +81,11 @@ class KVFrontierConfig(PreTrainedConfig):
         layer_sinks: list[bool] | None = None,
         layer_kv_norms: list[bool] | None = None,
         layer_tied: list[str | None] | None = None,
+        layer_rope_scaling: list[dict[str, Any] | None] | None = None,
+        qk_norm: str | None = None,
+        norm_placement: str = "before",
+        hidden_act: str = "silu",
+        scale_embeddings: bool = False,
         vllm_cache: str | None = None,
         tie_word_embeddings: bool = False,
         use_cache: bool = True,
@@ -89,6 +113,11 @@ class KVFrontierConfig(PreTrainedConfig):
         self.layer_sinks = layer_sinks
         self.layer_kv_norms = layer_kv_norms
         self.layer_tied = layer_tied
+        self.layer_rope_scaling = layer_rope_scaling
+        self.qk_norm = qk_norm
+        self.norm_placement = norm_placement
+        self.hidden_act = hidden_act
+        self.scale_embeddings = scale_embeddings
         self.vllm_cache = vllm_cache
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
@@ -128,10 +157,12 @@ class KVFrontierConfig(PreTrainedConfig):
         return self.layer_rope_thetas or [self.rope_parameters["rope_theta"]] * self.num_hidden_layers
 
     @property
-    def rope_keys(self) -> list[tuple[int, float]]:
-        """(elements that are rotated, base) of each layer."""
+    def rope_keys(self) -> list[tuple[int, float, tuple[tuple[str, Any], ...]]]:
+        """(elements that are rotated, base, scaling as pairs of key and value) of each layer."""
         dims = self.layer_rotary_dims or [self.head_dim] * self.num_hidden_layers
-        return list(zip(dims, self.rope_thetas, strict=True))
+        scaling = self.layer_rope_scaling or [None] * self.num_hidden_layers
+        pairs = [tuple(sorted((own or {}).items())) for own in scaling]
+        return list(zip(dims, self.rope_thetas, pairs, strict=True))
 
     @property
     def sinks(self) -> list[bool]:
@@ -158,6 +189,8 @@ def check_vllm(config: KVFrontierConfig) -> None:
     """Raise ValueError where vLLM would run the model wrongly, or keep a copy per layer that nobody asked for."""
     if config.value_sources != config.kv_source_layers:
         raise ValueError("vLLM cannot serve this model: its layers read keys of one layer and values of another")
+    if config.scale_embeddings:
+        raise ValueError("vLLM cannot serve this model: it puts embeddings of its own in the place of scaled ones")
     if "vector" in config.tied:
         raise ValueError("vLLM cannot serve this model: it would keep keys a second time, as the values that they are")
     unlike = [key for key in ("layer_sliding_windows", "layer_key_value_heads") if getattr(config, key) is not None]
@@ -184,7 +217,15 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
         if getattr(config, name) < 1
     ]
     names = ("layer_types", "kv_source_layers", "layer_sliding_windows", "layer_key_value_heads", "layer_rope_thetas")
-    for name in (*names, "value_source_layers", "layer_rotary_dims", "layer_sinks", "layer_kv_norms", "layer_tied"):
+    for name in (
+        *names,
+        "value_source_layers",
+        "layer_rotary_dims",
+        "layer_sinks",
+        "layer_kv_norms",
+        "layer_tied",
+        "layer_rope_scaling",
+    ):
         values = getattr(config, name)
         if values is not None and len(values) != config.num_hidden_layers:
             problems.append(f"{name} has {len(values)} entries; num_hidden_layers is {config.num_hidden_layers}")
@@ -192,8 +233,12 @@ def _lengths(config: KVFrontierConfig) -> list[str]:
 
 
 def _shapes(config: KVFrontierConfig) -> list[str]:
-    """List problems of heads, layer types and windows."""
-    problems = []
+    """List problems of styles, heads, layer types and windows."""
+    problems = [
+        f"{key} is {getattr(config, key)!r}; it must be one of {', '.join(map(str, values))}"
+        for key, values in STYLE_VALUES.items()
+        if getattr(config, key) not in values
+    ]
     for layer, heads in enumerate(config.key_value_heads):
         if heads < 1 or config.num_attention_heads % heads:
             problems.append(f"layer {layer}: {heads} key/value heads do not divide {config.num_attention_heads} heads")
@@ -220,7 +265,10 @@ def _rotation(config: KVFrontierConfig) -> list[str]:
     problems = []
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}; rotary embeddings need an even number")
-    for layer, (rotary, _) in enumerate(config.rope_keys):
+    for layer, (rotary, _, pairs) in enumerate(config.rope_keys):
+        scaling = dict(pairs)
+        if scaling and set(scaling) != SCALING_KEYS.get(scaling.get("rope_type", ""), set()) | {"rope_type"}:
+            problems.append(f"layer {layer}: layer_rope_scaling is {scaling!r}; it is linear, llama3 or yarn, in whole")
         if rotary % 2 or not 0 <= rotary <= config.head_dim:
             problems.append(f"layer {layer}: {rotary} of {config.head_dim} elements are rotated; it is an even number")
     rope = config.rope_parameters

@@ -6,6 +6,7 @@ them, and only it has a cache.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -56,27 +58,83 @@ class KVFrontierRMSNorm(nn.Module):
 
 
 class KVFrontierMLP(nn.Module):
-    """SwiGLU without biases."""
+    """A gated MLP without biases."""
 
     def __init__(self, config: KVFrontierConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return out
 
 
-def rope_table(position_ids: Tensor, dim: int, theta: float) -> Rope:
+class KVFrontierScaledEmbedding(nn.Embedding):
+    """Embeddings times the square root of their width, rounded to their type."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds: Tensor = super().forward(input_ids)
+        return embeds * torch.full((), self.embedding_dim**0.5, dtype=embeds.dtype, device=embeds.device)
+
+
+def norm_heads(norm: KVFrontierRMSNorm | None, states: Tensor) -> Tensor:
+    """Norm heads [*, heads, head_dim], each or all together, as wide as `norm` is."""
+    if norm is None:
+        return states
+    out: Tensor = norm(states) if norm.weight.shape[0] == states.shape[-1] else norm(states.flatten(-2)).view_as(states)
+    return out
+
+
+def norm_unscaled(norm: KVFrontierRMSNorm | None, states: Tensor) -> Tensor:
+    """Norm heads as `norm_heads`, without the weights of `norm`."""
+    if norm is None:
+        return states
+    wide = states if norm.weight.shape[0] == states.shape[-1] else states.flatten(-2)
+    wide = wide.to(at_least_fp32(states.dtype))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return wide.to(states.dtype).view_as(states)
+
+
+def rope_table(position_ids: Tensor, dim: int, theta: float, scaling: tuple[tuple[str, Any], ...] = ()) -> Rope:
     """Cosines and sines, fp32, of shape [batch, 1, length, dim / 2].
 
     Made anew in each forward: a buffer made in a constructor is left uninitialised by `from_pretrained`.
     """
-    exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
-    angle = position_ids[:, None, :, None].float() * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    exponent, rule = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim, dict(scaling)
+    frequency = slowed(theta**exponent, theta, rule) if rule else 1.0 / theta**exponent
+    angle = position_ids[:, None, :, None].float() * frequency
+    if "attention_factor" not in rule:
+        return angle.cos(), angle.sin()
+    return angle.cos() * rule["attention_factor"], angle.sin() * rule["attention_factor"]
+
+
+def slowed(period: Tensor, theta: float, rule: dict[str, Any]) -> Tensor:
+    """The frequencies, 1 / `period`, scaled as transformers does it."""
+    factor: float = rule["factor"]
+    frequency, half = 1.0 / period, len(period)
+    if rule["rope_type"] == "linear":
+        return frequency / factor
+    original = rule["original_max_position_embeddings"]
+    if rule["rope_type"] == "yarn":
+        turns = (rule["beta_fast"], rule["beta_slow"])
+        first, last = ((2 * half * math.log(original / (n * 2 * math.pi))) / (2 * math.log(theta)) for n in turns)
+        if rule["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        last += 0.001 * (first == last)
+        index = torch.arange(half, dtype=torch.float32, device=period.device)
+        kept = 1 - ((index - first) / (last - first)).clamp(0, 1)
+        return 1.0 / (factor * period) * (1 - kept) + frequency * kept
+    low, high = rule["low_freq_factor"], rule["high_freq_factor"]
+    length = 2 * math.pi / frequency
+    share = (original / length - low) / (high - low)
+    slow = torch.where(
+        length > original / low, frequency / factor, (1 - share) * frequency / factor + share * frequency
+    )
+    return torch.where(length < original / high, frequency, slow)
 
 
 def last_position(rope: Rope) -> Rope:
@@ -120,6 +178,13 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def build_head_norm(config: KVFrontierConfig, heads: int) -> KVFrontierRMSNorm | None:
+    """The norm of queries or keys of so many heads; None: they have none."""
+    if config.qk_norm is None:
+        return None
+    return KVFrontierRMSNorm(config.head_dim * (heads if config.qk_norm == "all" else 1), config.rms_norm_eps)
+
+
 class KVFrontierAttention(nn.Module):
     """Attention of this layer's queries over keys and values that are passed in."""
 
@@ -135,6 +200,7 @@ class KVFrontierAttention(nn.Module):
         self.tied = config.tied[layer_idx]
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = build_head_norm(config, config.num_attention_heads)
         self.has_sinks = config.sinks[layer_idx]
         if self.has_sinks:  # where there are none there is no such attribute: paged attention looks for it
             self.sinks = nn.Parameter(torch.zeros(config.num_attention_heads))
@@ -149,8 +215,8 @@ class KVFrontierAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
-        query_states = rotate(query_states, position_embeddings)
+        query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
+        query_states = rotate(norm_heads(self.q_norm, query_states).transpose(1, 2), position_embeddings)
         if self.tied == "vector":
             # A view, so that both gradients are one before they join those of other layers, as with checkpointing.
             key_states = value_states = key_states.view_as(key_states)
@@ -187,14 +253,16 @@ class KVFrontierOwnerAttention(KVFrontierAttention):
         else:
             self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
             self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_norm = build_head_norm(config, config.key_value_heads[layer_idx])
 
     def write(self, hidden_states: Tensor, rope: Rope, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values of the tokens at hand, after those of the cache that they may see. Where keys are
         values, too, those have no width."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = [self.kv_proj] if self.tied else [self.k_proj, self.v_proj]
-        made = [projection(hidden_states).view(shape).transpose(1, 2) for projection in projections]
-        key_states, value_states = rotate(made[0], rope), made[-1]
+        made = [projection(hidden_states).view(shape) for projection in projections]
+        key_states = rotate(norm_heads(self.k_norm, made[0]).transpose(1, 2), rope)
+        value_states = (norm_unscaled(self.k_norm, made[0]) if self.tied else made[1]).transpose(1, 2)
         if self.tied == "vector":
             value_states = key_states[..., :0]
         if past_key_values is not None:
@@ -208,11 +276,20 @@ class KVFrontierDecoderLayer(GradientCheckpointingLayer):
         owns_kv = config.kv_source_layers[layer_idx] == layer_idx
         self.self_attn = (KVFrontierOwnerAttention if owns_kv else KVFrontierAttention)(config, layer_idx)
         self.mlp = KVFrontierMLP(config)
-        self.input_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+
+        def norm() -> KVFrontierRMSNorm:
+            return KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        self.input_layernorm = norm() if before else nn.Identity()
         self.has_kv_norm = config.kv_norms[layer_idx]
         if self.has_kv_norm:
-            self.kv_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.kv_layernorm = norm()
+        self.post_attention_layernorm = norm()  # before the MLP, or with norms of outputs that of attention's
+        self.norms_outputs = after
+        if after:
+            self.pre_feedforward_layernorm = norm() if before else nn.Identity()
+            self.post_feedforward_layernorm = norm()
 
     def forward(
         self,
@@ -243,8 +320,13 @@ class KVFrontierDecoderLayer(GradientCheckpointingLayer):
             hidden_states, normed = hidden_states[:, -1:], normed[:, -1:]
             position_embeddings = last_position(position_embeddings)
         attended, _ = self.self_attn(normed, key_states, value_states, position_embeddings, attention_mask, **kwargs)
-        hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.norms_outputs:
+            hidden_states = hidden_states + self.post_attention_layernorm(attended)
+            out = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            hidden_states = hidden_states + self.post_feedforward_layernorm(out)
+        else:
+            hidden_states = hidden_states + attended
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, key_states, value_states
 
 
@@ -323,7 +405,8 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
         super().__init__(config)
         if self.config._attn_implementation == "vllm":
             check_vllm(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = KVFrontierScaledEmbedding if config.scale_embeddings else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(KVFrontierDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = KVFrontierRMSNorm(config.hidden_size, config.rms_norm_eps)
         pairs = zip(config.kv_source_layers, config.value_sources, strict=True)
