@@ -681,7 +681,7 @@ Plain layouts should also make {goal_tokens} tokens/s on a GPU, 1.15 times the b
 Every kernel of a micro-step, also with documents, and of a decoded token, assembled for sm_90, of the layouts that were
 not counted for their steps alone (`steps=true`); `make gpu-code` assembles those of all. A block of threads may have
 {limit} bytes of shared memory. Stack is what a thread spills its registers to: FlexAttention's backward pass does, by
-torch's own template, least with the options that wide heads are given (arch/attend_kernels.py).
+torch's own template, less with the options that wide heads are given (arch/attend_kernels.py).
 
 | layout | kernels | configurations | shared memory, at most | kernels with a stack | its bytes |
 |---|---:|---:|---:|---:|---:|
