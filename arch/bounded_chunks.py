@@ -260,9 +260,11 @@ class FadedSoftmax(torch.autograd.Function):
         ctx: Any, unfaded: Tensor, faded: Tensor, bias: Tensor | None, sinks_N: Tensor | None, more: bool
     ) -> tuple[Tensor, Tensor]:
         score = unfaded * faded if bias is None else torch.addcmul(bias, unfaded, faded)
-        weight, total = score.softmax(dim=-1), score.new_zeros(score.shape[:1])
+        weight = score.softmax(dim=-1)
         if more or sinks_N is not None:
             total = score.amax(dim=-1) - weight.amax(dim=-1).log()  # one exponential less than logsumexp
+        else:
+            total = score.new_zeros(score.shape[:1])
         del score
         if sinks_N is not None:
             of_slots, total = total, torch.logaddexp(total, sinks_N.unsqueeze(-1))

@@ -78,7 +78,6 @@ def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("rounds=0", "rounds is 0; it must be at least 1"),
         ("peers=paged", "peers is paged; choose of dynamic, static, or null"),
         ("cache=int3", "cache: no cache method 'int3'; codecs are "),
-        ("compiled=block", "compiled has block; this study does not compile the steps of a Block Transformer"),
         ("memory=much", "memory: cannot read 'much'"),
     ],
 )

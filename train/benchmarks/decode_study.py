@@ -155,12 +155,6 @@ def check(options: DecodeConfig) -> dict[str, Shape]:
         raise UsageError(f"cache: {error}") from error
     if unknown := [arch for arch in options.compiled or () if arch not in names("arch")]:
         raise UsageError(f"compiled has {', '.join(unknown)}, which is not in configs/arch")
-    if blocks := [arch for arch in options.compiled or () if load_arch(arch).block is not None]:
-        named = ", ".join(blocks)
-        raise UsageError(
-            f"compiled has {named}; this study does not compile the steps of a Block Transformer, of which "
-            "there are two kinds, compiled at different tokens; time them by generate(..., steps='compiled')"
-        )
     if options.peers is not None and not set(options.peers) <= set(PEERS):
         raise UsageError(f"peers is {','.join(options.peers)}; choose of {', '.join(PEERS)}, or null")
     try:
