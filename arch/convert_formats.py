@@ -93,6 +93,8 @@ def read_config(hf: Mapping[str, Any]) -> HFModel:
         if model_type in entry.model_types:
             config = entry.from_hf_config(hf)
             return HFModel(config, entry.weights(config, hf), entry.tied if config.size.tie_embeddings else None)
+    if model_type in convert_stock.REFUSED:
+        raise UnsupportedModelError([convert_stock.refusal(model_type)])
     known = ", ".join(name for entry in FORMATS.values() for name in entry.model_types)
     raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {known}"])
 

@@ -427,6 +427,11 @@ def second_reads_text(plan: KVPlan, how: str | None = None) -> str:
     return f"layers {', '.join(layers)} read keys and values of two stores"
 
 
+def refusal(model_type: str) -> str:
+    """Say why a class of REFUSED is none of ours."""
+    return f"model_type is {model_type!r}, which has {REFUSED[model_type]}"
+
+
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model that the config.json `hf` describes; `seq_len` is its `max_position_embeddings`.
 
@@ -435,7 +440,7 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """
     model_type = str(hf.get("model_type"))
     if model_type in REFUSED:
-        raise UnsupportedModelError([f"model_type is {model_type!r}, which has {REFUSED[model_type]}"])
+        raise UnsupportedModelError([refusal(model_type)])
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {', '.join(ARCHITECTURES)}"])
     values = DEFAULTS | MODEL_DEFAULTS[model_type] | dict(hf)

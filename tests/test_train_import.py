@@ -274,6 +274,13 @@ def test_where_style_neox_takes_its_rotation_from() -> None:
         read_config(PYTHIA | {"model_type": "gpt2"})
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma4_text", "gpt_oss"])
+def test_classes_that_no_decoder_is_are_refused_with_the_reason(model_type: str) -> None:
+    key = {"gemma3": "vision_config", "gemma4_text": "layer_scalar", "gpt_oss": "num_local_experts"}[model_type]
+    with pytest.raises(UnsupportedModelError, match=f"^- model_type is '{model_type}', which has .*{key}"):
+        read_config(LLAMA | {"model_type": model_type})
+
+
 def test_masks_and_tables_of_old_pythia_files_are_passed_over() -> None:
     model = theirs("pythia_tied")
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "embed_out.weight"}
