@@ -190,7 +190,10 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
     """Before and after compression, for codec x keep x layout, in two types of element."""
     plan = resolve(small(name))
     stacks = [stack.plan for stack in plan.stacks]
+    windows = any(s.masked and s.window for p in stacks for s in p.stores)
     for text in METHODS:
+        if "windows" in text and not windows:  # as without
+            continue
         method = parse_method(text)
         if any(p.reader_windows for p in stacks):
             with pytest.raises(
@@ -270,7 +273,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         ]
     every = [store for stack in model.plan.stacks for store in stack.plan.stores]
     for text in (
-        *FULL[ARCHS.index(name) % 5 :: 5],
+        *FULL[ARCHS.index(name) % 8 :: 8],
         *SCORED[ARCHS.index(name) % 3 :: 3],
         "int8(group=4,recent=2)+h2o@6",
         "int8(group=4,recent=2)",
