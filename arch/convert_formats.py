@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import convert_neox, convert_remote, convert_shipped, convert_stock
+from . import convert_neox, convert_remote, convert_shipped, convert_stock, convert_stock_export, convert_stock_import
 from .config import ModelConfig
 from .convert import BUFFERS, ConversionError, TensorReader, UnsupportedModelError, Weight, tensor_problems
 
@@ -43,9 +43,9 @@ class Format:
 FORMATS: dict[str, Format] = {
     "stock": Format(
         tuple(convert_stock.ARCHITECTURES),
-        convert_stock.from_hf_config,
+        convert_stock_import.from_hf_config,
         convert_stock.weights,
-        convert_stock.to_hf_config,
+        convert_stock_export.to_hf_config,
         convert_stock.TIED,
     ),
     "neox": Format(
@@ -93,8 +93,8 @@ def read_config(hf: Mapping[str, Any]) -> HFModel:
         if model_type in entry.model_types:
             config = entry.from_hf_config(hf)
             return HFModel(config, entry.weights(config, hf), entry.tied if config.size.tie_embeddings else None)
-    if model_type in convert_stock.REFUSED:
-        raise UnsupportedModelError([convert_stock.refusal(model_type)])
+    if model_type in convert_stock_import.REFUSED:
+        raise UnsupportedModelError([convert_stock_import.refusal(model_type)])
     known = ", ".join(name for entry in FORMATS.values() for name in entry.model_types)
     raise UnsupportedModelError([f"model_type is {model_type!r}; it must be one of {known}"])
 

@@ -20,7 +20,9 @@ from .convert import (
     size_problems,
     style_problems,
 )
-from .convert_stock import TIED, own_windows_text, read_scaling, rope_parameters, second_reads_text, weights
+from .convert_stock import TIED, weights
+from .convert_stock_export import own_windows_text, rope_parameters, second_reads_text
+from .convert_stock_import import read_scaling
 from .plan import KVPlan, resolve_stack
 from .store_spec import StoreSpec
 from .tied_spec import TiedSpec

@@ -394,10 +394,16 @@ def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
     if size.style not in STYLES:
         return [f"size.style is {size.style!r}; it is {' or '.join(STYLES)}"]
     style, width = style_of(size), head_dim(size)
-    allowed = {"norm": NORMS, "mlp": MLPS, "qk_norm": QK_NORMS, "output_gate": OUTPUT_GATES}
+    allowed = {
+        "norm": NORMS,
+        "mlp": MLPS,
+        "qk_norm": QK_NORMS,
+        "output_gate": OUTPUT_GATES,
+        "norm_placement": NORM_PLACEMENTS,
+    }
     problems = [
         f"size.{key} is {getattr(style, key)!r}; it is {', '.join(choices[:-1])} or {choices[-1]}"
-        for key, choices in (allowed | {"norm_placement": NORM_PLACEMENTS}).items()
+        for key, choices in allowed.items()
         if getattr(style, key) not in choices
     ]
     rotary = style.rotary_fraction * width

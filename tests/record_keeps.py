@@ -17,7 +17,7 @@ from torch import Tensor
 
 import arch
 from arch import ModelConfig, SizeConfig, StoreConfig
-from arch.convert_stock import to_hf_config
+from arch.convert_stock_export import to_hf_config
 
 LENGTH, SEED = 40, 1
 WINDOW, KERNEL, SINKS = 8, 5, 3

@@ -34,7 +34,7 @@ from arch import (
     resolve,
 )
 from arch.convert import ConversionError, UnsupportedModelError
-from arch.convert_stock import to_hf_config
+from arch.convert_stock_export import to_hf_config
 from arch.footprint import allocated_bytes, forward_flops, kv_bytes, num_params, prefill_flops
 from arch.generation import generate
 from arch.plan import KVPlan, resolve_stack

@@ -20,6 +20,8 @@ from arch import (
     ModelConfig,
     StoreConfig,
     convert_stock,
+    convert_stock_export,
+    convert_stock_import,
     from_dict,
     generate,
     plan_from_dict,
@@ -27,7 +29,9 @@ from arch import (
 )
 from arch.config import RopeScalingConfig, to_dict
 from arch.convert import ConversionError, UnsupportedModelError
-from arch.convert_stock import GEMMA3, OLMO, from_hf_config, to_hf_config
+from arch.convert_stock import GEMMA3, OLMO
+from arch.convert_stock_export import to_hf_config
+from arch.convert_stock_import import from_hf_config
 from arch.layers import rope_table
 
 LENGTH = 20  # more than three windows
@@ -246,8 +250,8 @@ def test_refused_layouts_that_no_file_has() -> None:
 
 
 def test_a_reason_nobody_thought_of_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_stock, "_unsupported", lambda plan: [])
-    monkeypatch.setattr(convert_stock, "_rope_problems", lambda size, plan: [])
+    monkeypatch.setattr(convert_stock_export, "_unsupported", lambda plan: [])
+    monkeypatch.setattr(convert_stock_export, "_rope_problems", lambda size, plan: [])
     for name in ("cla2", "swa_sinks", "gemma3"):
         with pytest.raises(UnsupportedModelError, match="layout"):
             to_hf_config(small(name))
@@ -458,7 +462,7 @@ def test_refusals_come_together() -> None:
         from_hf_config({"model_type": "deepseek_v3", "q_lora_rank": None, "attention_bias": True} | WIDTHS)
     assert {line.split()[1] for line in str(error.value).splitlines()} == {
         "attention_bias",
-        *convert_stock.LATENT_WIDTHS,
+        *convert_stock_import.LATENT_WIDTHS,
     }
     with pytest.raises(LayoutError, match="kv_heads 3 does not divide"):
         from_hf_config(LLAMA | {"num_key_value_heads": 3})
@@ -493,9 +497,9 @@ def test_scaled_rotary_tables_are_theirs_to_the_bit(rope: dict[str, Any]) -> Non
 def test_missing_keys_are_the_stock_defaults() -> None:
     """As in configs of early checkpoints, and as the installed classes have it."""
     transformers = pytest.importorskip("transformers")
-    for model_type, names in convert_stock.MODEL_DEFAULTS.items():
+    for model_type, names in convert_stock_import.MODEL_DEFAULTS.items():
         theirs = transformers.AutoConfig.for_model(model_type, hidden_size=32, num_attention_heads=8)
-        for key, value in (convert_stock.DEFAULTS | names).items():
+        for key, value in (convert_stock_import.DEFAULTS | names).items():
             if key == "rope_theta":
                 rope = theirs.rope_parameters
                 assert rope.get("full_attention", rope)["rope_theta"] == value

@@ -8,7 +8,16 @@ import torch
 from conftest import build, small, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from arch import LayoutError, ModelConfig, SizeConfig, allocate, convert_shipped, convert_stock, from_dict, resolve
+from arch import (
+    LayoutError,
+    ModelConfig,
+    SizeConfig,
+    allocate,
+    convert_shipped,
+    convert_stock_export,
+    from_dict,
+    resolve,
+)
 from arch import build as build_model
 from arch.config import STYLE_KEYS, STYLES, to_dict
 from arch.convert import UnsupportedModelError
@@ -162,6 +171,6 @@ def test_properties_that_are_null_are_not_written() -> None:
 
 def test_only_the_llama_preset_is_a_stock_class() -> None:
     spelt = small("gqa2", style="neox", **asdict(STYLES["llama"]))
-    assert convert_stock.to_hf_config(spelt) == convert_stock.to_hf_config(small("gqa2"))
+    assert convert_stock_export.to_hf_config(spelt) == convert_stock_export.to_hf_config(small("gqa2"))
     with pytest.raises(UnsupportedModelError, match=r"size\.style: llama, bias True is not exported"):
-        convert_stock.to_hf_config(small("gqa2", bias=True))
+        convert_stock_export.to_hf_config(small("gqa2", bias=True))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from arch import LanguageModel, ModelConfig, build
 from arch.convert import UnsupportedModelError
-from arch.convert_stock import to_hf_config, weights
+from arch.convert_stock import weights
+from arch.convert_stock_export import to_hf_config
 from arch.static_step import step_fn
 from train.benchmarks.baselines import UnavailableError, importing
 
