@@ -1,7 +1,8 @@
 """Weights and configurations between this project and Hugging Face: what every format shares.
 
 Each module convert_<format>.py has `from_hf_config`, `weights` and, unless the format is only imported, `to_hf_config`;
-of the stock classes the first and the last are files of their own. convert_formats.py registers them. What the other side cannot compute exactly is refused, never approximated.
+of the stock classes the first and the last are files of their own. convert_formats.py registers them. What the other
+side cannot compute exactly is refused, never approximated.
 """
 
 import math
