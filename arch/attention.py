@@ -34,6 +34,14 @@ from .strided import (
     strided_positions,
     strided_step,
 )
+from .strided_latent import (
+    StridedLatentReader,
+    StridedLatentWriter,
+    allocate_strided_latents,
+    select_strided_latent_backend,
+    strided_latent_positions,
+    strided_latent_step,
+)
 from .tied import build_tied_reader, build_tied_writer
 
 StoreBackend = Backend | BoundedBackend
@@ -90,6 +98,7 @@ def select_masked_backend(name: str, size: SizeConfig, store: StoreSpec, device:
 
 
 STRIDED = StoreCache(allocate_strided, strided_positions, strided_step)
+STRIDED_LATENTS = StoreCache(allocate_strided_latents, strided_latent_positions, strided_latent_step)
 STORE_MODULES = {
     "grouped": StoreModules(GroupedWriter, GroupedReader, select_masked_backend),
     "mixed": StoreModules(GroupedWriter, MixedReader, select_masked_backend),  # of two grouped stores
@@ -97,6 +106,9 @@ STORE_MODULES = {
     "tied": StoreModules(build_tied_writer, build_tied_reader, select_masked_backend),
     "bounded": StoreModules(BoundedWriter, BoundedReader, select_bounded_backend, STATE, ("fla",)),
     "strided": StoreModules(StridedWriter, build_strided_reader, select_strided_backend, STRIDED),
+    "strided_latent": StoreModules(
+        StridedLatentWriter, StridedLatentReader, select_strided_latent_backend, STRIDED_LATENTS
+    ),
     "matrix": StoreModules(DeltaWriter, DeltaReader, select_delta_backend, STATE, ("fla",)),
 }
 

@@ -113,7 +113,8 @@ class StoreConfig:
                 (Gemma 4). The first two have one width
     matrix      a matrix per head instead of positions, which no other layer reads
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
-    stride      beside the window, one entry for each so many positions, pooled by learned weights (strided.py)
+    stride      one entry for each so many positions, pooled by learned weights: beside the window (strided.py); or of a
+                latent, which needs none (strided_latent.py)
     chunk       instead of a window: keep the positions of the current chunk of so many, which are counted from the
                 start of each document (Llama 4); a layer sees those up to the current one
     slots       a bounded store: this many slots into which positions are merged, whatever the context

@@ -4,9 +4,14 @@ Position p of a row, or of a segment, is in chunk p // M; the chunk's entry is c
 from there on. Over a cache positions count from the first token of each row, wherever that lies in the batch: position
 p has slot p mod W of the ring, and entry p // M lies after it.
 
-Shapes: B batch, T new tokens, W window (slots of the ring), M stride, C chunks that new tokens touch, E entries.
+Of latents there is no ring, entry p // M is in slot p // M, and a token also sees that of its own chunk as far as the
+chunk has come (`Places`).
+
+Shapes: B batch, T new tokens, W window (slots of the ring), M stride, C chunks that new tokens touch, E entries, R
+latent.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 from .layers import Rope, rope_table
 from .masks import Dense, Seen, Sequences, dense, segment_starts, visible
 from .store_spec import RopeKey
+from .strided_latent_spec import StridedLatentSpec
 from .strided_spec import StridedSpec
 
 
@@ -168,3 +174,115 @@ def step_chunk(
     complete = (position_B >= 0) & ((position_B + 1) % stride == 0)
     entry = window + (position_B // stride).clamp(0, max(0, total - 1))
     return StepChunk(position_B % stride, complete, position_B % window, entry, rope, slots, mask)
+
+
+class Places(NamedTuple):
+    """Places of new tokens in the chunks of a store of latents.
+
+    place_BT  [1 or B, T] tokens of its chunk before each
+    code_BTR  [1 or B, T, R] code of the chunk of each
+    mask      as in Chunks
+    cached    None without a cache
+    """
+
+    place_BT: Tensor
+    code_BTR: Tensor
+    mask: Any
+    cached: "CachedPlaces | None" = None
+
+
+class CachedPlaces(NamedTuple):
+    """Places of tokens that continue a cache.
+
+    begun_BT      [1 or B, T] tokens of a chunk that began with earlier ones; None: of no row
+    slot_B        [1 or B] slot of that chunk
+    written_BE    [1 or B, E] entries to which tokens are added
+    source_BE     [1 or B, E] the last token of each of them
+    num_complete  entries that were complete before, in the row with the most, and are read
+    """
+
+    begun_BT: Tensor | None
+    slot_B: Tensor
+    written_BE: Tensor
+    source_BE: Tensor
+    num_complete: int
+
+
+class StepPlace(NamedTuple):
+    """Place of one token of each row over a cache; a number where it is the same in all rows and known.
+
+    place    of the token in its chunk, [1 or B]
+    slot     of the chunk's entry, [1 or B]
+    code_BR  [1 or B, R] code of the chunk
+    slots    slots that are read
+    mask     as in Chunks
+    """
+
+    place: int | Tensor
+    slot: int | Tensor
+    code_BR: Tensor
+    slots: int
+    mask: Any
+
+
+def chunk_codes(chunk: Tensor, dim: int) -> Tensor:
+    """Sines and cosines [..., R] of the numbers of chunks, by turns, as of positions in the first transformers."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=chunk.device) / dim
+    angle = chunk.to(torch.float32).unsqueeze(-1) * torch.exp(exponent * -math.log(10000.0))
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
+
+
+def places_alone(stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor) -> Places:
+    """Places of tokens that attend to themselves, without a cache: each to the complete entries before it, as they
+    come with their last token, and to its own so far."""
+    before = dense(sequences, None).allowed
+    index_T = torch.arange(sequences.length, device=sequences.device)
+    if before is None:
+        before = visible(index_T, index_T, None)
+    complete_BT = (position_BT + 1) % stride == 0
+    complete = complete_BT[0] if before.ndim == 2 else complete_BT[:, None, None]
+    allowed = before & complete | (index_T == index_T[:, None])
+    return Places(position_BT % stride, chunk_codes(position_BT // stride, latent_dim), Dense(False, allowed))
+
+
+def places_after(store: StridedLatentSpec, position_BT: Tensor, offset: int) -> Places:
+    """Places of tokens that continue a cache of `offset` tokens, padding of negative position included.
+
+    Readers see the entries that were complete before, then the tokens.
+    """
+    stride, device, length = store.stride, position_BT.device, position_BT.shape[1]
+    begin_B1, last_B1 = position_BT[:, :1].clamp(min=0), position_BT[:, -1:]
+    first_B1, chunk_BT = begin_B1 // stride, position_BT.clamp(min=0) // stride
+    distance_BTT = position_BT.unsqueeze(-1) - position_BT.unsqueeze(1)
+    complete_BT = (position_BT >= 0) & ((position_BT + 1) % stride == 0)
+    parts = [(distance_BTT >= 0) & complete_BT.unsqueeze(1) | (distance_BTT == 0)]
+    num_complete = offset // stride
+    if num_complete:
+        there_BE = torch.arange(num_complete, device=device) < first_B1
+        parts = [there_BE.unsqueeze(1).expand(-1, length, -1), *parts]
+    entry_E = torch.arange(store.num_positions(offset + length), device=device)
+    newest_BE = torch.minimum((entry_E + 1) * stride - 1, last_B1)
+    cached = CachedPlaces(
+        begun_BT=(chunk_BT == first_B1) & (begin_B1 % stride > 0) if offset else None,
+        slot_B=first_B1.squeeze(1),
+        written_BE=(entry_E >= first_B1) & (entry_E * stride <= last_B1),
+        source_BE=(newest_BE - position_BT[:, :1]).clamp(0, length - 1),
+        num_complete=num_complete,
+    )
+    mask = Dense(False, torch.cat(parts, dim=-1).unsqueeze(1))
+    return Places(position_BT % stride, chunk_codes(chunk_BT, store.slot.latent_dim), mask, cached)
+
+
+def step_place(
+    store: StridedLatentSpec, position_B1: Tensor, tokens: int, offset: int | None, static: bool
+) -> StepPlace:
+    """The place of one token of each row, which reads the entries that `tokens` tokens can have. `offset`: where it is
+    the position of all, as a number."""
+    stride, position_B = store.stride, position_B1.squeeze(1)
+    chunk_B = position_B.clamp(min=0) // stride
+    code_BR, slots = chunk_codes(chunk_B, store.slot.latent_dim), store.num_positions(tokens)
+    if offset is not None:
+        return StepPlace(offset % stride, offset // stride, code_BR, slots, Seen(None, None, static))
+    allowed = torch.arange(slots, device=position_B.device) <= chunk_B.unsqueeze(-1)
+    allowed = allowed if len(allowed) == 1 else allowed[:, None, None]
+    return StepPlace(position_B % stride, chunk_B, code_BR, slots, Seen(allowed, None, static))

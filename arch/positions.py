@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .layers import Rope, rope_table, step_rope
 from .masks import Sequences, segment_starts
-from .pooling import Chunks, StepChunk
+from .pooling import Chunks, Places, StepChunk, StepPlace
 from .store_spec import StoreSpec
 
 
@@ -34,7 +34,7 @@ class TokenPositions(NamedTuple):
     near: "Near | None" = None
     segmented: bool = False
     step: "StepPositions | None" = None
-    chunks: Chunks | StepChunk | None = None
+    chunks: Chunks | StepChunk | Places | StepPlace | None = None
 
     def with_mask(self, make: Callable[[Any], Any]) -> "TokenPositions":
         """These with what `make` makes of the form of a strided store's mask."""

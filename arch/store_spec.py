@@ -140,6 +140,11 @@ class StoreSpec:
     newer: ClassVar[tuple[str, ...]] = ("query_scale", "chunked", "rope_scaling")
 
     @classmethod
+    def asked_by(cls, store: StoreConfig) -> bool:
+        """Return whether a configuration asks for this kind, or for one that comes before it in stores.KINDS."""
+        return getattr(store, cls.key) is not None
+
+    @classmethod
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
         """The slot's shape. Adds to `problems` what is wrong with the keys that decide it."""
         raise NotImplementedError
@@ -220,6 +225,10 @@ class StoreSpec:
     def kernel_heads(self, size: SizeConfig) -> HeadShape:
         """Heads and widths of the keys and values that an attention kernel gets in training."""
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim)
+
+    def dense_slots(self, length: int) -> int:
+        """Slots of a dense mask that `length` tokens without a cache attend by, with any backend; 0: by no such mask."""
+        return 0
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
         """Parameters of queries, their norm, output, its gate and sinks in each layer that reads the store."""

@@ -15,17 +15,26 @@ from .grouped_spec import GroupedSpec
 from .latent_spec import LatentSpec
 from .rope_scaling import RopeScaling, resolve_rope_scaling
 from .store_spec import QueryScale, SlotShape, StoreSpec, resolve_share
+from .strided_latent_spec import StridedLatentSpec
 from .strided_spec import StridedSpec
 from .tied_spec import TiedSpec
 
-# In this order: the first kind whose key a configuration sets is the store's.
-KINDS: tuple[type[StoreSpec], ...] = (MatrixSpec, BoundedSpec, StridedSpec, LatentSpec, TiedSpec, GroupedSpec)
+# In this order: the first kind that a configuration asks for is the store's.
+KINDS: tuple[type[StoreSpec], ...] = (
+    MatrixSpec,
+    BoundedSpec,
+    StridedLatentSpec,
+    StridedSpec,
+    LatentSpec,
+    TiedSpec,
+    GroupedSpec,
+)
 
 
 def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> StoreSpec:
     """The store of an owner yet unknown (-1). Adds to `problems` what is wrong with it."""
     where = f"arch.stores.{name}"
-    kind = next((kind for kind in KINDS if getattr(store, kind.key) is not None), GroupedSpec)
+    kind = next((kind for kind in KINDS if kind.asked_by(store)), GroupedSpec)
     slot = SlotShape()
     if store.matrix is not None and (store.kv_heads is not None or store.latent is not None):
         problems.append(f"{where} has matrix and kv_heads or latent; one store holds one of them")

@@ -28,8 +28,6 @@ class StridedSpec(GroupedSpec):
 
     @classmethod
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:
-        if store.latent is not None:
-            return SlotShape()  # reported by `check`
         slot = super().resolve_slot(where, store, size, problems)
         return slot if store.tied is None else replace(slot, v_dim=0)
 
@@ -42,8 +40,6 @@ class StridedSpec(GroupedSpec):
             problems.append(f"{where}.v_dim is {store.v_dim}; tied values are as wide as keys: write head_dim or k_dim")
         if store.stride < 1:
             problems.append(f"{where}.stride is {store.stride}; an entry pools at least 1 position (null: no entries)")
-        if store.latent is not None:
-            problems.append(f"{where}.stride pools no latents; write kv_heads instead")
         if store.window is None:
             problems.append(f"{where}.stride needs a window: tokens that no entry has yet are seen there")
         super().check(where, store, problems)
@@ -88,6 +84,10 @@ class StridedSpec(GroupedSpec):
         """The window, and entries after it."""
         assert self.window is not None
         return self.window + self.num_entries(context)
+
+    def dense_slots(self, length: int) -> int:
+        """Tokens and entries."""
+        return length + self.num_entries(length)
 
     @property
     def state(self) -> CacheTensor:

@@ -39,7 +39,7 @@ def _has_latents(plan: Plan) -> bool:
 
 
 def _pools(plan: Plan) -> bool:
-    return any(store.kind == "strided" for stack in plan.stacks for store in stack.plan.stores)
+    return any(store.kind in ("strided", "strided_latent") for stack in plan.stacks for store in stack.plan.stores)
 
 
 BLOCKS = Family(
@@ -62,10 +62,10 @@ STATES = Family(
 )
 POOLS = Family(
     "Pooled positions",
-    "Beside a window of the last tokens, a layer keeps one entry for each so many positions, a mean with learned "
-    "weights. Bytes still grow with the context, but divided by that number, and so do the pairs that are computed. "
-    "It suits the longest contexts, where each token still has to see all of the text, if coarsely: an entry is seen "
-    "once all of its positions have been written.",
+    "A layer keeps one entry for each so many positions, pooled by learned weights; the newest positions are seen in "
+    "a window of the last tokens, or in an entry that they still fill. Bytes still grow with the context, but divided "
+    "by that number, and so do the pairs that decoding computes. It suits the longest contexts, where each token still "
+    "has to see all of the text, if coarsely.",
     "deepseek_v4_hca",
     _pools,
 )

@@ -289,7 +289,7 @@ def test_rows_that_end_take_the_next_prompt(shared_model: LanguageModel) -> None
     assert generate(model, prompts, 6, max_batch=2, stop_token=stop) == stopped
 
 
-@pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct", "qwen3_next", "deepseek_v4_hca"])
+@pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct", "qwen3_next", "deepseek_v4_hca", "mtla"])
 @pytest.mark.parametrize("steps", ["plain", "static"])
 def test_rows_are_refilled_by_static_steps_too(name: str, steps: str) -> None:
     """And where no token ends a row, so that all end together."""

@@ -21,7 +21,6 @@ from arch.mixed_spec import MixedSpec
 from arch.named import load_arch, load_size
 from arch.spans import Chunk, Span, visible_pairs
 from arch.store_spec import StoreSpec
-from arch.strided_spec import StridedSpec
 
 
 def causal_mask(length: int, window: Span = None) -> Mask:
@@ -109,8 +108,8 @@ def test_parameters_of_the_cla_paper() -> None:
 
 def unseen_flops(config: ModelConfig, store: StoreSpec, length: int) -> int:
     """FLOPs of pairs that a layer computes and no token sees."""
-    if isinstance(store, StridedSpec):
-        pairs = length * (length + store.num_entries(length))
+    if slots := store.dense_slots(length):
+        pairs = length * slots
         return store.pair_flops(config.size) * pairs - store.attention_flops(config.size, length, True)
     if not store.num_slots:
         return store.pair_flops(config.size) * (length * length - visible_pairs(length, store.span))

@@ -8,7 +8,7 @@ import torch
 from conftest import build, small, tokens
 from torch import Tensor, nn
 
-from arch import ArchConfig, BlockTransformer, LatentConfig, LayoutError, StoreConfig, allocate, resolve
+from arch import ArchConfig, BlockTransformer, LayoutError, StoreConfig, allocate, resolve
 from arch.attention import choose_backends, has_own_kernel
 from arch.footprint import kv_bytes
 from arch.layers import rope_table, rotate
@@ -228,7 +228,6 @@ def test_bytes_by_hand() -> None:
         ({"kv_heads": 1, "stride": 4, "slots": 4, "rule": "gated"}, "stride is 4, and a store that is bounded has no"),
         ({"kv_heads": 1, "stride": 4, "window": 4, "rule": "gated"}, "rule gated needs slots"),
         ({"kv_heads": 1, "stride": 4, "window": 4, "tied": "half"}, "tied is 'half'; entries are pooled apart, or as"),
-        ({"latent": LatentConfig(), "stride": 4, "window": 4}, "stride pools no latents; write kv_heads instead"),
     ],
 )
 def test_refusals(store: dict[str, Any], message: str) -> None:

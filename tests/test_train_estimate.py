@@ -66,6 +66,7 @@ LAYOUTS = [
     "bct_mixed",
     "qwen3_next",
     "deepseek_v4_hca",
+    "mtla",
     "block",
     "block:projection",
     "block:encoder",

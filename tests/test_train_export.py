@@ -107,7 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
-SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4", "llama4"}
+SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4", "llama4", "mtla"}
 HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"])
 
 
@@ -445,6 +445,7 @@ def test_what_a_target_does_not_hold_is_refused_with_the_reason(tmp_path: Path, 
         ("qwen3_next", "remote", "matrix: `state` holds a matrix per head"),
         ("qwen3_next", "stock", "matrix: `state` holds a matrix per head"),
         ("deepseek_v4_hca", "stock", "stride: `pooled` pools positions"),
+        ("mtla", "remote", "stride: `latent` pools latents; the remote decoder has keys and values of every position"),
         ("gqa4_tied", "stock", "tied: `kv` has one tensor for keys and values; stock classes that have that"),
         (HALF, "remote", "tied: `kv` has one tensor for keys and values; the remote decoder has"),
     )

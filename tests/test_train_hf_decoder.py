@@ -39,7 +39,7 @@ from train.hf import KVFrontierConfig, KVFrontierForCausalLM
 REFUSED = {"mla": "latent", "bct": "slots", "bct_gated": "slots", "bct_ring": "slots", "bct_mixed": "slots"}
 REFUSED |= {"mimo": "k_dim, v_dim", "qwen3_next": "matrix", "kimi_linear": "matrix"}
 REFUSED |= {"cla4_window": "reader_windows", "fusedkv": "mix", "deepseek_v4_hca": "stride", "gemma4": "k_dim, v_dim"}
-REFUSED |= {"llama4": "chunk"}
+REFUSED |= {"llama4": "chunk", "mtla": "stride"}
 REFUSED |= {  # layouts of one's own
     name: "slots" if any(store.slots for store in load_arch(name).stores.values()) else "latent"
     for name in set(DECODERS) - set(REFUSED)

@@ -13,6 +13,7 @@ from arch.delta_spec import MatrixSpec, delta_chunk
 from arch.latent_spec import LatentSpec
 from arch.spans import query_blocks
 from arch.store_spec import gate_width
+from arch.strided_latent_spec import StridedLatentSpec
 from arch.strided_spec import StridedSpec
 from arch.tied_spec import TiedSpec
 
@@ -226,9 +227,30 @@ class StridedActivations(MaskedActivations):
         return total
 
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
-        assert isinstance(store, StridedSpec)
         length = config.size.seq_len
-        return how.itemsize * length * (length + store.num_entries(length) + store.sinks)
+        return how.itemsize * length * (store.dense_slots(length) + store.sinks)
+
+
+class StridedLatentActivations(LatentActivations):
+    """Activations saved by arch/strided_latent.py, whose readers run torch's fused attention with a dense mask
+    anywhere."""
+
+    def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
+        """Also, in the owner, entries so far, which are expanded in place of the latents; and of the shares, latents as
+        they are compared, and the share in fp32. Codes of chunks are those of each sequence where it has documents."""
+        assert isinstance(store, StridedLatentSpec)
+        total = super().attention(config, store, owner, replace(how, dense=True))
+        elements = store.slot.latent_dim + store.share_dim + (self.codes(store, how) if how.documents else 0)
+        return total + owner * (how.itemsize * elements + FP32)
+
+    def codes(self, store: StridedLatentSpec, how: Execution) -> int:
+        """Elements of the code of a chunk, where it is cast, and as it is compared."""
+        return store.share_dim + (store.slot.latent_dim if how.itemsize < FP32 else 0)
+
+    def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        assert isinstance(store, StridedLatentSpec)
+        length, codes = config.size.seq_len, 0 if how.documents else owner * self.codes(store, how)
+        return how.itemsize * length * (store.dense_slots(length) + store.sinks + codes)
 
 
 class BoundedActivations:
@@ -305,6 +327,7 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivation
     "tied": TiedActivations(),
     "bounded": BoundedActivations(),
     "strided": StridedActivations(),
+    "strided_latent": StridedLatentActivations(),
     "matrix": MatrixActivations(),
 }
 

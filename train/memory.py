@@ -20,7 +20,6 @@ from arch.config import SizeConfig, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_norms, num_params
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
-from arch.strided_spec import StridedSpec
 from train.activations import ACTIVATIONS, FP32, Execution, norm_bytes
 from train.schema import loss_rows
 
@@ -220,8 +219,8 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
         if store is not None
     )
     masks = how.dense * sum(mask_elements(size.seq_len, span) for span in plan.spans)
-    strided = {store.positions_key: store for store in plan.stores if isinstance(store, StridedSpec)}
-    masks += sum(size.seq_len * (size.seq_len + store.num_entries(size.seq_len)) for store in strided.values())
+    slots = {store.positions_key: store.dense_slots(size.seq_len) for store in plan.stores if not store.masked}
+    masks += size.seq_len * sum(slots.values())
     return whole + round(stack.positions * (width * plan.num_layers * size.d_model + shared)) + masks
 
 

@@ -13,7 +13,6 @@ from arch.config import SizeConfig
 from arch.footprint import cross_matrices, embedder_flops, num_params
 from arch.spans import visible_pairs
 from arch.store_spec import StoreSpec
-from arch.strided_spec import StridedSpec
 from eval.hardware import GIGA, Gpu
 from train.activations import Execution
 from train.memory import (
@@ -163,8 +162,8 @@ def stack_counts(stack: StackShape, plan: Plan, how: Execution) -> Counts:
 def attention_counts(store: StoreSpec, size: SizeConfig, length: int, owner: bool, within_blocks: bool) -> Counts:
     """Counts of the attention of one layer over a sequence of `length` tokens, as kernels compute it: in whole tiles,
     with values as wide as keys. Rows as short as a block are one long row, of which a tile sees its diagonal."""
-    if isinstance(store, StridedSpec):  # a dense mask, of tokens and entries
-        return Counts(masked=store.pair_flops(size) * length * (length + store.num_entries(length)))
+    if slots := store.dense_slots(length):
+        return Counts(masked=store.pair_flops(size) * length * slots)
     if not store.masked:
         window = 0 if store.window is None else store.pair_flops(size) * visible_pairs(length, store.window)
         rest = store.attention_flops(size, length, owner) - window

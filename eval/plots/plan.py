@@ -48,7 +48,15 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
 
 
 # Of a kind that is not here, a colour that is left.
-KIND_COLORS = {"grouped": BLUE, "latent": GREEN, "bounded": PURPLE, "state": TEAL, "matrix": TEAL}
+KIND_COLORS = {
+    "grouped": BLUE,
+    "latent": GREEN,
+    "strided_latent": GREEN,
+    "bounded": PURPLE,
+    "state": TEAL,
+    "matrix": TEAL,
+}
+POOLED = ("strided", "strided_latent")  # kinds with entries of several positions
 LEGEND_COLUMNS = 4
 # Lines from a second store, by how it is read.
 DASHES: dict[str, Literal["--", ":"]] = {"values": "--", "mix": ":"}
@@ -70,7 +78,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
             kept = [str(number) for _, number in store.retention] or ["all" if store.grows else "state"]
-            if store.kind == "strided":
+            if store.kind in POOLED:
                 kept[-1] = f"1 in\n{kept[-1]}"
             text = "\n+".join(kept)
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
@@ -128,7 +136,7 @@ def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
     bytes in total."""
     if not store.grows:
         return f"{bytes_text(store.nbytes(context, itemsize))} at any context"
-    return f"{sum(store.slot_bytes(itemsize)):,} B per {'slot' if store.kind == 'strided' else 'position'}"
+    return f"{sum(store.slot_bytes(itemsize)):,} B per {'slot' if store.kind in POOLED else 'position'}"
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:

@@ -38,7 +38,6 @@ from arch.masks import BLOCK
 from arch.named import names
 from arch.spans import visible_pairs
 from arch.static_step import StaticStep
-from arch.strided_spec import StridedSpec
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result
@@ -361,10 +360,9 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
             if backend == "chunks+flex":  # the products with slots are none of the kernel's
                 pairs = visible_pairs(positions, store.window)
                 backend, flops = "flex", rows * store.pair_flops(stack.config.size) * pairs
-            if isinstance(store, StridedSpec):  # of tokens and entries
-                pairs = positions * (positions + store.num_entries(positions))
+            if slots := store.dense_slots(positions):
                 forward, backward = ATTENTION["dense mask"]
-                computed = float(rows * store.pair_flops(stack.config.size) * pairs)
+                computed = float(rows * store.pair_flops(stack.config.size) * positions * slots)
                 seconds += computed / forward + 2.5 * computed / backward
             elif store.masked or backend == "flex":
                 forward, backward = ATTENTION[backend]
