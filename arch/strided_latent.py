@@ -140,20 +140,19 @@ class StridedLatentWriter(LatentWriter):
         share_BT1 = self.share(latent_BTR, places.code_BTR)
         with no_autocast(latent_BTR):
             sum_BTR = sums_within_chunks(share_BT1 * latent_BTR, places.place_BT, self.stride)
-            if places.cached is None:
-                return LatentKV(sum_BTR.to(latent_BTR.dtype), k_rope_BTP)
-            assert buffer is not None
-            return self.continued(sum_BTR, k_rope_BTP, latent_BTR.dtype, places.cached, buffer)
+            if places.cached is not None and places.cached.begun_BT is not None:
+                assert buffer is not None
+                earlier_B1R = buffer.entry(places.cached.slot_B).unsqueeze(1).to(sum_BTR.dtype)
+                sum_BTR = sum_BTR + earlier_B1R.masked_fill(~places.cached.begun_BT.unsqueeze(-1), 0.0)
+        new = LatentKV(sum_BTR.to(latent_BTR.dtype), k_rope_BTP)
+        if places.cached is None:
+            return new
+        assert buffer is not None
+        return self.continued(new, places.cached, buffer)
 
-    def continued(
-        self, sum_BTR: Tensor, k_rope_BTP: Tensor, dtype: torch.dtype, places: CachedPlaces, buffer: StridedLatentBuffer
-    ) -> LatentKV:
+    def continued(self, new: LatentKV, places: CachedPlaces, buffer: StridedLatentBuffer) -> LatentKV:
         """Return what readers of new tokens over a cache get; the buffer then holds these tokens, too."""
-        if places.begun_BT is not None:
-            earlier_B1R = buffer.entry(places.slot_B).unsqueeze(1).to(sum_BTR.dtype)
-            sum_BTR = sum_BTR + earlier_B1R.masked_fill(~places.begun_BT.unsqueeze(-1), 0.0)
-        new, row_B1 = (sum_BTR.to(dtype), k_rope_BTP), torch.arange(len(sum_BTR), device=sum_BTR.device)[:, None]
-        seen = []
+        seen, row_B1 = [], torch.arange(len(new.latent_BSR), device=new.latent_BSR.device)[:, None]
         for tensor, value in zip(buffer.tensors, new, strict=True):
             seen.append(torch.cat((tensor[:, : places.num_complete].to(value.dtype), value), dim=1))
             entries = tensor[:, : places.written_BE.shape[1]]
@@ -174,7 +173,7 @@ class StridedLatentWriter(LatentWriter):
                 sum_BR = sum_BR + earlier_BR.masked_fill((place.place == 0).unsqueeze(-1), 0.0)
             elif place.place:
                 sum_BR = sum_BR + buffer.entry(place.slot).to(sum_BR.dtype)
-            return LatentKV(*buffer.append((sum_BR, k_rope_BP), Step(place.slot, place.slots)))
+        return LatentKV(*buffer.append((sum_BR, k_rope_BP), Step(place.slot, place.slots)))
 
 
 class StridedLatentReader(LatentReader):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from arch import ArchConfig, LatentConfig, LayoutError, StoreConfig, allocate, resolve
 from arch.buffers import StateBuffer
+from arch.compression.layout import check_method
+from arch.compression.method import parse_method
 from arch.config import MAX_WIDTH
 from arch.footprint import kv_bytes
 from arch.layers import rope_table
@@ -243,6 +245,19 @@ def test_refusals(store: dict[str, Any], message: str) -> None:
     config = small(ArchConfig({"kv": StoreConfig(**{"latent": LatentConfig(), **store})}, ["new kv"]), num_layers=1)
     with pytest.raises(LayoutError, match=message):
         resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("int8", "every store pools latents, and codecs act on tokens that are kept apart$"),
+        ("h2o@6", "no store grows with the context but by entries that pool positions, so that h2o has nothing"),
+        ("think", "no store grows with the context but by entries that pool positions, so that think has nothing"),
+    ],
+)
+def test_compression_is_refused_with_the_reason(method: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_method(resolve(small("mtla")), parse_method(method))
 
 
 def test_a_layer_has_no_window_of_its_own() -> None:

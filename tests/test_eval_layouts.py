@@ -7,7 +7,7 @@ import pytest
 from conftest import ARCHS
 
 from eval import layouts
-from eval.families import BLOCKS, BOTH, FAMILIES, FIRST_FITTING, FULL, LATENTS, SHARING, STATES, WINDOWS, family
+from eval.families import BLOCKS, BOTH, FAMILIES, FIRST_FITTING, FULL, LATENTS, POOLS, SHARING, STATES, WINDOWS, family
 from eval.released import load, shipped
 
 AGAIN = (
@@ -46,6 +46,7 @@ def test_marks_are_of_what_is_shown(tmp_path: Path) -> None:
     [
         (FULL, ("mha", "gqa4", "mqa")),
         (LATENTS, ("mla",)),
+        (POOLS, ("deepseek_v4_hca", "mtla")),
         (WINDOWS, ("swa", "swa_sinks", "gemma3")),
         (SHARING, ("cla2", "cla4", "cla2_keepends")),
         (BOTH, ("mixattention", "yoco", "tail_sharing", "characterai")),

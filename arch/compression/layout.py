@@ -137,7 +137,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
             f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart{states}"
         )
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
-        for store in every:
+        for store in (store for store in every if store.masked):
             if store.slot.latent_dim or store.slot.rope_dim:
                 has = "holds latents" if store.slot.latent_dim else "has keys of which a half is that of all heads"
                 raise ValueError(
@@ -153,8 +153,9 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
     if method.keep is not None and not any(keeps(store, method.keep) for store in every):
         able = [name for name, options in KEEPS.items() if "windows" in options]
         hint = f"; {', '.join(able)} act on windows with windows=true and every=16"
+        pools = " but by entries that pool positions" if any(store.grows and not store.masked for store in every) else ""
         raise ValueError(
-            f"{method.text}: no store grows with the context, so that {method.keep.name} has nothing to act on"
+            f"{method.text}: no store grows with the context{pools}, so that {method.keep.name} has nothing to act on"
             + (hint if any(store.masked for store in every) else "")
         )
 
