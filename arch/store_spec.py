@@ -227,7 +227,7 @@ class StoreSpec:
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim)
 
     def dense_slots(self, length: int) -> int:
-        """Slots of a dense mask that `length` tokens without a cache attend by, with any backend; 0: by no such mask."""
+        """Slots of the dense mask of `length` tokens without a cache, where it is dense with any backend; else 0."""
         return 0
 
     def reader_params(self, size: SizeConfig) -> ParamCount:

@@ -161,7 +161,8 @@ def test_the_layer_is_that_of_mtla(stride: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stride", "rope_dim", "starts"), [(2, "1/2", [0, 5, 11]), (3, 0, [0, 4, 8]), (5, "1/2", None), (1, "1/2", [0, 1, 2])]
+    ("stride", "rope_dim", "starts"),
+    [(2, "1/2", [0, 5, 11]), (3, 0, [0, 4, 8]), (5, "1/2", None), (1, "1/2", [0, 1, 2])],
 )
 def test_decoding_is_the_forward(stride: int, rope_dim: Any, starts: list[int] | None) -> None:
     """Rows of different lengths, in chunks that end anywhere, plain steps and static steps."""
