@@ -232,9 +232,11 @@ def chunk_codes(chunk: Tensor, dim: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def places_alone(stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor) -> Places:
+def places_alone(
+    stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor, dtype: torch.dtype
+) -> Places:
     """Places of tokens that attend to themselves, without a cache: each to the complete entries before it, as they
-    come with their last token, and to its own so far."""
+    come with their last token, and to its own so far. Codes are of `dtype`, cast once for all layers."""
     before = dense(sequences, None).allowed
     index_T = torch.arange(sequences.length, device=sequences.device)
     if before is None:
@@ -242,7 +244,8 @@ def places_alone(stride: int, latent_dim: int, sequences: Sequences, position_BT
     complete_BT = (position_BT + 1) % stride == 0
     complete = complete_BT[0] if before.ndim == 2 else complete_BT[:, None, None]
     allowed = before & complete | (index_T == index_T[:, None])
-    return Places(position_BT % stride, chunk_codes(position_BT // stride, latent_dim), Dense(False, allowed))
+    code_BTR = chunk_codes(position_BT // stride, latent_dim).to(dtype)
+    return Places(position_BT % stride, code_BTR, Dense(False, allowed))
 
 
 def places_after(store: StridedLatentSpec, position_BT: Tensor, offset: int) -> Places:

@@ -196,7 +196,7 @@ class StridedLatentBackend(BoundedBackend):
     def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their places in chunks and the mask of entries so far."""
         found = token_positions(sequences)
-        places = places_alone(self.stride, self.latent_dim, sequences, found.position_BT)
+        places = places_alone(self.stride, self.latent_dim, sequences, found.position_BT, dtype)
         return found._replace(chunks=places).with_mask(lambda form: Mask(dense_backend(self.kernel).kernel, form))
 
 

@@ -237,19 +237,17 @@ class StridedLatentActivations(LatentActivations):
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Also, in the owner, entries so far, which are expanded in place of the latents; and of the shares, latents as
-        they are compared, and the share in fp32. Codes of chunks are those of each sequence where it has documents."""
+        they are compared, and the share in fp32. With documents each sequence has chunks, and their codes, of its
+        own."""
         assert isinstance(store, StridedLatentSpec)
         total = super().attention(config, store, owner, replace(how, dense=True))
-        elements = store.slot.latent_dim + store.share_dim + (self.codes(store, how) if how.documents else 0)
+        elements = store.slot.latent_dim + store.share_dim * (2 if how.documents else 1)
         return total + owner * (how.itemsize * elements + FP32)
 
-    def codes(self, store: StridedLatentSpec, how: Execution) -> int:
-        """Elements of the code of a chunk, where it is cast, and as it is compared."""
-        return store.share_dim + (store.slot.latent_dim if how.itemsize < FP32 else 0)
-
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
+        """Also codes of chunks, as they are compared."""
         assert isinstance(store, StridedLatentSpec)
-        length, codes = config.size.seq_len, 0 if how.documents else owner * self.codes(store, how)
+        length, codes = config.size.seq_len, store.share_dim if owner and not how.documents else 0
         return how.itemsize * length * (store.dense_slots(length) + store.sinks + codes)
 
 
