@@ -232,9 +232,7 @@ def chunk_codes(chunk: Tensor, dim: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def places_alone(
-    stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor, dtype: torch.dtype
-) -> Places:
+def places_alone(stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor, dtype: torch.dtype) -> Places:
     """Places of tokens that attend to themselves, without a cache: each to the complete entries before it, as they
     come with their last token, and to its own so far. Codes are of `dtype`, cast once for all layers."""
     before = dense(sequences, None).allowed
