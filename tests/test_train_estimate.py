@@ -205,6 +205,7 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
         ("mha", "llama"),
         ("cla2", "llama"),
         ("mla", "llama"),
+        ("mtla", "llama"),
         ("bct", "llama"),
         ("bct_gated", "llama"),
         ("bct_ring", "llama"),

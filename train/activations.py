@@ -250,6 +250,14 @@ class StridedLatentActivations(LatentActivations):
         length, codes = config.size.seq_len, store.share_dim if owner and not how.documents else 0
         return how.itemsize * length * (store.dense_slots(length) + store.sinks + codes)
 
+    def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
+        """On a CPU in half precision, in fp32: queries, keys, values, output and its gradient, and the mask as of one
+        sequence (arch/attend_cpu.py). The gradients of the first three take the place of what the norms kept."""
+        if not how.dense or how.itemsize == FP32:
+            return 0
+        elements = 5 * config.size.num_heads * self.width(config, store, how)
+        return FP32 * (elements + store.dense_slots(config.size.seq_len))
+
 
 class BoundedActivations:
     """Activations saved by arch/bounded.py and bounded_chunks.py in the chunk form."""

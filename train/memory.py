@@ -20,6 +20,7 @@ from arch.config import SizeConfig, style_of
 from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_norms, num_params
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
+from arch.strided_latent_spec import StridedLatentSpec
 from train.activations import ACTIVATIONS, FP32, Execution, norm_bytes
 from train.schema import loss_rows
 
@@ -197,13 +198,16 @@ def segment_bytes(stack: StackShape, how: Execution, micro_batch: int) -> int:
 
 
 def stack_bytes(stack: StackShape, how: Execution) -> int:
-    """Bytes that a stack saves: rotary tables, the last norm, and `layer_bytes`, `cross_bytes` and `mask_bytes` of its
-    layers.
+    """Bytes that a stack saves: rotary tables, codes of chunks and places in them, the last norm, and `layer_bytes`,
+    `cross_bytes` and `mask_bytes` of its layers.
 
     With checkpointing the input of each layer instead, the slots that other layers read, and the boolean masks.
     """
     config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
     whole = FP32 * size.seq_len * sum(key[0] for key in {store.rope_key for store in plan.stores})
+    pooled = {store.positions_key: store for store in plan.stores if isinstance(store, StridedLatentSpec)}
+    coded = stack.positions if how.documents else size.seq_len
+    whole += coded * sum(width * store.slot.latent_dim + 2 * 8 for store in pooled.values())
     whole += stack.outputs * last_norm_bytes(size, how)
     if width == FP32 or how.compiled:  # the norm's input is no copy, and a slice of it keeps the whole
         whole += width * size.d_model * max(0, stack.positions - stack.outputs)
