@@ -2,13 +2,12 @@
 
 import inspect
 import random
-import re
 import shlex
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from conftest import launch_in_process
+from conftest import launch_in_process, run_script
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
@@ -195,12 +194,11 @@ SCHEMAS = {
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_help_explains_every_key(name: str, capsys: pytest.CaptureFixture) -> None:
+def test_help_explains_every_key(name: str) -> None:
+    """In a process of its own: values of another test's configuration may stand in for defaults in this one."""
     schema = SCHEMAS[name]
-    launch_in_process(lambda *_: None, name, schema, ["--help"])
-    lines = capsys.readouterr().out.splitlines()
-    besides = [line for line in lines if not re.match(r" *\w+: ", line)]
-    assert len(besides) <= 40 and max(map(len, lines)) <= 120, "a line for each key, and few more"
+    lines = run_script(f"train/{name}.py", "--help").stdout.splitlines()
+    assert len(lines) <= 140 and max(map(len, lines)) <= 120
     own = schema.__annotations__ if schema is EstimateConfig else {field.name for field in fields(schema)}
     for field in fields(schema):
         if field.name not in own or is_dataclass(field.type):
