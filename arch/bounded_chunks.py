@@ -251,8 +251,8 @@ class FadedSoftmax(torch.autograd.Function):
     """[Z, B, N, C, M] softmax(score faded + bias) faded, where sinks may take a share, and [Z, B, N, C] the logarithm
     of the sum that weights were divided by, where it is known.
 
-    The gradient of a score, by hand, takes half of the passes over them that autograd would: with t = weight (d loss /
-    d weight), it is t - weight sum(t).
+    The gradient of a score is by hand, with fewer passes over them than autograd's: it is t - weight sum(t), with
+    t = weight (d loss / d weight).
     """
 
     @staticmethod

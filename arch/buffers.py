@@ -180,9 +180,10 @@ class StateBuffer:
         return (position_BT % window)[:, None, :, None].expand(batch, heads, -1, width)
 
     def take_row(self, row: int, other: "StateBuffer", length: int, offset: int) -> None:
-        """Let row `row` hold the only row of `other`: positions count from the start of a row."""
+        """Let row `row` hold the only row of `other`, which may have room for fewer entries: positions count from the
+        start of a row."""
         for tensor, source in zip(self.tensors, other.tensors, strict=True):
-            tensor[row] = source[0]
+            tensor[row, : source.shape[1]] = source[0]
 
     def drop(self, count: int, offset: int) -> None:
         """Drop tokens like AppendBuffer.drop: nothing here is at an offset."""

@@ -213,20 +213,10 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         for span, heads, base, turned, sink, norm, form, scaling in zip(*lists.values(), strict=True)
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
-    style = STYLE_DEFAULTS | {key: hf[key] for key in STYLE_DEFAULTS if key in hf}
-    mlps = {activation: mlp for mlp, activation in ACTIVATIONS.items()}
-    for key, kinds in (("qk_norm", (str, type(None))), ("norm_placement", (str,)), ("scale_embeddings", (bool,))):
-        if type(style[key]) not in kinds:
-            problems.append(f"{key} is {style[key]!r}; that cannot be")
-    if str(style["hidden_act"]) not in mlps:
-        problems.append(f"hidden_act is {style['hidden_act']!r}; it must be {' or '.join(mlps)}")
+    style = _read_style(hf, problems)
     if problems:
         raise UnsupportedModelError(problems)
-    own = {"qk_norm": style["qk_norm"], "mlp": mlps[style["hidden_act"]]}
-    own |= {key: style[key] for key in ("norm_placement", "scale_embeddings")}
-    llama = vars(STYLES["llama"])
-    sizes |= {key: value for key, value in own.items() if value not in (None, llama[key])}
-    size = from_dict(SizeConfig, sizes)
+    size = from_dict(SizeConfig, sizes | style)
     for merge_equal in (True, False) if value_sources == sources else (False,):
         config = ModelConfig(_layout(stores, sources, value_sources, merge_equal), size)
         again = to_hf_config(config)
@@ -235,6 +225,22 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     raise UnsupportedModelError(
         [f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]]
     )
+
+
+def _read_style(hf: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Fields of SizeConfig in which the model is not of the style llama. Adds to `problems` what is wrong with keys."""
+    style = STYLE_DEFAULTS | {key: hf[key] for key in STYLE_DEFAULTS if key in hf}
+    mlps = {activation: mlp for mlp, activation in ACTIVATIONS.items()}
+    for key, kinds in (("qk_norm", (str, type(None))), ("norm_placement", (str,)), ("scale_embeddings", (bool,))):
+        if type(style[key]) not in kinds:
+            problems.append(f"{key} is {style[key]!r}; that cannot be")
+    activation = str(style["hidden_act"])
+    if activation not in mlps:
+        problems.append(f"hidden_act is {style['hidden_act']!r}; it must be {' or '.join(mlps)}")
+    own = {"qk_norm": style["qk_norm"], "mlp": mlps.get(activation)}
+    own |= {key: style[key] for key in ("norm_placement", "scale_embeddings")}
+    llama = vars(STYLES["llama"])
+    return {key: value for key, value in own.items() if value not in (None, llama[key])}
 
 
 def _layer_problems(hf: Mapping[str, Any]) -> list[str]:

@@ -57,11 +57,6 @@ class StridedBuffer(StateBuffer):
                 value = torch.where(where.view(-1, 1, 1, 1), value, tensor.gather(1, index))
             tensor.scatter_(1, index, value)
 
-    def take_row(self, row: int, other: StateBuffer, length: int, offset: int) -> None:
-        """Take a row as StateBuffer does; `other` may have room for fewer entries."""
-        for tensor, source in zip(self.tensors, other.tensors, strict=True):
-            tensor[row, : source.shape[1]] = source[0]
-
 
 def allocate_strided(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str

@@ -57,11 +57,6 @@ class StridedLatentBuffer(StateBuffer):
         """[B, 1, R] index of a slot of each row, for `gather` and `scatter`."""
         return slot_B.view(-1, 1, 1).expand(len(tensor), 1, tensor.shape[-1])
 
-    def take_row(self, row: int, other: StateBuffer, length: int, offset: int) -> None:
-        """Take a row as StateBuffer does; `other` may have room for fewer entries."""
-        for tensor, source in zip(self.tensors, other.tensors, strict=True):
-            tensor[row, : source.shape[1]] = source[0]
-
 
 def allocate_strided_latents(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str

@@ -8,6 +8,7 @@ from typing import Any
 from .config import SizeConfig, StoreConfig
 from .latent_spec import LatentSpec
 from .store_spec import ParamCount, SlotShape
+from .strided_spec import check_stride, resolve_stride
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ class StridedLatentSpec(LatentSpec):
 
     @classmethod
     def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
-        assert store.stride is not None and store.latent is not None
-        if store.stride < 1:
-            problems.append(f"{where}.stride is {store.stride}; an entry pools at least 1 position (null: no entries)")
+        assert store.latent is not None
+        check_stride(where, store, problems)
         for key, value in (("window", store.window), ("chunk", store.chunk)):
             if value is not None:
                 problems.append(
@@ -58,9 +58,8 @@ class StridedLatentSpec(LatentSpec):
     def resolve_more(
         cls, where: str, store: StoreConfig, slot: SlotShape, size: SizeConfig, problems: list[str]
     ) -> dict[str, Any]:
-        assert store.stride is not None
         more = super().resolve_more(where, store, slot, size, problems)
-        return more | {"stride": min(store.stride, size.max_window or store.stride)}
+        return more | {"stride": resolve_stride(store, size)}
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:

@@ -10,6 +10,19 @@ from .grouped_spec import GroupedSpec
 from .store_spec import CacheTensor, HeadShape, ParamCount, SlotShape
 
 
+def check_stride(where: str, store: StoreConfig, problems: list[str]) -> None:
+    """Add to `problems` a stride that is none."""
+    assert store.stride is not None
+    if store.stride < 1:
+        problems.append(f"{where}.stride is {store.stride}; an entry pools at least 1 position (null: no entries)")
+
+
+def resolve_stride(store: StoreConfig, size: SizeConfig) -> int:
+    """Positions of an entry, cut as windows are."""
+    assert store.stride is not None
+    return min(store.stride, size.max_window or store.stride)
+
+
 @dataclass(frozen=True)
 class StridedSpec(GroupedSpec):
     """Keys and values per head of a window, and of one entry for each `stride` positions (strided.py); where they are
@@ -33,13 +46,11 @@ class StridedSpec(GroupedSpec):
 
     @classmethod
     def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
-        assert store.stride is not None
         if store.tied not in (None, "vector"):
             problems.append(f"{where}.tied is {store.tied!r}; entries are pooled apart, or as one vector: write vector")
         if store.tied is not None and store.v_dim is not None:
             problems.append(f"{where}.v_dim is {store.v_dim}; tied values are as wide as keys: write head_dim or k_dim")
-        if store.stride < 1:
-            problems.append(f"{where}.stride is {store.stride}; an entry pools at least 1 position (null: no entries)")
+        check_stride(where, store, problems)
         if store.window is None:
             problems.append(f"{where}.stride needs a window: tokens that no entry has yet are seen there")
         super().check(where, store, problems)
@@ -48,8 +59,7 @@ class StridedSpec(GroupedSpec):
     def resolve_more(
         cls, where: str, store: StoreConfig, slot: SlotShape, size: SizeConfig, problems: list[str]
     ) -> dict[str, Any]:
-        assert store.stride is not None
-        return {"stride": min(store.stride, size.max_window or store.stride)}
+        return {"stride": resolve_stride(store, size)}
 
     @classmethod
     def describes(cls, fields: dict[str, Any]) -> bool:

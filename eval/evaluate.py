@@ -89,15 +89,7 @@ def main(arguments: Sequence[str]) -> None:
     tasks = choose(options.tasks or (("compressed",) if options.cache else ("perplexity",)), words)
     methods = methods_of(options.cache, tasks)
     check(options, data)
-    source = Source(
-        options.checkpoint,
-        options.which,
-        options.device,
-        options.dtype,
-        options.trust,
-        options.revision,
-        options.prepared,
-    )
+    source = Source.of(options)
     source.check()
     from train.subjects import open_subject  # brings torch
 

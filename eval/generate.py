@@ -139,15 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     check(options)
     method = read_method(options.cache)
     prompts = [*given, *(read_prompts(options.prompts) if options.prompts else [])] or [""]
-    source = Source(
-        options.checkpoint,
-        options.which,
-        options.device,
-        options.dtype,
-        options.trust,
-        options.revision,
-        options.prepared,
-    )
+    source = Source.of(options)
     source.check()
     from train.subjects import open_subject  # brings torch
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,9 +32,10 @@ from fork_server import BLANK, MODULES, blank, connect, place_modules
 from safetensors.torch import load_file
 
 import data.corpora
-from arch import ArchConfig, LanguageModel, ModelConfig, SizeConfig, resolve
+from arch import ArchConfig, LanguageModel, ModelConfig, SizeConfig, allocate, resolve
 from arch import build as build_model
 from arch.named import load_arch, names
+from arch.static_step import StaticStep
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from data.prepare import prepare
 from train.checkpoint import checkpoints
@@ -109,6 +111,38 @@ def shared(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
 
 def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
+
+
+def assert_decoding_is_the_forward(model: LanguageModel, starts: list[int] | None) -> None:
+    """Three rows that begin at `starts`, in chunks that end anywhere, plain steps and static steps."""
+    batch = tokens(3, 23)
+    start_B = None if starts is None else torch.tensor(starts)
+    with torch.no_grad():
+        alone = [model(batch[row : row + 1, start:]) for row, start in enumerate(starts or [0, 0, 0])]
+        for cuts in ([0, 23], [0, 7, 8, 14, 23], [0, 12], [0, 3]):
+            cache = allocate(model.plan, 3, 23, dtype=torch.float64, start_B=start_B)
+            parts = [model(batch[:, begin:end], cache) for begin, end in pairwise(cuts)]
+            last = cuts[-1]
+            if len(cuts) == 2 and last < 23:
+                plain = (last + 23) // 2
+                parts += [model(token, cache) for token in batch[:, last:plain].split(1, dim=1)]
+                step = StaticStep(model, cache, "static")
+                parts += [step(token) for token in batch[:, plain:].split(1, dim=1)]
+            logits = torch.cat(parts, dim=1)
+            for row, expected in enumerate(alone):
+                begin = 23 - expected.shape[1]
+                torch.testing.assert_close(logits[row, begin:], expected[0], rtol=0, atol=1e-10)
+
+
+def assert_documents_are_apart(model: LanguageModel) -> None:
+    """Each of four documents in a row gives the logits that it has alone."""
+    lengths = [7, 1, 12, 3]
+    batch = tokens(1, sum(lengths))
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    with torch.no_grad():
+        together = model(batch, segment_ids_BT=ids).split(lengths, dim=1)
+        for document, found in zip(batch.split(lengths, dim=1), together, strict=True):
+            torch.testing.assert_close(found, model(document), rtol=0, atol=1e-10)
 
 
 @pytest.hookimpl(optionalhook=True)

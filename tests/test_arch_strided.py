@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, small, tokens
+from conftest import assert_decoding_is_the_forward, assert_documents_are_apart, build, small, tokens
 from torch import Tensor, nn
 
-from arch import ArchConfig, BlockTransformer, LayoutError, StoreConfig, allocate, resolve
+from arch import ArchConfig, BlockTransformer, LayoutError, StoreConfig, resolve
 from arch.attention import choose_backends, has_own_kernel
 from arch.footprint import kv_bytes
 from arch.layers import rope_table, rotate
 from arch.masks import Sequences
-from arch.static_step import StaticStep
 from arch.strided import StridedBackend, StridedReader, StridedWriter
 
 SHAPES = [(4, 6), (6, 4), (1, 1), (3, 2), (8, 3)]  # window, stride
@@ -77,35 +76,13 @@ def test_the_parallel_form_is_the_definition(window: int, stride: int) -> None:
 )
 def test_decoding_is_the_forward(window: int, stride: int, tied: str | None, starts: list[int] | None) -> None:
     """Rows of different lengths, in chunks that end anywhere, plain steps and static steps."""
-    model, batch = model_of(window, stride, tied=tied), tokens(3, 23)
-    start_B = None if starts is None else torch.tensor(starts)
-    with torch.no_grad():
-        alone = [model(batch[row : row + 1, start:]) for row, start in enumerate(starts or [0, 0, 0])]
-        for cuts in ([0, 23], [0, 7, 8, 14, 23], [0, 12], [0, 3]):
-            cache = allocate(model.plan, 3, 23, dtype=torch.float64, start_B=start_B)
-            parts = [model(batch[:, begin:end], cache) for begin, end in pairwise(cuts)]
-            last = cuts[-1]
-            if len(cuts) == 2 and last < 23:
-                plain = (last + 23) // 2
-                parts += [model(token, cache) for token in batch[:, last:plain].split(1, dim=1)]
-                step = StaticStep(model, cache, "static")
-                parts += [step(token) for token in batch[:, plain:].split(1, dim=1)]
-            logits = torch.cat(parts, dim=1)
-            for row, expected in enumerate(alone):
-                begin = 23 - expected.shape[1]
-                torch.testing.assert_close(logits[row, begin:], expected[0], rtol=0, atol=1e-10)
+    assert_decoding_is_the_forward(model_of(window, stride, tied=tied), starts)
 
 
 @pytest.mark.parametrize(("window", "stride", "tied"), [(4, 6, None), (6, 4, "vector"), (3, 2, None)])
 def test_nothing_is_pooled_across_documents(window: int, stride: int, tied: str | None) -> None:
     """A document gives the logits that it has alone, wherever chunks would begin in the row."""
-    model, lengths = model_of(window, stride, tied=tied, rope="none"), [7, 1, 12, 3]
-    batch = tokens(1, sum(lengths))
-    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    with torch.no_grad():
-        together = model(batch, segment_ids_BT=ids).split(lengths, dim=1)
-        for document, found in zip(batch.split(lengths, dim=1), together, strict=True):
-            torch.testing.assert_close(found, model(document), rtol=0, atol=1e-10)
+    assert_documents_are_apart(model_of(window, stride, tied=tied, rope="none"))
 
 
 def deepseek_v4(model: Any, stride: int, window: int) -> tuple[Any, Any]:

@@ -2,8 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from data.cli import UsageError
 
@@ -31,6 +32,11 @@ class Source:
     trust: bool = False
     revision: str | None = None
     prepared: Path | None = None
+
+    @classmethod
+    def of(cls, options: Any) -> "Source":
+        """The model that the options of a command name, in fields of these names."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def check(self) -> None:
         """Raise UsageError on a value that no machine takes, and where there is no such model here."""

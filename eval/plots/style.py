@@ -110,7 +110,7 @@ def without_suffix(name: str, common: str) -> str:
 
 
 class Beside(NamedTuple):
-    """Where a text may stand beside its point: offset in points, and its ends that are there."""
+    """Place of a text beside its point: offset in points, and the ends of the text that are there."""
 
     x: float
     y: float
