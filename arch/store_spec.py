@@ -107,6 +107,7 @@ class StoreSpec:
     summary     completes "the store ..."
     masked      readers run an attention backend over slots that a mask selects; otherwise they take token positions
     grows       bytes depend on the context
+    pools       a slot is made of several positions, always as many
     rotates     keys may be rotated by their position
     unshared    why no layer but its owner can read it; empty: others can
     takes       keys of other kinds that it takes, too
@@ -133,6 +134,7 @@ class StoreSpec:
     summary: ClassVar[str]
     masked: ClassVar[bool] = True
     grows: ClassVar[bool] = True
+    pools: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
     unshared: ClassVar[str] = ""
     takes: ClassVar[tuple[str, ...]] = ()

@@ -25,7 +25,7 @@ class StridedLatentSpec(LatentSpec):
     kind, summary = "strided_latent", "pools latents"
     key = "stride"
     takes = ("stride",)
-    masked = False
+    masked, pools = False, True
 
     @classmethod
     def asked_by(cls, store: StoreConfig) -> bool:

@@ -37,7 +37,7 @@ class StridedSpec(GroupedSpec):
     kind, key, summary = "strided", "stride", "pools positions"
     takes = ("tied",)
     stray = ", and a store that {kind} has no entries: drop it"
-    masked = False
+    masked, pools = False, True
 
     @classmethod
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:

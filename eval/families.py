@@ -39,7 +39,7 @@ def _has_latents(plan: Plan) -> bool:
 
 
 def _pools(plan: Plan) -> bool:
-    return any(store.kind in ("strided", "strided_latent") for stack in plan.stacks for store in stack.plan.stores)
+    return any(store.pools for stack in plan.stacks for store in stack.plan.stores)
 
 
 BLOCKS = Family(

@@ -153,7 +153,7 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
     if method.keep is not None and not any(keeps(store, method.keep) for store in every):
         able = [name for name, options in KEEPS.items() if "windows" in options]
         hint = f"; {', '.join(able)} act on windows with windows=true and every=16"
-        pooled = any(store.grows and not store.masked for store in every)
+        pooled = any(store.pools for store in every)
         pools = " but by entries that pool positions" if pooled else ""
         raise ValueError(
             f"{method.text}: no store grows with the context{pools}, so that {method.keep.name} has nothing to act on"

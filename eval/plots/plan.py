@@ -56,7 +56,6 @@ KIND_COLORS = {
     "state": TEAL,
     "matrix": TEAL,
 }
-POOLED = ("strided", "strided_latent")  # kinds with entries of several positions
 LEGEND_COLUMNS = 4
 # Lines from a second store, by how it is read.
 DASHES: dict[str, Literal["--", ":"]] = {"values": "--", "mix": ":"}
@@ -78,7 +77,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
         if owner:
             _box(axes, layer, store_y, half, 0.2, face=tint, edge=tint)
             kept = [str(number) for _, number in store.retention] or ["all" if store.grows else "state"]
-            if store.kind in POOLED:
+            if store.pools:
                 kept[-1] = f"1 in\n{kept[-1]}"
             text = "\n+".join(kept)
             axes.text(layer, store_y, text, ha="center", va="center", fontsize=7, color="white")
@@ -136,7 +135,7 @@ def _weight(store: StoreSpec, context: int, itemsize: int) -> str:
     bytes in total."""
     if not store.grows:
         return f"{bytes_text(store.nbytes(context, itemsize))} at any context"
-    return f"{sum(store.slot_bytes(itemsize)):,} B per {'slot' if store.kind in POOLED else 'position'}"
+    return f"{sum(store.slot_bytes(itemsize)):,} B per {'slot' if store.pools else 'position'}"
 
 
 def _colors(types: Sequence[StoreSpec]) -> dict[str, str]:
