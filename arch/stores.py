@@ -2,7 +2,7 @@
 
 A kind has a declaration, a subclass of StoreSpec in NAME_spec.py, listed in KINDS; its keys in config.StoreConfig; its
 cache, writer and reader in NAME.py, listed in attention.STORE_MODULES; and the bytes that its layers save for the
-backward pass, listed in train/activations.py.
+backward pass, listed in train/estimates/activations.py.
 """
 
 import math

@@ -18,7 +18,7 @@ import arch
 from arch import attend, attention, convert_formats, stores
 from eval import footprint, pareto
 from eval.tasks import TASKS
-from train import activations
+from train.estimates import activations
 from train.hub import request, targets
 
 PAGES = ("library", "extending", "recipes")

@@ -21,12 +21,12 @@ from arch.footprint import kv_bytes, num_params
 from arch.named import CONFIGS, load_arch, load_size, names
 from data.shards import Manifest
 from train import pretrain
-from train.activations import Execution
 from train.benchmarks import baselines, gpu_study, gpu_suite, peak_memory
 from train.benchmarks import cpu as bench
 from train.benchmarks import loader as bench_loader
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, copy_weights, llama_slot, random_batch
 from train.benchmarks.gpu_case import Case, Options
+from train.estimates.activations import Execution
 from train.loss import cross_entropy_sum
 from train.schema import PretrainConfig
 

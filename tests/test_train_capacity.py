@@ -17,10 +17,11 @@ from arch.named import load_arch, load_size
 from data.cli import UsageError
 from data.config import DataConfig
 from data.shards import Manifest
-from train import capacity, device, lightning_trainer, memory, pretrain
-from train.activations import Execution
-from train.capacity import choose_micro_batch, execution, needed_bytes
+from train import device, lightning_trainer, pretrain
 from train.datamodule import TokenDataModule
+from train.estimates import capacity, memory
+from train.estimates.activations import Execution
+from train.estimates.capacity import choose_micro_batch, execution, needed_bytes
 from train.lit_module import LitModel
 from train.schema import OptimConfig, PretrainConfig, TrainerConfig, micro_batch
 

@@ -26,11 +26,9 @@ from arch.named import load_arch, load_size
 from eval.cli import Choices
 from eval.hardware import find_gpu
 from train import estimate as script
-from train.activations import Execution
 from train.estimate import EstimateConfig, make_estimate
-from train.lit_module import local
-from train.loss import cross_entropy_sum
-from train.memory import (
+from train.estimates.activations import Execution
+from train.estimates.memory import (
     activation_bytes,
     cast_bytes,
     loss_bytes,
@@ -39,6 +37,8 @@ from train.memory import (
     temporary_bytes,
     working_bytes,
 )
+from train.lit_module import local
+from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import hybrid_mesh, parallelize
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems

@@ -25,7 +25,7 @@ from arch.convert_formats import read_config
 from arch.footprint import forward_flops, kv_bytes, num_params
 from arch.named import CONFIGS, names
 from data.cli import UsageError
-from train.capacity import choose_micro_batch, execution, needed_bytes, reserve_of
+from train.estimates.capacity import choose_micro_batch, execution, needed_bytes, reserve_of
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import PretrainConfig, num_steps, problems

@@ -9,8 +9,8 @@ from arch import ModelConfig, resolve
 from arch.footprint import train_flops_per_token
 from arch.named import load_arch, load_size
 from eval.hardware import TERA, find_gpu
-from train.activations import Execution
-from train.roofline import ROOF, StepTime, published_rates, step_time
+from train.estimates.activations import Execution
+from train.estimates.roofline import ROOF, StepTime, published_rates, step_time
 
 MPT = {"760m": (24, 1536, 12), "1b": (24, 2048, 16), "3b": (32, 2560, 20), "7b": (32, 4096, 32), "13b": (40, 5120, 40)}
 # GPU, model, sequence length, GPUs, micro-batch, micro-batches of a step, tokens/s per GPU. From the tables "H100 80GB

@@ -27,11 +27,11 @@ from eval.console import PlainConsole
 from eval.hardware import GPUS, TERA, Gpu, find_gpu
 from eval.results import training_speeds
 from eval.units import bytes_text, count_text, parse_bytes
-from train.activations import Execution
-from train.capacity import does_not_fit, execution, largest_micro_batch, remedies
+from train.estimates.activations import Execution
+from train.estimates.capacity import does_not_fit, execution, largest_micro_batch, remedies
+from train.estimates.memory import step_memory
+from train.estimates.roofline import ROOF, Rates, published_rates, step_time
 from train.matching import matched
-from train.memory import step_memory
-from train.roofline import ROOF, Rates, published_rates, step_time
 from train.schema import (
     PretrainConfig,
     micro_batch,

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from data.cli import UsageError
-from train.capacity import choose_micro_batch, record_micro_batch, recorded_micro_batch
 from train.device import free_memory
+from train.estimates.capacity import choose_micro_batch, record_micro_batch, recorded_micro_batch
 from train.schema import PretrainConfig, micro_batch, num_steps
 
 

@@ -391,7 +391,7 @@ def loss_rows(tokens: int, vocab_size: int, itemsize: int, on_cuda: bool) -> int
 
 def micro_batch(config: PretrainConfig) -> int:
     """Number of sequences per forward pass: as configured, or the largest divisor of a rank's batch that stays within
-    32768 tokens. On CUDA, where none is configured, memory decides: train/capacity.py."""
+    32768 tokens. On CUDA, where none is configured, memory decides: train/estimates/capacity.py."""
     if config.trainer.micro_batch:
         return config.trainer.micro_batch
     per_rank_batch = config.batch_size // (config.trainer.devices * config.trainer.num_nodes)

@@ -26,10 +26,10 @@ from eval.footprint import plan_tables
 from eval.identity import Identity, check_summary_digest, short
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
-from train.capacity import choose_micro_batch
 from train.datamodule import TokenDataModule, check_limits
 from train.device import device_type, free_memory, fused_attention
 from train.errors import TrainingError
+from train.estimates.capacity import choose_micro_batch
 from train.evaluations import Evaluations
 from train.fp8 import check_fp8
 from train.lightning_private import launched_processes

@@ -41,7 +41,6 @@ from arch.static_step import StaticStep
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result
-from train.activations import Execution
 from train.benchmarks.gpu_case import FAMILIES, Options, model_config
 from train.benchmarks.gpu_code import (
     DEVICE,
@@ -60,8 +59,9 @@ from train.benchmarks.gpu_code import (
     onto,
     product,
 )
+from train.estimates.activations import Execution
+from train.estimates.memory import step_memory
 from train.loss import cross_entropy_sum
-from train.memory import step_memory
 from train.parallel import parallelize
 
 OUT = ROOT / "docs" / "results" / "gpu-counts"
@@ -648,9 +648,10 @@ count. `make gpu-code` makes the environment, assembles every kernel and compare
 
 ## A micro-step of training
 
-Size {size}, micro-batch x {seq_len} tokens (16, or what fits into 80 GB by train/memory.py), bf16, compiled block by
-block. One launch is one fused kernel or one operator: cuDNN's backward pass and the gradient of the embedding launch
-more. Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over micro-steps.
+Size {size}, micro-batch x {seq_len} tokens (16, or what fits into 80 GB by train/estimates/memory.py), bf16, compiled
+block by block. One launch is one fused kernel or one operator: cuDNN's backward pass and the gradient of the embedding
+launch more. Outside of blocks are embedding, masks, rotary tables, the last norm, and the sums of gradients over
+micro-steps.
 
 The roof: products at 700 TFLOP/s in bf16 (50 in fp32), bound by memory where they are narrow; attention at 550 and 430
 TFLOP/s forward and backward by cuDNN and 380 and 260 by FlexAttention, in whole blocks of 128 x 128 pairs, and 200 and

@@ -23,7 +23,7 @@ from train.benchmarks.baselines import hugging_face, random_batch
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
 from train.benchmarks.gpu_case import Case, Options, model_config
 from train.benchmarks.timing import seconds, summary_stats
-from train.memory import between_params, stack_layer_params, stack_shapes
+from train.estimates.memory import between_params, stack_layer_params, stack_shapes
 
 ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
 BASELINE_ARCHS = ("mha", "gqa4")

@@ -15,13 +15,13 @@ import torch
 from arch import ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.hardware import find_gpu
-from train.activations import Execution
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, kvfrontier, random_batch
 from train.benchmarks.gpu_case import FAMILIES, Case, Options, model_config
 from train.benchmarks.timing import seconds, summary_stats
-from train.capacity import largest_micro_batch, needed_bytes, reserve_of
 from train.device import free_memory, peak_flops
-from train.roofline import ROOF, step_time
+from train.estimates.activations import Execution
+from train.estimates.capacity import largest_micro_batch, needed_bytes, reserve_of
+from train.estimates.roofline import ROOF, step_time
 
 WARMUP = 2
 STEPS = 6

@@ -9,8 +9,8 @@ from arch import ModelConfig, Plan, resolve
 from data.cli import UsageError
 from data.files import write_json
 from eval.units import bytes_text, times
-from train.activations import Execution
-from train.memory import step_memory
+from train.estimates.activations import Execution
+from train.estimates.memory import step_memory
 from train.schema import PretrainConfig, num_replicas
 
 RESERVE = 4 * 2**30

@@ -1,8 +1,8 @@
 """Time of training on one GPU, counted from the layout: matrix products, attention, and traffic of memory.
 
-Counts are those of arch/footprint.py, and for traffic of train/memory.py. What turns them into time are `Rates`, the
-shares of the data sheet that are reached. ROOF is what kernels reach by themselves, without a gap between them: no run
-is faster. HOPPER and AMPERE are what whole runs reached by published tables, from which they were derived.
+Counts are those of arch/footprint.py, and for traffic of memory.py. What turns them into time are `Rates`, the shares
+of the data sheet that are reached. ROOF is what kernels reach by themselves, without a gap between them: no run is
+faster. HOPPER and AMPERE are what whole runs reached by published tables, from which they were derived.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from arch.footprint import cross_matrices, embedder_flops, num_params
 from arch.spans import visible_pairs
 from arch.store_spec import StoreSpec
 from eval.hardware import GIGA, Gpu
-from train.activations import Execution
-from train.memory import (
+from train.estimates.activations import Execution
+from train.estimates.memory import (
     StackShape,
     between_params,
     cross_bytes,

@@ -21,7 +21,7 @@ from arch.footprint import cross_matrices, cross_params, encoder_positions, laye
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
 from arch.strided_latent_spec import StridedLatentSpec
-from train.activations import ACTIVATIONS, FP32, Execution, norm_bytes
+from train.estimates.activations import ACTIVATIONS, FP32, Execution, norm_bytes
 from train.schema import loss_rows
 
 FLEX_BLOCK = 128  # tokens on a side of a block of FlexAttention: masks.BLOCK, in a module that needs torch
