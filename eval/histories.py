@@ -67,7 +67,7 @@ def load_history(run: Run, clock: str) -> History:
         raise RunError(f"{run.folder} holds no readable run: config.yaml: {error}") from error
     try:
         plan, rows = run.plan, run.metrics
-        train = [row for row in rows if row["train/loss"]]
+        train = [row for row in rows if row.get("train/loss")]
         if len(train) < 2:
             count = f"has reported {times(len(train))} so far, a curve needs 2"
             raise RunError(f"{run.folder} {count}: leave it out, or wait")

@@ -143,12 +143,16 @@ class Run:
         for path in sorted(starts, key=lambda path: int(path.parent.name)):
             try:
                 with path.open(newline="", encoding="utf-8") as file:
-                    new = [row for row in csv.DictReader(file) if row["train/loss"] or row.get("val/loss")]
+                    new = [row for row in csv.DictReader(file) if row.get("train/loss") or row.get("val/loss")]
                 first = min((int(row["step"]) for row in new), default=None)
+                trained = any(row.get("train/loss") and int(row["step"]) == first for row in new)
             except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
                 raise RunError(f"{self.folder} holds no readable run: {path}: {_reason(error)}") from error
-            if first is not None:
-                rows = [row for row in rows if int(row["step"]) < first] + new
+            if first is None:
+                continue
+            # a start whose first row is of validation did not repeat the step before it
+            last = first - trained
+            rows = [row for row in rows if int(row["step"]) <= (last if row.get("train/loss") else first - 1)] + new
         return rows
 
     def _read(

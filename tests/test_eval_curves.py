@@ -199,6 +199,15 @@ def test_a_resumed_run_counts_no_step_twice(tmp_path: Path) -> None:
     assert list(run.seconds) == [step / 2 + (7 if step > 100 else 0) for step in range(10, 151, 10)]
 
 
+def test_a_start_that_only_validates_repeats_no_step(tmp_path: Path) -> None:
+    """The first was stopped between the last step and its validation, or in the middle of that."""
+    path = make_run(tmp_path / "runs", "mha", line(6, 0.01))
+    write_rows(path / "metrics" / "1", [{"step": STEPS, "val/loss": 3.5}])
+    (run,) = curves.find_curves([path], "wall")[0].runs
+    assert list(run.steps) == list(range(10, STEPS + 1, 10))
+    assert list(run.val_steps) == list(range(25, STEPS + 1, 25)) and run.val[-1] == 3.5
+
+
 @pytest.mark.parametrize(
     ("losses", "target", "expected"),
     [
