@@ -150,6 +150,15 @@ class StateBuffer:
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
 
+    def read_state(self) -> Tensor:
+        """The state. It may be changed in place, where `write_state` follows."""
+        return self.tensors[0]
+
+    def write_state(self, state: Tensor) -> None:
+        """Hold `state`, which may be what `read_state` returned."""
+        if state is not self.tensors[0]:
+            self.tensors[0].copy_(state)
+
     def at(self, position_BT: Tensor) -> Tensors:
         """[B, K, T, H] what lies in the slots of positions [1 or B, T]."""
         return tuple(tensor.gather(2, self.index(position_BT, tensor)) for tensor in self.tensors[1:])

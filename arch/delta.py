@@ -417,15 +417,15 @@ class DeltaWriter(nn.Module):
             if buffer is not None:
                 x_BTX = x_BTX * (positions.position_BT >= 0).unsqueeze(-1)
                 if not empty:
-                    state_BNKV, before_BWX = buffer.tensors
+                    state_BNKV, before_BWX = buffer.read_state(), buffer.tensors[-1]
             q_BTNK, k_BTNK, v_BTNV = self.heads_of(self.conv(x_BTX, before_BWX, positions))
             log_BTNA, b_BTN = self.decay(raw, dtype), beta.to(dtype).sigmoid()
             if positions.kernel is not None:
                 return positions.kernel(q_BTNK, k_BTNK, v_BTNV, log_BTNA, b_BTN, dtype=q.dtype).to(dtype)
             out_BTNV, after_BNKV = read_chunks(q_BTNK, k_BTNK, v_BTNV, log_BTNA, b_BTN, positions, state_BNKV)
             if buffer is not None:
-                buffer.tensors[0].copy_(after_BNKV)
-                keep_last(x_BTX, buffer.tensors[1], empty)
+                buffer.write_state(after_BNKV)
+                keep_last(x_BTX, buffer.tensors[-1], empty)
             return out_BTNV
 
     def step(
@@ -449,11 +449,13 @@ class DeltaWriter(nn.Module):
             if isinstance(offset, int) and not offset:
                 for tensor in buffer.tensors:
                     tensor.zero_()
-            state_BNKV, before_BWX = buffer.tensors
-            q_BNK, k_BNK, v_BNV = self.heads_of(self.conv.step(x_BX, before_BWX))
+            state_BNKV = buffer.read_state()
+            q_BNK, k_BNK, v_BNV = self.heads_of(self.conv.step(x_BX, buffer.tensors[-1]))
             a_BNA, b_BN = self.decay(raw, dtype).exp(), beta.to(dtype).sigmoid()
             q, k, v, a, b = (x.to(state_BNKV.dtype) for x in (q_BNK, k_BNK, v_BNV, a_BNA, b_BN))
-            return read_step(q, k, v, a, b, state_BNKV).to(dtype)
+            out_BNV = read_step(q, k, v, a, b, state_BNKV).to(dtype)
+            buffer.write_state(state_BNKV)
+            return out_BNV
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, scaled, keys, and values of each state, [..., N, K or V], given what leaves the convolution."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ARCHS, build, small, tokens, whole_depth
 
-from arch import ArchConfig, LatentConfig, StoreConfig, allocate, resolve
+from arch import ArchConfig, LatentConfig, MatrixConfig, StoreConfig, allocate, resolve
 from arch.attend import Mask, reference, sdpa
 from arch.compression.coding import (
     FP8,
@@ -23,7 +23,14 @@ from arch.compression.coding import (
     unpack,
 )
 from arch.compression.compressed import KeptKernel, allocate_compressed
-from arch.compression.layout import compressed_bytes, keeps, offloaded_bytes, tensor_layouts
+from arch.compression.layout import (
+    coded_layouts,
+    compressed_bytes,
+    keeps,
+    offloaded_bytes,
+    state_layout,
+    tensor_layouts,
+)
 from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import CodedBuffer, KeptBuffer
 from arch.compression.xkv import XkvBuffer
@@ -205,7 +212,7 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             with pytest.raises(ValueError, match=r"reads stores kv and first together, and .* would keep other"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
-        if method.codec and not any(s.masked for p in stacks for s in p.stores):
+        if method.codec and not any(coded_layouts(s, method.codec) for p in stacks for s in p.stores):
             with pytest.raises(ValueError, match=f"every store {stacks[0].stores[0].summary}, and codecs"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
@@ -291,7 +298,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
             continue
         if not agrees([stack.plan for stack in model.plan.stacks], method):
             continue
-        if method.codec and not any(s.masked for s in every):
+        if method.codec and not any(coded_layouts(s, method.codec) for s in every):
             continue
         if method.keep and not any(keeps(s, method.keep) for s in every):
             continue
@@ -592,6 +599,46 @@ def test_tokens_come_back_in_order(window: int | None) -> None:
                 newest = min(tensor.shape[1], recent + length)
                 assert torch.equal(tensor[:, tensor.shape[1] - newest :], x[:, index[-newest:]])
             offset += length
+
+
+@pytest.mark.parametrize("rule", ["gated_delta", "kda"])
+@pytest.mark.parametrize(
+    "text", ["bf16", "fp8(group=3)", "int8(group=3)", "int4(group=5,hadamard=true,clip=0.9)", "int2(group=4)"]
+)
+def test_a_state_is_rounded_between_steps(rule: str, text: str) -> None:
+    """Bit for bit a plain cache whose matrices are coded and decoded after each chunk and each step, in rows that begin
+    late; and the bytes are those of the codes."""
+    layout = ArchConfig({"state": StoreConfig(matrix=MatrixConfig(rule, v_dim="3/4"))}, ["new state"])
+    model, batch, starts = build(small(layout), torch.float32), tokens(2, 20), torch.tensor([0, 9])
+    assert isinstance(model.plan, KVPlan)
+    method, store = parse_method(text), model.plan.stores[0]
+    assert method.codec is not None
+    coded_as = state_layout(store, method.codec)
+    assert coded_as is not None
+    cache = allocate_compressed(model.plan, 2, 20, dtype=torch.float32, method=method, start_B=starts.clone())
+    rounded, plain = (model.allocate_cache(2, 20, start_B=starts.clone()) for _ in range(2))
+    with torch.no_grad():
+        for part in (*batch[:, :12].split((6, 4, 2), dim=1), *batch[:, 12:].split(1, dim=1)):
+            run = model.decode_step if part.shape[1] == 1 else model
+            got, expected, other = (run(part, each) for each in (cache, rounded, plain))
+            assert torch.equal(got, expected)
+            for buffer in rounded.buffers:
+                exact = buffer.tensors[0]
+                exact.copy_(decode(encode(exact[:, None, None], coded_as), coded_as, torch.float32)[:, 0, 0])
+        assert not torch.equal(got, other)
+        row = allocate_compressed(model.plan, 1, 20, dtype=torch.float32, method=method)
+        model.prefill(batch[:1, :12], row)
+        copies = row.repeat(3)
+        torch.testing.assert_close(
+            model.decode_step(batch[:1, 12:13].expand(3, -1), copies)[2:], model.decode_step(batch[:1, 12:13], row)
+        )
+    rows, width, group = store.slot.kv_heads * store.slot.k_dim, store.slot.v_dim, method.codec.group
+    numbers = {"bf16": 0, "fp8": 2}.get(method.codec.name, 4) * math.ceil(width / min(width, group))
+    of_codes = rows * (math.ceil(width * method.codec.bits / 8) + numbers)
+    of_inputs = 3 * (2 * rows + store.slot.kv_heads * width) * 4
+    assert width == 6 and rows == 64
+    assert cache.nbytes == 2 * len(model.plan.stores) * (of_codes + of_inputs)
+    assert cache.nbytes == compressed_bytes(model.plan, method, 2, 20, itemsize=4)
 
 
 def test_what_cannot_be_is_refused() -> None:

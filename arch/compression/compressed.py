@@ -31,9 +31,9 @@ from .keeps import (
     SnapBuffer,
     share_budget,
 )
-from .layout import acts, check_method, sharing_groups, tensor_layouts, with_budget
+from .layout import acts, check_method, sharing_groups, state_layout, tensor_layouts, with_budget
 from .method import CacheMethod
-from .small_buffers import CodedBuffer, KeptBuffer
+from .small_buffers import CodedBuffer, CodedState, KeptBuffer
 from .think import ThinkBuffer
 from .xkv import XkvBuffer, factorise, share_again
 from .zipcache import ZipCacheBuffer
@@ -150,7 +150,7 @@ class CompressedCache(Cache):
         assert isinstance(made, CompressedCache)
         made.buffers = tuple(
             buffer.repeat(rows)
-            if isinstance(buffer, CodedBuffer | KeptBuffer)
+            if isinstance(buffer, CodedBuffer | CodedState | KeptBuffer)
             else type(buffer)(tuple(repeat_row(tensor, rows) for tensor in buffer.tensors))
             for buffer in self.buffers
         )
@@ -248,7 +248,7 @@ def allocate_compressed(
 ) -> CompressedCache | CompressedBlockCache:
     """Allocate an empty cache as `allocate` or `allocate_blocks`, with `method` on its stores, for a model of `plan`.
 
-    A codec acts from the first token on; with a keep everything is whole until `compress`. Bytes are those of
+    A codec acts from the first token on; with a keep all tokens are whole until `compress`. Bytes are those of
     `layout.compressed_bytes`. Raises ValueError where `method` cannot act on `plan`.
     """
     check_method(plan, method)
@@ -276,7 +276,9 @@ def _allocate(
     for store in plan.stores:
         keep = method.keep if method.keep and acts(store, method.keep, capacity, dtype.itemsize) else None
         if not store.masked or (method.codec is None and keep is None):
-            buffers.append(allocate_buffer(store, batch, capacity, dtype, device))
+            buffer = allocate_buffer(store, batch, capacity, dtype, device)
+            state = state_layout(store, method.codec)
+            buffers.append(buffer if state is None else CodedState.empty(state, buffer.tensors))
         elif keep is not None:
             whole = allocate_buffer(store, batch, capacity, dtype, device)
             assert not isinstance(whole, StateBuffer)

@@ -1,7 +1,8 @@
 """Layout of compressed stores, and their bytes, without torch.
 
 Tokens leave the newest, which are whole, in blocks; a block is stored as integers with scales and zeros. Where the
-cache of a store holds every position its blocks lie in order, else in a ring.
+cache of a store holds every position its blocks lie in order, else in a ring. A matrix per head is one block, which is
+stored anew after every step.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..block_plan import BlockPlan, Plan
+from ..delta_spec import MatrixSpec
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
 from ..store_spec import StoreSpec
@@ -111,6 +113,26 @@ def tensor_layouts(
     return tuple(layouts)
 
 
+def state_layout(store: StoreSpec, codec: CodecSpec | None) -> TensorLayout | None:
+    """Layout of a state that is coded, of groups along its last axis; None: the store is read by a mask, or its state
+    stays whole.
+
+    The rules of a matrix per head let errors of rounding fade. In the slots of a bounded store they add up.
+    """
+    if codec is None or not isinstance(store, MatrixSpec):
+        return None
+    shape = store.cache_tensors(0)[0].shape
+    return TensorLayout(shape, 1, None, codec, 1, min(codec.group, shape[-1]), fixed=True)
+
+
+def coded_layouts(store: StoreSpec, codec: CodecSpec) -> list[TensorLayout]:
+    """Layouts of what `codec` codes of a store; none where it leaves the store as it is."""
+    if store.masked:
+        return [layout for layout in tensor_layouts(store, codec, 1) if layout.codec]
+    state = state_layout(store, codec)
+    return [] if state is None else [state]
+
+
 def check_method(plan: Plan, method: CacheMethod) -> None:
     """Raises ValueError where `method` has nothing to act on in a cache of `plan`, or cannot."""
     for stack in plan.stacks:
@@ -122,20 +144,20 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                 "cache out, or the window out of arch.pattern"
             )
         check_second_reads(stack.plan, method)
-        codec, stores = method.codec, [store for store in stack.plan.stores if store.masked]
-        for store in stores:
-            for shape in (layout.shape for layout in tensor_layouts(store, codec, 1) if layout.codec):
-                if codec is not None and codec.hadamard and shape[-1] % 2:
-                    raise ValueError(
-                        f"{method.text}: store {store.name} has width {shape[-1]}, and a Hadamard rotation needs an "
-                        "even one; leave hadamard out"
-                    )
     every = [store for stack in plan.stacks for store in stack.plan.stores]
-    if method.codec is not None and not any(store.masked for store in every):
-        states = "" if every[0].grows else ": what each token changes would be rounded again at each"
-        raise ValueError(
-            f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart{states}"
-        )
+    if method.codec is not None:
+        coded = [(store, layout) for store in every for layout in coded_layouts(store, method.codec)]
+        for store, layout in coded:
+            if method.codec.hadamard and layout.shape[-1] % 2:
+                raise ValueError(
+                    f"{method.text}: store {store.name} has width {layout.shape[-1]}, and a Hadamard rotation needs an "
+                    "even one; leave hadamard out"
+                )
+        if not coded:
+            states = "" if every[0].grows else ": what each token changes would be rounded again at each, which adds up"
+            raise ValueError(
+                f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart{states}"
+            )
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
         for store in (store for store in every if store.masked):
             if store.slot.latent_dim or store.slot.rope_dim:
@@ -393,7 +415,11 @@ def store_bytes(
     `chosen`: slots that the cache chose, where that depends on the text.
     """
     if not store.masked:
-        return store.nbytes(capacity, itemsize)
+        state = state_layout(store, method.codec)
+        if state is None:
+            return store.nbytes(capacity, itemsize)
+        others = store.cache_tensors(capacity)[1:]
+        return state.nbytes(itemsize) + sum(tensor.nbytes(itemsize) for tensor in others)
     kept = None
     if method.keep is not None and keeps(store, method.keep):
         if prompt is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buffers import SlotBuffer, Step, Tensors, repeat_row, zero_slots
+from ..buffers import SlotBuffer, StateBuffer, Step, Tensors, repeat_row, zero_slots
 from ..masks import Dense, visible
 from ..spans import Chunk, Span
 from ..store_spec import StoreSpec
@@ -164,6 +164,31 @@ class CodedBuffer:
     def drop(self, count: int, offset: int) -> None:
         """Raises ValueError."""
         raise ValueError(NO_ROWS)
+
+
+class CodedState(StateBuffer):
+    """The cache of a store of a matrix per head with a codec: codes, scales and zeros of the state, which is whole
+    within a step alone; and its other tensor, the last inputs of the convolution, as it is."""
+
+    def __init__(self, layout: TensorLayout, tensors: Tensors):
+        super().__init__(tensors)
+        self.layout = layout
+
+    @classmethod
+    def empty(cls, layout: TensorLayout, whole: Tensors) -> "CodedState":
+        """An empty cache in place of the tensors of a StateBuffer."""
+        state, *others = whole
+        return cls(layout, (*zero_codes(layout, len(state), state.device), *others))
+
+    def read_state(self) -> Tensor:
+        return decode(self.tensors[:-1], self.layout, self.tensors[-1].dtype)[:, 0, 0]
+
+    def write_state(self, state: Tensor) -> None:
+        for tensor, value in zip(self.tensors[:-1], encode(state[:, None, None], self.layout), strict=True):
+            tensor.copy_(value)
+
+    def repeat(self, rows: int) -> "CodedState":
+        return CodedState(self.layout, tuple(repeat_row(tensor, rows) for tensor in self.tensors))
 
 
 class KeptBuffer:
