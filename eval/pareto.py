@@ -3,13 +3,14 @@
 Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, pareto.html, pareto.csv and pareto.json.
 Any figure that a run has recorded can be on either axis: `x=read y=recall/accuracy`; `list=true` says which there are.
 A panel shows the runs that have its figure, weighed at their sequence length unless `context` says another.
-Where runs were evaluated with cache methods (evaluate.py cache=), each is a point beside that of its run.
+Where runs were evaluated with cache methods (evaluate.py cache=), each is a point beside that of its run, and with
+several seeds better or worse than without a method, or not told apart: where ranges of seeds overlap.
 """
 
 import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from eval.runs import (
     repeated_seeds,
     warn,
 )
+from eval.study_rows import BETTER, UNDECIDED, WORSE
 from eval.units import bytes_text, count_text, counted, number_text
 
 __all__ = ["METRICS"]
@@ -122,11 +124,21 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
             }
         )
     rows.sort(key=lambda row: (signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]))
+    plain = {row["name"]: row for row in rows if row["method"] == NONE}
     result: list[Point] = []
     for row in rows:
         better = all(signs[1] * row["value"] < signs[1] * smaller.value for smaller in result)
-        result.append(Point(**row, frontier=better))
+        result.append(Point(**row, frontier=better, against_none=against(row, plain.get(row["name"]), up.larger)))
     return result
+
+
+def against(row: Mapping[str, Any], plain: Mapping[str, Any] | None, larger: bool) -> str | None:
+    """Point.against_none of a row with a method, and `plain` without; `larger`: more is better."""
+    if plain is None or plain is row or min(row["runs"], plain["runs"]) == 1:
+        return None
+    if row["lowest"] <= plain["highest"] and plain["lowest"] <= row["highest"]:
+        return UNDECIDED
+    return BETTER if (row["value"] > plain["value"]) == larger else WORSE
 
 
 def possible(name: str, value: Any) -> bool:
@@ -174,9 +186,11 @@ def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
     if compressed:
         result.add_column("cache", overflow="fold")
     extra = [] if x.name in ("stored", "read", "per_token", "constant", "params") else [x.label]
-    for column in (*extra, "KV stored", "per token", "constant", "KV read", y.label, "spread", "runs", "params"):
+    for column in (*extra, "KV stored", "per token", "constant", "KV read", y.label, "over seeds", "runs", "params"):
         result.add_column(column, justify="right")
-    result.add_column("frontier")
+    for column in (*(["against none"] if compressed else []), "frontier"):
+        result.add_column(column)
+    shown: Callable[[float], str] = bytes_text if y.in_bytes else "{:.3f}".format
     for row in rows:
         result.add_row(
             row.name,
@@ -186,10 +200,11 @@ def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
             "-" if row.kv_per_token is None else f"{number_text(row.kv_per_token)} B",
             bytes_text(row.kv_constant) if row.kv_constant else "-",
             "-" if row.kv_read is None else bytes_text(row.kv_read),
-            bytes_text(row.value) if y.in_bytes else f"{row.value:.3f}",
-            f"{row.highest - row.lowest:.3f}" if row.runs > 1 else "-",
+            shown(row.value),
+            f"{shown(row.lowest)} to {shown(row.highest)}" if row.runs > 1 else "-",
             str(row.runs),
             count_text(row.params),
+            *([row.against_none or "-"] if compressed else []),
             Text("yes", style="green") if row.frontier else "",
         )
     return result

@@ -372,6 +372,8 @@ class Point:
     x       the mean of the figure on the other axis; None: `bytes`
     method  what is done to the cache at test time; figures of the layout alone are then None, as are bytes without a
             formula
+    against_none  whether it is better or worse than the same runs without a method, or not told apart, as where ranges
+                  of seeds overlap; None: it has no method, or one of the two a single seed
     """
 
     name: str
@@ -388,6 +390,7 @@ class Point:
     kv_read: float | None
     x: float | None = None
     method: str = "none"
+    against_none: str | None = None
 
     @property
     def across(self) -> float:

@@ -171,6 +171,33 @@ def test_points_and_frontier(runs: Path) -> None:
         assert row.bytes == kv_bytes(resolve(small(name)), 64, 2).stored
 
 
+def test_methods_are_compared_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With the same runs without one, where both have several seeds: by ranges, whichever end is better."""
+    found = {"none": (0.9, 0.8, 0.7), "int8": (0.7, 0.6, 0.5), "int4": (0.6, 0.5, 0.69), "int2": (0.91, 0.92, 0.95)}
+    for seed in range(3):
+        path = make_run(tmp_path, "mha", seed, 20.0 + seed)
+        summary = json.loads((path / "summary.json").read_text())
+        summary["evaluations"] = {
+            "compressed" if method == "none" else f"compressed[{method}]": {
+                "step": 8,
+                "digest": "d",
+                "figures": {"end_bytes": 64, "loss": values[seed], "recall/accuracy": values[seed]},
+                **({} if method == "none" else {"method": method}),
+            }
+            for method, values in {**found, **({"fp8": (9.0, 9.0, 9.0)} if seed == 1 else {})}.items()
+        }
+        (path / "summary.json").write_text(json.dumps(summary))
+    of = {}
+    for figure in ("loss", "recall/accuracy"):
+        pareto.main([str(tmp_path), "x=compressed/end_bytes", f"y=compressed/{figure}"])
+        of[figure] = {row["method"]: row["against_none"] for row in json.loads((tmp_path / "pareto.json").read_text())}
+    touching = {"none": None, "int8": "not told apart", "fp8": None}
+    assert of["recall/accuracy"] == {**touching, "int4": "worse", "int2": "better"}
+    assert of["loss"] == {**touching, "int4": "better", "int2": "worse"}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "over seeds" in shown and "0.500 to 0.690" in shown
+
+
 def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.CaptureFixture) -> None:
     """Each panel has the runs of its task, at their length; the band is of the baseline's seeds."""
     recall = [
