@@ -214,6 +214,26 @@ def test_equal_bytes(corpus: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(abs(float(off)) < 1 for *_, off in rows)  # a step of d_ff is 1.7 % of so small a model
 
 
+def test_cla_table1(corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """Bytes are in the proportions of the paper's table, where 8 layers for 20 leave them."""
+    launch_in_process(
+        study.main, "study", StudyConfig, ["+study=cla_table1", "plan=true", f"data.path={corpus}", VOCABULARY]
+    )
+    found = re.findall(r"│ (h\d+_\w+) +│[^│]*│[^│]*│ ([\d.]+ [KM]iB) +│", capsys.readouterr().out)
+    kib = {name: float(size.split()[0]) * (1024 if "MiB" in size else 1) for name, size in found}
+    paper = {
+        "h16_mha": 163840, "h16_gqa4": 40960, "h16_gqa2": 20480, "h16_mqa": 10240, "h8_mqa": 5120,
+        "h32_mqa_cla2": 10240, "h16_mqa_cla2": 5120, "h8_mqa_cla2": 2560, "h16_gqa4_cla2": 20480,
+        "h16_gqa2_cla2": 10240, "h16_mqa_cla4": 2560,
+    }  # fmt: skip
+    heads = {"h16_mha": 2}  # 16 heads in the paper, 8 here
+    assert {name: kib[name] * heads.get(name, 1) for name in paper} == {
+        name: size / 10240 * kib["h16_mqa"] for name, size in paper.items()
+    }
+    assert {kib[f"h16_mqa_cla2_{name}"] for name in ("keepends", "densefront", "denseback")} == {kib["h16_mqa"] * 5 / 8}
+    assert kib["h16_mqa_cla3"] == kib["h16_mqa"] * 3 / 8 and len(kib) == 15
+
+
 class Recorded:
     """A job that something else has to do."""
 
