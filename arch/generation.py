@@ -77,7 +77,7 @@ def generate(
     max_batch      rows of the batch, where there are more prompts: a row that has ended takes the next prompt, the
                    longest first, between two blocks of a Block Transformer. `on_step` is then given the tokens of
                    whatever the rows hold; None: all at once
-    steps          how a token is decoded, as in `static_step.step_fn`: auto, plain, static, compiled or graph
+    steps          how a token is decoded, as in `static_step.choose_way`: auto, plain, static, compiled or graph
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
     """

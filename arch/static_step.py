@@ -207,6 +207,22 @@ class StaticBlockStep:
 def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     """The function that decodes one token of each row over `cache`, which has its prompts.
 
+    way  as of `choose_way`
+
+    Raises ValueError as `choose_way`.
+    """
+    way = choose_way(model, way)
+    if way == "plain":
+        return lambda tokens_B1: model.decode_step(tokens_B1, cache)
+    if isinstance(model, BlockTransformer):
+        return StaticBlockStep(model, cache, way)
+    assert isinstance(model, Decoder)
+    return StaticStep(model, cache, way)
+
+
+def choose_way(model: LanguageModel, way: str) -> str:
+    """The way `model` decodes: `way`, or what auto stands for.
+
     way  plain: `decode_step`; static, compiled, graph: as Recorder; auto: graph on CUDA, else plain. A model that is
          sharded, or compiled for training, takes plain steps
 
@@ -221,15 +237,10 @@ def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     if way == "auto":
         in_training = any(module._compiled_call_impl is not None for module in model.modules())
         way = "graph" if cuda and whole and not in_training else "plain"
-    if way == "plain":
-        return lambda tokens_B1: model.decode_step(tokens_B1, cache)
-    if not whole or (way == "graph" and not cuda):
+    if way != "plain" and (not whole or (way == "graph" and not cuda)):
         needs = "a model on CUDA" if whole else "a model in one piece, of which no process holds a part"
         raise ValueError(f"steps={way} needs {needs}; take plain or auto")
-    if isinstance(model, BlockTransformer):
-        return StaticBlockStep(model, cache, way)
-    assert isinstance(model, Decoder)
-    return StaticStep(model, cache, way)
+    return way
 
 
 def close(step: StepFn) -> None:

@@ -45,6 +45,8 @@ class GenerateConfig:
     min_p           sample from tokens at least this share as likely as the most likely one
     seed            of the sampling
     cache           what is done to the cache: a codec, a rule of what to keep, both (int4+snapkv@25%), or none
+    steps           how a token is decoded: plain; static, with shapes that stay the same; compiled, after seconds of
+                    compiling; graph, on CUDA; auto: graph on CUDA, else plain
     stop            texts at which a continuation ends, with commas; they are left out
     which           of a run's checkpoints the newest, or the best by validation loss
     device          cpu, cuda, ...; auto: cuda where there is one
@@ -65,6 +67,7 @@ class GenerateConfig:
     min_p: float = 0.0
     seed: int = 0
     cache: str = NONE
+    steps: str = "auto"
     stop: tuple[str, ...] = ()
     which: str = "newest"
     device: str = "auto"
@@ -160,6 +163,8 @@ def check(options: GenerateConfig) -> None:
         if not fits:
             what = "at least 0" if name == "temperature" else "from 0 to 1"
             raise UsageError(f"{name} is {value}; it must be {what}")
+    if options.cache != NONE and options.steps not in ("auto", "plain"):
+        raise UsageError(f"steps={options.steps} with cache={options.cache}: such a cache takes plain steps")
     if options.prompts is not None and not options.prompts.is_file():
         raise UsageError(f"prompts={options.prompts}: there is no such file")
 
@@ -187,10 +192,12 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     from arch import generate as continue_prompts
     from arch.compression.layout import offloads
     from arch.generation import batch_prompts
+    from arch.static_step import choose_way
 
     tokenizer, model = subject.tokenizer, subject.model
     tokens = [tokenizer.encode(prompt) or [tokenizer.begin] for prompt in prompts]
     try:
+        steps = choose_way(model, options.steps) if subject.method is None else "plain"
         batch = batch_prompts(model.plan, tokens, subject.pad_token, model.output_weight.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -218,7 +225,7 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         min_p=options.min_p,
         stop_token=tokenizer.end,
         on_step=on_step,
-        steps="auto" if subject.method is None else "plain",
+        steps=steps,
         pad_token=subject.pad_token,
         cache=cache,
         seed=options.seed,

@@ -81,7 +81,8 @@ def test_the_command(run: str, old: Path, capsys: pytest.CaptureFixture) -> None
         return capsys.readouterr().out
 
     text = visible(prompts[0] + loaded.generate(prompts[0], 12))
-    assert shown(f"prompt={prompts[0]}", "max_new_tokens=12", "quiet=true") == f"{text}\n"
+    for steps in ("auto", "static"):
+        assert shown(f"prompt={prompts[0]}", "max_new_tokens=12", f"steps={steps}", "quiet=true") == f"{text}\n"
     options = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.001, "seed": 3}
     words = [f"{key}={value}" for key, value in options.items()]
     expected = loaded.generate(prompts, 12, **options)
@@ -111,6 +112,9 @@ def test_speed_and_cache_are_said(old: Path, capsys: pytest.CaptureFixture) -> N
         (["top_k=0"], "top_k is 0"),
         (["prompts=nowhere"], "there is no such file"),
         (["dtype=fp8"], "choose auto, fp32"),
+        (["steps=fast"], "steps is 'fast'; choose auto, plain, static, compiled, graph"),
+        (["steps=graph", "device=cpu"], "steps=graph needs a model on CUDA"),
+        (["steps=static", "cache=int4"], "steps=static with cache=int4: such a cache takes plain steps"),
         (["promt=x"], "did you mean prompt?"),
     ],
 )
