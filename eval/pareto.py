@@ -190,7 +190,7 @@ def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
         result.add_column(column, justify="right")
     for column in (*(["against none"] if compressed else []), "frontier"):
         result.add_column(column)
-    shown: Callable[[float], str] = bytes_text if y.in_bytes else "{:.3f}".format
+    shown: Callable[[float], str] = bytes_text if y.in_bytes else "{:.5g}".format
     for row in rows:
         result.add_row(
             row.name,

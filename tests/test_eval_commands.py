@@ -195,7 +195,7 @@ def test_methods_are_compared_over_seeds(tmp_path: Path, capsys: pytest.CaptureF
     assert of["recall/accuracy"] == {**touching, "int4": "worse", "int2": "better"}
     assert of["loss"] == {**touching, "int4": "better", "int2": "worse"}
     shown = " ".join(capsys.readouterr().out.split())
-    assert "over seeds" in shown and "0.500 to 0.690" in shown
+    assert "over seeds" in shown and "0.5 to 0.69" in shown
 
 
 def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.CaptureFixture) -> None:
