@@ -641,7 +641,7 @@ COLUMNS = (
 )
 README = """# Kernels, bytes and FLOPs on an H100, counted without one
 
-`python train/benchmarks/gpu_counts.py`, layouts by and by (`archs=`; each has its commit in counts.json), last on
+`python train/benchmarks/gpu_counts.py`, one layout at a time (`archs=`; each has its commit in counts.json), last on
 {date}, torch {torch}, Triton {triton}. No figure here was measured on a GPU: torch's compiler made sm_90 code for
 tensors that are fake (train/benchmarks/gpu_code.py). The kernels, and the bytes that they read and write, are its own
 count. `make gpu-code` makes the environment, assembles every kernel and compares with counts.json.
