@@ -49,10 +49,10 @@ RING_LOGIT = 0.0
 class BoundedKV(NamedTuple):
     """Keys and values written to the slots at each token, and the strengths of the writes.
 
-    In rule `ring_slots` they are those of the token that leaves the window, and `window` has the rotated keys and the
-    values of the window, [B, T, K, H], or [B, W + T, K, H] over a cache. `chunks` is None where another kernel takes
-    the place of the chunk form. Of one token over a cache it is the slots after its write, [B, K, M, 2H], and `window`
-    is [B, K, W, H], in the order of a ring; the others lack T.
+    In rule `ring_slots` they are those of the token that leaves the window, T - W where rows begin and none does at
+    first, and `window` has the rotated keys and the values of the window, [B, T, K, H], or [B, W + T, K, H] over a
+    cache. `chunks` is None where another kernel takes the place of the chunk form. Of one token over a cache it is the
+    slots after its write, [B, K, M, 2H], and `window` is [B, K, W, H], in the order of a ring; the others lack T.
     """
 
     k_BTKH: Tensor
@@ -183,7 +183,8 @@ class BoundedWriter(nn.Module):
             p_BTM = self.router(x_BTD, positions.position_BT)
         else:
             k, v, window = self.leave_window(k, v, rope, positions, buffer, empty)
-            p_BTM = self.router(k.flatten(2), positions.position_BT - self.window)
+            leaving_BT = positions.position_BT[:, x_BTD.shape[1] - k.shape[1] :] - self.window
+            p_BTM = self.router(k.flatten(2), leaving_BT, all_write=k.shape[1] < x_BTD.shape[1])
         if positions.kernel is not None:
             return BoundedKV(k, v, p_BTM)
         state = None if buffer is None else buffer.tensors[0]
@@ -197,7 +198,9 @@ class BoundedWriter(nn.Module):
         assert self.window is not None
         length, rotated_k, position_BT = k.shape[1], rotate(k, rope), positions.position_BT
         read = GroupedKV(rotated_k, v)
-        if buffer is None or empty:
+        if positions.plain and length > self.window:  # nothing leaves it as the first tokens come
+            k, v = (x[:, : length - self.window] for x in (k, v))
+        elif buffer is None or empty:
             k, v = (F.pad(x, (0, 0, 0, 0, self.window, 0))[:, :length] for x in (k, v))
         else:
             assert positions.evicted_rope is not None
@@ -272,25 +275,31 @@ class BoundedReader(nn.Module):
     def read(self, q_BTNH: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
         """[B, T, N, H] in the type of the strengths. In half precision products with slots are of TF32 on CUDA."""
         dtype, tf32 = kv.p_BTM.dtype, q_BTNH.is_cuda and q_BTNH.dtype.itemsize < 4
-        sinks_N = None if self.sinks is None else self.sinks.to(dtype)
         scaled_BTNH = q_BTNH.to(dtype) * self.scale
         assert isinstance(kv.chunks, ChunkWrites)
-        seen_BTM = None
+        early, seen_BTM = q_BTNH.shape[1] - kv.p_BTM.shape[1], None  # tokens before any has left the window
         if self.ring:
             seen_BTM = written_slots(positions.position_BT, kv.p_BTM.shape[-1])
-        if self.window is not None:
+        elif self.window is not None and not early:
             seen_BTM = (positions.position_BT >= self.window).unsqueeze(-1)
-        more = self.window is not None
-        out_BTNH, total_BTN = read_slots(scaled_BTNH, kv.chunks, positions, seen_BTM, sinks_N, more, tf32)
-        if self.window is None:
+        more = self.window is not None or self.sinks is not None
+        out_BTNH, slots_BTN = read_slots(scaled_BTNH[:, early:], kv.chunks, positions, seen_BTM, more, tf32)
+        if slots_BTN is None:
             return out_BTNH
-        assert kv.window is not None and total_BTN is not None
+        if early:
+            out_BTNH = F.pad(out_BTNH, (0, 0, 0, 0, early, 0))
+            slots_BTN = F.pad(slots_BTN, (0, 0, early, 0), value=UNSEEN)
+        total_BTN = slots_BTN if self.sinks is None else torch.logaddexp(slots_BTN, self.sinks.to(dtype))
+        share_BTN = (slots_BTN - total_BTN).exp()  # of the slots, where a sink takes some
+        if self.window is None:
+            return out_BTNH * share_BTN.unsqueeze(-1)
+        assert kv.window is not None
         if positions.near is not None:
             near = run_near(rotate(q_BTNH, rope), kv.window, positions.near, self.scale)
-            return merge(*near, out_BTNH, total_BTN)
+            return merge(*near, out_BTNH * share_BTN.unsqueeze(-1), total_BTN)
         rotated_BTNH = rotate(scaled_BTNH, rope)
-        near_BTNH, share_BTN = read_window(rotated_BTNH, total_BTN, kv.window, positions, self.window)
-        return torch.addcmul(near_BTNH, share_BTN.unsqueeze(-1), out_BTNH)
+        near_BTNH, beside_BTN = read_window(rotated_BTNH, total_BTN, kv.window, positions, self.window)
+        return torch.addcmul(near_BTNH, (beside_BTN * share_BTN).unsqueeze(-1), out_BTNH)
 
     def step(self, x_BD: Tensor, kv: BoundedKV, rope: Rope, positions: TokenPositions) -> Tensor:
         q_BNH = norm_heads(self.q_norm, self.q_proj(x_BD).view(len(x_BD), self.num_heads, -1))

@@ -129,7 +129,6 @@ def read_slots(
     writes: ChunkWrites,
     positions: TokenPositions,
     seen_BTM: Tensor | None,
-    sinks_N: Tensor | None,
     more: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -146,11 +145,11 @@ def read_slots(
         bias = chunks.split(bias).unsqueeze(2).contiguous()  # results are laid out as it is
     sight = Sight(chunks.seen, chunks.begun, bias, more, tf32)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out, total = Recomputed.apply(sight, q, sinks_N, *writes)  # type: ignore[no-untyped-call]
+        out, total = Recomputed.apply(sight, q, *writes)  # type: ignore[no-untyped-call]
     elif torch.compiler.is_compiling():
-        out, total = read_chunks(sight, q, sinks_N, writes, *split_states(scan(*writes[2:], tf32)))
+        out, total = read_chunks(sight, q, writes, *split_states(scan(*writes[2:], tf32)))
     else:
-        out, total, _ = read_pieces(sight, q, sinks_N, writes)
+        out, total, _ = read_pieces(sight, q, writes)
     return chunks.join(out), chunks.join(total.unsqueeze(-1)).squeeze(-1) if more else None
 
 
@@ -162,15 +161,13 @@ def pieces(q_ZBKRH: Tensor, num_slots: int) -> list[slice]:
     return [slice(z, min(z + step, length)) for z in range(0, length, step)]
 
 
-def read_pieces(
-    sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, writes: ChunkWrites
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def read_pieces(sight: Sight, q_ZBKRH: Tensor, writes: ChunkWrites) -> tuple[Tensor, Tensor, list[Tensor]]:
     """[Z, B, N, C, H] and [Z, B, N, C] of all chunks, and the states before each of the pieces they were read in."""
     results, starts = [], [writes.start_BKME]
     for part in pieces(q_ZBKRH, writes.share_ZBCM.shape[-1]):
         some = ChunkWrites._make((*(x[part] for x in writes[:-1]), starts[-1]))
         states = run_scan(*some[2:], sight.tf32)
-        results.append(read_chunks(sight.part(part), q_ZBKRH[part], sinks_N, some, *split_states(states)))
+        results.append(read_chunks(sight.part(part), q_ZBKRH[part], some, *split_states(states)))
         starts.append(states[-1].clone())
     out, total = results[0] if len(results) == 1 else (torch.cat(parts) for parts in zip(*results, strict=True))
     return out, total, starts[:-1]
@@ -186,97 +183,77 @@ class Recomputed(torch.autograd.Function):
     """`read_pieces`, whose pieces are computed again in the backward pass: memory is slower than that."""
 
     @staticmethod
-    def forward(
-        ctx: Any, sight: Sight, q_ZBKRH: Tensor, sinks_N: Tensor | None, *writes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        out, total, starts = read_pieces(sight, q_ZBKRH, sinks_N, ChunkWrites(*writes))
+    def forward(ctx: Any, sight: Sight, q_ZBKRH: Tensor, *writes: Tensor) -> tuple[Tensor, Tensor]:
+        out, total, starts = read_pieces(sight, q_ZBKRH, ChunkWrites(*writes))
         ctx.more, ctx.tf32, ctx.num_pieces = sight.more, sight.tf32, len(starts)
-        ctx.save_for_backward(*sight[:-2], sinks_N, *starts, q_ZBKRH, *writes[:-1])
+        ctx.save_for_backward(*sight[:-2], *starts, q_ZBKRH, *writes[:-1])
         return out, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        seen, begun, bias, sinks_N, *saved = ctx.saved_tensors
+        seen, begun, bias, *saved = ctx.saved_tensors
         sight = Sight(seen, begun, bias, ctx.more, ctx.tf32)
         starts, inputs = saved[: ctx.num_pieces], saved[ctx.num_pieces :]
         found = [torch.empty_like(x) for x in inputs]
-        of_sinks = None if sinks_N is None else torch.zeros_like(sinks_N)
         of_state = torch.zeros_like(starts[0])
         cuts = pieces(inputs[0], inputs[2].shape[-1])
         for part, start in zip(reversed(cuts), reversed(starts), strict=True):
             q, *some = (x[part] for x in inputs)
             writes = ChunkWrites._make((*some, start))
             given = [x[part] for x in gradients[: 1 + sight.more]]
-            of_sink, of_state, new = backward_of_chunks(sight.part(part), q, sinks_N, writes, given, of_state)
+            of_state, new = backward_of_chunks(sight.part(part), q, writes, given, of_state)
             for whole, one in zip(found, new, strict=True):
                 whole[part] = one
-            if of_sinks is not None and of_sink is not None:
-                of_sinks += of_sink
-        return None, found[0], of_sinks, *found[1:], of_state
+        return None, *found, of_state
 
 
 def backward_of_chunks(
-    sight: Sight,
-    q_ZBKRH: Tensor,
-    sinks_N: Tensor | None,
-    writes: ChunkWrites,
-    gradients: list[Tensor],
-    of_state: Tensor,
-) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
-    """Gradients of the sinks, of the state before the chunks, and of the queries and writes, given those of what was
-    read and of the state after them."""
+    sight: Sight, q_ZBKRH: Tensor, writes: ChunkWrites, gradients: list[Tensor], of_state: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradients of the state before the chunks, and of the queries and writes, given those of what was read and of the
+    state after them."""
     with no_autocast(q_ZBKRH):
         states = run_scan(*writes[2:], sight.tf32)
         with torch.enable_grad():
             inputs = (q_ZBKRH, writes.faded_ZBCM, writes.share_ZBCM, writes.k_ZBKCH, writes.v_ZBKCH)
             leaves = [x.detach().requires_grad_() for x in (*inputs, *split_states(states))]
             q, faded, share, k, v, state_k, state_v = leaves
-            sink = None if sinks_N is None else sinks_N.detach().requires_grad_()
             again = writes._replace(faded_ZBCM=faded, share_ZBCM=share, k_ZBKCH=k, v_ZBKCH=v)
-            results = read_chunks(sight, q, sink, again, state_k, state_v)[: len(gradients)]
-            wanted = leaves if sink is None else [*leaves, sink]
-            of_q, of_faded, of_share, of_k, of_v, of_states_k, of_states_v, *of_sink = torch.autograd.grad(
-                results, wanted, gradients
+            results = read_chunks(sight, q, again, state_k, state_v)[: len(gradients)]
+            of_q, of_faded, of_share, of_k, of_v, of_states_k, of_states_v = torch.autograd.grad(
+                results, leaves, gradients
             )
         whole = torch.empty_like(states)
         torch.cat((of_states_k, of_states_v), dim=-1, out=whole[:-1])
         whole[-1] = of_state
         kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states, sight.tf32)
     of_writes = of_faded, of_share, kept, last, of_k.add_(more_k), of_v.add_(more_v)
-    return of_sink[0] if of_sink else None, start, (of_q, *of_writes)
+    return start, (of_q, *of_writes)
 
 
 class FadedSoftmax(torch.autograd.Function):
-    """[Z, B, N, C, M] softmax(score faded + bias) faded, where sinks may take a share, and [Z, B, N, C] the logarithm
-    of the sum that weights were divided by, where it is known.
+    """[Z, B, N, C, M] softmax(score faded + bias) faded, and [Z, B, N, C] the logarithm of the sum that weights were
+    divided by, where there is `more`.
 
     The gradient of a score is by hand, with fewer passes over them than autograd's: it is t - weight sum(t), with
     t = weight (d loss / d weight).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, unfaded: Tensor, faded: Tensor, bias: Tensor | None, sinks_N: Tensor | None, more: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, unfaded: Tensor, faded: Tensor, bias: Tensor | None, more: bool) -> tuple[Tensor, Tensor]:
         score = unfaded * faded if bias is None else torch.addcmul(bias, unfaded, faded)
         weight = score.softmax(dim=-1)
-        if more or sinks_N is not None:
-            total = score.amax(dim=-1) - weight.amax(dim=-1).log()  # one exponential less than logsumexp
-        else:
-            total = score.new_zeros(score.shape[:1])
-        del score
-        if sinks_N is not None:
-            of_slots, total = total, torch.logaddexp(total, sinks_N.unsqueeze(-1))
-            weight.mul_((of_slots - total).exp().unsqueeze(-1))
+        # One exponential less than logsumexp.
+        total = score.amax(dim=-1) - weight.amax(dim=-1).log() if more else score.new_zeros(score.shape[:1])
         ctx.more = more
-        ctx.save_for_backward(unfaded, faded, sinks_N, weight, total)
+        ctx.save_for_backward(unfaded, faded, weight)
         return weight * faded, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_faded_weight: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
-        unfaded, faded, sinks_N, weight, total = ctx.saved_tensors
+        unfaded, faded, weight = ctx.saved_tensors
         weighted = (of_faded_weight * weight).mul_(faded)
         less = weighted.sum(dim=-1)
         if ctx.more:
@@ -286,16 +263,12 @@ class FadedSoftmax(torch.autograd.Function):
         of_score = torch.addcmul(weighted, weight, less.unsqueeze(-1), value=-1)
         del weighted
         of_faded += (of_score * unfaded).sum(dim=2, keepdim=True)
-        of_sinks = None
-        if sinks_N is not None:
-            of_sinks = -((sinks_N.unsqueeze(-1) - total).exp() * less).sum(dim=(0, 1, 3))
-        return of_score.mul_(faded), of_faded, None, of_sinks, None
+        return of_score.mul_(faded), of_faded, None, None
 
 
 def read_chunks(
     sight: Sight,
     q_ZBKRH: Tensor,
-    sinks_N: Tensor | None,
     writes: ChunkWrites,
     state_k_ZBKMH: Tensor,
     state_v_ZBKMH: Tensor,
@@ -326,7 +299,7 @@ def read_chunks(
     pair = times(product(q, k.mT, tf32).view(*heads, size, size), seen)
     score = product(of_begun(q), state_k.mT, tf32).view(share.shape[0], -1, num_slots)
     score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
-    weight, total = FadedSoftmax.apply(score, faded, bias, sinks_N, more)  # type: ignore[no-untyped-call]
+    weight, total = FadedSoftmax.apply(score, faded, bias, more)  # type: ignore[no-untyped-call]
     pair = product(weight.view(share.shape[0], -1, num_slots), share.mT, tf32).view(*heads, size, size)
     new = product(times(pair, seen).view(-1, rows, size), v, tf32)
     weight = weight.view(-1, rows, num_slots)

@@ -88,18 +88,26 @@ class BoundedSpec(GroupedSpec):
             matrices + self.address_dim * (self.num_slots + query), others + self.address_dim + self.num_slots
         )
 
+    def num_written(self, length: int) -> int:
+        """Tokens that the form that trains writes to the slots, and that read them, of a row of `length` in one
+        segment: as many as leave a window, and all where none does."""
+        window = self.window or 0
+        return length - window if length > window else length
+
     def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
         """In the form that trains: M slots, chunks of C tokens, heads of H.
 
-        Per token and query head, scores and values against the state take 4 M H, against the chunk 4 C H, and what
-        those weigh in the slots 4 C M; every reader makes the states between chunks, 4 M H per key/value head, and the
-        owner the sums of log(1 - p), 2 C M. Whole chunks and all pairs in them are computed and counted, unlike the
-        pairs of softmax attention.
+        Per token that is written and query head, scores and values against the state take 4 M H, against the chunk
+        4 C H, and what those weigh in the slots 4 C M; every reader makes the states between chunks, 4 M H per
+        key/value head, and the owner the sums of log(1 - p), 2 C M. Whole chunks and all pairs in them are computed and
+        counted, unlike the pairs of softmax attention. Other tokens do without slot keys, which count as parameters.
         """
-        chunk, slots, width = min(CHUNK, seq_len), self.num_slots, self.slot.k_dim
+        written, slots, width = self.num_written(seq_len), self.num_slots, self.slot.k_dim
+        chunk = min(CHUNK, written)
         per_token = size.num_heads * 4 * (slots * width + chunk * width + chunk * slots)
         per_token += self.slot.kv_heads * 4 * slots * width + (2 * chunk * slots if owner else 0)
-        total = per_token * chunk * -(-seq_len // chunk)
+        total = per_token * chunk * -(-written // chunk)
+        total -= 2 * self.address_dim * slots * (seq_len - written) if owner else 0
         return total + (super().attention_flops(size, seq_len, owner) if self.window else 0)
 
     @property

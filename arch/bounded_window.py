@@ -42,13 +42,12 @@ def read_window(
     q = torch.cat((q_BTNH, weight_BTN.unsqueeze(-1), q_BTNH.new_zeros(()).expand(*weight_BTN.shape, pad)), dim=-1)
     k, v = (F.pad(x.to(q.dtype), (0, 1 + pad)) for x in window)
     other = (torch.arange(q.shape[-1], device=q.device) == width).to(q.dtype)
-    plain = not positions.segmented and positions.position_BT.shape[0] == 1 and k.shape[1] == tokens
-    first = min(length, tokens) if plain else 0
+    first = min(length, tokens) if positions.plain else 0
     outs = []
     if first:
         outs.append(read_first(q[:, :first], k[:, :first], v[:, :first], other))
     if first < tokens:
-        outs.append(read_blocks(q[:, first:], k, v, other, None if plain else positions, length))
+        outs.append(read_blocks(q[:, first:], k, v, other, None if positions.plain else positions, length))
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
     return out[..., :width], out[..., width].contiguous()  # a view would keep all of it for the backward pass
 

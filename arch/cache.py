@@ -227,7 +227,8 @@ class Cache:
         position_BT = index[None] if self.start_B is None else index - self.start_B[:, None]
         make = STORE_MODULES[store.kind].cache.positions
         assert make is not None
-        return make(store, position_BT, self.capacity, self.length)
+        plain = self.length == 0 and self.start_B is None
+        return make(store, position_BT, self.capacity, self.length)._replace(plain=plain)
 
     def step_positions(self, store: StoreSpec, device: torch.device) -> TokenPositions:
         """Positions of the next token of each row, for a store not read by a mask."""

@@ -24,6 +24,7 @@ class TokenPositions(NamedTuple):
     kernel        (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
     near          kernel of the window beside the slots; None: it is read in blocks (bounded_window.py)
     segmented     there may be several segments in a row, so that positions begin anew
+    plain         each row is one segment without padding, and nothing is cached before it
     step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
     chunks        of a strided store
     """
@@ -33,6 +34,7 @@ class TokenPositions(NamedTuple):
     kernel: Callable[..., Tensor] | None = None
     near: "Near | None" = None
     segmented: bool = False
+    plain: bool = False
     step: "StepPositions | None" = None
     chunks: Chunks | StepChunk | Places | StepPlace | None = None
 
@@ -68,9 +70,9 @@ class StepPositions(NamedTuple):
 def token_positions(sequences: Sequences) -> TokenPositions:
     """Positions of tokens that attend to themselves, without a cache."""
     position_BT = torch.arange(sequences.length, device=sequences.device)[None]
-    if sequences.segment_ids_BT is not None:
-        position_BT = position_BT - segment_starts(sequences.segment_ids_BT)
-    return TokenPositions(position_BT, segmented=sequences.segment_ids_BT is not None)
+    if sequences.segment_ids_BT is None:
+        return TokenPositions(position_BT, plain=True)
+    return TokenPositions(position_BT - segment_starts(sequences.segment_ids_BT), segmented=True)
 
 
 def cached_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offset: int) -> TokenPositions:

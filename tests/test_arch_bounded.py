@@ -141,6 +141,31 @@ def test_nothing_has_left_the_window_yet(length: int) -> None:
     assert (difference[12:] > 1e-6).all()
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("length", [5, 13, 30])
+def test_slots_are_left_out_until_the_window_is_full(length: int, sinks: bool) -> None:
+    """Which changes no value and no gradient."""
+    block, x = one_layer(store("ring_slots", window=12, sinks=sinks)).layers[0], numbers(2, length, 32)
+    parameters = [*block.writer.parameters(), *block.reader.parameters()]
+    rope = numbers(length, 4).cos(), numbers(length, 4).sin()
+    found = []
+    for plain in (False, True):
+        place = TokenPositions(places(length), plain=plain)
+        kv = block.writer(x, rope, place)
+        assert kv.p_BTM.shape[1] == (length - 12 if plain and length > 12 else length)
+        out = block.reader(x, kv, rope, place)
+        found.append([out, *torch.autograd.grad((out * numbers(*out.shape, seed=3)).sum(), parameters)])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_padded_row_alone_is_the_row_without_padding(rule: str) -> None:
+    model, batch = one_layer(store(rule)), tokens(1, 20)
+    with torch.no_grad():
+        padded = model(batch, model.allocate_cache(1, 20, start_B=torch.tensor([3])))
+        torch.testing.assert_close(padded[:, 3:], model(batch[:, 3:]), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("window", [1, 3, 8, 40])
 def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     length, documents = 23, torch.tensor([[0] * 5 + [1] * 18, [3] * 23])
@@ -238,10 +263,10 @@ def test_products_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         kv = block.writer(x, (), place)
         q = block.reader.q_proj(x).view(2, 64, HEADS, WIDTH)
-        exact, _ = read_slots(q, kv.chunks, place, None, None, False)
+        exact, _ = read_slots(q, kv.chunks, place, None, False)
         block.float()
         kv = block.writer(x.float(), (), place)
-        ours, _ = read_slots(q.float(), kv.chunks, place, None, None, False, tf32=True)
+        ours, _ = read_slots(q.float(), kv.chunks, place, None, False, tf32=True)
     assert len(products) == 7
     assert 1e-6 < (ours - exact).abs().max() / exact.abs().max() < 3e-3
 
@@ -266,20 +291,18 @@ def test_gradients_where_strengths_are_near_0_and_1(rule: str, bias: float) -> N
 
 
 @pytest.mark.parametrize("more", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("hidden", [False, True])
-def test_gradients_of_faded_weights(hidden: bool, sinks: bool, more: bool) -> None:
+def test_gradients_of_faded_weights(hidden: bool, more: bool) -> None:
     """They are written by hand: those of differences."""
     scores, faded = numbers(2, 1, 2, 3, 4), numbers(2, 1, 1, 3, 4, seed=1).exp()
     bias = torch.zeros(2, 1, 1, 3, 4, dtype=scores.dtype)
     bias[..., :1] = UNSEEN
-    given = scores.requires_grad_(), faded.requires_grad_(), numbers(2, seed=2).requires_grad_()
 
-    def weights(scores: torch.Tensor, faded: torch.Tensor, sinks_N: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out, total = FadedSoftmax.apply(scores, faded, bias if hidden else None, sinks_N if sinks else None, more)
+    def weights(scores: torch.Tensor, faded: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out, total = FadedSoftmax.apply(scores, faded, bias if hidden else None, more)
         return (out, total) if more else (out,)
 
-    assert torch.autograd.gradcheck(weights, given)
+    assert torch.autograd.gradcheck(weights, (scores.requires_grad_(), faded.requires_grad_()))
 
 
 def test_scan_is_a_proper_operator() -> None:

@@ -265,15 +265,17 @@ class BoundedActivations:
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Keys and values, of what has left a window with those before it; strengths, what chunks write and the state
         before them; and the window's keys and values."""
-        s, length = sizes(config, store), config.size.seq_len
-        positions = 1 if store.window is None else 2 + store.window / length
-        start = 2 * s.keys * s.slots / length
+        s, length = sizes(config, store, how), config.size.seq_len
+        positions = 1.0
+        if store.window is not None:
+            positions = 1.5 if s.written < 1 else 2 + store.window / length
+        start = 2 * s.keys * store.num_slots / length
         return how.itemsize * 2 * s.keys * positions + FP32 * (s.slots + s.writes + start)
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Tensors that reader and writer save, and the output."""
         total = reader_bytes(config, store, how)
-        total += owner_bytes(config, store, how.compiled, how.itemsize) if owner else 0
+        total += owner_bytes(config, store, how) if owner else 0
         outputs = 2 if gate_width(config.size, 1) else 1
         return total + outputs * how.itemsize * config.size.num_heads * head_dim(config.size)
 
@@ -348,6 +350,8 @@ ACTIVATIONS: dict[str, MaskedActivations | BoundedActivations | MatrixActivation
 class Sizes:
     """Elements of a token: its keys (of one kind), queries and slots, what a chunk writes, and its window.
 
+    written  share of the tokens that are written to slots and read them
+    slots    of these, per token
     writes   what is left of the token, and of the chunk, in each slot; keys and values
     pieces   that the reader takes tokens in
     states   [M, 2 K H] before each piece
@@ -357,17 +361,20 @@ class Sizes:
     keys: int
     queries: int
     chunk: int
-    slots: int
+    written: float
+    slots: float
     writes: float
     pieces: float
     states: float
     near: float
 
 
-def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
+def sizes(config: ModelConfig, store: StoreSpec, how: Execution) -> Sizes:
+    assert isinstance(store, BoundedSpec)
     length, heads, keys = config.size.seq_len, config.size.num_heads, store.slot.kv_heads * store.slot.k_dim
-    chunk = min(CHUNK, length)
-    chunks = -(-length // chunk)
+    written = length if how.documents else store.num_written(length)
+    chunk = min(CHUNK, written)
+    chunks = -(-written // chunk)
     pieces = max(1, chunks * heads * chunk * store.num_slots / SCORES)
     near = 0.0
     if store.window is not None:
@@ -375,12 +382,14 @@ def sizes(config: ModelConfig, store: StoreSpec) -> Sizes:
         block = min(-(-store.window // WINDOW_BLOCKS), max(1, length - first))
         copies = (first + (length - first) * (1 + store.window / block)) / length
         near = heads * (2 * wide + 1) + 2 * store.slot.kv_heads * wide * copies
-    writes = (3 + 1 / chunk) * store.num_slots + 2 * keys
+    share = written / length
+    writes = share * ((3 + 1 / chunk) * store.num_slots + 2 * keys)
     states = 2 * keys * store.num_slots * pieces / length
-    return Sizes(keys, heads * head_dim(config.size), chunk, store.num_slots, writes, pieces, states, near)
+    queries, slots = heads * head_dim(config.size), share * store.num_slots
+    return Sizes(keys, queries, chunk, share, slots, writes, pieces, states, near)
 
 
-def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize: int) -> float:
+def owner_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
     """Bytes per token that the writer saves, besides the input of its projections.
 
     uncompiled  all in fp32: of the router the address, normalised too, and two or three products over the slots; the
@@ -388,42 +397,44 @@ def owner_bytes(config: ModelConfig, store: StoreSpec, compiled: bool, itemsize:
     compiled    the address, as projected and in fp32, and keys that have left a window; seven products over the slots
     """
     assert isinstance(store, BoundedSpec)
-    s, address = sizes(config, store), store.address_dim
-    if compiled:
+    s = sizes(config, store, how)
+    address = s.written * store.address_dim
+    if how.compiled:
         left = 0 if store.window is None else s.keys * (1 + store.window / config.size.seq_len)
-        return FP32 * (address + 3 + (7 + 1 / s.chunk) * s.slots + 2 * s.keys) + itemsize * (address + left)
-    router = 2 * address + 2 + (3 if store.rule == "ring_router" else 2) * s.slots
+        wide = address + 3 * s.written + (7 + 1 / s.chunk) * s.slots + 2 * s.keys * s.written
+        return FP32 * wide + how.itemsize * (address + left)
+    router = 2 * address + 2 * s.written + (3 if store.rule == "ring_router" else 2) * s.slots
     return FP32 * (router + 4 * s.slots + s.writes)
 
 
 def reader_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
     """Bytes per token that the reader saves, besides the input of its projections.
 
-    uncompiled  all in fp32: queries, and the states before each piece; the slots' result and share where a window is
-                merged with it
+    uncompiled  all in fp32: queries, and the states before each piece; the slots' result, the logarithm of their sum
+                and shares where a window is merged with it
     compiled    scores, weights, and these as faded (N M each); products within chunks (N C) twice; all states
     not dense   FlexAttention reads the window: its queries and result in the type computed in, and sums of rows
     """
-    s, heads = sizes(config, store), config.size.num_heads
+    s, heads = sizes(config, store, how), config.size.num_heads
     merged = 0.0
     if store.window is not None:
-        near = s.near + (2 if how.compiled else 1) * heads
+        near = s.near + (2 if how.compiled else 4) * heads
         merged = s.queries + (near if how.dense else 2 * s.queries * how.itemsize / FP32 + 3 * heads)
     read = s.states
     if how.compiled:
-        states = 2 * s.keys * s.slots * (1 / s.chunk + 1 / config.size.seq_len)
-        read = 3 * heads * s.slots + 2 * heads * s.chunk + states
-    return FP32 * (s.queries + read + merged)
+        states = 2 * s.keys * (s.slots / s.chunk + store.num_slots / config.size.seq_len)
+        read = 3 * heads * s.slots + 2 * heads * s.chunk * s.written + states
+    return FP32 * (s.queries * s.written + read + merged)
 
 
 def gradient_bytes(config: ModelConfig, store: StoreSpec, how: Execution) -> float:
     """Bytes alive at a time in the reader's backward pass: of a piece the states, scores, weights and their
-    gradients, one more where some slots are hidden; the gradients of queries and writes. What was kept of a window is
-    gone by then."""
-    s, heads = sizes(config, store), config.size.num_heads
-    piece = 2 * s.keys * s.slots / s.chunk + 5 * heads * s.slots + heads * s.chunk
-    total = piece / s.pieces + s.queries + 2 * s.slots
+    gradients, one more where documents hide some slots; the gradients of queries and writes. What was kept of a
+    window is gone by then."""
+    s, heads = sizes(config, store, how), config.size.num_heads
+    piece = 2 * s.keys * s.slots / s.chunk + 5 * heads * s.slots + heads * s.chunk * s.written
+    total = piece / s.pieces + s.queries * s.written + 2 * s.slots
     if store.window is not None:
         gone = s.near + s.queries + heads if how.dense else 0.0
-        total += heads * s.slots / s.pieces + 2 * s.queries - gone
+        total += how.documents * heads * s.slots / s.pieces + 2 * s.queries - gone
     return FP32 * total
