@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from .config import MAX_LAYERS, MAX_WIDTH, STYLES, ArchConfig, BlockConfig, EncoderConfig, ModelConfig, style_of
-from .plan import KVPlan, StackPlan, resolve_stack
+from .plan import KVPlan, StackPlan, StackRun, resolve_stack
 from .store_spec import LayoutError, share_of
 
 EMBEDDERS = ("lookup", "projection", "encoder", "cls")
@@ -58,6 +58,25 @@ class BlockPlan:
             StackPlan("token decoder", "position", self.token, 1, self.num_positions, cross),
         )
 
+    def forward_runs(self, seq_len: int) -> tuple[StackRun, ...]:
+        """A training pass over `seq_len` tokens, for each of `stacks`: the last block is no context."""
+        predicted = (seq_len - self.num_unpredicted) // self.block_length
+        return (
+            StackRun(1, seq_len // self.block_length - 1, predicted),
+            StackRun(predicted, self.num_positions, predicted * self.block_length),
+        )
+
+    def prefill_runs(self, context: int) -> tuple[StackRun, ...]:
+        """A prompt of `context` tokens and the logits of the next one, for each of `stacks`: its whole blocks, and the
+        next block as far as it has begun.
+
+        Raises ValueError where the prompt is shorter than `min_prompt`.
+        """
+        if context < self.min_prompt:
+            raise ValueError(f"{context} tokens are less than a block of {self.block_length}; give a longer context")
+        blocks, left = divmod(context, self.block_length)
+        return StackRun(1, blocks, 1), StackRun(1, self.num_positions - self.block_length + 1 + left, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, under the names of earlier versions; `plan_from_dict` reads it back."""
         values: dict[str, Any] = {"length": self.block_length, "start": self.start, "cross": self.cross}
@@ -98,7 +117,7 @@ def resolve_block(config: ModelConfig) -> BlockPlan:
     """The plans of `config`; raises LayoutError with every problem."""
     block_decoder, token_decoder = split_config(config)
     block = block_config(config)
-    context = block.token.prefix if block.token.kind == "prefix" else block.length
+    context = num_context_vectors(block)
     slots = block.length + (context - 1 if block.token.kind == "prefix" else 0)
     plans = resolve_stack(block_decoder), resolve_stack(token_decoder)
     return BlockPlan(block.length, context, slots, block.start, *plans, cross=block.token.kind == "cross")
@@ -108,6 +127,11 @@ def block_config(config: ModelConfig) -> BlockConfig:
     if config.arch.block is None:
         raise LayoutError(["arch.block is missing, so this is no Block Transformer: give it, or build a Decoder"])
     return config.arch.block
+
+
+def stack_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
+    """Each of a plan's `stacks` as a model of its own. Raises LayoutError with every problem of a Block Transformer."""
+    return (config,) if config.arch.block is None else split_config(config)
 
 
 def split_config(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
@@ -257,3 +281,8 @@ def embed_dim(config: ModelConfig) -> int:
 def num_embedded_vectors(block: BlockConfig) -> int:
     """Vectors of the embedder that stand for a block: of its tokens, or of the CLS tokens."""
     return block.encoder.cls_tokens if block.embedder == "cls" else block.length
+
+
+def num_context_vectors(block: BlockConfig) -> int:
+    """Vectors that a block's context is expanded to."""
+    return block.token.prefix if block.token.kind == "prefix" else block.length

@@ -1,16 +1,18 @@
 """The costs of a model: parameters, training FLOPs, and bytes of KV cache stored, read and allocated.
 
-Pure functions of the configuration and its plan. Bytes of cache are three figures, never one: `stored` grows by a slope
-per token up to a constant share, `read` is what decoding one token fetches (sharing does not reduce it), and allocation
-is `stored` at the full capacity for every sequence of the batch.
+Pure functions of the configuration and its plan: a sum over the plan's stacks, the output, and what a Block Transformer
+has between its stacks. Bytes of cache are three figures, never one: `stored` grows by a slope per token up to a
+constant share, `read` is what decoding one token fetches (sharing does not reduce it), and allocation is `stored` at
+the full capacity for every sequence of the batch.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .block_plan import BlockPlan, Plan, block_config, embed_dim, has_encoder, num_embedded_vectors, split_config
+from .block_plan import Plan, embed_dim, has_encoder, num_context_vectors, num_embedded_vectors, stack_configs
 from .config import BlockConfig, ModelConfig, SizeConfig, style_of
-from .plan import KVPlan, StackPlan
+from .plan import KVPlan, StackPlan, StackRun
 
 
 @dataclass(frozen=True)
@@ -31,35 +33,31 @@ class KVBytes:
 
 
 def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
-    """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes."""
-    if isinstance(plan, BlockPlan):
-        return block_kv_bytes(plan, context, itemsize)
-    return KVBytes(
-        per_token=as_int_if_whole(sum((s.slope(itemsize) for s in plan.stores), Fraction(0))),
-        constant=sum(s.constant(itemsize) for s in plan.stores),
-        stored=sum(s.nbytes(context, itemsize) for s in plan.stores),
-        read=sum(plan.store(i).read_bytes(context, itemsize, owner == i) for i, owner in enumerate(plan.owners)),
-    )
+    """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes.
 
-
-def block_kv_bytes(plan: BlockPlan, context: int, itemsize: int) -> KVBytes:
-    """The two plans of a Block Transformer together (paper, 2.3, 2.4, E.2).
-
-    The block decoder runs once per block; the token decoder reads, for the first token, the context's positions alone.
-    What is not yet a complete block is in the constant part. Where layers attend across, each has the keys and values
-    of a block's context, all of which every token reads.
+    Of a Block Transformer (paper, 2.3, 2.4, E.2) the block decoder runs once per block; the token decoder reads, for
+    the first token, the context's positions alone. What is not yet a complete block is in the constant part. Where
+    layers attend across, each has the keys and values of a block's context, all of which every token reads.
     """
-    block = kv_bytes(plan.block, context // plan.block_length, itemsize)
-    token = kv_bytes(plan.token, plan.num_positions, itemsize)
-    first = plan.num_positions - plan.block_length + 1
-    steps = sum(kv_bytes(plan.token, seen, itemsize).read for seen in range(first, plan.num_positions + 1))
-    across = cross_bytes(plan.stacks[1], itemsize)
-    return KVBytes(
-        per_token=as_int_if_whole(Fraction(block.per_token) / plan.block_length),
-        constant=block.constant + token.stored + across,
-        stored=block.stored + token.stored + across,
-        read=as_int_if_whole(Fraction(block.read + steps) / plan.block_length + across),
-    )
+    per_token, constant, stored, read = Fraction(0), 0, 0, Fraction(0)
+    for stack in plan.stacks:
+        stores, positions, across = stack.plan.stores, stack.num_positions(context), cross_bytes(stack, itemsize)
+        held = across + sum(store.nbytes(positions, itemsize) for store in stores)
+        stored += held
+        if stack.fixed_positions is None:
+            per_token += sum(store.slope(itemsize) for store in stores) / Fraction(stack.tokens_per_position)
+            constant += across + sum(store.constant(itemsize) for store in stores)
+            read += across + Fraction(read_bytes(stack.plan, positions, itemsize), stack.tokens_per_position)
+        else:
+            steps = range(positions - plan.block_length + 1, positions + 1)
+            constant += held
+            read += across + Fraction(sum(read_bytes(stack.plan, seen, itemsize) for seen in steps), len(steps))
+    return KVBytes(as_int_if_whole(per_token), constant, stored, as_int_if_whole(read))
+
+
+def read_bytes(plan: KVPlan, positions: int, itemsize: int) -> int:
+    """Bytes that the layers of `plan` read to decode the last of `positions`."""
+    return sum(plan.store(i).read_bytes(positions, itemsize, owner == i) for i, owner in enumerate(plan.owners))
 
 
 def cross_bytes(stack: StackPlan, itemsize: int = 2) -> int:
@@ -79,26 +77,47 @@ def allocated_bytes(plan: Plan, batch: int, capacity: int, itemsize: int = 2) ->
 
 def num_params(config: ModelConfig, plan: Plan) -> int:
     """Parameters of the model, embeddings included; tied embeddings count once."""
-    if isinstance(plan, BlockPlan):
-        return block_params(config, plan)
-    size = config.size
-    embedding = size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
-    return embedding + stack_params(config, plan)
+    configs = stack_configs(config)
+    stacks = sum(stack_params(part, stack) for part, stack in zip(configs, plan.stacks, strict=True))
+    size = configs[-1].size
+    return between_params(config) + stacks + size.vocab_size * size.d_model * (1 if size.tie_embeddings else 2)
 
 
-def block_params(config: ModelConfig, plan: BlockPlan) -> int:
-    """Parameters of a Block Transformer: embedder, start context, both decoders, and the map between them."""
-    (coarse, fine), block = split_config(config), block_config(config)
-    width, d_model = embed_dim(config), coarse.size.d_model
-    embedder = config.size.vocab_size * width
-    if block.embedder != "lookup":
-        embedder += num_embedded_vectors(block) * width * d_model + d_model
-    if has_encoder(block):
-        embedder += encoder_params(block)
-    expansion = plan.num_context_vectors * fine.size.d_model * (d_model + 1)
-    start = d_model if plan.start else 0
-    across = sum(cross_params(fine, plan.token, layer) for layer in range(plan.token.num_layers)) if plan.cross else 0
-    return embedder + start + stack_params(coarse, plan.block) + expansion + num_params(fine, plan.token) + across
+def between_params(config: ModelConfig) -> int:
+    """Parameters of a Block Transformer outside of its decoders: embedder, start context, and the map between them."""
+    block = config.arch.block
+    if block is None:
+        return 0
+    vectors, width = num_context_vectors(block), config.size.d_model
+    biases = vectors * context_width(config, block) + (0 if block.embedder == "lookup" else width)
+    tokens = config.size.vocab_size * embed_dim(config) + (encoder_params(block) if has_encoder(block) else 0)
+    return tokens + between_matrices(config) + biases + (width if block.start else 0)
+
+
+def between_matrices(config: ModelConfig) -> int:
+    """Elements of the matrices that a Block Transformer has outside of its stacks, the tables of tokens aside."""
+    return projection_elements(config) + expansion_elements(config)
+
+
+def projection_elements(config: ModelConfig) -> int:
+    """Elements of the matrix from a block's embedded vectors to the block decoder; 0 where there is none."""
+    block = config.arch.block
+    if block is None or block.embedder == "lookup":
+        return 0
+    return num_embedded_vectors(block) * embed_dim(config) * config.size.d_model
+
+
+def expansion_elements(config: ModelConfig) -> int:
+    """Elements of the matrix from a context to the token decoder; 0 where there is none."""
+    block = config.arch.block
+    if block is None:
+        return 0
+    return config.size.d_model * num_context_vectors(block) * context_width(config, block)
+
+
+def context_width(config: ModelConfig, block: BlockConfig) -> int:
+    """Width of the vectors that a context is expanded to, that of the token decoder."""
+    return block.token.d_model or config.size.d_model
 
 
 def encoder_positions(block: BlockConfig) -> int:
@@ -126,10 +145,21 @@ def cross_params(config: ModelConfig, plan: KVPlan, layer: int) -> int:
     return sum(cross_matrices(config, plan, layer)) + style_of(size).bias * biases + norm_params(size)
 
 
-def stack_params(config: ModelConfig, plan: KVPlan) -> int:
+def stack_params(config: ModelConfig, stack: StackPlan) -> int:
     """Parameters of the layers and the norm after them."""
-    layers = sum(layer_params(config, plan, layer)[0] for layer in range(plan.num_layers))
-    return layers + norm_params(config.size)
+    return sum(params for params, _ in stack_layer_params(config, stack)) + norm_params(config.size)
+
+
+def stack_layer_params(config: ModelConfig, stack: StackPlan) -> list[tuple[int, int]]:
+    """`layer_params` of each layer, with those of cross-attention."""
+    result = []
+    for layer in range(stack.plan.num_layers):
+        params, matrices = layer_params(config, stack.plan, layer)
+        if stack.num_cross_vectors:
+            params += cross_params(config, stack.plan, layer)
+            matrices += sum(cross_matrices(config, stack.plan, layer))
+        result.append((params, matrices))
+    return result
 
 
 def num_norms(size: SizeConfig) -> int:
@@ -142,7 +172,7 @@ def norm_params(size: SizeConfig) -> int:
 
 
 def layer_params(config: ModelConfig, plan: KVPlan, layer: int) -> tuple[int, int]:
-    """(parameters, those that are factors of a matrix product) of one layer."""
+    """(parameters, those that are factors of a matrix product) of one layer, without cross-attention."""
     size, store, style = config.size, plan.store(layer), style_of(config.size)
     hidden = size.d_ff * (1 if style.mlp == "gelu" else 2)
     matrices = size.d_model * (hidden + size.d_ff)
@@ -161,34 +191,38 @@ def forward_flops(config: ModelConfig, plan: Plan, seq_len: int) -> int:
     Norms, rotary embeddings, softmax and the embedding lookup are not counted; the output projection is. A Block
     Transformer takes whole blocks.
     """
-    if isinstance(plan, BlockPlan):
-        return block_flops(config, plan, seq_len)
-    return 2 * seq_len * config.size.d_model * config.size.vocab_size + stack_flops(config, plan, seq_len)
+    return _flops(config, plan, plan.forward_runs(seq_len), stack_flops)
 
 
-def block_flops(config: ModelConfig, plan: BlockPlan, seq_len: int) -> int:
-    """`forward_flops` of a Block Transformer.
+def prefill_flops(config: ModelConfig, plan: Plan, context: int) -> int:
+    """FLOPs of adding a prompt of `context` tokens to an empty cache, for the logits of the next token alone.
 
-    The last block is no context; the first is not predicted without a start context.
+    As `forward_flops`, but the layers from `KVPlan.tail` on run on the last position, and so does the output. A Block
+    Transformer encodes the prompt's whole blocks, and begins the next one with the tokens that are left. Raises
+    ValueError where the prompt is shorter than `plan.min_prompt`.
     """
-    coarse, fine = split_config(config)
-    contexts = seq_len // plan.block_length - 1
-    predicted = (seq_len - plan.num_unpredicted) // plan.block_length
-    total = stack_flops(coarse, plan.block, contexts) + contexts * embedder_flops(config)
-    if plan.cross:
-        layers = range(plan.token.num_layers)
-        total += predicted * sum(cross_flops(fine, plan, layer, plan.num_positions) for layer in layers)
-    total += predicted * 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
-    total += predicted * stack_flops(fine, plan.token, plan.num_positions)
-    return total + predicted * plan.block_length * 2 * fine.size.d_model * fine.size.vocab_size
+    return _flops(config, plan, plan.prefill_runs(context), stack_prefill_flops)
 
 
-def embedder_flops(config: ModelConfig) -> int:
-    """`forward_flops` of the embedder over one block."""
-    block, total = block_config(config), 0
-    if block.embedder != "lookup":
-        total += 2 * num_embedded_vectors(block) * embed_dim(config) * config.size.d_model
-    return total + (encoder_flops(block) if has_encoder(block) else 0)
+def _flops(
+    config: ModelConfig,
+    plan: Plan,
+    runs: Sequence[StackRun],
+    flops_of: Callable[[ModelConfig, StackPlan, int], int],
+) -> int:
+    configs, total = stack_configs(config), between_flops(config, runs)
+    for part, stack, run in zip(configs, plan.stacks, runs, strict=True):
+        total += run.rows * flops_of(part, stack, run.positions) if run.positions else 0
+    size = configs[-1].size
+    return total + 2 * runs[-1].outputs * size.d_model * size.vocab_size
+
+
+def between_flops(config: ModelConfig, runs: Sequence[StackRun]) -> int:
+    """`forward_flops` of a Block Transformer's embedder and of the map between its decoders."""
+    block, (outer, *_) = config.arch.block, runs
+    encoder = encoder_flops(block) if block is not None and has_encoder(block) else 0
+    embedder = encoder + 2 * projection_elements(config)
+    return outer.positions * embedder + 2 * outer.outputs * expansion_elements(config)
 
 
 def encoder_flops(block: BlockConfig) -> int:
@@ -198,61 +232,37 @@ def encoder_flops(block: BlockConfig) -> int:
     return block.encoder.layers * (2 * positions * matrices + 4 * positions * positions * width)
 
 
-def cross_flops(config: ModelConfig, plan: BlockPlan, layer: int, positions: int) -> int:
-    """`forward_flops` of the cross-attention of one layer of the token decoder `config` at `positions` of a block."""
-    of_tokens, of_context = cross_matrices(config, plan.token, layer)
-    products = 2 * positions * of_tokens + 2 * plan.num_context_vectors * of_context
-    return products + plan.token.store(layer).pair_flops(config.size) * positions * plan.num_context_vectors
+def cross_flops(config: ModelConfig, stack: StackPlan, layer: int, positions: int) -> int:
+    """`forward_flops` of the cross-attention of one layer at `positions` of a row; 0 where there is none."""
+    if not stack.num_cross_vectors:
+        return 0
+    of_positions, of_context = cross_matrices(config, stack.plan, layer)
+    products = 2 * positions * of_positions + 2 * stack.num_cross_vectors * of_context
+    return products + stack.plan.store(layer).pair_flops(config.size) * positions * stack.num_cross_vectors
 
 
-def stack_flops(config: ModelConfig, plan: KVPlan, seq_len: int, num_layers: int | None = None) -> int:
-    """`forward_flops` of the first `num_layers` layers alone; None: of all."""
-    total = 0
+def stack_flops(config: ModelConfig, stack: StackPlan, seq_len: int, num_layers: int | None = None) -> int:
+    """`forward_flops` of the first `num_layers` layers alone, over one row; None: of all."""
+    plan, total = stack.plan, 0
     for layer in range(plan.num_layers if num_layers is None else num_layers):
         store = plan.store(layer)
         total += 2 * seq_len * layer_params(config, plan, layer)[1]
         total += store.attention_flops(config.size, seq_len, store.owner == layer)
+        total += cross_flops(config, stack, layer, seq_len)
     return total
 
 
-def prefill_flops(config: ModelConfig, plan: Plan, context: int) -> int:
-    """FLOPs of adding a prompt of `context` tokens to an empty cache, for the logits of the next token alone.
-
-    As `forward_flops`, but the layers from `KVPlan.tail` on run on the last position, and so does the output. A Block
-    Transformer encodes the prompt's whole blocks, and begins the next one with the tokens that are left.
-    """
-    if isinstance(plan, BlockPlan):
-        return block_prefill_flops(config, plan, context)
-    return 2 * config.size.d_model * config.size.vocab_size + stack_prefill_flops(config, plan, context)
-
-
-def stack_prefill_flops(config: ModelConfig, plan: KVPlan, context: int) -> int:
+def stack_prefill_flops(config: ModelConfig, stack: StackPlan, context: int) -> int:
     """`prefill_flops` of the layers alone."""
-    size, total = config.size, stack_flops(config, plan, context, plan.tail)
+    size, plan = config.size, stack.plan
+    total = stack_flops(config, stack, context, plan.tail)
     for layer in range(plan.tail, plan.num_layers):
         store, matrices = plan.store(layer), layer_params(config, plan, layer)[1]
         written = store.writer_params(size).matrices if store.owner == layer else 0
         total += 2 * (context * written + matrices - written)
         total += store.step_flops(size) * store.num_positions(context)
+        total += cross_flops(config, stack, layer, 1)
     return total
-
-
-def block_prefill_flops(config: ModelConfig, plan: BlockPlan, context: int) -> int:
-    """`prefill_flops` of a Block Transformer. Raises ValueError where the prompt is shorter than `plan.min_prompt`."""
-    coarse, fine = split_config(config)
-    blocks, left = divmod(context, plan.block_length)
-    if context < plan.min_prompt:
-        raise ValueError(f"{context} tokens are less than a block of {plan.block_length}; give a longer context")
-    total = blocks * embedder_flops(config)
-    total += stack_prefill_flops(coarse, plan.block, blocks) if blocks else 0
-    total += 2 * coarse.size.d_model * plan.num_context_vectors * fine.size.d_model
-    positions = plan.num_positions - plan.block_length + 1 + left
-    total += stack_prefill_flops(fine, plan.token, positions)
-    if plan.cross:
-        for layer in range(plan.token.num_layers):
-            asked = positions if layer < plan.token.tail else 1
-            total += cross_flops(fine, plan, layer, asked)
-    return total + 2 * fine.size.d_model * fine.size.vocab_size
 
 
 def train_flops_per_token(config: ModelConfig, plan: Plan, seq_len: int | None = None) -> float:

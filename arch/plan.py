@@ -57,6 +57,19 @@ class StackPlan(NamedTuple):
         return context // self.tokens_per_position if self.fixed_positions is None else self.fixed_positions
 
 
+class StackRun(NamedTuple):
+    """A forward pass over one sequence as one stack of layers sees it.
+
+    rows       sequences of the stack
+    positions  of each row
+    outputs    positions of all rows whose last residual stream is used
+    """
+
+    rows: int
+    positions: int
+    outputs: int
+
+
 # The window of a store, and that of a layer which looks at fewer of its positions (None: the same).
 ReadWindow = tuple[Span, int | None]
 
@@ -133,6 +146,14 @@ class KVPlan:
     @property
     def stacks(self) -> tuple[StackPlan, ...]:
         return (StackPlan("", "token", self),)
+
+    def forward_runs(self, seq_len: int) -> tuple[StackRun, ...]:
+        """A training pass over `seq_len` tokens, for each of `stacks`."""
+        return (StackRun(1, seq_len, seq_len),)
+
+    def prefill_runs(self, context: int) -> tuple[StackRun, ...]:
+        """A prompt of `context` tokens and the logits of the next one, for each of `stacks`."""
+        return (StackRun(1, context, 1),)
 
     @property
     def num_layers(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from arch import KVPlan, Plan, from_dict
+from arch import Plan, from_dict
 
 MAX_DEPTH = 64
 MAX_VALUES = 100_000
@@ -48,9 +48,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def check_plan(plan: Plan) -> None:
     """Raise ValueError unless every field of `plan` is of its type and the numbers are those of a plan."""
-    if not isinstance(plan, KVPlan):
-        _check_fields(plan)
-        _check_count("length", plan.block_length, least=1)
+    _check_fields(plan)
+    _check_count("length", plan.block_length, least=1)
     for stack in plan.stacks:
         stores, reads = stack.plan.stores, stack.plan.reads
         if not reads:
@@ -112,7 +111,7 @@ def _check_count(key: str, value: Any, least: int = 0, most: int = LARGEST) -> N
 
 def _check_fields(item: Any) -> None:
     """Raise ValueError where a field of the dataclass `item` is of another type, or a number is out of all bounds."""
-    values = {field.name: getattr(item, field.name) for field in fields(item)}
+    values = {field.name: getattr(item, field.name) for field in fields(item) if field.init}
     from_dict(type(item), values)
     for key, value in values.items():
         if is_number(value) and not 0 <= value <= LARGEST:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from arch import Plan
-from arch.block_plan import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ BLOCKS = Family(
     "block decoder runs. It suits throughput: at equal parameters it trains and decodes faster than MHA, and is "
     "behind in loss.",
     "block",
-    lambda plan: isinstance(plan, BlockPlan),
+    lambda plan: len(plan.stacks) > 1,
 )
 STATES = Family(
     "Fixed states",

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 
 from arch import KVPlan, ModelConfig
-from arch.block_plan import split_config
-from arch.plan import allot_layers, resolve_stack
+from arch.block_plan import resolve, stack_configs
+from arch.plan import allot_layers
 from arch.store_spec import share_of
 from eval.units import counted
 
@@ -13,14 +13,16 @@ from eval.units import counted
 def remarks(config: ModelConfig) -> list[str]:
     """A line for each window, slots or section that `size` cuts, each store type that no layer writes, and key/value
     heads that a layout gives as fewer than the query heads and are as many. `config` can be resolved."""
-    if config.arch.block is None:
-        return list(_of_stack(config))
-    stacks = zip(("block decoder: ", "token decoder: "), split_config(config), strict=True)
-    return [f"{title}{line}" for title, stack in stacks for line in _of_stack(stack)]
+    stacks = zip(resolve(config).stacks, stack_configs(config), strict=True)
+    return [
+        f"{stack.title}: {line}" if stack.title else line
+        for stack, part in stacks
+        for line in _of_stack(part, stack.plan)
+    ]
 
 
-def _of_stack(config: ModelConfig) -> Iterator[str]:
-    most, plan = config.size.max_window, resolve_stack(config)
+def _of_stack(config: ModelConfig, plan: KVPlan) -> Iterator[str]:
+    most = config.size.max_window
     for name, store in config.arch.stores.items():
         for what, number in (("window", store.window), ("chunk", store.chunk), ("slots", store.slots)):
             if number is not None and most is not None and number > most:

@@ -27,6 +27,7 @@ from arch import (
     from_dict,
     resolve,
 )
+from arch.block_plan import resolve_block
 from data.cli import UsageError
 from eval.cli import Choices, launch, require_new_folder
 from train.errors import TrainingError
@@ -79,8 +80,7 @@ def convert(config: DictConfig, out: Path) -> None:
     if vanilla.arch.block is not None:
         raise UsageError(f"from={config.source} is a Block Transformer already: pretrain.py init= goes on from it")
     target = blocks(vanilla, config.length, config.prefix, config.start)
-    plan = resolve(target)
-    assert isinstance(plan, BlockPlan)
+    plan = resolve_block(target)
     model = Decoder(vanilla)
     check_halves(model.plan, plan)
     checkpoint.load(folder, model)

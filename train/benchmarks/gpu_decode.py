@@ -17,13 +17,13 @@ from torch.nn.attention import sdpa_kernel
 
 from arch import ModelConfig, Plan, attend_step, resolve
 from arch.attend import NOT_CUDNN
-from arch.footprint import allocated_bytes, kv_bytes
+from arch.block_plan import stack_configs
+from arch.footprint import allocated_bytes, between_matrices, kv_bytes, stack_layer_params
 from eval.hardware import GIGA, find_gpu
 from train.benchmarks.baselines import hugging_face, random_batch
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
 from train.benchmarks.gpu_case import Case, Options, model_config
 from train.benchmarks.timing import seconds, summary_stats
-from train.estimates.memory import between_params, stack_layer_params, stack_shapes
 
 ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
 BASELINE_ARCHS = ("mha", "gqa4")
@@ -130,11 +130,13 @@ def floor_seconds(config: ModelConfig, batch: int, context: int, device: torch.d
 
 def floor_bytes(config: ModelConfig, batch: int, context: int) -> float:
     """Bytes of weights and cache that one step reads."""
-    plan = resolve(config)
-    *outer, inner = stack_shapes(config, plan, 1)
-    weights = float(sum(params for params, _ in stack_layer_params(inner)))
-    weights += config.size.vocab_size * inner.config.size.d_model
-    once = sum(params for stack in outer for params, _ in stack_layer_params(stack)) + between_params(config)
+    plan, configs = resolve(config), stack_configs(config)
+    *outer, inner = (
+        sum(params for params, _ in stack_layer_params(part, stack))
+        for part, stack in zip(configs, plan.stacks, strict=True)
+    )
+    weights = float(inner + config.size.vocab_size * configs[-1].size.d_model)
+    once = sum(outer) + between_matrices(config)
     return 2 * (weights + once / plan.block_length) + batch * kv_bytes(plan, context).read
 
 

@@ -14,10 +14,10 @@ gaps are not counted. Bytes that are "saved" live from the forward to the backwa
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from arch import BlockConfig, KVPlan, ModelConfig, Plan, StoreSpec
-from arch.block_plan import embed_dim, has_encoder, num_embedded_vectors, resolve_block, split_config
+from arch import BlockConfig, KVPlan, ModelConfig, Plan, StackPlan, StoreSpec
+from arch.block_plan import embed_dim, has_encoder, stack_configs
 from arch.config import SizeConfig, style_of
-from arch.footprint import cross_matrices, cross_params, encoder_positions, layer_params, num_norms, num_params
+from arch.footprint import between_matrices, encoder_positions, num_norms, num_params, stack_layer_params
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
 from arch.strided_latent_spec import StridedLatentSpec
@@ -52,34 +52,44 @@ class Memory:
 class StackShape:
     """A stack of layers that a micro-batch goes through, as `rows` sequences of `config.size.seq_len` positions.
 
-    outputs        positions whose last residual stream is normalised and used
-    cross_vectors  vectors per row that each layer also attends to
+    outputs  positions whose last residual stream is normalised and used
     """
 
     config: ModelConfig
-    plan: KVPlan
+    stack: StackPlan
     rows: int
     outputs: int
-    cross_vectors: int = 0
+
+    @property
+    def plan(self) -> KVPlan:
+        return self.stack.plan
+
+    @property
+    def cross_vectors(self) -> int:
+        """Vectors per row that each layer also attends to."""
+        return self.stack.num_cross_vectors
+
+    @property
+    def within_blocks(self) -> bool:
+        """Whether a row is a single block."""
+        return self.stack.fixed_positions is not None
 
     @property
     def positions(self) -> int:
         return self.rows * self.config.size.seq_len
 
+    @property
+    def layer_params(self) -> list[tuple[int, int]]:
+        """Parameters of each layer, and elements of its matrices."""
+        return stack_layer_params(self.config, self.stack)
+
 
 def stack_shapes(config: ModelConfig, plan: Plan, micro_batch: int) -> list[StackShape]:
     """The decoders of a model, the one with the loss last; `encoder_bytes` has the encoder of an embedder."""
-    seq_len = config.size.seq_len
-    stack, *others = plan.stacks
-    if not others:
-        return [StackShape(config, stack.plan, micro_batch, micro_batch * seq_len)]
-    (block_decoder, token_decoder), (token,) = split_config(config), others
-    rows = micro_batch * ((seq_len - plan.num_unpredicted) // plan.block_length)
-    contexts = with_length(block_decoder, seq_len // plan.block_length - 1)
-    positions = with_length(token_decoder, token.num_positions(seq_len))
+    runs = plan.forward_runs(config.size.seq_len)
     return [
-        StackShape(contexts, stack.plan, micro_batch, rows),
-        StackShape(positions, token.plan, rows, rows * plan.block_length, token.num_cross_vectors),
+        StackShape(with_length(part, run.positions), stack, micro_batch * run.rows, micro_batch * run.outputs)
+        for part, stack, run in zip(stack_configs(config), plan.stacks, runs, strict=True)
     ]
 
 
@@ -112,50 +122,27 @@ def working_bytes(config: ModelConfig, plan: Plan, how: Execution) -> int:
     """
     stacks = stack_shapes(config, plan, 1)
     if how.strategy == "fsdp":
-        blocks = [params for stack in stacks for params, _ in stack_layer_params(stack)]
+        blocks = [params for stack in stacks for params, _ in stack.layer_params]
         blocks += encoder_layer_params(config)[:1]
         root = num_params(config, plan) - sum(blocks)
         whole = FP32 * num_params(config, plan) if how.accumulate > 1 and how.shards > 1 else 0
         return how.itemsize * root + max(blocks) * (4 * how.itemsize + 2 * FP32) + whole
     casts = 0 if how.checkpointing else all_cast_bytes(config, stacks, how)
-    between = how.itemsize * between_params(config) if how.itemsize < FP32 else 0
+    between = how.itemsize * between_matrices(config) if how.itemsize < FP32 else 0
     return casts + between + (FP32 * num_params(config, plan) if how.strategy == "ddp" else 0)
-
-
-def between_params(config: ModelConfig) -> int:
-    """Elements of the matrices that a Block Transformer has outside of its stacks, the tables of tokens aside."""
-    block = config.arch.block
-    if block is None:
-        return 0
-    block_decoder, token_decoder = split_config(config)
-    projection = 0 if block.embedder == "lookup" else num_embedded_vectors(block) * embed_dim(config)
-    expansion = resolve_block(config).num_context_vectors * token_decoder.size.d_model
-    return block_decoder.size.d_model * (projection + expansion)
 
 
 def cast_bytes(stack: StackShape, how: Execution) -> list[int]:
     """Copies of each layer's matrices in the type computed in; none under FSDP, which gathers them in that type."""
     if how.itemsize == FP32 or how.strategy == "fsdp":
         return [0] * stack.plan.num_layers
-    return [how.itemsize * matrices for _, matrices in stack_layer_params(stack)]
+    return [how.itemsize * matrices for _, matrices in stack.layer_params]
 
 
 def all_cast_bytes(config: ModelConfig, stacks: Sequence[StackShape], how: Execution) -> int:
     """`cast_bytes` of all decoders, and the same of an encoder."""
     encoder = 0 if how.itemsize == FP32 or how.strategy == "fsdp" else sum(encoder_layer_params(config))
     return how.itemsize * encoder + sum(sum(cast_bytes(stack, how)) for stack in stacks)
-
-
-def stack_layer_params(stack: StackShape) -> list[tuple[int, int]]:
-    """Parameters of each layer, and elements of its matrices."""
-    result = []
-    for layer in range(stack.plan.num_layers):
-        params, matrices = layer_params(stack.config, stack.plan, layer)
-        if stack.cross_vectors:
-            params += cross_params(stack.config, stack.plan, layer)
-            matrices += sum(cross_matrices(stack.config, stack.plan, layer))
-        result.append((params, matrices))
-    return result
 
 
 def activation_bytes(config: ModelConfig, plan: Plan, how: Execution, micro_batch: int) -> int:

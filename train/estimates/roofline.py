@@ -8,19 +8,16 @@ faster. HOPPER and AMPERE are what whole runs reached by published tables, from 
 from dataclasses import dataclass
 
 from arch import ModelConfig, Plan
-from arch.block_plan import BlockPlan
 from arch.config import SizeConfig
-from arch.footprint import cross_matrices, embedder_flops, num_params
+from arch.footprint import between_flops, cross_matrices, num_params
 from arch.spans import visible_pairs
 from arch.store_spec import StoreSpec
 from eval.hardware import GIGA, Gpu
 from train.estimates.activations import Execution
 from train.estimates.memory import (
     StackShape,
-    between_params,
     cross_bytes,
     layer_bytes,
-    stack_layer_params,
     stack_shapes,
 )
 from train.schema import LOSS_BYTES_ON_CUDA
@@ -127,13 +124,8 @@ def train_counts(config: ModelConfig, plan: Plan, how: Execution) -> Counts:
     stacks = stack_shapes(config, plan, 1)
     total = Counts()
     for stack in stacks:
-        total += stack_counts(stack, plan, how).scaled(stack.positions / seq_len)
-    outputs = stacks[-1].outputs
-    between = 0.0
-    if isinstance(plan, BlockPlan):
-        between = stacks[0].positions * embedder_flops(config) + 2 * outputs / plan.block_length * between_params(
-            config
-        )
+        total += stack_counts(stack, how).scaled(stack.positions / seq_len)
+    outputs, between = stacks[-1].outputs, between_flops(config, plan.forward_runs(seq_len))
     head = stacks[-1].config.size.d_model * size.vocab_size
     # Logits are written, read twice, and their gradient is written; the gradient of the matrix is a sum over chunks.
     loss = outputs * (8 * size.vocab_size + 8 * head * size.vocab_size * how.itemsize / LOSS_BYTES_ON_CUDA)
@@ -141,16 +133,15 @@ def train_counts(config: ModelConfig, plan: Plan, how: Execution) -> Counts:
     return total + Counts(matmul=(2 * outputs * head + between) / seq_len, traffic=(loss + residual) / seq_len)
 
 
-def stack_counts(stack: StackShape, plan: Plan, how: Execution) -> Counts:
+def stack_counts(stack: StackShape, how: Execution) -> Counts:
     """Counts of the layers of a stack, per position."""
     config, size, length = stack.config, stack.config.size, stack.config.size.seq_len
-    within_blocks = isinstance(plan, BlockPlan) and stack.plan is plan.token
     total = Counts()
-    for layer, (_, matrices) in enumerate(stack_layer_params(stack)):
+    for layer, (_, matrices) in enumerate(stack.layer_params):
         store = stack.plan.store(layer)
         saved = layer_bytes(config, stack.plan, layer, how) + cross_bytes(stack, layer, how)
         total += Counts(matmul=2 * matrices, traffic=TRAFFIC * saved)
-        total += attention_counts(store, size, length, store.owner == layer, within_blocks).scaled(1 / length)
+        total += attention_counts(store, size, length, store.owner == layer, stack.within_blocks).scaled(1 / length)
         if stack.cross_vectors:
             total += Counts(masked=store.pair_flops(size) * stack.cross_vectors)
             total += Counts(
