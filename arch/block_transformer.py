@@ -30,6 +30,7 @@ from .config import ModelConfig
 from .decoder import Decoder, Stack, check_segments
 from .encoder import Encoder
 from .language_model import Head, LanguageModel
+from .static_step import StaticBlockStep
 
 NO_DOCUMENTS = "a Block Transformer cannot keep packed documents apart, blocks cross their borders"
 
@@ -150,6 +151,10 @@ class BlockTransformer(LanguageModel):
         return decoders if self.embedder.encoder is None else (self.embedder.encoder, *decoders)
 
     @property
+    def decoder(self) -> Decoder:
+        return self.token_decoder
+
+    @property
     def output_weight(self) -> Tensor:
         """The output matrix [V, D] of the token decoder."""
         return self.token_decoder.output_weight
@@ -209,8 +214,7 @@ class BlockTransformer(LanguageModel):
             masks = self.token_decoder.padded_masks(F.pad(ids_ML, (x_MSD.shape[1] - length + 1, 0)))
         cross_MCD = context_MCD if self.plan.cross else None
         out_MSD = self.token_decoder.run(x_MSD, masks=masks, context_BCD=cross_MCD)
-        x_MLD = self.token_decoder.norm(out_MSD[:, -length:])
-        x_BTD = rearrange(x_MLD, "(b n) l d -> b (n l) d", b=len(tokens_BT))
+        x_BTD = self.by_token(self.token_decoder.norm(out_MSD[:, -length:]), len(tokens_BT))
         return head(x_BTD[:, -1:] if last_only else x_BTD, self.output_weight)
 
     def allocate_cache(
@@ -219,6 +223,13 @@ class BlockTransformer(LanguageModel):
         weight = self.output_weight
         dtype = dtype or weight.dtype
         return allocate_blocks(self.plan, batch, capacity, dtype=dtype, device=weight.device, start_B=start_B)
+
+    def static_step(self, cache: BlockCache, way: str) -> StaticBlockStep:
+        return StaticBlockStep(self, cache, way)
+
+    def by_token(self, x_MSD: Tensor, batch: int) -> Tensor:
+        x_BTD: Tensor = rearrange(x_MSD[:, -self.plan.block_length :], "(b n) l d -> b (n l) d", b=batch)
+        return x_BTD
 
     def continue_cache(
         self, tokens_BT: Tensor, cache: BlockCache, head: Head, segment_ids_BT: Tensor | None = None

@@ -28,6 +28,7 @@ from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
 from .query_scale import query_table
+from .static_step import StaticStep
 from .store_spec import QueryScale, StoreSpec
 
 
@@ -420,6 +421,10 @@ class Decoder(Stack, LanguageModel):
         self.lm_head = None if size.tie_embeddings else nn.Linear(size.d_model, size.vocab_size, bias=False)
 
     @property
+    def decoder(self) -> "Decoder":
+        return self
+
+    @property
     def output_weight(self) -> Tensor:
         """The output matrix [V, D]."""
         return (self.embed if self.lm_head is None else self.lm_head).weight
@@ -461,6 +466,9 @@ class Decoder(Stack, LanguageModel):
         weight = self.output_weight
         dtype = dtype or weight.dtype
         return allocate(self.plan, batch, capacity, dtype=dtype, device=weight.device, start_B=start_B)
+
+    def static_step(self, cache: Cache, way: str) -> StaticStep:
+        return StaticStep(self, cache, way)
 
 
 def check_segments(tokens_BT: Tensor, segment_ids_BT: Tensor) -> None:

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .block_plan import Plan
-from .language_model import LanguageModel
-from .static_step import StepFn, close, step_fn
+from .language_model import LanguageModel, StepFn
+from .static_step import step_fn
 
 LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whether all rows have ended
 
@@ -90,7 +90,7 @@ def generate(
     pick = partial(sample, temperature=temperature, top_p=top_p, generator=generator, top_k=top_k, min_p=min_p)
     with evaluating(model):
         logits_B1V = queue.prefill(cache, prefill_chunk, cache_dtype)
-        with decoding(model, cache, steps) as step:
+        with closing(step_fn(model, cache, steps)) as step:
             generated_BS = decode(step, logits_B1V, queue, pick, on_step)
     return new_tokens(generated_BS, queue.spans, max_new_tokens, stop_token)
 
@@ -118,16 +118,6 @@ def decode(
         logits_B1V = step(next_B[:, None])
         queue.refill(ended, logits_B1V, number + 1)
     return torch.stack(generated, dim=1)
-
-
-@contextmanager
-def decoding(model: LanguageModel, cache: Any, steps: str) -> Iterator[StepFn]:
-    """The steps of `step_fn`, ended afterwards, whatever happened."""
-    step = step_fn(model, cache, steps)
-    try:
-        yield step
-    finally:
-        close(step)
 
 
 class Queue:

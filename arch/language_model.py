@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D model, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,22 @@ from .block_plan import Plan
 from .config import ModelConfig
 from .init import initialise
 
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
 # Final hidden states [B, T, D] and the output matrix [V, D] -> logits, or whatever takes their place.
 Head = Callable[[Tensor, Tensor], Tensor]
+
+
+class StepFn(Protocol):
+    """Adds one token [B, 1] of each row to a cache and returns the logits [B, 1, V] of the next one.
+
+    After `close` the cache goes on with steps of any length.
+    """
+
+    def __call__(self, tokens_B1: Tensor) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class LanguageModel(nn.Module, ABC):
@@ -33,6 +47,11 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def stacks(self) -> tuple[nn.Module, ...]:
         """The stacks of layers, each with `layers` and `activation_checkpointing`."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> "Decoder":
+        """The decoder that predicts tokens."""
 
     @property
     @abstractmethod
@@ -68,6 +87,16 @@ class LanguageModel(nn.Module, ABC):
         """
 
     @abstractmethod
+    def static_step(self, cache: Any, way: str) -> StepFn:
+        """Steps of unchanging shapes over `cache`, which has its prompts; `way` as of `static_step.Recorder`."""
+
+    @property
+    def takes_static_steps(self) -> bool:
+        """Whether the model is in one piece: under FSDP a process holds a part, and decodes by `decode_step`."""
+        # FSDP2 leaves the weights outside of blocks gathered after a forward pass: all are looked at.
+        return all(type(parameter.data) is Tensor for parameter in self.parameters())
+
+    @abstractmethod
     def attention(self, documents: bool = False) -> str:
         """Name the attention backends in use, for a log. Raises ValueError if packed documents are impossible."""
 
@@ -83,6 +112,10 @@ class LanguageModel(nn.Module, ABC):
     def select_targets(self, values_BT: Tensor) -> Tensor:
         """Select from the targets [B, T], or other values of each target, those that `forward` predicts."""
         return values_BT[:, self.plan.num_unpredicted :]
+
+    def by_token(self, x_MSD: Tensor, batch: int) -> Tensor:
+        """Select from the positions of `decoder` those that predict tokens, of `batch` rows: [B, T', D]."""
+        return x_MSD
 
     def next_token_logits(
         self, tokens_BT: Tensor, head: Head = F.linear, segment_ids_BT: Tensor | None = None

@@ -9,20 +9,21 @@ Shapes: B batch, L block length, D model, V vocabulary.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .block_transformer import BlockCache, BlockTransformer
 from .buffers import StateBuffer
 from .cache import Cache
-from .decoder import Decoder
-from .language_model import LanguageModel
+from .language_model import LanguageModel, StepFn
 
-# Adds one token [B, 1] of each row to a cache and returns the logits [B, 1, V] of the next one.
-StepFn = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from .block_transformer import BlockCache, BlockTransformer
+    from .decoder import Decoder
+
 WAYS = ("auto", "plain", "static", "compiled", "graph")
 SMALLEST_BUCKET = 256
 WARMUP = 2  # steps on CUDA before one is captured
@@ -34,13 +35,13 @@ def bucket(length: int, capacity: int) -> int:
     return min(capacity, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
 
 
-def step_logits(model: Decoder, cache: Cache, tokens_B1: Tensor) -> Tensor:
+def step_logits(model: "Decoder", cache: Cache, tokens_B1: Tensor) -> Tensor:
     """Add one token of each row at `cache.position`, which stays; [B, 1, V]."""
     x_BD = model.step(model.embed(tokens_B1.squeeze(1)), cache)
     return F.linear(model.norm(x_BD), model.output_weight).unsqueeze(1)
 
 
-def token_logits(model: BlockTransformer, cache: BlockCache, tokens_B1: Tensor) -> Tensor:
+def token_logits(model: "BlockTransformer", cache: "BlockCache", tokens_B1: Tensor) -> Tensor:
     """Add one token of each row, which is not the last of its block, at `cache.tokens.position`, which stays;
     [B, 1, V]."""
     assert cache.context_BCD is not None and cache.tokens.position is not None
@@ -51,7 +52,7 @@ def token_logits(model: BlockTransformer, cache: BlockCache, tokens_B1: Tensor) 
     return F.linear(decoder.norm(decoder.step(x_BD, cache.tokens)), decoder.output_weight).unsqueeze(1)
 
 
-def block_logits(model: BlockTransformer, cache: BlockCache, tokens_BL: Tensor) -> Tensor:
+def block_logits(model: "BlockTransformer", cache: "BlockCache", tokens_BL: Tensor) -> Tensor:
     """Add the block `tokens_BL` of each row at `cache.blocks.position`, which stays, and start the next; [B, 1, V]."""
     blocks, tokens = cache.blocks, cache.tokens
     assert cache.context_BCD is not None and blocks.position is not None
@@ -81,7 +82,7 @@ class Recorder:
         self,
         logits: Callable[..., Tensor],
         model: LanguageModel,
-        cache: Cache | BlockCache,
+        cache: "Cache | BlockCache",
         way: str,
     ):
         self.logits, self.model, self.cache, self.way = logits, model, cache, way
@@ -137,7 +138,7 @@ class StaticStep(Recorder):
 
     cache: Cache
 
-    def __init__(self, model: Decoder, cache: Cache, way: str):
+    def __init__(self, model: "Decoder", cache: Cache, way: str):
         super().__init__(step_logits, model, cache, way)
         cache.hold_position()
 
@@ -162,7 +163,7 @@ class StaticBlockStep:
     A step that completes a block and one that does not are of different shapes, each recorded by itself.
     """
 
-    def __init__(self, model: BlockTransformer, cache: BlockCache, way: str):
+    def __init__(self, model: "BlockTransformer", cache: "BlockCache", way: str):
         plan = model.plan
         self.cache, self.length = cache, plan.block_length
         self.first_length = plan.num_positions - plan.block_length + 1  # positions of a block before its first token
@@ -204,6 +205,20 @@ class StaticBlockStep:
         self.cache.blocks.position = self.cache.tokens.position = None
 
 
+@dataclass
+class PlainStep:
+    """`decode_step` of any model."""
+
+    model: LanguageModel
+    cache: Any
+
+    def __call__(self, tokens_B1: Tensor) -> Tensor:
+        return self.model.decode_step(tokens_B1, self.cache)
+
+    def close(self) -> None:
+        pass
+
+
 def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     """The function that decodes one token of each row over `cache`, which has its prompts.
 
@@ -212,12 +227,7 @@ def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     Raises ValueError as `choose_way`.
     """
     way = choose_way(model, way)
-    if way == "plain":
-        return lambda tokens_B1: model.decode_step(tokens_B1, cache)
-    if isinstance(model, BlockTransformer):
-        return StaticBlockStep(model, cache, way)
-    assert isinstance(model, Decoder)
-    return StaticStep(model, cache, way)
+    return PlainStep(model, cache) if way == "plain" else model.static_step(cache, way)
 
 
 def choose_way(model: LanguageModel, way: str) -> str:
@@ -231,9 +241,7 @@ def choose_way(model: LanguageModel, way: str) -> str:
     if way not in WAYS:
         raise ValueError(f"steps is {way!r}; choose {', '.join(WAYS)}")
     cuda = model.output_weight.is_cuda
-    # FSDP2 leaves the weights outside of blocks gathered after a forward pass: all are looked at.
-    in_one_piece = all(type(parameter.data) is Tensor for parameter in model.parameters())
-    whole = isinstance(model, Decoder | BlockTransformer) and in_one_piece
+    whole = model.takes_static_steps
     if way == "auto":
         in_training = any(module._compiled_call_impl is not None for module in model.modules())
         way = "graph" if cuda and whole and not in_training else "plain"
@@ -241,9 +249,3 @@ def choose_way(model: LanguageModel, way: str) -> str:
         needs = "a model on CUDA" if whole else "a model in one piece, of which no process holds a part"
         raise ValueError(f"steps={way} needs {needs}; take plain or auto")
     return way
-
-
-def close(step: StepFn) -> None:
-    """End the steps of `step_fn`: the cache then goes on with steps of any length."""
-    if isinstance(step, StaticStep | StaticBlockStep):
-        step.close()

@@ -20,8 +20,12 @@ MOST_CONTEXT = 4096  # of a model that was built for more
 
 @dataclass(frozen=True)
 class TransformersPlan:
-    """The part of a plan that callers of a model read: every token but the first is predicted, one by one."""
+    """The part of a plan that callers of a model read: every token but the first is predicted, one by one.
 
+    stacks  none of ours: what transformers caches is its own affair
+    """
+
+    stacks: tuple[()] = ()
     block_length: int = 1
     target_offset: int = 1
     num_unpredicted: int = 0
@@ -91,6 +95,8 @@ def _repeated(value: Any, rows: int, copies: dict[int, Any]) -> Any:
 
 class TransformersModel(nn.Module):
     """A causal language model of transformers. Its cache holds what its class keeps, in the type of its weights."""
+
+    takes_static_steps = False  # the cache grows with each
 
     def __init__(self, model: Any):
         super().__init__()

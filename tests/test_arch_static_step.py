@@ -209,7 +209,7 @@ def test_static_steps_of_a_block_transformer_are_its_plain_ones(
             model.prefill(batch[:, :first], cache)
             step = step_fn(model, cache, way)
             logits = [step(token) for token in batch[:, first : 6 * block + 1].split(1, dim=1)]
-            static_step.close(step)
+            step.close()
             logits += [model.decode_step(token, cache) for token in batch[:, 6 * block + 1 :].split(1, dim=1)]
             found[way] = torch.cat(logits, dim=1)
     torch.testing.assert_close(found["static"], found["plain"], rtol=0, atol=1e-12)

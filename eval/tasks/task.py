@@ -110,17 +110,14 @@ class Subject:
         `dtype`: type of what is not coded; None: that of the weights. Raises UsageError where the model, or its layout,
         does not take the method.
         """
-        from arch import LanguageModel
         from arch.compression.compressed import allocate_compressed
 
-        if not isinstance(self.model, LanguageModel):
-            if self.method is None:
-                return self.model.allocate_cache(rows, capacity)
+        if self.method is None:
+            return self.model.allocate_cache(rows, capacity, dtype=dtype)
+        if not self.model.plan.stacks:
             text = f"cache={self.method.text}: {self.name} keeps a cache of transformers; give a run of ours"
             raise UsageError(text)
         weight = self.model.output_weight
-        if self.method is None:
-            return self.model.allocate_cache(rows, capacity, dtype=dtype)
         dtype = dtype or weight.dtype
         try:
             return allocate_compressed(

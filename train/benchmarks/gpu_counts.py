@@ -31,13 +31,11 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from arch import BlockPlan, ModelConfig, build, resolve
-from arch.decoder import Decoder, Stack
+from arch import ModelConfig, build, resolve
 from arch.footprint import num_params, train_flops_per_token
 from arch.masks import BLOCK
 from arch.named import names
 from arch.spans import visible_pairs
-from arch.static_step import StaticStep
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.results import write_result
@@ -310,16 +308,16 @@ def count_token(config: ModelConfig, workshop: Workshop, compiled: bool = True) 
         onto(model, DEVICE, torch.bfloat16)
         token = torch.empty(1, 1, dtype=torch.int64, device=DEVICE)
         tokens = torch.empty(1, CONTEXT, dtype=torch.int64, device=DEVICE)
-        length = 1 if not isinstance(model.plan, BlockPlan) else model.plan.block_length
+        length = model.plan.block_length
         cache = model.allocate_cache(1, CONTEXT + 256)
         model.prefill(tokens, cache)
         with Operators(compiler) as eager:
             for _ in range(length):
                 model.decode_step(token, cache)
         found.launches["plain"] = sum(part.launches for part in eager.parts.values()) / length
-        if isinstance(model, Decoder):
+        if len(model.plan.stacks) == 1:
             for way in ("static", "compiled") if compiled else ("static",):
-                step = StaticStep(model, cache, way)
+                step = model.static_step(cache, way)
                 step(token)
                 for traced in compiler.graphs.values():
                     traced.calls.clear()
@@ -347,11 +345,9 @@ def attention_seconds(config: ModelConfig) -> tuple[int, float]:
     with torch.device("meta"):
         model = build(config, device_type="cuda", init=False)
     length, plan = config.size.seq_len, model.plan
-    shapes = [(1, length)]
-    if isinstance(plan, BlockPlan):
-        predicted = (length - plan.num_unpredicted) // plan.block_length
-        shapes = [(1, length // plan.block_length - 1), (predicted, plan.num_positions)]
-    for stack, (rows, positions) in zip((s for s in model.stacks if isinstance(s, Stack)), shapes, strict=True):
+    runs = plan.forward_runs(length)
+    decoders: Any = model.stacks[-len(runs) :]  # behind the encoder of an embedder
+    for stack, (rows, positions, _) in zip(decoders, runs, strict=True):
         for layer in range(stack.plan.num_layers):
             store = stack.plan.store(layer)
             flops = rows * store.attention_flops(stack.config.size, positions, store.owner == layer)
@@ -432,15 +428,15 @@ def count(arch: str, workshop: Workshop, steps: bool) -> dict[str, Any]:
 
 def goal(config: ModelConfig) -> float | None:
     """The MFU that a layout should reach, by the hardest of its stores."""
-    plan = resolve(config)
-    if isinstance(plan, BlockPlan):
+    stack, *inner = resolve(config).stacks
+    if inner:
         return BLOCK_GOAL
-    kinds = {store.kind for store in plan.stores}
+    kinds = {store.kind for store in stack.plan.stores}
     if "matrix" in kinds:
         return None
     if "bounded" in kinds:
         return BOUNDED_GOAL
-    plain = kinds == {"grouped"} and not any(view.window or view.sinks for view in plan.views)
+    plain = kinds == {"grouped"} and not any(view.window or view.sinks for view in stack.plan.views)
     return PLAIN_GOAL if plain else MASKED_GOAL
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import einops  # noqa: F401  transformers says what this file imports and is not installed; files beside it need it
 import torch
-from einops import rearrange  # transformers says what this file imports and is not installed; files beside it need it
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
@@ -20,7 +20,6 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.utils import can_return_tuple, logging
 
-from arch.block_transformer import BlockTransformer
 from arch.config import ModelConfig, from_dict
 from arch.decoder import Decoder
 from arch.generation import batch_prompts, generate
@@ -82,9 +81,7 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
     @property
     def decoder(self) -> Decoder:
         """The decoder that predicts tokens."""
-        decoder = self.model.token_decoder if isinstance(self.model, BlockTransformer) else self.model
-        assert isinstance(decoder, Decoder)
-        return decoder
+        return self.model.decoder
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding of the tokens that the decoder sees. A Block Transformer's embedder has one of its own."""
@@ -168,12 +165,10 @@ class KVFrontierShippedPreTrainedModel(PreTrainedModel):
             tokens_BT = F.pad(tokens_BT, (num_fill, 0), value=pad_token)
         with residual_streams(self.decoder) if with_hidden else no_streams() as streams:
             x_BTD = model.next_token_logits(tokens_BT, states_alone, segment_ids_BT)
-        if isinstance(model, BlockTransformer):  # what it predicts of each block, from the first that is asked for
-            length, first = model.plan.block_length, model.plan.min_prompt - model.plan.num_unpredicted
-            streams = [
-                rearrange(x[:, -length:], "(b n) l d -> b (n l) d", b=len(tokens_BT))[:, first:] for x in streams
-            ]
-        kept = (*(x[:, : x_BTD.shape[1]] for x in streams[:-1]), x_BTD)
+        plan = model.plan
+        first = plan.min_prompt - plan.num_unpredicted - plan.target_offset  # that is asked for, of those predicted
+        end = first + x_BTD.shape[1]
+        kept = (*(model.by_token(x, len(tokens_BT))[:, first:end] for x in streams[:-1]), x_BTD)
         return tuple(F.pad(x, (0, 0, num_zeros, 0)) for x in kept)
 
 
