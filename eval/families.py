@@ -44,9 +44,9 @@ def _pools(plan: Plan) -> bool:
 BLOCKS = Family(
     "Blocks of tokens",
     "A block decoder has one position for each block of tokens, and a token decoder predicts within a block, with a "
-    "cache that ends with it. The cache is divided by the length of a block, and so is the number of times that the "
-    "block decoder runs. It suits throughput: at equal parameters it trains and decodes faster than MHA, and is "
-    "behind in loss.",
+    "cache that is dropped at the end of the block. The block length divides the cache, and the number of times that "
+    "the block decoder runs. It suits throughput: at equal parameters it trains and decodes faster than MHA, with a "
+    "higher loss.",
     "block",
     lambda plan: len(plan.stacks) > 1,
 )
@@ -54,26 +54,26 @@ STATES = Family(
     "Fixed states",
     "A store keeps a state of fixed size into which every token is merged, in some layouts beside a window of the "
     "last tokens, and between layers that keep everything. Its bytes do not grow with the context, and neither does "
-    "the time to read them. It suits contexts that are long or of unknown length; what is merged cannot be told "
-    "apart again, which the recall of single items shows first.",
+    "the time to read them. It suits contexts that are long or of unknown length; merged tokens cannot be separated "
+    "again, which recall of single items shows first.",
     "bct_mixed",
     _merges,
 )
 POOLS = Family(
     "Pooled positions",
-    "A layer keeps one entry for each so many positions, pooled by learned weights; the newest positions are seen in "
-    "a window of the last tokens, or in an entry that they still fill. Bytes still grow with the context, but divided "
-    "by that number, and so do the pairs that decoding computes. It suits the longest contexts, where each token still "
-    "has to see all of the text, if coarsely.",
+    "A layer pools every N positions into one entry, by learned weights; the newest positions are seen in a window of "
+    "the last tokens, or in an entry that is not yet full. Bytes and the work of decoding still grow with the context, "
+    "but N times more slowly. It suits the longest contexts, if each token has to see all of the text, however "
+    "coarsely.",
     "deepseek_v4_hca",
     _pools,
 )
 LATENTS = Family(
     "Latents",
     "A layer writes one latent and one rotary key for all of its heads, and each head expands the latent into keys "
-    "and values of its own. A position costs the same however many heads read it, at the dimensions here as much as "
-    "two and a quarter key/value heads. It suits models with many heads, and hardware that has arithmetic to spare "
-    "when it decodes: heads are compared with the whole latent.",
+    "and values of its own. A position costs the same however many heads read it: at the dimensions here, as much as "
+    "two and a quarter key/value heads. It suits models with many heads, and hardware with arithmetic to spare during "
+    "decoding: each head is compared with the whole latent.",
     "mla",
     _has_latents,
 )
@@ -81,7 +81,7 @@ BOTH = Family(
     "Windows and sharing",
     "Layers with windows stand between layers that keep everything, and layers of either kind read stores from "
     "below instead of writing their own. The slope is that of the few full stores, down to one for the whole "
-    "network; where the upper layers only read, a prompt need not run through them. It suits the longest contexts "
+    "network; if the upper layers only read, a prompt need not run through them. It suits the longest contexts "
     "in the least memory; bytes read fall less than bytes stored.",
     "mixattention",
     lambda plan: _shares(plan) and _drops(plan),
@@ -89,25 +89,25 @@ BOTH = Family(
 SHARING = Family(
     "Sharing between layers",
     "A layer that writes no keys and values reads those of a layer below it. Stored bytes and the writers' "
-    "projections shrink by the size of the groups, bytes read do not. It suits memory that limits the batch or the "
-    "context, rather than the time of a step.",
+    "projections shrink by the size of the groups, bytes read do not. It suits cases in which memory limits the batch "
+    "or the context, rather than the time of a step.",
     "cla2",
     _shares,
 )
 WINDOWS = Family(
     "Sliding windows",
-    "Layers keep the last positions alone, and in some layouts a few layers between them keep everything. What is "
-    "read shrinks as much as what is stored, and so does the work of a prompt; only the full layers add bytes with "
-    "each token. It suits long contexts at any size; without any full layer, what is older reaches the output "
-    "through other layers alone, or not at all.",
+    "Layers keep only the last positions, and in some layouts a few layers between them keep everything. Bytes read "
+    "shrink as much as bytes stored, and so does the work of a prompt; only the full layers add bytes with each "
+    "token. It suits long contexts at any size; without a full layer, older text reaches the output only through "
+    "other layers, or not at all.",
     "gemma3",
     _drops,
 )
 FULL = Family(
     "A full store in every layer",
-    "Every layer writes keys and values of its own and keeps them all; the layouts differ in how many heads they "
-    "have. Bytes grow with layers, heads and context, and all that is stored is read at each step. It is where to "
-    "start: the number of heads is the first thing to reduce, and every other idea combines with it.",
+    "Every layer writes keys and values of its own and keeps them all; the layouts differ in their number of heads. "
+    "Bytes grow with layers, heads and context, and every step reads all that is stored. Start here: the number of "
+    "heads is the first thing to reduce, and every other idea combines with it.",
     "gqa4",
     lambda plan: True,
 )

@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from arch import ModelConfig, Plan, StackPlan, resolve
@@ -21,21 +22,23 @@ from eval.units import bytes_text, number_text
 PAGE = CONFIGS.parent / "docs" / "layouts.md"
 PICTURES = PAGE.with_suffix("")
 RELEASED = "released"
+COLUMNS = 120
 HEAD = f"""# Layouts, by idea
 
-For people who choose one. Families follow the plan: a layout belongs to the one whose idea it uses, whatever its name.
-Figures are those of the `{SIZE}` size in bf16, at {CONTEXT:,} tokens of context;
-`python eval/footprint.py +size={SIZE} +arch=NAME` draws any layout. In a map, each layer has the number of the layer
-whose store it reads; `s` marks a window, `c` a chunk, `b` a bounded store, `d` a matrix per head; after `/`
-comes the layer whose values it reads, after `+` one whose keys and values are mixed in.
+A guide to choosing one. A layout's plan decides its family, whatever its name. Figures are those of the `{SIZE}` size
+in bf16, at {CONTEXT:,} tokens of context; `python eval/footprint.py +size={SIZE} +arch=NAME` draws any layout.
+
+A map gives for each layer the number of the layer whose store it reads; `s` marks a window, `c` a chunk, `p` pooled
+positions, `b` a bounded store, `d` a matrix per head; after `/` comes the layer whose values it reads, after `+` one
+whose keys and values are mixed in.
 
 <!-- layouts: python eval/readme.py -->
 """
 BESIDE = """
 ## Released models
 
-The figures of `python eval/footprint.py hf=all`: from the models' configurations alone, of one sequence in bf16. A
-model is in the family that its plan fits. Windows count the current position.
+The figures of `python eval/footprint.py hf=all`: computed from the models' configurations, for one sequence in bf16.
+Windows count the current position.
 """
 
 
@@ -51,7 +54,7 @@ def page(layouts: dict[str, Plan], models: Sequence[Released]) -> str:
 
 
 def section(of: Family, layouts: dict[str, Plan], models: Sequence[Released]) -> str:
-    text = f"\n## {of.title}\n\n{of.idea}\n\n"
+    text = f"\n## {of.title}\n\n{fill(of.idea, COLUMNS)}\n\n"
     if of.example in layouts:
         text += f"![{of.example}](layouts/{of.example}.png)\n\n"
     text += "| `+arch=` | what it is | bytes per token | stored | read | map |\n|---|---|---:|---:|---:|---|\n"
@@ -61,7 +64,8 @@ def section(of: Family, layouts: dict[str, Plan], models: Sequence[Released]) ->
         maps = " / ".join(f"`{stack.plan}`" for stack in plan.stacks)
         text += f"| `{name}` | {description(name)} | {' | '.join(figures)} | {maps} |\n"
     shown = [f"`{model.name}`" for model in models if family(model.plan) is of]
-    return text + (f"\nReleased models: {', '.join(shown)}.\n" if shown else "")
+    names = fill(f"Released models: {', '.join(shown)}.", COLUMNS, break_on_hyphens=False)
+    return text + (f"\n{names}\n" if shown else "")
 
 
 def released_row(model: Released) -> str:
