@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..attend import Kernel, Mask
 from ..attention import allocate_buffer
-from ..block_plan import BlockPlan, Plan
+from ..block_plan import Plan
 from ..block_transformer import BlockCache
 from ..buffers import StateBuffer, repeat_row
 from ..cache import Cache, allocate_cross
 from ..masks import Dense, Run, Seen, Windowed, visible
-from ..plan import KVPlan
+from ..plan import StackPlan
 from ..positions import TokenPositions
 from ..spans import Chunk, Span
 from .arkvale import ArkValeBuffer
@@ -31,7 +31,7 @@ from .keeps import (
     SnapBuffer,
     share_budget,
 )
-from .layout import acts, check_method, sharing_groups, state_layout, tensor_layouts, with_budget
+from .layout import acts, check_method, of_stack, sharing_groups, state_layout, tensor_layouts, with_budget
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, CodedState, KeptBuffer
 from .think import ThinkBuffer
@@ -252,27 +252,26 @@ def allocate_compressed(
     `layout.compressed_bytes`. Raises ValueError where `method` cannot act on `plan`.
     """
     check_method(plan, method)
-    if isinstance(plan, BlockPlan):
-        cross = plan.num_context_vectors if plan.cross else 0
-        of_tokens = CacheMethod(method.text, method.codec)
-        blocks = _allocate(plan.block, batch, capacity // plan.block_length, dtype, device, method, start_B)
-        tokens = _allocate(plan.token, batch, plan.num_positions, dtype, device, of_tokens, None, cross)
-        return CompressedBlockCache(blocks, tokens, torch.empty(batch, 0, dtype=torch.int64, device=device))
-    return _allocate(plan, batch, capacity, dtype, device, method, start_B)
+    caches = [_allocate(stack, batch, capacity, dtype, device, method, start_B) for stack in plan.stacks]
+    if len(caches) == 1:
+        return caches[0]
+    blocks, tokens = caches
+    return CompressedBlockCache(blocks, tokens, torch.empty(batch, 0, dtype=torch.int64, device=device))
 
 
 def _allocate(
-    plan: KVPlan,
+    stack: StackPlan,
     batch: int,
     capacity: int,
     dtype: torch.dtype,
     device: torch.device | str,
     method: CacheMethod,
     start_B: Tensor | None,
-    num_cross_vectors: int = 0,
 ) -> CompressedCache:
+    """The cache of one stack for `capacity` tokens; padding is none of the positions within a block."""
     buffers: list[Any] = []
-    method = with_budget(plan, method, dtype.itemsize)
+    plan, capacity = stack.plan, stack.num_positions(capacity)
+    method = with_budget(plan, of_stack(method, stack), dtype.itemsize)
     for store in plan.stores:
         keep = method.keep if method.keep and acts(store, method.keep, capacity, dtype.itemsize) else None
         if not store.masked or (method.codec is None and keep is None):
@@ -286,5 +285,6 @@ def _allocate(
         else:
             layouts = tensor_layouts(store, method.codec, capacity, store.window)
             buffers.append(CodedBuffer.allocate(layouts, batch, dtype, device))
-    cross = allocate_cross(plan, batch, num_cross_vectors, dtype, device)
+    cross = allocate_cross(plan, batch, stack.num_cross_vectors, dtype, device)
+    start_B = start_B if stack.fixed_positions is None else None
     return CompressedCache(plan, tuple(buffers), capacity, start_B, cross_buffers=cross, method=method)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..block_plan import BlockPlan, Plan
+from ..block_plan import Plan
 from ..delta_spec import MatrixSpec
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
@@ -347,9 +347,15 @@ def left_alone(plan: Plan, method: CacheMethod, itemsize: int = 2) -> str:
         f"store {store.name}, which {store.summary}" if store.grows else f"store {store.name}, whose size is fixed"
         for store in bounded
     ]
-    if isinstance(plan, BlockPlan):
-        found += [f"store {store.name} of a block's tokens" for store in plan.token.stores if keeps(store)]
+    for stack in plan.stacks:
+        if of_stack(method, stack).keep is None:
+            found += [f"store {store.name} of a block's tokens" for store in stack.plan.stores if keeps(store)]
     return ", ".join(dict.fromkeys(found))
+
+
+def of_stack(method: CacheMethod, stack: StackPlan) -> CacheMethod:
+    """The part of `method` for one stack: within a block its codec alone, since a keep acts on a prompt's positions."""
+    return method if stack.fixed_positions is None else CacheMethod(method.text, method.codec)
 
 
 def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod:
@@ -500,14 +506,17 @@ def group_bytes(stores: Sequence[StoreSpec], method: CacheMethod, capacity: int,
 
 def stack_bytes(
     stack: StackPlan,
-    plan: KVPlan,
     method: CacheMethod,
     capacity: int,
     prompt: int | None,
     itemsize: int,
     chosen: Sequence[int | None] | None = None,
 ) -> int:
-    method = with_budget(plan, method, itemsize)
+    """`compressed_bytes` of one stack of one sequence; `capacity` and `prompt` in tokens."""
+    plan, capacity = stack.plan, stack.num_positions(capacity)
+    prompt = None if prompt is None else stack.num_positions(prompt)
+    method = with_budget(plan, of_stack(method, stack), itemsize)
+    chosen = None if method.keep is None else chosen
     stores = sum(
         store_bytes(store, method, capacity, prompt, itemsize, count)
         for store, count in zip(plan.stores, chosen or [None] * len(plan.stores), strict=True)
@@ -541,35 +550,21 @@ def compressed_bytes(
         chosen = None
     elif prompt is not None and chosen is None and not has_formula(method):
         raise ValueError(f"{method.text}: bytes depend on the text, not on its length alone; measure them")
-    if isinstance(plan, BlockPlan):
-        blocks, tokens = plan.stacks
-        length = plan.block_length
-        before = None if prompt is None else prompt // length
-        total = stack_bytes(blocks, plan.block, method, capacity // length, before, itemsize, chosen)
-        codec_only = CacheMethod(method.text, method.codec)
-        total += stack_bytes(tokens, plan.token, codec_only, plan.num_positions, prompt, itemsize)
-        return batch * total
-    return batch * stack_bytes(plan.stacks[0], plan, method, capacity, prompt, itemsize, chosen)
+    return batch * sum(stack_bytes(stack, method, capacity, prompt, itemsize, chosen) for stack in plan.stacks)
 
 
 def offloaded_bytes(
     plan: Plan, method: CacheMethod, batch: int, capacity: int, *, prompt: int, itemsize: int = 2
 ) -> int:
     """Bytes that a compressed cache has in another memory, besides `compressed_bytes`, after a prompt."""
-    if method.keep is None:
-        return 0
-    if isinstance(plan, BlockPlan):
-        of_blocks = capacity // plan.block_length, prompt // plan.block_length
-        return batch * _offloaded(plan.block, method, *of_blocks, itemsize)
-    return batch * _offloaded(plan, method, capacity, prompt, itemsize)
-
-
-def _offloaded(plan: KVPlan, method: CacheMethod, capacity: int, prompt: int, itemsize: int) -> int:
-    method, total = with_budget(plan, method, itemsize), 0
-    assert method.keep is not None
-    for store in filter(keeps, plan.stores):
-        kept = kept_slots(store, method.keep, prompt, itemsize, capacity)
-        if kept is not None and kept.page:
-            layouts = page_layouts(store, method.codec, kept)
-            total += pages_of(kept, capacity) * sum(layout.nbytes(itemsize) for layout in layouts)
-    return total
+    total = 0
+    for stack in plan.stacks:
+        keep, slots = with_budget(stack.plan, of_stack(method, stack), itemsize).keep, stack.num_positions(capacity)
+        if keep is None:
+            continue
+        for store in filter(keeps, stack.plan.stores):
+            kept = kept_slots(store, keep, stack.num_positions(prompt), itemsize, slots)
+            if kept is not None and kept.page:
+                layouts = page_layouts(store, method.codec, kept)
+                total += pages_of(kept, slots) * sum(layout.nbytes(itemsize) for layout in layouts)
+    return batch * total
