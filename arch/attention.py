@@ -57,7 +57,7 @@ class StoreCache(NamedTuple):
 
     allocate: Callable[[StoreSpec, int, int, torch.dtype, torch.device | str], Buffer]
     positions: Callable[[StoreSpec, Tensor, int, int], TokenPositions] | None = None
-    step: Callable[[StoreSpec, Tensor, int, int, int | None, bool], TokenPositions] | None = None
+    step: Callable[[StoreSpec, Tensor, int, int, int | None, bool, torch.dtype], TokenPositions] | None = None
 
 
 SLOTS = StoreCache(allocate_slots)

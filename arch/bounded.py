@@ -31,11 +31,11 @@ from torch.nn import functional as F
 from .bounded_chunks import UNSEEN, ChunkWrites, chunk_writes, read_slots
 from .bounded_spec import BoundedSpec
 from .bounded_window import merge, read_window, run_near
-from .buffers import StateBuffer, Step
+from .buffers import StateBuffer, Step, Tensors
 from .config import SizeConfig, has_qkv_bias, head_dim, style_of
 from .grouped import GroupedKV
 from .layers import Rope, build_head_norm, build_output_gate, gate_output, norm_heads, rotate, rotate_step
-from .positions import TokenPositions, written_slots
+from .positions import StepPositions, TokenPositions, written_slots
 from .precision import at_least_fp32, no_autocast
 from .store_spec import StoreSpec
 
@@ -52,14 +52,14 @@ class BoundedKV(NamedTuple):
     In rule `ring_slots` they are those of the token that leaves the window, T - W where rows begin and none does at
     first, and `window` has the rotated keys and the values of the window, [B, T, K, H], or [B, W + T, K, H] over a
     cache. `chunks` is None where another kernel takes the place of the chunk form. Of one token over a cache it is the
-    slots after its write, [B, K, M, 2H], and `window` is [B, K, W, H], in the order of a ring; the others lack T.
+    slots after its write, [B, K, M, 2H], and `window` is [B, K, W, 2H], in the order of a ring; the others lack T.
     """
 
     k_BTKH: Tensor
     v_BTKH: Tensor
     p_BTM: Tensor
     chunks: ChunkWrites | Tensor | None = None
-    window: GroupedKV | None = None
+    window: GroupedKV | Tensor | None = None
 
 
 # --- one token over a cache
@@ -76,8 +76,8 @@ def read_step(
     scores = [torch.bmm(q_BNH.view(rows, -1, width), state_k.mT)]
     window_v = None
     if rotated_BNH is not None:
-        assert kv.window is not None
-        window_k, window_v = (x.to(dtype).flatten(0, 1) for x in kv.window)
+        assert isinstance(kv.window, Tensor)
+        window_k, window_v = kv.window.to(dtype).flatten(0, 1).chunk(2, dim=-1)
         scores.append(torch.bmm(rotated_BNH.view(rows, -1, width), window_k.mT))
     if sinks_N is not None:
         scores.append(sinks_N.expand(batch, -1).reshape(rows, -1, 1))
@@ -124,11 +124,37 @@ class Router(nn.Module):
             unit_BTA, keys_MA = (F.normalize(x, dim=-1) for x in (a_BTA, self.slot_keys.weight.to(dtype)))
             score_BTM = F.linear(unit_BTA, keys_MA) * (SHARPNESS * math.sqrt(a_BTA.shape[-1]))
             gate_BTM = (a_BTA * self.gate.to(dtype)).sum(-1, keepdim=True) + self.gate_bias.to(dtype)
-            p_BTM = self.strengths(score_BTM, gate_BTM, position_BT)
-            return p_BTM if all_write else p_BTM * (position_BT >= 0).unsqueeze(-1)
+            return self.strengths(score_BTM, gate_BTM, position_BT, all_write)
 
-    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
+    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor, all_write: bool) -> Tensor:
+        p_BTM = self.spread(score_BTM, gate_BTM, position_BT)
+        return p_BTM if all_write else p_BTM * (position_BT >= 0).unsqueeze(-1)
+
+    def spread(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
         return gate_BTM.sigmoid() * score_BTM.softmax(dim=-1)
+
+    def derive(self, dtype: torch.dtype) -> Tensors:
+        """[2M, A] and [2M]: the product with an address, and what is added, for scores times its length and gates."""
+        keys_MA = F.normalize(self.slot_keys.weight.to(dtype), dim=-1)
+        keys_MA = keys_MA * (SHARPNESS * math.sqrt(keys_MA.shape[-1]))
+        bias_M = self.gate_bias.to(dtype)
+        weight = torch.cat((keys_MA, self.gate.to(dtype).expand_as(keys_MA)))
+        return weight, torch.cat((torch.zeros_like(bias_M), bias_M))
+
+    def step(self, source_BD: Tensor, positions: StepPositions, buffer: StateBuffer) -> Tensor:
+        """[B, M] `forward` for one token of each row. What the weights are for all steps, `buffer` keeps."""
+        a_BA = source_BD if self.query_proj is None else self.query_proj(source_BD)
+        dtype = at_least_fp32(a_BA.dtype)
+        with no_autocast(a_BA):
+            a_BA = a_BA.to(dtype)
+            if torch.compiler.is_compiling():  # it would be traced once more, for what is kept
+                derived = self.derive(dtype)
+            else:
+                derived = buffer.derived = buffer.derived or self.derive(dtype)
+            score_BM, gate_BM = F.linear(a_BA, *derived).chunk(2, dim=-1)
+            length_B1: Tensor = torch.linalg.vector_norm(a_BA, dim=-1, keepdim=True)
+            score_BM = score_BM / length_B1.clamp_(min=1e-12)
+            return self.strengths(score_BM, gate_BM, positions.written_B, positions.all_write)
 
 
 class RingRouter(Router):
@@ -137,7 +163,7 @@ class RingRouter(Router):
     lambda = 1 is a sliding window of M. Until the ring has come round, slots it has not reached are not written.
     """
 
-    def strengths(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
+    def spread(self, score_BTM: Tensor, gate_BTM: Tensor, position_BT: Tensor) -> Tensor:
         num_slots = score_BTM.shape[-1]
         slot_M = torch.arange(num_slots, device=position_BT.device)
         ring_BTM = (slot_M == (position_BT % num_slots).unsqueeze(-1)).to(score_BTM.dtype)
@@ -177,6 +203,8 @@ class BoundedWriter(nn.Module):
             assert buffer is not None
             return self.step(x_BTD, rope, positions, buffer, offset.offset)
         empty = not offset
+        if buffer is not None:
+            buffer.derived = ()
         k, v = (proj(x_BTD).view(*x_BTD.shape[:2], self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
         k, window = norm_heads(self.k_norm, k), None
         if self.window is None:
@@ -205,13 +233,14 @@ class BoundedWriter(nn.Module):
         else:
             assert positions.evicted_rope is not None
             past = buffer.at(position_BT[:, :1] + torch.arange(self.window, device=k.device))
-            past_k, past_v = (x.transpose(1, 2).to(k.dtype) for x in past)
+            past_k, past_v = past.transpose(1, 2).to(k.dtype).chunk(2, dim=-1)
             left_k = rotate(past_k[:, :length], positions.evicted_rope)
             read = GroupedKV(*(torch.cat(pair, dim=1) for pair in zip((past_k, past_v), read, strict=True)))
             k, v = (torch.cat(pair, dim=1)[:, :length] for pair in ((left_k, k), (past_v, v)))
         if buffer is not None:
             newest = min(length, self.window)
-            buffer.put(position_BT[:, -newest:], (rotated_k[:, -newest:], read.v_BSKH[:, -newest:]))
+            kept = torch.cat((rotated_k[:, -newest:], read.v_BSKH[:, -newest:]), dim=-1)
+            buffer.put(position_BT[:, -newest:], kept)
         return k, v, read
 
     def step(
@@ -219,24 +248,27 @@ class BoundedWriter(nn.Module):
     ) -> BoundedKV:
         """`forward` for one token of each row. A tensor as `offset` is never 0."""
         assert positions.step is not None
-        state_BKME, ring = buffer.tensors[0], positions.step.ring
+        state_BKME = buffer.tensors[0]
         k, v = (proj(x_BD).view(len(x_BD), self.kv_heads, -1) for proj in (self.k_proj, self.v_proj))
         k = norm_heads(self.k_norm, k)
-        source_BA, position_B1, window = x_BD, positions.position_BT, None
-        if self.window is not None:
+        new_BKE = torch.cat((k if self.window is None else rotate_step(k, rope), v), dim=-1)
+        if self.window is None:
+            written_BKE, source_BD = new_BKE, x_BD
+        else:
             assert positions.evicted_rope is not None
-            new = rotate_step(k, rope), v
-            past_k, past_v = (x.to(k.dtype) for x in buffer.slot(ring))
-            k, v = rotate_step(past_k, positions.evicted_rope), past_v
-            source_BA, position_B1, window = k.flatten(1), position_B1 - self.window, GroupedKV(*buffer.tensors[1:])
-        written_BKE = torch.cat((k, v), dim=-1).to(state_BKME.dtype)
-        if self.window is not None:
-            buffer.put_slot(ring, new)  # only now: what leaves the window may be a view of its slot
-        p_BM = self.router(source_BA.unsqueeze(1), position_B1, positions.step.all_write).squeeze(1)
+            written_BKE = rotate_step(buffer.slot(positions.step.ring).to(k.dtype), positions.evicted_rope)
+            k, v = written_BKE.chunk(2, dim=-1)
+            source_BD = k.flatten(1)
         if isinstance(offset, int) and not offset:
+            buffer.derived = ()
             state_BKME.zero_()
-        state_BKME.lerp_(written_BKE.unsqueeze(2), p_BM.to(state_BKME.dtype)[:, None, :, None])
-        return BoundedKV(k, v, p_BM, state_BKME, window)
+        p_BM = self.router.step(source_BD, positions.step, buffer)
+        write_B1M1 = p_BM.to(state_BKME.dtype).view(len(x_BD), 1, -1, 1)
+        state_BKME.lerp_(written_BKE.to(state_BKME.dtype).unsqueeze(2), write_B1M1)
+        if self.window is None:
+            return BoundedKV(k, v, p_BM, state_BKME)
+        buffer.put_slot(positions.step.ring, new_BKE)  # only now: what leaves the window may be a view of its slot
+        return BoundedKV(k, v, p_BM, state_BKME, buffer.tensors[1])
 
 
 # --- reading
@@ -293,7 +325,7 @@ class BoundedReader(nn.Module):
         share_BTN = (slots_BTN - total_BTN).exp()  # of the slots, where a sink takes some
         if self.window is None:
             return out_BTNH * share_BTN.unsqueeze(-1)
-        assert kv.window is not None
+        assert isinstance(kv.window, GroupedKV)
         if positions.near is not None:
             near = run_near(rotate(q_BTNH, rope), kv.window, positions.near, self.scale)
             return merge(*near, out_BTNH * share_BTN.unsqueeze(-1), total_BTN)

@@ -69,12 +69,10 @@ class BoundedSpec(GroupedSpec):
         return self.window or 0
 
     def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
-        """The state, keys beside values, and the window where there is one; heads first, as products take them."""
-        heads = self.slot.kv_heads
-        state = CacheTensor((heads, self.num_slots, self.slot.k_dim + self.slot.v_dim), True)
-        if self.window is None:
-            return (state,)
-        return state, *(CacheTensor((heads, self.window, dim)) for dim in (self.slot.k_dim, self.slot.v_dim))
+        """The state, and the window where there is one: keys beside values, heads first, as products take them."""
+        heads, width = self.slot.kv_heads, self.slot.k_dim + self.slot.v_dim
+        state = CacheTensor((heads, self.num_slots, width), True)
+        return (state,) if self.window is None else (state, CacheTensor((heads, self.window, width)))
 
     def slot_bytes(self, itemsize: int) -> tuple[int, ...]:
         positions = super().slot_bytes(itemsize) if self.window else ()

@@ -145,10 +145,14 @@ class RingBuffer:
 
 class StateBuffer:
     """Holds the state of a store that merges positions: [B, K, M, 2H], in at least fp32; and its last W positions,
-    where it has a window: rotated keys, and values, [B, K, W, H] each. Position i of a row lies in slot i mod W."""
+    where it has a window: rotated keys beside values, [B, K, W, 2H]. Position i of a row lies in slot i mod W.
+
+    derived  what a writer has made of its weights for the steps that follow each other; none after anything else
+    """
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
+        self.derived: Tensors = ()
 
     def read_state(self) -> Tensor:
         """The state. It may be changed in place, where `write_state` follows."""
@@ -159,33 +163,29 @@ class StateBuffer:
         if state is not self.tensors[0]:
             self.tensors[0].copy_(state)
 
-    def at(self, position_BT: Tensor) -> Tensors:
-        """[B, K, T, H] what lies in the slots of positions [1 or B, T]."""
-        return tuple(tensor.gather(2, self.index(position_BT, tensor)) for tensor in self.tensors[1:])
+    def at(self, position_BT: Tensor) -> Tensor:
+        """[B, K, T, 2H] what lies in the slots of positions [1 or B, T]."""
+        return self.tensors[1].gather(2, self.index(position_BT))
 
-    def put(self, position_BT: Tensor, new: Tensors) -> None:
-        """Overwrite the slots of positions [1 or B, T], which are no more than W, with keys and values [B, T, K, H]."""
-        for tensor, value in zip(self.tensors[1:], new, strict=True):
-            tensor.scatter_(2, self.index(position_BT, tensor), value.transpose(1, 2).to(tensor.dtype))
+    def put(self, position_BT: Tensor, new_BTKE: Tensor) -> None:
+        """Overwrite the slots of positions [1 or B, T], which are no more than W, with keys beside values."""
+        window = self.tensors[1]
+        window.scatter_(2, self.index(position_BT), new_BTKE.transpose(1, 2).to(window.dtype))
 
-    def slot(self, ring: int | Tensor) -> Tensors:
-        """[B, K, H] what lies in a slot [1 or B, 1] of each row's ring; a view where it is one number for all."""
+    def slot(self, ring: int | Tensor) -> Tensor:
+        """[B, K, 2H] what lies in a slot [1 or B, 1] of each row's ring; a view where it is one number for all."""
+        return self.tensors[1].select(2, ring) if isinstance(ring, int) else self.at(ring).squeeze(2)
+
+    def put_slot(self, ring: int | Tensor, new_BKE: Tensor) -> None:
+        """Overwrite what `slot` returns."""
         if isinstance(ring, int):
-            return tuple(tensor.select(2, ring) for tensor in self.tensors[1:])
-        return tuple(tensor.squeeze(2) for tensor in self.at(ring))
-
-    def put_slot(self, ring: int | Tensor, new: Tensors) -> None:
-        """Overwrite what `slot` returns with keys and values [B, K, H]."""
-        if isinstance(ring, int):
-            for tensor, value in zip(self.tensors[1:], new, strict=True):
-                tensor.select(2, ring).copy_(value)
+            self.tensors[1].select(2, ring).copy_(new_BKE)
         else:
-            self.put(ring, tuple(value.unsqueeze(1) for value in new))
+            self.put(ring, new_BKE.unsqueeze(1))
 
-    @staticmethod
-    def index(position_BT: Tensor, tensor: Tensor) -> Tensor:
-        """[B, K, T, H] slots of the ring, for `gather` and `scatter`."""
-        batch, heads, window, width = tensor.shape
+    def index(self, position_BT: Tensor) -> Tensor:
+        """[B, K, T, 2H] slots of the ring, for `gather` and `scatter`."""
+        batch, heads, window, width = self.tensors[1].shape
         return (position_BT % window)[:, None, :, None].expand(batch, heads, -1, width)
 
     def take_row(self, row: int, other: "StateBuffer", length: int, offset: int) -> None:

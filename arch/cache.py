@@ -230,14 +230,14 @@ class Cache:
         plain = self.length == 0 and self.start_B is None
         return make(store, position_BT, self.capacity, self.length)._replace(plain=plain)
 
-    def step_positions(self, store: StoreSpec, device: torch.device) -> TokenPositions:
-        """Positions of the next token of each row, for a store not read by a mask."""
+    def step_positions(self, store: StoreSpec, device: torch.device, dtype: torch.dtype) -> TokenPositions:
+        """Positions of the next token of each row, which is of `dtype`, for a store not read by a mask."""
         index, known = self.new_indices(1, device), self.start_B is None and self.position is None
         position_B1 = index[None] if self.start_B is None else index - self.start_B[:, None]
         make = STORE_MODULES[store.kind].cache.step
         assert make is not None
         tokens, static = self.step().num_slots, self.position is not None
-        return make(store, position_B1, self.capacity, tokens, self.length if known else None, static)
+        return make(store, position_B1, self.capacity, tokens, self.length if known else None, static, dtype)
 
 
 def allocate(

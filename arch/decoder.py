@@ -362,7 +362,7 @@ class Stack(nn.Module):
             for key, *widths in masked
         }
         token_positions = self.bounded_positions(
-            lambda store: cache.step_positions(store, device).with_mask(
+            lambda store: cache.step_positions(store, device, x_BD.dtype).with_mask(
                 lambda seen: step_mask(self.backend, seen, x_BD.dtype, store.slot.k_dim, device, store.slot.v_dim)
             )
         )

@@ -146,20 +146,24 @@ def back(rope: Rope) -> Rope:
     return cos, -sin
 
 
-def step_rope(rope: Rope, dtype: torch.dtype | None = None) -> Rope:
+def step_rope(rope: Rope, dtype: torch.dtype | None = None, width: int = 0) -> Rope:
     """The rotation for `rotate_step`, made of the tables of one position for `rotate`; of vectors of `dtype`, or in the
     type of the tables.
 
     Tables [1 or B, 1, P]; on the CPU the matrix [P, P], or [B, P, P], that rotates: there one small product takes the
-    place of five operators, whose calls cost more than what they compute.
+    place of five operators, whose calls cost more than what they compute. It may be of `width`, more than P, and leaves
+    the rest of a vector as it is.
     """
     cos, sin = (table.flatten(0, -2).unsqueeze(1) for table in rope)
     if cos.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     half, index = cos.shape[-1], 0 if len(cos) == 1 else slice(None)
     cos, sin = cos[index, 0], sin[index, 0]
+    cos = torch.cat((cos, cos), dim=-1)
+    if width > 2 * half:
+        cos, sin = F.pad(cos, (0, width - 2 * half), value=1.0), F.pad(sin, (0, width - 2 * half))
     turned = torch.diag_embed(sin, half) - torch.diag_embed(sin, -half)
-    matrix = torch.diag_embed(torch.cat((cos, cos), dim=-1)) + turned
+    matrix = torch.diag_embed(cos) + turned
     return (matrix if dtype is None else matrix.to(at_least_fp32(dtype)),)
 
 

@@ -25,7 +25,7 @@ class TokenPositions(NamedTuple):
     near          kernel of the window beside the slots; None: it is read in blocks (bounded_window.py)
     segmented     there may be several segments in a row, so that positions begin anew
     plain         each row is one segment without padding, and nothing is cached before it
-    step          of one token of each row over a cache; `evicted_rope` is then a table of `step_rope`
+    step          of one token of each row over a cache; `evicted_rope` is then of `step_rope`, for keys beside values
     chunks        of a strided store
     """
 
@@ -60,11 +60,13 @@ class StepPositions(NamedTuple):
                 of a store without a window means nothing
     hidden_B1S  [1 or B, 1, S] slots that it does not see, then those of the ring; None: it sees all
     all_write   each row has a token to write to the slots
+    written_B   [1 or B] position of that token; negative where there is none
     """
 
     ring: int | Tensor
     hidden_B1S: Tensor | None
     all_write: bool
+    written_B: Tensor
 
 
 def token_positions(sequences: Sequences) -> TokenPositions:
@@ -82,13 +84,20 @@ def cached_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offse
 
 
 def step_positions(
-    store: StoreSpec, position_B1: Tensor, capacity: int, tokens: int, offset: int | None, static: bool
+    store: StoreSpec,
+    position_B1: Tensor,
+    capacity: int,
+    tokens: int,
+    offset: int | None,
+    static: bool,
+    dtype: torch.dtype,
 ) -> TokenPositions:
     """Positions of one token of each row over a cache, for a store that is a state.
 
     tokens  that the cache has then, at most
     offset  the position, where it is that of all rows and known as a number
     static  shapes are the same at every position
+    dtype   of the token
     """
     window, num_slots = store.window, store.num_slots
     ring = window or (num_slots if store.rule == "ring_router" else 0)
@@ -100,8 +109,10 @@ def step_positions(
             before = (position_B1 < window).unsqueeze(-1).expand(-1, -1, num_slots)
             hidden_B1S = torch.cat((before, hidden_B1S), dim=-1)
     slot = position_B1 % (window or 1) if offset is None else offset % (window or 1)
-    step = StepPositions(slot, hidden_B1S, offset is not None and offset >= (window or 0))
-    return TokenPositions(position_B1, None if table is None else step_rope(table), step=step)
+    written_B = position_B1.squeeze(1) - (window or 0)
+    step = StepPositions(slot, hidden_B1S, offset is not None and offset >= (window or 0), written_B)
+    back = None if table is None else step_rope(table, dtype, store.slot.k_dim + store.slot.v_dim)
+    return TokenPositions(position_B1, back, step=step)
 
 
 def evicted_rope(store: StoreSpec, position_BT: Tensor) -> Rope | None:

@@ -42,10 +42,10 @@ class StridedBuffer(StateBuffer):
 
     def append(self, new: Tensors, step: Step) -> Tensors:
         """Write slot `step.offset`, [1 or B] where rows differ; return the first `step.num_slots`."""
-        self.put(step.offset, new)
+        self.write(step.offset, new)
         return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors[:-1])
 
-    def put(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:
+    def write(self, slot: int | Tensor, new: Tensors, where: bool | Tensor = True) -> None:
         """Overwrite a slot with [B, K, H] each, in rows `where` it is so."""
         for tensor, value in zip(self.tensors[:-1], new, strict=True):
             if isinstance(slot, int):
@@ -74,7 +74,13 @@ def strided_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offs
 
 
 def strided_step(
-    store: StoreSpec, position_B1: Tensor, capacity: int, tokens: int, offset: int | None, static: bool
+    store: StoreSpec,
+    position_B1: Tensor,
+    capacity: int,
+    tokens: int,
+    offset: int | None,
+    static: bool,
+    dtype: torch.dtype,
 ) -> TokenPositions:
     """Positions of one token of each row over a cache, for a strided store."""
     assert isinstance(store, StridedSpec)
@@ -213,7 +219,7 @@ class StridedWriter(nn.Module):
             state.copy_(torch.stack((total_BX, merged_BX), dim=1).view_as(state))
             if chunk.complete is not False and slots[0].shape[1] > self.window:
                 turn = step_rope(chunk.rope, x_BD.dtype)
-                buffer.put(chunk.entry, self.pool.entries(merged_BX, turn, x_BD.dtype), chunk.complete)
+                buffer.write(chunk.entry, self.pool.entries(merged_BX, turn, x_BD.dtype), chunk.complete)
         return seen
 
 

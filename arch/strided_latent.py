@@ -73,7 +73,13 @@ def strided_latent_positions(store: StoreSpec, position_BT: Tensor, capacity: in
 
 
 def strided_latent_step(
-    store: StoreSpec, position_B1: Tensor, capacity: int, tokens: int, offset: int | None, static: bool
+    store: StoreSpec,
+    position_B1: Tensor,
+    capacity: int,
+    tokens: int,
+    offset: int | None,
+    static: bool,
+    dtype: torch.dtype,
 ) -> TokenPositions:
     """Positions of one token of each row over a cache, for a strided store of latents."""
     assert isinstance(store, StridedLatentSpec)

@@ -360,6 +360,24 @@ def test_one_token_at_a_time(rule: str, sinks: bool) -> None:
 
 
 @pytest.mark.parametrize("rule", list(RULES))
+def test_what_steps_keep_of_weights_is_forgotten_by_other_passes(rule: str) -> None:
+    batch, found = tokens(2, 20), []
+    for forget in (False, True):
+        model = one_layer(store(rule))
+        with torch.no_grad():
+            cache = model.allocate_cache(2, 20)
+            model(batch[:, :7], cache)
+            model(batch[:, 7:8], cache)
+            assert cache.buffers[0].derived
+            model.layers[0].writer.router.slot_keys.weight.neg_()
+            model(batch[:, 8:11], cache)
+            if forget:
+                cache.buffers[0].derived = ()
+            found.append(model(batch[:, 11:12], cache))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rule", list(RULES))
 def test_pieces_of_the_reader_change_nothing(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and gradients of a reader that takes a chunk at a time, in its backward pass too, with documents."""
     segments = torch.tensor([[0] * 11 + [1] * 29, [0] * 40])
