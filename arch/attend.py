@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attend_cpu import HALF, fused_attention
 from .attend_kernels import flash, flash_mask, flash_missing, flex, flex_rows, varlen
-from .masks import Dense, Sequences, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
+from .masks import Dense, SequenceBatch, Windowed, blocks, dense, last_query, packed, short_rows, visible, windowed
 from .precision import at_least_fp32
 from .spans import Span
 
@@ -285,7 +285,7 @@ class Backend(ClaimedKernel):
     about  what it is, for the log
     """
 
-    form: Callable[[Sequences, Span], Any]
+    form: Callable[[SequenceBatch, Span], Any]
     about: str
     windows: bool = True
     documents: bool = True
@@ -305,7 +305,7 @@ class Backend(ClaimedKernel):
         broken = self.unusable()
         return reasons if broken is None else [*reasons, f"a way to run: {broken}"]
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> Mask:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> Mask:
         """Make the mask of `sequences` attending to themselves, outside of compiled code. Raises as `check_dtype`."""
         self.check_dtype(dtype)
         return Mask(self.kernel, self.form(sequences, window))

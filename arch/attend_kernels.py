@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .masks import Packed, Rows, Sequences, chunks_as_segments, effective_window, packed
+from .masks import Packed, Rows, SequenceBatch, chunks_as_segments, effective_window, packed
 from .spans import Span
 
 
@@ -169,7 +169,7 @@ class FlashMask(NamedTuple):
     packed: Packed
 
 
-def flash_mask(sequences: Sequences, window: Span, *, version: int) -> FlashMask:
+def flash_mask(sequences: SequenceBatch, window: Span, *, version: int) -> FlashMask:
     """Make the mask of `flash`; only on a machine where `flash_missing` returns None."""
     sequences, window = chunks_as_segments(sequences, window)
     functions = flash_functions(version)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .attend import BACKENDS, Needs
 from .attend_kernels import run_flex
 from .config import SizeConfig
-from .masks import Sequences, blocks
+from .masks import SequenceBatch, blocks
 from .positions import Near, TokenPositions, token_positions
 from .spans import Span
 from .store_spec import StoreSpec
@@ -80,7 +80,7 @@ class BoundedBackend:
         """List what `store` and `device` require and it lacks, and why it cannot run here; empty if it can."""
         return []
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with the mask of a window that a kernel reads; called as `attend.Backend.mask`."""
         positions = token_positions(sequences)
         if window is None or not self.flex or dtype not in BACKENDS["flex"].dtypes:
@@ -110,7 +110,7 @@ class FlaBackend(BoundedBackend):
         found = chunk_gsa()
         return [*reasons, f"a way to run: {found}"] if isinstance(found, str) else reasons
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, together with the kernel to run."""
         return token_positions(sequences)._replace(kernel=kernel())
 

@@ -19,7 +19,7 @@ from .buffers import (
     repeat_row,
     zero_slots,
 )
-from .masks import Dense, Run, Seen, Sequences, Windowed, dense, visible
+from .masks import Dense, Run, Seen, SequenceBatch, Windowed, dense, visible
 from .plan import KVPlan
 from .positions import TokenPositions
 from .spans import Chunk, Span
@@ -200,7 +200,7 @@ class Cache:
         window: Span,
         length: int,
         device: torch.device,
-        form: Callable[[Sequences, Span], Dense | Windowed] = dense,
+        form: Callable[[SequenceBatch, Span], Dense | Windowed] = dense,
         own: int | None = None,
     ) -> Dense | Windowed:
         """Mask of the next `length` tokens over the slots that buffers of this window return, in layers with a window
@@ -213,7 +213,7 @@ class Cache:
             rows, ids_BT = self.buffers[0].tensors[0].shape[0], None
             if self.start_B is not None:  # padding is a segment of its own
                 ids_BT = (torch.arange(length, device=device) >= self.start_B[:, None]).int()
-            return form(Sequences(rows, length, ids_BT, device), own or window)
+            return form(SequenceBatch(rows, length, ids_BT, device), own or window)
         if self.start_B is None and window is None and own is None and length == 1:
             return Dense(causal=False, allowed=None)
         buffer = self.buffer_of(window)

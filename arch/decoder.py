@@ -23,7 +23,7 @@ from .cross_attention import CrossAttention, CrossContext
 from .grouped import GroupedKV
 from .language_model import Head, LanguageModel
 from .layers import Rope, build_embedding, build_mlp, build_norm, compute_dtype, rope_table, step_rope
-from .masks import Dense, Sequences, Windowed, padded, rows_across, segment_starts
+from .masks import Dense, SequenceBatch, Windowed, padded, rows_across, segment_starts
 from .mixed import TwoKV
 from .plan import KVPlan, resolve_stack
 from .positions import TokenPositions
@@ -177,7 +177,7 @@ class Stack(nn.Module):
             self.chosen[segmented] = choose_backends(
                 self.backend, self.config.size, self.plan, self.device_type, segmented
             )
-        sequences = Sequences(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
+        sequences = SequenceBatch(x_BTD.shape[0], x_BTD.shape[1], segment_ids_BT, x_BTD.device)
         kinds = [(backend, s.span) for backend, s in zip(self.chosen[segmented], self.plan.views, strict=True)]
         made = {
             (backend, window): backend.mask(sequences, window, compute_dtype(x_BTD))
@@ -211,7 +211,7 @@ class Stack(nn.Module):
             raise ValueError("bounded stores and matrices cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:
             batch, length = segment_ids_BT.shape
-            sequences = Sequences(batch, length, segment_ids_BT, segment_ids_BT.device)
+            sequences = SequenceBatch(batch, length, segment_ids_BT, segment_ids_BT.device)
             mask_by_window = {
                 window: Mask(FLEX_ROWS.kernel, FLEX_ROWS.form(sequences, window)) for window in self.plan.windows
             }

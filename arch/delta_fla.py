@@ -18,7 +18,7 @@ from torch import Tensor
 from .bounded_fla import INSTALL, BoundedBackend
 from .config import SizeConfig
 from .delta_spec import MatrixSpec
-from .masks import Sequences
+from .masks import SequenceBatch
 from .positions import TokenPositions, token_positions
 from .spans import Span
 from .store_spec import StoreSpec
@@ -96,7 +96,7 @@ class DeltaFlaBackend(DeltaBackend):
         found = entry_point(self.rule)
         return [*reasons, f"a way to run: {found}"] if isinstance(found, str) else reasons
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, together with the kernel to run."""
         return token_positions(sequences)._replace(kernel=kernel(self.rule))
 

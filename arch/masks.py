@@ -23,7 +23,7 @@ from .spans import Chunk, Span, query_blocks
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Sequences(NamedTuple):
+class SequenceBatch(NamedTuple):
     """`batch` rows of `length` tokens that attend to themselves; `segment_ids_BT` None: a row is one segment."""
 
     batch: int
@@ -109,7 +109,7 @@ def segment_starts(segment_ids_BT: Tensor) -> Tensor:
     return torch.where(begins_BT, index_T, 0).cummax(dim=1).values
 
 
-def first_visible(sequences: Sequences, window: Span) -> Tensor | None:
+def first_visible(sequences: SequenceBatch, window: Span) -> Tensor | None:
     """First token [T], or [B, T] with segments, that each token sees. None: it sees all before it."""
     starts_BT = None if sequences.segment_ids_BT is None else segment_starts(sequences.segment_ids_BT)
     size = window.size if isinstance(window, Chunk) else window
@@ -122,7 +122,7 @@ def first_visible(sequences: Sequences, window: Span) -> Tensor | None:
     return edge_T if starts_BT is None else torch.maximum(edge_T, starts_BT)
 
 
-def chunks_as_segments(sequences: Sequences, window: Span) -> tuple[Sequences, int | None]:
+def chunks_as_segments(sequences: SequenceBatch, window: Span) -> tuple[SequenceBatch, int | None]:
     """The same sequences, with a segment for each chunk where `window` is one, and the window within segments."""
     if not isinstance(window, Chunk):
         return sequences, window
@@ -131,7 +131,7 @@ def chunks_as_segments(sequences: Sequences, window: Span) -> tuple[Sequences, i
     return sequences._replace(segment_ids_BT=ids_BT), None
 
 
-def dense(sequences: Sequences, window: Span) -> Dense:
+def dense(sequences: SequenceBatch, window: Span) -> Dense:
     first = first_visible(sequences, window)
     if first is None:
         return Dense(causal=True, allowed=None)
@@ -140,7 +140,7 @@ def dense(sequences: Sequences, window: Span) -> Dense:
     return Dense(causal=False, allowed=allowed if allowed.ndim == 2 else allowed.unsqueeze(1))
 
 
-def windowed(sequences: Sequences, window: Span) -> Dense | Windowed:
+def windowed(sequences: SequenceBatch, window: Span) -> Dense | Windowed:
     """Mask in blocks on the CPU where a window restricts something, else a dense one."""
     batch, length, segment_ids_BT, device = sequences
     blocks = query_blocks(length, window) if device.type == "cpu" else None
@@ -159,7 +159,7 @@ def windowed(sequences: Sequences, window: Span) -> Dense | Windowed:
     begin_Z = blocks.size * torch.arange(blocks.number, device=device)
     lower_BZC = rearrange(filled_BT, "b (z c) -> b z c", c=blocks.size) - begin_Z[:, None]
     allowed_BZCL = (slot_L <= query_C[:, None]) & (slot_L >= lower_BZC[..., None])
-    first = dense(Sequences(batch, window, segment_ids_BT[:, :window], device), None)
+    first = dense(SequenceBatch(batch, window, segment_ids_BT[:, :window], device), None)
     return Windowed(window, first, allowed_BZCL)
 
 
@@ -207,7 +207,7 @@ def padded(segment_ids_BT: Tensor, window: int | None) -> Dense:
     return Dense(causal=False, allowed=(allowed_BTS | alone_BTS)[:, None])
 
 
-def packed(sequences: Sequences, window: Span) -> Packed:
+def packed(sequences: SequenceBatch, window: Span) -> Packed:
     """Bounds of all segments. Waits for the device once, to count them."""
     sequences, window = chunks_as_segments(sequences, window)
     batch, length, segment_ids_BT, device = sequences
@@ -231,7 +231,7 @@ def effective_window(window: int | None, length: int) -> int | None:
 BLOCK = 128
 
 
-def blocks(sequences: Sequences, window: Span) -> BlockMask:
+def blocks(sequences: SequenceBatch, window: Span) -> BlockMask:
     """Block mask for FlexAttention: the blocks of pairs that are visible in part, and those in whole.
 
     A token sees an interval, whose ends never go back from one token to the next. So the first query of a block that is
@@ -270,7 +270,7 @@ def rows_end_to_end(batch: int, length: int) -> int:
     return number if number * length >= min(batch * length, 8 * BLOCK) else batch
 
 
-def short_rows(sequences: Sequences, window: Span) -> Rows:
+def short_rows(sequences: SequenceBatch, window: Span) -> Rows:
     """Mask of rows without segments that attend to themselves, or with negative ids at padding as `padded`."""
     batch, length, segment_ids_BT, device = sequences
     number = rows_end_to_end(batch, length)

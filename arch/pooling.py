@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .layers import Rope, rope_table
-from .masks import Dense, Seen, Sequences, dense, segment_starts, visible
+from .masks import Dense, Seen, SequenceBatch, dense, segment_starts, visible
 from .store_spec import RopeKey
 from .strided_latent_spec import StridedLatentSpec
 from .strided_spec import StridedSpec
@@ -83,7 +83,7 @@ class StepChunk(NamedTuple):
     mask: Any
 
 
-def chunks_alone(store_window: int | None, stride: int, rope_key: RopeKey, sequences: Sequences) -> Chunks:
+def chunks_alone(store_window: int | None, stride: int, rope_key: RopeKey, sequences: SequenceBatch) -> Chunks:
     """Chunks of tokens that attend to themselves, without a cache. Readers see the tokens, then T // M entries."""
     batch, length, segment_ids_BT, device = sequences
     index_T = torch.arange(length, device=device)
@@ -232,7 +232,9 @@ def chunk_codes(chunk: Tensor, dim: int) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
-def places_alone(stride: int, latent_dim: int, sequences: Sequences, position_BT: Tensor, dtype: torch.dtype) -> Places:
+def places_alone(
+    stride: int, latent_dim: int, sequences: SequenceBatch, position_BT: Tensor, dtype: torch.dtype
+) -> Places:
     """Places of tokens that attend to themselves, without a cache: each to the complete entries before it, as they
     come with their last token, and to its own so far. Codes are of `dtype`, cast once for all layers."""
     before = dense(sequences, None).allowed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layers import Rope, rope_table, step_rope
-from .masks import Sequences, segment_starts
+from .masks import SequenceBatch, segment_starts
 from .pooling import Chunks, Places, StepChunk, StepPlace
 from .store_spec import StoreSpec
 
@@ -69,7 +69,7 @@ class StepPositions(NamedTuple):
     written_B: Tensor
 
 
-def token_positions(sequences: Sequences) -> TokenPositions:
+def token_positions(sequences: SequenceBatch) -> TokenPositions:
     """Positions of tokens that attend to themselves, without a cache."""
     position_BT = torch.arange(sequences.length, device=sequences.device)[None]
     if sequences.segment_ids_BT is None:

@@ -26,7 +26,7 @@ from .config import SizeConfig, has_qkv_bias
 from .delta import apart
 from .grouped import GroupedKV, GroupedReader, GroupedWriter
 from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
-from .masks import Sequences
+from .masks import SequenceBatch
 from .pooling import CachedChunks, Chunks, StepChunk, chunks_after, chunks_alone, step_chunk
 from .positions import TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
@@ -253,7 +253,7 @@ class StridedBackend(BoundedBackend):
     stride: int = 1
     rope_key: RopeKey = (0, 0.0)
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their chunks and the mask of tokens and entries."""
         assert window is None or isinstance(window, int)  # a strided store has a window
         chunks = chunks_alone(window, self.stride, self.rope_key, sequences)

@@ -23,7 +23,7 @@ from .buffers import StateBuffer, Step, Tensors
 from .config import SizeConfig
 from .latent import LatentKV, LatentReader, LatentWriter
 from .layers import Rope, rotate, rotate_step
-from .masks import Sequences
+from .masks import SequenceBatch
 from .pooling import CachedPlaces, Places, StepPlace, places_after, places_alone, step_place
 from .positions import TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
@@ -194,7 +194,7 @@ class StridedLatentBackend(BoundedBackend):
     stride: int = 1
     latent_dim: int = 0
 
-    def mask(self, sequences: Sequences, window: Span, dtype: torch.dtype) -> TokenPositions:
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their places in chunks and the mask of entries so far."""
         found = token_positions(sequences)
         places = places_alone(self.stride, self.latent_dim, sequences, found.position_BT, dtype)

@@ -16,7 +16,7 @@ from arch import Decoder
 from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend, takes_widths
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
-from arch.masks import Dense, Sequences, Windowed, dense, visible, windowed
+from arch.masks import Dense, SequenceBatch, Windowed, dense, visible, windowed
 
 CPU = torch.device("cpu")
 DENSE = {"sdpa": sdpa, "reference": reference}  # the kernels that take any mask, and run anywhere
@@ -51,7 +51,7 @@ def naive(q, k, v, mask, scale, sinks):
 
 
 def own(window: int | None, documents: torch.Tensor | None = None) -> Callable[[], Dense]:
-    return lambda: dense(Sequences(2, 9, documents, CPU), window)
+    return lambda: dense(SequenceBatch(2, 9, documents, CPU), window)
 
 
 MASKS = {
@@ -98,7 +98,7 @@ def test_windows_in_blocks_are_the_definition(
     """Blocks and windows that do not divide the length, one block, windows of one token; forward and backward."""
     generator = torch.Generator().manual_seed(0)
     cut = (torch.rand(2, length, generator=generator) < 0.05).cumsum(1) if documents else None
-    sequences = Sequences(2, length, cut, CPU)
+    sequences = SequenceBatch(2, length, cut, CPU)
     shapes = [(2, length, 4, 8), (2, length, kv_heads, 8), (2, length, kv_heads, value_width), *[(4,)] * sinks]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     logits = inputs[3] if sinks else None
@@ -130,7 +130,7 @@ def test_blocks_look_at_their_window_alone(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
     length, window, block = 1024, 128, 64
     q, k, v = (torch.randn(2, length, heads, 8) for heads in (4, 2, 2))
-    attend(q, k, v, BACKENDS["sdpa"].mask(Sequences(2, length, None, CPU), window, torch.float32), 1.0, None)
+    attend(q, k, v, BACKENDS["sdpa"].mask(SequenceBatch(2, length, None, CPU), window, torch.float32), 1.0, None)
     assert [query.shape[2] * keys.shape[2] for query, keys, _ in calls] == [window**2, *[block * (window + block)] * 2]
     assert all(keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() for _, keys, _ in calls)
     assert calls[1][2] is calls[2][2] and calls[1][2].shape == (block, window + block)
@@ -141,7 +141,7 @@ def test_blocks_look_at_their_window_alone(monkeypatch: pytest.MonkeyPatch) -> N
 def test_half_precision_stays_close(name: str, sink: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 16, 4, 64, generator=generator).bfloat16() for _ in range(3))
-    mask = dense(Sequences(2, 16, None, CPU), 5)
+    mask = dense(SequenceBatch(2, 16, None, CPU), 5)
     sinks = None if sink is None else torch.full((4,), sink)
     exact = reference(q.double(), k.double(), v.double(), mask, 0.125, None if sink is None else sinks.double())
     half = DENSE[name](q, k, v, mask, 0.125, sinks)
@@ -156,7 +156,7 @@ def test_half_precision_on_the_cpu_has_gradients_of_fp32(length: int, window: in
     shapes = ((2, length, heads, 16) for heads in (4, kv_heads, kv_heads))
     half = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
     exact = [x.detach().double().requires_grad_() for x in half]
-    mask = windowed(Sequences(2, length, None, CPU), window)
+    mask = windowed(SequenceBatch(2, length, None, CPU), window)
     out = sdpa(*half, mask, 0.25, None)
     assert "BackwardInFp32" in graph_nodes(out)
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_flex_on_cpu_is_the_definition() -> None:
         shapes = ((2, 300, 4, 16), (2, 300, kv_heads, 16), (2, 300, kv_heads, value_width))
         q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
         sinks = torch.randn(4, generator=generator) if with_sinks else None
-        sequences = Sequences(2, 300, documents, CPU)
+        sequences = SequenceBatch(2, 300, documents, CPU)
         out = attend(q, k, v, BACKENDS["flex"].mask(sequences, window, torch.float32), 0.25, sinks)
         exact = reference(q, k, v, dense(sequences, window), 0.25, sinks)
         torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
@@ -397,7 +397,7 @@ def test_packed_kernels_are_called_by_their_conventions(
     shapes = ((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, value_width), *([(4,)] if backend.sinks else []))
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     sinks = inputs[3] if backend.sinks else None
-    sequences = Sequences(2, 9, documents, CPU)
+    sequences = SequenceBatch(2, 9, documents, CPU)
     out = attend(*inputs[:3], backend.mask(sequences, window, torch.bfloat16), 0.3, sinks)
     exact = reference(*inputs[:3], dense(sequences, window), 0.3, sinks)
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
@@ -413,7 +413,7 @@ def test_compiled_code_breaks_around_flash_attn(documents: torch.Tensor | None, 
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 9, 4, 8, generator=generator).requires_grad_() for _ in range(3)]
     inputs.append(torch.randn(4, generator=generator).requires_grad_())
-    mask = BACKENDS["flash4"].mask(Sequences(2, 9, documents, CPU), 4, torch.bfloat16)
+    mask = BACKENDS["flash4"].mask(SequenceBatch(2, 9, documents, CPU), 4, torch.bfloat16)
     results = []
     for run in (attend, torch.compile(attend, backend="aot_eager")):
         out = run(*inputs[:3], mask, 0.3, inputs[3])

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from arch import BlockTransformer, Decoder, resolve
 from arch.attend import BACKENDS, FLEX_ROWS, Backend, attend, reference, sdpa
 from arch.attention import choose_backends
-from arch.masks import Dense, Sequences, dense, visible
+from arch.masks import Dense, SequenceBatch, dense, visible
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +62,7 @@ def test_backend_is_the_definition(
     if sinks:
         inputs.append(torch.randn(heads, generator=generator, device="cuda").requires_grad_())
     documents = (torch.rand(2, length, generator=generator, device="cuda") < 0.02).cumsum(1) if cut else None
-    sequences, scale = Sequences(2, length, documents, torch.device("cuda")), width**-0.5
+    sequences, scale = SequenceBatch(2, length, documents, torch.device("cuda")), width**-0.5
     run = torch.compile(attend) if compiled else attend
     out = run(*inputs[:3], backend.mask(sequences, window, dtype), scale, inputs[3] if sinks else None)
     weight = torch.randn(out.shape, generator=generator, device="cuda").to(dtype)
@@ -93,7 +93,7 @@ def test_sdpa_is_fused(
     sinks = torch.randn(heads, device="cuda") if with_sinks else None
     index = torch.arange(64, device="cuda")
     if new == 64:
-        mask = dense(Sequences(2, 64, None, q.device), window)
+        mask = dense(SequenceBatch(2, 64, None, q.device), window)
     else:
         mask = Dense(False, None if window is None else visible(index[-new:], index, window))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):

@@ -21,7 +21,7 @@ from arch.bounded_spec import RULES
 from arch.bounded_window import merge, read_window, run_near
 from arch.footprint import kv_bytes
 from arch.grouped import GroupedKV
-from arch.masks import Sequences, blocks, dense
+from arch.masks import SequenceBatch, blocks, dense
 from arch.positions import Near, TokenPositions, token_positions, written_slots
 
 KV_HEADS, HEADS, WIDTH, SLOTS, WINDOW = 2, 8, 8, 5, 4
@@ -173,7 +173,7 @@ def test_blocks_of_the_window_are_its_mask(window: int) -> None:
     distance = torch.arange(length)[:, None] - torch.arange(length)
     near = (distance >= 0) & (distance < window)
     for segments, allowed in ((documents, near & (documents[:, :, None] == documents[:, None])), (None, near[None])):
-        place = token_positions(Sequences(2, length, segments, documents.device))
+        place = token_positions(SequenceBatch(2, length, segments, documents.device))
         expected = F.scaled_dot_product_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=allowed[:, None], scale=1.0, enable_gqa=True
         )
@@ -195,7 +195,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: tor
 def test_a_window_merged_with_the_slots(window: int, documents: bool) -> None:
     """The results of two kernels, by the logarithms of their sums, are one softmax; values and gradients."""
     ids = torch.tensor([[0] * 5 + [1] * 18, [3] * 23]) if documents else None
-    sequences = Sequences(2, 23, ids, torch.device("cpu"))
+    sequences = SequenceBatch(2, 23, ids, torch.device("cpu"))
     allowed = dense(sequences, window).allowed
     form = torch.ones(23, 23, dtype=torch.bool).tril() if allowed is None else allowed
     given = [numbers(2, 23, n, 4, seed=n).requires_grad_() for n in (6, 2, 2, 6)]
@@ -218,7 +218,7 @@ def test_a_window_by_flex_attention(documents: bool) -> None:
     layer = one_layer(store("ring_slots", window=6, sinks=True)).float().layers[0]
     torch.nn.init.normal_(layer.reader.sinks)
     ids = torch.tensor([[0] * 9 + [1] * 21, [3] * 30]) if documents else None
-    sequences = Sequences(2, 30, ids, torch.device("cpu"))
+    sequences = SequenceBatch(2, 30, ids, torch.device("cpu"))
     places, x = token_positions(sequences), numbers(2, 30, 32).float()
     rope = torch.linspace(0, 1, 120).view(30, 4).cos(), torch.linspace(0, 1, 120).view(30, 4).sin()
     near = Near(lambda *given: run_flex(*given, lse=True), blocks(sequences, 6))

@@ -12,7 +12,7 @@ from arch import ArchConfig, Decoder, LayoutError, MatrixConfig, StoreConfig, al
 from arch.delta import DeltaReader, DeltaWriter, delta_states, read_chunks, read_step
 from arch.delta_spec import DELTA_CHUNK, MatrixSpec
 from arch.footprint import kv_bytes
-from arch.masks import Sequences
+from arch.masks import SequenceBatch
 from arch.positions import TokenPositions, token_positions
 from train.optim import build_optimizer
 from train.schema import OptimConfig
@@ -99,7 +99,7 @@ def test_gradients(rule: str) -> None:
 
     def read(*tensors: Tensor) -> Tensor:
         return read_chunks(
-            *tensors, token_positions(Sequences(1, documents.shape[1], documents, given[0].device)), None
+            *tensors, token_positions(SequenceBatch(1, documents.shape[1], documents, given[0].device)), None
         )[0]
 
     assert torch.autograd.gradcheck(read, given, fast_mode=True)
@@ -117,7 +117,7 @@ def test_decays_of_any_size_stay_finite(rule: str) -> None:
     log = torch.where(numbers(*log.shape, seed=9) > 1, -1000.0, log)
     given = [x.clone().requires_grad_() for x in (q, k, v, log, b)]
     for segments in (None, torch.arange(130).div(45, rounding_mode="floor").expand(2, -1)):
-        out, _ = read_chunks(*given, token_positions(Sequences(2, 130, segments, q.device)), None)
+        out, _ = read_chunks(*given, token_positions(SequenceBatch(2, 130, segments, q.device)), None)
         gradients = torch.autograd.grad(out.square().sum(), given)
         assert out.isfinite().all() and all(x.isfinite().all() for x in gradients)
         if segments is None:

@@ -8,7 +8,7 @@ from conftest import build, small, tokens
 
 from arch import Decoder, allocate
 from arch.attend import BACKENDS, Needs, select_backend
-from arch.masks import Sequences, blocks, dense, packed, segment_starts
+from arch.masks import SequenceBatch, blocks, dense, packed, segment_starts
 
 # Two rows, cut at different places; windows are 6 tokens, so documents are longer and shorter than that.
 DOCUMENTS = torch.tensor([[7] * 3 + [2] * 9 + [4] + [5] * 4, [1] * 17])
@@ -87,7 +87,12 @@ def test_starts_are_those_of_runs() -> None:
     assert segment_starts(DOCUMENTS)[0].tolist() == [0] * 3 + [3] * 9 + [12] + [13] * 4
     again = torch.tensor([[1, 1, 2, 1]])  # a number that comes back is another document
     assert segment_starts(again).tolist() == [[0, 0, 2, 3]]
-    assert dense(Sequences(1, 4, again, again.device), None).allowed[0, 0, 3].tolist() == [False, False, False, True]
+    assert dense(SequenceBatch(1, 4, again, again.device), None).allowed[0, 0, 3].tolist() == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 128, 129, 300, 1000])
@@ -99,7 +104,7 @@ def test_blocks_are_those_torch_finds(cut: bool, length: int, window: int | None
 
     generator = torch.Generator().manual_seed(length)
     documents = (torch.rand(3, length, generator=generator) < 0.01).cumsum(1) if cut else None
-    sequences = Sequences(3, length, documents, torch.device("cpu"))
+    sequences = SequenceBatch(3, length, documents, torch.device("cpu"))
     ours, visible = blocks(sequences, window), dense(sequences, window)
     theirs = create_block_mask(ours.mask_mod, 3 if cut else 1, 1, length, length, device="cpu")
     assert torch.equal(ours.to_dense(), theirs.to_dense())
@@ -113,10 +118,10 @@ def test_blocks_are_those_torch_finds(cut: bool, length: int, window: int | None
 
 def test_bounds_of_packed_sequences() -> None:
     device = torch.device("cpu")
-    with_documents = packed(Sequences(2, 17, DOCUMENTS, device), 6)
+    with_documents = packed(SequenceBatch(2, 17, DOCUMENTS, device), 6)
     assert with_documents.bounds.tolist() == [0, 3, 12, 13, 17, 34, 34, 34, 34]
     assert (with_documents.longest, with_documents.window) == (17, 6)
-    rows = packed(Sequences(3, 17, None, device), 17)
+    rows = packed(SequenceBatch(3, 17, None, device), 17)
     assert (rows.bounds.tolist(), rows.longest, rows.window) == ([0, 17, 34, 51, 51], 17, None)
 
 

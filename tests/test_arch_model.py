@@ -15,7 +15,7 @@ from arch.bounded_spec import CHUNK
 from arch.footprint import forward_flops, num_params, prefill_flops, train_flops_per_token
 from arch.grouped import GroupedKV
 from arch.layers import rope_table, rotate
-from arch.masks import Sequences
+from arch.masks import SequenceBatch
 from arch.mixed import Mix, TwoKV
 from arch.mixed_spec import MixedSpec
 from arch.named import load_arch, load_size
@@ -24,7 +24,7 @@ from arch.store_spec import StoreSpec
 
 
 def causal_mask(length: int, window: Span = None) -> Mask:
-    return BACKENDS["sdpa"].mask(Sequences(1, length, None, torch.device("cpu")), window, torch.float64)
+    return BACKENDS["sdpa"].mask(SequenceBatch(1, length, None, torch.device("cpu")), window, torch.float64)
 
 
 def input_gradients(model: Decoder, batch: torch.Tensor, position: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from arch import ArchConfig, BlockTransformer, LayoutError, StoreConfig, resolve
 from arch.attention import choose_backends, has_own_kernel
 from arch.footprint import kv_bytes
 from arch.layers import rope_table, rotate
-from arch.masks import Sequences
+from arch.masks import SequenceBatch
 from arch.strided import StridedBackend, StridedReader, StridedWriter
 
 SHAPES = [(4, 6), (6, 4), (1, 1), (3, 2), (8, 3)]  # window, stride
@@ -62,7 +62,7 @@ def test_the_parallel_form_is_the_definition(window: int, stride: int) -> None:
     block, length = model.layers[0], 20
     x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rope, store = rope_table(torch.arange(length), 8, 1e4), model.plan.stores[0]
-    sequences = Sequences(1, length, None, x.device)
+    sequences = SequenceBatch(1, length, None, x.device)
     positions = StridedBackend(stride=stride, rope_key=store.rope_key).mask(sequences, window, x.dtype)
     with torch.no_grad():
         found = block.reader(x, block.writer(x, rope, positions), rope, positions)
@@ -157,7 +157,7 @@ def test_the_layer_is_deepseek_v4s(window: int, stride: int) -> None:
             tables = {"compress": rotary(x, place, layer_type="compress")}
             return attention(x[:, begin:end], tables, place, mask, cache)[0]
 
-        rope, sequences = rope_table(torch.arange(length), *store.rope_key), Sequences(2, length, None, x.device)
+        rope, sequences = rope_table(torch.arange(length), *store.rope_key), SequenceBatch(2, length, None, x.device)
         positions = StridedBackend(stride=stride, rope_key=store.rope_key).mask(sequences, window, x.dtype)
         ours = block.reader(x, block.writer(x, rope, positions), rope, positions)
         torch.testing.assert_close(ours, theirs(0, length, None), rtol=0, atol=1e-5)

@@ -16,7 +16,7 @@ from arch.compression.method import parse_method
 from arch.config import MAX_WIDTH
 from arch.footprint import kv_bytes
 from arch.layers import rope_table
-from arch.masks import Sequences
+from arch.masks import SequenceBatch
 from arch.strided_latent import StridedLatentBackend
 
 HEADS, WIDTH, LATENT, ROPE = 8, 8, 32, 4
@@ -142,7 +142,7 @@ def test_the_layer_is_that_of_mtla(stride: int) -> None:
         expected = torch.stack([authors.in_training(row) for row in x])
         stepped, entries = zip(*map(authors.by_steps, x), strict=True)
         torch.testing.assert_close(torch.stack(stepped), expected, rtol=0, atol=1e-10)
-        sequences = Sequences(2, length, None, x.device)
+        sequences = SequenceBatch(2, length, None, x.device)
         positions = StridedLatentBackend(stride=stride, latent_dim=LATENT).mask(sequences, None, x.dtype)
         rope = rope_table(torch.arange(length), *store.rope_key)
         ours = block.reader(x, block.writer(x, rope, positions), rope, positions)

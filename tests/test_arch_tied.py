@@ -22,7 +22,7 @@ from arch.compression.layout import compressed_bytes
 from arch.compression.method import parse_method
 from arch.footprint import num_params
 from arch.layers import back, rope_table, rotate, rotate_step, step_rope
-from arch.masks import Sequences
+from arch.masks import SequenceBatch
 from arch.stores import resolve_store
 
 # Each form, with and without a window, sinks and other layers that read it, rotated in whole, in part and not at all.
@@ -114,7 +114,7 @@ def attention(store: StoreConfig, size: SizeConfig) -> tuple[Callable[[Tensor], 
 
     def run(x_BTD: Tensor) -> Tensor:
         rope = rope_table(torch.arange(x_BTD.shape[1]), *spec.rope_key)
-        mask = BACKENDS["reference"].mask(Sequences(*x_BTD.shape[:2], None, x_BTD.device), spec.window, x_BTD.dtype)
+        mask = BACKENDS["reference"].mask(SequenceBatch(*x_BTD.shape[:2], None, x_BTD.device), spec.window, x_BTD.dtype)
         with torch.no_grad():
             return reader(x_BTD, writer(x_BTD, rope), rope, mask)
 

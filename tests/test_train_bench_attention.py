@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arch.attend import BACKENDS, Backend, sdpa
-from arch.masks import Sequences, dense
+from arch.masks import SequenceBatch, dense
 from train.benchmarks.attention import MASKS, TINY, cases, pairs, run_case
 
 DOCUMENTS = torch.tensor([[0] * 2 + [1] * 6 + [2], [0] * 9])
@@ -40,7 +40,7 @@ def test_a_wrong_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
 @pytest.mark.parametrize("window", [None, 1, 4, 30])
 def test_pairs_are_those_of_the_mask(window: int | None, documents: torch.Tensor | None) -> None:
-    sequences = Sequences(2, 9, documents, torch.device("cpu"))
+    sequences = SequenceBatch(2, 9, documents, torch.device("cpu"))
     allowed = dense(sequences, window).allowed
     allowed = torch.ones(9, 9).tril() if allowed is None else allowed
     copies = 2 // math.prod(allowed.shape[:-2]) if documents is not None else 2

@@ -12,7 +12,7 @@ from conftest import launch_in_process
 from test_train_recipes import FREE, fits, remedies_of
 
 from arch import ModelConfig, resolve
-from arch.masks import BLOCK, Sequences, blocks
+from arch.masks import BLOCK, SequenceBatch, blocks
 from arch.named import load_arch, load_size
 from data.cli import UsageError
 from data.config import DataConfig
@@ -197,7 +197,7 @@ def test_documents_are_counted() -> None:
     numbers = torch.arange(1024).div(100, rounding_mode="floor").expand(3, -1).contiguous()
     tensors = [numbers]
     for window in (None, 1024):
-        mask = blocks(Sequences(3, 1024, numbers, numbers.device), window)
+        mask = blocks(SequenceBatch(3, 1024, numbers, numbers.device), window)
         tensors += [tensor for tensor in mask.as_tuple() if isinstance(tensor, torch.Tensor)]
         tensors += [cell.cell_contents for cell in mask.mask_mod.__closure__ if torch.is_tensor(cell.cell_contents)]
     held = sum(tensor.nbytes for tensor in tensors)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arch.attend import BACKENDS, Needs, attend, reference
-from arch.masks import Sequences, dense, segment_starts
+from arch.masks import SequenceBatch, dense, segment_starts
 from arch.spans import visible_pairs
 from train.benchmarks.timing import milliseconds
 
@@ -109,7 +109,7 @@ def run_case(case: AttentionCase) -> dict[str, Any]:
         cuts = torch.rand(rows, generator=generator, device=case.device)
         segment_ids_BT = (cuts < 1 / case.documents).cumsum(1)
     device = torch.device(case.device)
-    sequences = Sequences(*rows, segment_ids_BT, device)
+    sequences = SequenceBatch(*rows, segment_ids_BT, device)
     backend, scale = BACKENDS[case.backend], case.width**-0.5
     mask = backend.mask(sequences, case.window, case.dtype)
 
@@ -133,7 +133,7 @@ def run_case(case: AttentionCase) -> dict[str, Any]:
     return result
 
 
-def pairs(sequences: Sequences, window: int | None) -> int:
+def pairs(sequences: SequenceBatch, window: int | None) -> int:
     """Number of visible (query, key) pairs of the batch."""
     if sequences.segment_ids_BT is None:
         return sequences.batch * visible_pairs(sequences.length, window)
@@ -143,7 +143,7 @@ def pairs(sequences: Sequences, window: int | None) -> int:
 
 
 def definition(
-    case: AttentionCase, inputs: dict[str, Tensor], weight: Tensor, sequences: Sequences
+    case: AttentionCase, inputs: dict[str, Tensor], weight: Tensor, sequences: SequenceBatch
 ) -> dict[str, Tensor]:
     """Output and gradients in fp64, one row and one key head at a time: the scores of all would not fit."""
     doubles = {name: tensor.detach().double() for name, tensor in inputs.items()}
@@ -152,7 +152,7 @@ def definition(
     group = case.heads // case.kv_heads
     for row in range(case.batch):
         documents = None if sequences.segment_ids_BT is None else sequences.segment_ids_BT[row : row + 1]
-        mask = dense(Sequences(1, case.length, documents, sequences.device), case.window)
+        mask = dense(SequenceBatch(1, case.length, documents, sequences.device), case.window)
         for head in range(case.kv_heads):
             queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
             where: dict[str, Any] = {name: (slice(row, row + 1), slice(None), queries) for name in ("out", "q")}
