@@ -63,7 +63,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     heads = _per_layer(plan, lambda store: store.slot.kv_heads)
     base = next((store.rope_theta for store in plan.stores if store.rope_theta), config.size.rope_theta)
     thetas = _per_layer(plan, lambda store: store.rope_theta or base)
-    turned = _per_layer(plan, lambda store: store.rope_key[0])
+    rotary_dims = _per_layer(plan, lambda store: store.rope_key[0])
     sinks = _per_layer(plan, lambda store: store.sinks)
     tied = _per_layer(plan, _tied_form)
     scaling = _per_layer(plan, lambda store: _scaling(store, config.size))
@@ -79,7 +79,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_key_value_heads": heads if len(set(heads)) > 1 else None,
         "rope_parameters": {"rope_type": "default", "rope_theta": thetas[0]},
         "layer_rope_thetas": thetas if len(set(thetas)) > 1 else None,
-        **({"layer_rotary_dims": turned} if set(turned) != {plan.stores[0].slot.k_dim} else {}),
+        **({"layer_rotary_dims": rotary_dims} if set(rotary_dims) != {plan.stores[0].slot.k_dim} else {}),
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "sliding_window": max(distinct_windows, default=None),
         "layer_sliding_windows": windows if len(distinct_windows) > 1 else None,
@@ -205,12 +205,12 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
             window=span,
             sinks=sink,
             kv_norm=norm,
-            rope=turned if 0 < turned < hf["head_dim"] else None if turned else "none",
-            rope_theta=base if turned else None,
+            rope=rotary_dims if 0 < rotary_dims < hf["head_dim"] else None if rotary_dims else "none",
+            rope_theta=base if rotary_dims else None,
             tied=form,
             rope_scaling=scaling and read_scaling("layer_rope_scaling", scaling, hf, problems),
         )
-        for span, heads, base, turned, sink, norm, form, scaling in zip(*lists.values(), strict=True)
+        for span, heads, base, rotary_dims, sink, norm, form, scaling in zip(*lists.values(), strict=True)
     ]
     sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
     style = _read_style(hf, problems)

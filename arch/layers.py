@@ -138,7 +138,7 @@ def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTNP.dtype)
 
 
-def back(rope: Rope) -> Rope:
+def inverse_rope(rope: Rope) -> Rope:
     """The rotation that undoes `rope`, of `rotate` or of `rotate_step`."""
     if len(rope) == 1:
         return (rope[0].mT,)
@@ -162,8 +162,8 @@ def step_rope(rope: Rope, dtype: torch.dtype | None = None, width: int = 0) -> R
     cos = torch.cat((cos, cos), dim=-1)
     if width > 2 * half:
         cos, sin = F.pad(cos, (0, width - 2 * half), value=1.0), F.pad(sin, (0, width - 2 * half))
-    turned = torch.diag_embed(sin, half) - torch.diag_embed(sin, -half)
-    matrix = torch.diag_embed(cos) + turned
+    sine = torch.diag_embed(sin, half) - torch.diag_embed(sin, -half)
+    matrix = torch.diag_embed(cos) + sine
     return (matrix if dtype is None else matrix.to(at_least_fp32(dtype)),)
 
 

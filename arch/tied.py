@@ -20,7 +20,7 @@ from .attend import Mask, attend
 from .buffers import SlotBuffer, Step
 from .config import SizeConfig, has_qkv_bias
 from .grouped import GroupedKV, GroupedReader
-from .layers import RMSNorm, Rope, back, build_head_norm, gate_output, norm_heads, rotate, rotate_step
+from .layers import RMSNorm, Rope, build_head_norm, gate_output, inverse_rope, norm_heads, rotate, rotate_step
 from .precision import at_least_fp32
 from .query_scale import scale_queries
 from .store_spec import StoreSpec
@@ -40,7 +40,7 @@ class HalfKV(NamedTuple):
     k_rope_BSP: Tensor
 
 
-def turn(x_BTNH: Tensor, rope: Rope) -> Tensor:
+def apply_rope(x_BTNH: Tensor, rope: Rope) -> Tensor:
     """Rotate heads [B, T, N, H], or [B, N, H] of single tokens, whose `rope` is that of a step."""
     return (rotate if x_BTNH.ndim == 4 else rotate_step)(x_BTNH, rope)
 
@@ -60,7 +60,7 @@ class TiedWriter(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Rope, buffer: SlotBuffer | None = None, offset: int | Step = 0
     ) -> tuple[Tensor, ...]:
-        new = self.slots(self.kv_proj(x_BTD), rope)
+        new = self.make_kv(self.kv_proj(x_BTD), rope)
         if buffer is None:
             return new
         seen = buffer.append(new, offset) if isinstance(offset, Step) else buffer.update(new, offset)
@@ -71,27 +71,27 @@ class TiedWriter(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.kv_heads, -1)
 
-    def slots(self, projected_BTP: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+    def make_kv(self, projected_BTP: Tensor, rope: Rope) -> tuple[Tensor, ...]:
         """Tensors of new tokens that are cached."""
         raise NotImplementedError
 
 
 class VectorWriter(TiedWriter):
-    def slots(self, projected_BTP: Tensor, rope: Rope) -> VectorKV:
-        return VectorKV(turn(norm_heads(self.k_norm, self.heads(projected_BTP)), rope))
+    def make_kv(self, projected_BTP: Tensor, rope: Rope) -> VectorKV:
+        return VectorKV(apply_rope(norm_heads(self.k_norm, self.heads(projected_BTP)), rope))
 
 
 class HalfWriter(TiedWriter):
-    def slots(self, projected_BTP: Tensor, rope: Rope) -> HalfKV:
+    def make_kv(self, projected_BTP: Tensor, rope: Rope) -> HalfKV:
         values = self.kv_heads * self.width
         v, k_rope = torch.split(projected_BTP, [values, projected_BTP.shape[-1] - values], dim=-1)
-        return HalfKV(self.heads(v), turn(k_rope.unsqueeze(-2), rope).squeeze(-2))
+        return HalfKV(self.heads(v), apply_rope(k_rope.unsqueeze(-2), rope).squeeze(-2))
 
 
 class ProjectionWriter(TiedWriter):
-    def slots(self, projected_BTP: Tensor, rope: Rope) -> GroupedKV:
+    def make_kv(self, projected_BTP: Tensor, rope: Rope) -> GroupedKV:
         heads = self.heads(projected_BTP)
-        return GroupedKV(turn(norm_heads(self.k_norm, heads), rope), norm_unscaled(self.k_norm, heads))
+        return GroupedKV(apply_rope(norm_heads(self.k_norm, heads), rope), norm_unscaled(self.k_norm, heads))
 
 
 def norm_unscaled(norm: RMSNorm | None, x_BTKH: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class VectorReader(GroupedReader):
     ) -> Tensor:
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         q_BTNH = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
-        q_BTNH = scale_queries(turn(norm_heads(self.q_norm, q_BTNH), rope), query_table, self.head_scale)
+        q_BTNH = scale_queries(apply_rope(norm_heads(self.q_norm, q_BTNH), rope), query_table, self.head_scale)
         kv_BSKH = one_gradient(kv.kv_BSKH.to(q_BTNH.dtype))  # a cache may hold another type
-        out_BTNH = turn(attend(q_BTNH, kv_BSKH, kv_BSKH, mask, self.scale, self.sinks), back(rope))
+        out_BTNH = apply_rope(attend(q_BTNH, kv_BSKH, kv_BSKH, mask, self.scale, self.sinks), inverse_rope(rope))
         out: Tensor = self.o_proj(gate_output(self.gate_proj, x_BTD, out_BTNH).flatten(-2))
         return out
 
@@ -136,7 +136,7 @@ class HalfReader(GroupedReader):
         """[B, T, D] for the residual stream; [B, D] of single tokens, whose `rope` and `mask` are those of a step."""
         q = self.q_proj(x_BTD).unflatten(-1, (self.num_heads, -1))
         plain, rotated = q.split(self.widths, dim=-1)
-        q_BTNH = scale_queries(torch.cat((plain, turn(rotated, rope)), dim=-1), query_table, self.head_scale)
+        q_BTNH = scale_queries(torch.cat((plain, apply_rope(rotated, rope)), dim=-1), query_table, self.head_scale)
         v_BSKH, k_rope_BSP = (one_gradient(tensor.to(q.dtype)) for tensor in kv)
         k_rope_BSKP = k_rope_BSP.unsqueeze(2).expand(-1, -1, v_BSKH.shape[2], -1)
         k_BSKH = torch.cat((v_BSKH[..., : self.widths[0]], k_rope_BSKP), dim=-1)

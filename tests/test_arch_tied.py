@@ -21,7 +21,7 @@ from arch.compression.compressed import allocate_compressed
 from arch.compression.layout import compressed_bytes
 from arch.compression.method import parse_method
 from arch.footprint import num_params
-from arch.layers import back, rope_table, rotate, rotate_step, step_rope
+from arch.layers import inverse_rope, rope_table, rotate, rotate_step, step_rope
 from arch.masks import SequenceBatch
 from arch.stores import resolve_store
 
@@ -254,10 +254,10 @@ def test_rotated_values_depend_on_distances_alone() -> None:
     torch.testing.assert_close(padded, alone, rtol=0, atol=1e-10)
     table = rope_table(torch.arange(5, 8), 6, 100.0)
     x = torch.randn(2, 3, 4, 10, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(rotate(rotate(x, table), back(table)), x)
+    torch.testing.assert_close(rotate(rotate(x, table), inverse_rope(table)), x)
     step = step_rope(tuple(part[None] for part in (table[0][0], table[1][0])))
     for rope in (step, (torch.cat((table[0][0],) * 2)[None, None], torch.cat((-table[1][0], table[1][0]))[None, None])):
-        torch.testing.assert_close(rotate_step(rotate_step(x[:, 0], rope), back(rope)), x[:, 0])
+        torch.testing.assert_close(rotate_step(rotate_step(x[:, 0], rope), inverse_rope(rope)), x[:, 0])
 
 
 @pytest.mark.parametrize(
