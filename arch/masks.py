@@ -148,16 +148,16 @@ def windowed(sequences: SequenceBatch, window: Span) -> Dense | Windowed:
         return dense(sequences, window)
     assert isinstance(window, int)
     query_C, slot_L = (
-        torch.arange(window, window + blocks.size, device=device),
-        torch.arange(blocks.looked, device=device),
+        torch.arange(window, window + blocks.queries_per_block, device=device),
+        torch.arange(blocks.slots_per_block, device=device),
     )
     if segment_ids_BT is None:
         return Windowed(window, Dense(causal=True, allowed=None), visible(query_C, slot_L, window))
     lower_BT = first_visible(sequences, window)
     assert lower_BT is not None
-    filled_BT = F.pad(lower_BT[:, window:], (0, blocks.queries + window - length))
-    begin_Z = blocks.size * torch.arange(blocks.number, device=device)
-    lower_BZC = rearrange(filled_BT, "b (z c) -> b z c", c=blocks.size) - begin_Z[:, None]
+    filled_BT = F.pad(lower_BT[:, window:], (0, blocks.num_queries + window - length))
+    begin_Z = blocks.queries_per_block * torch.arange(blocks.num_blocks, device=device)
+    lower_BZC = rearrange(filled_BT, "b (z c) -> b z c", c=blocks.queries_per_block) - begin_Z[:, None]
     allowed_BZCL = (slot_L <= query_C[:, None]) & (slot_L >= lower_BZC[..., None])
     first = dense(SequenceBatch(batch, window, segment_ids_BT[:, :window], device), None)
     return Windowed(window, first, allowed_BZCL)

@@ -23,26 +23,24 @@ def visible_pairs(seq_len: int, window: Span) -> int:
 
 
 class QueryBlocks(NamedTuple):
-    """Blocks of queries beyond the first window, in which windowed attention is computed on a CPU (masks.Windowed).
+    """Blocks of queries after the first window, in which windowed attention is computed on a CPU (masks.Windowed).
 
-    size    queries of a block
-    number  of blocks
-    looked  slots that a block looks at: the window before it and its own, in whole blocks
+    slots_per_block  slots that a block of queries reads: the window before it and its own, in whole blocks
     """
 
-    size: int
-    number: int
-    looked: int
+    queries_per_block: int
+    num_blocks: int
+    slots_per_block: int
 
     @property
-    def queries(self) -> int:
-        """Queries with those that fill the last block."""
-        return self.size * self.number
+    def num_queries(self) -> int:
+        """Queries of all blocks, with those that fill up the last block."""
+        return self.queries_per_block * self.num_blocks
 
     @property
-    def slots(self) -> int:
-        """Slots that all blocks together look at, from the first token on, with those that fill the last block."""
-        return self.queries - self.size + self.looked
+    def num_slots(self) -> int:
+        """Slots that all blocks together read, from the first token on, with those that fill up the last block."""
+        return self.num_queries - self.queries_per_block + self.slots_per_block
 
 
 # Tokens below which a dense mask [T, T] costs no more than the calls that blocks take.

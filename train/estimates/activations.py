@@ -82,10 +82,10 @@ class MaskedActivations:
         if blocks is not None:
             assert store.window is not None
             length, window = config.size.seq_len, store.window
-            queries, slots = window + blocks.queries, blocks.slots
-            kept = queries if appended or wide > k_dim else length + blocks.queries * (queries > length)
+            queries, slots = window + blocks.num_queries, blocks.num_slots
+            kept = queries if appended or wide > k_dim else length + blocks.num_queries * (queries > length)
             if appended:
-                slots += slots // blocks.size + 1
+                slots += slots // blocks.queries_per_block + 1
             total = heads * wide * (kept + queries)
             for copied in (appended or wide > k_dim, appended or wide > v_dim):
                 read = window if copied else length * (owner or self.expands)
@@ -116,8 +116,8 @@ class MaskedActivations:
         if blocks is None:
             return how.itemsize * length * (length + store.sinks)
         assert store.window is not None
-        sinks = store.sinks * (blocks.looked + store.window * (store.window + 1))
-        return how.itemsize * (blocks.size * blocks.looked + sinks)
+        sinks = store.sinks * (blocks.slots_per_block + store.window * (store.window + 1))
+        return how.itemsize * (blocks.queries_per_block * blocks.slots_per_block + sinks)
 
     def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """Gradients alive at a time in the reader's backward pass, where they may be more than the block's."""

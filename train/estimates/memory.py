@@ -231,7 +231,7 @@ def mask_elements(seq_len: int, window: Span) -> int:
     """Elements of the mask of a window: of a block of queries, or dense; none where it restricts nothing."""
     blocks = query_blocks(seq_len, window)
     if blocks is not None:
-        return blocks.size * blocks.looked
+        return blocks.queries_per_block * blocks.slots_per_block
     size = window.size if isinstance(window, Chunk) else window
     return 0 if size is None or size >= seq_len else seq_len**2
 
