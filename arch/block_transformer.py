@@ -288,7 +288,7 @@ class BlockTransformer(LanguageModel):
             ids_BN = rearrange(segment_ids_BT, "b (n l) -> b n l", l=self.plan.block_length).amax(dim=-1)
             masks = self.block_decoder.padded_masks(ids_BN)
         out_BND: Tensor = self.block_decoder.norm(
-            self.block_decoder.run(x_BND, cache, masks, keep=1 if last_only else None)
+            self.block_decoder.run(x_BND, cache, masks, num_outputs=1 if last_only else None)
         )
         return out_BND
 
@@ -323,7 +323,7 @@ class BlockTransformer(LanguageModel):
         return self._last_logits(x_MLD, cache, head)
 
     def _last_logits(self, x_MSD: Tensor, cache: Cache, head: Head, context_MCD: Tensor | None = None) -> Tensor:
-        x_M1D = self.token_decoder.run(x_MSD, cache, context_BCD=context_MCD, keep=1)
+        x_M1D = self.token_decoder.run(x_MSD, cache, context_BCD=context_MCD, num_outputs=1)
         return head(self.token_decoder.norm(x_M1D), self.output_weight)
 
     @property

@@ -65,8 +65,8 @@ class Block(nn.Module):
         visibility: Mask | TokenPositions,
         buffer: Buffer | None = None,
         offset: int | Step = 0,
-        context: CrossContext | None = None,
-        keep: int | None = None,
+        cross_context: CrossContext | None = None,
+        num_outputs: int | None = None,
         query_table: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
         """Return the next residual stream [B, T, D], and the keys and values this layer read.
@@ -74,18 +74,18 @@ class Block(nn.Module):
         `kv` is what an earlier layer wrote, ignored by an owner. `visibility` is a mask, or token positions where the
         store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
         go into it and come back with the earlier ones. With a Step as `offset`, a single token of each row, [B, D]
-        stands for [B, T, D], and `rope` and `visibility` are those of a step. With `keep` an owner writes all tokens,
-        and the residual stream goes on with the last `keep` of them, 0 or 1, which `visibility` is then of, and
-        `query_table` (query_scale.py) too.
+        stands for [B, T, D], and `rope` and `visibility` are those of a step. With `num_outputs`, 0 or 1, an owner
+        writes all tokens, and the residual stream continues with that many of the last ones; `visibility` and
+        `query_table` (query_scale.py) are then those of these tokens.
         """
         h_BTD = self.attn_norm(x_BTD)
         if self.writer is not None:
             source_BTD = h_BTD if self.kv_norm is None else self.kv_norm(x_BTD)
             positions = () if self.masked else (visibility,)
             kv = self.writer(source_BTD, rope, *positions, buffer, offset)
-        if keep is not None:
-            x_BTD, h_BTD = (x[:, x.shape[1] - keep :] for x in (x_BTD, h_BTD))
-            if not keep:
+        if num_outputs is not None:
+            x_BTD, h_BTD = (x[:, x.shape[1] - num_outputs :] for x in (x_BTD, h_BTD))
+            if not num_outputs:
                 return x_BTD, kv
             rope = last_position(rope)
         seen = kv
@@ -98,8 +98,8 @@ class Block(nn.Module):
             out_BTD = self.attn_out_norm(out_BTD)
         attended_BTD = x_BTD + out_BTD
         if self.cross is not None:
-            assert context is not None
-            attended_BTD = attended_BTD + self.cross(attended_BTD, context)
+            assert cross_context is not None
+            attended_BTD = attended_BTD + self.cross(attended_BTD, cross_context)
         out_BTD = self.mlp(self.mlp_norm(x_BTD if self.parallel_residual else attended_BTD))
         if self.mlp_out_norm is not None:
             out_BTD = self.mlp_out_norm(out_BTD)
@@ -155,8 +155,8 @@ class Stack(nn.Module):
 
     def newest_slots(self, layer: int) -> int | None:
         """The last slots that `layer` sees of a store that keeps every position, in order; None: all."""
-        held, own = self.plan.read_windows[self.plan.view_reads[layer]]
-        return own if held is None else None
+        store_window, window = self.plan.read_windows[self.plan.view_reads[layer]]
+        return window if store_window is None else None
 
     def attention(self, documents: bool = False) -> str:
         """Name the attention backends and their stores, for a log. Raises ValueError where they cannot run `documents`,
@@ -254,30 +254,30 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         masks: Sequence[Mask | TokenPositions] | None = None,
         context_BCD: Tensor | None = None,
-        keep: int | None = None,
+        num_outputs: int | None = None,
         starts_BT: Tensor | None = None,
     ) -> Tensor:
         """Run the layers on `x_BTD` and return the residual stream [B, T, D], before the last norm.
 
         With `cache`, the tokens continue what it holds and are added to it. `masks`: one per view; None: causal.
-        `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `keep`: only the last
-        position of the result is wanted (1), or nothing but what goes into the cache (0): what the layers from
-        `plan.tail` on would do beyond that is left out. `starts_BT`: where the document of each token begins; None:
-        at 0. Raises ValueError where the tokens do not fit into the cache, or as `masks`.
+        `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `num_outputs`: return only
+        the last position (1) or none (0), and leave out what the layers from `plan.tail` on need not do; None: all.
+        `starts_BT`: where the document of each token begins; None: at 0. Raises ValueError where the tokens do not fit
+        into the cache, or as `masks`.
         """
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
-        length, plan, wanted = x_BTD.shape[1], self.plan, keep
+        length, plan, requested = x_BTD.shape[1], self.plan, num_outputs
         if cache is not None:
             cache.check(plan, x_BTD.shape[0], length)
-            if masks is None and length == 1 and keep != 0 and cache.takes_steps:
+            if masks is None and length == 1 and num_outputs != 0 and cache.takes_steps:
                 x_BD = self.step(x_BTD.squeeze(1), cache, context_BCD)
                 cache.length += 1
                 return x_BD.unsqueeze(1)
             if cache.sees_queries:
-                keep = None
+                num_outputs = None
         contexts = self.cross_contexts(x_BTD, context_BCD, cache)
         inputs = self.layer_inputs(x_BTD, cache, masks, starts_BT)
-        tail, of_tail = self.tail_inputs(inputs, length, keep)
+        tail, of_tail = self.tail_inputs(inputs, length, num_outputs)
         written: list[KV] = []
         for layer, block in enumerate(self.layers):
             store = plan.store(layer)
@@ -293,7 +293,7 @@ class Stack(nn.Module):
                 cache.buffers[plan.reads[layer]] if owner and cache is not None else None,
                 0 if cache is None else cache.length,
                 contexts[layer],
-                keep if layer == tail and owner else None,
+                num_outputs if layer == tail and owner else None,
                 of.query_tables[store.query_scale],
             )
             if self.activation_checkpointing and self.training:
@@ -303,11 +303,11 @@ class Stack(nn.Module):
             if owner:
                 written.append(kv)
             let_go(plan, layer, written)
-            if layer == tail and keep == 0:
+            if layer == tail and num_outputs == 0:
                 break
         if cache is not None:
             cache.length += length
-        return x_BTD if wanted is None else x_BTD[:, x_BTD.shape[1] - wanted :]
+        return x_BTD if requested is None else x_BTD[:, x_BTD.shape[1] - requested :]
 
     def layer_inputs(
         self,
@@ -331,13 +331,13 @@ class Stack(nn.Module):
             self.query_tables(positions if starts_BT is None else positions - starts_BT),
         )
 
-    def tail_inputs(self, inputs: LayerInputs, length: int, keep: int | None) -> tuple[int, LayerInputs]:
-        """The first layer that goes on with the last `keep` of `length` positions, and what it and those above get;
-        the number of layers where none does."""
+    def tail_inputs(self, inputs: LayerInputs, length: int, num_outputs: int | None) -> tuple[int, LayerInputs]:
+        """The first layer that runs only on the last `num_outputs` of `length` positions, and the inputs from it on;
+        the number of layers if there is none."""
         plan = self.plan
-        if keep == 0:
+        if num_outputs == 0:
             return plan.last_owner, inputs
-        if keep == 1 and length > 1:
+        if num_outputs == 1 and length > 1:
             last = inputs.of_last(length)
             if all(last.masks[view] is not None for view in plan.view_reads[plan.tail :]):
                 return plan.tail, last
@@ -456,8 +456,8 @@ class Decoder(Stack, LanguageModel):
             masks = self.masks(x_BTD, segment_ids_BT)
             if any(store.query_scale for store in self.plan.stores):
                 starts_BT = segment_starts(segment_ids_BT)
-        keep = 0 if cache_only else 1 if last_only else None
-        x_BTD = self.run(x_BTD, cache, masks, keep=keep, starts_BT=starts_BT)
+        num_outputs = 0 if cache_only else 1 if last_only else None
+        x_BTD = self.run(x_BTD, cache, masks, num_outputs=num_outputs, starts_BT=starts_BT)
         return head(self.norm(x_BTD), self.output_weight)
 
     def allocate_cache(

@@ -121,16 +121,16 @@ def decode(
 
 
 class Queue:
-    """Which prompt each row of a batch continues, and the prompts that wait for a row to end.
+    """The prompt that each row of a batch continues, and the prompts that wait for a row to end.
 
-    held     prompts that the rows hold now, by number
-    waiting  those that no row has held, the longest first
-    batch    those that are held first, which `prefill` puts into the cache
-    spans    (prompt, row, step of its first new token) of all that a row has held
-    used     there were prompts that had to wait
-    forced   for rows that have taken a prompt, its tokens that come after whole blocks
-    begin_B  step of the first new token of what each row holds
-    done_B   whether it has made its last token
+    prompt_of_row  number of the prompt that each row continues now
+    waiting        numbers of the prompts that no row has taken, the longest first
+    batch          the first prompts, which `prefill` puts into the cache
+    spans          (prompt, row, step of its first new token) of all prompts that a row has taken
+    used           there were prompts that had to wait
+    forced         for rows that have taken a prompt, its tokens that come after whole blocks
+    begin_B        step of the first new token of the prompt of each row
+    done_B         whether it has made its last token
     """
 
     def __init__(
@@ -152,21 +152,21 @@ class Queue:
         check_lengths(model.plan, prompts, pad_token)
         if self.used:
             numbers.sort(key=lambda number: -len(prompts[number]))  # later ones then fit before what is there
-        self.held = numbers[:max_batch]
-        self.waiting = numbers[len(self.held) :]
-        self.batch = self.batch_of(self.held)
+        self.prompt_of_row = numbers[:max_batch]
+        self.waiting = numbers[len(self.prompt_of_row) :]
+        self.batch = self.batch_of(self.prompt_of_row)
         self.forced: dict[int, list[int]] = {}
         num_forced_B = self.batch.num_forced_B
         self.begin_B, self.done_B = num_forced_B.clone(), torch.zeros_like(num_forced_B, dtype=torch.bool)
         begins = num_forced_B.tolist()
-        self.spans = [(number, row, begins[row]) for row, number in enumerate(self.held)]
+        self.spans = [(number, row, begins[row]) for row, number in enumerate(self.prompt_of_row)]
 
     def batch_of(self, numbers: Sequence[int]) -> PromptBatch:
         return batch_prompts(self.model.plan, [self.prompts[number] for number in numbers], self.pad_token, self.device)
 
     def allocate(self, dtype: torch.dtype | None) -> Any:
         """A cache for the rows, of elements of `dtype`; None: that of the weights."""
-        return self.model.allocate_cache(len(self.held), self.batch.capacity(self.max_new_tokens), dtype=dtype)
+        return self.model.allocate_cache(len(self.prompt_of_row), self.batch.capacity(self.max_new_tokens), dtype=dtype)
 
     def prefill(self, cache: Any, chunk: int | None, dtype: torch.dtype | None) -> Tensor:
         """Put what is held first into the empty `cache`; the logits [B, 1, V] of the token after it.
@@ -207,7 +207,7 @@ class Queue:
     def is_done(self, ended: Sequence[int], number: int) -> bool:
         """True where step `number` was the last, after which the rows `ended` have."""
         last = self.batch.forced_BF.shape[1] + self.max_new_tokens - 1
-        return (not self.used and number == last) or (len(ended) == len(self.held) and not self.waiting)
+        return (not self.used and number == last) or (len(ended) == len(self.prompt_of_row) and not self.waiting)
 
     @property
     def must_make_room(self) -> bool:
@@ -249,7 +249,7 @@ class Queue:
         if whole < length:
             self.forced[row] = batch.tokens_BT[0, whole:].tolist()
         begin = number + length - whole
-        self.held[row] = taken
+        self.prompt_of_row[row] = taken
         self.spans.append((taken, row, begin))
         self.begin_B[row], self.done_B[row] = begin, False
         return logits_11V

@@ -234,7 +234,9 @@ def test_cross_attention_is_what_it_says(embedder: str) -> None:
     store = stack.plan.store(1)
     rope = rope_table(torch.arange(4), *store.rope_key)
     mask = Mask(reference, Dense(True, None))
-    actual, slots = block(x, (), rope, mask, context=CrossContext(context, None, Mask(reference, Dense(False, None))))
+    actual, slots = block(
+        x, (), rope, mask, cross_context=CrossContext(context, None, Mask(reference, Dense(False, None)))
+    )
     attended = x + block.reader(block.attn_norm(x), slots, rope, mask)
     cross = block.cross
     q = cross.q_proj(cross.norm(attended)).view(2, 4, 4, 8)
