@@ -11,7 +11,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from typing import Any
 from filelock import FileLock
 from rich.table import Table
 
-from data.cli import UsageError, value_text
+from data.cli import value_text
 from data.files import write_json
 from eval.methods import NONE, name_of
 from eval.results import write_result
+from eval.runs import Run, RunError
 from eval.tasks import Chosen
 from eval.tasks.intervals import Z95
 from eval.tasks.task import Subject, TaskResult
@@ -85,6 +86,15 @@ def record(
     return paths
 
 
+def recorded_step(run: Path, keys: Iterable[str]) -> int:
+    """The step of the results of `keys` in the folder of a run; 0 where one of them is not there, or damaged."""
+    try:
+        paths = [run / FOLDER / f"{file_name(key)}.json" for key in keys]
+        return min((int(json.loads(path.read_text())["step"]) for path in paths), default=0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put `entries`, by key, into the summary.json of `run`; those of other tasks stay. Processes take turns.
 
@@ -92,28 +102,21 @@ def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """
     path = run / "summary.json"
     with FileLock(run / f"{KEY}.lock"):
-        summary = json.loads(path.read_text())
-        summary[KEY] = {**summary.get(KEY, {}), **entries}
-        write_json(path, summary)
+        summary = Run(run).summary
+        write_json(path, summary | {KEY: {**summary.get(KEY, {}), **entries}})
 
 
 def steps_of_summary(run: Path) -> int | None:
     """The steps of the run by its summary.json; None where it has none."""
-    try:
-        steps = json.loads((run / "summary.json").read_text())["experiment"]["steps"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{run / 'summary.json'} cannot be read ({error!r}); put it back") from error
+    steps = Run(run).experiment.get("steps") if Run(run).finished else None
     return steps if isinstance(steps, int) else None
 
 
 def entries_of_step(run: Path, step: int) -> dict[str, Any]:
     """The entries of a summary.json that are of the checkpoint of `step`; none where it cannot be read."""
     try:
-        entries = json.loads((run / "summary.json").read_text())[KEY]
-        return {key: found for key, found in entries.items() if found["step"] == step}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {key: found for key, found in Run(run).summary[KEY].items() if found["step"] == step}
+    except (RunError, KeyError, TypeError, AttributeError):
         return {}
 
 

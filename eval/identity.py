@@ -20,7 +20,7 @@ from data.cli import UsageError
 from data.dotted import flat, lookup
 from data.files import DataError, write_json
 from data.shards import Manifest
-from eval.runs import KEYS, Run
+from eval.runs import KEYS, Run, RunError
 
 FILE = "identity.json"
 # Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
@@ -158,11 +158,11 @@ class Identity:
         return f"{who} was trained on other data: {then}; there is now {now}. {fix}"
 
 
-def digest_in_summary(run: Path) -> str | None:
+def digest_in_summary(run: Run) -> str | None:
     """Return the digest of the data in the summary.json of a run; None where there is none."""
     try:
-        digest = json.loads((run / "summary.json").read_text())["experiment"]["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        digest = run.experiment.get("data")
+    except RunError:
         return None
     return digest if isinstance(digest, str) else None
 
@@ -171,7 +171,7 @@ def check_summary_digest(who: str, run: Path, digest: str, folders: Iterable[Pat
     """Compare the `digest` of the data in `folders` with that in the summary of a run of an earlier version, if it has
     one. Raises as `Identity.check_data`.
     """
-    recorded = digest_in_summary(run)
+    recorded = digest_in_summary(Run(run))
     if recorded not in (None, digest):
         raise DataError(
             f"{who} was trained on other data: digest {short(recorded or '')}; there is now {short(digest)} in "
@@ -200,7 +200,7 @@ def name_data(runs: Sequence[Run]) -> list[str]:
     groups: dict[str, list[Run]] = {}
     places: dict[str, str] = {}
     for run in runs:
-        tied, digest = _tied(run), digest_in_summary(run.folder)
+        tied, digest = _tied(run), digest_in_summary(run)
         key = ", ".join(of.digest for of in tied.data) if tied is not None else digest or "unknown"
         groups.setdefault(key, []).append(run)
         places.setdefault(key, "its digest is not recorded" if key == "unknown" else f"digest {short(key)}")

@@ -1,13 +1,14 @@
 """Run folders: read and find them, group them by seed, and list what differs between them.
 
 A run folder has config.yaml, plan.json, run.json (one record per start) and metrics/<start>/metrics.csv, and
-summary.json once its training has ended. train/run.py writes them.
+summary.json once its training has ended. train/run.py writes them; checkpoints/best.json is train/callbacks.py's.
 """
 
 import csv
 import glob
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,6 +103,13 @@ class RunError(UsageError):
     """A folder that holds no usable run; the message says why."""
 
 
+class Best(NamedTuple):
+    """The checkpoint with the lowest validation loss: the name of its folder, and the loss."""
+
+    checkpoint: str
+    val_loss: float
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder. Files are read on first use; RunError where one is missing or is not what a run writes."""
@@ -125,15 +133,29 @@ class Run:
         starts: list[dict[str, Any]] = self._read("run.json", json.loads, list)
         return starts
 
+    @cached_property
+    def best(self) -> Best | None:
+        """checkpoints/best.json; None where there is none."""
+        name = "checkpoints/best.json"
+        return self._read(name, _parse_best, Best) if (self.folder / name).exists() else None
+
     @property
     def finished(self) -> bool:
         return os.path.isfile(self.folder / "summary.json")
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """summary.json, with at least the keys of checks.SUMMARY_TYPES."""
-        summary: dict[str, Any] = self._read("summary.json", json.loads, dict, check_summary)
+        """summary.json; of a `finished_run` with at least the keys of checks.SUMMARY_TYPES."""
+        summary: dict[str, Any] = self._read("summary.json", json.loads, dict)
         return summary
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """What decides the result, and digests of the data, in summary.json."""
+        experiment = self.summary.get("experiment")
+        if not isinstance(experiment, dict):
+            raise RunError(f"{self.folder} holds no readable run: summary.json has no experiment; put it back")
+        return experiment
 
     @cached_property
     def metrics(self) -> list[dict[str, str]]:
@@ -155,19 +177,15 @@ class Run:
             rows = [row for row in rows if int(row["step"]) <= (last if row.get("train/loss") else first - 1)] + new
         return rows
 
-    def _read(
-        self, name: str, parse: Callable[[str], Any], kind: type, check: Callable[[Any], None] | None = None
-    ) -> Any:
+    def _read(self, name: str, parse: Callable[[str], Any], kind: type) -> Any:
         try:
             value = parse((self.folder / name).read_text(encoding="utf-8"))
-            if isinstance(value, kind) and check is not None:
-                check(value)
         except FileNotFoundError as error:
             what = "finished run" if name == "summary.json" else "run"
             raise RunError(f"{self.folder} holds no {what}: {error.filename} is missing") from error
         except OSError as error:
             raise RunError(f"{self.folder} holds no readable run: {name}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise RunError(f"{self.folder} holds no readable run: {name}: {_reason(error)}") from error
         if not isinstance(value, kind):
             raise RunError(f"{self.folder} holds no readable run: {name} has no {kind.__name__}")
@@ -180,6 +198,14 @@ def _parse_plan(text: str) -> Plan:
     plan = plan_from_dict(values)
     check_plan(plan)
     return plan
+
+
+def _parse_best(text: str) -> Best:
+    values = json.loads(text)
+    loss = values["val_loss"]
+    if type(loss) not in (int, float) or not math.isfinite(loss):
+        raise ValueError(f"val_loss is {str(loss)[:80]}")
+    return Best(Path(str(values["checkpoint"])).name, float(loss))
 
 
 def _reason(error: Exception) -> str:
@@ -216,7 +242,13 @@ def default_out(folders: Sequence[Path]) -> Path:
 def finished_run(folder: Path) -> Run:
     """The run in `folder`. Raises RunError unless it has a readable summary and plan."""
     run = Run(folder)
-    assert run.summary and run.plan  # reads them
+    try:
+        check_summary(run.summary)
+    except RunError:  # a ValueError as well
+        raise
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{folder} holds no readable run: summary.json: {_reason(error)}") from error
+    assert run.plan  # reads it
     return run
 
 

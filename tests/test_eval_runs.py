@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from eval.histories import load_history
-from eval.runs import KEYS, Run, RunError, deciding_values, find_runs, group_by_seed
+from eval.runs import KEYS, Run, RunError, deciding_values, find_runs, finished_run, group_by_seed
 from train.schema import PretrainConfig
 
 OLD = ROOT / "tests" / "golden" / "old"
@@ -89,9 +89,9 @@ def test_groups() -> None:
 )
 def test_broken_files_are_named(file: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(content)
-    attribute = {"run": "starts"}.get(Path(file).stem, Path(file).stem)
+    read = {"config": lambda run: run.config, "plan": lambda run: run.plan, "run": lambda run: run.starts}
     with pytest.raises(RunError) as caught:
-        getattr(Run(tmp_path), attribute)
+        read.get(Path(file).stem, lambda run: finished_run(run.folder))(Run(tmp_path))
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 

@@ -246,10 +246,10 @@ def test_a_damaged_run_json_is_put_aside(
     path = tmp_path / "run.json"
     for number in ("", "-2"):
         damage(path)
-        assert _starts(path) == []
+        assert _starts(tmp_path) == []
         assert f"{path} is damaged" in (line := capsys.readouterr().err) and len(line.splitlines()) == 1
         assert (tmp_path / f"run.json.damaged{number}").exists()
-    assert _starts(path) == []
+    assert _starts(tmp_path) == []
     assert capsys.readouterr().err == ""
 
 

@@ -1,6 +1,5 @@
 """Callbacks that save, restore and stop a run."""
 
-import json
 import math
 import shutil
 import signal
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.files import DataError, set_aside, write_json
+from eval.runs import Best, Run, RunError
 from train import checkpoint
 from train.errors import TrainingError
 from train.lightning_private import disable_signal_handling, set_loop_step
@@ -81,24 +81,20 @@ class CheckpointCallback(L.Callback):
         self.loaded = True
         self.saved_at = time.monotonic()
 
-    def read_best(self) -> tuple[str, float] | None:
+    def read_best(self) -> Best | None:
         """Name and validation loss of the best checkpoint; None where there is none that is not broken.
 
         A damaged best.json is renamed, with a warning.
         """
         try:
-            best = json.loads(self.best_file.read_text())
-            name, loss = str(best["checkpoint"]), best["val_loss"]
-            if type(loss) not in (int, float) or not math.isfinite(loss):
-                raise ValueError(f"val_loss is {str(loss)[:80]}")
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+            best = Run(self.run).best
+        except RunError as error:
             aside = set_aside(self.best_file)
-            print(f"{self.best_file} is damaged ({error!r:.200}); it is now {aside.name}", file=sys.stderr)
+            print(f"{self.best_file} is damaged ({error}); it is now {aside.name}", file=sys.stderr)
             return None
-        there = (self.run / "checkpoints" / name) in checkpoint.checkpoints(self.run)
-        return (name, float(loss)) if there and name not in self.broken else None
+        if best is None or best.checkpoint in self.broken:
+            return None
+        return best if self.best_file.with_name(best.checkpoint) in checkpoint.checkpoints(self.run) else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -190,7 +186,7 @@ class CheckpointCallback(L.Callback):
         retained = {path.name for path in [path for path in saved if path.name not in self.broken][: self.keep]}
         best = self.read_best()
         if best is not None:
-            retained.add(best[0])
+            retained.add(best.checkpoint)
         for path in saved:
             if path.name not in retained:
                 checkpoint.delete(path)

@@ -1,6 +1,5 @@
 """Tasks of evaluation while a run trains and at its end: `evals.tasks` of train/schema.py."""
 
-import json
 import random
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from arch.generation import evaluating
 from data.cli import TaskError, UsageError
 from data.files import DataError
 from data.tokenizer import pretrained
-from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, record
+from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, record, recorded_step
 from eval.tasks import Chosen
 from eval.tasks.task import Prepared, Share, Subject, TaskResult
 from train.datamodule import TokenDataModule
@@ -50,7 +49,8 @@ class Evaluations(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Pass over the step that a resumed run starts from, unless the run ended in its evaluation."""
-        recorded = trainer.strategy.broadcast(self.recorded_step() if trainer.is_global_zero else 0)
+        recorded = recorded_step(self.run, map(self._key, self.tasks)) if trainer.is_global_zero else 0
+        recorded = trainer.strategy.broadcast(recorded)
         self.step = trainer.global_step if recorded >= trainer.global_step else recorded
         self._evaluate_if_due(trainer, lit_model(pl_module))
 
@@ -66,14 +66,6 @@ class Evaluations(L.Callback):
         """Evaluate a run whose training had ended before, and which only validates."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._evaluate_at_end(trainer, lit_model(pl_module))
-
-    def recorded_step(self) -> int:
-        """The step of the results in the folder of the run; 0 where a task has none."""
-        try:
-            paths = [self.run / FOLDER / f"{self._key(chosen)}.json" for chosen in self.tasks]
-            return min((int(json.loads(path.read_text())["step"]) for path in paths), default=0)
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
 
     def _evaluate_if_due(self, trainer: L.Trainer, module: LitModel) -> None:
         step = trainer.global_step

@@ -1,6 +1,5 @@
 """Trained models for use: `model, tokenizer = load("runs/mine")`."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from data.files import DataError, sha256
 from data.shards import Manifest
 from data.tokenizer import Encoder, end_token, pretrained, scaled_bytes, token_bytes
 from eval.identity import Identity, short
+from eval.runs import Run, RunError
 from train import checkpoint
 from train.errors import TrainingError
 from train.run import load_config
@@ -164,11 +164,13 @@ def choose_checkpoint(path: Path, which: str) -> Path:
     if which not in ("newest", "best"):
         raise UsageError(f"which is {which!r}; choose newest or best")
     if which == "best" and not (path / checkpoint.INFO).is_file():
-        record = path / "checkpoints" / "best.json"
         try:
-            path = record.with_name(Path(json.loads(record.read_text())["checkpoint"]).name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(f"{record} names no checkpoint ({error!r}); take the newest") from error
+            best = Run(path).best
+        except RunError as error:
+            raise TrainingError(f"{error}; take the newest") from error
+        if best is None:
+            raise TrainingError(f"{path} has no checkpoints/best.json, which names the best; take the newest")
+        path = path / "checkpoints" / best.checkpoint
     return checkpoint.resolve(path)
 
 

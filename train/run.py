@@ -9,7 +9,6 @@ checkpoints/   the newest ones and the best: train/checkpoint.py
 summary.json   the result, written when training ends
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from eval import identity
 from eval.environment import environment
 from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config, read_plain
-from eval.runs import KEYS, deciding_values
+from eval.runs import KEYS, Run, RunError, deciding_values
 from eval.typed import mistyped_booleans
 from train.schema import PretrainConfig
 
@@ -53,7 +52,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity
         for key, was, now in changed_values(_values_before(folder), to_dict(config)):
             if now is not None:  # a key that an earlier version had
                 print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
-        write_json(path, [*_starts(path), {**about, **environment()}])
+        write_json(path, [*_starts(folder), {**about, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
         if not (folder / identity.FILE).exists():
             tied.save(folder)
@@ -65,16 +64,12 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity
         ) from error
 
 
-def _starts(path: Path) -> list[Any]:
+def _starts(folder: Path) -> list[dict[str, Any]]:
     """Read run.json; an empty list if there is none. A damaged one is renamed, with a warning: no run needs it."""
+    path = folder / "run.json"
     try:
-        starts = json.loads(path.read_text())
-        if not isinstance(starts, list):
-            raise ValueError("it holds no list")
-        return starts
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, RecursionError) as error:
+        return Run(folder).starts if path.exists() else []
+    except RunError as error:
         print(f"{path} is damaged ({error}); it is now {set_aside(path).name}", file=sys.stderr)
         return []
 

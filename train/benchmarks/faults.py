@@ -6,7 +6,6 @@ how many steps had to be repeated.
 """
 
 import csv
-import json
 import os
 import resource
 import shutil
@@ -34,6 +33,7 @@ from data.presets import load
 from eval.console import PlainConsole
 from eval.environment import ROOT
 from eval.results import write_result
+from eval.runs import Run
 from train import checkpoint
 from train.datamodule import open_data
 
@@ -362,7 +362,7 @@ def run_fault(fault: Fault, run: FaultRun) -> Outcome:
     if not (run.folder / "summary.json").exists():
         stderr += run.resume(*fault.after)
     error = run.finished(fault.tolerance or (1e-5 if "processes" in fault.name else 0.0))
-    starts = json.loads((run.folder / "run.json").read_text())
+    starts = Run(run.folder).starts
     lost = max(0, step - starts[-1]["from_step"]) if len(starts) > 1 else 0
     check(lost <= fault.most_lost, f"{lost} steps were lost")
     reports = ("error: ", "stopped after", "broken checkpoint", "wandb cannot")

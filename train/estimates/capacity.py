@@ -1,6 +1,5 @@
 """The largest micro-batch that the memory of a GPU holds by estimate, and what to change where it holds none."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from arch import ModelConfig, Plan, resolve
 from data.cli import UsageError
 from data.files import write_json
+from eval.runs import Run, RunError
 from eval.units import bytes_text, times
 from train.estimates.activations import Execution
 from train.estimates.memory import step_memory
@@ -153,7 +153,6 @@ def record_micro_batch(run: Path, size: int) -> None:
 
 def _starts(run: Path) -> list[dict[str, Any]]:
     try:
-        starts = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        return [start for start in Run(run).starts if isinstance(start, dict)]
+    except RunError:
         return []
-    return [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []

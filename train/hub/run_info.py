@@ -1,6 +1,5 @@
 """Tokenizer, validation windows and results of a run, for its export."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import pretrained
 from eval.identity import Identity, check_summary_digest, data_name
+from eval.runs import Run
 from train.datamodule import TokenDataModule
 from train.errors import TrainingError
 from train.hub.records import Corpus, Training
@@ -88,37 +88,26 @@ def describe_training(
     """Describe the training up to the checkpoint `folder` on the data of its identity `tied`.
 
     Its validation figures are those of the run if this is its last checkpoint, or the loss recorded for its best one.
+    Raises RunError where they cannot be read.
     """
     step = info.get("step") if isinstance(info.get("step"), int) else None
     if run is None or config is None or step is None:
         return Training(None, step)
     tokens = step * config.batch_size * config.size.seq_len
-    summary, best = _read_json(run / "summary.json"), _read_json(run / "checkpoints" / "best.json")
+    found = Run(run)
+    summary, best = found.summary if found.finished else {}, found.best
     val = None
     if summary.get("tokens") == tokens:
         val = summary.get("val")
-    elif best.get("checkpoint") == folder.name:
-        val = {"loss": best.get("val_loss")}
+    elif best is not None and best.checkpoint == folder.name:
+        val = {"loss": best.val_loss}
     if val is not None and not (isinstance(val, dict) and all(_finite(value) for value in val.values())):
-        raise TrainingError(
-            f"{run}: its validation figures are {val!r}, which are none; delete summary.json or best.json"
-        )
+        raise TrainingError(f"{run}: its validation figures are {val!r}, which are none; delete summary.json")
     data = describe_data(config.data, prepared, tied)
     if tied is None:
         return Training(config.name, step, tokens, val, data, config.seed)
     digests = ", ".join(of.digest for of in tied.data)
     return Training(config.name, step, tokens, val, data, config.seed, digests, tied.tokenizer)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, empty if there is no such file. Raises TrainingError where it is something else."""
-    try:
-        value = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise TrainingError(f"{path} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise TrainingError(f"{path} is no JSON object")
-    return value
 
 
 def _finite(value: Any) -> bool:

@@ -23,7 +23,7 @@ from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from eval.evaluations import FOLDER, KEY
 from eval.identity import Identity
-from eval.runs import Run, deciding_values
+from eval.runs import Run, deciding_values, finished_run
 from train.run import load_config
 from train.studies.cells import Cell
 
@@ -47,7 +47,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     """The row of the run of `cell` in `folder`, which has ended. Raises RunError where it cannot be read."""
-    run, config = Run(folder), load_config(folder)
+    run, config = finished_run(folder), load_config(folder)
     summary, plan, start = run.summary, run.plan, run.starts[-1]
     tied, values = Identity.load(folder), to_dict(config)
     decides = deciding_values(values, "result")
