@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from .config import MAX_LAYERS, MAX_WIDTH, STYLES, ArchConfig, BlockConfig, EncoderConfig, ModelConfig, style_of
 from .plan import KVPlan, StackPlan, StackRun, resolve_stack
 from .store_spec import LayoutError, share_of
+from .stores import kind_of
 
 EMBEDDERS = ("lookup", "projection", "encoder", "cls")
 KINDS = ("prefix", "summation", "cross")
@@ -192,24 +193,14 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
             problems.append(f"arch.block.{name} is {value}; it must be at most {MAX_WIDTH:,}")
     if block.token.kind not in KINDS:
         problems.append(f"arch.block.token.kind is {block.token.kind!r}; it is one of {', '.join(KINDS)}")
-    latent = [name for name, store in block.token.stores.items() if store.latent is not None]
-    if block.token.kind == "cross" and latent:
-        problems.append(
-            f"arch.block.token.stores.{latent[0]} is latent, and arch.block.token.kind is 'cross', whose layers have "
-            "keys and values of the context, of as many heads as their store; give it kv_heads, or take another kind"
-        )
-    matrices = [name for name, store in block.token.stores.items() if store.matrix is not None]
-    if block.token.kind == "cross" and matrices:
-        problems.append(
-            f"arch.block.token.stores.{matrices[0]} holds a matrix per head, and arch.block.token.kind is 'cross', "
-            "whose layers have keys and values of the context; give it kv_heads, or take another kind"
-        )
-    tied = [name for name, store in block.token.stores.items() if store.tied is not None]
-    if block.token.kind == "cross" and tied:
-        problems.append(
-            f"arch.block.token.stores.{tied[0]} is tied, and arch.block.token.kind is 'cross', whose layers have keys "
-            "and values of the context, each by a projection of its own; leave tied out, or take another kind"
-        )
+    kinds = {name: kind_of(store) for name, store in block.token.stores.items()}
+    if block.token.kind == "cross":
+        problems += [
+            f"arch.block.token.stores.{name} {kind.summary}, and arch.block.token.kind is 'cross', whose layers "
+            "also have keys and values per head of the context; give it kv_heads alone, or take another kind"
+            for name, kind in kinds.items()
+            if not kind.crosses
+        ]
     both = (("arch", config.arch.stores), ("arch.block.token", block.token.stores))
     scaled = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].query_scale]
     chunked = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].chunk]

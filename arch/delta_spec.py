@@ -33,6 +33,7 @@ class MatrixSpec(StoreSpec):
 
     kind, key, summary = "matrix", "matrix", "holds a matrix per head"
     masked, grows, rotates = False, False, False
+    fades = True
     unshared = "its queries pass a convolution, whose last inputs are cached with the store"
 
     @classmethod

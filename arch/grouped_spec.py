@@ -10,6 +10,7 @@ class GroupedSpec(StoreSpec):
     """Keys and values per head, of every position or of a window."""
 
     kind, key, summary = "grouped", "kv_heads", "has keys and values per head"
+    crosses = True
 
     @classmethod
     def resolve_slot(cls, where: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> SlotShape:

@@ -109,6 +109,8 @@ class StoreSpec:
     grows       bytes depend on the context
     pools       a slot is made of several positions, always as many
     rotates     keys may be rotated by their position
+    crosses     its readers can attend to other vectors, too, whose keys and values have the heads and widths of its own
+    fades       errors of rounding in its state fade, so that a codec can act on it
     unshared    why no layer but its owner can read it; empty: others can
     takes       keys of other kinds that it takes, too
     stray       completes "NAME.key is value", where a kind named {kind} has this kind's key and does not take it
@@ -136,6 +138,8 @@ class StoreSpec:
     grows: ClassVar[bool] = True
     pools: ClassVar[bool] = False
     rotates: ClassVar[bool] = True
+    crosses: ClassVar[bool] = False
+    fades: ClassVar[bool] = False
     unshared: ClassVar[str] = ""
     takes: ClassVar[tuple[str, ...]] = ()
     stray: ClassVar[str] = ""

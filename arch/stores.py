@@ -31,10 +31,15 @@ KINDS: tuple[type[StoreSpec], ...] = (
 )
 
 
+def kind_of(store: StoreConfig) -> type[StoreSpec]:
+    """The kind that a configuration asks for."""
+    return next((kind for kind in KINDS if kind.asked_by(store)), GroupedSpec)
+
+
 def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: list[str]) -> StoreSpec:
     """The store of an owner yet unknown (-1). Adds to `problems` what is wrong with it."""
     where = f"arch.stores.{name}"
-    kind = next((kind for kind in KINDS if kind.asked_by(store)), GroupedSpec)
+    kind = kind_of(store)
     slot = SlotShape()
     if store.matrix is not None and (store.kv_heads is not None or store.latent is not None):
         problems.append(f"{where} has matrix and kv_heads or latent; one store holds one of them")

@@ -22,6 +22,7 @@ class TiedSpec(GroupedSpec):
     tied: str = "vector"
 
     kind, key, summary = "tied", "tied", "has one tensor for keys and values"
+    crosses = False
     stray = "; the store {kind}, which is no such tensor: leave it out"
 
     @classmethod

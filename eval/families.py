@@ -34,7 +34,7 @@ def _merges(plan: Plan) -> bool:
 
 
 def _has_latents(plan: Plan) -> bool:
-    return any(store.kind == "latent" for stack in plan.stacks for store in stack.plan.stores)
+    return any(store.slot.latent_dim for stack in plan.stacks for store in stack.plan.stores)
 
 
 def _pools(plan: Plan) -> bool:

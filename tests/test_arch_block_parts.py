@@ -305,7 +305,7 @@ def test_impossible_encoders(embedder: str, change: dict, message: str) -> None:
 def test_impossible_parts() -> None:
     config = part_config("cross", "cls", LAYOUTS["mla"])
     with pytest.raises(
-        LayoutError, match=r"^- arch.block.token.stores.kv is latent, and .*'cross'.*; give it kv_heads"
+        LayoutError, match=r"^- arch.block.token.stores.kv holds latents, and .*'cross'.*; give it kv_heads"
     ):
         resolve(config)
     config = part_config("prefix", "encoder")

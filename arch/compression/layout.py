@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..block_plan import Plan
-from ..delta_spec import MatrixSpec
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
 from ..store_spec import StoreSpec
@@ -117,9 +116,9 @@ def state_layout(store: StoreSpec, codec: CodecSpec | None) -> TensorLayout | No
     """Layout of a state that is coded, of groups along its last axis; None: the store is read by a mask, or its state
     stays whole.
 
-    The rules of a matrix per head let errors of rounding fade. In the slots of a bounded store they add up.
+    Where errors of rounding do not fade, as in the slots of a bounded store, they add up.
     """
-    if codec is None or not isinstance(store, MatrixSpec):
+    if codec is None or not store.fades:
         return None
     shape = store.cache_tensors(0)[0].shape
     return TensorLayout(shape, 1, None, codec, 1, min(codec.group, shape[-1]), fixed=True)

@@ -53,7 +53,6 @@ KIND_COLORS = {
     "latent": GREEN,
     "strided_latent": GREEN,
     "bounded": PURPLE,
-    "state": TEAL,
     "matrix": TEAL,
 }
 LEGEND_COLUMNS = 4
