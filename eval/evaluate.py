@@ -20,7 +20,7 @@ if not __package__:  # run as a script
 from arch.compression.layout import check_method
 from data.cli import UsageError, fail, parse, usage
 from eval.methods import NONE, name_of, read_method, with_brackets
-from eval.tasks import TASKS, Chosen, choose, sections
+from eval.tasks import TASKS, ChosenTask, sections, select_tasks
 from eval.tasks.task import TaskResult
 from train.source import Source
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
         print(help_text())
         return
     options, data, words = read(arguments)
-    tasks = choose(options.tasks or (("compressed",) if options.cache else ("perplexity",)), words)
+    tasks = select_tasks(options.tasks or (("compressed",) if options.cache else ("perplexity",)), words)
     methods = methods_of(options.cache, tasks)
     check(options, data)
     source = Source.of(options)
@@ -110,7 +110,7 @@ def read(arguments: Sequence[str]) -> tuple[EvaluateConfig, DataOptions, list[st
     return parse(EvaluateConfig, own), parsed, words
 
 
-def methods_of(words: Sequence[str], tasks: Sequence[Chosen]) -> "list[CacheMethod | None]":
+def methods_of(words: Sequence[str], tasks: Sequence[ChosenTask]) -> "list[CacheMethod | None]":
     """The cache methods that `cache=` names, each once; without any, none.
 
     Raises UsageError on a method that there is not, and where a task does not run over a cache.
@@ -144,7 +144,7 @@ def check(options: EvaluateConfig, data: DataOptions) -> None:
             raise UsageError(f"{name} is {value}; it must be at least 1")
 
 
-def with_data(opened: "Opened", tasks: Sequence[Chosen], data: DataOptions) -> "Opened":
+def with_data(opened: "Opened", tasks: Sequence[ChosenTask], data: DataOptions) -> "Opened":
     """`opened` with the prepared data that its tasks read: what was named, or that of the run."""
     from train.subjects import data_of_run, other_data
 
@@ -156,14 +156,23 @@ def with_data(opened: "Opened", tasks: Sequence[Chosen], data: DataOptions) -> "
 
 def evaluate(
     opened: "Opened",
-    tasks: Sequence[Chosen],
+    tasks: Sequence[ChosenTask],
     options: EvaluateConfig,
     data: DataOptions,
     methods: "Sequence[CacheMethod | None]" = (None,),
 ) -> dict[str, TaskResult]:
     """Run `tasks`, write each result as soon as there is one, and print all of them."""
     from eval.console import PlainConsole
-    from eval.evaluations import FOLDER, comparisons, digest_of, entry, figures_table, key_of, record, rows_table
+    from eval.evaluations import (
+        FOLDER,
+        comparisons,
+        digest_of,
+        entry,
+        figures_table,
+        key_of,
+        rows_table,
+        write_evaluation,
+    )
 
     subject = opened.subject
     folder = options.out or (opened.run or Path("runs", FOLDER, subject.name)) / (FOLDER if opened.run else "")
@@ -181,7 +190,7 @@ def evaluate(
         key = key_of(chosen, None if given is None else str(given), name_of(method))
         results[key] = chosen.run(subject)
         try:
-            written += record(key, chosen, subject, results[key], folder, about | {"step": opened.step})
+            written += write_evaluation(key, chosen, subject, results[key], folder, about | {"step": opened.step})
         except OSError as error:
             raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
         if opened.step is not None:
@@ -192,15 +201,15 @@ def evaluate(
             console.print(f"{key}: {note}")
     for table in (figures_table(subject.name, results), *comparisons(results)):
         console.print(table)
-    share(opened, entries)
+    merge_into_summary(opened, entries)
     if options.wandb:
-        log(opened, results, [path for path in written if path.suffix == ".png"])
+        log_to_wandb(opened, results, [path for path in written if path.suffix == ".png"])
     for path in written:
         console.print(str(path), soft_wrap=True)
     return results
 
 
-def share(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
+def merge_into_summary(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
     """Put the entries of results into the summary of the run, where that is of the same checkpoint."""
     from eval.evaluations import merge, steps_of_summary
 
@@ -216,7 +225,7 @@ def share(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
         print(line, file=sys.stderr)
 
 
-def log(opened: "Opened", results: dict[str, TaskResult], pictures: list[Path]) -> None:
+def log_to_wandb(opened: "Opened", results: dict[str, TaskResult], pictures: list[Path]) -> None:
     """Add the figures and pictures to the wandb run of the run, where it has one."""
     if opened.run is None or opened.config is None or not (opened.run / "wandb-id.txt").is_file():
         return

@@ -24,14 +24,14 @@ from data.files import write_json
 from eval.methods import NONE, name_of
 from eval.results import write_result
 from eval.runs import Run, RunError
-from eval.tasks import Chosen
+from eval.tasks import ChosenTask
 from eval.tasks.intervals import Z95
 from eval.tasks.task import Subject, TaskResult
 
 FOLDER, KEY = "evaluations", "evaluations"
 
 
-def key_of(chosen: Chosen, text: str | None, method: str = NONE) -> str:
+def key_of(chosen: ChosenTask, text: str | None, method: str = NONE) -> str:
     """The key of a result: the task, the name of the text where that was given and changes the figures, the method."""
     of_method = "" if method == NONE else f"[{method}]"
     if not chosen.task.reads_text or text is None:
@@ -44,7 +44,7 @@ def file_name(key: str) -> str:
     return re.sub(r"[\[\](),]+", "-", key).rstrip("-")
 
 
-def digest_of(chosen: Chosen, subject: Subject) -> str:
+def digest_of(chosen: ChosenTask, subject: Subject) -> str:
     """Digest of what decides the figures beside the weights: the options, the context, the seed and the text."""
     from eval.scoring import digest_of as digest_of_files
 
@@ -55,8 +55,8 @@ def digest_of(chosen: Chosen, subject: Subject) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def record(
-    key: str, chosen: Chosen, subject: Subject, result: TaskResult, folder: Path, about: Mapping[str, Any]
+def write_evaluation(
+    key: str, chosen: ChosenTask, subject: Subject, result: TaskResult, folder: Path, about: Mapping[str, Any]
 ) -> list[Path]:
     """Write `key`.json and the pictures into `folder`, with the items of `about`; return the paths.
 

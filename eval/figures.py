@@ -161,7 +161,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [*BYTES, *COUNTS, *measured, *recorded]
 
 
-def not_alike(runs: Sequence[Run], name: str) -> bool:
+def measured_differently(runs: Sequence[Run], name: str) -> bool:
     """Tell whether `name` is a figure of a task that ran with other options, or on another text, for some of `runs`."""
     key = name.partition("/")[0]
     entries = [(of, entry) for run in runs for of, entry in _entries(run).items()]

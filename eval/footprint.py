@@ -30,7 +30,7 @@ from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
 from eval.fit import remarks
-from eval.released import load, shipped
+from eval.released import load, released_names
 from eval.released.report import MEANING as RELEASED_MEANING
 from eval.released.report import as_json
 from eval.released.report import remarks as model_remarks
@@ -281,9 +281,11 @@ def show_released(config: DictConfig, choices: Choices) -> None:
     context = RELEASED_CONTEXT if options.context is None else options.context
     check_counts(context, options.itemsize)
     given = options.hf.strip()
-    names = shipped() if given == "all" else [name.strip() for name in given.strip("[]").split(",") if name.strip()]
+    names = (
+        released_names() if given == "all" else [name.strip() for name in given.strip("[]").split(",") if name.strip()]
+    )
     if not names:
-        raise UsageError(f"hf={given} names no model; one of configs/released is {shipped()[0]}")
+        raise UsageError(f"hf={given} names no model; one of configs/released is {released_names()[0]}")
     models = [load(name) for name in names]
     if options.json:
         print(as_json(models, context, options.itemsize))

@@ -16,7 +16,7 @@ from arch.footprint import kv_bytes
 from arch.named import CONFIGS, load_arch, load_size
 from eval.families import FAMILIES, Family, family
 from eval.readme import CONTEXT, SIZE, committed, description
-from eval.released import Released, load, shipped
+from eval.released import Released, load, released_names
 from eval.units import bytes_text, number_text
 
 PAGE = CONFIGS.parent / "docs" / "layouts.md"
@@ -141,7 +141,7 @@ def put_mark(path: Path, text: str) -> None:
 
 def write() -> list[Path]:
     """Write the page, and the pictures that show something else than they should. Return the files that changed."""
-    layouts, models = plans(), [load(name) for name in shipped()]
+    layouts, models = plans(), [load(name) for name in released_names()]
     changed = []
     text = page(layouts, models)
     if not PAGE.is_file() or PAGE.read_text() != text:

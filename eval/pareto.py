@@ -28,10 +28,10 @@ from arch.footprint import kv_bytes
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
-from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, methods_of, names_of, not_alike
+from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
 from eval.identity import name_data
 from eval.methods import NONE
-from eval.released import load, shipped
+from eval.released import load, released_names
 from eval.runs import (
     Point,
     Run,
@@ -237,7 +237,7 @@ def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -
     is none of bytes of the cache."""
     if names and x not in BYTES:
         raise UsageError(f"reference= draws bytes of the KV cache, and x={x} is not; choose x={', '.join(BYTES)}")
-    given = [each for name in names for each in (shipped() if name == ALL else [name])]
+    given = [each for name in names for each in (released_names() if name == ALL else [name])]
     models = [load(name) for name in dict.fromkeys(given)]
     lines = [(model.name, BYTES[x][1](model.plan, context, itemsize)) for model in models]
     warn([f"{name} has no bytes on the axis {x}: no line" for name, value in lines if value <= 0])
@@ -329,7 +329,7 @@ def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) 
         lines += [
             f"{name} was measured with other options, or on other text, in some runs: it hardly compares"
             for name in (options.x, metric)
-            if not_alike(of, name)
+            if measured_differently(of, name)
         ]
     warn(dict.fromkeys(lines))
     return panels

@@ -19,7 +19,7 @@ from data.cli import UsageError
 from eval.evaluations import entry
 from eval.figures import axis
 from eval.runs import Run
-from eval.tasks import choose
+from eval.tasks import select_tasks
 from eval.tasks.harness import Options, by_prefix, result, run, window_of
 from eval.tasks.words import NOUNS
 
@@ -67,10 +67,10 @@ def test_figures_are_of_tasks_and_metrics() -> None:
 
 def test_options_of_a_task_of_lm_eval(tmp_path: Path) -> None:
     words = [f"lm_eval.include_path={tmp_path}", "lm_eval.limit=3"]
-    (chosen,) = choose(["lm-eval:a", "lm-eval:b"], words)
+    (chosen,) = select_tasks(["lm-eval:a", "lm-eval:b"], words)
     assert chosen.options == Options(names=("a", "b"), include_path=str(tmp_path), limit=3)
     with pytest.raises(UsageError, match=r"lm_eval\.limit is 0.*\nlm_eval\.include_path is .*none, which is no folder"):
-        choose(["lm-eval:a"], [f"lm_eval.include_path={tmp_path}/none", "lm_eval.limit=0"])
+        select_tasks(["lm-eval:a"], [f"lm_eval.include_path={tmp_path}/none", "lm_eval.limit=0"])
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm-eval is installed")

@@ -8,7 +8,7 @@ from conftest import ARCHS
 
 from eval import layouts
 from eval.families import BLOCKS, BOTH, FAMILIES, FIRST_FITTING, FULL, LATENTS, POOLS, SHARING, STATES, WINDOWS, family
-from eval.released import load, shipped
+from eval.released import load, released_names
 
 AGAIN = (
     "a layout or a released model was added, changed or removed: run  python eval/readme.py  and commit docs/layouts"
@@ -16,7 +16,7 @@ AGAIN = (
 
 
 def test_the_page_and_its_pictures_are_those_of_the_plans() -> None:
-    plans, models = layouts.plans(), [load(name) for name in shipped()]
+    plans, models = layouts.plans(), [load(name) for name in released_names()]
     assert layouts.page(plans, models) == layouts.PAGE.read_text(), AGAIN
     drawn = layouts.pictures(plans, models)
     assert {path.stem for path in layouts.PICTURES.iterdir()} == set(drawn), AGAIN

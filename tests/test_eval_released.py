@@ -13,7 +13,7 @@ from arch import SizeConfig, model_config, resolve
 from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto, released
-from eval.released import FOLDER, ReleasedError, load, shipped
+from eval.released import FOLDER, ReleasedError, load, released_names
 from eval.released.defaults import DEFAULTS
 from eval.released.rules import TEXT_TYPES, TYPES, UNFIGURED
 
@@ -91,7 +91,7 @@ EXPECTED = {
 
 
 def test_bytes_of_the_models_that_ship() -> None:
-    assert shipped() == sorted(EXPECTED)
+    assert released_names() == sorted(EXPECTED)
     for name, (slope, constant) in EXPECTED.items():
         kv = kv_bytes(load(name).plan, CONTEXT)
         assert (kv.per_token, kv.constant, kv.stored) == (slope, constant, slope * CONTEXT + constant), name
@@ -156,7 +156,7 @@ def test_files_hold_what_decides_bytes_and_a_source(monkeypatch: pytest.MonkeyPa
     made: list[Any] = []
     keys = released.Keys
     monkeypatch.setattr(released, "Keys", lambda *given: made.append(keys(*given)) or made[-1])
-    for name in shipped():
+    for name in released_names():
         values = json.loads((FOLDER / f"{name}.json").read_text())
         load(name)
         unread = {key for key in values if not key.startswith("_")} - made[-1].read - {"model_type"}
@@ -434,7 +434,7 @@ def test_command(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert "phi-4" in capsys.readouterr().out
     run("hf=all")
     text = capsys.readouterr().out
-    assert all(name in text for name in shipped())
+    assert all(name in text for name in released_names())
 
 
 @pytest.mark.parametrize(
@@ -498,6 +498,6 @@ def test_lines_are_bytes_of_the_axis(capsys: pytest.CaptureFixture) -> None:
     assert lines == {"gemma-3-1b": gqa(4, 1, 256)}
     assert "mistral-7b-v0.1 has no bytes on the axis per_token" in capsys.readouterr().err
     every = pareto.reference_lines(["gemma-3-1b", "all"], "stored", 8, 2)
-    assert [name for name, _ in every].count("gemma-3-1b") == 1 and len(every) == len(shipped())
+    assert [name for name, _ in every].count("gemma-3-1b") == 1 and len(every) == len(released_names())
     stored = dict(pareto.reference_lines(["gemma-4-e2b"], "read", CONTEXT, 2))
     assert stored["gemma-4-e2b"] == 7 * CONTEXT * gqa(1, 1, 512) + 28 * 512 * gqa(1, 1, 256)

@@ -14,7 +14,7 @@ from conftest import ROOT
 from data.cli import UsageError
 from eval.evaluate import main
 from eval.scoring import repeats
-from eval.tasks import TASKS, choose
+from eval.tasks import TASKS, select_tasks
 from train import load
 from train.source import Source
 from train.subjects import open_subject
@@ -48,7 +48,7 @@ def result(path: Path) -> dict:
 )
 def test_mistakes_in_options(names: list[str], words: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        choose(names, words)
+        select_tasks(names, words)
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture) -> None:

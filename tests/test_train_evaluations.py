@@ -17,7 +17,7 @@ from oracles import subject
 from test_train_command import SMALL
 
 import arch
-from eval.tasks import TASKS, choose
+from eval.tasks import TASKS, select_tasks
 from eval.tasks.task import Options, Share, Subject, Task, TaskResult
 from train.pretrain import main
 from train.schema import EvalsConfig, PretrainConfig, evals_problems
@@ -67,7 +67,7 @@ SHARED = {
 def test_processes_share_a_task(name: str, lockstep: bool, tmp_path: Path) -> None:
     """Three give the result of one, to the last digit, and each makes fewer forward passes; as many as the others where
     the model is in parts, and then all of them where a text decides how many there are."""
-    (chosen,) = choose([name], SHARED[name])
+    (chosen,) = select_tasks([name], SHARED[name])
     text = tmp_path / "a.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 4)
     model = arch.build("cla2", "tiny", num_layers=2, vocab_size=300).eval()

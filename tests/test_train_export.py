@@ -49,7 +49,7 @@ from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.records import Training
 from train.hub.request import ExportConfig
 from train.hub.run_info import load_corpus
-from train.hub.targets import TRANSFORMERS_FLOOR, choose
+from train.hub.targets import TRANSFORMERS_FLOOR, select_target
 from train.hub.verify_protocol import Request, Response
 from train.schema import PretrainConfig
 
@@ -119,7 +119,7 @@ def target_of(name: str) -> str:
 @pytest.mark.parametrize("name", ARCHS)
 def test_which_target_a_layout_gets(name: str) -> None:
     config = small(name)
-    target, passed = choose(config, resolve(config))
+    target, passed = select_target(config, resolve(config))
     assert target.model_class == target_of(name)
     before = {"Shipped": ["stock", "remote"], "KVFrontier": ["stock"]}
     assert list(passed) == next((names for part, names in before.items() if part in target.model_class), [])

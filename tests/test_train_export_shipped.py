@@ -37,7 +37,7 @@ from train.errors import TrainingError
 from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader
 from train.hub.request import ExportConfig
-from train.hub.targets import TRANSFORMERS_FLOOR, choose
+from train.hub.targets import TRANSFORMERS_FLOOR, select_target
 from train.import_hf import ImportConfig
 
 transformers = pytest.importorskip("transformers", minversion=TRANSFORMERS_FLOOR)
@@ -581,7 +581,7 @@ def test_lm_eval_scores_the_object(name: str, tmp_path: Path, corpus: Path) -> N
 def test_it_is_the_last_resort() -> None:
     for name, (layout, changes) in LAYOUTS.items():
         config = small(layout, **changes)
-        target, passed = choose(config, resolve(config))
+        target, passed = select_target(config, resolve(config))
         assert (target.name, list(passed)) == ("shipped", ["stock", "remote"]), name
     config = small("gqa2")
-    assert choose(config, resolve(config), "shipped")[0].name == "shipped"
+    assert select_target(config, resolve(config), "shipped")[0].name == "shipped"

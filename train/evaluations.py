@@ -19,8 +19,8 @@ from arch.generation import evaluating
 from data.cli import TaskError, UsageError
 from data.files import DataError
 from data.tokenizer import pretrained
-from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, record, recorded_step
-from eval.tasks import Chosen
+from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, recorded_step, write_evaluation
+from eval.tasks import ChosenTask
 from eval.tasks.task import Prepared, Share, Subject, TaskResult
 from train.datamodule import TokenDataModule
 from train.device import synchronize
@@ -40,7 +40,7 @@ class Evaluations(L.Callback):
     def __init__(self, config: EvalsConfig, run: Path):
         self.run, self.every = run, config.every
         self.texts = tuple(Path(path) for path in config.text)
-        self.tasks: list[Chosen] = chosen_tasks(config)
+        self.tasks: list[ChosenTask] = chosen_tasks(config)
         self.step = 0  # of the last evaluation
         self.entries: dict[str, Any] = {}
 
@@ -98,10 +98,10 @@ class Evaluations(L.Callback):
                 self.entries[key] = entry(result, self.step, digest_of(chosen, subject))
                 self._log(trainer, chosen, subject, result)
 
-    def _key(self, chosen: Chosen) -> str:
+    def _key(self, chosen: ChosenTask) -> str:
         return key_of(chosen, str(self.texts[0]) if self.texts else None)
 
-    def _log(self, trainer: L.Trainer, chosen: Chosen, subject: Subject, result: TaskResult) -> None:
+    def _log(self, trainer: L.Trainer, chosen: ChosenTask, subject: Subject, result: TaskResult) -> None:
         """Write the result into the folder of the run, and its figures to the loggers and a line."""
         key, figures = self._key(chosen), plain(result.figures)
         for logger in trainer.loggers:
@@ -111,7 +111,7 @@ class Evaluations(L.Callback):
         if not trainer.is_global_zero:
             return
         try:
-            paths = record(key, chosen, subject, result, self.run / FOLDER, {"step": self.step})
+            paths = write_evaluation(key, chosen, subject, result, self.run / FOLDER, {"step": self.step})
         except OSError as error:  # a full disk ends the run with its next checkpoint, not with a picture
             print(f"warning: {self.run / FOLDER} cannot be written ({error.strerror})", file=sys.stderr)
             paths = []

@@ -14,7 +14,7 @@ from arch import ArchConfig, ModelConfig, Plan, SizeConfig
 from arch.config import MAX_COUNT
 from data.cli import UsageError, value_text
 from data.config import DataConfig
-from eval.tasks import Chosen, choose
+from eval.tasks import ChosenTask, select_tasks
 
 if TYPE_CHECKING:
     from data.batches import SequenceFormat
@@ -224,8 +224,8 @@ def problems(config: PretrainConfig) -> list[str]:
     return found + block_problems(config) + optim_problems(config.optim) + evals_problems(config.evals)
 
 
-def chosen_tasks(config: EvalsConfig) -> list[Chosen]:
-    """The tasks with their options. Raises UsageError as `eval.tasks.choose`, and where options are no mapping."""
+def chosen_tasks(config: EvalsConfig) -> list[ChosenTask]:
+    """The tasks with their options. Raises UsageError as `select_tasks`, and if the options are no mapping."""
     words = []
     if config.options is not None and not isinstance(config.options, dict):
         raise UsageError(f"evals.options is {config.options!r}; write evals.options={{TASK: {{OPTION: value}}}}")
@@ -233,7 +233,7 @@ def chosen_tasks(config: EvalsConfig) -> list[Chosen]:
         if not isinstance(options, dict):
             raise UsageError(f"{name} is {options!r}; write evals.options={{{name}: {{OPTION: value}}}}")
         words += [f"{name}.{key}={option_text(value)}" for key, value in options.items()]
-    return choose(config.tasks, words) if config.tasks or words else []
+    return select_tasks(config.tasks, words) if config.tasks or words else []
 
 
 def option_text(value: Any) -> str:

@@ -73,18 +73,18 @@ def released(config: Any, name: str) -> Released:
     return Released(name, kind, source, assemble(caching), len(layers) - len(caching))
 
 
-def shipped() -> list[str]:
+def released_names() -> list[str]:
     """Names of the models whose configuration is in this repository, without what decides no byte of the cache."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load(given: str) -> Released:
-    """The model of a config.json, of a folder with one, of a name among `shipped()`, or of a repository of the hub.
+    """The model of a config.json, of a folder with one, of one of `released_names()`, or of a repository of the hub.
 
     Raises ReleasedError where there is none, where it cannot be read, and where its cache cannot be figured.
     """
     path = Path(given)
-    if given in shipped():
+    if given in released_names():
         return released(_read(FOLDER / f"{given}.json"), given)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -93,10 +93,10 @@ def load(given: str) -> Released:
     if path.is_file():
         return released(_read(path), given)
     if path.suffix == ".json" or not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        near = did_you_mean(given, shipped())
+        near = did_you_mean(given, released_names())
         raise ReleasedError(
             f"there is no {given}{near} Give a config.json, a folder with one, a hub name as Qwen/Qwen3-8B, or one of "
-            f"{', '.join(shipped())}"
+            f"{', '.join(released_names())}"
         )
     return released(_read(_of_hub(given)), given)
 

@@ -11,7 +11,7 @@ from data.cli import UsageError, did_you_mean, parse
 from eval.tasks import compressed, copying, decoding, harness, needles, perplexity, recall
 from eval.tasks.task import Options, Subject, Task, TaskResult
 
-__all__ = ["TASKS", "Chosen", "Options", "Subject", "Task", "TaskResult", "choose", "sections"]
+__all__ = ["TASKS", "ChosenTask", "Options", "Subject", "Task", "TaskResult", "sections", "select_tasks"]
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),
@@ -26,7 +26,7 @@ TASKS: dict[str, Task] = {
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenTask:
     """A task with its options."""
 
     name: str
@@ -47,7 +47,7 @@ def sections() -> dict[str, type]:
     return {section(name): task.options for name, task in TASKS.items()}
 
 
-def choose(names: Sequence[str], words: Sequence[str] = ()) -> list[Chosen]:
+def select_tasks(names: Sequence[str], words: Sequence[str] = ()) -> list[ChosenTask]:
     """The tasks `names`, each once, with the options among `words` (`recall.pairs=8`).
 
     Raises UsageError on an unknown task or option, on options of a task that is not among `names`, and on a value of
@@ -79,5 +79,5 @@ def choose(names: Sequence[str], words: Sequence[str] = ()) -> list[Chosen]:
             options = replace(options, **{task.argument: tuple(dict.fromkeys(collected))})
         if problems := options.problems():
             raise UsageError("\n".join(f"{section(name)}.{problem}" for problem in problems))
-        chosen.append(Chosen(name, task, options))
+        chosen.append(ChosenTask(name, task, options))
     return chosen

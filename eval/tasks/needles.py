@@ -134,8 +134,8 @@ def all_makers(
                 draft = samples.needle(needles[kind], subject.tokenizer, random, depth or 0.0, options.choices)
             most = 30 if kind == "variables" else 128
             if kind in ("passkey", "variables"):
-                return samples.fitted(draft, Haystack.noise, subject.tokenizer, length, most)
-            return samples.fitted(draft, lambda: Haystack.text(text, random), subject.tokenizer, length, most)
+                return samples.fill_draft(draft, Haystack.noise, subject.tokenizer, length, most)
+            return samples.fill_draft(draft, lambda: Haystack.text(text, random), subject.tokenizer, length, most)
 
         return make
 

@@ -68,7 +68,7 @@ def new_tokens(tokenizer: Tokenizer, answers: Sequence[str], most: int, length: 
     return max(len(tokenizer.encode(" " + ", ".join(answers))) + 8, min(most, length // 8))
 
 
-def fitted(
+def fill_draft(
     draft: Draft,
     haystack: Callable[[], Haystack],
     tokenizer: Tokenizer,
@@ -103,8 +103,8 @@ def fitted(
     return Sample(text, tokens, new, draft.answers, draft.right, draft.wrong, depth)
 
 
-def alike(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[str]:
-    """`count` of `texts` with as many tokens each, as far as there are: else one would be likelier for its length."""
+def of_equal_length(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[str]:
+    """`count` of `texts`, of one number of tokens as far as possible: a shorter text would be the likelier one."""
     groups: dict[int, list[str]] = {}
     for text in texts:
         groups.setdefault(len(tokenizer.encode(f" {text}")), []).append(text)
@@ -112,13 +112,13 @@ def alike(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[str]:
     return [*largest, *(text for text in texts if text not in largest)][:count]
 
 
-def numbers_alike(tokenizer: Tokenizer, random: np.random.Generator, count: int, digits: int) -> list[str]:
-    """Different numbers, with as many tokens each."""
-    return alike(tokenizer, draw_numbers(random, POOL * count, digits), count)
+def equal_length_numbers(tokenizer: Tokenizer, random: np.random.Generator, count: int, digits: int) -> list[str]:
+    """Different numbers of one number of tokens."""
+    return of_equal_length(tokenizer, draw_numbers(random, POOL * count, digits), count)
 
 
 def passkey(tokenizer: Tokenizer, random: np.random.Generator, depth: float, choices: int) -> Draft:
-    key, *others = numbers_alike(tokenizer, random, choices, digits=5)
+    key, *others = equal_length_numbers(tokenizer, random, choices, digits=5)
     return Draft(
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
         "about the important information there.",
@@ -148,7 +148,7 @@ def needle(task: NeedleTask, tokenizer: Tokenizer, random: np.random.Generator, 
     """
     keys = draw_pairs(random, task.keys)
     wanted = task.queries * task.values
-    numbers = numbers_alike(tokenizer, random, task.keys * task.values + choices, digits=7)
+    numbers = equal_length_numbers(tokenizer, random, task.keys * task.values + choices, digits=7)
     spare = numbers[task.keys * task.values :]
     values = [numbers[k * task.values : (k + 1) * task.values] for k in range(task.keys)]
     depths = [depth, *random.uniform(0, 100, task.keys * task.values - 1).tolist()]
@@ -205,7 +205,7 @@ def variables(tokenizer: Tokenizer, random: np.random.Generator, chains: int, ho
     drawn = [
         name for name in draw_names(random, POOL * size * (chains + 1), 5) if not any(part in name for part in short)
     ]
-    everything = alike(tokenizer, drawn, size * (chains + 1))
+    everything = of_equal_length(tokenizer, drawn, size * (chains + 1))
     names = [everything[chain * size : (chain + 1) * size] for chain in range(chains)]
     nowhere = everything[chains * size :]
     short_number, *numbers = draw_numbers(random, chains + 1, digits=5)
@@ -261,7 +261,7 @@ def common_words(tokenizer: Tokenizer, length: int, common: int, seed: Sequence[
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     random = np.random.default_rng(seed)
     drawn = draw_words(random, max(3 * common, length // (3 * seldom)))  # an entry has 3 tokens at least
-    choices = alike(tokenizer, drawn, 2 * common)
+    choices = of_equal_length(tokenizer, drawn, 2 * common)
     right, wrong = choices[:common], choices[common:]
     rest = [*wrong, *(word for word in drawn if word not in choices)]
     example = draw_words(random, 2 * common if length < 4096 else 4 * common)

@@ -14,7 +14,7 @@ from train.hub.folder_writer import write_settings, write_tokenizer, write_weigh
 from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
 from train.hub.run_info import describe_training, load_corpus
-from train.hub.targets import Target, choose
+from train.hub.targets import Target, select_target
 from train.hub.tensor_files import DTYPES
 from train.hub.upload import check_push, push
 from train.hub.verify import table, verify
@@ -37,7 +37,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     folder = checkpoint.resolve(request.checkpoint)
     reader = CheckpointReader(folder)
     config, plan = reader.model()
-    target, refused = choose(config, plan, options.target)
+    target, refused = select_target(config, plan, options.target)
     reader.check(target.weights)
     run = run_of(folder)
     run_config = None if run is None else load_config(run)

@@ -171,11 +171,11 @@ def rewrite_imports(code: str) -> str:
     return re.sub(FROM_ARCH, r"from .\1 import", code, flags=re.MULTILINE)
 
 
-# In the order in which `choose` tries them.
+# In the order in which `select_target` tries them.
 TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock, "remote": remote, "shipped": shipped}
 
 
-def choose(config: ModelConfig, plan: Plan, name: str = "auto") -> tuple[Target, dict[str, str]]:
+def select_target(config: ModelConfig, plan: Plan, name: str = "auto") -> tuple[Target, dict[str, str]]:
     """Return the target `name`, or with `auto` the first that holds the model, and why those before it do not.
 
     Raises UsageError where there is none.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import Chosen
+from eval.tasks import ChosenTask
 from train.schema import EvalsConfig, chosen_tasks, option_text
 
 LAUNCHERS = ("local", "slurm")
@@ -95,7 +95,7 @@ class StudyConfig:
         return list(own[arch]) if arch in own else [f"+arch={arch}"]
 
     @property
-    def chosen(self) -> list[Chosen]:
+    def chosen(self) -> list[ChosenTask]:
         """The tasks with their options. Raises UsageError where there is no such task or option."""
         return chosen_tasks(EvalsConfig(tasks=self.tasks, options=self.options))
 
