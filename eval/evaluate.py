@@ -229,12 +229,12 @@ def log_to_wandb(opened: "Opened", results: dict[str, TaskResult], pictures: lis
     """Add the figures and pictures to the wandb run of the run, where it has one."""
     if opened.run is None or opened.config is None or not (opened.run / "wandb-id.txt").is_file():
         return
-    from train.loggers import record_evaluations  # brings wandb
+    from train.loggers import log_evaluations  # brings wandb
 
     scalars = {
         f"evaluations/{key}/{name}": value for key, found in results.items() for name, value in found.figures.items()
     }
-    record_evaluations(opened.config, opened.run, scalars, pictures)
+    log_evaluations(opened.config, opened.run, scalars, pictures)
 
 
 if __name__ == "__main__":

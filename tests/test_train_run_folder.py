@@ -376,7 +376,7 @@ def test_neighbours_that_cannot_be_read_are_named(
         return exists(self)
 
     monkeypatch.setattr(Path, "exists", private)
-    loggers.record(ended, {}, 2, 32, [])
+    loggers.log_final(ended, {}, 2, 32, [])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("left out of the Pareto picture: ") for line in lines), lines
     assert len(json.loads((ended / "pareto" / "pareto.json").read_text())) == 1
@@ -395,7 +395,7 @@ def test_a_picture_fails_no_run(
     logger = loggers.WandbLogger.__new__(loggers.WandbLogger)
     monkeypatch.setattr(loggers.WandbLogger, "experiment", SimpleNamespace(summary=sent))
     monkeypatch.setattr(loggers, "write", fail)
-    loggers.record(ended, {"final/ppl": 3.0}, 2, 32, [logger])
+    loggers.log_final(ended, {"final/ppl": 3.0}, 2, 32, [logger])
     assert sent == {"final/ppl": 3.0}
     assert "no Pareto picture: " in capsys.readouterr().err
 

@@ -105,7 +105,7 @@ def wandb_key() -> bool:
     return any(urlparse(server).hostname in known for server in servers)
 
 
-def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int, loggers: Sequence[Logger]) -> None:
+def log_final(folder: Path, scalars: dict[str, float], itemsize: int, context: int, loggers: Sequence[Logger]) -> None:
     """Add `scalars` to wandb's summary; write the Pareto picture of a finished run and its neighbours, and log it.
 
     They are plain scalars there, so wandb's scatter panel can draw the curve across runs. The run has ended: a picture
@@ -123,9 +123,7 @@ def record(folder: Path, scalars: dict[str, float], itemsize: int, context: int,
         print(f"no Pareto picture: {error or type(error).__name__}; eval/pareto.py makes it", file=sys.stderr)
 
 
-def record_evaluations(
-    config: PretrainConfig, folder: Path, scalars: dict[str, float], pictures: Sequence[Path]
-) -> None:
+def log_evaluations(config: PretrainConfig, folder: Path, scalars: dict[str, float], pictures: Sequence[Path]) -> None:
     """Add `scalars` and `pictures` to the wandb run of the run in `folder`, where it has one."""
     if not config.logger.wandb or os.environ.get("WANDB_MODE") == "disabled" or not (folder / "wandb-id.txt").is_file():
         return

@@ -35,7 +35,7 @@ from train.fp8 import check_fp8
 from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
-from train.loggers import loggers, record
+from train.loggers import log_final, loggers
 from train.metrics import Metrics, ProgressBar
 from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, num_steps
@@ -258,7 +258,7 @@ def finish(
         f"{val['bpb']:.4f} bits per byte{counted}\nrun folder: {visible(str(folder))}"
     )
     scalars = {f"final/{name}": value for name, value in val.items()} | static_metrics(config, plan)
-    record(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
+    log_final(folder, scalars, config.kv_itemsize, config.context, trainer.loggers)
 
 
 def build_trainer(
