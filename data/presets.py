@@ -53,7 +53,7 @@ def load(name: str, overrides: list[str]) -> DataConfig:
     return config
 
 
-def command(config: PrepareConfig) -> str:
+def prepare_command(config: PrepareConfig) -> str:
     """The command that prepares `config`."""
     return shlex.join(["python", "data/prepare.py", config.name, *_changes("", asdict(config), asdict(_base(config)))])
 

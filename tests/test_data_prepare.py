@@ -28,7 +28,7 @@ from data import writing
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError, sha256
 from data.prepare import main, prepare
-from data.presets import command, load, names
+from data.presets import load, names, prepare_command
 from data.shards import Manifest, read_offsets
 from data.sources import Position, TextSource
 from data.tokenizer import PIECE, Encoder, byte_tokenizer, dtype_of, end_token, token_bytes
@@ -504,13 +504,13 @@ def test_the_schema_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_config_says_its_own_name_and_command(name: str) -> None:
     assert load(name, []).name == name
-    assert command(load(name, []).preparation) == f"python data/prepare.py {name}"
+    assert prepare_command(load(name, []).preparation) == f"python data/prepare.py {name}"
     changed = load(name, ["source.text=body", "tokenizer.vocab_size=512", "max_tokens=5"])
     shown = "python data/prepare.py " + name + " source.text=body tokenizer.vocab_size=512 max_tokens=5"
-    assert command(changed.preparation) == shown
+    assert prepare_command(changed.preparation) == shown
     assert load(name, shown.split()[3:]) == changed
     listed = load(name, ["source.train=[a b/*,c]"])
-    assert load(name, shlex.split(command(listed.preparation))[3:]) == listed
+    assert load(name, shlex.split(prepare_command(listed.preparation))[3:]) == listed
 
 
 def gpt_neox_like(path: Path) -> None:

@@ -20,7 +20,7 @@ import data.corpora
 from data import held_out, prepare, reading, source_record, tokenizer
 from data.config import PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import DataError
-from data.presets import command, load
+from data.presets import load, prepare_command
 from data.shards import Manifest, Split, text_bytes_of_tokens
 from data.sources import TextSource
 from data.tokenizer import Encoder, byte_tokenizer, train_bpe
@@ -311,7 +311,7 @@ def test_values_are_taken_as_typed(word: str, value: object) -> None:
         found = getattr(found, part)
     assert found == value and type(found) is type(value)
     if not word.startswith("name="):
-        assert load("files", shlex.split(command(config.preparation))[3:]) == config
+        assert load("files", shlex.split(prepare_command(config.preparation))[3:]) == config
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from train.estimates.memory import (
     temporary_bytes,
     working_bytes,
 )
-from train.lit_module import local
+from train.lit_module import local_shard
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import hybrid_mesh, parallelize
@@ -138,7 +138,7 @@ class Storages(TorchDispatchMode):
         out, made = func(*args, **(kwargs or {})), False
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                storage = local(leaf).untyped_storage()
+                storage = local_shard(leaf).untyped_storage()
                 if storage._cdata not in self.before and storage not in self.alive:
                     self.alive.add(storage)
                     made = True
@@ -149,7 +149,7 @@ class Storages(TorchDispatchMode):
 
 def total(tensors: Iterator[torch.Tensor]) -> int:
     """Bytes of the distinct storages of what this process has of `tensors`."""
-    storages = [local(tensor).untyped_storage() for tensor in tensors]
+    storages = [local_shard(tensor).untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 

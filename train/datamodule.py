@@ -17,7 +17,7 @@ from data.dotted import lookup
 from data.files import DataError
 from data.mixture import EvalWindows, Mixture, weights_of
 from data.prepare import prepare
-from data.presets import changed_limits, command, overridden
+from data.presets import changed_limits, overridden, prepare_command
 from data.shards import Manifest, TokenWindows, text_bytes_of_tokens
 from data.writing import differences
 from eval.identity import Identity
@@ -160,7 +160,7 @@ def open_data(config: DataConfig) -> dict[Path, Manifest]:
                 raise DataError(f"{folder} was prepared with {was}; prepare another folder and name it with data.path=")
         return {folder: manifest}
     if not preparation.source.corpus:
-        raise DataError(f"{folder} is not prepared yet; run\n  {command(preparation)}")
+        raise DataError(f"{folder} is not prepared yet; run\n  {prepare_command(preparation)}")
     return {folder: prepare(replace(preparation, workers=preparation.workers or 1))}
 
 
@@ -181,5 +181,5 @@ def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
             raise DataError(
                 f"{folder} was prepared with {differences(prepared, given)}, and training does not change it. Leave "
                 f"out {' and '.join(f'data.{key}' for key in wrong)}, or prepare another folder and train with "
-                f"data.path=FOLDER:\n  {command(replace(config.preparation, path='FOLDER'))}"
+                f"data.path=FOLDER:\n  {prepare_command(replace(config.preparation, path='FOLDER'))}"
             )

@@ -246,11 +246,11 @@ def make_estimate(
         "roof_mfu": roof.mfu,
         "hours": hours,
         "gpu_hours": hours * how.world,
-        "command": command(config, typed, micro),
+        "command": pretrain_command(config, typed, micro),
     }
 
 
-def command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
+def pretrain_command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
     """The command line that starts the run: the typed words, and the estimated execution."""
     trainer = config.trainer
     own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer.micro_batch=", "trainer=")

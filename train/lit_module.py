@@ -148,7 +148,7 @@ class LitModel(L.LightningModule):
 
     def check_finite(self) -> None:
         """Raises TrainingError if a weight of any process is not finite."""
-        broken = torch.stack([(~local(p).isfinite()).any() for p in self.parameters()]).sum()
+        broken = torch.stack([(~local_shard(p).isfinite()).any() for p in self.parameters()]).sum()
         if self.trainer.strategy.reduce(broken.float(), reduce_op="sum").item():
             raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {DIVERGENCE_HINT}")
 
@@ -169,6 +169,6 @@ def lit_model(module: L.LightningModule) -> LitModel:
     return module
 
 
-def local(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Tensor) -> Tensor:
     """Return the shard of a parameter that this process has."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
