@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from .files import DataError
 
-ENOUGH = 8  # documents of each split, from which on whole documents are chosen
-SHARE = 0.005  # where the share is left to us: of the documents or, if there are few, of the text, ...
-LEAST, MOST = 2**16, 0.1  # ... of which it is at least LEAST characters, unless that is more than MOST of it
+MIN_DOCUMENTS = 8  # of each split, for whole documents to be chosen
+DEFAULT_SHARE = 0.005  # of the documents or, if there are few, of the text: ...
+MIN_CHARS, MAX_FRACTION = 2**16, 0.1  # ... at least MIN_CHARS characters, but no more than MAX_FRACTION of the text
 LINE = 4096  # characters in which the end of a line is looked for
 
 
-class Part(NamedTuple):
+class TextSpan(NamedTuple):
     """Characters `begin` to `end` of a document, and their split."""
 
     split: str
@@ -35,7 +35,7 @@ class HeldOut:
     """
 
     shares: dict[str, float] = field(default_factory=dict)
-    cuts: dict[int, tuple[Part, ...]] | None = None
+    cuts: dict[int, tuple[TextSpan, ...]] | None = None
     summary: str = ""
 
     def parts(self, text: str, raw: bytes) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ class HeldOut:
 
 def by_hash(shares: dict[str, float | None]) -> HeldOut:
     """Hold out whole documents. `shares` maps split -> share, None where it is left to us."""
-    chosen = {split: SHARE if share is None else share for split, share in shares.items()}
+    chosen = {split: DEFAULT_SHARE if share is None else share for split, share in shares.items()}
     texts = " and ".join(f"{share:.3g} of the documents for {split}" for split, share in chosen.items())
     return HeldOut(chosen, None, f"held out: {texts}, chosen by a hash")
 
@@ -63,7 +63,7 @@ def by_hash(shares: dict[str, float | None]) -> HeldOut:
 def hold_out(documents: Iterable[tuple[str, bytes, str]], shares: dict[str, float | None], name: str) -> HeldOut:
     """Decide what is held out of the training documents (text, UTF-8, source file).
 
-    Where each split gets ENOUGH documents, a hash chooses them, and no more documents than that are read here. Where
+    If each split gets MIN_DOCUMENTS documents, a hash chooses them, and no more documents than that are read here. If
     there are fewer, the end of the text is held out, test after val, cut at the end of a line or of a document.
 
     Raises DataError if a split would have no text.
@@ -75,7 +75,7 @@ def hold_out(documents: Iterable[tuple[str, bytes, str]], shares: dict[str, floa
     for text, raw, source in documents:
         key = _hash(raw)
         counts[whole.split_of(key)] += 1
-        if min(counts[split] for split in ("train", *shares)) >= ENOUGH:
+        if min(counts[split] for split in ("train", *shares)) >= MIN_DOCUMENTS:
             return whole
         lengths.append(len(text))
         keys.append(key)
@@ -83,24 +83,24 @@ def hold_out(documents: Iterable[tuple[str, bytes, str]], shares: dict[str, floa
             sources.append((len(lengths) - 1, source))
     starts = array("Q", accumulate(lengths, initial=0))
     total = end = starts[-1]
-    bounds: list[Part] = []
+    bounds: list[TextSpan] = []
     for split in reversed(shares):
         begin = _begin(end, _size(shares[split], total), starts)
         if begin >= end or begin < 1:
             raise no_text(name, split if begin >= end else "train", len(lengths))
-        bounds.insert(0, Part(split, begin, end))
+        bounds.insert(0, TextSpan(split, begin, end))
         end = begin
-    cuts: dict[int, tuple[Part, ...]] = {}
+    cuts: dict[int, tuple[TextSpan, ...]] = {}
     for number in range(len(lengths)):
         start, stop = starts[number], starts[number + 1]
         if stop > end:
             inside = [
-                Part(part.split, max(part.begin, start), min(part.end, stop))
-                for part in [Part("train", 0, end), *bounds]
+                TextSpan(part.split, max(part.begin, start), min(part.end, stop))
+                for part in [TextSpan("train", 0, end), *bounds]
             ]
             cuts.setdefault(
                 keys[number],
-                tuple(Part(p.split, p.begin - start, p.end - start) for p in inside if p.begin < p.end),
+                tuple(TextSpan(p.split, p.begin - start, p.end - start) for p in inside if p.begin < p.end),
             )
     return HeldOut({}, cuts, _summary(bounds, total, starts, sources))
 
@@ -121,7 +121,11 @@ def no_text(name: str, split: str, documents: int) -> DataError:
 
 def _size(share: float | None, total: int) -> int:
     """Characters to hold out."""
-    return int(share * total) if share is not None else int(min(max(SHARE * total, LEAST), MOST * total))
+    return (
+        int(share * total)
+        if share is not None
+        else int(min(max(DEFAULT_SHARE * total, MIN_CHARS), MAX_FRACTION * total))
+    )
 
 
 def _begin(end: int, size: int, starts: array) -> int:  # type: ignore[type-arg]
@@ -132,7 +136,7 @@ def _begin(end: int, size: int, starts: array) -> int:  # type: ignore[type-arg]
     return start if start > 0 and stop - start <= size else begin
 
 
-def _cut(text: str, parts: tuple[Part, ...]) -> list[tuple[str, str]]:
+def _cut(text: str, parts: tuple[TextSpan, ...]) -> list[tuple[str, str]]:
     """The parts of a document, each cut after a line or a word near by; blank parts are left out."""
     begins = [0]
     for part in parts[1:]:
@@ -144,7 +148,7 @@ def _cut(text: str, parts: tuple[Part, ...]) -> list[tuple[str, str]]:
     return [(split, piece) for split, piece in pieces if piece and not piece.isspace()]
 
 
-def _summary(bounds: list[Part], total: int, starts: array, sources: list[tuple[int, str]]) -> str:  # type: ignore[type-arg]
+def _summary(bounds: list[TextSpan], total: int, starts: array, sources: list[tuple[int, str]]) -> str:  # type: ignore[type-arg]
     documents = len(starts) - 1
     texts = []
     for part in bounds:

@@ -29,7 +29,7 @@ from data import source_record
 from data.cli import fail, interrupted
 from data.config import PrepareConfig, RecallConfig, SourceConfig, TokenizerConfig, problems
 from data.files import DataError, sha256
-from data.held_out import ENOUGH, no_text
+from data.held_out import MIN_DOCUMENTS, no_text
 from data.listing import SourceFile
 from data.pool import encoded
 from data.presets import load, names
@@ -224,7 +224,7 @@ class Preparation:
         if self.source.held_out.cuts is not None:  # the text that is held out comes last
             return all(splits[split].full for split in self.source.can_yield(file))
         held_out = [splits[split] for split in self.source.held_out.shares] if own == "train" else []
-        return all(split.full or split.documents >= ENOUGH for split in held_out)
+        return all(split.full or split.documents >= MIN_DOCUMENTS for split in held_out)
 
     def _save(self, position: Position) -> None:
         for writer in self.writers.values():

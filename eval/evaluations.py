@@ -74,8 +74,8 @@ def write_evaluation(
         "options": asdict(chosen.options),
         "digest": digest_of(chosen, subject),
         "notes": list(result.notes),
-        "figures": plain(result.figures),
-        "rows": [plain(row) for row in result.rows],
+        "figures": json_values(result.figures),
+        "rows": [json_values(row) for row in result.rows],
         "samples": result.samples,
         **about,
     }
@@ -124,10 +124,10 @@ def entry(result: TaskResult, step: int, digest: str, method: str = NONE) -> dic
     """The entry of a result in summary.json."""
     of_method = {} if method == NONE else {"method": method}
     larger = {"larger": result.larger} if result.larger else {}
-    return {"step": step, "digest": digest, **of_method, "figures": plain(result.figures), **larger}
+    return {"step": step, "digest": digest, **of_method, "figures": json_values(result.figures), **larger}
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def json_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` as JSON has them: a number that is not finite as null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()

@@ -14,10 +14,10 @@ from conftest import ARCHS, BLOCKS, whole_depth
 from arch.named import names
 from train.benchmarks import gpu_counts
 from train.benchmarks.gpu_case import Options, model_config
-from train.benchmarks.gpu_code import SHARED_MEMORY, Assembled, Workshop, missing
+from train.benchmarks.gpu_code import SHARED_MEMORY, Assembled, Workshop, unavailable_reason
 from train.benchmarks.gpu_counts import OUT, count_operators, count_step, count_token, micro_batch_that_fits
 
-REASON = missing()
+REASON = unavailable_reason()
 needs_cuda_build = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.timeout(1800),

@@ -19,7 +19,7 @@ from arch.generation import evaluating
 from data.cli import TaskError, UsageError
 from data.files import DataError
 from data.tokenizer import pretrained
-from eval.evaluations import FOLDER, KEY, digest_of, entry, key_of, plain, recorded_step, write_evaluation
+from eval.evaluations import FOLDER, KEY, digest_of, entry, json_values, key_of, recorded_step, write_evaluation
 from eval.tasks import ChosenTask
 from eval.tasks.task import Prepared, Share, Subject, TaskResult
 from train.datamodule import TokenDataModule
@@ -103,7 +103,7 @@ class Evaluations(L.Callback):
 
     def _log(self, trainer: L.Trainer, chosen: ChosenTask, subject: Subject, result: TaskResult) -> None:
         """Write the result into the folder of the run, and its figures to the loggers and a line."""
-        key, figures = self._key(chosen), plain(result.figures)
+        key, figures = self._key(chosen), json_values(result.figures)
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"{KEY}/{key}/{name}": value for name, value in figures.items() if value is not None}, step=self.step

@@ -59,7 +59,7 @@ H100 = SimpleNamespace(
 )
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Explain what this Python lacks to make code for an H100; None if nothing."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; needed is {MISSING}"

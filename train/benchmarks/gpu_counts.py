@@ -53,9 +53,9 @@ from train.benchmarks.gpu_code import (
     as_on_an_h100,
     in_tf32,
     left_factor,
-    missing,
     onto,
     product,
+    unavailable_reason,
 )
 from train.estimates.activations import Execution
 from train.estimates.memory import step_memory
@@ -100,7 +100,7 @@ class CountsConfig:
 
 
 @dataclass
-class Part:
+class PartCost:
     """Cost of one part of a step: launches of kernels, bytes of those that compute no product, and the products."""
 
     launches: int = 0
@@ -137,13 +137,13 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, compiler: Compiler | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.compiler = compiler
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, PartCost] = {}
         self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not self.paused and computes(func):
-            part = self.parts.setdefault("" if self.compiler is None else self.compiler.part, Part())
+            part = self.parts.setdefault("" if self.compiler is None else self.compiler.part, PartCost())
             part.launches += 1
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
             if (left := left_factor(func, args)) is not None:
@@ -176,7 +176,7 @@ def micro_batch_that_fits(config: ModelConfig) -> int:
 class Step:
     """A micro-step of training, by its parts. `graphs`: of one call each, with the number of calls in a micro-step."""
 
-    parts: dict[str, Part]
+    parts: dict[str, PartCost]
     graphs: list[tuple[str, int, list[Lowered]]]
 
 
@@ -223,16 +223,16 @@ def count_step(config: ModelConfig, batch: int, workshop: Workshop, documents: b
         ran = [(key, traced, traced.calls.copy()) for key, traced in compiler.graphs.items() if traced.calls]
         known = {key: workshop.lower(key, traced, mode) for key, traced, _ in ran}
         outer = None if documents else count_outer_backward(config, batch, compiler)
-    parts: dict[str, Part] = {}
+    parts: dict[str, PartCost] = {}
     graphs = []
     for key, _, calls in ran:
         for name, count in calls.items():
             graphs.append((name, count, known[key]))
             for lowered in known[key]:
                 direction = name if name == "loss" else "backward" if lowered.backward else "forward"
-                parts.setdefault(direction, Part()).add(lowered, count)
-    parts["forward, outside of blocks"] = eager.parts.get("model", Part())
-    loss, eagerly = parts.setdefault("loss", Part()), eager.parts.get("loss", Part())
+                parts.setdefault(direction, PartCost()).add(lowered, count)
+    parts["forward, outside of blocks"] = eager.parts.get("model", PartCost())
+    loss, eagerly = parts.setdefault("loss", PartCost()), eager.parts.get("loss", PartCost())
     loss.launches, loss.bytes = loss.launches + eagerly.launches, loss.bytes + eagerly.bytes
     loss.products += eagerly.products
     if outer is not None:
@@ -240,7 +240,7 @@ def count_step(config: ModelConfig, batch: int, workshop: Workshop, documents: b
     return Step(parts, graphs)
 
 
-def count_outer_backward(config: ModelConfig, batch: int, compiler: Compiler) -> Part:
+def count_outer_backward(config: ModelConfig, batch: int, compiler: Compiler) -> PartCost:
     """The backward pass outside of blocks, with the sums of gradients over micro-steps, on fake tensors of the CPU.
 
     The second micro-step is counted, since the first has nothing to add to.
@@ -258,7 +258,7 @@ def count_outer_backward(config: ModelConfig, batch: int, compiler: Compiler) ->
             eager.paused = False
             eager.parts.clear()
             loss.backward()  # type: ignore[no-untyped-call]
-    found: Part = eager.parts.get("", Part())
+    found: PartCost = eager.parts.get("", PartCost())
     return found
 
 
@@ -482,17 +482,17 @@ def main(arguments: list[str]) -> None:
     archs = config.archs or tuple(names("arch"))
     if config.toy:
         path = config.out / "operators.json"
-        counts = kept(path, config.archs) | {arch: count_operators(arch) for arch in archs}
+        counts = other_counts(path, config.archs) | {arch: count_operators(arch) for arch in archs}
         write_result(path, {"layouts": dict(sorted(counts.items()))})
         print(f"results: {path}")
         return
-    if reason := missing():
+    if reason := unavailable_reason():
         fail(reason)
     assumed = {"rates": RATES, "attention": ATTENTION, "wide": WIDE, "bandwidth": BANDWIDTH, "peak": PEAK}
     triton: Any = importlib.import_module("triton")
     size = {"size": SIZE, "seq_len": 2048, "accumulate": ACCUMULATE, "context": CONTEXT, "triton": triton.__version__}
     path = config.out / "counts.json"
-    layouts = kept(path, config.archs)
+    layouts = other_counts(path, config.archs)
     workshop = Workshop()
     for arch in archs:
         begin = time.monotonic()
@@ -503,7 +503,7 @@ def main(arguments: list[str]) -> None:
     print(f"results: {config.out}")
 
 
-def kept(path: Path, archs: Sequence[str]) -> dict[str, Any]:
+def other_counts(path: Path, archs: Sequence[str]) -> dict[str, Any]:
     """Counts of other layouts in the file `path`, which stay where only `archs` are counted."""
     counts: dict[str, Any] = json.loads(path.read_text())["layouts"] if archs and path.exists() else {}
     return counts
