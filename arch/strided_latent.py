@@ -86,7 +86,7 @@ def strided_latent_step(
     return TokenPositions(position_B1, chunks=step_place(store, position_B1, tokens, offset, static))
 
 
-class Share(nn.Module):
+class MergeWeight(nn.Module):
     """The factor of each latent [..., R] in the entry of a chunk of `code` [..., R]; [..., 1] in at least fp32."""
 
     def __init__(self, store: StridedLatentSpec):
@@ -121,7 +121,7 @@ class StridedLatentWriter(LatentWriter):
         super().__init__(size, store)
         assert isinstance(store, StridedLatentSpec)
         self.stride = store.stride
-        self.share = Share(store)
+        self.share = MergeWeight(store)
 
     def forward(  # type: ignore[override]
         self,

@@ -18,7 +18,7 @@ from test_train_command import SMALL
 
 import arch
 from eval.tasks import TASKS, select_tasks
-from eval.tasks.task import Options, Share, Subject, Task, TaskResult
+from eval.tasks.task import Options, ProcessGroup, Subject, Task, TaskResult
 from train.pretrain import main
 from train.schema import EvalsConfig, PretrainConfig, evals_problems
 
@@ -34,7 +34,7 @@ def unruly(subject: Subject, options: Options) -> TaskResult:
     return TaskResult({"tokens": float(sum(map(len, tokens)))})
 
 
-def shared(processes: int, lockstep: bool, run: Callable[[Share, list[int]], TaskResult]) -> list[tuple]:
+def shared(processes: int, lockstep: bool, run: Callable[[ProcessGroup, list[int]], TaskResult]) -> list[tuple]:
     """(result, lengths of its forward passes) of each of `processes`, which are threads here."""
     barrier, parts = threading.Barrier(processes, timeout=60), [None] * processes
 
@@ -47,7 +47,7 @@ def shared(processes: int, lockstep: bool, run: Callable[[Share, list[int]], Tas
 
     def one(rank: int) -> tuple:
         passes: list[int] = []
-        return run(Share(rank, processes, partial(gather, rank), lockstep), passes), passes
+        return run(ProcessGroup(rank, processes, partial(gather, rank), lockstep), passes), passes
 
     with ThreadPoolExecutor(processes) as threads:
         return list(threads.map(one, range(processes)))
@@ -72,14 +72,14 @@ def test_processes_share_a_task(name: str, lockstep: bool, tmp_path: Path) -> No
     text.write_text("The quick brown fox jumps over the lazy dog, again and again. " * 4)
     model = arch.build("cla2", "tiny", num_layers=2, vocab_size=300).eval()
 
-    def run(share: Share | None, passes: list[int]) -> TaskResult:
+    def run(group: ProcessGroup | None, passes: list[int]) -> TaskResult:
         def counted(module: torch.nn.Module, args: tuple) -> None:
             if threading.get_ident() == here:
                 passes.append(args[0].shape[-2])
 
         here, hook = threading.get_ident(), model.layers[0].register_forward_pre_hook(counted)
         try:
-            return chosen.run(subject(model, texts=(text,), share=share))
+            return chosen.run(subject(model, texts=(text,), group=group))
         finally:
             hook.remove()
 

@@ -185,7 +185,7 @@ def at_rates(
     kinds = {store.kind for stack in plan.stacks for store in stack.plan.stores if not store.masked}
     if kinds & set(UNMEASURED):
         merging = " and ".join(name for kind, name in UNMEASURED.items() if kind in kinds)
-        source += f", {merging} at {rates.exact:.0%} of that in fp32, for which nothing is published"
+        source += f", {merging} at {rates.fp32_matmul:.0%} of that in fp32, for which nothing is published"
     elif plan.block_length > 1:
         source += "; nothing is published for Block Transformers"
     if config.trainer.precision == "fp8":

@@ -21,7 +21,7 @@ from data.files import DataError
 from data.tokenizer import pretrained
 from eval.evaluations import FOLDER, KEY, digest_of, entry, json_values, key_of, recorded_step, write_evaluation
 from eval.tasks import ChosenTask
-from eval.tasks.task import Prepared, Share, Subject, TaskResult
+from eval.tasks.task import Prepared, ProcessGroup, Subject, TaskResult
 from train.datamodule import TokenDataModule
 from train.device import synchronize
 from train.lit_module import LitModel, lit_model
@@ -139,16 +139,16 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
         prepared=None if texts else prepared,
         pad_token=tokenizer.end if config.data.block_padding else None,
         quiet=quiet,
-        share=share_of(module),
+        group=process_group(module),
     )
 
 
-def share_of(module: LitModel) -> Share | None:
-    """The share of this process in evaluations; None where it is alone."""
+def process_group(module: LitModel) -> ProcessGroup | None:
+    """The processes of the run and the rank of this one; None where it is alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     sharded = isinstance(module.model, FSDPModule)  # its weights may be whole between two forward passes
-    return Share(dist.get_rank(), dist.get_world_size(), gather, lockstep=sharded)
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), gather, lockstep=sharded)
 
 
 def gather(mine: Any) -> list[Any]:

@@ -62,15 +62,15 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Share:
-    """The place of this process among those that hold the model and share its evaluation.
+class ProcessGroup:
+    """The processes that hold the model and divide its evaluation, and the rank of this one.
 
     gather    returns what every process gives it, in the order of ranks; all call it together
     lockstep  a forward pass needs all processes at once, since each has a part of the weights
     """
 
     rank: int
-    processes: int
+    world_size: int
     gather: Callable[[Any], list[Any]]
     lockstep: bool
 
@@ -87,7 +87,7 @@ class Subject:
     pad_token  fills up prompts that are too short; None: they are refused
     quiet      no progress is shown
     method     what is done to the cache at test time; None: nothing
-    share      of the items of tasks, among several processes; None: this one does all
+    group      processes that divide the items of tasks; None: this one does all
     """
 
     model: "LanguageModel"
@@ -102,7 +102,7 @@ class Subject:
     pad_token: int | None = None
     quiet: bool = False
     method: "CacheMethod | None" = None
-    share: Share | None = None
+    group: ProcessGroup | None = None
 
     def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
         """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
@@ -156,18 +156,18 @@ class Subject:
         same_passes  it takes as many forward passes of the model whatever the item is. Where it may not, every process
                      runs all items of a model that needs them in lockstep
         """
-        share = self.share
-        if share is None or (share.lockstep and not same_passes):
+        group = self.group
+        if group is None or (group.lockstep and not same_passes):
             return [run(item) for item in items]
         mine: list[R] = []
         source = iter(items)
         # A whole turn is made before any of it is run: an item that cannot be made ends it in all processes alike.
-        while turn := list(islice(source, share.processes)):
-            if share.rank < len(turn):
-                mine.append(run(turn[share.rank]))
-            elif share.lockstep:
+        while turn := list(islice(source, group.world_size)):
+            if group.rank < len(turn):
+                mine.append(run(turn[group.rank]))
+            elif group.lockstep:
                 run(turn[-1])  # for the others' sake
-        parts = share.gather(mine)
+        parts = group.gather(mine)
         return [part[number] for number in range(len(parts[0])) for part in parts if number < len(part)]
 
     def progress(self, items: Iterable[T], total: int, what: str) -> Iterator[T]:

@@ -31,11 +31,11 @@ H100_BYTES_PER_FLOP = 3350e9 / 989.5e12  # stands for the bandwidth of a device 
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet: of the peak in the type computed in, for `exact` of the peak in fp32, and of bandwidth.
+    """Fractions of the data sheet: of the peak in the type computed in (fp32 for `fp32_matmul`), and of bandwidth.
 
     forward, backward                plainly causal attention; the backward pass counts as two forward passes
     masked_forward, masked_backward  attention with windows or sinks, and of a Block Transformer within blocks
-    exact                            products inside of bounded stores
+    fp32_matmul                      products inside of bounded stores, in fp32
     """
 
     matmul: float
@@ -43,7 +43,7 @@ class Rates:
     backward: float
     masked_forward: float
     masked_backward: float
-    exact: float
+    fp32_matmul: float
     bandwidth: float
 
 
@@ -67,13 +67,13 @@ class StepTime:
 
     matmul: float
     attention: float
-    exact: float
+    fp32_matmul: float
     traffic: float
     step: float
 
     @property
     def total(self) -> float:
-        return self.matmul + self.attention + self.exact + self.traffic + self.step
+        return self.matmul + self.attention + self.fp32_matmul + self.traffic + self.step
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Counts:
     matmul: float = 0
     attention: float = 0
     masked: float = 0
-    exact: float = 0
+    fp32_matmul: float = 0
     traffic: float = 0
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -103,7 +103,7 @@ def step_time(
     counts, params = train_counts(config, plan, how), num_params(config, plan)
     tokens = micro_batch * config.size.seq_len
     bandwidth = rates.bandwidth * (gpu.bandwidth * GIGA if gpu else peak * H100_BYTES_PER_FLOP)
-    exact_peak = gpu.fp32 * 1e12 if gpu else peak * 67 / 989.5
+    fp32_peak = gpu.fp32 * 1e12 if gpu else peak * 67 / 989.5
     again = 1 if how.checkpointing else 0
     per_micro_batch = 12 * params  # the cast of each weight, and of its gradient
     per_micro_batch += 12 * params if how.accumulate > 1 else 0  # which is added to a sum
@@ -112,7 +112,7 @@ def step_time(
         matmul=(3 + again) * counts.matmul / (rates.matmul * peak),
         attention=(1 + again) * (counts.attention / rates.forward + counts.masked / rates.masked_forward) / peak
         + 2 * (counts.attention / rates.backward + counts.masked / rates.masked_backward) / peak,
-        exact=(3 + again) * counts.exact / (rates.exact * exact_peak),
+        fp32_matmul=(3 + again) * counts.fp32_matmul / (rates.fp32_matmul * fp32_peak),
         traffic=((1 + again / 3) * counts.traffic + per_micro_batch / tokens) / bandwidth,
         step=per_step / (bandwidth * tokens * how.accumulate),
     )
@@ -158,7 +158,7 @@ def attention_counts(store: StoreSpec, size: SizeConfig, length: int, owner: boo
     if not store.masked:
         window = 0 if store.window is None else store.pair_flops(size) * visible_pairs(length, store.window)
         rest = store.attention_flops(size, length, owner) - window
-        return Counts(masked=window * (1 + TILE / min(store.window or length, length)), exact=rest)
+        return Counts(masked=window * (1 + TILE / min(store.window or length, length)), fp32_matmul=rest)
     heads = store.kernel_heads(size)
     of_pair = store.pair_flops(size) * 2 * heads.k_dim / (heads.k_dim + heads.v_dim)
     if within_blocks:
