@@ -204,11 +204,11 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     with torch.inference_mode():
         cache = subject.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
     streams = [Stream(tokenizer, prompt, options.stop) for prompt in tokens]
-    watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=show)
+    watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=print_text)
     if len(prompts) > 1:
-        show(f"[1] {prompts[0]}")
+        print_text(f"[1] {prompts[0]}")
     elif prompts[0]:
-        show(prompts[0])
+        print_text(prompts[0])
 
     def on_step(token_B: torch.Tensor) -> bool:
         if not watch.first and subject.method is not None:  # the prompt is in the cache, and no step was taken
@@ -230,9 +230,9 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         cache=cache,
         seed=options.seed,
     )
-    show(watch.finish() + "\n")
+    print_text(watch.finish() + "\n")
     for number, (prompt, stream) in enumerate(zip(prompts[1:], streams[1:], strict=True), start=2):
-        show(f"\n[{number}] {prompt}{stream.shown}\n")
+        print_text(f"\n[{number}] {prompt}{stream.shown}\n")
     if not options.quiet:
         before = ""
         if subject.method is not None:  # a codec acts from the first token on
@@ -298,7 +298,7 @@ class Watch:
         )
 
 
-def show(text: str) -> None:
+def print_text(text: str) -> None:
     """Print a part of a text at once; characters that a terminal would obey are shown as escapes."""
     print(visible(text), end="", flush=True)
 

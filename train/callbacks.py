@@ -220,7 +220,7 @@ class GracefulStop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")
-        self.signals.begin()
+        self.signals.start_training()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.training = False

@@ -49,7 +49,7 @@ class Signals:
             signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)  # written to even where no handler can run
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
 
-    def begin(self) -> None:
+    def start_training(self) -> None:
         """Note that training begins: from now on the loop looks at `received`."""
         self.training = self.begun = True
 

@@ -194,14 +194,14 @@ class Study:
                 continue
             del running[name]
             if outcome == DONE:
-                self.keep(cell, handle.job.folder, time.monotonic() - began)
+                self.add_row(cell, handle.job.folder, time.monotonic() - began)
             elif outcome == STOPPED:
                 self.say(f"{cell} is stopped, and continues from its checkpoint")
             else:
                 self.failed[name] = f"{cell}: {outcome}"
                 self.say(f"{cell} failed: {outcome}")
 
-    def keep(self, cell: Cell, folder: Path, seconds: float) -> None:
+    def add_row(self, cell: Cell, folder: Path, seconds: float) -> None:
         try:
             row = row_of(cell, folder, self.options.threads_of_run)
         except (RunError, UsageError, OSError, ValueError) as error:

@@ -225,7 +225,7 @@ def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
     if crowded:
         look |= {"bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}, "zorder": 0.5}
 
-    def free(box: Bbox) -> bool:
+    def is_free(box: Bbox) -> bool:
         crossed = not crowded and any(box.x0 < line < box.x1 for line in drawn.values())
         return not (crossed or any(box.overlaps(other) for other in taken))
 
@@ -233,7 +233,7 @@ def _refer(axes: Axes, references: Sequence[tuple[str, float]]) -> list[Bbox]:
         axes.axvline(place, color=REFERENCE, linewidth=0.5 if crowded else 1.0, linestyle=":", zorder=0)
         for end, ends in ((1, ALONG_TOP), (0, ALONG_BOTTOM)):
             last = end == 0 and not crowded
-            if written := write_beside(axes, visible(name), (place, end), ends, free, last, **look):
+            if written := write_beside(axes, visible(name), (place, end), ends, is_free, last, **look):
                 taken += written
                 break
     return taken
@@ -299,7 +299,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
     named = [(row, transform) for row, transform in zip(rows, drawn, strict=True) if row.method == NONE or row.frontier]
 
-    def free(box: Bbox) -> bool:
+    def is_free(box: Bbox) -> bool:
         inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
         return inside and not any(box.overlaps(other) for other in taken)
 
@@ -310,7 +310,7 @@ def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]
             without_suffix(row.name, common) + of_method,
             (row.across, row.value),
             AROUND,
-            free,
+            is_free,
             forced=len(rows) <= CROWDED and row.method == NONE,
             xycoords=transform,
             fontsize=8.5,

@@ -59,13 +59,13 @@ def name_points(
     spots = {name: axes.transData.transform((places[name], statistics.fmean(values[name]))) for name in places}
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots.values()]
 
-    def free(box: Bbox) -> bool:
+    def is_free(box: Bbox) -> bool:
         inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
         return inside and not any(box.overlaps(other) for other in taken)
 
     for name in sorted(places, key=lambda name: places[name]):
         at = places[name], statistics.fmean(values[name])
-        taken += write_beside(axes, name, at, BESIDE, free, forced=True, fontsize=7)
+        taken += write_beside(axes, name, at, BESIDE, is_free, forced=True, fontsize=7)
 
 
 def bytes_axis(axes: Axes) -> None:

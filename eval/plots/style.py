@@ -123,11 +123,11 @@ def write_beside(
     text: str,
     at: tuple[float, float],
     places: Sequence[Beside],
-    free: Callable[[Bbox], bool],
+    is_free: Callable[[Bbox], bool],
     forced: bool,
     **look: Any,
 ) -> list[Bbox]:
-    """Write `text` at the first of `places` whose box is `free`; where none is, at the last if it is `forced`.
+    """Write `text` at the first of `places` whose box `is_free`; where none is, at the last if it is `forced`.
 
     Returns its box, in a list that is empty where nothing was written. The canvas must have been drawn.
     """
@@ -142,7 +142,7 @@ def write_beside(
             **look,
         )
         box = note.get_window_extent()
-        if free(box) or (forced and number == len(places)):
+        if is_free(box) or (forced and number == len(places)):
             return [box]
         note.remove()
     return []

@@ -89,7 +89,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     result["load"]["after"] = os.getloadavg()
     path = Path(options.out) / "bench.json"
     write_result(path, result)
-    show(result)
+    print_tables(result)
     print(f"written to {path}")
 
 
@@ -170,7 +170,7 @@ def loader_against_baseline(options: BenchConfig) -> dict[str, Any]:
             return {"skipped": str(error)}
 
 
-def show(result: dict[str, Any]) -> None:
+def print_tables(result: dict[str, Any]) -> None:
     console = PlainConsole()
     tokens = f"{result['batch_size']} x {result['seq_len']} tokens"
     table = Table("", title=f"{result['model']}, {tokens}, fp32, {hardware()}")

@@ -85,7 +85,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     result["load"]["after"] = os.getloadavg()
     path = Path(options.out) / "layouts.json"
     write_result(path, result)
-    show(result)
+    print_tables(result)
     print(f"written to {path}")
 
 
@@ -207,7 +207,7 @@ def compare(turns: Turns, tokens: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def print_tables(result: dict[str, Any]) -> None:
     console = PlainConsole()
     first, models, options = result["reference"], result["models"], result["options"]
     sections = {f"training, {options['batch_size']} x {options['size']['seq_len']} tokens": result["training"]}
