@@ -32,7 +32,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Any, float, Tensor | None], Tensor]
 
 
 class Mask(NamedTuple):
-    """Which slots a query sees, and the kernel that `form` was made for."""
+    """The slots that each query sees, in the form that `kernel` takes."""
 
     kernel: Kernel
     form: Any

@@ -131,12 +131,12 @@ def block_config(config: ModelConfig) -> BlockConfig:
 
 
 def stack_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
-    """Each of a plan's `stacks` as a model of its own. Raises LayoutError with every problem of a Block Transformer."""
+    """A ModelConfig for each of a plan's `stacks`. Raises LayoutError with every problem of a Block Transformer."""
     return (config,) if config.arch.block is None else split_config(config)
 
 
 def split_config(config: ModelConfig) -> tuple[ModelConfig, ModelConfig]:
-    """The block decoder and the token decoder as models of their own. Raises LayoutError with every problem of both."""
+    """The ModelConfigs of the block decoder and of the token decoder. Raises LayoutError with every problem of both."""
     block, size = block_config(config), config.size
     problems = _check(config, block)
     share = share_of(block.token.layers, size.num_layers)

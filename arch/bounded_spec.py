@@ -79,7 +79,8 @@ class BoundedSpec(GroupedSpec):
         return (*positions, *super().slot_bytes(state_itemsize(itemsize)))
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """Also the router: a write query where it does not read the keys, addresses, and the gate."""
+        """Parameters of the writer, with the router: addresses, the gate, and a write query unless it reads the
+        keys."""
         matrices, others = super().writer_params(size)
         query = 0 if self.window else size.d_model
         return ParamCount(
@@ -93,7 +94,7 @@ class BoundedSpec(GroupedSpec):
         return length - window if length > window else length
 
     def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
-        """In the form that trains: M slots, chunks of C tokens, heads of H.
+        """FLOPs of the chunk form, which trains: M slots, chunks of C tokens, heads of H.
 
         Per token that is written and query head, scores and values against the state take 4 M H, against the chunk
         4 C H, and what those weigh in the slots 4 C M; every reader makes the states between chunks, 4 M H per

@@ -107,15 +107,15 @@ class Block(nn.Module):
 
 
 class LayerInputs(NamedTuple):
-    """Positions as layers get them: masks, or token positions, by view, rotary tables by the key of a store, and tables
-    of queries by its rule."""
+    """Inputs of the layers that depend on positions: masks (or token positions) by view, rotary tables by `rope_key`,
+    and tables of queries by `query_scale`."""
 
     masks: Sequence[Mask | TokenPositions | None]
     ropes: dict[Hashable, Rope]
     query_tables: dict[QueryScale | None, Tensor | None]
 
     def of_last(self, length: int) -> "LayerInputs":
-        """Those of the last of `length` positions; a mask is None where there is none of a single query."""
+        """Inputs of the last of `length` positions; a mask is None if its kernel takes no single query."""
         return LayerInputs(
             [mask.last_query(length) if isinstance(mask, Mask) else None for mask in self.masks],
             {key: last_position(rope) for key, rope in self.ropes.items()},

@@ -91,7 +91,7 @@ class MatrixSpec(StoreSpec):
         return 0
 
     def num_positions(self, context: int) -> int:
-        """None: a state is no position."""
+        """0: a state holds no single position."""
         return 0
 
     @property
@@ -105,8 +105,8 @@ class MatrixSpec(StoreSpec):
         return self.slot.kv_heads * (self.slot.k_dim if self.matrix.rule == "kda" else 1)
 
     def cache_tensors(self, context: int) -> tuple[CacheTensor, ...]:
-        """The states, and what the convolution saw last. That is no sum, but the norm of what is read would amplify its
-        rounding."""
+        """The states, and the last inputs of the convolution. These are no sums, but kept in the type of states, since
+        the norm of what is read would amplify their rounding."""
         states = CacheTensor((self.slot.kv_heads, self.slot.k_dim, self.slot.v_dim), True)
         return states, CacheTensor((self.matrix.conv - 1, self.num_channels), True)
 
@@ -131,11 +131,11 @@ class MatrixSpec(StoreSpec):
         return ParamCount(matrices + self.low_rank_params(size, self.num_decays), others)
 
     def pair_flops(self, size: SizeConfig) -> int:
-        """None: no pair of tokens is looked at, but in chunks."""
+        """0: pairs of tokens are compared within chunks alone, which `attention_flops` counts."""
         return 0
 
     def attention_flops(self, size: SizeConfig, seq_len: int, owner: bool) -> int:
-        """In the form that trains: whole chunks of C tokens, states of K V.
+        """FLOPs of the chunk form, which trains: whole chunks of C tokens, states of K V.
 
         Per token and state, products of queries and keys with keys take 4 C K (2 (C - 1) K where channels fade on their
         own, which are those of earlier tokens alone), the triangular system C (K + V), the state's part in corrections

@@ -169,7 +169,7 @@ class Queue:
         return self.model.allocate_cache(len(self.prompt_of_row), self.batch.capacity(self.max_new_tokens), dtype=dtype)
 
     def prefill(self, cache: Any, chunk: int | None, dtype: torch.dtype | None) -> Tensor:
-        """Put what is held first into the empty `cache`; the logits [B, 1, V] of the token after it.
+        """Put the first prompts into the empty `cache` and return the logits [B, 1, V] of the token after them.
 
         Later prompts, too, are taken `chunk` tokens at a time, and into a cache of `dtype` first.
         """
@@ -181,8 +181,8 @@ class Queue:
         return self.model.prefill(self.batch.tokens_BT, cache, chunk, self.batch.segment_ids_BT)
 
     def force(self, next_B: Tensor, number: int) -> Tensor:
-        """The tokens [B] of step `number`: those of prompts, which come after whole blocks, in the place of sampled
-        ones."""
+        """Return the tokens [B] of step `number`: `next_B`, with tokens of prompts that come after whole blocks in the
+        place of sampled ones."""
         if number < self.batch.forced_BF.shape[1]:
             next_B = torch.where(number < self.batch.num_forced_B, self.batch.forced_BF[:, number], next_B)
         for row, tokens in list(self.forced.items()):
@@ -192,8 +192,8 @@ class Queue:
         return next_B
 
     def ended(self, next_B: Tensor, number: int) -> list[int]:
-        """List the rows that have made their last token after step `number`; empty where nobody looked, which happens
-        where the cache is not full alone."""
+        """List the rows that made their last token by step `number`; empty if the device was not asked, as may be while
+        the cache has room."""
         if self.stop_token is None and not self.used:
             return []
         if self.stop_token is not None:
@@ -205,17 +205,17 @@ class Queue:
         return ended
 
     def is_done(self, ended: Sequence[int], number: int) -> bool:
-        """True where step `number` was the last, after which the rows `ended` have."""
+        """Tell whether step `number` was the last one, after which the rows `ended` have ended."""
         last = self.batch.forced_BF.shape[1] + self.max_new_tokens - 1
         return (not self.used and number == last) or (len(ended) == len(self.prompt_of_row) and not self.waiting)
 
     @property
     def must_make_room(self) -> bool:
-        """True where the next position of the first stack does not fit into the cache, which rows have gone on in."""
+        """Tell whether the cache, which refilled rows share, has no room for the next position of the first stack."""
         return bool(self.used and self.cache.stacks[0].length >= self.cache.stacks[0].capacity)
 
     def make_room(self, ended: Sequence[int]) -> None:
-        """Before a step for which the cache has no room, forget what is padding in every row that goes on."""
+        """Drop positions that are padding in every row that continues, if the cache has no room for the next step."""
         if not self.must_make_room:
             return
         cache = self.cache.stacks[0]
@@ -229,15 +229,15 @@ class Queue:
             cache.drop(count)
 
     def refill(self, ended: Sequence[int], logits_B1V: Tensor, number: int) -> None:
-        """Before step `number`, let rows that have `ended` hold the next prompts, and put the logits of the tokens
-        after their whole blocks into `logits_B1V`, if the cache can take a row now."""
+        """Give rows that have `ended` the next prompts before step `number`, if the cache can take a row now, and put
+        the logits of the tokens after the prompts' whole blocks into `logits_B1V`."""
         if not (self.waiting and self.cache.takes_rows):
             return
         for row in ended[: len(self.waiting)]:
             logits_B1V[row] = self.take_next(row, number)[0]
 
     def take_next(self, row: int, number: int) -> Tensor:
-        """Let `row` hold the next prompt, and return the logits [1, 1, V] of the token after its whole blocks."""
+        """Put the next prompt into `row` and return the logits [1, 1, V] of the token after its whole blocks."""
         taken, model = self.waiting.pop(0), self.model
         batch = self.batch_of([taken])
         block, length = model.plan.block_length, batch.tokens_BT.shape[1]

@@ -92,7 +92,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def takes_static_steps(self) -> bool:
-        """Whether the model is in one piece: under FSDP a process holds a part, and decodes by `decode_step`."""
+        """True if the process holds the whole model; under FSDP it holds a part, and decodes by `decode_step`."""
         # FSDP2 leaves the weights outside of blocks gathered after a forward pass: all are looked at.
         return all(type(parameter.data) is Tensor for parameter in self.parameters())
 

@@ -90,13 +90,13 @@ class LatentSpec(StoreSpec):
         return HeadShape(size.num_heads, self.expanded_dim(size) + self.slot.rope_dim, head_dim(size))
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
-        """Also the expansion of latents to keys and values."""
+        """Parameters of a reader, with the expansion of latents to keys and values."""
         matrices, others = super().reader_params(size)
         expanded = size.num_heads * (self.expanded_dim(size) + head_dim(size))
         return ParamCount(matrices + self.one_latent_dim * expanded, others)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """Also the norm of the latent."""
+        """Parameters of the writer, with the norm of the latent."""
         matrices, others = super().writer_params(size)
         return ParamCount(matrices, others + self.slot.latent_dim)
 

@@ -23,6 +23,6 @@ class MixedSpec(GroupedSpec):
         return self.slot.k_dim - self.rope_key[0] // 2
 
     def reader_params(self, size: SizeConfig) -> ParamCount:
-        """Also the weights of the mix."""
+        """Parameters of a reader, with the weights of the mix."""
         matrices, others = super().reader_params(size)
         return ParamCount(matrices, others + 2 * self.slot.kv_heads * (self.mixed_keys + self.slot.v_dim))

@@ -39,7 +39,7 @@ class TokenPositions(NamedTuple):
     chunks: Chunks | StepChunk | Places | StepPlace | None = None
 
     def with_mask(self, make: Callable[[Any], Any]) -> "TokenPositions":
-        """These with what `make` makes of the form of a strided store's mask."""
+        """Return these positions with `make(mask)` in the place of a strided store's mask."""
         return self if self.chunks is None else self._replace(chunks=self.chunks._replace(mask=make(self.chunks.mask)))
 
 
@@ -54,7 +54,7 @@ class Near(NamedTuple):
 
 
 class StepPositions(NamedTuple):
-    """One token of each row over a cache.
+    """Position of one token of each row over a cache, as its bounded store needs it.
 
     ring        slot of its window's ring: a number, or [1 or B, 1] where rows differ or no number may be known; that
                 of a store without a window means nothing

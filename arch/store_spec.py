@@ -186,7 +186,7 @@ class StoreSpec:
 
     @property
     def positions_key(self) -> tuple[Hashable, ...]:
-        """All that positions of tokens over a cache depend on."""
+        """Key of the positions of tokens over a cache: stores of equal keys share them."""
         return self.window, self.num_slots, self.rule, self.rope_key
 
     @property

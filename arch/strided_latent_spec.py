@@ -85,7 +85,7 @@ class StridedLatentSpec(LatentSpec):
         return length
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """Also what shares are computed by, with biases in any style."""
+        """Parameters of the writer, with those that compute the shares, which have biases in any style."""
         matrices, others = super().writer_params(size)
         return ParamCount(matrices + 2 * self.slot.latent_dim * self.share_dim, others + 2 * self.share_dim)
 

@@ -118,7 +118,8 @@ class StridedSpec(GroupedSpec):
         return self.nbytes(0, itemsize)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """Also what is pooled, its weights with a bias for each place, and the norms of entries."""
+        """Parameters of the writer, with those of the pooled vectors and their weights, which have a bias for each
+        place, and the norms of entries."""
         matrices, others = super().writer_params(size)
         pooled, slot = self.slot.elements, self.slot
         biases = (self.stride + has_qkv_bias(size)) * pooled

@@ -82,7 +82,7 @@ class TiedSpec(GroupedSpec):
         return HeadShape(self.slot.kv_heads, self.slot.k_dim, self.slot.k_dim)
 
     def writer_params(self, size: SizeConfig) -> ParamCount:
-        """One projection, whatever is cached of it."""
+        """Parameters of the one projection that keys and values come from, whatever is cached."""
         width = self.slot.kv_heads * self.slot.k_dim + self.slot.rope_dim
         norm = norm_width(size, self.slot.kv_heads, self.slot.k_dim)
         return ParamCount(size.d_model * width, (width if has_qkv_bias(size) else 0) + norm)

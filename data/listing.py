@@ -252,7 +252,7 @@ def _identity(name: str) -> tuple[int, int]:
 
 
 def _sorted(names: list[str]) -> list[str]:
-    """In the order of their parts: a folder's files stand together."""
+    """Sort `names` by the parts of their paths, so that a folder's files stand together."""
     return [str(path) for path in sorted(map(Path, names))]
 
 

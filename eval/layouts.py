@@ -85,7 +85,7 @@ def plans() -> dict[str, Plan]:
 
 
 def shown(stack: StackPlan) -> list[Any]:
-    """All of a stack that its drawing shows."""
+    """Plain data of everything that the drawing of a stack shows."""
     context = stack.num_positions(CONTEXT)
     # A change of the drawing itself is no change of what it shows: delete docs/layouts to have all drawn anew.
     stores = [
@@ -100,7 +100,7 @@ def digest(*parts: Any) -> str:
 
 
 def pictures(layouts: dict[str, Plan], models: Sequence[Released]) -> dict[str, tuple[str, Callable[[Path], object]]]:
-    """By name, the digest of what a picture shows, and what draws it."""
+    """Map each picture's name to the digest of what it shows and the function that draws it."""
     from eval.plots.plan import draw_plan
     from eval.plots.released import draw_released
 

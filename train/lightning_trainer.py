@@ -17,10 +17,10 @@ from train.schema import PretrainConfig, micro_batch, num_steps
 
 
 class MicroBatchByMemory(L.Callback):
-    """Before anything is built, choose the largest micro-batch that the GPU with the least free memory holds.
+    """Choose, before anything is built, the largest micro-batch that fits into the GPU with the least free memory.
 
-    The processes agree on that memory, and the first one tells the others what it chose: a run in `folder` that goes on
-    keeps its micro-batch where that fits. The batch of a step stays as it is, by accumulation.
+    Rank 0 chooses for all processes; a resumed run in `folder` keeps its micro-batch if that fits. Accumulation keeps
+    the batch of a step as it is.
     """
 
     def __init__(self, config: PretrainConfig, folder: Path | None):

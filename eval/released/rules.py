@@ -185,7 +185,7 @@ def windows_or_none(keys: Keys) -> Sequence[Layer | None]:
 
 
 def exaone4(keys: Keys) -> Sequence[Layer | None]:
-    """Without a window every layer is full; the pattern may be the number of layers of a period, or its letters."""
+    """EXAONE 4: every layer is full without a window; the pattern is a number of layers or a string of letters."""
     window, pattern = keys.optional("sliding_window"), keys.get("sliding_window_pattern")
     if pattern is not None and not isinstance(pattern, int) and keys.get("layer_types") is None:
         raise keys.refuse("sliding_window_pattern", f"is {pattern!r:.60}; without layer_types, a number is understood")

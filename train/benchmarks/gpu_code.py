@@ -372,7 +372,7 @@ class Compiler:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Compiler"]:
-        """Every shape is compiled for itself."""
+        """Compile every shape by itself within this context."""
         torch._dynamo.reset()
         fixed = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
         with fixed, patch("torch._inductor.compile_fx.compile_fx", self):

@@ -119,7 +119,7 @@ class PartCost:
 
     @property
     def product_seconds(self) -> float:
-        """At the assumed rates, each product bound by its FLOPs or its bytes."""
+        """Seconds of the products at the assumed rates, each bound by its FLOPs or its bytes."""
         return sum(
             count * max(flops / RATES[dtype], size / BANDWIDTH) for (flops, size, dtype), count in self.products.items()
         )

@@ -53,7 +53,8 @@ def train_3b_8k(options: Options) -> list[Case]:
 
 
 def throughput(size: str, seq_len: int, estimate: float, options: Options) -> list[Case]:
-    """Each family, and each baseline right after the layout that it has too; the checkpointed one last."""
+    """Make a case for each family, each baseline right after the layout that it shares; the checkpointed one comes
+    last."""
     chosen = [("ours", arch, False) for arch in FAMILIES]
     for name, archs in BASELINES.items():
         for arch in archs:

@@ -1,12 +1,12 @@
 """Layouts against each other on the CPU, at equal parameters: `python train/benchmarks/layouts.py +size=20m`.
 
-Of each layout an optimizer step, and decoding over its cache. They take turns in one process, so that whatever else the
-machine does meets all of them; where it does much else, threads=1 and the CPU seconds tell more than the clock. Beside
-the speed in training stand the formula's FLOPs per token, and FLOPs per CPU second, both over those of the first
-layout: one that is slow with a FLOP/s near 1 has more to compute, and below 1 its implementation is slow.
+Measures an optimizer step of each layout, and decoding over its cache. Layouts take turns in one process, so that other
+work of the machine affects all of them; on a busy machine threads=1 and CPU seconds tell more than the clock. Beside
+the speed in training stand the formula's FLOPs per token and FLOPs per CPU second, both relative to the first layout: a
+slow layout with FLOP/s near 1 has more to compute, one below 1 has a slow implementation.
 
-Parameters are made equal by d_ff, to the multiple of 8 that comes nearest to the first layout's; d_model, heads and
-depth stay. In a Block Transformer it is the d_ff of both decoders.
+Parameters are made equal to the first layout's by d_ff, the nearest multiple of 8; d_model, heads and depth stay. In a
+Block Transformer both decoders have that d_ff.
 
 Shapes: B batch, T tokens.
 """

@@ -236,23 +236,24 @@ class StridedLatentActivations(LatentActivations):
     anywhere."""
 
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
-        """Also, in the owner, entries so far, which are expanded in place of the latents; and of the shares, latents as
-        they are compared, and the share in fp32. With documents each sequence has chunks, and their codes, of its
-        own."""
+        """Add, for the owner, the running entries, which are expanded in place of the latents, and the inputs of the
+        shares: the projected latents, and the share in fp32. With documents each sequence has its own chunks and
+        codes."""
         assert isinstance(store, StridedLatentSpec)
         total = super().attention(config, store, owner, replace(how, dense=True))
         elements = store.slot.latent_dim + store.share_dim * (2 if how.documents else 1)
         return total + owner * (how.itemsize * elements + FP32)
 
     def masks(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> int:
-        """Also codes of chunks, as they are compared."""
+        """Bytes of the mask, and of the projected codes of chunks."""
         assert isinstance(store, StridedLatentSpec)
         length, codes = config.size.seq_len, store.share_dim if owner and not how.documents else 0
         return how.itemsize * length * (store.dense_slots(length) + store.sinks + codes)
 
     def gradients(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
-        """On a CPU in half precision, in fp32: queries, keys, values, output and its gradient, and the mask as of one
-        sequence (arch/attend_cpu.py). The gradients of the first three take the place of what the norms kept."""
+        """Bytes of the backward pass on a CPU in half precision, which computes in fp32: queries, keys, values, output
+        and its gradient, and the mask of one sequence (arch/attend_cpu.py). The gradients of the first three take the
+        place of what the norms saved."""
         if not how.dense or how.itemsize == FP32:
             return 0
         elements = 5 * config.size.num_heads * self.width(config, store, how)

@@ -71,7 +71,7 @@ class StackShape:
 
     @property
     def within_blocks(self) -> bool:
-        """Whether a row is a single block."""
+        """True if a row is a single block."""
         return self.stack.fixed_positions is not None
 
     @property
