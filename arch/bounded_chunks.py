@@ -212,40 +212,73 @@ def backward_of_chunks(
     sight: Sight, q_ZBKRH: Tensor, writes: ChunkWrites, gradients: list[Tensor], of_state: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Gradients of the state before the chunks, and of the queries and writes, given those of what was read and of the
-    state after them."""
+    state after them. By hand: autograd takes a quarter more. To the bit they are its, which compiled code has."""
     with no_autocast(q_ZBKRH):
         states = run_scan(*writes[2:], sight.tf32)
-        with torch.enable_grad():
-            inputs = (q_ZBKRH, writes.faded_ZBCM, writes.share_ZBCM, writes.k_ZBKCH, writes.v_ZBKCH)
-            leaves = [x.detach().requires_grad_() for x in (*inputs, *split_states(states))]
-            q, faded, share, k, v, state_k, state_v = leaves
-            again = writes._replace(faded_ZBCM=faded, share_ZBCM=share, k_ZBKCH=k, v_ZBKCH=v)
-            results = read_chunks(sight, q, again, state_k, state_v)[: len(gradients)]
-            of_q, of_faded, of_share, of_k, of_v, of_states_k, of_states_v = torch.autograd.grad(
-                results, leaves, gradients
-            )
-        whole = torch.empty_like(states)
-        torch.cat((of_states_k, of_states_v), dim=-1, out=whole[:-1])
-        whole[-1] = of_state
-        kept, last, more_k, more_v, start = run_scan_backward(whole, *writes[2:-1], states, sight.tf32)
-    of_writes = of_faded, of_share, kept, last, of_k.add_(more_k), of_v.add_(more_v)
-    return start, (of_q, *of_writes)
+        slots, (state_k, state_v) = Slots(sight, q_ZBKRH, writes), split_states(states)
+        faded, k, v = writes.faded_ZBCM.unsqueeze(2), writes.k_ZBKCH, writes.v_ZBKCH
+        unfaded, pair_k = slots.scores(q_ZBKRH, k, state_k)
+        weight, _ = faded_softmax(unfaded, faded, sight.bias, False)
+        slots.apart = True
+        of_out = gradients[0].reshape(q_ZBKRH.shape)
+        of_faded_weight, of_pair_v = slots.scores(of_out, v, state_v)
+        weighted, of_total = of_faded_weight.mul_(weight).mul_(faded), gradients[1] if sight.more else None
+        of_unfaded, of_faded = backward_of_softmax(unfaded, faded, weight, weighted, of_total)
+        faded_weight = weight.mul_(faded)
+        pair_v = slots.within(faded_weight)
+        of_q, of_pair_k = slots.sums(of_unfaded, k, state_k)
+        q, of_out, of_unfaded_k, faded_weight_v = map(slots.by_head, (q_ZBKRH, of_out, of_unfaded, faded_weight))
+        of_share = slots.product(slots.by_chunk(faded_weight).mT, slots.by_chunk(of_pair_v)).mT
+        of_share = of_share + slots.product(slots.by_chunk(pair_k).mT, slots.by_chunk(of_unfaded))
+        of_k = slots.product(q.mT, slots.by_head(of_pair_k)).mT.reshape(k.shape)
+        of_v = slots.product(slots.by_head(pair_v).mT, of_out).view(v.shape)
+        of_state_k = slots.product(slots.of_begun(q).mT, of_unfaded_k).mT.reshape(state_k.shape)
+        of_state_v = slots.product(faded_weight_v.mT, slots.of_begun(of_out)).view(state_v.shape)
+        of_states = torch.empty_like(states)
+        torch.cat((of_state_k, of_state_v), dim=-1, out=of_states[:-1])
+        of_states[-1] = of_state
+        kept, last, more_k, more_v, start = run_scan_backward(of_states, *writes[2:-1], states, sight.tf32)
+    of_writes = (
+        of_faded.squeeze(2),
+        of_share.view_as(writes.share_ZBCM),
+        kept,
+        last,
+        of_k.add_(more_k),
+        of_v.add_(more_v),
+    )
+    return start, (of_q.view(q_ZBKRH.shape), *of_writes)
+
+
+def faded_softmax(unfaded: Tensor, faded: Tensor, bias: Tensor | None, more: bool) -> tuple[Tensor, Tensor]:
+    """[Z, B, N, C, M] softmax(unfaded faded + bias), and [Z, B, N, C] the logarithm of the sum that weights were
+    divided by, where there is `more`."""
+    score = unfaded * faded if bias is None else torch.addcmul(bias, unfaded, faded)
+    weight = score.softmax(dim=-1)
+    # One exponential less than logsumexp.
+    return weight, score.amax(dim=-1) - weight.amax(dim=-1).log() if more else score.new_zeros(score.shape[:1])
+
+
+def backward_of_softmax(
+    unfaded: Tensor, faded: Tensor, weight: Tensor, weighted: Tensor, of_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `unfaded` and `faded`, given those of the weights times these, `weighted`, which is overwritten, and
+    of the logarithm of the sum. That of a score is t - weight sum(t), where t is `weighted`."""
+    less = weighted.sum(dim=-1)
+    if of_total is not None:
+        less -= of_total
+    of_faded = weighted.sum(dim=2, keepdim=True) / faded
+    minus = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_  # which it would round otherwise
+    of_score = minus(weighted, weight, less.unsqueeze(-1), value=-1)
+    of_faded += (of_score * unfaded).sum(dim=2, keepdim=True)
+    return of_score.mul_(faded), of_faded
 
 
 class FadedSoftmax(torch.autograd.Function):
-    """[Z, B, N, C, M] softmax(score faded + bias) faded, and [Z, B, N, C] the logarithm of the sum that weights were
-    divided by, where there is `more`.
-
-    The gradient of a score is by hand, with fewer passes over them than autograd's: it is t - weight sum(t), with
-    t = weight (d loss / d weight).
-    """
+    """`faded_softmax` times `faded`, with fewer passes over scores in its backward pass than autograd's."""
 
     @staticmethod
     def forward(ctx: Any, unfaded: Tensor, faded: Tensor, bias: Tensor | None, more: bool) -> tuple[Tensor, Tensor]:
-        score = unfaded * faded if bias is None else torch.addcmul(bias, unfaded, faded)
-        weight = score.softmax(dim=-1)
-        # One exponential less than logsumexp.
-        total = score.amax(dim=-1) - weight.amax(dim=-1).log() if more else score.new_zeros(score.shape[:1])
+        weight, total = faded_softmax(unfaded, faded, bias, more)
         ctx.more = more
         ctx.save_for_backward(unfaded, faded, weight)
         return weight * faded, total
@@ -255,15 +288,73 @@ class FadedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, of_faded_weight: Tensor, of_total: Tensor) -> tuple[Tensor | None, ...]:
         unfaded, faded, weight = ctx.saved_tensors
         weighted = (of_faded_weight * weight).mul_(faded)
-        less = weighted.sum(dim=-1)
-        if ctx.more:
-            less -= of_total
-        of_faded = weighted.sum(dim=2, keepdim=True) / faded
-        # Not in place, which a compiler would round otherwise.
-        of_score = torch.addcmul(weighted, weight, less.unsqueeze(-1), value=-1)
-        del weighted
-        of_faded += (of_score * unfaded).sum(dim=2, keepdim=True)
-        return of_score.mul_(faded), of_faded, None, None
+        found = backward_of_softmax(unfaded, faded, weight, weighted, of_total if ctx.more else None)
+        return *found, None, None
+
+
+class Slots:
+    """The slots as each token of a few chunks finds them, before they fade: a state before the chunk, and shares of the
+    tokens up to it. Queries are [Z, B, K, R, H], weights [Z, B, N, C, M], keys, or values, [Z, B, K, C, H] and states
+    [Z, B, K, M, H].
+
+    apart  products are added after they are made
+    """
+
+    def __init__(self, sight: Sight, q_ZBKRH: Tensor, writes: ChunkWrites):
+        num_chunks, batch, kv_heads, rows, _ = q_ZBKRH.shape
+        self.size, self.num_slots = writes.share_ZBCM.shape[2:]
+        self.heads = num_chunks, batch, kv_heads * rows // self.size  # then tokens of a chunk
+        self.rows, self.share = rows, writes.share_ZBCM.flatten(0, 1)
+        self.seen, self.begun, self.tf32 = sight.seen, sight.begun, sight.tf32
+        if self.begun is not None:
+            self.seen, self.begun = self.seen.unsqueeze(2), self.begun[:, :, None, None, :, None]
+        self.in_place, self.apart = not torch.is_grad_enabled(), sight.tf32
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Rows of each key/value head."""
+        return x.reshape(-1, self.rows, x.shape[-1])
+
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """Rows of all heads of a chunk."""
+        return x.view(self.share.shape[0], -1, x.shape[-1])
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        return product(left, right, self.tf32)
+
+    def add(self, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        if self.apart:
+            return x + self.product(left, right)
+        return x.baddbmm_(left, right) if self.in_place else x.baddbmm(left, right)
+
+    def of_begun(self, x: Tensor) -> Tensor:
+        """Set rows of segments that begin in a chunk to 0: they find nothing of the state before it."""
+        if self.begun is None:
+            return x
+        return (x.view(*self.heads[:2], -1, self.rows // self.size, self.size, x.shape[-1]) * self.begun).view(x.shape)
+
+    def where_seen(self, pair: Tensor) -> Tensor:
+        """[Z, B, N, C, C] pairs of tokens of a chunk, of which the first finds the second."""
+        pair = pair.view(*self.heads, self.size, self.size)
+        return pair.mul_(self.seen) if self.in_place else pair * self.seen
+
+    def within(self, weight: Tensor) -> Tensor:
+        """[Z, B, N, C, C] what weights of slots are for the tokens of the chunk."""
+        return self.where_seen(self.product(self.by_chunk(weight), self.share.mT))
+
+    def scores(self, q: Tensor, k: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """[Z, B, N, C, M] products of queries with slots, and [Z, B, N, C, C] with the tokens of the chunk."""
+        q, state = self.by_head(q), state.flatten(0, 2)
+        pair = self.where_seen(self.product(q, k.flatten(0, 2).mT))
+        score = self.by_chunk(self.product(self.of_begun(q), state.mT))
+        score = self.add(score, self.by_chunk(pair), self.share)
+        return score.view(*self.heads, self.size, self.num_slots), pair
+
+    def sums(self, weight: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """[Z, B, N, C, H] sums of weighted slots, and `within` of these weights."""
+        pair, weight, state = self.within(weight), self.by_head(weight), state.flatten(0, 2)
+        new = self.product(self.by_head(pair), v.flatten(0, 2))
+        out = self.add(new, weight, state) if self.begun is None else new + self.of_begun(self.product(weight, state))
+        return out.view(*self.heads, self.size, v.shape[-1]), pair
 
 
 def read_chunks(
@@ -274,34 +365,9 @@ def read_chunks(
     state_v_ZBKMH: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`read_slots` of a few chunks, given the states before each: [Z, B, N, C, H] and [Z, B, N, C]."""
-    faded, share, _, _, k, v, _ = writes
-    seen, begun, bias, more, tf32 = sight
-    (num_chunks, batch, kv_heads, rows, width), (size, num_slots) = q_ZBKRH.shape, share.shape[2:]
-    heads = (num_chunks, batch, kv_heads * rows // size)  # then tokens of a chunk
-    k, v, state_k, state_v = (x.flatten(0, 2) for x in (k, v, state_k_ZBKMH, state_v_ZBKMH))
-    share, faded = share.flatten(0, 1), faded.unsqueeze(2)
-    if begun is not None:
-        seen, begun = seen.unsqueeze(2), begun[:, :, None, None, :, None]
-
-    def of_begun(x: Tensor) -> Tensor:
-        """Set rows of segments that begin in a chunk to 0: they find nothing of the state before it."""
-        return x if begun is None else (x.view(num_chunks, batch, kv_heads, -1, size, width) * begun).view(x.shape)
-
-    in_place = not torch.is_grad_enabled()
-    times = Tensor.mul_ if in_place else Tensor.mul
-
-    def add(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        if tf32:
-            return x + product(left, right, tf32)
-        return x.baddbmm_(left, right) if in_place else x.baddbmm(left, right)
-
-    q = q_ZBKRH.flatten(0, 2)
-    pair = times(product(q, k.mT, tf32).view(*heads, size, size), seen)
-    score = product(of_begun(q), state_k.mT, tf32).view(share.shape[0], -1, num_slots)
-    score = add(score, pair.view(share.shape[0], -1, size), share).view(*heads, size, num_slots)
-    weight, total = FadedSoftmax.apply(score, faded, bias, more)  # type: ignore[no-untyped-call]
-    pair = product(weight.view(share.shape[0], -1, num_slots), share.mT, tf32).view(*heads, size, size)
-    new = product(times(pair, seen).view(-1, rows, size), v, tf32)
-    weight = weight.view(-1, rows, num_slots)
-    out = add(new, weight, state_v) if begun is None else new + of_begun(product(weight, state_v, tf32))
-    return out.view(*heads, size, width), total
+    slots = Slots(sight, q_ZBKRH, writes)
+    score, _ = slots.scores(q_ZBKRH, writes.k_ZBKCH, state_k_ZBKMH)
+    faded = writes.faded_ZBCM.unsqueeze(2)
+    weight, total = FadedSoftmax.apply(score, faded, sight.bias, sight.more)  # type: ignore[no-untyped-call]
+    out, _ = slots.sums(weight, writes.v_ZBKCH, state_v_ZBKMH)
+    return out, total
