@@ -160,11 +160,11 @@ class PrepareConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(PrepareConfig):
     """Token shards to train on: one prepared folder, or several.
 
-    Without `path` or `mix`, the folder follows from the keys of PrepareConfig. A corpus found on every machine is
-    prepared at first use; any other folder must exist.
+    Without `path` or `mix`, the folder follows from the keys of its preparation, which Hydra reads with these into one
+    flat group, configs/data. A corpus found on every machine is prepared at first use; any other folder must exist.
 
     path           prepared folder; null: data/prepared/<name>-<tokenizer>
     mix            prepared folder -> weight: its fraction of the training sequences, after division by the sum.
@@ -174,15 +174,6 @@ class DataConfig:
     val_tokens     tokens of the validation split to evaluate on
     """
 
-    path: str | None = None
-    name: str = "unnamed"
-    source: SourceConfig = field(default_factory=SourceConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    max_tokens: int | None = None
-    max_documents: int | None = None
-    max_eval_tokens: int | None = None
-    shard_tokens: int = PrepareConfig.shard_tokens
-    workers: int | None = None
     mix: Any = None  # dict[str, float]; a typed one takes no new keys from Hydra's command line
     document_mask: bool = False
     block_padding: bool = False
@@ -195,7 +186,7 @@ class DataConfig:
 
     @property
     def preparation(self) -> PrepareConfig:
-        """The keys of PrepareConfig. They are fields here too because Hydra reads configs/data into one flat group."""
+        """The keys of PrepareConfig."""
         return PrepareConfig(**{item.name: getattr(self, item.name) for item in fields(PrepareConfig)})
 
 
