@@ -26,8 +26,6 @@ if not __package__:  # run as a script
 
     end_on_ctrl_c()
 
-import time
-
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +48,7 @@ from eval.positions import loss_by_position
 from eval.recall import accuracy, questions, recall
 from eval.results import write_result
 from train.benchmarks.bounded_report import report
+from train.benchmarks.timing import timed
 from train.datamodule import open_data
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
@@ -312,9 +311,8 @@ def shared_settings(task: str, settings: Settings) -> dict[str, Any]:
 def run(cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
     model = Decoder(model_config(cell.task, cell.rule, settings))
     model.init_weights(cell.seed)
-    begin = time.perf_counter()
-    measured = TASKS[cell.task](model, cell, settings, tick)
-    return asdict(cell) | measured | {"seconds": round(time.perf_counter() - begin, 1)}
+    measured, took = timed(lambda: TASKS[cell.task](model, cell, settings, tick))
+    return asdict(cell) | measured | {"seconds": round(took, 1)}
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,9 +47,8 @@ from eval.units import parse_bytes
 from train.benchmarks.baselines import UnavailableError, random_batch
 from train.benchmarks.decode_report import report
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn, greedy_steps, stock_model
-from train.benchmarks.timing import Turns, summary_stats, take_turns, time_ratios
+from train.benchmarks.timing import CPU, Turns, summary_stats, take_turns, time_ratios, timed
 
-CPU = torch.device("cpu")
 ITEMSIZE = 4  # fp32
 FAMILIES = ("mha", "gqa4", "mqa", "mla", "cla2", "mixattention", "swa", "yoco", "block", "bct", "bct_gated")
 # transformers' caches; a name of a competitor is LAYOUT, LAYOUT/CACHE, or LAYOUT/compiled.
@@ -292,10 +290,9 @@ def measure(
     first_rounds: dict[str, float] = {}
 
     def step(name: str, number: int) -> None:
-        begin = time.perf_counter()
-        last[name] = greedy_steps(sessions[name].decode, last[name], options.new)
+        last[name], took = timed(lambda: greedy_steps(sessions[name].decode, last[name], options.new))
         if number == 0:  # compiled steps are compiled in it
-            first_rounds[name] = time.perf_counter() - begin
+            first_rounds[name] = took
 
     warmup = min(1, options.prefills - 1)
     prefilled = take_turns({name: partial(prefill, name) for name in rivals}, options.prefills - warmup, warmup)

@@ -6,7 +6,6 @@ Lightning without Hydra, OmegaConf and wandb.
 
 import functools
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.shards import Manifest
 from train.benchmarks.baselines import UnavailableError
 from train.benchmarks.gpu_case import Case, Options, model_config
+from train.benchmarks.timing import timed
 from train.schema import OptimConfig, PretrainConfig
 
 ARCHS = ("mha", "gqa4", "cla2", "mixattention", "block", "bct")
@@ -45,9 +45,8 @@ def train(arch: str, seed: int, options: Options) -> dict[str, Any]:
         config.size.vocab_size, config.size.batch_size, config.size.tokens = Manifest.load(folder).vocab_size, 4, 960
     else:
         config.size.tokens = TOKENS
-    begin = time.perf_counter()
-    loss = validation_loss(pretrain_config(config, folder, seed), options.device.type)
-    took = time.perf_counter() - begin
+    trained = pretrain_config(config, folder, seed)
+    loss, took = timed(lambda: validation_loss(trained, options.device.type), options.device)
     plan = resolve(config)
     return {
         "loss": loss,

@@ -5,7 +5,6 @@ Both yield batches [B, T + 1] of the same text under the same tokenizer: ours sh
 """
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from data.batches import TrainBatches
 from data.corpora import CORPORA
 from data.shards import Manifest, TokenWindows
 from train.benchmarks.baselines import UnavailableError
-from train.benchmarks.timing import summary_stats
+from train.benchmarks.timing import summary_stats, timed
 
 # Batches of ours for each of the baseline's, so that both take long enough to be timed.
 OURS_PER_BASELINE = 20
@@ -89,6 +88,5 @@ def measure(folder: Path, manifest: Manifest, text: Path, *, batch: int, seq_len
 
 
 def _speed(batches: Iterator[torch.Tensor], seq_len: int) -> float:
-    begin = time.perf_counter()
-    rows = sum(len(batch) for batch in batches)
-    return rows * seq_len / (time.perf_counter() - begin)
+    rows, seconds = timed(lambda: sum(len(batch) for batch in batches))
+    return rows * seq_len / seconds

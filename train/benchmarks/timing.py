@@ -3,22 +3,29 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from train.device import synchronize
 
+T = TypeVar("T")
 Series = dict[str, list[float]]  # one number per round, for each competitor
+CPU = torch.device("cpu")
+
+
+def timed(function: Callable[[], T], device: torch.device = CPU) -> tuple[T, float]:
+    """The result of one call and its wall time, including the work it queues on the device."""
+    synchronize(device)
+    begin = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return result, time.perf_counter() - begin
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, including the work it queues on the device."""
-    synchronize(device)
-    begin = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - begin
+    """The wall time of one call, as `timed`."""
+    return timed(function, device)[1]
 
 
 def repeated(
