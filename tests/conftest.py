@@ -3,6 +3,7 @@
 import atexit
 import copy
 import gc
+import importlib
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -146,12 +148,17 @@ def assert_documents_are_apart(model: LanguageModel) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(specs: list[Any]) -> None:
-    """Workers are forks of one process that has imported the packages (a fork cannot use CUDA that was looked at)."""
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Workers are forks of one process that has imported the packages (a fork cannot use CUDA that was looked at).
+    Meanwhile this one imports the tests, whose assertions would else be rewritten by each worker."""
     if sys.platform == "linux" and torch.version.cuda is None:
         os.environ["FORK_SERVER"] = forked_python()["FORK_SERVER"]
         for spec in specs:
             spec.python = SHIM
+    for path in (Path(argument.partition("::")[0]) for argument in config.args):
+        for module in path.rglob("test_*.py") if path.is_dir() else [path]:
+            with suppress(pytest.skip.Exception):
+                importlib.import_module(module.stem)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
