@@ -66,8 +66,8 @@ def test_a_block_is_one_graph_in_training_validation_and_documents(name: str) ->
     kind_of = zip(kinds(name, num_layers=len(layers)), layers, strict=True)
     blocks = {kind: block for kind, block in kind_of if kind in COVERING[name]}  # one of each; the rest runs uncompiled
     assert blocks.keys() == COVERING[name]
-    for block in layers:
-        block._compiled_call_impl = None
+    for module in (*layers, *(stack.norm for stack in model.stacks)):
+        module._compiled_call_impl = None
     for block in blocks.values():
         block.compile(backend=backend, fullgraph=True, dynamic=False)
     batch, documents = tokens(2, LENGTH), torch.arange(LENGTH).div(LENGTH // 2, rounding_mode="floor").expand(2, -1)

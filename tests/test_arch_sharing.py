@@ -14,8 +14,8 @@ from arch import Decoder
 from train.parallel import parallelize
 
 
-def gradients(model: Decoder, length: int = 15) -> dict[str, torch.Tensor]:
-    batch = tokens(2, length + 1)
+def gradients(model: Decoder) -> dict[str, torch.Tensor]:
+    batch = tokens(2, 16)
     model.train().zero_grad()
     F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -115,10 +115,9 @@ def test_slots_are_the_owners_tensors_not_copies(arch: str) -> None:
             assert all(a is b for a, b in zip(inputs[layer], first, strict=True))
 
 
-@pytest.mark.slow
 def test_a_sweep_over_layouts_stays_compiled() -> None:
-    """All blocks share one code object, and torch gives up on one after eight variants: not here, where four layouts
-    make twenty. A change of length or batch is slow to trace in bounded blocks and is left out there."""
+    """All blocks share one code object, and torch gives up on one after eight variants: not here, where two layouts
+    make more. Norms, each a graph of its own, run as they are."""
     executed, variants = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -130,19 +129,19 @@ def test_a_sweep_over_layouts_stays_compiled() -> None:
 
         return call
 
-    sweep = (("mha", 15, (2, 1)), ("mixattention", 15, (2, 1)), ("mimo", 15, (2, 1)), ("bct_gated", 16, (2,)))
-    for name, length, batches in sweep:
+    for name in ("mha", "mixattention"):
         model = build(small(name, num_layers=6), torch.float32)
         parallelize(model, activation_checkpointing=False, compile_blocks=True, mesh=None, dtype=torch.float32)
+        model.norm._compiled_call_impl = None
         for block in model.layers:
             block.compile(backend=backend, fullgraph=True)
-        for batch in batches:
+        for batch in (2, 1):
             executed.clear()
             with torch.no_grad():
                 model(tokens(batch, 16))
             assert len(executed) == 6, f"{name} ran uncompiled"
             executed.clear()
-            gradients(model, length)
+            gradients(model)
             assert len(executed) == 6, f"{name} trained uncompiled"
-    assert len(variants) > 16
+    assert len(variants) > 8
     assert torch._dynamo.config.fail_on_recompile_limit_hit, "and if it ever would, it says so"
