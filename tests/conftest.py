@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +101,34 @@ def whole_depth(name: str, least: int = DEPTH) -> int:
     raise AssertionError(f"{name} never shows all of its pattern")
 
 
+@cache
+def kinds(name: str, **size: int) -> list[str]:
+    """The kind of each block of a layout, as far as the code tells kinds apart: of key/value heads only whether queries
+    share them, of angles only whether there are any. Everything else of a store makes a kind of its own."""
+    found = []
+    config = small(name, **size)
+    for number, stack in enumerate(resolve(config).stacks):
+        plan = stack.plan
+        for layer, owner in enumerate(plan.owners):
+            store = plan.store(layer)
+            spec = asdict(replace(store, owner=0, name="", rope_theta=float(store.rope_theta > 0)))
+            spec["slot"]["kv_heads"] = min(1, store.slot.kv_heads) + (store.slot.kv_heads >= config.size.num_heads)
+            found.append(f"{number} {owner == layer} {type(store).__name__} {spec}")
+    return found
+
+
+def covering(layouts: Iterable[str]) -> dict[str, set[str]]:
+    """Those of `layouts` that together have every kind of block, each with the kinds that none before it has: where a
+    test takes long and a kind decides what it finds."""
+    missing = {name: set(kinds(name)) for name in layouts}
+    chosen: dict[str, set[str]] = {}
+    while any(missing.values()):
+        best = max(missing, key=lambda name: len(missing[name]))
+        chosen[best] = missing[best]
+        missing = {name: rest - chosen[best] for name, rest in missing.items()}
+    return chosen
+
+
 def build(config: ModelConfig, dtype: torch.dtype = torch.float64, backend: str = "auto") -> LanguageModel:
     """In fp64, so that two ways of computing the same thing agree to rounding and nothing else passes."""
     return build_model(config, backend=backend, seed=1).to(dtype).eval()
@@ -145,6 +174,9 @@ def assert_documents_are_apart(model: LanguageModel) -> None:
         together = model(batch, segment_ids_BT=ids).split(lengths, dim=1)
         for document, found in zip(batch.split(lengths, dim=1), together, strict=True):
             torch.testing.assert_close(found, model(document), rtol=0, atol=1e-10)
+
+
+KINDS = list(covering(DECODERS))
 
 
 @pytest.hookimpl(optionalhook=True)

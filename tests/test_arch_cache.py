@@ -1,8 +1,10 @@
 """The cache weighs what the formula says, and decoding over it is the parallel forward."""
 
+from itertools import product
+
 import pytest
 import torch
-from conftest import WINDOW, build, shared, small, tokens
+from conftest import KINDS, WINDOW, build, small, tokens
 
 from arch import LanguageModel, allocate, generate, resolve
 from arch.buffers import StateBuffer, Step
@@ -10,19 +12,28 @@ from arch.config import ArchConfig, LatentConfig, StoreConfig
 from arch.footprint import allocated_bytes, kv_bytes
 from arch.static_step import StaticStep
 
+LENGTHS = (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
 
-@pytest.mark.parametrize(("length", "batch"), [(1, 3), (WINDOW - 1, 1), (WINDOW, 3), (WINDOW + 1, 1), (3 * WINDOW, 3)])
-def test_bytes(arch: str, length: int, batch: int) -> None:
-    """Allocated for `length` tokens and filled with them, the storages weigh what the formula says."""
-    model = shared(arch, torch.float32) if isinstance(arch, str) else build(small(arch), torch.float32)
-    cache = allocate(model.plan, batch, length, dtype=torch.float32)
-    expected = batch * kv_bytes(model.plan, length, 4).stored
-    assert cache.nbytes == expected == allocated_bytes(model.plan, batch, length, 4)
-    with torch.no_grad():
-        for token in tokens(batch, length).split(1, dim=1):
-            model(token, cache)
-    assert cache.nbytes == expected
-    assert cache.length == length
+
+def test_bytes(arch: str) -> None:
+    """Allocated for any number of tokens, the storages weigh what the formula says."""
+    plan = resolve(small(arch))
+    for length, batch, dtype in product(LENGTHS, (1, 3), (torch.bfloat16, torch.float32)):
+        expected = batch * kv_bytes(plan, length, dtype.itemsize).stored
+        assert allocate(plan, batch, length, dtype=dtype).nbytes == expected
+        assert allocated_bytes(plan, batch, length, dtype.itemsize) == expected
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_a_full_cache_weighs_the_same(shared_model: LanguageModel) -> None:
+    model = shared_model
+    for length in LENGTHS:
+        cache = allocate(model.plan, 2, length, dtype=torch.float64)
+        with torch.no_grad():
+            for token in tokens(2, length).split(1, dim=1):
+                model(token, cache)
+        assert cache.nbytes == 2 * kv_bytes(model.plan, length, 8).stored
+        assert cache.length == length
 
 
 def test_a_head_is_read_in_one_piece(arch: str) -> None:
@@ -35,12 +46,6 @@ def test_a_head_is_read_in_one_piece(arch: str) -> None:
                 assert tensor.stride(1) == max(1, tensor.shape[-1]), "from slot to slot"
 
 
-def test_bytes_follow_the_element_type(arch: str) -> None:
-    plan = resolve(small(arch))
-    for dtype in (torch.bfloat16, torch.float32):
-        assert allocate(plan, 2, 20, dtype=dtype).nbytes == allocated_bytes(plan, 2, 20, dtype.itemsize)
-
-
 def test_slope_and_constant(arch: str) -> None:
     """Beyond all windows, stored bytes are a straight line: constant + slope * context."""
     plan = resolve(small(arch))
@@ -50,6 +55,7 @@ def test_slope_and_constant(arch: str) -> None:
         assert kv.read >= kv.stored, "every store is read at least by its owner"
 
 
+@pytest.mark.parametrize("arch", KINDS)
 @pytest.mark.parametrize("chunk", [1, 3, 7, 20])
 def test_chunks_and_steps_equal_the_forward(shared_model: LanguageModel, chunk: int) -> None:
     model, batch, length = shared_model, tokens(2, 20), 20
@@ -120,6 +126,7 @@ def test_a_cache_keeps_no_gradients() -> None:
         model(tokens(1, 2), allocate(model.plan, 1, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("arch", KINDS)
 @pytest.mark.parametrize(("weights", "cached"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_the_cache_may_be_of_another_type(arch: str, weights: torch.dtype, cached: torch.dtype) -> None:
     model, batch = build(small(arch, init_std=0.1), weights), tokens(2, 16)
@@ -131,6 +138,7 @@ def test_the_cache_may_be_of_another_type(arch: str, weights: torch.dtype, cache
     assert (logits - expected).abs().max() < 0.1 * expected.std()
 
 
+@pytest.mark.parametrize("arch", KINDS)
 def test_autocast_decodes_like_it_trains(arch: str) -> None:
     model, batch = build(small(arch, init_std=0.1), torch.float32), tokens(2, 16)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -192,6 +200,7 @@ def greedy(model: LanguageModel, prompts: list[list[int]], new: int) -> list[lis
     return [row[length : length + new].tolist() for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
+@pytest.mark.parametrize("arch", KINDS)
 def test_greedy_generation_of_a_ragged_batch(shared_model: LanguageModel) -> None:
     model = shared_model
     prompts = [tokens(1, length)[0].tolist() for length in (2, 9, 1, 14)]
@@ -279,6 +288,7 @@ def test_generation_refuses(arguments: dict, message: str) -> None:
         generate(build(small("mha")), **options)
 
 
+@pytest.mark.parametrize("arch", KINDS)
 def test_rows_that_end_take_the_next_prompt(shared_model: LanguageModel) -> None:
     """More prompts than rows: every one is continued as it is without a cache, whatever its row held before."""
     model = shared_model

@@ -2,45 +2,18 @@
 silent: a layout that falls into pieces trains at a fraction of its speed."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ARCHS, BLOCKS, build, small, tokens
+from conftest import ARCHS, BLOCKS, build, covering, kinds, small, tokens
 
-from arch import ModelConfig, resolve
+from arch import ModelConfig
 from train.parallel import parallelize
 
 LENGTH = 16  # two chunks of a bounded store, which a graph repeats for each
 
 
-def kinds(name: str, **size: int) -> list[str]:
-    """The kind of each block of a layout, as far as the code tells kinds apart: of key/value heads only whether queries
-    share them, of angles only whether there are any. Everything else of a store makes a kind of its own."""
-    found = []
-    config = small(name, **size)
-    for number, stack in enumerate(resolve(config).stacks):
-        plan = stack.plan
-        for layer, owner in enumerate(plan.owners):
-            store = plan.store(layer)
-            spec = asdict(replace(store, owner=0, name="", rope_theta=float(store.rope_theta > 0)))
-            spec["slot"]["kv_heads"] = min(1, store.slot.kv_heads) + (store.slot.kv_heads >= config.size.num_heads)
-            found.append(f"{number} {owner == layer} {type(store).__name__} {spec}")
-    return found
-
-
-def covering() -> dict[str, set[str]]:
-    """Layouts that together have every kind of block, each with the kinds that none before it has."""
-    missing = {name: set(kinds(name)) for name in ARCHS}
-    chosen: dict[str, set[str]] = {}
-    while any(missing.values()):
-        best = max(missing, key=lambda name: len(missing[name]))
-        chosen[best] = missing[best]
-        missing = {name: rest - chosen[best] for name, rest in missing.items()}
-    return chosen
-
-
-COVERING = covering()
+COVERING = covering(ARCHS)
 
 
 def shallow(name: str) -> ModelConfig:

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from torch._dynamo.utils import counters
 
 import train.loss
-from arch import Decoder, KVPlan, ModelConfig, from_dict, resolve
+from arch import ArchConfig, Decoder, KVPlan, ModelConfig, from_dict, resolve
 from arch.named import CONFIGS, load_arch, load_size
 from data.shards import TokenWindows
 from train.checkpoint import checkpoints, load_info, step_of
@@ -570,12 +570,19 @@ def test_help() -> None:
 
 
 def test_every_arch_and_size_composes() -> None:
-    """Through Hydra, as typed; test_arch_model builds every arch at every size."""
+    """Sizes as typed, layouts all at once, each under its own name; each layout can be trained at each size."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        for name, size in [*((name, "1b") for name in ARCHS), *(("block", size) for size in SIZES)]:
-            config = OmegaConf.to_object(compose("pretrain", overrides=[f"+arch={name}", f"+size={size}"]))
+        composed = compose(overrides=[f"+arch@{name}={name}" for name in ARCHS])
+        for size in SIZES:
+            config = OmegaConf.to_object(compose("pretrain", overrides=["+arch=block", f"+size={size}"]))
+            assert config.size == load_size(size)
             assert config.tokens == config.size.tokens
             assert config.optim.lr == config.size.lr
-            assert not problems(config)
-            assert resolve(config.model) == resolve(ModelConfig(load_arch(name), load_size(size)))
+            for name in ARCHS:
+                config.arch = load_arch(name)
+                assert not problems(config)
+                resolve(config.model)
+    for name in ARCHS:
+        typed = OmegaConf.merge(OmegaConf.structured(ArchConfig), composed[name])
+        assert OmegaConf.to_object(typed) == load_arch(name)

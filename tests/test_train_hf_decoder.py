@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DECODERS, ROOT, WINDOW, build, small, tokens, whole_depth
+from conftest import DECODERS, ROOT, WINDOW, build, covering, small, tokens, whole_depth
 from conversions import from_hf, to_hf
 from safetensors.torch import save_file
 from test_train_export import QUIET, write_checkpoint
@@ -85,6 +85,7 @@ OWN = {"mixed": MIXED, "tied": TIED, "gemma-style": GEMMA, "olmo-style": OLMO2}
 STYLES = {"gemma-style": GEMMA3, "olmo-style": OLMO}
 WHOLE = {"window": None, "num_layers": 8}
 LAYOUTS = [name for name in DECODERS if name not in REFUSED] + list(OWN)
+OF_KINDS = [*covering(name for name in LAYOUTS if name not in OWN), *OWN]
 LENGTH = 10  # of the prompt; more than any window
 STEPS = 2 * WINDOW + 3
 
@@ -176,7 +177,7 @@ def test_same_model(name: str) -> None:
     assert all(torch.equal(weights[key], value) for key, value in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", OF_KINDS)
 def test_gradients(name: str) -> None:
     """Ours, and theirs with and without checkpointing, of both kinds."""
     ours, theirs = pair(name)
@@ -201,7 +202,7 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", OF_KINDS)
 def test_generation(name: str) -> None:
     """Greedy tokens of every cache, of prompts shorter and longer than the window, alone and padded to one batch."""
     ours, theirs = pair(name)
