@@ -243,6 +243,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a test that does not look at them: drawing takes longer than what it looks at."""
+    for picture in ("pareto.draw_panels", "pareto.plot_pareto_html", "curves.draw_curves"):
+        monkeypatch.setattr(f"eval.plots.{picture}", blank)
+
+
 def launch_in_process(task: Callable, name: str, schema: type, arguments: list[str]) -> None:
     """A script's command line, without the seconds that a new process takes to import torch.
 

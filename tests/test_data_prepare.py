@@ -239,12 +239,12 @@ def test_a_killed_preparation_goes_on(workers: int, tmp_path: Path) -> None:
     """SIGKILL, again and again, at any point; in the end the bytes are those of an uninterrupted one."""
     script = tmp_path / "start.py"
     script.write_text(START.format(root=str(ROOT)))
-    rows = [json.dumps({"text": " ".join(str(hash((n, i))) for i in range(300))}) for n in range(400)]
+    rows = [json.dumps({"text": " ".join(str(hash((n, i))) for i in range(150))}) for n in range(400)]
     for name, half in (("a.jsonl.xz", rows[:200]), ("b.jsonl", rows[200:])):
         jsonl(tmp_path / "in", name, half)
     options = [
         f"source.train={tmp_path / 'in'}",
-        "shard_tokens=80000",
+        "shard_tokens=40000",
         "source.val_share=0.1",
         "source.test_share=0.1",
     ]

@@ -171,6 +171,7 @@ def test_points_and_frontier(runs: Path) -> None:
         assert row.bytes == kv_bytes(resolve(small(name)), 64, 2).stored
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_methods_are_compared_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """With the same runs without one, where both have several seeds: by ranges, whichever end is better."""
     found = {"none": (0.9, 0.8, 0.7), "int8": (0.7, 0.6, 0.5), "int4": (0.6, 0.5, 0.69), "int2": (0.91, 0.92, 0.95)}
@@ -272,6 +273,7 @@ def test_pareto_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(row["name"] in html for row in records)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_default_place_and_context(runs: Path) -> None:
     pareto.main([str(runs)])
     assert json.loads((runs / "pareto.json").read_text())[0]["context"] == 32
@@ -288,6 +290,7 @@ def test_a_perplexity_too_large_for_a_float_is_still_drawn(tmp_path: Path) -> No
     assert json.loads((run / "pareto.json").read_text()) == []
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0, -5.0, 1.5e308])
 def test_what_is_not_finite_enters_no_frontier(value: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arch, seed, ppl in (("mqa", 0, 120.0), ("gqa2", 0, value), ("gqa4", 0, 100.0), ("gqa4", 1, value)):
@@ -392,6 +395,7 @@ def test_folders_that_cannot_be_looked_into_are_named(
     ]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_unfinished_runs_are_named(runs: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("a", "b"):
         (runs / name).mkdir()
@@ -440,6 +444,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert {row["name"] for row in csv.DictReader(file)} == set(MARKUP)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_copies_of_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     copy = make_run(tmp_path / "copy", "cla2", 0, 20.0)
     make_run(tmp_path, "cla2", 0, 20.0)
@@ -449,6 +454,7 @@ def test_copies_of_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert [row["runs"] for row in json.loads((tmp_path / "pareto.json").read_text())] == [2]
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_run(tmp_path, "mha", 0, 20.0, name="plain")
     path = next(tmp_path.glob("plain*")) / "summary.json"
@@ -457,6 +463,7 @@ def test_control_characters_are_escaped(tmp_path: Path, capsys: pytest.CaptureFi
     assert r"a\x1b[31m\ud800b\u202ec" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_folder_that_was_named_is_the_one_read(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,6 +535,7 @@ def test_pareto_errors(arguments: list[str], message: str, runs: Path, tmp_path:
     assert message in str(caught.value)
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_star_that_finds_our_own_files(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The second time `pareto.py runs/*` is typed, the first one's files lie among the runs."""
     pareto.main([str(runs)])
@@ -537,6 +545,7 @@ def test_a_star_that_finds_our_own_files(runs: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "pareto.png").exists()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pareto.main([str(runs), f"out={tmp_path}"])
     assert "warning" not in capsys.readouterr().err
@@ -579,6 +588,7 @@ def test_which_end_of_an_axis_is_better(name: str, larger: bool) -> None:
     assert axis(name, 64).larger == larger
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_any_recorded_figure_on_either_axis(runs: Path, capsys: pytest.CaptureFixture) -> None:
     """Figures of tasks, of which some are the better the larger they are; several are panels side by side."""
     accuracies = {"mha": 0.9, "gqa4": 0.7, "mqa": 0.95, "cla2": 0.5}

@@ -16,10 +16,11 @@ from PIL import Image
 from arch import resolve
 from data.cli import UsageError
 from eval import curves, histories
-from eval.plots import curves as curves_picture
+from eval.plots.curves import draw_curves
 from eval.runs import Run
 from train.schema import PretrainConfig
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")  # test_picture looks at one
 STEPS, STEP_TOKENS, FLOPS = 200, 64, 1000.0
 
 
@@ -291,8 +292,7 @@ def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.Cap
 def test_picture(vals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows where validation is compared; a legend where names at the ends of lines would overlap."""
     drawn = []
-    draw = curves_picture.draw_curves
-    monkeypatch.setattr(curves_picture, "draw_curves", lambda *arguments: drawn.append(draw(*arguments)))
+    monkeypatch.setattr("eval.plots.curves.draw_curves", lambda *arguments: drawn.append(draw_curves(*arguments)))
     for arch, last in (("mha", 4.0), ("cla2", 4.5 if vals == 8 else 4.01)):
         for seed in (0, 1):
             make_run(tmp_path / "runs", arch, line(last + 2, 0.01), seed=seed, vals=vals)

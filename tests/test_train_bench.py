@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, launch_in_process, run_script, small, start_script
-from omegaconf import OmegaConf
 
-from arch import ArchConfig, SizeConfig, resolve
+from arch import resolve
 from arch.footprint import kv_bytes, num_params
-from arch.named import CONFIGS, load_arch, load_size, names
 from data.shards import Manifest
 from train import pretrain
 from train.benchmarks import baselines, gpu_study, gpu_suite, peak_memory
@@ -39,14 +37,6 @@ def suite(out: Path, *arguments: str) -> int:
 
 def read(out: Path, part: str) -> dict:
     return json.loads((out / f"{part}.json").read_text())
-
-
-def test_configs_are_read_as_the_command_line_reads_them() -> None:
-    """By OmegaConf, which knows that `1e-3` is a number."""
-    for group, load, schema in (("arch", load_arch, ArchConfig), ("size", load_size, SizeConfig)):
-        for name in names(group):
-            written = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
-            assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written)) == load(name)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -5,7 +5,7 @@ import re
 import shlex
 import weakref
 from collections.abc import Iterator
-from functools import partialmethod
+from functools import lru_cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from arch import EncoderConfig, ModelConfig, SizeConfig, build, resolve
+from arch import EncoderConfig, LanguageModel, ModelConfig, SizeConfig, build, resolve
 from arch.footprint import train_flops_per_token
 from arch.named import load_arch, load_size
 from eval.cli import Choices
@@ -159,6 +159,17 @@ def loss(model: torch.nn.Module, vocab_size: int, bf16: bool = True) -> torch.Te
         return model(tokens, head=cross_entropy_sum(model.select_targets(tokens)))
 
 
+@lru_cache(maxsize=1)
+def trained(name: str, style: str) -> tuple[LanguageModel, torch.optim.Optimizer]:
+    """A model with its gradients and moments, for all the ways to train it."""
+    model = build(config(name, style=style))
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
 @pytest.mark.parametrize(("checkpointing", "bf16"), [(False, True), (False, False), (True, True)])
 @pytest.mark.parametrize(
     ("name", "style"),
@@ -170,13 +181,9 @@ def test_activations_and_peak_of_one_device(name: str, style: str, checkpointing
     model_config = config(name, style=style)
     plan, vocab = resolve(model_config), model_config.size.vocab_size
     how = Execution(itemsize=2 if bf16 else 4, compiled=False, checkpointing=checkpointing, dense=True)
-    model = build(model_config)
+    model, optimizer = trained(name, style)
     for stack in model.stacks:
         stack.activation_checkpointing = checkpointing
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
     static = [*model.parameters(), *(p.grad for p in model.parameters())]
     static += [value for state in optimizer.state.values() for value in state.values()]
     with Storages() as storages:
