@@ -38,7 +38,7 @@ class Mask(NamedTuple):
     form: Any
 
     def last_query(self, length: int) -> "Mask | None":
-        """Mask of the last of `length` queries; None where the kernel takes no single query over all slots."""
+        """Mask of the last of `length` queries; None if the kernel takes no single query over all slots."""
         if not isinstance(self.form, Dense | Windowed):
             return None
         return self._replace(form=last_query(self.form, length))
@@ -311,7 +311,7 @@ class Backend(ClaimedKernel):
         return Mask(self.kernel, self.form(sequences, window))
 
     def check_dtype(self, dtype: torch.dtype) -> None:
-        """Raises ValueError where computing in `dtype` is not claimed."""
+        """Raise ValueError if computing in `dtype` is not claimed."""
         if self.dtypes and dtype not in self.dtypes:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             raise ValueError(
@@ -396,7 +396,7 @@ def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a backend, of attention or of bounded stores (bounded_fla.py), or stands for
+    """Raise ValueError unless `name` is a backend, of attention or of bounded stores (bounded_fla.py), or stands for
     several."""
     if name not in ("auto", "flash", "fla", "rows", *BACKENDS):
         raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash, fla")
@@ -405,7 +405,7 @@ def check_name(name: str) -> None:
 def select_backend(name: str, needs: Needs, device: str) -> Backend:
     """The backend `name`, or for `auto` and `flash` the first of what they stand for that claims `needs` on `device`.
 
-    Raises ValueError where there is none: nothing falls back at run time.
+    Raises ValueError if there is none: nothing falls back at run time.
     """
     check_name(name)
     known = BACKENDS | {FLEX_ROWS.name: FLEX_ROWS}

@@ -136,7 +136,7 @@ def has_own_kernel(name: str, plan: KVPlan) -> bool:
 
 
 def check_own_kernel(name: str, *plans: KVPlan) -> None:
-    """Raises ValueError where the backend `name` is for kinds of store of which no plan has one."""
+    """Raise ValueError if the backend `name` is for kinds of store of which no plan has one."""
     kinds = [f"{kind} stores" for kind, modules in STORE_MODULES.items() if name in modules.own_backends]
     if not kinds or any(has_own_kernel(name, plan) for plan in plans):
         return
@@ -151,7 +151,7 @@ def choose_backends(
 ) -> tuple[StoreBackend, ...]:
     """The backend of the layers that see each of `plan.views`, in that order; with or without packed documents.
 
-    Raises ValueError where the backend `name` cannot run them.
+    Raises ValueError if the backend `name` cannot run them.
     """
     check_name(name)
     check_own_kernel(name, plan)

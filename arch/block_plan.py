@@ -71,7 +71,7 @@ class BlockPlan:
         """A prompt of `context` tokens and the logits of the next one, for each of `stacks`: its whole blocks, and the
         next block as far as it has begun.
 
-        Raises ValueError where the prompt is shorter than `min_prompt`.
+        Raises ValueError if the prompt is shorter than `min_prompt`.
         """
         if context < self.min_prompt:
             raise ValueError(f"{context} tokens are less than a block of {self.block_length}; give a longer context")

@@ -121,7 +121,7 @@ class BlockCache:
 class BlockTransformer(LanguageModel):
     """A language model of the layout in `config.arch`, which has a section `block`, at the size in `config`.
 
-    Raises LayoutError where it is impossible; `backend` and `device_type` as for a Decoder. Parameters are
+    Raises LayoutError if it is impossible; `backend` and `device_type` as for a Decoder. Parameters are
     uninitialised until `init_weights`.
     """
 
@@ -183,7 +183,7 @@ class BlockTransformer(LanguageModel):
         decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
 
         Raises ValueError unless T is a number of whole blocks and one of them is predicted, with more than one segment,
-        where the cache has no room, and with a cache but not `last_only`.
+        if the cache has no room, and with a cache but not `last_only`.
         """
         if segment_ids_BT is not None:
             check_segments(tokens_BT, segment_ids_BT)

@@ -77,13 +77,13 @@ class Cache:
         return sum(storage.nbytes() for storage in storages.values())
 
     def pad_left(self, start_B: Tensor | None) -> None:
-        """Set `start_B` of an empty cache. Raises ValueError where it is not empty."""
+        """Set `start_B` of an empty cache. Raises ValueError if it is not empty."""
         if self.length:
             raise ValueError(f"the cache has {self.length} positions already; prompts need an empty one")
         self.start_B = start_B
 
     def check(self, plan: KVPlan, batch: int, length: int) -> None:
-        """Raises ValueError where `length` more tokens for `batch` sequences of a model of `plan` cannot be added."""
+        """Raise ValueError if `length` more tokens for `batch` sequences of a model of `plan` cannot be added."""
         if plan != self.plan:
             raise ValueError("the cache was allocated for another layout; allocate it from the model's own plan")
         if torch.is_grad_enabled():

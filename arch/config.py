@@ -1,8 +1,8 @@
 """Authored configuration: what a person writes in `configs/arch` and `configs/size`.
 
 Plain mutable dataclasses of plain types, so that they serve as Hydra schema nodes, as JSON in a checkpoint, and as
-arguments in a test. What may be a number or a share is Any: OmegaConf cannot merge a union inside a mapping. Whether it
-makes sense is checked once, by `plan.resolve`.
+arguments in a test. A value that may be a number or a share has type Any, since OmegaConf cannot merge a union inside a
+mapping. `plan.resolve` checks the values, once.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -15,7 +15,7 @@ T = TypeVar("T")
 STORE_KEYS = ("head_dim", "k_dim", "v_dim", "tied", "rope", "matrix", "query_scale", "rope_scaling", "stride", "chunk")
 LATENT_KEYS = ("heads", "k_dim")
 
-# Limits of what is resolved: beyond every model, and within what is answered at once.
+# Limits of what is resolved: above every model, and low enough for an instant answer.
 MAX_LAYERS = 1024
 MAX_WIDTH = 2**24  # heads, widths, slots, tokens of a vocabulary
 MAX_COUNT = 10**15  # tokens, positions and steps: within 64 bits in every product that is formed
@@ -29,9 +29,9 @@ class LatentConfig:
     Widths are elements (`512`) or a share of the head dimension (`4/1`, `1/2`: the paper's choices). With a `rope_dim`
     of 0 there is no rotary key, and the layers that read the store know no positions.
 
-    heads  latents per token, of width `dim` each, of which the query heads read one by equal parts in order (grouped
-           latent attention, arXiv 2505.21487): devices that divide the heads need not all hold all latents; null: 1
-    k_dim  width of the part of keys that is expanded from the latent; null: the head dimension
+    heads  latents per token, each `dim` wide and read by an equal share of the query heads, in order (grouped latent
+           attention, arXiv 2505.21487), so that devices which divide the heads can divide the latents; null: 1
+    k_dim  width of the part of each key that is expanded from the latent; null: the head dimension
     """
 
     dim: Any = "4/1"
@@ -46,7 +46,7 @@ class MatrixConfig:
 
     rule       gated_delta (Gated DeltaNet, Qwen3-Next): a decay per head; or kda (Kimi Linear): per channel of its keys
     heads      states, each with values of its own: a number, or a share of the query heads
-    key_heads  heads of queries and keys, each of which serves `heads / key_heads` states; likewise
+    key_heads  heads of queries and keys, each for `heads / key_heads` states: a number, or a share of the query heads
     k_dim, v_dim   widths of keys and values: elements, or a share of the head dimension
     conv       tokens that the short convolution of queries, keys and values sees, counting the current one
     """
@@ -61,13 +61,13 @@ class MatrixConfig:
 
 @dataclass
 class QueryScaleConfig:
-    """Queries that grow with the logarithm of their position p, from 0 in each document, as attention over longer
-    contexts would else spread out.
+    """Queries scaled with the logarithm of their position p, counted from 0 in each document, so that attention does
+    not spread out over long contexts.
 
     slope   a number: factors are 1 + slope * log(1 + floor((p + 1) / tokens)) (Llama 4's temperature tuning); or
-            `learned`: slope_n * log(p + 1) + bias_n, two parameters of each query head n, at first 0 and 1 (Mistral
-            Large 4, and with a fixed bias scalable softmax)
-    tokens  of a number: positions after which a factor first changes
+            `learned`: slope_n * log(p + 1) + bias_n, two parameters of each query head n, initially 0 and 1
+            (Mistral Large 4; with a fixed bias, scalable softmax)
+    tokens  with a number as slope: positions after which the factor first changes
     """
 
     slope: Any = "learned"
@@ -76,15 +76,15 @@ class QueryScaleConfig:
 
 @dataclass
 class RopeScalingConfig:
-    """Rotary embeddings whose frequencies are slowed down for longer contexts (rope_scaling.py has the rules).
+    """Lower frequencies of rotary embeddings, for longer contexts (rope_scaling.py has the rules).
 
     rule       linear, llama3 or yarn
     factor     by which frequencies are divided
-    original   of llama3 and yarn: positions that the model knew before
-    low, high  of llama3 and yarn: a frequency that makes fewer than `low` turns within those positions is divided, one
-               that makes more than `high` stays as it is; null: 1 and 4 of llama3, 1 and 32 of yarn
-    attention  of yarn: factor of cosines and sines, by whose square scores grow; null: 0.1 log(factor) + 1
-    truncate   of yarn: between them, begin and end at a whole number of frequencies
+    original   for llama3 and yarn: the context length before the extension
+    low, high  for llama3 and yarn: a frequency with fewer than `low` turns within `original` positions is divided, one
+               with more than `high` is left alone; null: 1 and 4 for llama3, 1 and 32 for yarn
+    attention  for yarn: factor of cosines and sines, whose square scales the scores; null: 0.1 log(factor) + 1
+    truncate   for yarn: round the ends of the range between `low` and `high` to whole frequencies
     """
 
     rule: str = "linear"
@@ -104,29 +104,29 @@ class StoreConfig:
     latent      a latent instead of key/value heads
     head_dim    width of each key and value, and of the queries and outputs of layers that read them: a number, or a
                 share of the size's head dimension (`2/1`); null: that dimension
-    k_dim       the same of keys and queries alone (thin keys: `1/4`); null: head_dim
-    v_dim       the same of values and outputs alone; null: head_dim
-    tied        one tensor for keys and values: `vector`, the rotated key is the value too, and outputs are rotated back
-                (DeepSeek-V4; plainly K = V where rope is none); `half`, the first half of each value is that of its key
-                too, whose other half is rotated and one for all heads (GTA); or `projection`, one projection makes
-                both, and both are cached: keys are normed and rotated, values normed without a scale where keys are
-                (Gemma 4). The first two have one width
-    matrix      a matrix per head instead of positions, which no other layer reads
+    k_dim       the same for keys and queries only (thin keys: `1/4`); null: head_dim
+    v_dim       the same for values and outputs only; null: head_dim
+    tied        one tensor for keys and values: `vector`, the rotated key is also the value, and outputs are rotated
+                back (DeepSeek-V4; plain K = V if rope is none); `half`, the first half of each value is also that of
+                its key, whose rotated other half is shared by all heads (GTA); or `projection`, one projection makes
+                both, and both are cached: keys are normed and rotated, values normed without a scale if keys are normed
+                (Gemma 4). With the first two, keys and values are equally wide
+    matrix      a matrix per head instead of positions; only the layer that writes it reads it
     window      keep this many positions, counting the current one; null keeps all, or with `slots` none
-    stride      one entry for each so many positions, pooled by learned weights: beside the window (strided.py); or of a
+    stride      pool this many positions into one entry, by learned weights: beside a window (strided.py), or of a
                 latent, which needs none (strided_latent.py)
-    chunk       instead of a window: keep the positions of the current chunk of so many, which are counted from the
-                start of each document (Llama 4); a layer sees those up to the current one
-    slots       a bounded store: this many slots into which positions are merged, whatever the context
+    chunk       instead of a window: keep the positions of the current chunk of this many, counted from the start of
+                each document (Llama 4); a layer sees those up to the current one
+    slots       a bounded store: merge positions into this many slots, whatever the context
     rule        how a bounded store is written and read: gated, ring_slots or ring_router (bounded.py has the formulas)
-    sinks       a learned attention-sink logit per query head in every layer that reads the store (windowed, bounded, or
-                beside a store that is)
+    sinks       a learned attention-sink logit per query head in every layer that reads the store; needs a window,
+                chunk or slots in this store or another one of the layout
     kv_norm     writers normalise the residual stream with a norm of their own before projecting (CLA paper, 3.1)
     rope        how much of each key is rotated: `full`, `none`, a leading share (`1/4`) or number of elements; null
                 takes the size's rotary_fraction. Latents have `latent.rope_dim` instead, which may be 0
     rope_theta  rotary base of this store; null takes the size's
-    rope_scaling  frequencies of its rotation are slowed down for longer contexts
-    query_scale in layers that read the store, queries are scaled with the logarithm of their position
+    rope_scaling  lower frequencies of its rotation, for longer contexts
+    query_scale   scale the queries of layers that read the store with the logarithm of their position
     """
 
     kv_heads: Any = None
@@ -151,17 +151,17 @@ class StoreConfig:
 
 @dataclass
 class LayoutConfig:
-    """A KV layout: named store types, and who writes and who reads them, from the bottom layer up.
+    """A KV layout: named store types, and the layers that write and read them, from the bottom up.
 
     stores       name -> type of store; arch/config.py has its keys
-    pattern      a tile of `new X` / `reuse X` repeated over the depth. `new X x3` repeats an item, a nested list groups
-                 items for the eye. With `window=256` after X a layer sees the last 256 of the positions that X keeps.
-                 `reuse X values=Y` reads keys of X and values of Y; `reuse X mix=Y` keys and values that are each
-                 a learned mix of both, per channel.
-                 Or a list of sections `{layers: 2 | 1/2, pattern: [...]}`: each takes that many
-                 layers (a share is rounded down; what the depth cannot hold is cut, last section first), the one
-                 section without `layers` takes the rest.
-    short_group  where the incomplete tile goes when the tile does not divide its layers: `first` or `last`
+    pattern      a tile of `new X` / `reuse X`, repeated over the depth. `new X x3` repeats an item; nested lists only
+                 group items for the reader. With `window=256` after X a layer sees the last 256 of the positions that
+                 X keeps. `reuse X values=Y` reads keys of X and values of Y; `reuse X mix=Y` reads keys and values that
+                 are a learned mix of both stores, per channel.
+                 Or a list of sections `{layers: 2 | 1/2, pattern: [...]}`: each takes that many layers (a share is
+                 rounded down; sections that exceed the depth are cut, the last one first); the one section without
+                 `layers` takes the rest.
+    short_group  position of the incomplete tile if the tile does not divide its layers: `first` or `last`
     """
 
     stores: dict[str, StoreConfig] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class TokenDecoderConfig(LayoutConfig):
                the start token and the tokens; or `cross`, as vectors that every layer attends to after its own
                attention (Block Transformer, 2.4 and F.2)
     bos_token  the start token of `summation` and `cross`
-    layers     its share of size.num_layers, or a number; the block decoder has the rest
+    layers     a number, or its share of size.num_layers; the block decoder has the rest
     d_model, num_heads, head_dim, d_ff   null: as in the block decoder
     """
 
@@ -195,7 +195,7 @@ class TokenDecoderConfig(LayoutConfig):
 class EncoderConfig:
     """The RoBERTa-type encoder of the embedders `encoder` and `cls`; defaults are the paper's (F.1).
 
-    cls_tokens  of `cls`: outputs that stand for the block
+    cls_tokens  for `cls`: outputs that represent the block
     """
 
     layers: int = 3
@@ -212,9 +212,9 @@ class BlockConfig:
     length     tokens of a block
     embedder   `lookup`: embeddings of width d_model / length, end to end; `projection`: embeddings of width
                `embed_dim`, end to end, then a linear map; `encoder`: outputs of an encoder over the block's tokens, end
-               to end, then a linear map; `cls`: the same with its outputs at CLS tokens before them
-    embed_dim  of `projection`; null: d_model
-    encoder    of `encoder` and `cls`
+               to end, then a linear map; `cls`: the same with the outputs at CLS tokens before the block's
+    embed_dim  for `projection`; null: d_model
+    encoder    for `encoder` and `cls`
     start      predict the first block too, from a learned context
     """
 
@@ -267,7 +267,7 @@ STYLE_KEYS = tuple(field.name for field in fields(Style))
 class SizeConfig:
     """Widths and depth of a model, and the training budget that goes with them.
 
-    num_layers         layers, at most 1024; of a Block Transformer, of both decoders together
+    num_layers         layers, at most 1024; in a Block Transformer, of both decoders together
     d_model            width of the residual stream
     num_heads          query heads
     head_dim           null: d_model / num_heads
@@ -278,26 +278,26 @@ class SizeConfig:
     rope_theta         base of rotary embeddings
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
-    max_window         windows, chunks, slots and query_scale.tokens of the layout are cut to this; small sizes, trained
-                       on short sequences, set it
+    max_window         limit of the layout's windows, chunks, slots and query_scale.tokens; set by small sizes, which
+                       are trained on short sequences
     style              preset of the next ten keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or
                        output gates
     norm               rmsnorm or layernorm
-    mlp                swiglu, gelu, or geglu, gated as swiglu by the tanh form of GELU (Gemma)
+    mlp                swiglu, gelu, or geglu, which is gated by the tanh form of GELU (Gemma)
     bias               whether projections of attention and MLP have biases
-    parallel_residual  whether attention and MLP read the same residual stream, and are added to it together
+    parallel_residual  whether attention and MLP read the same residual stream and are added to it together
     rotary_fraction    leading share of each head that is rotated; latent stores have `latent.rope_dim` instead
     qk_norm            RMSNorm of queries and of keys before they are rotated: none; head, over each head (Qwen3, Gemma
                        3); all, over all heads together (OLMo 2)
     output_gate        sigmoid of a projection of the layer's input, by which the heads' outputs are multiplied: none;
                        head, one factor per head; channel, one per element (Qwen3-Next). Like qk_norm, not in the
                        attention of a `cross` token decoder to its context
-    qkv_bias           whether projections to queries, keys and values have biases where `bias` is false (Qwen2)
-    norm_placement     where the norms of attention and MLP are: before, of their inputs; after, of their outputs
-                       before these are added to the residual stream (OLMo 2); or both (Gemma 3)
-    scale_embeddings   multiply embeddings by the square root of d_model (Gemma); not of a Block Transformer
+    qkv_bias           whether projections to queries, keys and values have biases even if `bias` is false (Qwen2)
+    norm_placement     place of the norms of attention and MLP: before, on their inputs; after, on their outputs before
+                       these are added to the residual stream (OLMo 2); or both (Gemma 3)
+    scale_embeddings   multiply embeddings by the square root of d_model (Gemma); not in a Block Transformer
     tokens             training tokens: like the next two, a default of the trainer, never read by the model
     batch_size         sequences per optimizer step
     lr                 peak learning rate
@@ -378,8 +378,8 @@ def has_qkv_bias(size: SizeConfig) -> bool:
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass `config` as plain nested dicts, which `from_dict` reads back.
 
-    Style properties and newer keys of a store that are null are left out, so that files and the grouping of runs are as
-    before these keys.
+    Style properties and newer keys of a store are left out if they are null, so that files, and the grouping of runs,
+    are the same as before these keys existed.
     """
 
     def written(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def _convert(where: str, hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`; raises ValueError where it is of another."""
+    """Return `value` as the type `hint`. Raises ValueError if it is of another."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for option in options:
         kind = get_origin(option) or option

@@ -85,7 +85,7 @@ class HFModel:
 def read_config(hf: Mapping[str, Any]) -> HFModel:
     """Read the config.json `hf`.
 
-    Raises UnsupportedModelError with every key whose value our models cannot have, and LayoutError where the widths are
+    Raises UnsupportedModelError with every key whose value our models cannot have, and LayoutError if the widths are
     impossible.
     """
     model_type = str(hf.get("model_type"))

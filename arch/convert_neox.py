@@ -61,7 +61,7 @@ NEOX_SIZE_KEYS = SIZE_KEYS | {"norm_eps": "layer_norm_eps"}
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model in style neox that the config.json `hf` of a GPTNeoXForCausalLM describes.
 
-    Raises UnsupportedModelError with every key whose value style neox does not have, and LayoutError where the widths
+    Raises UnsupportedModelError with every key whose value style neox does not have, and LayoutError if the widths
     are impossible.
     """
     values = DEFAULTS | dict(hf)

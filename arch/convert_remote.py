@@ -51,7 +51,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of the remote decoder that computes exactly what a Decoder of `config` does.
 
     It names no tensor type and no special token. Raises UnsupportedModelError with everything that it cannot hold, and
-    LayoutError where the layout is impossible.
+    LayoutError if the layout is impossible.
     """
     if config.arch.block is not None:
         raise UnsupportedModelError(["block: a Block Transformer is no stack of decoder layers over one cache"])
@@ -166,7 +166,7 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model that `hf`, a config.json of the remote decoder, describes; the inverse of `to_hf_config`.
 
-    Raises UnsupportedModelError with every key that is missing or has an impossible value, and LayoutError where widths
+    Raises UnsupportedModelError with every key that is missing or has an impossible value, and LayoutError if widths
     are impossible.
     """
     if hf.get("model_type") != MODEL_TYPE:

@@ -33,7 +33,7 @@ MAX_PARAMS = 2**44
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of a model of `config` that is shipped with its code; it repeats HF_SIZE_KEYS of the size.
 
-    It names no tensor type and no special token. Raises LayoutError where the layout is impossible.
+    It names no tensor type and no special token. Raises LayoutError if the layout is impossible.
     """
     resolve(config)
     return {
@@ -50,8 +50,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model that `hf`, such a config.json, describes; the inverse of `to_hf_config`.
 
-    Raises UnsupportedModelError where keys are missing, have an impossible value or contradict each other, and
-    LayoutError where the layout is impossible.
+    Raises UnsupportedModelError if keys are missing, have an impossible value or contradict each other, and
+    LayoutError if the layout is impossible.
     """
     parts = {key: hf.get(key) for key in ("arch", "size")}
     missing = [f"{key} is missing; it must be a mapping" for key, part in parts.items() if not isinstance(part, dict)]

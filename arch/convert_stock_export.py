@@ -27,7 +27,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the config.json of the stock class that computes exactly what a Decoder of `config` does.
 
     It names no tensor type and no special token. Raises UnsupportedModelError with everything that no stock class
-    holds, and LayoutError where the layout is impossible.
+    holds, and LayoutError if the layout is impossible.
     """
     if config.arch.block is not None:
         raise UnsupportedModelError(["block: a Block Transformer is two decoders; a stock class is one"])

@@ -89,7 +89,7 @@ class Rotation(NamedTuple):
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model that the config.json `hf` describes; `seq_len` is its `max_position_embeddings`.
 
-    Raises UnsupportedModelError with every key whose value a Decoder cannot have, and LayoutError where the widths are
+    Raises UnsupportedModelError with every key whose value a Decoder cannot have, and LayoutError if the widths are
     impossible.
     """
     model_type = str(hf.get("model_type"))

@@ -127,7 +127,7 @@ class Stack(nn.Module):
     """Blocks over vectors of width D, and the norm after them, of the layout and size in `config`.
 
     `backend` names an attention backend (`attend.BACKENDS`), or is `auto`, `flash` or `rows`, decided here for each
-    store and the device the model is built on; raises ValueError where it cannot run the layout. Parameters are
+    store and the device the model is built on; raises ValueError if it cannot run the layout. Parameters are
     uninitialised until `init_weights` of the whole model. `activation_checkpointing` recomputes each block in the
     backward pass. With `cross` every layer also attends to the vectors passed to `run`.
     """
@@ -159,7 +159,7 @@ class Stack(nn.Module):
         return window if store_window is None else None
 
     def attention(self, documents: bool = False) -> str:
-        """Name the attention backends and their stores, for a log. Raises ValueError where they cannot run `documents`,
+        """Name the attention backends and their stores, for a log. Raises ValueError if they cannot run `documents`,
         several in one row."""
         chosen = choose_backends(self.backend, self.config.size, self.plan, self.device_type, documents)
         used: dict[str, dict[str, None]] = {}
@@ -170,7 +170,7 @@ class Stack(nn.Module):
     def masks(self, x_BTD: Tensor, segment_ids_BT: Tensor | None = None) -> list[Mask | TokenPositions]:
         """Make one mask per view for `x_BTD` attending to itself; bounded stores get token positions instead.
 
-        Raises ValueError where the backend cannot run segments, or computes in another type.
+        Raises ValueError if the backend cannot run segments, or computes in another type.
         """
         segmented = segment_ids_BT is not None
         if segmented not in self.chosen:
@@ -206,7 +206,7 @@ class Stack(nn.Module):
         return {key: make(store) for key, store in stores.items()}
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
-        """Make one mask per view where negative ids are padding. Raises ValueError where a store merges positions."""
+        """Make one mask per view where negative ids are padding. Raises ValueError if a store merges positions."""
         if not all(store.masked for store in self.plan.stores):
             raise ValueError("bounded stores and matrices cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:
@@ -230,7 +230,7 @@ class Stack(nn.Module):
 
     @property
     def in_short_rows(self) -> bool:
-        """True where the rows of a pass without a cache are put end to end."""
+        """True if the rows of a pass without a cache are put end to end."""
         return any(backend is FLEX_ROWS for backend in self.chosen[False])
 
     def cross_contexts(
@@ -262,7 +262,7 @@ class Stack(nn.Module):
         With `cache`, the tokens continue what it holds and are added to it. `masks`: one per view; None: causal.
         `context_BCD`: vectors for a stack with `cross`; None: those that the cache got last. `num_outputs`: return only
         the last position (1) or none (0), and leave out what the layers from `plan.tail` on need not do; None: all.
-        `starts_BT`: where the document of each token begins; None: at 0. Raises ValueError where the tokens do not fit
+        `starts_BT`: where the document of each token begins; None: at 0. Raises ValueError if the tokens do not fit
         into the cache, or as `masks`.
         """
         x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the residual stream is of the type that is computed in
@@ -446,7 +446,7 @@ class Decoder(Stack, LanguageModel):
         product. `segment_ids_BT`: a run of equal numbers is a segment, and segments, such as documents, do not see each
         other. Rotary positions go on counting through the row: those scores depend on distances alone.
 
-        Raises ValueError where the tokens do not fit into the cache, or with segments of another shape or over a cache.
+        Raises ValueError if the tokens do not fit into the cache, or with segments of another shape or over a cache.
         """
         x_BTD, masks, starts_BT = self.embed(tokens_BT), None, None
         if segment_ids_BT is not None:

@@ -468,7 +468,7 @@ class DeltaWriter(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """`x` at length 1; at 0 where it is 0."""
+    """`x` at length 1; at 0 if it is 0."""
     return x * (x.square().sum(dim=-1, keepdim=True) + LENGTH_EPS).rsqrt()
 
 

@@ -104,7 +104,7 @@ class DeltaFlaBackend(DeltaBackend):
 def select_delta_backend(name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool) -> DeltaBackend:
     """`fla` where the backend `name` is that, the chunk form for any other.
 
-    Raises ValueError where `fla` cannot run: nothing falls back at run time.
+    Raises ValueError if `fla` cannot run: nothing falls back at run time.
     """
     assert isinstance(store, MatrixSpec)
     about = {"gated_delta": DeltaFlaBackend.about, "kda": "flash-linear-attention's KDA"}[store.matrix.rule]

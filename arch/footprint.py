@@ -100,7 +100,7 @@ def between_matrices(config: ModelConfig) -> int:
 
 
 def projection_elements(config: ModelConfig) -> int:
-    """Elements of the matrix from a block's embedded vectors to the block decoder; 0 where there is none."""
+    """Elements of the matrix from a block's embedded vectors to the block decoder; 0 if there is none."""
     block = config.arch.block
     if block is None or block.embedder == "lookup":
         return 0
@@ -108,7 +108,7 @@ def projection_elements(config: ModelConfig) -> int:
 
 
 def expansion_elements(config: ModelConfig) -> int:
-    """Elements of the matrix from a context to the token decoder; 0 where there is none."""
+    """Elements of the matrix from a context to the token decoder; 0 if there is none."""
     block = config.arch.block
     if block is None:
         return 0
@@ -233,7 +233,7 @@ def encoder_flops(block: BlockConfig) -> int:
 
 
 def cross_flops(config: ModelConfig, stack: StackPlan, layer: int, positions: int) -> int:
-    """`forward_flops` of the cross-attention of one layer at `positions` of a row; 0 where there is none."""
+    """`forward_flops` of the cross-attention of one layer at `positions` of a row; 0 if there is none."""
     if not stack.num_cross_vectors:
         return 0
     of_positions, of_context = cross_matrices(config, stack.plan, layer)

@@ -142,7 +142,7 @@ class Queue:
         pad_token: int | None,
         stop_token: int | None,
     ) -> None:
-        """Raises ValueError on an impossible `max_batch`, and on a prompt too short without `pad_token`."""
+        """Raise ValueError on an impossible `max_batch`, and on a prompt too short without `pad_token`."""
         self.model, self.prompts, self.max_new_tokens = model, prompts, max_new_tokens
         self.pad_token, self.stop_token, self.device = pad_token, stop_token, model.output_weight.device
         numbers = list(range(len(prompts)))
@@ -276,7 +276,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def token_lists(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of tokens. Raises ValueError where they are one prompt, not a batch of them."""
+    """Prompts as lists of tokens. Raises ValueError if they are one prompt, not a batch of them."""
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
     if not all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
         raise ValueError("generate takes a batch of prompts: a list of lists of tokens, or a tensor [B, T]")
@@ -338,7 +338,7 @@ def batch_prompts(
 
 
 def check_lengths(plan: Plan, prompts: Sequence[Sequence[int]], pad_token: int | None) -> None:
-    """Raises ValueError if a prompt is shorter than `plan.min_prompt` and has no `pad_token`."""
+    """Raise ValueError if a prompt is shorter than `plan.min_prompt` and has no `pad_token`."""
     shortest = min(map(len, prompts))
     if shortest < plan.min_prompt and pad_token is None:
         raise ValueError(

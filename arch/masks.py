@@ -83,7 +83,7 @@ class Packed(NamedTuple):
     bounds   int32, the first token of each sequence among all B * T, then B * T; None: each row is one sequence.
              Filled up with empty sequences to a power of two, so that compiled code meets few lengths
     longest  no sequence is longer
-    window   None where it restricts nothing
+    window   None if it restricts nothing
     """
 
     bounds: Tensor | None

@@ -28,8 +28,8 @@ def build(
                  meta device nothing is drawn
     changes      keys of the size
 
-    Raises UnknownNameError on a name or key that does not exist, LayoutError where the layout is impossible, ValueError
-    where the attention backend cannot run it, TypeError where arguments contradict each other.
+    Raises UnknownNameError on a name or key that does not exist, LayoutError if the layout is impossible, ValueError
+    if the attention backend cannot run it, TypeError if arguments contradict each other.
     """
     if isinstance(arch, ModelConfig):
         if size is not None or changes:

@@ -33,12 +33,12 @@ def names(group: str) -> list[str]:
 
 
 def load_arch(name: str) -> ArchConfig:
-    """The layout in `configs/arch/<name>.yaml`. Raises UnknownNameError where there is none."""
+    """The layout in `configs/arch/<name>.yaml`. Raises UnknownNameError if there is none."""
     return from_dict(ArchConfig, _read("arch", "layout", name))
 
 
 def load_size(name: str) -> SizeConfig:
-    """The size in `configs/size/<name>.yaml`. Raises UnknownNameError where there is none."""
+    """The size in `configs/size/<name>.yaml`. Raises UnknownNameError if there is none."""
     return from_dict(SizeConfig, _read("size", "size", name))
 
 

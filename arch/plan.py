@@ -230,7 +230,7 @@ class KVPlan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "KVPlan":
-        """Raises KeyError or TypeError where `values` are not those of a plan."""
+        """Raise KeyError or TypeError if `values` are not those of a plan."""
         stores, reads = tuple(map(store_from_dict, values["stores"])), tuple(values["reads"])
         own = tuple(values.get("reader_windows", ()))
         if own and (
@@ -266,7 +266,7 @@ class KVPlan:
 def resolve_stack(config: ModelConfig) -> KVPlan:
     """The plan of one stack of layers: a decoder, or one of the two of a Block Transformer.
 
-    Raises LayoutError where the size is impossible, or else with every problem of the layout.
+    Raises LayoutError if the size is impossible, or else with every problem of the layout.
     """
     problems = _check_size(config.size)
     if config.arch.block is not None:
@@ -350,7 +350,7 @@ def _own_windows(
 
 
 def _check_seconds(config: ModelConfig, types: dict[str, StoreSpec], items: list["Item"], problems: list[str]) -> None:
-    """Adds to `problems` pairs of stores that no layer can read together."""
+    """Add to `problems` pairs of stores that no layer can read together."""
     for item in dict.fromkeys(items):
         if not item.second:
             continue
@@ -553,7 +553,7 @@ def _tile(
 
 
 def _item(verb: str, name: str, options: list[tuple[str, str]]) -> Item | None:
-    """The item of these options; None where they are none that an item can have."""
+    """The item of these options; None if they are none that an item can have."""
     window, how, second = None, "", ""
     for key, value in options:
         if key == "window" and window is None and re.fullmatch(r"[1-9]\d{,17}", value):

@@ -48,7 +48,7 @@ def yarn_attention(factor: float, scale: float = 1.0) -> float:
 
 
 def resolve_rope_scaling(where: str, config: RopeScalingConfig, problems: list[str]) -> RopeScaling | None:
-    """The rule with its defaults; None where there is none. Adds to `problems` what is wrong with it."""
+    """The rule with its defaults; None if there is none. Adds to `problems` what is wrong with it."""
     found: list[str] = []
     if config.rule not in TURNS:
         problems.append(f"{where}.rule is {config.rule!r}; it is {', '.join(list(TURNS)[:-1])} or {list(TURNS)[-1]}")

@@ -157,7 +157,7 @@ class StoreSpec:
 
     @classmethod
     def check(cls, where: str, store: StoreConfig, problems: list[str]) -> None:
-        """Adds to `problems` what else is wrong with the keys of this kind."""
+        """Add to `problems` what else is wrong with the keys of this kind."""
         if store.rule is not None:
             problems.append(f"{where}.rule {store.rule} needs slots, how many it may write; or leave the rule out")
 
@@ -293,7 +293,7 @@ class StoreSpec:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> "StoreSpec":
-        """The spec of these fields. Raises TypeError where they are not those of this kind."""
+        """The spec of these fields. Raises TypeError if they are not those of this kind."""
         return cls(**fields)
 
 

@@ -94,7 +94,7 @@ def resolve_store(name: str, store: StoreConfig, size: SizeConfig, problems: lis
 
 
 def store_from_dict(values: dict[str, Any]) -> StoreSpec:
-    """The store that `to_dict` of a spec describes. Raises KeyError or TypeError where `values` are not such."""
+    """The store that `to_dict` of a spec describes. Raises KeyError or TypeError if `values` are not such."""
     fields = {"num_slots" if key == "slots" else key: value for key, value in values.items()}
     fields["slot"] = SlotShape(**values["slot"])
     if fields.get("rope_scaling"):

@@ -163,7 +163,7 @@ def interrupted(message: str = "error: interrupted") -> NoReturn:
 
 
 def _convert(text: str, hint: Any) -> Any:
-    """Raises ValueError where `text` is not of the type `hint`."""
+    """Raise ValueError if `text` is not of the type `hint`."""
     options = get_args(hint)
     if get_origin(hint) is tuple:
         parts = text.removeprefix("[").removesuffix("]").split(",")

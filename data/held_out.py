@@ -54,7 +54,7 @@ class HeldOut:
 
 
 def by_hash(shares: dict[str, float | None]) -> HeldOut:
-    """Hold out whole documents. `shares` maps split -> share, None where it is left to us."""
+    """Hold out whole documents. `shares` maps split -> share, None if it is left to us."""
     chosen = {split: DEFAULT_SHARE if share is None else share for split, share in shares.items()}
     texts = " and ".join(f"{share:.3g} of the documents for {split}" for split, share in chosen.items())
     return HeldOut(chosen, None, f"held out: {texts}, chosen by a hash")

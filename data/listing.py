@@ -50,7 +50,7 @@ def list_files(values: dict[str, Any]) -> tuple[list[SourceFile], list[str]]:
     The record that a preparation leaves in its folder is passed over, or a folder prepared among its own sources would
     be one of them.
 
-    Raises DataError where an item names no file, a file cannot be read, or one real file, under whatever name or link,
+    Raises DataError if an item names no file, a file cannot be read, or one real file, under whatever name or link,
     or packed and not, is in two splits, or is named twice in one.
     """
     files: list[SourceFile] = []
@@ -117,7 +117,7 @@ def _describe_twins(one: _Taken, other: _Taken) -> str:
 
 
 def _check_repeated(earlier: _Taken, found: _Taken) -> None:
-    """Raises DataError unless the two names of one file come from one item, or from folders and globs that overlap."""
+    """Raise DataError unless the two names of one file come from one item, or from folders and globs that overlap."""
     also = "" if earlier.name == found.name else f" ({earlier.name} is the same file)"
     if earlier.split != found.split:
         raise DataError(

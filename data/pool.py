@@ -29,7 +29,7 @@ def encoded(
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Yield each document with its tokens, in the order of `documents`, encoded by the tokenizer of `folder`.
 
-    Raises DataError where a worker process dies.
+    Raises DataError if a worker process dies.
     """
     if workers is None:  # macOS has no affinity
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

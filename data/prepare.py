@@ -101,7 +101,7 @@ def _of_earlier_preset(recorded: dict[str, Any], requested: dict[str, Any]) -> d
 
 
 def _check_sources(manifest: Manifest, config: PrepareConfig) -> None:
-    """Raises DataError if the sources are no longer what the complete folder was prepared from."""
+    """Raise DataError if the sources are no longer what the complete folder was prepared from."""
     folder = config.folder
     if manifest.sources is None:
         print(

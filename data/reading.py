@@ -55,7 +55,7 @@ def rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
 
 
 def check_memory(name: str, size: int) -> None:
-    """Raises DataError if a document of `size` bytes from `name` needs more memory than there is."""
+    """Raise DataError if a document of `size` bytes from `name` needs more memory than there is."""
     free = _free_memory()
     if free is not None and size > CHUNK and size * MEMORY > free:
         raise DataError(
@@ -108,7 +108,7 @@ def _check_line(path: Path, number: int, size: int) -> None:
 
 
 def _free_memory() -> int | None:
-    """Bytes that this process may still use; None where the system does not tell."""
+    """Bytes that this process may still use; None if the system does not tell."""
     found = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -127,7 +127,7 @@ class ZoologyTask:
 def recall_rows(task: RecallTask, pairs: int, batch: int, seed: int, number: int) -> Rows:
     """Batch `number` of `batch` sequences with `pairs` pairs, each as likely as any other to be asked for.
 
-    Keys of a sequence differ, values need not. Raises ValueError where the pairs have no room.
+    Keys of a sequence differ, values need not. Raises ValueError if the pairs have no room.
     """
     if found := task.problems(pairs):
         raise ValueError("; ".join(found))
@@ -152,7 +152,7 @@ def recall_rows(task: RecallTask, pairs: int, batch: int, seed: int, number: int
 
 def zoology_rows(task: ZoologyTask, pairs: int, batch: int, random: np.random.RandomState) -> Rows:
     """The next `batch` sequences of `random`: from RandomState(s), those of the paper's generator with seed s, whose
-    noise however is drawn by another generator. Raises ValueError where the pairs have no room."""
+    noise however is drawn by another generator. Raises ValueError if the pairs have no room."""
     if found := task.problems(pairs):
         raise ValueError("; ".join(found))
     context, first_value = 2 * pairs, task.vocab_size // 2
@@ -182,7 +182,7 @@ def texts(config: RecallConfig) -> Iterator[tuple[str, str]]:
     """Yield (split, text) for every sequence: `rows` to train on, then `val_rows` for val, and as many for test.
 
     Of one number of pairs, training sequences of kind zoology are those of the paper's generator with the same seed.
-    Raises DataError where they are impossible.
+    Raises DataError if they are impossible.
     """
     if found := problems(config):
         raise DataError("\n".join(found))

@@ -155,7 +155,7 @@ class Manifest:
         return manifest
 
     def check_tokenizer(self, folder: Path) -> None:
-        """Raises DataError if the folder's tokenizer is not the one that made the shards."""
+        """Raise DataError if the folder's tokenizer is not the one that made the shards."""
         for name, expected in (
             ("tokenizer.json", self.tokenizer_sha256),
             ("token_bytes.npy", self.token_bytes_sha256),
@@ -282,7 +282,7 @@ class TokenWindows:
     a shard except the first is a target exactly once. An incomplete last window of a shard is dropped.
 
     Where documents are sequences with answers (`Manifest.row_length`), a window is one of them: `seq_len` inputs, and
-    as many targets, 0 where nothing is asked.
+    as many targets, 0 if nothing is asked.
 
     Raises DataError if a file does not match the manifest, unless `check` is false: another process has compared them.
     Also on reading a file that was deleted or changed in the meantime: a memory map would return garbage or kill the
@@ -339,7 +339,7 @@ class TokenWindows:
         return np.frombuffer(os.pread(file, tokens * self.dtype.itemsize, begin * self.dtype.itemsize), self.dtype)
 
     def _checked(self, path: Path, begin: int, read: np.ndarray) -> np.ndarray:
-        """Return tokens of `path` from `begin` on. Raises DataError where one is none of the vocabulary."""
+        """Return tokens of `path` from `begin` on. Raises DataError if one is none of the vocabulary."""
         if len(read) and read.max() >= self.vocab_size:
             raise DataError(
                 f"{path} is altered: position {begin + int(read.argmax())} has token {read.max()} in a vocabulary of "
@@ -435,7 +435,7 @@ def _check_offsets(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 @contextmanager
 def _array_errors(path: Path) -> Iterator[None]:
-    """Raise DataError where a .npy file cannot be read or is none."""
+    """Raise DataError if a .npy file cannot be read or is none."""
     try:
         yield
     except DataError:

@@ -268,7 +268,7 @@ def _digest_of_corpus(source: SourceConfig) -> str:
 
 
 def _commit(dataset: str, revision: str | None) -> str | None:
-    """The commit of a data set of the hub that `revision` names now; None where the hub does not tell."""
+    """The commit of a data set of the hub that `revision` names now; None if the hub does not tell."""
     from huggingface_hub import HfApi
 
     try:

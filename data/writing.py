@@ -181,7 +181,7 @@ def discard(folder: Path) -> None:
 
 
 def _refuse_foreign_files(folder: Path) -> None:
-    """Raises DataError if `folder` holds anything but the first files of a preparation."""
+    """Raise DataError if `folder` holds anything but the first files of a preparation."""
     others = {file.name for file in folder.iterdir() if file.suffix != ".partial"} - INITIAL_FILES
     if others:
         raise DataError(f"{folder} holds {min(others)}, which is not ours; give an empty folder with path=")

@@ -110,7 +110,7 @@ def _check_count(key: str, value: Any, least: int = 0, most: int = LARGEST) -> N
 
 
 def _check_fields(item: Any) -> None:
-    """Raise ValueError where a field of the dataclass `item` is of another type, or a number is out of all bounds."""
+    """Raise ValueError if a field of the dataclass `item` is of another type, or a number is out of all bounds."""
     values = {field.name: getattr(item, field.name) for field in fields(item) if field.init}
     from_dict(type(item), values)
     for key, value in values.items():

@@ -43,7 +43,7 @@ UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 @dataclass(frozen=True)
 class Choices:
-    """The names given with `+arch=` and `+size=`; None where a script was started without."""
+    """The names given with `+arch=` and `+size=`; None if a script was started without."""
 
     arch: str | None
     size: str | None
@@ -166,14 +166,14 @@ NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute '
 
 
 def require(**chosen: str | None) -> None:
-    """Raises UsageError, listing the choices, for each group that was not chosen with `+group=name`."""
+    """Raise UsageError, listing the choices, for each group that was not chosen with `+group=name`."""
     missing = [group for group, choice in chosen.items() if choice is None]
     if missing:
         raise UsageError("\n".join(f"choose +{group}= one of: {', '.join(names(group))}" for group in missing))
 
 
 def require_new_folder(out: str) -> Path:
-    """Return the folder `out`. Raises UsageError where it is empty or names something that exists."""
+    """Return the folder `out`. Raises UsageError if it is empty or names something that exists."""
     if not out:
         raise UsageError("out= is not set; give the folder to write")
     path = Path(out)

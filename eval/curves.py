@@ -67,7 +67,7 @@ def find_curves(folders: Sequence[Path], clock: str, unfinished: bool = False) -
     """One curve for each set of runs in and below `folders` that differ in nothing but the seed.
 
     Names on stderr the runs that make no curve, and those that have not ended: they are left out unless `unfinished`,
-    or if none has ended. Raises RunError where no run is left.
+    or if none has ended. Raises RunError if no run is left.
     """
     found = look_for_runs(folders, finished=False)
     histories, unusable = [], found.unreadable
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
-    """curves.png and curves.json in `out`. Raises OSError where that cannot be written."""
+    """curves.png and curves.json in `out`. Raises OSError if that cannot be written."""
     from eval.plots.curves import draw_curves
 
     out.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def hardware() -> str:
 
 
 def driver() -> str | None:
-    """Version of the NVIDIA driver; None where there is none."""
+    """Version of the NVIDIA driver; None if there is none."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

@@ -113,7 +113,7 @@ def read(arguments: Sequence[str]) -> tuple[EvaluateConfig, DataOptions, list[st
 def methods_of(words: Sequence[str], tasks: Sequence[ChosenTask]) -> "list[CacheMethod | None]":
     """The cache methods that `cache=` names, each once; without any, none.
 
-    Raises UsageError on a method that there is not, and where a task does not run over a cache.
+    Raises UsageError on a method that there is not, and if a task does not run over a cache.
     """
     methods = dict.fromkeys(map(read_method, with_brackets(words or (NONE,))))
     if any(methods) and (others := [chosen.name for chosen in tasks if not chosen.task.compresses]):

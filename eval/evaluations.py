@@ -60,7 +60,7 @@ def write_evaluation(
 ) -> list[Path]:
     """Write `key`.json and the pictures into `folder`, with the items of `about`; return the paths.
 
-    Raises OSError where that cannot be written.
+    Raises OSError if that cannot be written.
     """
     paths = [folder / f"{file_name(key)}.json"]
     payload = {
@@ -87,7 +87,7 @@ def write_evaluation(
 
 
 def recorded_step(run: Path, keys: Iterable[str]) -> int:
-    """The step of the results of `keys` in the folder of a run; 0 where one of them is not there, or damaged."""
+    """The step of the results of `keys` in the folder of a run; 0 if one of them is not there, or damaged."""
     try:
         paths = [run / FOLDER / f"{file_name(key)}.json" for key in keys]
         return min((int(json.loads(path.read_text())["step"]) for path in paths), default=0)
@@ -98,7 +98,7 @@ def recorded_step(run: Path, keys: Iterable[str]) -> int:
 def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Put `entries`, by key, into the summary.json of `run`; those of other tasks stay. Processes take turns.
 
-    Raises OSError where it cannot be written, ValueError where it cannot be read.
+    Raises OSError if it cannot be written, ValueError if it cannot be read.
     """
     path = run / "summary.json"
     with FileLock(run / f"{KEY}.lock"):
@@ -107,7 +107,7 @@ def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def steps_of_summary(run: Path) -> int | None:
-    """The steps of the run by its summary.json; None where it has none."""
+    """The steps of the run by its summary.json; None if it has none."""
     steps = Run(run).experiment.get("steps") if Run(run).finished else None
     return steps if isinstance(steps, int) else None
 

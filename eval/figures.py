@@ -114,7 +114,7 @@ def without_text(name: str) -> str:
 
 
 def figure(run: Run, name: str, context: int, itemsize: int, method: str = NONE) -> Any:
-    """The figure `name` of a finished run, with a cache method; whatever was recorded, None where there is none."""
+    """The figure `name` of a finished run, with a cache method; whatever was recorded, None if there is none."""
     if name in BYTES:
         if method != NONE:
             return stored_bytes(run.plan, method, context, itemsize) if name == "stored" else None
@@ -127,7 +127,7 @@ def figure(run: Run, name: str, context: int, itemsize: int, method: str = NONE)
 
 
 def stored_bytes(plan: Plan, method: str, context: int, itemsize: int) -> int | None:
-    """Bytes of a cache of `context` tokens that has just been compressed, by the formula of `method`; None where it has
+    """Bytes of a cache of `context` tokens that has just been compressed, by the formula of `method`; None if it has
     none, or `plan` does not take it."""
     try:
         found = parse_method(method)

@@ -84,7 +84,7 @@ class Footprint:
 
 
 def measure(name: str, config: ModelConfig, context: int, memory: float, itemsize: int) -> Footprint:
-    """Raises LayoutError where the layout is impossible at this size."""
+    """Raise LayoutError if the layout is impossible at this size."""
     plan = resolve(config)
     params, kv = num_params(config, plan), kv_bytes(plan, context, itemsize)
     return Footprint(
@@ -312,7 +312,7 @@ def check_counts(context: int, itemsize: int) -> None:
 
 
 def drawn(plan: Plan, title: str, context: int, options: FootprintConfig, path: Path) -> Path:
-    """Draw the ownership map to `path`, and return the file that it became. Raises UsageError where that cannot be."""
+    """Draw the ownership map to `path`, and return the file that it became. Raises UsageError if that cannot be."""
     path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib calls it
     draw(plan, title, context, options.itemsize, path, options.picture == PICTURE)
     return path
@@ -328,7 +328,7 @@ def by_remark(found: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def draw(plan: Plan, title: str, context: int, itemsize: int, path: Path, new_folder: bool) -> None:
-    """Draw the ownership map. Raises UsageError where `path` cannot be written."""
+    """Draw the ownership map. Raises UsageError if `path` cannot be written."""
     from eval.plots.plan import draw_plan  # matplotlib takes a second to import
 
     try:

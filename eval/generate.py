@@ -102,7 +102,7 @@ class Stream:
         self.told = 0  # characters of the decoded text that are shown
 
     def add(self, token: int) -> str:
-        """Return the text that can be shown after another token; empty where there is none yet."""
+        """Return the text that can be shown after another token; empty if there is none yet."""
         self.tokens.append(token)
         self.num_tokens += 1
         text = self._decoded()
@@ -170,7 +170,7 @@ def check(options: GenerateConfig) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file. Raises DataError where it cannot be read, UsageError where it has none."""
+    """The prompts in a file. Raises DataError if it cannot be read, UsageError if it has none."""
     from data.reading import rows_of_file
 
     try:

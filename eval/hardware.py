@@ -30,7 +30,7 @@ class Gpu:
     bandwidth: float
 
     def flops(self, precision: str) -> float | None:
-        """Peak FLOP/s in `bf16`, `fp16`, `tf32` or `fp32`; None where the device has none for it."""
+        """Peak FLOP/s in `bf16`, `fp16`, `tf32` or `fp32`; None if the device has none for it."""
         rates = {"bf16": self.bf16, "fp16": self.fp16, "tf32": self.tf32, "fp32": self.fp32}
         rate = rates[precision]
         return None if rate is None else rate * TERA

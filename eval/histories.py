@@ -59,7 +59,7 @@ class History:
 
 
 def load_history(run: Run, clock: str) -> History:
-    """Read the metrics of a run, with seconds of `clock`. Raises RunError where they cannot make a curve."""
+    """Read the metrics of a run, with seconds of `clock`. Raises RunError if they cannot make a curve."""
     config = run.config
     try:
         check_config(config)
@@ -114,7 +114,7 @@ def load_history(run: Run, clock: str) -> History:
 
 
 def check_finite(run: Run, steps: Array, losses: Array, what: str) -> None:
-    """Raise RunError, naming the step, where a loss is not a finite number."""
+    """Raise RunError, naming the step, if a loss is not a finite number."""
     wrong = np.flatnonzero(~np.isfinite(losses))
     if len(wrong):
         raise RunError(f"{run.folder}: its {what} is {losses[wrong[0]]} at step {steps[wrong[0]]:.0f}; leave it out")

@@ -76,7 +76,7 @@ class Identity:
 
     @classmethod
     def from_dict(cls, values: Any, where: Path) -> "Identity":
-        """Raises UsageError, naming the file `where`, unless `values` are those of an identity."""
+        """Raise UsageError, naming the file `where`, unless `values` are those of an identity."""
         try:
             data = tuple(
                 DataFolder(
@@ -103,7 +103,7 @@ class Identity:
     def load(cls, run: Path) -> "Identity | None":
         """Read identity.json of a run; None if an earlier version wrote the run.
 
-        Raises UsageError where it cannot be read.
+        Raises UsageError if it cannot be read.
         """
         path = run / FILE
         try:
@@ -136,7 +136,7 @@ class Identity:
     def check_data(self, who: str, folders: Mapping[Path, Manifest], weights: Sequence[float], fix: str) -> None:
         """Compare prepared folders with those that the run was trained on; they may lie elsewhere.
 
-        Raises DataError, naming both, where they differ. `who` begins the sentence, `fix` ends it.
+        Raises DataError, naming both, if they differ. `who` begins the sentence, `fix` ends it.
         """
         found = [DataFolder.of(*item, weight) for item, weight in zip(folders.items(), weights, strict=True)]
         if [folder.content for folder in found] != [folder.content for folder in self.data]:
@@ -159,7 +159,7 @@ class Identity:
 
 
 def digest_in_summary(run: Run) -> str | None:
-    """Return the digest of the data in the summary.json of a run; None where there is none."""
+    """Return the digest of the data in the summary.json of a run; None if there is none."""
     try:
         digest = run.experiment.get("data")
     except RunError:

@@ -123,7 +123,7 @@ def pictures(layouts: dict[str, Plan], models: Sequence[Released]) -> dict[str, 
 
 
 def mark(path: Path) -> str:
-    """The digest in a picture; empty where there is none."""
+    """The digest in a picture; empty if there is none."""
     if not path.is_file():
         return ""
     _, found, rest = path.read_bytes().partition(b"Shows\x00")

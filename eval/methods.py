@@ -20,7 +20,7 @@ def with_brackets(words: Sequence[str]) -> list[str]:
 
 
 def read_method(text: str) -> CacheMethod | None:
-    """The method that `text` names; None of `none`. Raises UsageError where there is no such method."""
+    """The method that `text` names; None of `none`. Raises UsageError if there is no such method."""
     try:
         method = parse_method(text.strip().strip("\"'"))
     except ValueError as error:

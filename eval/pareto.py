@@ -233,7 +233,7 @@ References = Sequence[tuple[str, float]]
 
 
 def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -> References:
-    """(name, bytes on the axis `x`) of released models. Raises UsageError where one cannot be read, and where the axis
+    """(name, bytes on the axis `x`) of released models. Raises UsageError if one cannot be read, and if the axis
     is none of bytes of the cache."""
     if names and x not in BYTES:
         raise UsageError(f"reference= draws bytes of the KV cache, and x={x} is not; choose x={', '.join(BYTES)}")
@@ -245,7 +245,7 @@ def reference_lines(names: Sequence[str], x: str, context: int, itemsize: int) -
 
 
 def write(rows: Sequence[Point], context: int, metric: str, out: Path) -> list[Path]:
-    """pareto.png, .html, .csv and .json in `out`. Raises OSError where that cannot be written."""
+    """pareto.png, .html, .csv and .json in `out`. Raises OSError if that cannot be written."""
     return write_panels({metric: Panel(rows, context, axis("stored", context), axis(metric, context))}, out)
 
 
@@ -270,7 +270,7 @@ def write_panels(panels: Mapping[str, Panel], out: Path) -> list[Path]:
 
 
 def baseline_of(rows: Sequence[Point], name: str) -> Point:
-    """The point called `name`, in full or by its layout. Raises UsageError where there is none with several seeds."""
+    """The point called `name`, in full or by its layout. Raises UsageError if there is none with several seeds."""
     named = [row for row in rows if row.method == NONE and name in (row.name, row.name.partition("-")[0])]
     if len(named) != 1:
         known = [row.name for row in rows if row.method == NONE]
@@ -281,7 +281,7 @@ def baseline_of(rows: Sequence[Point], name: str) -> Point:
 
 
 def context_of(runs: Sequence[Run], context: int | None) -> int:
-    """`context`, or the sequence length of training if it is None. Raises RunError where the runs disagree about it."""
+    """`context`, or the sequence length of training if it is None. Raises RunError if the runs disagree about it."""
     lengths = sorted({run.summary["seq_len"] for run in runs})
     if context is None and len(lengths) > 1:
         raise RunError(f"the runs were trained on sequences of {lengths} tokens; say which context=N to weigh them at")
@@ -297,7 +297,7 @@ def pareto(
 
 
 def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
-    """Raise UsageError where none of `runs` has one of the figures `names`."""
+    """Raise UsageError if none of `runs` has one of the figures `names`."""
     known = names_of(runs)
     for name in names:
         if name not in known and name not in METRICS:

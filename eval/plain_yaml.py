@@ -45,7 +45,7 @@ class _Level:
 def read_plain(path: Path) -> Any:
     """Read a YAML file of plain data.
 
-    Raises OSError where it cannot be read, ValueError with one line about what is wrong with it.
+    Raises OSError if it cannot be read, ValueError with one line about what is wrong with it.
     """
     with path.open("rb") as file:
         return parse_plain(file.read(MAX_BYTES + 1).decode())
@@ -54,7 +54,7 @@ def read_plain(path: Path) -> Any:
 def read_config(run: Path) -> dict[str, Any]:
     """Read the config.yaml of a run as plain data, with the keys that are in it.
 
-    Raises UsageError where it cannot be read.
+    Raises UsageError if it cannot be read.
     """
     path = run / "config.yaml"
     try:

@@ -39,7 +39,7 @@ def edges(length: int) -> list[int]:
 
 
 def token_nats(targets_BT: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build a head for a model's forward pass that returns the loss [B, T] in fp32, 0 where the target is IGNORE."""
+    """Build a head for a model's forward pass that returns the loss [B, T] in fp32, 0 if the target is IGNORE."""
 
     def head(x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()

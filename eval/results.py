@@ -19,7 +19,7 @@ def envelope() -> dict[str, Any]:
 def write_result(path: Path, payload: dict[str, Any]) -> None:
     """Write `payload` in an envelope, atomically; a key of the payload overrides the envelope's. Makes the folder.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**envelope(), **payload})

@@ -135,7 +135,7 @@ class Run:
 
     @cached_property
     def best(self) -> Best | None:
-        """checkpoints/best.json; None where there is none."""
+        """checkpoints/best.json; None if there is none."""
         name = "checkpoints/best.json"
         return self._read(name, _parse_best, Best) if (self.folder / name).exists() else None
 
@@ -220,7 +220,7 @@ def _reason(error: Exception) -> str:
 def folders_of(patterns: Sequence[str]) -> list[Path]:
     """The folders that `patterns` name: a path that exists is itself, anything else a glob.
 
-    Files are skipped: `runs/*` also matches our own pictures. Raises UsageError where there is none.
+    Files are skipped: `runs/*` also matches our own pictures. Raises UsageError if there is none.
     """
     paths = [
         Path(path)
@@ -267,7 +267,7 @@ class FoundRuns(NamedTuple):
 def look_for_runs(folders: Sequence[Path], *, finished: bool) -> FoundRuns:
     """The runs in and below `folders`, each once; all that have started, or only the finished ones.
 
-    Raises RunError where there is none.
+    Raises RunError if there is none.
     """
     found: dict[Path, Run] = {}
     unfinished: dict[Path, Run] = {}
@@ -305,7 +305,7 @@ def look_for_runs(folders: Sequence[Path], *, finished: bool) -> FoundRuns:
 
 
 def find_runs(folders: Sequence[Path], *, finished: bool) -> list[Run]:
-    """The runs of `look_for_runs`. Raises RunError also where a finished one is not readable."""
+    """The runs of `look_for_runs`. Raises RunError also if a finished one is not readable."""
     found = look_for_runs(folders, finished=finished)
     if found.unreadable:
         raise RunError("\n".join(found.unreadable))

@@ -20,7 +20,7 @@ BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
 def read_rows(path: Path) -> list[Row]:
     """The rows in the file `path`; none where there is no file. A last line that was cut off is passed over.
 
-    Raises UsageError where another line is not a row.
+    Raises UsageError if another line is not a row.
     """
     rows: list[Row] = []
     try:
@@ -117,7 +117,7 @@ def interval(differences: Sequence[float]) -> Interval:
 def compare(group: Group, baseline: Group) -> Interval | None:
     """Loss of `group` minus that of `baseline`, by seed: equal seeds have the same order of the data.
 
-    None where no seed is in both, or they are not comparable.
+    None if no seed is in both, or they are not comparable.
     """
     if not comparable(group, baseline):
         return None

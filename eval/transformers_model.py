@@ -68,7 +68,7 @@ class TransformersCache:
         return repeated
 
     def pad_left(self, start_B: Tensor | None) -> None:
-        """Set `start_B` of an empty cache. Raises ValueError where it is not empty."""
+        """Set `start_B` of an empty cache. Raises ValueError if it is not empty."""
         if self.length:
             raise ValueError(f"the cache has {self.length} positions already; prompts need an empty one")
         self.start_B = start_B
@@ -196,7 +196,7 @@ def load_transformers(
 ) -> tuple[Any, TransformersTokenizer, int]:
     """Load a model, its tokenizer, and the tokens of context that it is evaluated with, from a folder or the hub.
 
-    `trust`: code that the folder brings is run. Raises UsageError where it cannot be loaded, or would need trust.
+    `trust`: code that the folder brings is run. Raises UsageError if it cannot be loaded, or would need trust.
     """
     try:
         import transformers

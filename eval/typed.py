@@ -31,7 +31,7 @@ def _check(schema: Any, path: list[str], value: Any, prefix: str) -> Iterator[st
 
 
 def hint_of(schema: Any, name: str) -> Any:
-    """Return the type that `schema`, a dataclass or a dict, has for the key `name`; None where it has none."""
+    """Return the type that `schema`, a dataclass or a dict, has for the key `name`; None if it has none."""
     if is_dataclass(schema):
         return get_type_hints(schema).get(name)
     return get_args(schema)[1] if get_origin(schema) is dict else None

@@ -82,7 +82,7 @@ class CheckpointCallback(L.Callback):
         self.saved_at = time.monotonic()
 
     def read_best(self) -> Best | None:
-        """Name and validation loss of the best checkpoint; None where there is none that is not broken.
+        """Name and validation loss of the best checkpoint; None if there is none that is not broken.
 
         A damaged best.json is renamed, with a warning.
         """

@@ -143,7 +143,7 @@ class BackgroundSave:
 
     All processes make one together, and the one before must have ended. `copies`: an empty dictionary, which keeps the
     copies in host memory, as large as the files of this process, from one checkpoint to the next. `group`: of all
-    processes, on the CPU, which nothing else uses; None where there is one process.
+    processes, on the CPU, which nothing else uses; None if there is one process.
 
     Until the checkpoint is complete in all processes it has its other name, also where they are killed. Raises
     TrainingError where the copies cannot be made.
@@ -359,8 +359,8 @@ def load_info(folder: Path) -> dict[str, Any]:
 def identity_of(folder: Path, run: Path | None) -> Identity | None:
     """Return the identity of the checkpoint `folder`; None if an earlier version wrote it.
 
-    With `run`, whose checkpoint it is, its config.yaml is compared: raises UsageError where that says what the run was
-    not trained with, and TrainingError where checkpoint.json describes another model.
+    With `run`, whose checkpoint it is, its config.yaml is compared: raises UsageError if that says what the run was
+    not trained with, and TrainingError if checkpoint.json describes another model.
     """
     info = load_info(folder)
     tied: Identity | None
@@ -379,7 +379,7 @@ def identity_of(folder: Path, run: Path | None) -> Identity | None:
 def _check_description(folder: Path, info: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Compare the model in checkpoint.json, where there is one, with arch and size in `values`, a config.yaml.
 
-    Raises TrainingError with the keys that differ, or where the plan is not that of the model.
+    Raises TrainingError with the keys that differ, or if the plan is not that of the model.
     """
     if "config" not in info:
         return
@@ -473,7 +473,7 @@ def resolve(path: Path) -> Path:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise UsageError where the files of an adapter lie in `folder`: what they change would be left out."""
+    """Raise UsageError if the files of an adapter lie in `folder`: what they change would be left out."""
     try:
         names = sorted(path.name for path in folder.iterdir() if ADAPTER.fullmatch(path.name))
     except OSError as error:

@@ -62,7 +62,7 @@ class TokenDataModule(L.LightningDataModule):
             windows.check()
 
     def setup(self, stage: str) -> None:
-        """Raises UsageError, in all processes, with the problem that any of them has found."""
+        """Raise UsageError, in all processes, with the problem that any of them has found."""
         problems = [self.problem]
         if self.trainer is not None and self.trainer.world_size > 1:
             problems *= self.trainer.world_size

@@ -88,7 +88,7 @@ class Speed:
 
 
 def pretrain_config(options: EstimateConfig) -> PretrainConfig:
-    """The configuration that train/pretrain.py would get. Raises LayoutError where that would refuse it."""
+    """The configuration that train/pretrain.py would get. Raises LayoutError if that would refuse it."""
     requested, world = options.trainer, options.gpus * options.nodes
     trainer = replace(
         requested,
@@ -140,7 +140,7 @@ def local_gpu() -> str | None:
 
 
 def measured(config: PretrainConfig, choices: Choices, device: Device, folder: Path) -> Speed | None:
-    """The fastest measurement of this very model, sequence length, GPU and checkpointing; None where there is none."""
+    """The fastest measurement of this very model, sequence length, GPU and checkpointing; None if there is none."""
     model = config.model
     named = load_arch(str(choices.arch)), replace(load_size(str(choices.size)), seq_len=config.size.seq_len)
     if device.gpu is None or (config.arch, replace(config.size, tokens=0, batch_size=0, lr=0)) != (

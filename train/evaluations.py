@@ -144,7 +144,7 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
 
 
 def process_group(module: LitModel) -> ProcessGroup | None:
-    """The processes of the run and the rank of this one; None where it is alone."""
+    """The processes of the run and the rank of this one; None if it is alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     sharded = isinstance(module.model, FSDPModule)  # its weights may be whole between two forward passes

@@ -34,7 +34,7 @@ def check_fp8(device_type: str) -> None:
 
 
 def torchao_float8() -> Any:
-    """The module torchao.float8. Raises UsageError where it is not installed or does not go with this torch."""
+    """The module torchao.float8. Raises UsageError if it is not installed or does not go with this torch."""
     try:
         return importlib.import_module("torchao.float8")
     except (ImportError, AttributeError) as error:
@@ -55,7 +55,7 @@ def convert_to_fp8(model: LanguageModel, emulate: bool = False) -> int:
     """Let the linear layers of all blocks that gain from it compute in fp8; return their number.
 
     Parameters keep their names and types. `emulate`: products in fp32 of what was rounded to fp8, on any device.
-    Raises UsageError where no layer is wide enough.
+    Raises UsageError if no layer is wide enough.
     """
     float8 = torchao_float8()
     config = float8.Float8LinearConfig(emulate=emulate, pad_inner_dim=True)  # tokens of a micro-batch: any number

@@ -147,7 +147,7 @@ class LitModel(L.LightningModule):
         self.progress_metrics["val/ppl"] = self.val_metrics["ppl"]
 
     def check_finite(self) -> None:
-        """Raises TrainingError if a weight of any process is not finite."""
+        """Raise TrainingError if a weight of any process is not finite."""
         broken = torch.stack([(~local_shard(p).isfinite()).any() for p in self.parameters()]).sum()
         if self.trainer.strategy.reduce(broken.float(), reduce_op="sum").item():
             raise TrainingError(f"weights are not finite after step {self.trainer.global_step}: {DIVERGENCE_HINT}")

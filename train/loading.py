@@ -79,7 +79,7 @@ class LoadedModel:
 
     @cached_property
     def tokenizer(self) -> Text:
-        """Read on first use. Raises UsageError where it is not on this machine, DataError where it is damaged, or not
+        """Read on first use. Raises UsageError if it is not on this machine, DataError if it is damaged, or not
         the one that the model was trained with.
         """
         return find_tokenizer(self.checkpoint, self.config, self.prepared, self.identity)
@@ -126,7 +126,7 @@ def load(
     dtype     type of the weights
     prepared  the folder of data that the tokenizer comes from; None: that of the run
 
-    Raises UsageError where `path` is neither a run nor a checkpoint, TrainingError where its files are damaged.
+    Raises UsageError if `path` is neither a run nor a checkpoint, TrainingError if its files are damaged.
     """
     path = Path(path)
     if (path / checkpoint.INFO).is_file():
@@ -152,7 +152,7 @@ def run_of(folder: Path) -> Path | None:
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """The model of the checkpoint `folder` by its own record. Raises TrainingError where it describes none."""
+    """The model of the checkpoint `folder` by its own record. Raises TrainingError if it describes none."""
     try:
         return from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -179,7 +179,7 @@ def find_tokenizer(
 ) -> Text:
     """The tokenizer of the checkpoint `folder`, from `prepared`, or the data folder of its run, or beside its weights.
 
-    Raises UsageError where there is none, DataError where it is not the one that made the data.
+    Raises UsageError if there is none, DataError if it is not the one that made the data.
     """
     place = prepared_folder(config, prepared)
     if place is not None:
@@ -219,7 +219,7 @@ def no_tokenizer(folder: Path, config: PretrainConfig | None) -> UsageError:
 def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
     """The tokenizer beside the weights of the checkpoint `folder`, as an import writes it; None if there is none.
 
-    Raises DataError where it is not the one that the weights are tied to.
+    Raises DataError if it is not the one that the weights are tied to.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():

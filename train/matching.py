@@ -53,7 +53,7 @@ class Match:
 def find_match(model: ModelConfig, match: str, context: int) -> tuple[ModelConfig, Match]:
     """Return `model` with the width at which its figure is nearest to that of multi-head attention at the same size.
 
-    Raises LayoutError where no width that the layout can have brings it within the granularity of that.
+    Raises LayoutError if no width that the layout can have brings it within the granularity of that.
     """
     key = KEYS[match]
     figure = _figure(match, context)
@@ -113,7 +113,7 @@ def _figure(match: str, context: int) -> Callable[[ModelConfig], float]:
 
 
 def matched(config: PretrainConfig) -> tuple[PretrainConfig, Match | None]:
-    """Return `config` with the size that its `match` asks for, and what was found; None where it is `none`."""
+    """Return `config` with the size that its `match` asks for, and what was found; None if it is `none`."""
     if config.match == "none":
         return config, None
     model, found = find_match(config.model, config.match, config.context)

@@ -62,8 +62,8 @@ def claimed(folder: AbstractContextManager[T], otherwise: T) -> AbstractContextM
 
 
 def refuse_empty(config: DictConfig) -> None:
-    """Raises UsageError where a path is empty, as from a shell variable that is not set, or the name is a path; and
-    where the folder is the root, as `$FOLDER/` then is."""
+    """Raise UsageError if a path is empty, as from a shell variable that is not set, or the name is a path; and
+    if the folder is the root, as `$FOLDER/` then is."""
     for key in ("folder", "resume", "init"):
         if config[key] is not None and not config[key].strip():
             raise UsageError(f"{key}= is empty; give a folder, or leave {key}= out")
@@ -75,7 +75,7 @@ def refuse_empty(config: DictConfig) -> None:
 
 
 def refuse_impossible(config: PretrainConfig) -> None:
-    """Raises LayoutError where the layout or a value makes no sense, on any machine."""
+    """Raise LayoutError if the layout or a value makes no sense, on any machine."""
     found = problems(config)
     if found:
         raise LayoutError(found)
@@ -97,7 +97,7 @@ def default_name(choices: Choices) -> str:
 def first_folder(config: DictConfig) -> Path:
     """`folder=`, or `<name>-seed<seed>` in runs/<time> or in the folder of the sweep, where others may be already.
 
-    Raises UsageError where `folder=` would be that of every run of a sweep.
+    Raises UsageError if `folder=` would be that of every run of a sweep.
     """
     hydra = HydraConfig.get()
     sweep = hydra.mode == RunMode.MULTIRUN

@@ -39,7 +39,7 @@ class Source:
         return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     def check(self) -> None:
-        """Raise UsageError on a value that no machine takes, and where there is no such model here."""
+        """Raise UsageError on a value that no machine takes, and if there is no such model here."""
         if self.dtype not in DTYPE_NAMES:
             raise UsageError(f"dtype is {self.dtype}; choose {', '.join(DTYPE_NAMES)}")
         if self.which not in ("newest", "best"):
@@ -48,7 +48,7 @@ class Source:
 
 
 def kind(checkpoint: str) -> str:
-    """`ours` or `transformers`, by what lies at `checkpoint`. Raises UsageError where it is neither."""
+    """`ours` or `transformers`, by what lies at `checkpoint`. Raises UsageError if it is neither."""
     path = Path(checkpoint)
     if not checkpoint:
         raise UsageError("checkpoint= is not set; give a run, a checkpoint, an exported folder, or a name of the hub")

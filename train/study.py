@@ -159,7 +159,7 @@ class Study:
         return f"{count_text(round(left))} tokens are left, about {duration_text(left / speed / self.options.jobs)}"
 
     def run(self, start: Start) -> None:
-        """Do what is left. Raises TaskError, at the end, where runs have failed."""
+        """Do what is left. Raises TaskError, at the end, if runs have failed."""
         limit = self.options.limit_minutes
         deadline = float("inf") if limit is None else time.monotonic() + 60 * limit
         running: dict[str, tuple[Cell, Handle, float]] = {}

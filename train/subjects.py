@@ -29,7 +29,7 @@ class Opened:
 
     @property
     def step(self) -> int | None:
-        """The step of the checkpoint; None where it is not ours."""
+        """The step of the checkpoint; None if it is not ours."""
         return None if self.loaded is None else int(checkpoints.load_info(self.loaded.checkpoint)["step"])
 
     @property
@@ -40,7 +40,7 @@ class Opened:
 def open_subject(
     source: Source, context: int | None = None, texts: Sequence[Path] = (), text_key: str = "text", seed: int = 0
 ) -> Opened:
-    """Load the model that `source` names. Raises UsageError, DataError or TrainingError where it cannot be."""
+    """Load the model that `source` names. Raises UsageError, DataError or TrainingError if it cannot be."""
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
     )
@@ -69,9 +69,9 @@ def open_subject(
 
 
 def data_of_run(opened: Opened) -> Prepared | None:
-    """The data that the run was trained on; None where the model belongs to no run.
+    """The data that the run was trained on; None if the model belongs to no run.
 
-    Raises DataError where it is not here, or not what the run was trained on.
+    Raises DataError if it is not here, or not what the run was trained on.
     """
     from train.datamodule import open_data
 

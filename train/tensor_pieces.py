@@ -73,14 +73,14 @@ def open_file(path: Path) -> Any:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Read what the headers of all files in `folder` say, by name: `model.*` and `optimizer.*`.
 
-    Raises TrainingError, naming file and tensor, where a header cannot be read or is impossible, or files contradict
+    Raises TrainingError, naming file and tensor, if a header cannot be read or is impossible, or files contradict
     each other.
     """
     return join([entry for path in sorted(folder.glob("*.safetensors")) for entry in scan(path)])
 
 
 def scan(path: Path) -> list[Entry]:
-    """List the pieces in a file. Raises TrainingError where its header cannot be read or is impossible."""
+    """List the pieces in a file. Raises TrainingError if its header cannot be read or is impossible."""
     entries = []
     try:
         with open_file(path) as file:
@@ -105,7 +105,7 @@ def scan(path: Path) -> list[Entry]:
 
 
 def _first_row(offsets: Any, num_dims: int) -> int | None:
-    """Return the row at which a piece begins; None where `offsets` name no row of a tensor of `num_dims` dimensions."""
+    """Return the row at which a piece begins; None if `offsets` name no row of a tensor of `num_dims` dimensions."""
     if not isinstance(offsets, list) or len(offsets) != num_dims or any(type(number) is not int for number in offsets):
         return None
     if any(offsets[1:]) or any(number < 0 for number in offsets):
@@ -114,7 +114,7 @@ def _first_row(offsets: Any, num_dims: int) -> int | None:
 
 
 def join(entries: list[Entry]) -> dict[str, StoredTensor]:
-    """Put tensors together from their pieces. Raises TrainingError where rows are missing or repeated."""
+    """Put tensors together from their pieces. Raises TrainingError if rows are missing or repeated."""
     grouped: dict[str, list[Entry]] = {}
     for entry in entries:
         grouped.setdefault(entry.name, []).append(entry)

@@ -151,7 +151,7 @@ def check_data(
 
 
 def check_steps(config: PretrainConfig, start: Path | None) -> None:
-    """Raises UsageError where a run would end before the checkpoint that it starts from."""
+    """Raise UsageError if a run would end before the checkpoint that it starts from."""
     if start is not None and checkpoint.step_of(start) > num_steps(config):
         raise UsageError(
             f"tokens is {config.tokens}, {num_steps(config)} steps, and the run has trained {start.name}; give more "
@@ -161,7 +161,7 @@ def check_steps(config: PretrainConfig, start: Path | None) -> None:
 
 def check_same_data(folder: Path, tied: Identity | None, data: TokenDataModule) -> None:
     """Check that the run in `folder` goes on in the data that it began with: by its identity, or as far as the summary
-    of a run of an earlier version tells. Raises DataError, naming both, where it would not.
+    of a run of an earlier version tells. Raises DataError, naming both, if it would not.
     """
     fix = "Put that data back; where it lies elsewhere now, name it with data.path= (or data.mix=)"
     if tied is not None:
@@ -173,7 +173,7 @@ def check_same_data(folder: Path, tied: Identity | None, data: TokenDataModule) 
 def check_same_tokenizer(source: Path, data: TokenDataModule) -> None:
     """Check that the weights in `source`, a checkpoint, are of a model of the tokenizer of `data`.
 
-    Raises DataError, naming both, where they are not. An earlier version did not write which one they are of.
+    Raises DataError, naming both, if they are not. An earlier version did not write which one they are of.
     """
     fix = "Prepare the text with that tokenizer (tokenizer.kind=pretrained tokenizer.name=FOLDER), or leave out init="
     tied, beside = (

@@ -129,7 +129,7 @@ def write_beside(
 ) -> list[Bbox]:
     """Write `text` at the first of `places` whose box `is_free`; where none is, at the last if it is `forced`.
 
-    Returns its box, in a list that is empty where nothing was written. The canvas must have been drawn.
+    Returns its box, in a list that is empty if nothing was written. The canvas must have been drawn.
     """
     for number, place in enumerate(places, start=1):
         note = axes.annotate(

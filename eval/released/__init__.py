@@ -81,7 +81,7 @@ def released_names() -> list[str]:
 def load(given: str) -> Released:
     """The model of a config.json, of a folder with one, of one of `released_names()`, or of a repository of the hub.
 
-    Raises ReleasedError where there is none, where it cannot be read, and where its cache cannot be figured.
+    Raises ReleasedError if there is none, if it cannot be read, and if its cache cannot be figured.
     """
     path = Path(given)
     if given in released_names():

@@ -46,7 +46,7 @@ class Keys:
         self.read: set[str] = set()
 
     def get(self, key: str) -> Any:
-        """The value as it stands, or transformers' default; None where there is none."""
+        """The value as it stands, or transformers' default; None if there is none."""
         key = self.names.get(key, key)
         self.read.add(key)
         value = self.values.get(key, self.defaults.get(key))
@@ -56,7 +56,7 @@ class Keys:
         return ReleasedError(f"{self.where}: {shown(self.names.get(key, key))} {problem}")
 
     def optional(self, key: str, least: int = 1) -> int | None:
-        """A count, or None where the key is null or missing."""
+        """A count, or None if the key is null or missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -80,7 +80,7 @@ class Keys:
         return bool(value)
 
     def entries(self, key: str, length: int | None, kind: type) -> list[Any] | None:
-        """A list of `length` entries of a type, or None where the key is null or missing."""
+        """A list of `length` entries of a type, or None if the key is null or missing."""
         value = self.get(key)
         if value is None:
             return None
@@ -91,7 +91,7 @@ class Keys:
         return value
 
     def same(self, key: str, expected: int, why: str) -> None:
-        """Raise ReleasedError where a key that is given has another value than follows from others."""
+        """Raise ReleasedError if a key that is given has another value than follows from others."""
         value = self.optional(key)
         if value is not None and value != expected:
             raise self.refuse(key, f"is {value} and must be {expected}, {why}")

@@ -121,7 +121,7 @@ class Bytes:
 def run(subject: Subject, options: Options) -> TaskResult:
     """Measure the parts; those for which the model, or its context, is not made are left out with a note.
 
-    Raises UsageError where there is no text for `text`, or nothing can be measured.
+    Raises UsageError if there is no text for `text`, or nothing can be measured.
     """
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -220,7 +220,7 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
 
 
 def lengths(subject: Subject, options: Options) -> tuple[int, int]:
-    """Tokens of text before the compression and after it. Raises UsageError where they do not fit into the context."""
+    """Tokens of text before the compression and after it. Raises UsageError if they do not fit into the context."""
     new = options.new or min(max(1, subject.context // 4), MOST_NEW)
     prefix = options.prefix or subject.context - new
     if prefix < subject.model.plan.min_prompt:
@@ -237,7 +237,7 @@ def lengths(subject: Subject, options: Options) -> tuple[int, int]:
 
 
 def text_windows(subject: Subject, length: int, count: int) -> "torch.Tensor":
-    """Up to `count` windows [N, `length`] of the text, evenly spaced. Raises UsageError where there is none."""
+    """Up to `count` windows [N, `length`] of the text, evenly spaced. Raises UsageError if there is none."""
     import numpy as np
     import torch
 
@@ -325,7 +325,7 @@ class Asked:
 def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[Asked]:
     """Batches of questions. Of `turns`, half of them are those of the first turn, for keys of the even pairs alone.
 
-    Each batch is a function of (seed, number, pairs). Raises ValueError where they are impossible.
+    Each batch is a function of (seed, number, pairs). Raises ValueError if they are impossible.
     """
     from data.recall import RecallTask
     from eval.recall import questions
@@ -378,7 +378,7 @@ def right(subject: Subject, asked: Asked, part: str, dtype: str, seen: Bytes) ->
 
 
 def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:
-    """Bytes that the formula gives for the cache of one window at its end; None where the text decides them."""
+    """Bytes that the formula gives for the cache of one window at its end; None if the text decides them."""
     from arch.compression.layout import compressed_bytes, has_formula
     from arch.footprint import allocated_bytes
 

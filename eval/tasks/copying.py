@@ -73,7 +73,7 @@ def at_least_one(options: TaskOptions, *names: str) -> list[str]:
 def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     """Share of the second occurrence that is predicted, given all before, and that is generated, given its first half.
 
-    Raises UsageError where no length fits into the context.
+    Raises UsageError if no length fits into the context.
     """
     most = (subject.context - 1) // 2
     lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most) or (most,)
@@ -147,10 +147,10 @@ def repeated(subject: Subject, x_BN: "torch.Tensor") -> "torch.Tensor":
 
 
 def induction(subject: Subject, options: InductionOptions) -> TaskResult:
-    """Loss of the second occurrence minus that of the first, in nats per token: below 0 where the model has learned to
+    """Loss of the second occurrence minus that of the first, in nats per token: below 0 if the model has learned to
     look up what followed the last time.
 
-    Raises UsageError where the context is too short, or has no text of that length.
+    Raises UsageError if the context is too short, or has no text of that length.
     """
     from eval.plots.positions import draw_positions
 

@@ -74,7 +74,7 @@ def by_prefix(prefixes: Sequence[Hashable]) -> list[list[int]]:
 def window_of(prefix: Sequence[int], continuation: Sequence[int], most: int) -> tuple[int, ...]:
     """The end of `prefix` that has room before `continuation`, of whose tokens the last is no input, in `most` inputs.
 
-    Raises ValueError where none of it has.
+    Raises ValueError if none of it has.
     """
     room = most + 1 - len(continuation)
     if room < 1 or not prefix or not continuation:
@@ -85,7 +85,7 @@ def window_of(prefix: Sequence[int], continuation: Sequence[int], most: int) -> 
 
 
 def run(subject: Subject, options: Options) -> TaskResult:
-    """Run the tasks. Raises UsageError where lm-eval is not installed, or has no such task."""
+    """Run the tasks. Raises UsageError if lm-eval is not installed, or has no such task."""
     try:
         from eval.tasks.harness_model import evaluate
     except ImportError as error:

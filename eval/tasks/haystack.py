@@ -46,7 +46,7 @@ def validation_texts(subject: Subject) -> Iterator[str]:
 class Haystack:
     """A text that is as long as asked: words of sentences without end, in their order.
 
-    Raises ValueError where `source` ends too early.
+    Raises ValueError if `source` ends too early.
     """
 
     def __init__(self, source: Iterable[str]):
@@ -105,7 +105,7 @@ class Haystack:
 def largest_fit(count: Callable[[int], int], budget: int, least: int = 0) -> int:
     """The largest size, `least` or more, with `count(size)` <= `budget`, where the count grows with the size.
 
-    Where it does not at every step, one of those whose next size is too large. Raises ValueError where `least` is.
+    Where it does not at every step, one of those whose next size is too large. Raises ValueError if `least` is.
     """
     fits, fitting = least, count(least)
     if fitting > budget:

@@ -43,7 +43,7 @@ def continuation_likelihoods(
 ) -> list[Likelihood]:
     """Likelihood of each continuation of `prefix`, which is prefilled once and whose cache all of them start from.
 
-    `pad_token` fills up a prefix shorter than `plan.min_prompt`, as in `arch.generate`. Raises ValueError where the
+    `pad_token` fills up a prefix shorter than `plan.min_prompt`, as in `arch.generate`. Raises ValueError if the
     prefix or a continuation is empty.
     """
     if not prefix or not all(continuations):

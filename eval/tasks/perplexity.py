@@ -64,7 +64,7 @@ class Options(TaskOptions):
 
 
 def run(subject: Subject, options: Options) -> TaskResult:
-    """Score the text. Raises UsageError where there is none, or nothing of it can be scored."""
+    """Score the text. Raises UsageError if there is none, or nothing of it can be scored."""
     from eval.scoring import Scores, TextBatches, ValidationBatches, score_batch
 
     protocol, plan = protocol_of(subject, options), subject.model.plan
@@ -93,7 +93,7 @@ def run(subject: Subject, options: Options) -> TaskResult:
 
 
 def protocol_of(subject: Subject, options: Options) -> str:
-    """The protocol for the text of `subject`. Raises UsageError where there is no text, or not one for it."""
+    """The protocol for the text of `subject`. Raises UsageError if there is no text, or not one for it."""
     if not subject.texts and subject.prepared is None:
         raise UsageError("perplexity needs text: give text=FILE, or data.path=FOLDER of prepared data")
     if options.protocol == "auto":

@@ -102,7 +102,7 @@ NAMES = ("accuracy", "choice")
 
 
 def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Iterator[Questions]":
-    """Batches of questions, each a function of (seed, number, pairs). Raises ValueError where they are impossible."""
+    """Batches of questions, each a function of (seed, number, pairs). Raises ValueError if they are impossible."""
     import numpy as np
 
     from data.recall import RecallTask, ZoologyTask

@@ -77,7 +77,7 @@ def fill_draft(
 ) -> Sample:
     """Fill up `draft` with as many words as fit into `length` tokens, new ones included.
 
-    Raises ValueError where what is hidden does not fit, or where every haystack has some of it already.
+    Raises ValueError if what is hidden does not fit, or if every haystack has some of it already.
     """
     new = new_tokens(tokenizer, draft.answers, most_new_tokens, length)
     for _ in range(TRIES):
@@ -256,7 +256,7 @@ def common_words(tokenizer: Tokenizer, length: int, common: int, seed: Sequence[
     """RULER's common-word extraction: `common` words of a list occur more often than all others; which are they?
 
     They occur 30 times and the others 3 times, below 4,096 tokens 6 times and once; an example comes before. Wrong
-    choices are as many of the other words. Raises ValueError where not even the common words fit.
+    choices are as many of the other words. Raises ValueError if not even the common words fit.
     """
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     random = np.random.default_rng(seed)

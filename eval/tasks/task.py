@@ -107,7 +107,7 @@ class Subject:
     def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
         """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
 
-        `dtype`: type of what is not coded; None: that of the weights. Raises UsageError where the model, or its layout,
+        `dtype`: type of what is not coded; None: that of the weights. Raises UsageError if the model, or its layout,
         does not take the method.
         """
         from arch.compression.compressed import allocate_compressed
@@ -130,7 +130,7 @@ class Subject:
         """The documents in `texts`: lines of .jsonl, rows of .parquet, any other file as a whole. Empty ones are
         passed over.
 
-        Raises DataError where a file cannot be read.
+        Raises DataError if a file cannot be read.
         """
         from data.files import DataError
         from data.reading import rows_of_file

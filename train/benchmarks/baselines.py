@@ -82,7 +82,7 @@ def kvfrontier(
 
 @contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Raise UnavailableError where something of `package` cannot be imported."""
+    """Raise UnavailableError if something of `package` cannot be imported."""
     try:
         yield
     except ImportError as error:
@@ -173,7 +173,7 @@ BUILDERS: dict[str, Callable[[ModelConfig, torch.device, bool], Baseline]] = {
 
 
 def copy_weights(config: ModelConfig, weights: Weights, name: str, baseline: Baseline) -> None:
-    """Load our model's weights into a baseline. Raises RuntimeError where either has one that the other lacks."""
+    """Load our model's weights into a baseline. Raises RuntimeError if either has one that the other lacks."""
     renamed = {"hugging_face": _hugging_face_names, "litgpt": _litgpt_names}[name](weights)
     if config.size.tie_embeddings:
         renamed["lm_head.weight"] = weights["embed.weight"]

@@ -239,7 +239,7 @@ def lm_steps(settings: Settings) -> int:
 
 
 def text(settings: Settings) -> tuple[Path, Manifest]:
-    """The prepared text. Raises DataError where it cannot be used."""
+    """The prepared text. Raises DataError if it cannot be used."""
     options = [f"path={settings.data}"] if settings.data else []
     config = load("stdlib", [*options, f"tokenizer.vocab_size={settings.lm_vocab}"])
     ((folder, manifest),) = open_data(config).items()

@@ -96,7 +96,7 @@ def main(config: DictConfig, choices: Choices) -> None:
 def step_against_baselines(config: ModelConfig, batch: int, repeats: int) -> dict[str, Any]:
     """Memory, then time, of every model that can be built here; `skipped` names the others with the reason.
 
-    Raises RuntimeError where the first losses, of equal weights on an equal batch, differ.
+    Raises RuntimeError if the first losses, of equal weights on an equal batch, differ.
     """
     baselines, skipped = build_all(config)
     memory = {name: peak_memory(name, config, batch) for name in baselines}
@@ -134,7 +134,7 @@ def _ratio(numerator: int | None, denominator: int | None) -> float | None:
 def build_all(config: ModelConfig) -> tuple[dict[str, Baseline], dict[str, str]]:
     """Every model with our weights, and the reason for each one that is missing.
 
-    Raises RuntimeError where their sizes differ.
+    Raises RuntimeError if their sizes differ.
     """
     baselines: dict[str, Baseline] = {}
     skipped: dict[str, str] = {}

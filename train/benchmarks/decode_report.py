@@ -159,7 +159,7 @@ def _cells(arch: str, shape: str, result: Result) -> list[str]:
 
 
 def _floor(arch: str, values: Result, result: Result) -> tuple[str, str]:
-    """Milliseconds of the floor, and its share of a step; empty where it was not measured."""
+    """Milliseconds of the floor, and its share of a step; empty if it was not measured."""
     floor = _floor_seconds(arch, values, result)
     if floor is None:
         return "", ""
@@ -173,7 +173,7 @@ def _most(arch: str, rivals: Result, result: Result) -> str:
 
 
 def _floor_seconds(arch: str, values: Result, result: Result) -> float | None:
-    """The time in which memory delivers what a step reads; None where it was not measured."""
+    """The time in which memory delivers what a step reads; None if it was not measured."""
     weights = result["models"][arch].get("weight_bytes_read")
     if weights is None or "bandwidth" not in result:
         return None

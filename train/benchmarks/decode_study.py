@@ -274,7 +274,7 @@ def stock_session(model: Any, peer: str, batch: int, capacity: int) -> Session:
 def measure(
     rivals: dict[str, Competitor], configs: dict[str, ModelConfig], shape: Shape, options: DecodeConfig
 ) -> dict[str, Any]:
-    """Times of every competitor at one shape. Raises RuntimeError where equal weights decode to other tokens."""
+    """Times of every competitor at one shape. Raises RuntimeError if equal weights decode to other tokens."""
     capacity = shape.prompt + options.new * (1 + options.rounds)
     vocab_size = load_size(options.size).vocab_size
     prompt, _ = random_batch(vocab_size, shape.batch, shape.prompt, CPU, seed=0)

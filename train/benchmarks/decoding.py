@@ -32,7 +32,7 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
 def stock_model(config: ModelConfig, model: LanguageModel) -> Any:
     """The class of transformers that computes exactly what `model` does, in eval mode, sharing its weights.
 
-    Raises UnavailableError where there is none.
+    Raises UnavailableError if there is none.
     """
     with importing("transformers"):
         import transformers

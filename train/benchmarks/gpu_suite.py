@@ -84,7 +84,7 @@ class SuiteConfig:
 
 
 def check(config: SuiteConfig) -> None:
-    """Raises UsageError for a part that does not exist and for a time that is not positive."""
+    """Raise UsageError for a part that does not exist and for a time that is not positive."""
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown or not config.parts:
         near = did_you_mean(unknown[0], list(PARTS)).rstrip(".") if unknown else ""

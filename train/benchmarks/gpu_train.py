@@ -115,7 +115,7 @@ def first_micro_batch(config: ModelConfig, how: Execution, options: Options) -> 
 def measure(name: str, config: ModelConfig, options: Options, checkpointing: bool = False) -> dict[str, Any]:
     """Measure at the largest micro-batch that fits by estimate, halving where it does not.
 
-    Raises UnavailableError where not even a single sequence fits.
+    Raises UnavailableError if not even a single sequence fits.
     """
     how = Execution(checkpointing=checkpointing)
     batch = first_micro_batch(config, how, options)
@@ -200,7 +200,7 @@ COLUMNS = (
 
 
 def table(part: str, result: dict[str, Any]) -> str | None:
-    """The results of a part as a table in Markdown, measured figures beside goal and roof; None where it has none."""
+    """The results of a part as a table in Markdown, measured figures beside goal and roof; None if it has none."""
     cases = {key: case for key, case in result["cases"].items() if case.get("part") in ("train", "peer")}
     if not cases:
         return None

@@ -90,7 +90,7 @@ def main(config: DictConfig, choices: Choices) -> None:
 
 
 def check(options: LayoutsConfig) -> None:
-    """Raises UsageError for what is no layout or no count."""
+    """Raise UsageError for what is no layout or no count."""
     for arch in options.archs:
         if arch not in names("arch"):
             raise UsageError(f"archs has {arch}; choose of {', '.join(names('arch'))}")
@@ -113,7 +113,7 @@ def check(options: LayoutsConfig) -> None:
 
 
 def equal_param_models(options: LayoutsConfig) -> dict[str, ModelConfig]:
-    """Models of each layout with as many parameters as the first. Raises UsageError where no d_ff makes them equal."""
+    """Models of each layout with as many parameters as the first. Raises UsageError if no d_ff makes them equal."""
     first, *others = options.archs
     models = {first: ModelConfig(load_arch(first), options.size)}
     target = params(models[first])

@@ -64,7 +64,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def tokens_per_second(policy: str, tokens: int) -> float:
-    """Median over the reports of one run, the first left out. Raises TaskError where the run fails."""
+    """Median over the reports of one run, the first left out. Raises TaskError if the run fails."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         command = [

@@ -115,7 +115,7 @@ def choose_micro_batch(config: PretrainConfig, free: float, before: int | None =
     """The largest micro-batch for a GPU with `free` bytes; `before`, that of the run's last start, where it fits still,
     so that losses are those of the uninterrupted run bit for bit. One that was set is kept, whatever the estimate says.
 
-    Raises UsageError, with what would fit, where not even a single sequence does.
+    Raises UsageError, with what would fit, if not even a single sequence does.
     """
     model, how, available = config.model, execution(config), free - reserve_of(free)
     plan, per_rank_batch = resolve(model), config.batch_size // how.world
@@ -137,7 +137,7 @@ def choose_micro_batch(config: PretrainConfig, free: float, before: int | None =
 
 
 def recorded_micro_batch(run: Path) -> int | None:
-    """The micro-batch that the last start of a run chose; None where none did, or run.json cannot be read."""
+    """The micro-batch that the last start of a run chose; None if none did, or run.json cannot be read."""
     starts = _starts(run)
     return next(
         (size for start in reversed(starts) if type(size := start.get("micro_batch")) is int and size > 0), None

@@ -28,7 +28,7 @@ MAX_REPEATS = 10_000
 class CheckpointReader(SafetensorsReader):
     """The weights of the checkpoint `folder` by parameter name, a TensorReader.
 
-    Raises TrainingError where its files contradict each other or make no sense.
+    Raises TrainingError if its files contradict each other or make no sense.
     """
 
     prefix = PREFIX
@@ -41,7 +41,7 @@ class CheckpointReader(SafetensorsReader):
         super().__init__(folder, {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()})
 
     def model(self) -> tuple[ModelConfig, Plan]:
-        """Return the model of the checkpoint. Raises TrainingError where its configuration describes none."""
+        """Return the model of the checkpoint. Raises TrainingError if its configuration describes none."""
         path, values = self.folder / INFO, self.info.get("config", {})
         largest = max((max(shape, default=0) for shape in self.shapes.values()), default=0)
         try:

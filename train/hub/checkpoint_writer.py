@@ -28,7 +28,7 @@ SHARD_BYTES = 2**30  # of one file
 def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info: Mapping[str, Any]) -> None:
     """Write the checkpoint `out` of the model of `config` with `tensors`, as fp32; whole or not at all.
 
-    `name` is that of its two configuration files; `info` is plain data for checkpoint.json. Raises UsageError where it
+    `name` is that of its two configuration files; `info` is plain data for checkpoint.json. Raises UsageError if it
     cannot be written, and passes on what `tensors` raises.
     """
     partial = out.with_name(f"{out.name}.partial")

@@ -43,7 +43,7 @@ class HFFolder(SafetensorsReader):
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise UsageError where a file that may be read is a link out of `folder`; those of the hub's cache lead to its
+    """Raise UsageError if a file that may be read is a link out of `folder`; those of the hub's cache lead to its
     blobs."""
     real = folder.resolve()
     allowed = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]

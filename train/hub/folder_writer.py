@@ -50,7 +50,7 @@ def write_settings(folder: Path, target: Target, dtype: torch.dtype, end: int) -
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, end: int, vocab_size: int, seq_len: int) -> None:
     """Write tokenizer.json, and a tokenizer_config.json that readers older than transformers 5 understand too.
 
-    Training documents had no special tokens around them, so this tokenizer adds none. Raises UsageError where it has
+    Training documents had no special tokens around them, so this tokenizer adds none. Raises UsageError if it has
     more tokens than the model.
     """
     if vocabulary_size(tokenizer) > vocab_size:

@@ -56,7 +56,7 @@ def print_plan(name: str, plan: Plan, context: int) -> None:
 
 
 def resolve_source(name: str, revision: str | None) -> Path:
-    """Return the folder `name`, or download that of the hub. Raises UsageError where there is neither."""
+    """Return the folder `name`, or download that of the hub. Raises UsageError if there is neither."""
     path = Path(name)
     if path.is_dir():
         return path

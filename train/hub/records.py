@@ -12,7 +12,7 @@ from train.hub.targets import Target
 
 @dataclass(frozen=True)
 class Training:
-    """The training of a checkpoint; None where a fact is unknown.
+    """The training of a checkpoint; None if a fact is unknown.
 
     name    of the run
     step    at which the checkpoint was taken

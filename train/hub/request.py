@@ -58,7 +58,7 @@ class ExportRequest:
 
 
 def check(options: ExportConfig) -> ExportRequest:
-    """Check the command line before any work. Raises UsageError where something is missing or wrong."""
+    """Check the command line before any work. Raises UsageError if something is missing or wrong."""
     for key, description in (("checkpoint", "the folder of a run or of a checkpoint"), ("out", "a new folder")):
         if not getattr(options, key):
             raise UsageError(f"give {key}=, {description}")

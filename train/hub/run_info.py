@@ -27,7 +27,7 @@ def load_corpus(
     They come from the folder `prepared`, else from the data folder of the run; else there is only the tokenizer.json
     beside the weights.
 
-    Raises UsageError where there is no tokenizer, DataError where the folder is broken, or is not what it was trained
+    Raises UsageError if there is no tokenizer, DataError if the folder is broken, or is not what it was trained
     on.
     """
     place = prepared_folder(config, None if prepared is None else Path(prepared))
@@ -88,7 +88,7 @@ def describe_training(
     """Describe the training up to the checkpoint `folder` on the data of its identity `tied`.
 
     Its validation figures are those of the run if this is its last checkpoint, or the loss recorded for its best one.
-    Raises RunError where they cannot be read.
+    Raises RunError if they cannot be read.
     """
     step = info.get("step") if isinstance(info.get("step"), int) else None
     if run is None or config is None or step is None:

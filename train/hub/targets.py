@@ -122,13 +122,13 @@ UNPREDICTED_NOTE = (
 
 
 def stock(config: ModelConfig, plan: Plan) -> Target:
-    """Raises UnsupportedModelError where no class of transformers is this model."""
+    """Raise UnsupportedModelError if no class of transformers is this model."""
     hf, weights = FORMATS["stock"].to_hf(config)
     return Target("stock", hf, weights, notes=STOCK_NOTES[hf["model_type"]])
 
 
 def remote(config: ModelConfig, plan: Plan) -> Target:
-    """Raises UnsupportedModelError where the remote-code decoder is not this model."""
+    """Raise UnsupportedModelError if the remote-code decoder is not this model."""
     hf, weights = FORMATS["remote"].to_hf(config)
     return Target("remote", hf, weights, tuple(HF_FILES / name for name in convert_remote.FILES), notes=REMOTE_NOTES)
 
@@ -178,7 +178,7 @@ TARGETS: dict[str, Callable[[ModelConfig, Plan], Target]] = {"stock": stock, "re
 def select_target(config: ModelConfig, plan: Plan, name: str = "auto") -> tuple[Target, dict[str, str]]:
     """Return the target `name`, or with `auto` the first that holds the model, and why those before it do not.
 
-    Raises UsageError where there is none.
+    Raises UsageError if there is none.
     """
     if name != "auto" and name not in TARGETS:
         raise UsageError(f"target is {name}; choose auto, {', '.join(TARGETS)}")

@@ -95,8 +95,8 @@ def write_shards(
     file_name  (number from 1 on, number of files) -> name
     prefix     before every name in the files
 
-    Returns what each file holds, by its name. Raises TrainingError where a value is too large for `dtype`,
-    OSError where a file cannot be written, and passes on what `tensors` raises.
+    Returns what each file holds, by its name. Raises TrainingError if a value is too large for `dtype`,
+    OSError if a file cannot be written, and passes on what `tensors` raises.
     """
     layout = {
         name: torch.empty(torch.Size(shape), dtype=dtype, device="meta") for name, shape in tensors.shapes.items()

@@ -11,7 +11,7 @@ from train.errors import TrainingError
 
 
 def check_push(repo: str) -> None:
-    """Check the name and the login before any work. Raises UsageError where `repo` is no name or there is no login."""
+    """Check the name and the login before any work. Raises UsageError if `repo` is no name or there is no login."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -23,7 +23,7 @@ def check_push(repo: str) -> None:
 def push(folder: Path, repo: str) -> str:
     """Upload `folder` and return its address. A repository that does not exist yet is created, private.
 
-    Raises TrainingError where the hub cannot be reached or refuses; the folder stays as it is.
+    Raises TrainingError if the hub cannot be reached or refuses; the folder stays as it is.
     """
     api = HfApi()
     try:

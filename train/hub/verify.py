@@ -56,7 +56,7 @@ def fresh_process(folder: Path, request: Request) -> tuple[Response, dict[str, T
 
 
 def verify(exported: ExportUnderTest) -> list[Check]:
-    """Compare everything. Raises TrainingError where the folder cannot be loaded at all."""
+    """Compare everything. Raises TrainingError if the folder cannot be loaded at all."""
     model = build(exported.config, init=False)
     checkpoint.load(exported.source, model)
     model.eval()

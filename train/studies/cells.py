@@ -86,7 +86,7 @@ def key_of(config: PretrainConfig, data: str) -> str:
 
 
 def layouts(study: StudyConfig) -> list[Layout]:
-    """Compose the runs of every layout. Raises UsageError or LayoutError where one cannot be trained."""
+    """Compose the runs of every layout. Raises UsageError or LayoutError if one cannot be trained."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     digests: dict[tuple[Path, ...], str] = {}
     return [_layout(study, arch, digests) for arch in study.archs]
@@ -160,7 +160,7 @@ def rate_to_try(study: StudyConfig, losses: Mapping[float, float | None]) -> lis
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float | None:
-    """The rate of the lowest loss; None where all have failed."""
+    """The rate of the lowest loss; None if all have failed."""
     known = {lr: loss for lr, loss in losses.items() if loss is not None}
     return min(known, key=lambda lr: known[lr]) if known else None
 

@@ -35,7 +35,7 @@ class Job:
     threads: int
 
     def next_command(self) -> list[str] | None:
-        """The command that brings the run on; None where it has ended and is evaluated."""
+        """The command that brings the run on; None if it has ended and is evaluated."""
         folder = hydra_value(str(self.folder))
         if not Run(self.folder).finished:
             started = (self.folder / "config.yaml").exists()
@@ -205,7 +205,7 @@ class SlurmHandle:
 
 
 class SlurmLauncher:
-    """Jobs of SLURM. Raises UsageError where submitit is not installed, or refuses the options."""
+    """Jobs of SLURM. Raises UsageError if submitit is not installed, or refuses the options."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any], threads: int):
         try:

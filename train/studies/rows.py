@@ -46,7 +46,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
-    """The row of the run of `cell` in `folder`, which has ended. Raises RunError where it cannot be read."""
+    """The row of the run of `cell` in `folder`, which has ended. Raises RunError if it cannot be read."""
     run, config = finished_run(folder), load_config(folder)
     summary, plan, start = run.summary, run.plan, run.starts[-1]
     tied, values = Identity.load(folder), to_dict(config)

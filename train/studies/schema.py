@@ -96,7 +96,7 @@ class StudyConfig:
 
     @property
     def chosen(self) -> list[ChosenTask]:
-        """The tasks with their options. Raises UsageError where there is no such task or option."""
+        """The tasks with their options. Raises UsageError if there is no such task or option."""
         return chosen_tasks(EvalsConfig(tasks=self.tasks, options=self.options))
 
     @property
