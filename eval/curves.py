@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -146,11 +146,11 @@ def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, 
     where. So is the target if the reference has not ended. `seconds_by_seed` has the ratio of seconds for each seed
     that both have, up to the final loss of the reference's run of that seed.
     """
-    series = "val" if min(len(curve.mean("val")[0]) for curve in curves) >= MIN_VALIDATIONS else "train"
+    series = "val" if min(len(curve.mean("val").steps) for curve in curves) >= MIN_VALIDATIONS else "train"
     common = None
     if not all(curve.ended for curve in curves):
-        common = min(float(curve.mean(series)[0][-1]) * curve.step_tokens for curve in curves)
-    target_tokens, target, _, _ = loss_at(reference, series, None if reference.ended else common)
+        common = min(float(curve.mean(series).steps[-1]) * curve.step_tokens for curve in curves)
+    target_tokens, target, *_ = loss_at(reference, series, None if reference.ended else common)
     whole = reference.axes(target_tokens / reference.step_tokens)
     reference_runs = {history.seed: history for history in reference.runs}
     rows = []
@@ -186,12 +186,21 @@ def compare(curves: Sequence[Curve], reference: Curve, clock: str) -> dict[str, 
     return result | {"target_tokens": target_tokens, "final": common is None, "curves": rows}
 
 
-def loss_at(curve: Curve, series: str, tokens: float | None) -> tuple[float, float, float, float]:
-    """(tokens, mean, lowest and highest loss) after so many tokens, linear between measurements; None: at the end."""
+class LossAt(NamedTuple):
+    """A loss after `tokens`: the mean over seeds, the lowest and the highest."""
+
+    tokens: float
+    mean: float
+    lowest: float
+    highest: float
+
+
+def loss_at(curve: Curve, series: str, tokens: float | None) -> LossAt:
+    """The loss after so many tokens, linear between measurements; None: at the end."""
     steps, *losses = curve.mean(series)
     step = float(steps[-1]) if tokens is None else tokens / curve.step_tokens
     mean, lowest, highest = (float(np.interp(step, steps, values)) for values in losses)
-    return step * curve.step_tokens, mean, lowest, highest
+    return LossAt(step * curve.step_tokens, mean, lowest, highest)
 
 
 def _ratio(history: History, reference: History, series: str) -> float | None:

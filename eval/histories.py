@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +131,15 @@ def ema(losses: Array, span: float) -> Array:
     return np.array(averages)
 
 
+class Band(NamedTuple):
+    """Losses at `steps`: the mean over seeds, the lowest and the highest."""
+
+    steps: Array
+    mean: Array
+    lowest: Array
+    highest: Array
+
+
 @dataclass(frozen=True)
 class Curve:
     """Runs that differ in nothing but the seed. Their mean is over the steps that all of them have reported."""
@@ -138,12 +147,12 @@ class Curve:
     name: str
     runs: tuple[History, ...]
 
-    def mean(self, series: str) -> tuple[Array, Array, Array, Array]:
-        """(steps, mean, lowest and highest loss) of `val`, `train` or `raw`."""
+    def mean(self, series: str) -> Band:
+        """The losses of `val`, `train` or `raw`."""
         losses = [run.losses(series) for run in self.runs]
         steps = reduce(np.intersect1d, [steps for steps, _ in losses])
         common = np.stack([values[np.isin(of, steps)] for of, values in losses])
-        return steps, common.mean(axis=0), common.min(axis=0), common.max(axis=0)
+        return Band(steps, common.mean(axis=0), common.min(axis=0), common.max(axis=0))
 
     def axes(self, steps: Array | float) -> dict[str, Any]:
         """Tokens, seconds and training FLOPs after `steps`, the seconds on average."""

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.cli import UsageError
 from data.dotted import flat, lookup
@@ -233,13 +233,21 @@ def data_name(folder: Path, manifest: Manifest) -> str:
     return manifest.name if source.get("corpus") else f"{manifest.name} ({folder.resolve().name})"
 
 
-def changed_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List (key, value in `before`, value in `values`) where they differ; a null counts as absent.
+class Change(NamedTuple):
+    """A dotted key, and its value before and now."""
+
+    key: str
+    before: Any
+    now: Any
+
+
+def changed_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> list[Change]:
+    """List the keys of `before` that have another value in `values`; a null counts as absent.
 
     `before` has dotted keys, `values` is nested and may have more of them.
     """
-    pairs = [(key, _plain(value), _plain(lookup(values, key))) for key, value in before.items()]
-    return [(key, was, now) for key, was, now in pairs if was != now]
+    pairs = [Change(key, _plain(value), _plain(lookup(values, key))) for key, value in before.items()]
+    return [pair for pair in pairs if pair.before != pair.now]
 
 
 def _compared(key: str) -> bool:

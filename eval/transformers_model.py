@@ -7,7 +7,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -191,10 +191,18 @@ class TransformersTokenizer:
         return scaled_bytes(sizes, text)
 
 
+class LoadedTransformer(NamedTuple):
+    """A model in eval mode, its tokenizer, and the tokens of context that it is evaluated with."""
+
+    model: Any
+    tokenizer: TransformersTokenizer
+    context: int
+
+
 def load_transformers(
     name: str | Path, device: torch.device, dtype: torch.dtype | str, trust: bool, revision: str | None
-) -> tuple[Any, TransformersTokenizer, int]:
-    """Load a model, its tokenizer, and the tokens of context that it is evaluated with, from a folder or the hub.
+) -> LoadedTransformer:
+    """Load a model and its tokenizer from a folder or the hub.
 
     `trust`: code that the folder brings is run. Raises UsageError if it cannot be loaded, or would need trust.
     """
@@ -220,5 +228,5 @@ def load_transformers(
     config = model.config.get_text_config()
     context = min(getattr(config, "max_position_embeddings", None) or MOST_CONTEXT, MOST_CONTEXT)
     if config.model_type == "kvfrontier_shipped":  # the model of arch/ itself, behind a wrapper
-        return model.model, TransformersTokenizer(tokenizer), context
-    return TransformersModel(model), TransformersTokenizer(tokenizer), context
+        return LoadedTransformer(model.model, TransformersTokenizer(tokenizer), context)
+    return LoadedTransformer(TransformersModel(model), TransformersTokenizer(tokenizer), context)

@@ -222,5 +222,4 @@ class SlurmLauncher:
         return SlurmHandle(job, self.executor.submit(SlurmJob(job)))
 
 
-Launcher = LocalLauncher | SlurmLauncher
 Start = Callable[[Job], Handle]
