@@ -62,7 +62,17 @@ def rms_norm_bytes(dim: int) -> int:
     return 2 * FP32 * dim + FP32
 
 
-class MaskedActivations:
+class Activations:
+    """What a kind of store saves beyond its layers."""
+
+    peaks = False  # whether its backward pass, in whatever layer, may need more than that of the last one
+
+    def positions(self, store: StoreSpec, how: Execution) -> int:
+        """Bytes per token of positions that all layers with the same `positions_key` share."""
+        return 0
+
+
+class MaskedActivations(Activations):
     """Activations saved by layers that read their store by softmax attention (arch/grouped.py and the kernels)."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
@@ -235,6 +245,10 @@ class StridedLatentActivations(LatentActivations):
     """Activations saved by arch/strided_latent.py, whose readers run torch's fused attention with a dense mask
     anywhere."""
 
+    def positions(self, store: StoreSpec, how: Execution) -> int:
+        """Bytes of the codes of chunks, cast, and of each token's chunk and place in it."""
+        return how.itemsize * store.slot.latent_dim + 2 * 8
+
     def attention(self, config: ModelConfig, store: StoreSpec, owner: bool, how: Execution) -> float:
         """Add, for the owner, the running entries, which are expanded in place of the latents, and the inputs of the
         shares: the projected latents, and the share in fp32. With documents each sequence has its own chunks and
@@ -260,7 +274,7 @@ class StridedLatentActivations(LatentActivations):
         return FP32 * (elements + store.dense_slots(config.size.seq_len))
 
 
-class BoundedActivations:
+class BoundedActivations(Activations):
     """Activations saved by arch/bounded.py and bounded_chunks.py in the chunk form."""
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
@@ -289,8 +303,10 @@ class BoundedActivations:
         return gradient_bytes(config, store, how)
 
 
-class MatrixActivations:
+class MatrixActivations(Activations):
     """Activations saved by arch/delta.py, which recomputes the rule, and the gated norm, in the backward pass."""
+
+    peaks = True
 
     def shared(self, config: ModelConfig, store: StoreSpec, how: Execution) -> float:
         """No other layer reads it."""

@@ -20,7 +20,6 @@ from arch.config import SizeConfig, style_of
 from arch.footprint import between_matrices, encoder_positions, num_norms, num_params, stack_layer_params
 from arch.spans import Chunk, Span, query_blocks
 from arch.store_spec import gate_width
-from arch.strided_latent_spec import StridedLatentSpec
 from train.estimates.activations import ACTIVATIONS, FP32, Execution, norm_bytes
 from train.schema import loss_rows
 
@@ -192,9 +191,8 @@ def stack_bytes(stack: StackShape, how: Execution) -> int:
     """
     config, plan, size, width = stack.config, stack.plan, stack.config.size, how.itemsize
     whole = FP32 * size.seq_len * sum(key[0] for key in {store.rope_key for store in plan.stores})
-    pooled = {store.positions_key: store for store in plan.stores if isinstance(store, StridedLatentSpec)}
-    coded = stack.positions if how.documents else size.seq_len
-    whole += coded * sum(width * store.slot.latent_dim + 2 * 8 for store in pooled.values())
+    positions = {store.positions_key: ACTIVATIONS[store.kind].positions(store, how) for store in plan.stores}
+    whole += (stack.positions if how.documents else size.seq_len) * sum(positions.values())
     whole += stack.outputs * last_norm_bytes(size, how)
     if width == FP32 or how.compiled:  # the norm's input is no copy, and a slice of it keeps the whole
         whole += width * size.d_model * max(0, stack.positions - stack.outputs)
@@ -376,8 +374,8 @@ def temporary_bytes(model: ModelConfig, stacks: Sequence[StackShape], how: Execu
 
     block = last_peak = layer_peak(plan.num_layers - 1)
     if not how.checkpointing:
-        matrices = [layer for layer in range(plan.num_layers) if plan.store(layer).kind == "matrix"]
-        block = max([block, *(layer_peak(layer) - above(layer) for layer in matrices)])
+        peaks = [layer for layer in range(plan.num_layers) if ACTIVATIONS[plan.store(layer).kind].peaks]
+        block = max([block, *(layer_peak(layer) - above(layer) for layer in peaks)])
     block += size.d_ff * size.d_model * (width + FP32)
     block += matrix * (width if how.strategy == "fsdp" else FP32) if size.tie_embeddings else 0
     if how.checkpointing:
