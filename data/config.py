@@ -18,14 +18,14 @@ class RecallConfig:
     """Sequences of the corpus `recall`: keys and values, then keys whose values are asked for (data/recall.py).
 
     kind      zoology, the paper's sequences, in which each key is asked for once; gap, ours, whose second half asks
-    pairs     pairs of a sequence; of a list, sequences have as many in turn
-    length    tokens of a sequence; training takes it as size.seq_len
-    vocab     number of different tokens; of `gap` it uses at most 72, of joined pairs 1,096
-    noise     of zoology: random tokens where nothing is asked, in place of token 0
-    joined    of gap: a pair is one token, so that one layer can answer; learned in a minute
+    pairs     pairs per sequence; a list: sequences take its numbers in turn
+    length    tokens per sequence; training takes it as size.seq_len
+    vocab     number of different tokens; `gap` uses at most 72 of them, or 1,096 with joined pairs
+    noise     for zoology: random tokens instead of token 0 between the questions
+    joined    for gap: a pair is one token, so that one layer can answer; learned in a minute
     rows      sequences to train on
     val_rows  sequences to validate on
-    seed      of all that is drawn
+    seed      seed of all random draws
     """
 
     kind: str = "zoology"
@@ -49,7 +49,7 @@ class SourceConfig:
     """Source of the text: `corpus`, or `dataset`, or, with neither, files.
 
     corpus      text found on every machine, with splits of its own: stdlib (the source of Python's standard library),
-                or recall (sequences of numbers, with the answers that are to be given; `recall` says which)
+                or recall (sequences of numbers with the expected answers; the keys of `recall` define them)
     dataset     a data set of the Hugging Face hub, or a local folder that `datasets` reads; it is streamed
     subset      configuration of the data set, if it has several
     revision    branch, tag or commit of the data set
@@ -57,12 +57,12 @@ class SourceConfig:
     train       without dataset: files, folders or globs, one or a list, of .txt .md .py .jsonl (each also .gz .xz .zst)
                 and .parquet; with dataset: the name of its split. A line holds at most 256 MiB
     val, test   the same for the other splits
-    val_share   fraction of the training documents moved to val, chosen by a hash, so that no text is in two splits; of
-                files with few documents, the end of their text instead. null: 0.005 of the documents; of few, the last
-                65,536 characters or a tenth of the text, whichever is less. A split with text of its own needs none
+    val_share   fraction of the training documents moved to val, chosen by a hash, so that no text is in two splits; if
+                the files have few documents, the end of their text instead. null: 0.005 of the documents; of few, the
+                last 65,536 characters or a tenth of the text, whichever is less. A split with its own text needs none
     test_share  the same for test, which training does not read
-    document_start  regular expression: rows (lines of a text file) are joined into documents, and a row that matches
-                starts the next one. null: every row, or every text file, is a document
+    document_start  regular expression: join rows (lines of a text file) into documents, each of which starts at a row
+                that matches. null: every row, or every text file, is a document
     """
 
     corpus: str | None = None
@@ -93,13 +93,13 @@ class SourceConfig:
 class TokenizerConfig:
     """Tokenizer of the data.
 
-    kind          bpe (byte-level, trained on the text), bytes (the 256 bytes), pretrained, or numbers (those below
+    kind          bpe (byte-level, trained on the text), bytes (the 256 bytes), pretrained, or numbers (below
                   source.recall.vocab)
     vocab_size    bpe: size of the vocabulary, end of text included
     sample_bytes  bpe: bytes of text to train on, taken evenly from the beginnings of the training files
     name          pretrained: a tokenizer of the hub, a folder with a tokenizer.json, or such a file
     revision      pretrained: branch, tag or commit on the hub
-    end_of_text   pretrained: the token that ends a document; null: the first of the usual ones that it has
+    end_of_text   pretrained: the token that ends a document; null: the first usual one that the tokenizer has
     """
 
     kind: str = "bpe"
@@ -115,7 +115,7 @@ class PrepareConfig:
     """One preparation: text to token shards.
 
     path             output folder; null: data/prepared/<name>-<tokenizer>
-    name             name of the data set, that of its file in configs/data
+    name             name of the data set: its file in configs/data
     max_tokens       limit of the training split, which ends before the document that would exceed it; null: no limit
     max_documents    limit of the training split in documents
     max_eval_tokens  limit of val and of test, each

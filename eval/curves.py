@@ -1,12 +1,12 @@
 """Training compared: `python eval/curves.py runs/* reference=mha-tiny`. Loss against tokens, seconds and FLOPs.
 
-Folders are runs, or hold runs at any depth; runs that differ in nothing but the seed are one curve, the mean of them.
-Prints what each takes to the reference's final loss, writes curves.png and curves.json. Runs that have not ended are
-left out by name; with unfinished=true they are compared too, at the tokens that all have reached.
+Folders are runs, or hold runs at any depth; runs that differ only in the seed become one curve, their mean. Prints what
+each curve needs to reach the reference's final loss, and writes curves.png and curves.json. Unfinished runs are listed
+and left out; with unfinished=true they are compared, too, at the tokens that all have reached.
 
-The loss is that of validation where every run has four or more, interpolated linearly, and else the training loss,
-smoothed. Learning rates fall towards the end of a run: one planned to end where this one passes the loss may be earlier
-there. Seconds are training alone: no validation, no checkpoints, not the first step after a start, which compiles.
+The loss is the validation loss, interpolated linearly, if every run has four or more validations, else the smoothed
+training loss. Learning rates fall towards the end of a run: a run planned to end at that loss may reach it earlier.
+Seconds count only training: no validation, no checkpoints, and not the first step after a start, which compiles.
 """
 
 import sys
@@ -51,9 +51,9 @@ class CurvesConfig:
     """Options.
 
     reference   name of the run that the others are compared with; null: the first
-    clock       wall, or cpu: CPU seconds of the process, which only runs on a CPU have
+    clock       wall, or cpu: CPU seconds of the process, for runs on a CPU only
     out         folder for the files; null: the folder of the runs, or the one that contains all of them
-    unfinished  compare runs that have not ended, too; they are compared anyway if none has
+    unfinished  compare unfinished runs, too, as happens anyway if no run has ended
     """
 
     folders: tuple[str, ...] = ()

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Prepared data that tasks read in place of the run's own.
+    """Prepared data that tasks read instead of the run's own.
 
-    path        a prepared folder; its validation split is read
-    val_tokens  tokens of it; null: all
+    path        a prepared folder, whose validation split is read
+    val_tokens  number of its tokens to read; null: all
     """
 
     path: Path | None = None
@@ -46,22 +46,22 @@ class EvaluateConfig:
     """Options.
 
     checkpoint  a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
-    tasks       names of tasks, with commas; empty: perplexity, or with cache= compressed
-    cache       what is done to the cache: a codec (int4), a rule of what to keep (snapkv@25%), both (int4+snapkv@25%),
-                or none; with commas, the tasks run once with each
-    text        files of text (.txt .md .jsonl .parquet, also packed) that tasks read, with commas; empty: the prepared
+    tasks       names of tasks, separated by commas; empty: perplexity, or compressed if cache= is given
+    cache       compression of the cache: a codec (int4), a rule of what to keep (snapkv@25%), both (int4+snapkv@25%),
+                or none; several, separated by commas, are evaluated one after the other
+    text        files that tasks read (.txt .md .jsonl .parquet, also packed), separated by commas; empty: the prepared
                 data of data.path=, or of the run
-    text_key    the key of .jsonl, or the column of .parquet, that has the text
-    which       of a run's checkpoints the newest, or the best by validation loss
-    context     tokens that the model sees at once; null: those of a training sequence
-    device      cpu, cuda, ...; auto: cuda where there is one
+    text_key    the key of .jsonl, or the column of .parquet, with the text
+    which       newest or best (by validation loss) checkpoint of a run
+    context     tokens that the model sees at once; null: the length of a training sequence
+    device      cpu, cuda, ...; auto: cuda if there is one
     dtype       type of the weights: fp32, bf16, fp16; auto: fp32 on the CPU, bf16 elsewhere
-    prepared    the folder of data that has the tokenizer of a checkpoint; null: that of the run
-    trust       run code that the checkpoint brings; an exported folder of ours needs no trust while its code is ours
-    revision    branch, tag or commit of the hub
+    prepared    prepared folder with the tokenizer of a checkpoint; null: that of the run
+    trust       run code from the checkpoint; an exported folder of ours needs no trust if its code is unchanged
+    revision    branch, tag or commit on the hub
     out         folder for the results; null: evaluations/ in the run, or runs/evaluations/NAME
-    wandb       log to the wandb run of the run, where it has one
-    seed        of tasks that draw at random
+    wandb       log to the wandb run of the run, if it has one
+    seed        seed of random draws in tasks
     """
 
     checkpoint: str = ""

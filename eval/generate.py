@@ -1,7 +1,7 @@
 """Continue text with a model: `python eval/generate.py checkpoint=runs/mine prompt="def " max_new_tokens=100`.
 
-The text appears as it is made. With several prompts, of any lengths, all are continued at once: the first appears as it
-is made, the others when all are done. At the end: tokens per second, and the bytes of the cache, which `cache=int4`,
+The text is streamed. Several prompts, of any lengths, are continued at once: the first is streamed, the others are
+printed when all are done. The last line shows tokens per second and the bytes of the cache, which `cache=int4`,
 `cache=snapkv@25%` and other methods make smaller after the prompt.
 """
 
@@ -36,25 +36,25 @@ class GenerateConfig:
     """Options.
 
     checkpoint      a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
-    prompt          text to continue; given again, another one
-    prompts         a file of prompts, one a line; of .jsonl its key `prompt`
-    max_new_tokens  tokens of each continuation at most; it ends before, at the end of a text
-    temperature     0: the most likely token each time (greedy); 1: as likely as the model says
-    top_k           sample from so many of the most likely tokens; null: from all
-    top_p           sample from the smallest set of tokens that has this much probability
-    min_p           sample from tokens at least this share as likely as the most likely one
-    seed            of the sampling
-    cache           what is done to the cache: a codec, a rule of what to keep, both (int4+snapkv@25%), or none
+    prompt          text to continue; may be given several times
+    prompts         a file of prompts, one per line; in .jsonl, its key `prompt`
+    max_new_tokens  limit of each continuation, which may end before, at the end of a text
+    temperature     0: always the most likely token (greedy); 1: the probabilities of the model
+    top_k           sample from this many of the most likely tokens; null: from all
+    top_p           sample from the smallest set of tokens with this much probability
+    min_p           sample from tokens at least this fraction as likely as the most likely one
+    seed            seed of the sampling
+    cache           compression of the cache: a codec, a rule of what to keep, both (int4+snapkv@25%), or none
     steps           how a token is decoded: plain; static, with shapes that stay the same; compiled, after seconds of
                     compiling; graph, on CUDA; auto: graph on CUDA, else plain
-    stop            texts at which a continuation ends, with commas; they are left out
-    which           of a run's checkpoints the newest, or the best by validation loss
-    device          cpu, cuda, ...; auto: cuda where there is one
-    dtype           type of the weights: fp32, bf16, fp16; auto: fp32, of the hub's models on a GPU as stored
-    prepared        the folder of data that has the tokenizer of a checkpoint; null: that of the run
-    trust           run code that the checkpoint brings, as an exported folder of ours may
-    revision        branch, tag or commit of the hub
-    quiet           print the texts alone
+    stop            texts that end a continuation, separated by commas; they are not printed
+    which           newest or best (by validation loss) checkpoint of a run
+    device          cpu, cuda, ...; auto: cuda if there is one
+    dtype           type of the weights: fp32, bf16, fp16; auto: fp32, or on a GPU the stored type of the hub's models
+    prepared        prepared folder with the tokenizer of a checkpoint; null: that of the run
+    trust           run code from the checkpoint, which an exported folder of ours may have
+    revision        branch, tag or commit on the hub
+    quiet           print only the texts
     """
 
     checkpoint: str = ""
@@ -81,8 +81,8 @@ class GenerateConfig:
 class Stream:
     """The text of one continuation as its tokens come.
 
-    What is decoded is shown once it cannot change any more: not while it ends within a character, or with what may
-    become one of `stops`. `done` once one of those has come.
+    Decoded text is shown once it cannot change any more: not while it ends within a character, or with the beginning
+    of one of `stops`. `done` is set when one of these is complete.
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], stops: Sequence[str]):

@@ -56,17 +56,17 @@ ALL = "all"  # released models whose configuration is in this repository
 class ParetoConfig:
     """Options.
 
-    context   tokens at which the KV cache is weighed; null: the sequence length of training, panel by panel
+    context   context length for the bytes of the KV cache; null: the sequence length of training, panel by panel
     metric    ppl or bpb: perplexity or bits per byte of the validation text
     itemsize  bytes per element of the cache
     out       folder for the files; null: the folder of the runs, or the one that contains all of them
-    x         figure from left to right: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
-    y         figure from bottom to top; several, with commas, are a panel each; empty: `metric`
+    x         figure on the x axis: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
+    y         figure on the y axis; several, separated by commas, get a panel each; empty: `metric`
     list      print the figures that the runs have, and draw nothing
-    baseline  layout whose seeds are shaded across the picture: what lies in their range is not told apart from it
-    reference released models, with commas, drawn as vertical lines: a config.json, a folder with one, a name of the
-              hub or of configs/released, `all` of those. Their bytes are those of the axis `x`: of one sequence of
-              `context` tokens, or of each further token where x=per_token
+    baseline  layout whose range over seeds is shaded: points in that range are not told apart from it
+    reference released models, separated by commas, drawn as vertical lines: a config.json, a folder with one, a name of
+              the hub or of configs/released, or `all` of the latter. Their bytes are those of the axis `x`: of one
+              sequence of `context` tokens, or of each further token with x=per_token
     """
 
     folders: tuple[str, ...] = ()

@@ -52,10 +52,10 @@ class EstimateConfig(PretrainConfig):
              other, set memory= and trainer.peak_tflops= too
     gpus     GPUs per node; several use fsdp unless trainer.strategy= is set
     nodes    machines, of gpus= GPUs each
-    mfu      assumed model FLOPs utilization, if docs/results has no measurement of exactly this run; null: matrix
-             products, attention and memory at the rates of published runs
+    mfu      assumed model FLOPs utilization if docs/results has no measurement of exactly this run; null: the rates of
+             published runs for matrix products, attention and memory
     reserve  memory left for the CUDA context, NCCL and fragmentation
-    memory   memory of one GPU, as 80GB; null: that of the data sheet
+    memory   memory of one GPU, such as 80GB; null: that of the data sheet
     json     print a JSON object instead of the tables
     """
 

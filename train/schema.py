@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**63 - 1
 MATCHES = ("none", "params", "flops", "kv")  # train/matching.py explains them
 # Bytes of the logits that exist at one time. Larger chunks add to the gradient of the output matrix less often, which
-# for 50304 tokens of width 2048 takes a GPU 0.3 ms; on the CPU no order of sizes was to be seen in a noisy measurement.
+# for 50304 tokens of width 2048 takes a GPU 0.3 ms; on the CPU a noisy measurement showed no difference between sizes.
 LOSS_BYTES_ON_CUDA, LOSS_BYTES = 1 << 30, 1 << 27
 
 
@@ -36,15 +36,15 @@ class OptimConfig:
     """Optimizer and learning-rate schedule; matrices and embeddings decay, norms and other vectors do not.
 
     name          adamw, or muon: Muon for the hidden matrices, AdamW for the rest
-    lr            peak learning rate, of both
+    lr            peak learning rate of both optimizers
     beta1, beta2  decay of AdamW's moments
     eps           added to the root of AdamW's second moment
     weight_decay  decay per step, times the learning rate
-    momentum      of Muon
+    momentum      momentum of Muon
     schedule      after the warm-up: cosine, wsd (stable, then decay) or constant
     warmup        share of all steps over which the learning rate rises linearly
-    decay         share of all steps, the last ones, over which it falls under wsd
-    min_lr        learning rate at the last step under cosine and wsd, as a share of the peak
+    decay         share of all steps, the last ones, over which it falls with wsd
+    min_lr        learning rate at the last step with cosine and wsd, as a share of the peak
     clip          largest gradient norm
     """
 
@@ -66,7 +66,7 @@ class OptimConfig:
 class TrainerConfig:
     """Execution of the run; nothing here changes what is learned, up to rounding.
 
-    accelerator       cpu, cuda, or auto: cuda where there is one, else cpu
+    accelerator       cpu, cuda, or auto: cuda if there is one, else cpu
     devices           processes per node, one device each
     num_nodes         machines
     strategy          auto (one device), ddp, fsdp (FSDP2: parameters, gradients and optimizer state sharded over all
@@ -76,23 +76,23 @@ class TrainerConfig:
     precision         fp32, bf16 (weights and optimizer stay fp32), fp8 (as bf16, and wide linear layers of the blocks
                       multiply in fp8, by torchao, which changes more than rounding does), or auto: bf16 on CUDA, fp32
                       elsewhere
-    micro_batch       sequences per forward pass. null, on CUDA: the most that fit into memory by estimate, those of the
-                      start before where a run goes on; on the CPU: the most that keep it within 32768 tokens
+    micro_batch       sequences per forward pass. null, on CUDA: the most that fit into memory by estimate, or those of
+                      the last start if a run is resumed; on the CPU: the most within 32768 tokens
     compile           torch.compile each block; null: on CUDA
-    activation_checkpointing  compute activations again in the backward pass, which saves memory
+    activation_checkpointing  recompute activations in the backward pass, to save memory
     backend           attention backend: auto (the best for layout and device), sdpa, reference, or on CUDA flex,
                       varlen, flash4, flash3, flash2, flash (the newest that is installed and can), and fla (bounded
                       stores of rule gated, matrices); decoding over a cache runs sdpa, or reference
     log_every         steps between reports
     val_every         steps between validations; null: four in the run
     checkpoint_every  steps between checkpoints
-    checkpoint_minutes  minutes between checkpoints, in place of steps; null: by steps
-    checkpoint_async  write checkpoints while training goes on; takes as much host memory as a process has to write
-    keep_checkpoints  number of newest checkpoints to keep, with the best
-    max_rise          the run ends where the loss stays more than this many nats above its lowest
+    checkpoint_minutes  minutes between checkpoints, instead of steps; null: by steps
+    checkpoint_async  write checkpoints while training continues; takes as much host memory as a process has to write
+    keep_checkpoints  number of newest checkpoints to keep, besides the best
+    max_rise          end the run if the loss stays more than this many nats above its minimum
     max_hours         save and end after this many hours (leave room for one checkpoint); null: no limit
     peak_tflops       dense TFLOP/s of one device, for MFU; null: of its data sheet, no MFU if unknown
-    progress          show reports: as a bar on a terminal, else as lines; validations are shown anyway
+    progress          show reports, as a bar on a terminal, else as lines; validations are always shown
     """
 
     accelerator: str = "auto"
@@ -119,12 +119,12 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """CSV always; wandb online where a key is set (WANDB_API_KEY or `wandb login`), offline elsewhere.
+    """CSV always; wandb online if a key is set (WANDB_API_KEY or `wandb login`), else offline.
 
     wandb    log to wandb too
     project  of wandb
-    entity   user or team of wandb; null: the one that the key belongs to
-    group    runs that wandb shows together; null: the name of the run, which seeds share
+    entity   user or team of wandb; null: that of the key
+    group    group of runs in wandb; null: the name of the run, which seeds share
     tags     words to filter runs by: logger.tags=[sweep,cla]
     notes    a text beside the run
     """
@@ -139,12 +139,12 @@ class LoggerConfig:
 
 @dataclass
 class EvalsConfig:
-    """Tasks of eval/evaluate.py on the model while it trains and at its end; they change nothing of the training.
+    """Tasks of eval/evaluate.py, run during training and at its end; they do not change the training.
 
-    tasks    names, as of `python eval/evaluate.py --help`: evals.tasks=[perplexity,recall]
-    every    steps between evaluations; null: at the end alone
-    text     files that tasks read, in place of the validation split of the data
-    options  of the tasks: evals.options={recall: {pairs: 8}}
+    tasks    names, as in `python eval/evaluate.py --help`: evals.tasks=[perplexity,recall]
+    every    steps between evaluations; null: only at the end
+    text     files that tasks read instead of the validation split of the data
+    options  options of the tasks: evals.options={recall: {pairs: 8}}
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -157,19 +157,19 @@ class EvalsConfig:
 class PretrainConfig:
     """One training run.
 
-    name         null: <arch>-<size>, or the name of the experiment; runs of one name that differ in nothing but the
-                 seed are one point of a Pareto plot
+    name         null: <arch>-<size>, or the name of the experiment; runs of one name that differ only in the seed are
+                 one point of a Pareto plot
     folder       folder to write the run to; null: runs/<time>/<name>-seed<seed>
     tokens       training tokens, rounded down to whole steps; at most 10**15, as are all counts
     batch_size   sequences per optimizer step, over all processes and micro-batches
-    context      tokens at which the KV footprint is logged
-    kv_itemsize  bytes per cache element in what is logged: 2 for a bf16 cache
-    seed         of the weights and of the order of the data
-    init         run, or checkpoint of one, whose weights this run starts from; its model must have the same parameters
-    match        params, flops or kv: the width of MLP or heads is changed until parameters, training FLOPs or bytes of
-                 cache at `context` tokens are those of multi-head attention at this size; none: it is not
-    train_only   regular expression: only parameters in whose name it is found are trained; null: all
-    resume       folder of a run to continue; its own configuration is used, other keys on the command line change it
+    context      context length at which the KV footprint is logged
+    kv_itemsize  bytes per cache element in that footprint: 2 for a bf16 cache
+    seed         seed of the weights and of the order of the data
+    init         run or checkpoint whose weights this run starts from; its model must have the same parameters
+    match        params, flops or kv: change the width of MLP or heads until parameters, training FLOPs or bytes of
+                 cache at `context` tokens equal those of multi-head attention at this size; none: leave it
+    train_only   regular expression: train only parameters whose name contains a match; null: all
+    resume       folder of a run to continue, with its own configuration; other keys on the command line change it
     """
 
     arch: ArchConfig = field(default_factory=ArchConfig)

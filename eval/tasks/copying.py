@@ -26,8 +26,8 @@ NAMES = ("accuracy", "generated")  # of what is copied
 class CopyOptions(TaskOptions):
     """Random tokens, and the same again.
 
-    lengths    tokens that are repeated; null: 8, 32, 128, ..., as far as the context has room for two
-    sequences  of each length
+    lengths    tokens to repeat; null: 8, 32, 128, ..., as far as they fit into the context twice
+    sequences  sequences of each length
     generate   also let the model write the second half of the copy, greedily
     batch      sequences per forward pass
     """
@@ -46,9 +46,9 @@ class CopyOptions(TaskOptions):
 class InductionOptions(TaskOptions):
     """Random tokens or text, and the same again.
 
-    sources    random, tokens each as likely as any other; text, of text= or validation text, else plain sentences
-    length     tokens that are repeated; null: as many as the context has room for twice
-    sequences  of each source
+    sources    random: uniformly drawn tokens; text: text= or validation text, else plain sentences
+    length     tokens to repeat; null: as many as fit into the context twice
+    sequences  sequences of each source
     batch      sequences per forward pass
     """
 

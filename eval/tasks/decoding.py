@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class Options(TaskOptions):
     """Random tokens as prompts; medians over the rounds. Compare figures of one machine that does nothing else.
 
-    prompt  tokens of each prompt; null: those of the context but the new ones
-    new     tokens that each is continued by
+    prompt  tokens of each prompt; null: the context less the new tokens
+    new     new tokens of each sequence
     batch   sequences at once
-    rounds  that are measured, after one that is not
+    rounds  measured rounds, after one to warm up
     """
 
     prompt: int | None = None

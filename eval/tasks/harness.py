@@ -36,9 +36,9 @@ class Options(TaskOptions):
     """Tasks of lm-eval, on the hub or in a folder.
 
     names         filled from tasks=[lm-eval:NAME]
-    include_path  folder with task files of your own; null: only those that lm-eval brings
-    num_fewshot   examples before each question; null: as the task says
-    limit         questions of each task at most; null: all
+    include_path  folder with your own task files; null: only lm-eval's
+    num_fewshot   examples before each question; null: the task's own number
+    limit         limit of questions per task; null: all
     batch         sequences per forward pass
     """
 

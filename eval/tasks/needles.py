@@ -1,9 +1,9 @@
 """Retrieval from long text: passkey, needles, variable tracking and common words, by length and depth.
 
-Each sample is scored twice: `match`, the share of its answers that occur in what the model generates, as RULER does;
-and `choice`, whether the likeliest of a few continuations of the prompt is an answer, which is above chance long before
-a model writes one. Choices have as many tokens each, as far as possible, and are compared per token. `margin` is how
-much likelier an answer is than another choice, in nats per token, on the average.
+Each sample is scored twice: `match`, the share of its answers that occur in the generated text, as in RULER; and
+`choice`, whether the likeliest of a few continuations of the prompt is an answer, which is above chance long before a
+model writes one. As far as possible all choices have the same number of tokens; they are compared per token. `margin`
+is how much likelier an answer is than another choice, in nats per token, on average.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +28,17 @@ NAMES = ("match", "choice", "margin")
 
 @dataclass(frozen=True)
 class Options(TaskOptions):
-    """Hidden in text= or in validation text, else in plain sentences; RULER's definitions.
+    """Needles in text=, or in validation text, else in plain sentences; RULER's definitions.
 
-    kinds     passkey, single, multikey, multivalue, multiquery, variables (tracking), words (common ones), with commas
-    lengths   tokens of the prompt and of what is generated; null: a quarter, half and all of the context
-    depths    where the first needle asked for lies, in percent of the text; variables and words have none
-    samples   for each kind, length and depth
-    choices   continuations that the likelihood chooses from
+    kinds     passkey, single, multikey, multivalue, multiquery, variables (tracking), words (common ones)
+    lengths   tokens of the prompt and the generated text together; null: a quarter, half and all of the context
+    depths    depth of the first needle asked for, in percent of the text; variables and words have none
+    samples   samples for each kind, length and depth
+    choices   continuations whose likelihoods are compared
     generate  also generate, and look for the answers
-    chains    of variables, of which one is asked for
-    common    words that are more frequent than others
-    batch     sequences that are generated at a time
+    chains    chains of variables, one of which is asked for
+    common    words that are more frequent than the others
+    batch     sequences generated at a time
     """
 
     kinds: tuple[str, ...] = ("passkey", "single", "multikey")
@@ -66,8 +66,9 @@ class Options(TaskOptions):
 
 @dataclass(frozen=True)
 class Score:
-    """One sample: share of the answers generated (None: nothing was), chance that the likeliest choice is an answer,
-    that of a model that knows nothing, and the margin in nats per token."""
+    """Scores of one sample: share of the answers generated (None: nothing was generated), whether the likeliest choice
+    is an answer (a fraction if several tie), the chance of that without knowledge, and the margin in nats per
+    token."""
 
     match: float | None
     choice: float

@@ -1,18 +1,18 @@
 """Perplexity and bits per byte of text, by position in the context.
 
-Protocols, which differ in the tokens that each scored token is conditioned on:
+Protocols differ in the tokens that each scored token is conditioned on:
 
 windows    as in validation: the text, each document followed by an end of text, is cut into windows of `window` tokens,
-           each scored from its second token on by what stands before it in the window alone
-documents  each document after an end (or begin) of text; one that is longer than the window is scored by windows that
+           each scored from its second token on, given the tokens before it in the window
+documents  each document after an end (or begin) of text; a document longer than the window is scored by windows that
            move by `stride`: a token sees at least `window` - `stride` tokens before it. The end is not scored
 stride     the same with the whole text as one document, its documents each followed by an end, which is scored
 words      WikiText by the word-level protocol: pages of the raw file, detokenised, each scored as a document, with
            windows that do not overlap; per word and per byte of the raw text
 
-The first block of each window is not scored where a Block Transformer does not predict it. The last window of a
-document is moved back until it is whole. Bytes are those of the text behind the scored tokens. `repeat_ppl` is the
-perplexity of tokens that end a pair of tokens seen before in the window, a `repeat_share` of all: recall in text.
+The first block of each window is not scored if a Block Transformer does not predict it. The last window of a document
+is moved back until it is full. Bytes are those of the text of the scored tokens. `repeat_ppl` is the perplexity of
+tokens that end a pair of tokens seen before in the window (a fraction `repeat_share` of all): recall in text.
 
 Shapes: B windows, T tokens.
 """
@@ -36,11 +36,11 @@ PROTOCOLS = ("auto", "windows", "documents", "stride", "words")
 class Options(TaskOptions):
     """Perplexity of text=FILE or of prepared data.
 
-    protocol  windows, documents, stride or words (of WikiText's raw file); auto: windows of prepared data, documents of
-              text
-    window    tokens of a window; null: the context of the model
-    stride    tokens by which windows of documents and stride move; null: half a window
-    tokens    tokens that are scored at most; null: of prepared data as many as in validation, of text all
+    protocol  windows, documents, stride or words (of WikiText's raw file); auto: windows for prepared data, documents
+              for text
+    window    tokens per window; null: the context of the model
+    stride    tokens by which windows move, for documents and stride; null: half a window
+    tokens    limit of scored tokens; null: for prepared data as many as in validation, for text all
     batch     windows per forward pass
     """
 

@@ -25,11 +25,11 @@ class Options(TaskOptions):
 
     kinds      zoology, the paper's sequences; gap, ours, whose second half asks for values of the first tokens
     pairs      numbers of pairs
-    length     tokens of a sequence; null: 16 for each pair
-    vocab      tokens that Zoology's sequences are drawn from, at most
-    noise      random tokens in Zoology's sequences where nothing is asked, in place of token 0
-    joined     a pair of kind gap is one token, for models trained on data.source.recall.joined=true
-    sequences  of each kind and number of pairs
+    length     tokens per sequence; null: 16 for each pair
+    vocab      limit of the tokens that Zoology's sequences are drawn from
+    noise      random tokens instead of token 0 between the questions of Zoology's sequences
+    joined     a pair of kind gap is one token, for models trained with data.source.recall.joined=true
+    sequences  sequences for each kind and number of pairs
     batch      sequences per forward pass
     """
 

@@ -19,15 +19,15 @@ class ExportConfig:
 
     checkpoint      a run (its newest checkpoint) or one checkpoint, sharded or not
     out             a new folder, which appears under this name once it is complete and verified
-    target          export format; auto: the first that represents the model exactly, of stock (a class of
+    target          export format; auto: the first that represents the model exactly of stock (a class of
                     transformers), remote (a decoder with its code: sharing, mixed windows, sinks) and shipped (the code
                     of arch/ itself: Block Transformers, bounded caches, every other layout)
     dtype           dtype of the saved weights: fp32, as trained, or bf16, rounded
-    max_shard_size  largest size of a weight file
+    max_shard_size  largest weight file
     prepared        prepared data of the run (tokenizer, validation text), if it has moved
     verify          compare logits, tokens, cache bytes and perplexity with ours; false skips this
-    license         license of the weights, for the card: an identifier of the Hugging Face hub, such as apache-2.0,
-                    mit, cc-by-4.0 or other; null: the card names none
+    license         license of the weights, for the model card: an identifier of the Hugging Face hub, such as
+                    apache-2.0, mit, cc-by-4.0 or other; null: the card names none
     push_to_hub     upload the folder to this repository of the Hugging Face hub; a new one is private
     """
 

@@ -26,29 +26,29 @@ class StudyData:
 class StudyConfig:
     """Layouts x learning rates x seeds at one size and budget.
 
-    name           of the study
-    archs          layouts: names of configs/arch, or of `layouts`
-    layouts        the study's own: for each name the words of the command line of train/pretrain.py that make it,
+    name           name of the study
+    archs          layouts: names in configs/arch or in `layouts`
+    layouts        layouts of the study's own: name -> arguments of train/pretrain.py,
                    {mqa_wide: ['+arch=mqa', 'size.head_dim=32']}
-    seeds          of each layout
-    run            words of the command line of train/pretrain.py that all runs share: size, recipe, precision
-    tokens         training tokens of a run
-    match          none, or what is made equal to multi-head attention's in every layout: params, flops, kv
-    lrs            peak learning rates that the first stage tries with each layout; one: there is no such stage
-    lr_tokens      training tokens of a run of the first stage
-    lr_extra       further rates that are tried beyond an end of the list, by its factor, while the best is at that end
-    tasks          of eval/evaluate.py, on every run that has ended
-    options        of the tasks: options={recall: {pairs: 8}}
-    folder         folder of the run folders; null: runs/studies/<name>
+    seeds          seeds of each layout
+    run            arguments of train/pretrain.py that all runs share: size, recipe, precision
+    tokens         training tokens per run
+    match          what every layout has in common with multi-head attention: params, flops, kv, or none
+    lrs            peak learning rates that the first stage tries with each layout; one rate: no such stage
+    lr_tokens      training tokens per run of the first stage
+    lr_extra       number of further rates to try beyond an end of the list, by its factor, while the best is there
+    tasks          tasks of eval/evaluate.py for every finished run
+    options        options of the tasks: options={recall: {pairs: 8}}
+    folder         parent of the run folders; null: runs/studies/<name>
     results        file of the rows; null: results.jsonl in the folder
     jobs           runs at a time
-    threads        threads of a run; null: the cores of this machine, shared evenly
-    limit_minutes  save and end after so many minutes; the same command continues. null: no limit
-    keep           keep the checkpoints of runs that have ended
-    others         rows of another commit: refuse, keep (they count as done, and stay told apart), or ignore
-    launcher       local, or slurm: jobs of SLURM, by submitit, which must be installed
-    slurm          its options: slurm={slurm_partition: gpu, gpus_per_node: 1, timeout_min: 60}
-    plan           print the plan and end
+    threads        threads per run; null: the cores of this machine, shared evenly
+    limit_minutes  save and end after this many minutes; the same command continues. null: no limit
+    keep           keep the checkpoints of finished runs
+    others         rows of another commit: refuse, keep (they count as done, in groups of their own), or ignore
+    launcher       local, or slurm: SLURM jobs by submitit, which must be installed
+    slurm          options of SLURM: slurm={slurm_partition: gpu, gpus_per_node: 1, timeout_min: 60}
+    plan           print the plan and exit
     """
 
     name: str = "study"
