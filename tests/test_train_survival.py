@@ -26,23 +26,33 @@ ELSEWHERE = {
 }
 
 
+STEPS = 16
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forks() -> Iterator[None]:
-    """Runs are forks, whose imports are done: what comes after them is the same in an interpreter of its own."""
+    """Runs are short, and forks, whose imports are done: what comes after them is the same in an interpreter of its
+    own."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "STEPS", STEPS)
         patch.setattr(faults.subprocess, "Popen", connect(process_environment()))
         yield
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[int, float]:
-    return reference(FaultRun(tmp_path_factory.mktemp("alone") / "run", [f"data.path={corpus}"]))
+def options(corpus: Path) -> list[str]:
+    return [f"tokens={STEPS * 8 * 64}", "size.vocab_size=600", f"data.path={corpus}"]
 
 
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> tuple[Path, str]:
+def expected(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> dict[int, float]:
+    return reference(FaultRun(tmp_path_factory.mktemp("alone") / "run", options))
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, options: list[str]) -> tuple[Path, str]:
     """A run that got SIGTERM after step 7, and its stderr: where several faults begin."""
-    run = FaultRun(tmp_path_factory.mktemp("stopped") / "run", [f"data.path={corpus}"])
+    run = FaultRun(tmp_path_factory.mktemp("stopped") / "run", options)
     return run.folder, stop(run)
 
 
@@ -77,8 +87,8 @@ def test_the_suite_writes_what_it_tried(
 @pytest.mark.parametrize(
     "fault", [fault for fault in FAULTS if fault.name not in ELSEWHERE], ids=lambda fault: fault.name.replace(" ", "-")
 )
-def test_fault(fault: Fault, tmp_path: Path, corpus: Path, expected: dict[int, float]) -> None:
-    run = FaultRun(tmp_path / "run", [f"data.path={corpus}"])
+def test_fault(fault: Fault, tmp_path: Path, options: list[str], expected: dict[int, float]) -> None:
+    run = FaultRun(tmp_path / "run", options)
     run.expected = expected
     outcome = run_fault(fault, run)
     assert outcome.steps_lost <= fault.most_lost
