@@ -129,7 +129,7 @@ def test_the_oldest_transformers_is_one_number() -> None:
     """In the model card, where packages are declared, and in the README."""
     declared = re.findall(r'"transformers>=([^"]+)"', (ROOT / "pyproject.toml").read_text())
     assert set(declared) == {TRANSFORMERS_FLOOR}
-    assert set(re.findall(r"`transformers` >= (\d[\d.]*\d)", (ROOT / "README.md").read_text())) == {TRANSFORMERS_FLOOR}
+    assert set(re.findall(r"`transformers` >=\s(\d[\d.]*\d)", (ROOT / "README.md").read_text())) == {TRANSFORMERS_FLOOR}
 
 
 # Of each target the layouts that together have every kind of block.
