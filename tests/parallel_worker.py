@@ -1,5 +1,5 @@
-"""One of two gloo processes, by rank and the file that joins them: gradients of every layout under FSDP2 and DDP
-against those of one process; with activation checkpointing in every second one."""
+"""One of two gloo processes, by rank and the file that joins them: gradients of every kind of block under DDP and under
+FSDP2, with and without activation checkpointing, against those of one process."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import torch
 import torch.distributed as dist
-from conftest import ARCHS, BLOCKS, build, small, tokens, whole_depth
+from conftest import ARCHS, BLOCKS, build, covering, small, tokens, whole_depth
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +36,8 @@ def main() -> None:
     rank, store = int(sys.argv[1]), dist.FileStore(sys.argv[2], 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    for number, name in enumerate(ARCHS):
+    layouts = covering(ARCHS)
+    for name in layouts:
         config, batch, blocks = small(name, num_layers=whole_depth(name, 3)), tokens(2, 17), name in BLOCKS
         model = build(config, torch.float32).train()
         backward(model, batch, blocks)
@@ -48,19 +49,20 @@ def main() -> None:
         backward(ddp, batch[rank : rank + 1], blocks)
         compare(name, "ddp", ddp, expected)
 
-        checkpointing = number % 2 == 1
         with torch.device("meta"):
             sharded = arch.build(config)
-        parallelize(
-            sharded, activation_checkpointing=checkpointing, compile_blocks=False, mesh=mesh, dtype=torch.float32
-        )
+        parallelize(sharded, activation_checkpointing=False, compile_blocks=False, mesh=mesh, dtype=torch.float32)
         sharded.to_empty(device="cpu")
         sharded.init_weights(seed=1)
         for key, parameter in sharded.named_parameters():
             assert torch.equal(parameter.full_tensor(), weights[key]), f"{name}: {key} depends on the sharding"
-        backward(sharded, batch[rank : rank + 1], blocks)
-        compare(name, f"fsdp, activation checkpointing {checkpointing}", sharded, expected)
-    print(f"{len(ARCHS)} layouts agree")
+        for checkpointing in (False, True):
+            for stack in sharded.stacks:
+                stack.activation_checkpointing = checkpointing
+            sharded.zero_grad()
+            backward(sharded, batch[rank : rank + 1], blocks)
+            compare(name, f"fsdp, activation checkpointing {checkpointing}", sharded, expected)
+    print(f"{len(layouts)} layouts agree")
     dist.barrier()
     dist.destroy_process_group()
 
