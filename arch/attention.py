@@ -1,10 +1,11 @@
 """The torch side of each kind of store: a writer in the layer that owns it, a reader in every layer that reads it, its
 cache, and its backends.
 
-A writer is called as `writer(x_BTD, rope, buffer, offset)`; where its store is not read by a mask, it gets token
-positions after `rope`. With `buffer`, the cache of its store, the new slots (of tokens `offset` on) go through it and
-come back with the ones before. A reader is called as `reader(x_BTD, kv, rope, visibility)`, a mask or token positions:
-it projects queries of its own and attends over whatever it is handed, by its own layer's writer or an earlier one's.
+A writer is called as `writer(x_BTD, rope, buffer, offset)`; if its store is not read by a mask, it also gets token
+positions after `rope`. It adds the new slots, of tokens from `offset` on, to `buffer`, the cache of its store, and
+returns them with the earlier ones. A reader is called as `reader(x_BTD, kv, rope, visibility)`, where `visibility` is a
+mask or token positions: it projects queries of its own and attends over `kv`, from its own layer's writer or an earlier
+one's.
 """
 
 from collections.abc import Callable
@@ -51,8 +52,8 @@ class StoreCache(NamedTuple):
     """The cache of a kind of store.
 
     allocate   (store, batch, capacity, type, device) -> an empty buffer
-    positions  positions.cached_positions, or another such function; None: the store is read by a mask
-    step       positions.step_positions, or another such function
+    positions  positions.cached_positions or a function like it; None: the store is read by a mask
+    step       positions.step_positions or a function like it
     """
 
     allocate: Callable[[StoreSpec, int, int, torch.dtype, torch.device | str], Buffer]
@@ -68,8 +69,8 @@ class StoreModules(NamedTuple):
     """The torch side of a kind of store.
 
     select_backend  (backend name, size, store, device type, with documents) -> the backend of its readers; raises
-                    ValueError where the named one cannot run the store
-    own_backends    backends that have a kernel for this kind, and none for stores that are read by a mask
+                    ValueError if the named one cannot run the store
+    own_backends    backends with a kernel for this kind only, not for stores that are read by a mask
     """
 
     writer: Callable[[SizeConfig, StoreSpec], nn.Module]
@@ -114,12 +115,12 @@ STORE_MODULES = {
 
 
 def build_writer(size: SizeConfig, store: StoreSpec) -> nn.Module:
-    """The module that writes `store`, for the layer that owns it; its parameters are uninitialised."""
+    """Build the writer of `store`, for the layer that owns it; its parameters are uninitialised."""
     return STORE_MODULES[store.kind].writer(size, store)
 
 
 def build_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
-    """The module that reads `store`, for each layer that does; its parameters are uninitialised."""
+    """Build a reader of `store`, for a layer that reads it; its parameters are uninitialised."""
     return STORE_MODULES[store.kind].reader(size, store)
 
 
@@ -136,7 +137,7 @@ def has_own_kernel(name: str, plan: KVPlan) -> bool:
 
 
 def check_own_kernel(name: str, *plans: KVPlan) -> None:
-    """Raise ValueError if the backend `name` is for kinds of store of which no plan has one."""
+    """Raise ValueError if the backend `name` is only for kinds of store that no plan has."""
     kinds = [f"{kind} stores" for kind, modules in STORE_MODULES.items() if name in modules.own_backends]
     if not kinds or any(has_own_kernel(name, plan) for plan in plans):
         return
@@ -149,7 +150,7 @@ def check_own_kernel(name: str, *plans: KVPlan) -> None:
 def choose_backends(
     name: str, size: SizeConfig, plan: KVPlan, device_type: str, documents: bool = False
 ) -> tuple[StoreBackend, ...]:
-    """The backend of the layers that see each of `plan.views`, in that order; with or without packed documents.
+    """The backend of each of `plan.views`, in that order, with or without packed documents.
 
     Raises ValueError if the backend `name` cannot run them.
     """

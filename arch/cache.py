@@ -30,10 +30,10 @@ from .store_spec import StoreSpec
 class Cache:
     """The slots of `length` tokens. `start_B`, if given: row b is padding before token `start_B[b]`.
 
-    cross_buffers  for each layer, keys and values of the vectors that it attends to besides its own sequence
-    position       `length` as a tensor [1] on the device, for steps whose shapes are the same at every length; None
-                   for shapes that follow it
-    num_slots      what such steps read of buffers that hold every position; at most `capacity`
+    cross_buffers  for each layer, keys and values of the vectors outside of its sequence that it attends to
+    position       `length` as a tensor [1] on the device, for steps with the same shapes at every length; None: shapes
+                   follow the length
+    num_slots      slots that such steps read of buffers that hold every position; at most `capacity`
     """
 
     plan: KVPlan
@@ -52,21 +52,21 @@ class Cache:
 
     @property
     def takes_rows(self) -> bool:
-        """A row may now be taken from another cache."""
+        """True if `take_row` may be called now."""
         return True
 
     @property
     def takes_steps(self) -> bool:
-        """A single token may be run by kernels for one query."""
+        """True if kernels for one query may decode a single token."""
         return True
 
     @property
     def sees_queries(self) -> bool:
-        """Queries of all layers at all positions are wanted, also where nothing else depends on them."""
+        """True if the cache needs the queries of all layers at all positions, even if no output does."""
         return False
 
     def store_masks(self, masks: list[Any], length: int, device: torch.device) -> list[Any]:
-        """Masks of the next `length` tokens, one per view, from those that `mask` made of its window."""
+        """Adapt the masks of the next `length` tokens, one per view, which `mask` made of the windows."""
         return masks
 
     @property
@@ -98,9 +98,9 @@ class Cache:
             )
 
     def take_row(self, row: int, other: "Cache") -> None:
-        """Let row `row` hold the tokens of the only row of `other` in place of its own, so that the last is the last.
+        """Replace the tokens of row `row` by those of the only row of `other`, aligned at the end.
 
-        Needs `start_B`, and no fewer tokens here than there.
+        Needs `start_B`, and at least as many tokens here as there.
         """
         assert self.start_B is not None and other.length <= self.length
         for buffer, source in zip(self.buffers, other.buffers, strict=True):
@@ -108,7 +108,7 @@ class Cache:
         self.start_B[row] = self.length - other.length
 
     def copy_row(self, row: int, other: "Cache") -> None:
-        """Let row `row` be that of the only row of `other`, of as many tokens."""
+        """Copy the only row of `other`, a cache of equal length, into row `row`."""
         assert self.length == other.length
         for buffer, source in zip(self.buffers, other.buffers, strict=True):
             buffer.take_row(row, source, self.length, self.length)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ class Cache:
             cross.take_row(row, source, num_vectors, num_vectors)
 
     def repeat(self, rows: int) -> "Cache":
-        """A cache of `rows` sequences, each a copy of the only one of this."""
+        """A cache of `rows` copies of the only sequence in this one."""
         return replace(
             self,
             buffers=tuple(repeat_buffer(buffer, rows) for buffer in self.buffers),
@@ -127,12 +127,12 @@ class Cache:
         )
 
     def hold_position(self) -> None:
-        """Keep the position on the device from now on, for steps in unchanging shapes."""
+        """Keep the position on the device from now on, for steps with static shapes."""
         self.position = torch.tensor([self.length], device=self.buffers[0].tensors[0].device)
         self.num_slots = 0
 
     def drop(self, count: int) -> None:
-        """Forget the first `count` tokens, which are padding in every row that matters."""
+        """Drop the first `count` tokens, which are padding in every row still in use."""
         assert self.start_B is not None
         for buffer in self.buffers:
             buffer.drop(count, self.length)
@@ -142,7 +142,7 @@ class Cache:
             self.position.fill_(self.length)
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """Positions of the next `length` tokens: [T], or [B, T] where rows start late. Padding has position 0."""
+        """Positions of the next `length` tokens: [T], or [B, T] with padding on the left, whose position is 0."""
         index = self.new_indices(length, device)
         return index if self.start_B is None else (index - self.start_B[:, None]).clamp(min=0)
 
@@ -158,15 +158,15 @@ class Cache:
         return Step(self.length, self.length + 1) if self.position is None else Step(self.position, self.num_slots)
 
     def buffer_of(self, window: Span) -> Any:
-        """The first buffer of slots of this window: where tokens lie is the same in all of them."""
+        """The first buffer with this window; tokens lie in the same slots in all of them."""
         stores = zip(self.plan.stores, self.buffers, strict=True)
         return next(buffer for store, buffer in stores if store.masked and store.span == window)
 
     def step_seen(self, window: Span, device: torch.device, own: int | None = None) -> Seen:
-        """Slots that the next token sees of what buffers of this window return, in layers with a window of their `own`.
+        """Slots that the next token sees among those that buffers of this window return, in layers with a window of
+        their `own`.
 
-        Of a buffer that holds every position, such layers get the last `own` slots, but where shapes are the same at
-        every length.
+        Such layers get only the last `own` slots of a buffer that holds every position, unless shapes are static.
         """
         step = self.step()
         newest = None if step.static or window is not None else own
@@ -206,8 +206,8 @@ class Cache:
         """Mask of the next `length` tokens over the slots that buffers of this window return, in layers with a window
         of their `own`.
 
-        Over an empty cache they attend to themselves, and `form` makes it. Else it is dense: no other kernel knows the
-        order of slots in a ring, and a step has few tokens.
+        `form` makes the mask for an empty cache, over which tokens attend to themselves. Otherwise it is dense: no
+        other kernel knows the order of slots in a ring, and a step has few tokens.
         """
         if self.length == 0:
             rows, ids_BT = self.buffers[0].tensors[0].shape[0], None
@@ -264,7 +264,7 @@ def allocate(
 def allocate_cross(
     plan: KVPlan, batch: int, num_cross_vectors: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[AppendBuffer, ...]:
-    """A buffer of each layer for keys and values of the vectors that it attends to besides its sequence, if any."""
+    """Allocate a buffer for each layer for keys and values of the vectors outside of its sequence, if there are any."""
     cross = [
         [zero_slots((batch, num_cross_vectors, *shape), dtype, device) for shape in store.position_shapes]
         for store in map(plan.store, range(plan.num_layers if num_cross_vectors else 0))

@@ -33,11 +33,11 @@ from .store_spec import QueryScale, StoreSpec
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; or, with parallel residuals, both of the same input. Their inputs are normed, their
+    """Attention, then the MLP; or, with parallel residuals, both on the same input. Norms apply to their inputs, their
     outputs, or both. The owner of a store also writes it.
 
-    With `cross`, attention to the vectors of a CrossContext comes after that to the sequence. `newest`: in a step over
-    a cache that grows, the last so many slots are read, of all that a store has.
+    With `cross`, attention to the vectors of a CrossContext follows that to the sequence. `newest`: number of slots,
+    the last ones of its store, that the layer reads in a step over a growing cache; None: all.
     """
 
     def __init__(self, size: SizeConfig, store: StoreSpec, owner: bool, cross: bool = False, newest: int | None = None):
@@ -71,10 +71,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, KV]:
         """Return the next residual stream [B, T, D], and the keys and values this layer read.
 
-        `kv` is what an earlier layer wrote, ignored by an owner. `visibility` is a mask, or token positions where the
-        store is not read by one. `buffer` caches what an owner writes: the slots of the new tokens, `offset` and later,
-        go into it and come back with the earlier ones. With a Step as `offset`, a single token of each row, [B, D]
-        stands for [B, T, D], and `rope` and `visibility` are those of a step. With `num_outputs`, 0 or 1, an owner
+        `kv` is what an earlier layer wrote; an owner ignores it. `visibility` is a mask, or token positions if the
+        store is not read by a mask. An owner adds the slots of the new tokens, from `offset` on, to `buffer`, and reads
+        them with the earlier ones. If `offset` is a Step, there is a single token of each row, [B, D] instead of
+        [B, T, D], and `rope` and `visibility` are those of a step. With `num_outputs`, 0 or 1, an owner
         writes all tokens, and the residual stream continues with that many of the last ones; `visibility` and
         `query_table` (query_scale.py) are then those of these tokens.
         """
@@ -236,8 +236,8 @@ class Stack(nn.Module):
     def cross_contexts(
         self, x_BTD: Tensor, context_BCD: Tensor | None, cache: Cache | None
     ) -> list[CrossContext | None]:
-        """Vectors, or their cached keys and values, that each layer attends to besides its sequence; None: it does
-        not."""
+        """For each layer the vectors outside of its sequence that it attends to, or their cached keys and values; None
+        if there are none."""
         if not self.cross:
             return [None] * len(self.layers)
         if context_BCD is not None and cache is None and self.in_short_rows:
@@ -316,7 +316,7 @@ class Stack(nn.Module):
         masks: Sequence[Mask | TokenPositions] | None,
         starts_BT: Tensor | None,
     ) -> LayerInputs:
-        """Make what layers get of the positions of `x_BTD`; arguments as in `run`."""
+        """Make the inputs of the layers that depend on the positions of `x_BTD`; arguments as in `run`."""
         length, device = x_BTD.shape[1], x_BTD.device
         if cache is None:
             positions = torch.arange(length, device=device)
@@ -383,7 +383,7 @@ class Stack(nn.Module):
 
 
 def handed_on(plan: KVPlan, layer: int, written: list[KV]) -> KV:
-    """Keys and values that `layer` gets of those that layers below it have written, by store."""
+    """The keys and values that `layer` reads, among those that lower layers have written, by store."""
     kv, second = written[plan.reads[layer]], plan.second_read(layer)
     if second is None:
         return kv

@@ -1,9 +1,9 @@
 """The costs of a model: parameters, training FLOPs, and bytes of KV cache stored, read and allocated.
 
-Pure functions of the configuration and its plan: a sum over the plan's stacks, the output, and what a Block Transformer
-has between its stacks. Bytes of cache are three figures, never one: `stored` grows by a slope per token up to a
-constant share, `read` is what decoding one token fetches (sharing does not reduce it), and allocation is `stored` at
-the full capacity for every sequence of the batch.
+Pure functions of the configuration and its plan: a sum over the plan's stacks, the output, and the parts of a Block
+Transformer between its stacks. Bytes of cache are three figures, never one: `stored` has a slope per token and a
+constant part, `read` is what decoding one token fetches (sharing does not reduce it), and allocation is `stored` at the
+full capacity for every sequence of the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ from .plan import KVPlan, StackPlan, StackRun
 class KVBytes:
     """KV cache of one sequence, in bytes.
 
-    per_token  added by each further token, once all windows are full; of a Block Transformer on average
+    per_token  added by each further token, once all windows are full; in a Block Transformer, on average
     constant   windowed stores when full, and bounded ones; a Block Transformer's token decoder
     stored     the whole cache after `context` tokens
-    read       fetched from it to decode the token at `context` (that token included), over all layers; of a Block
-               Transformer on average over the tokens of the block that comes then
+    read       fetched to decode the token at `context` (that token included), over all layers; in a Block Transformer,
+               on average over the tokens of the next block
     """
 
     per_token: int | float
@@ -35,9 +35,9 @@ class KVBytes:
 def kv_bytes(plan: Plan, context: int, itemsize: int = 2) -> KVBytes:
     """Cache bytes of one sequence of `context` tokens with elements of `itemsize` bytes.
 
-    Of a Block Transformer (paper, 2.3, 2.4, E.2) the block decoder runs once per block; the token decoder reads, for
-    the first token, the context's positions alone. What is not yet a complete block is in the constant part. Where
-    layers attend across, each has the keys and values of a block's context, all of which every token reads.
+    The block decoder of a Block Transformer (paper, 2.3, 2.4, E.2) runs once per block; for the first token of a block
+    the token decoder reads only the context's positions. An incomplete block counts in the constant part. Layers with
+    cross-attention each cache the keys and values of a block's context, all of which every token reads.
     """
     per_token, constant, stored, read = Fraction(0), 0, 0, Fraction(0)
     for stack in plan.stacks:
@@ -61,7 +61,7 @@ def read_bytes(plan: KVPlan, positions: int, itemsize: int) -> int:
 
 
 def cross_bytes(stack: StackPlan, itemsize: int = 2) -> int:
-    """Keys and values of the vectors that the layers of `stack` attend to besides their own sequence."""
+    """Bytes of the keys and values of the vectors outside of its sequence that the layers of `stack` attend to."""
     layers = range(stack.plan.num_layers)
     return stack.num_cross_vectors * itemsize * sum(stack.plan.store(layer).slot.elements for layer in layers)
 
@@ -84,7 +84,8 @@ def num_params(config: ModelConfig, plan: Plan) -> int:
 
 
 def between_params(config: ModelConfig) -> int:
-    """Parameters of a Block Transformer outside of its decoders: embedder, start context, and the map between them."""
+    """Parameters of a Block Transformer outside of its decoders: embedder, start context, and the map between
+    decoders."""
     block = config.arch.block
     if block is None:
         return 0
@@ -197,8 +198,8 @@ def forward_flops(config: ModelConfig, plan: Plan, seq_len: int) -> int:
 def prefill_flops(config: ModelConfig, plan: Plan, context: int) -> int:
     """FLOPs of adding a prompt of `context` tokens to an empty cache, for the logits of the next token alone.
 
-    As `forward_flops`, but the layers from `KVPlan.tail` on run on the last position, and so does the output. A Block
-    Transformer encodes the prompt's whole blocks, and begins the next one with the tokens that are left. Raises
+    Like `forward_flops`, but the layers from `KVPlan.tail` on, and the output, run on the last position only. A Block
+    Transformer encodes the prompt's whole blocks, and starts the next block with the remaining tokens. Raises
     ValueError where the prompt is shorter than `plan.min_prompt`.
     """
     return _flops(config, plan, plan.prefill_runs(context), stack_prefill_flops)

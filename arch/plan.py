@@ -1,8 +1,8 @@
 """Resolve a written layout: which layer writes which store, and which store each layer reads.
 
-slot   what one cached position holds
-store  the slots that exactly one owner layer writes, with a retention: all of them, a window, or a bounded state
-read   each layer reads one store: its own or an earlier layer's; or keys of one and values of another, or a mix
+slot   the content of one cached position
+store  the slots that exactly one owner layer writes, and how long they are kept: all, a window, or a bounded state
+read   the store that a layer reads: its own or an earlier layer's; or keys of one and values of another, or a mix
 plan   the tuple of stores and the tuple of reads, one per layer
 
 Everything that depends on a layout (weights, data flow, masks, cache, bytes, export) asks the plan and nothing else.
@@ -38,11 +38,11 @@ from .stores import resolve_store, store_from_dict
 class StackPlan(NamedTuple):
     """One stack of layers of a model, and the positions it sees.
 
-    title                its name, such as `block decoder`; empty in a model of one stack
-    unit                 what a position is: token, block, or position (of a block)
-    tokens_per_position  tokens of context that add one position
+    title                name of the stack, such as `block decoder`; empty in a model of one stack
+    unit                 unit of its positions: token, block, or position (of a block)
+    tokens_per_position  tokens of context per position
     fixed_positions      positions at any context; None: they grow with it
-    num_cross_vectors    vectors that each layer attends to besides its own sequence, with keys and values of their own
+    num_cross_vectors    vectors outside of its sequence that each layer attends to, with keys and values of their own
     """
 
     title: str
@@ -58,11 +58,11 @@ class StackPlan(NamedTuple):
 
 
 class StackRun(NamedTuple):
-    """A forward pass over one sequence as one stack of layers sees it.
+    """The work of one stack of layers in a forward pass over one sequence.
 
-    rows       sequences of the stack
-    positions  of each row
-    outputs    positions of all rows whose last residual stream is used
+    rows       rows of the stack
+    positions  positions per row
+    outputs    positions, over all rows, whose last residual stream is used
     """
 
     rows: int
@@ -70,10 +70,10 @@ class StackRun(NamedTuple):
     outputs: int
 
 
-# The window of a store, and that of a layer which looks at fewer of its positions (None: the same).
+# The window of a store, and the smaller one of a layer that reads it (None: the same).
 ReadWindow = tuple[Span, int | None]
 
-# How a layer reads a second store: its values alone, or keys and values mixed with those of the first.
+# How a layer reads a second store: only its values, or its keys and values mixed with those of the first.
 SECOND_READS = ("values", "mix")
 
 
@@ -89,15 +89,15 @@ class KVPlan:
     """The resolved layout: `stores` in the order of their owners; layer i reads `stores[reads[i]]`.
 
     reader_windows   for each layer a window of its own, smaller than the store's; empty: no layer has one
-    second_reads     for each layer another store whose values it reads instead, or mixes in; empty: no layer has one
-    views            the stores, then what layers see of them in a window of their own or with a second store
+    second_reads     for each layer a second store, whose values it reads instead or mixes in; empty: no layer has one
+    views            the stores, then the views of layers that read them in a smaller window or with a second store
     view_reads       layer i sees `views[view_reads[i]]`
-    view_stores      of each view, the store of its keys
-    read_windows     of each view
-    target_offset    a position's target is the token so many after it
+    view_stores      for each view, the store of its keys
+    read_windows     for each view, the window of its store and its own
+    target_offset    a position predicts the token this many after it
     num_unpredicted  targets at the start of a sequence that the model does not predict
     block_length     tokens that one context predicts
-    min_prompt       tokens after which it can predict the next one
+    min_prompt       tokens that the model needs to predict the next one
     """
 
     stores: tuple[StoreSpec, ...]
@@ -133,7 +133,7 @@ class KVPlan:
             object.__setattr__(self, name, value)
 
     def _view(self, read: int, window: int | None, second: SecondRead | None) -> StoreSpec:
-        """A store as one layer sees it: its last `window` positions, if those are not all, and a second store."""
+        """The store as a layer sees it in a window of its own, or with a second store."""
         store = self.stores[read]
         if window is not None:
             store = replace(store, window=window)
@@ -148,11 +148,11 @@ class KVPlan:
         return (StackPlan("", "token", self),)
 
     def forward_runs(self, seq_len: int) -> tuple[StackRun, ...]:
-        """A training pass over `seq_len` tokens, for each of `stacks`."""
+        """The work of each of `stacks` in a training pass over `seq_len` tokens."""
         return (StackRun(1, seq_len, seq_len),)
 
     def prefill_runs(self, context: int) -> tuple[StackRun, ...]:
-        """A prompt of `context` tokens and the logits of the next one, for each of `stacks`."""
+        """The work of each of `stacks` for a prompt of `context` tokens and the logits of the next one."""
         return (StackRun(1, context, 1),)
 
     @property
@@ -161,33 +161,33 @@ class KVPlan:
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """The owner of the store that each layer reads; one layer index per layer."""
+        """For each layer, the owner of the store that it reads, as a layer index."""
         return tuple(self.stores[read].owner for read in self.reads)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows of what is read by a mask, in order of first use."""
+        """The distinct windows of views that are read by a mask, in order of first use."""
         return tuple(dict.fromkeys(view.window for view in self.views if view.masked))
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Distinct windows and chunks of what is read by a mask, in order of first use."""
+        """The distinct windows and chunks of views that are read by a mask, in order of first use."""
         return tuple(dict.fromkeys(view.span for view in self.views if view.masked))
 
     def store(self, layer: int) -> StoreSpec:
-        """The store that `layer` reads, in the window that it sees of it."""
+        """The store that `layer` reads, as it sees it."""
         return self.views[self.view_reads[layer]]
 
     def own_window(self, layer: int) -> int | None:
-        """The window of `layer` where it sees less than its store keeps."""
+        """The window of `layer` if it is smaller than its store's; else None."""
         return self.reader_windows[layer] if self.reader_windows else None
 
     def second_read(self, layer: int) -> SecondRead | None:
-        """The store that `layer` reads besides that of its keys."""
+        """The second store that `layer` reads; None: it reads one."""
         return self.second_reads[layer] if self.second_reads else None
 
     def sources(self, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The stores whose keys `layer` reads, and those whose values."""
+        """The stores whose keys `layer` reads, and the stores whose values it reads."""
         read, second = self.reads[layer], self.second_read(layer)
         if second is None:
             return (read,), (read,)
@@ -195,29 +195,29 @@ class KVPlan:
         return (mixed, mixed) if second.how == "mix" else ((read,), (second.store,))
 
     def last_reader(self, number: int) -> int:
-        """The last layer that reads something of store `number`."""
+        """The last layer that reads keys or values of store `number`."""
         return max(layer for layer in range(self.num_layers) if any(number in half for half in self.sources(layer)))
 
     def readers(self, store: StoreSpec) -> tuple[int, ...]:
-        """The layers that read `store`, its owner first; of those with a second store, that of their keys."""
+        """The layers that read the keys of `store`, its owner first."""
         return tuple(layer for layer, owner in enumerate(self.owners) if owner == store.owner)
 
     def second_readers(self, store: StoreSpec) -> tuple[int, ...]:
-        """The layers that read `store` besides that of their keys."""
+        """The layers that read `store` as a second store."""
         seconds = ((layer, self.second_read(layer)) for layer in range(self.num_layers))
         return tuple(layer for layer, second in seconds if second and self.stores[second.store].owner == store.owner)
 
     @property
     def last_owner(self) -> int:
-        """The layer above which nothing is written."""
+        """The last layer that writes a store."""
         return self.stores[-1].owner
 
     @property
     def tail(self) -> int:
-        """The first of the layers that need the last position alone where nothing else is asked of the stack.
+        """The first of the layers that need only the last position if only its output is wanted.
 
-        The last owner, which writes at every position and then goes on with the last, and all above it; a layer that
-        reads its store not by a mask needs every position, and so do those below it.
+        It is the last owner, which writes every position and continues with the last one. But a layer that does not
+        read its store by a mask needs every position, and so do the layers below it.
         """
         above = range(self.last_owner, self.num_layers)
         return max([self.last_owner, *(layer + 1 for layer in above if not self.store(layer).masked)])
@@ -252,9 +252,10 @@ class KVPlan:
         return cls(stores, reads, own, seconds)
 
     def __str__(self) -> str:
-        """The map in the notation of the MixAttention paper: the owner of each layer, `s` for sliding windows; and `c`
-        for chunks, `b` for bounded stores, `d` for a matrix per head, `p` for pooled positions. Where values are those
-        of another store, its owner comes after a slash, and that of one that is mixed in after a plus sign."""
+        """The map in the notation of the MixAttention paper: for each layer the owner of the store it reads, with `s`
+        for a sliding window; and `c` for chunks, `b` for bounded stores, `d` for a matrix per head, `p` for pooled
+        positions. The owner of a second store follows: after a slash if its values are read, after a plus sign if it
+        is mixed in."""
         parts = []
         for layer in range(self.num_layers):
             store, second = self.store(layer), self.second_read(layer)
@@ -327,7 +328,7 @@ def resolve_stack(config: ModelConfig) -> KVPlan:
 def _own_windows(
     config: ModelConfig, types: dict[str, StoreSpec], items: list["Item"], problems: list[str]
 ) -> tuple[int | None, ...]:
-    """The window of each layer that sees less than its store keeps. Adds to `problems` windows that cannot be."""
+    """The window of each layer that sees less than its store keeps. Adds impossible windows to `problems`."""
     for verb, name, window in dict.fromkeys(item[:3] for item in items):
         item, kept = f"arch.pattern: `{verb} {name} window={window}`", config.arch.stores[name].window
         if window is None:
@@ -411,7 +412,7 @@ def _check_size(size: SizeConfig) -> list[str]:
 
 
 def _check_style(size: SizeConfig, rotates: bool) -> list[str]:
-    """Problems of the style; of its rotary fraction where the head dimension is a possible one (`rotates`)."""
+    """Problems of the style; `rotates`: the head dimension is possible, so the rotary fraction is checked, too."""
     if size.style not in STYLES:
         return [f"size.style is {size.style!r}; it is {' or '.join(STYLES)}"]
     style, width = style_of(size), head_dim(size)
@@ -454,7 +455,7 @@ class Item(NamedTuple):
 
 
 def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
-    """One item for each layer. Adds to `problems` what is wrong with the pattern."""
+    """Expand the pattern to one item per layer. Adds its problems to `problems`."""
     pattern, depth = list(config.arch.pattern), config.size.num_layers
     if not pattern:
         problems.append("arch.pattern is empty; write at least `[new kv]`, with kv one of the names under arch.stores")
@@ -497,7 +498,8 @@ def _expand(config: ModelConfig, problems: list[str]) -> list[Item]:
 
 
 def allot_layers(sections: list[dict[str, Any]], depth: int, problems: list[str]) -> list[int]:
-    """Layers of each section: counts and shares in order while the depth lasts, the rest to the section without."""
+    """Number of layers of each section: counts and shares in order up to the depth, and the rest for the section
+    without."""
     layers = [0] * len(sections)
     left = depth
     open_section = None
@@ -525,7 +527,7 @@ def allot_layers(sections: list[dict[str, Any]], depth: int, problems: list[str]
 def _tile(
     where: str, entries: Any, stores: dict[str, Any], depth: int, problems: list[str], nesting: int = 1
 ) -> list[Item]:
-    """The items of a pattern, groups flattened and `xN` repeats written out, as far as `depth` layers can tell."""
+    """The items of a pattern, with groups flattened and `xN` repeats written out, up to `depth` each."""
     items: list[Item] = []
     if nesting > MAX_NESTING:
         problems.append(f"{where}: lists lie more than {MAX_NESTING} deep in each other; they group items for the eye")
@@ -553,7 +555,7 @@ def _tile(
 
 
 def _item(verb: str, name: str, options: list[tuple[str, str]]) -> Item | None:
-    """The item of these options; None if they are none that an item can have."""
+    """The item with these options; None if an item cannot have them."""
     window, how, second = None, "", ""
     for key, value in options:
         if key == "window" and window is None and re.fullmatch(r"[1-9]\d{,17}", value):

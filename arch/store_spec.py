@@ -1,4 +1,4 @@
-"""StoreSpec: what every kind of store says of itself, without torch. Each kind has a subclass in a file of its own.
+"""StoreSpec: the description of every kind of store, without torch. Each kind has a subclass in a file of its own.
 
 Configuration keys, cached tensors, parameters, FLOPs and labels: everything else asks the methods of StoreSpec.
 """
@@ -81,12 +81,12 @@ def state_itemsize(itemsize: int) -> int:
 
 
 def norm_width(size: SizeConfig, heads: int, width: int) -> int:
-    """Elements over which queries or keys of so many heads are normed at a time; 0: they are not."""
+    """Elements over which queries or keys of `heads` heads are normed together; 0: they are not normed."""
     return {"none": 0, "head": width, "all": heads * width}[style_of(size).qk_norm]
 
 
 def gate_width(size: SizeConfig, width: int) -> int:
-    """Factors by which a layer multiplies the outputs, of `width` each, of its heads; 0: it does not."""
+    """Number of factors by which a layer multiplies the outputs of its heads, each `width` wide; 0: it has no gate."""
     return size.num_heads * {"none": 0, "head": 1, "channel": width}[style_of(size).output_gate]
 
 
@@ -94,27 +94,27 @@ def gate_width(size: SizeConfig, width: int) -> int:
 class StoreSpec:
     """The store that layer `owner` writes. `window` counts the current position; None keeps every position.
 
-    rotary_dim  leading elements of a key that are rotated, 0 for none (rope_theta is 0 then, too); None: all that the
-                slot allows
-    num_slots   of a bounded store, the slots into which positions are merged by `rule`; its window, if any, keeps the
-                last positions unmerged beside them
-    query_scale factors of its readers' queries; None: they have none
+    rotary_dim  leading elements of a key that are rotated; 0: none (then rope_theta is 0, too); None: all that the slot
+                allows
+    num_slots   slots of a bounded store, into which positions are merged by `rule`; its window, if any, keeps the last
+                positions unmerged beside them
+    query_scale factors of its readers' queries; None: no scaling
     chunked     `window` is the size of chunks
-    rope_scaling  how frequencies of the rotation are slowed down; None: they are not
+    rope_scaling  rule by which frequencies of the rotation are lowered; None: they are not
 
     kind        name of the kind
     key         the key of StoreConfig that asks for it
     summary     completes "the store ..."
-    masked      readers run an attention backend over slots that a mask selects; otherwise they take token positions
+    masked      readers run an attention backend over the slots that a mask selects; otherwise they take token positions
     grows       bytes depend on the context
-    pools       a slot is made of several positions, always as many
+    pools       a slot combines a fixed number of positions
     rotates     keys may be rotated by their position
-    crosses     its readers can attend to other vectors, too, whose keys and values have the heads and widths of its own
-    fades       errors of rounding in its state fade, so that a codec can act on it
-    unshared    why no layer but its owner can read it; empty: others can
-    takes       keys of other kinds that it takes, too
-    stray       completes "NAME.key is value", where a kind named {kind} has this kind's key and does not take it
-    newer       fields that are written only where they are set, as files of earlier versions have none
+    crosses     its readers can also attend to other vectors, with keys and values of the same heads and widths
+    fades       rounding errors in its state fade, so that a codec can act on it
+    unshared    reason why only its owner can read it; empty: others can, too
+    takes       configuration keys of other kinds that it also takes
+    stray       completes "NAME.key is value" if a kind named {kind} has this kind's key and does not take it
+    newer       fields that are written only if they are set, since files of earlier versions lack them
     """
 
     name: str
