@@ -1,8 +1,8 @@
 """Softmax attention over slots: one function and several backends, each of which declares what it supports.
 
 A backend makes a mask in the form its kernel takes, once per forward pass and distinct window. The mask carries the
-kernel, so that layers, which are handed masks, know nothing of backends. Over a cache, where queries see slots that no
-other backend has a mask for, attention is always computed by sdpa (by reference where that is the backend).
+kernel, so that layers, which get masks, know nothing of backends. Over a cache, for which no other backend has masks,
+sdpa always computes attention (or reference, if that is the backend).
 
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H key width, V value width.
 """
@@ -116,7 +116,7 @@ def _fused_choice(dtype: torch.dtype, width: int, value_width: int) -> int:
 def takes_widths(device: str, dtype: torch.dtype, width: int, value_width: int) -> bool:
     """Tell whether torch runs plainly causal attention by cuDNN with values of another width than keys, as on Hopper.
 
-    FlashAttention takes one width, and the kernel that takes any two is slower than that on values that are filled up.
+    FlashAttention takes one width, and the kernel that takes any two is slower than FlashAttention on padded values.
     """
     if device != "cuda" or dtype not in HALF or width % 8 or value_width % 8:
         return False
@@ -137,9 +137,9 @@ def sdpa(
 ) -> Tensor:
     """`attend` by torch's fused kernels; [B, T, N, V]. Dense masks other than plain causal are slow on CUDA.
 
-    Inputs that torch would silently hand to its slowest kernel are first brought into a form that the fused ones
-    accept: keys and values of one width, but where cuDNN takes two, a multiple of 8, and no grouped heads with a mask
-    (or, on CUDA, with fp32).
+    Inputs that torch would silently give to its slowest kernel are first brought into a form that the fused ones
+    accept: keys and values of one width (unless cuDNN takes two) that is a multiple of 8, and no grouped heads with a
+    mask (or, on CUDA, with fp32).
     """
     if isinstance(mask, Windowed):
         return sdpa_windowed(q_BTNH, k_BSKH, v_BSKV, mask, scale, sinks_N)
@@ -170,8 +170,8 @@ def sdpa_windowed(
 ) -> Tensor:
     """`sdpa` in blocks of queries; [B, T, N, V].
 
-    The first window is plainly causal. The blocks after it are the batch of one call for each row, whose keys and
-    values are overlapping views of the row's: as views of the whole batch they would be copied.
+    The first window is plain causal attention. The blocks after it form the batch of one call per row, with keys and
+    values that are overlapping views of the row's; views of the whole batch would be copied.
     """
     (batch, length), window, allowed = q_BTNH.shape[:2], mask.window, mask.allowed
     first = sdpa(q_BTNH[:, :window], k_BTKH[:, :window], v_BTKV[:, :window], mask.first, scale, sinks_N)
@@ -201,13 +201,13 @@ def sdpa_windowed(
 
 
 def _fill(x_BTNH: Tensor, length: int) -> Tensor:
-    """Zeros after the last token, up to `length` tokens; a pad by nothing would copy."""
+    """Pad with zeros after the last token, up to `length` tokens; padding by nothing would copy."""
     more = length - x_BTNH.shape[1]
     return F.pad(x_BTNH, (0, 0, 0, 0, 0, more)) if more > 0 else x_BTNH
 
 
 def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values with zeros up to one width, a multiple of 8; a pad by nothing would copy."""
+    """Pad queries, keys and values with zeros to one width, a multiple of 8; padding by nothing would copy."""
     width = -(-max(x.shape[-1] for x in tensors) // 8) * 8
     return tuple(x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in tensors)
 
@@ -215,10 +215,10 @@ def _one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _sink_as_slot(
     q: Tensor, k: Tensor, v: Tensor, mask: Dense, scale: float, sinks_N: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Dense]:
-    """A sink is one more slot, always visible, worth nothing, whose score is the sink logit.
+    """Add the sink as one more slot: always visible, of value zero, with the sink logit as its score.
 
-    Queries get two more coordinates that hold their head's logit and what its type cut off of it; keys get zeros there,
-    and the sink's key has ones there and zeros elsewhere.
+    Queries get two more coordinates, their head's logit and its rounding error in their type; keys get zeros there, and
+    the sink's key has ones there and zeros elsewhere.
     """
     allowed = mask.allowed
     if mask.causal:
@@ -253,8 +253,8 @@ def dense_backend(name: str) -> "Backend":
 class Needs(NamedTuple):
     """Requirements of a layer on its backend.
 
-    features  of windows, documents, sinks, gqa (fewer key than query heads), uneven_value_width
-    widths    of its queries, keys and values
+    features  some of windows, documents, sinks, gqa (fewer key than query heads), uneven_value_width
+    widths    widths of its queries, keys and values
     """
 
     features: frozenset[str] = frozenset()
@@ -263,11 +263,11 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class ClaimedKernel:
-    """A kernel, and where it can run.
+    """A kernel, and the inputs and machines it runs on.
 
     devices, dtypes  empty: all of them
-    widths           that queries, keys and values may have
-    unusable         why it cannot run on this machine, None if it can
+    widths           possible widths of queries, keys and values
+    unusable         reason why it cannot run on this machine; None if it can
     """
 
     name: str
@@ -282,7 +282,7 @@ class ClaimedKernel:
 class Backend(ClaimedKernel):
     """A kernel, the maker of its masks, and its claims, which hold for forward and backward.
 
-    about  what it is, for the log
+    about  description for the log
     """
 
     form: Callable[[SequenceBatch, Span], Any]
@@ -379,11 +379,11 @@ FLEX_ROWS = replace(
 def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
     """The backends that `name` may stand for, best first.
 
-    auto   on CUDA, FlexAttention for whatever is not plainly causal: a dense mask costs 14 to 51 times as much there
-           (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
-    fla    as auto: it is for bounded stores and matrices per head
-    flash  the newest flash-attn installed that has what is needed
-    rows   of short rows: end to end on CUDA, where each would fill a tile of 128 queries, else sdpa
+    auto   on CUDA, FlexAttention for anything but plain causal attention: a dense mask costs 14 to 51 times as much
+           there (published for Hopper in pytorch/pytorch#137036), and it needs no package besides torch. Else sdpa
+    fla    as auto, since fla itself is for bounded stores and matrices per head
+    flash  the newest installed flash-attn that meets the needs
+    rows   for short rows: end to end on CUDA, where each row would fill a tile of 128 queries; else sdpa
     """
     if name == "rows":
         return ["flex_rows", "sdpa"] if device == "cuda" else ["sdpa"]
@@ -403,7 +403,7 @@ def check_name(name: str) -> None:
 
 
 def select_backend(name: str, needs: Needs, device: str) -> Backend:
-    """The backend `name`, or for `auto` and `flash` the first of what they stand for that claims `needs` on `device`.
+    """The backend `name`, or for `auto` and `flash` the first candidate that claims `needs` on `device`.
 
     Raises ValueError if there is none: nothing falls back at run time.
     """

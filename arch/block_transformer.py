@@ -1,7 +1,7 @@
 """The Block Transformer (Ho et al. 2024): a decoder over blocks of tokens, and one within a block.
 
-A block's tokens become one vector, the block decoder turns the vectors so far into a context for the next block, and
-the token decoder predicts that block's tokens from the context and from the block's tokens so far, nothing else.
+The embedder turns a block's tokens into one vector, the block decoder turns the vectors so far into a context for the
+next block, and the token decoder predicts that block's tokens from the context and the block's earlier tokens only.
 
 Shapes: B batch, T tokens, N blocks, L block length, C vectors of an expanded context, D model, E token embedding of the
 embedder, O vectors of it that stand for a block, V vocabulary; M: blocks of all rows, B N.
@@ -36,7 +36,7 @@ NO_DOCUMENTS = "a Block Transformer cannot keep packed documents apart, blocks c
 
 
 class Embedder(nn.Module):
-    """One vector per block: its tokens' embeddings end to end, and a linear map of them where they are projected.
+    """Map each block to one vector: its tokens' embeddings end to end, with a linear map if they are projected.
 
     The `lookup` embedder of the paper's 2.2, and its widened form for uptraining; with an encoder before the linear
     map, the `encoder` and `cls` embedders of its F.1. Padding counts like any token, but no token of an encoder sees
@@ -69,12 +69,12 @@ class Embedder(nn.Module):
 
 @dataclass
 class BlockCache:
-    """Caches of both decoders, and where in a block the sequences are.
+    """Caches of both decoders, and the partial block of the sequences.
 
     blocks       a slot for each complete block
     tokens       the positions of the partial block, overwritten by the next block
     partial_BL   tokens of the partial block, fewer than L
-    context_BCD  its expanded context; None before the first tokens
+    context_BCD  expanded context of the partial block; None before the first tokens
     """
 
     blocks: Cache
@@ -93,17 +93,17 @@ class BlockCache:
 
     @property
     def takes_rows(self) -> bool:
-        """No block has begun."""
+        """True if no block is partial."""
         return not self.partial_BL.shape[1]
 
     def repeat(self, rows: int) -> "BlockCache":
-        """A cache of `rows` sequences, each a copy of the only one of this."""
+        """A cache of `rows` copies of the only sequence in this one."""
         context_BCD = None if self.context_BCD is None else repeat_row(self.context_BCD, rows)
         blocks, tokens = (cache.repeat(rows) for cache in self.stacks)
         return BlockCache(blocks, tokens, repeat_row(self.partial_BL, rows), context_BCD)
 
     def take_row(self, row: int, other: "BlockCache") -> None:
-        """Let row `row` hold the blocks of the only row of `other` in place of its own, as Cache.take_row.
+        """Replace the blocks of row `row` by those of the only row of `other`, as Cache.take_row.
 
         Needs `takes_rows` here and there.
         """
@@ -176,11 +176,11 @@ class BlockTransformer(LanguageModel):
     ) -> Tensor:
         """Return the logits [B, T - L, V] of tokens L to T - 1; with a start context [B, T, V], of all of them.
 
-        They are logits of the tokens themselves: their targets are `select_targets(tokens_BT)`. With `last_only` they
-        are those of the last token. With `cache` and `last_only`, `tokens_BT` of any length continue what the cache
-        holds, are added to it, and the logits [B, 1, V] are those of the token after them; none with `cache_only`.
-        `head` as in Decoder.forward. `segment_ids_BT`: 0, or negative at padding, which is then no key of the token
-        decoder, nor of an encoder in the embedder, nor, where a block is nothing else, of the block decoder.
+        The logits predict the tokens themselves: the targets are `select_targets(tokens_BT)`. `last_only` returns those
+        of the last token. With `cache` and `last_only`, `tokens_BT` of any length continue the cache and are added to
+        it, and the logits [B, 1, V] are those of the token after them; none with `cache_only`. `head` as in
+        Decoder.forward. `segment_ids_BT`: 0, or negative at padding, which neither the token decoder nor an encoder in
+        the embedder sees, nor the block decoder if a block is all padding.
 
         Raises ValueError unless T is a number of whole blocks and one of them is predicted, with more than one segment,
         if the cache has no room, and with a cache but not `last_only`.
@@ -236,7 +236,7 @@ class BlockTransformer(LanguageModel):
     ) -> Tensor:
         """Add tokens to `cache` and return the logits [B, 1, V] of the next one.
 
-        Every completed block is encoded; what is left begins or continues the partial block.
+        Every completed block is encoded; the remaining tokens start or continue the partial block.
         """
         length, num_partial = self.plan.block_length, cache.partial_BL.shape[1]
         assert segment_ids_BT is None or not num_partial
@@ -252,7 +252,7 @@ class BlockTransformer(LanguageModel):
         return logits_B1V
 
     def next_context(self, tokens_BT: Tensor, cache: Cache, segment_ids_BT: Tensor | None) -> Tensor:
-        """Encode complete blocks; return the context [B, D] after them, the start context of a row that has none."""
+        """Encode complete blocks; return the context [B, D] after them, or the start context for a row without any."""
         if tokens_BT.shape[1]:
             context_BD = self.encode(tokens_BT, cache, segment_ids_BT, last_only=True)[:, -1]
             return self.or_start(context_BD, cache, cache.length)
@@ -263,7 +263,7 @@ class BlockTransformer(LanguageModel):
         return self.start.expand(len(tokens_BT), -1)
 
     def or_start(self, context_BD: Tensor, cache: Cache, length: int | Tensor) -> Tensor:
-        """Put the start context in the place of those of rows that have no block among the first `length`."""
+        """Use the start context for rows that have no block among the first `length`."""
         if self.start is None or cache.start_B is None:
             return context_BD
         return torch.where(cache.start_B[:, None] >= length, self.start.to(context_BD.dtype), context_BD)

@@ -19,8 +19,8 @@ Tensors = tuple[Tensor, ...]
 class Step(NamedTuple):
     """One new token of each row over a cache.
 
-    offset     tokens before it: a number; or, where no shape may depend on it, a tensor [1] of int64
-    num_slots  slots that are read of a buffer that holds every position, the new one included
+    offset     tokens before it: a number; or, if no shape may depend on it, a tensor [1] of int64
+    num_slots  slots to read from a buffer that holds every position, the new one included
     """
 
     offset: int | Tensor
@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
     @property
     def static(self) -> bool:
-        """Shapes are the same at every offset, so that what hides slots is a mask."""
+        """True if shapes are the same at every offset, and a mask hides the slots that are not used."""
         return isinstance(self.offset, Tensor)
 
 
@@ -44,7 +44,7 @@ def write_slot(tensors: Tensors, new: Tensors, slot: int | Tensor) -> None:
 
 
 class AppendBuffer:
-    """Holds every position, in order. Its tensors are [B, capacity, ...], each head's slots in one piece of memory."""
+    """Buffer of every position, in order. Its tensors are [B, capacity, ...]; each head's slots are contiguous."""
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
@@ -62,12 +62,12 @@ class AppendBuffer:
         return tuple(tensor.narrow(1, 0, step.num_slots) for tensor in self.tensors)
 
     def take_row(self, row: int, other: "AppendBuffer", length: int, offset: int) -> None:
-        """Let row `row` hold the `length` tokens of the only row of `other`, the last one before `offset`."""
+        """Copy the `length` tokens of the only row of `other` into row `row`, so that they end before `offset`."""
         for tensor, source in zip(self.tensors, other.tensors, strict=True):
             tensor[row, offset - length : offset] = source[0, :length]
 
     def drop(self, count: int, offset: int) -> None:
-        """Forget the first `count` of `offset` tokens, so that the others begin at 0."""
+        """Drop the first `count` of `offset` tokens and move the others to the beginning."""
         for tensor in self.tensors:
             tensor[:, : offset - count] = tensor[:, count:offset].clone()
 
@@ -81,8 +81,8 @@ class AppendBuffer:
 
 
 class RingBuffer:
-    """Holds the last `size` positions: token i lies in slot i mod size. Its tensors are [B, size, ...], as those of
-    AppendBuffer."""
+    """Buffer of the last `size` positions: token i is in slot i mod size. Its tensors are [B, size, ...], in the memory
+    order of AppendBuffer's."""
 
     def __init__(self, tensors: Tensors):
         self.tensors = tensors
@@ -155,11 +155,11 @@ class StateBuffer:
         self.derived: Tensors = ()
 
     def read_state(self) -> Tensor:
-        """The state. It may be changed in place, where `write_state` follows."""
+        """Return the state, which may be changed in place if `write_state` follows."""
         return self.tensors[0]
 
     def write_state(self, state: Tensor) -> None:
-        """Hold `state`, which may be what `read_state` returned."""
+        """Store `state`, which may be the tensor that `read_state` returned."""
         if state is not self.tensors[0]:
             self.tensors[0].copy_(state)
 
@@ -195,7 +195,7 @@ class StateBuffer:
             tensor[row, : source.shape[1]] = source[0]
 
     def drop(self, count: int, offset: int) -> None:
-        """Drop tokens like AppendBuffer.drop: nothing here is at an offset."""
+        """Do nothing: a state does not depend on the offset of its tokens."""
 
 
 SlotBuffer = AppendBuffer | RingBuffer
@@ -205,7 +205,7 @@ Buffer = SlotBuffer | StateBuffer
 def allocate_slots(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
 ) -> SlotBuffer:
-    """An empty buffer of a store that is read by a mask, for `batch` sequences of up to `capacity` tokens."""
+    """Allocate an empty buffer of a store that is read by a mask, for `batch` sequences of up to `capacity` tokens."""
     shapes = (tensor.shape for tensor in store.cache_tensors(capacity))
     tensors = tuple(zero_slots((batch, *shape), dtype, device) for shape in shapes)
     return AppendBuffer(tensors) if store.window is None else RingBuffer(tensors)
@@ -214,7 +214,7 @@ def allocate_slots(
 def allocate_state(
     store: StoreSpec, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
 ) -> StateBuffer:
-    """An empty buffer of a store that is a state, as `allocate_slots`."""
+    """Allocate an empty buffer of a store that is a state, as `allocate_slots`."""
     return StateBuffer(
         tuple(
             torch.zeros((batch, *shape), dtype=at_least_fp32(dtype) if accumulates else dtype, device=device)
@@ -224,10 +224,9 @@ def allocate_state(
 
 
 def zero_slots(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros of `shape`, [B, S, K, H] with the slots of a head in one piece of memory, or [B, S, R].
+    """Zeros of `shape`, [B, S, K, H] with contiguous slots of a head, or [B, S, R].
 
-    A kernel reads head by head. With heads side by side in memory it would leap from slot to slot: 1.3 to 1.4 times as
-    slow on a CPU.
+    A kernel reads head by head: with interleaved heads it is 1.3 to 1.4 times as slow on a CPU.
     """
     if len(shape) < 4:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -239,7 +238,7 @@ AnyBuffer = TypeVar("AnyBuffer", bound=Buffer)
 
 
 def repeat_buffer(buffer: AnyBuffer, rows: int) -> AnyBuffer:
-    """A buffer of `rows` sequences, each a copy of the only one of `buffer`."""
+    """A buffer of `rows` copies of the only sequence in `buffer`."""
     return type(buffer)(tuple(repeat_row(tensor, rows) for tensor in buffer.tensors))
 
 

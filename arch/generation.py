@@ -22,12 +22,11 @@ LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whethe
 class PromptBatch(NamedTuple):
     """Prompts as a batch whose blocks begin together. With blocks of one token, `tokens_BT` is all there is.
 
-    tokens_BT       what all rows are prefilled with: complete blocks, padded on the left, and as many of the tokens
-                    after them as every row has
-    start_B         the block at which each row begins; None: at the first
+    tokens_BT       tokens to prefill: complete blocks, padded on the left, and the tokens after them that every row has
+    start_B         the block at which each row begins; None: the first
     segment_ids_BT  negative where `pad_token` fills up the first block of a short prompt; None: nowhere
     forced_BF       the rest of each prompt, padded on the right: tokens that are not sampled
-    num_forced_B    how many those are
+    num_forced_B    number of these tokens in each row
     """
 
     tokens_BT: Tensor
@@ -65,18 +64,18 @@ def generate(
 
     prompts        lists of tokens, one-dimensional tensors, or one tensor [B, T]
     temperature    0 takes the most likely token; otherwise logits are divided by it
-    top_k          sample from so many of the most likely tokens, and any as likely as the last of them; None: all
-    top_p          sample from the smallest set of tokens that holds this much probability, after `top_k`
-    min_p          sample from tokens at least this share as likely as the most likely one
-    on_step        is given the tokens [B] of each step as it is made, forced ones included; True ends generation
-    pad_token      fills up from the left a prompt shorter than `plan.min_prompt`, as in training with random padding
-                   (Block Transformer, appendix H); None: such a prompt is refused
-    prefill_chunk  tokens of prompt per forward pass; None takes them all at once
-    cache_dtype    type of the cache's elements; None takes that of the weights
+    top_k          sample from this many of the most likely tokens, and any as likely as the last of them; None: all
+    top_p          sample from the smallest set of tokens with this much probability, after `top_k`
+    min_p          sample from tokens at least this fraction as likely as the most likely one
+    on_step        called with the tokens [B] of each step, forced ones included; returns True to end generation
+    pad_token      pads a prompt shorter than `plan.min_prompt` on the left, as in training with random padding (Block
+                   Transformer, appendix H); None: such a prompt is an error
+    prefill_chunk  tokens of prompt per forward pass; None: all at once
+    cache_dtype    type of the cache's elements; None: that of the weights
     cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
-    max_batch      rows of the batch, where there are more prompts: a row that has ended takes the next prompt, the
-                   longest first, between two blocks of a Block Transformer. `on_step` is then given the tokens of
-                   whatever the rows hold; None: all at once
+    max_batch      limit of rows: if there are more prompts, a row that has ended takes the next one, the longest first,
+                   in a Block Transformer between two blocks, and `on_step` gets the tokens of whatever prompts the rows
+                   have; None: all at once
     steps          how a token is decoded, as in `static_step.choose_way`: auto, plain, static, compiled or graph
 
     Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
@@ -102,8 +101,8 @@ def decode(
     pick: Callable[[Tensor], Tensor],
     on_step: Callable[[Tensor], bool] | None,
 ) -> Tensor:
-    """Continue the rows that `queue` has prefilled, by tokens that `pick` takes from their logits, until no prompt is
-    left or `on_step` is True; the tokens [B, S] of all steps, forced ones included."""
+    """Continue the rows that `queue` has prefilled by tokens that `pick` chooses from their logits, until no prompt is
+    left or `on_step` returns True. Returns the tokens [B, S] of all steps, forced ones included."""
     generated: list[Tensor] = []
     while True:
         number = len(generated)
@@ -308,7 +307,7 @@ def batch_prompts(
 ) -> PromptBatch:
     """Batch prompts of any lengths. Raises ValueError as `check_lengths`.
 
-    A prompt need not end with a block: the block is completed by the tokens that are generated.
+    A prompt need not end with a block: the generated tokens complete it.
     """
     check_lengths(plan, prompts, pad_token)
     block = plan.block_length
@@ -355,7 +354,7 @@ def sample(
     top_k: int | None = None,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Draw one token [B] per row: the most likely one at temperature 0, else one that the options of `generate` leave.
+    """Draw one token [B] per row: the most likely one at temperature 0, else one of those that the options leave.
 
     They apply in the order of transformers: temperature, `top_k`, `top_p` of what is left, `min_p`.
     """

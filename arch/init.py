@@ -24,9 +24,8 @@ def initialise(model: nn.Module, std: float, seed: int, own: Mapping[str, float]
     """Linear and embedding weights from N(0, std), norms 1, those of an OwnInit as it says, all else 0. `own`: weights,
     by name, of another std.
 
-    Each parameter draws from a generator of its own, seeded by its name, so that the result depends neither on how
-    the parameters are sharded nor on which others exist: two layouts start from the same weights where they share
-    a name.
+    Each parameter draws from its own generator, seeded by its name, so that the result depends neither on sharding nor
+    on the other parameters: two layouts start with equal weights wherever they share a name.
     """
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")

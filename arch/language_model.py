@@ -23,9 +23,9 @@ Head = Callable[[Tensor, Tensor], Tensor]
 
 
 class StepFn(Protocol):
-    """Adds one token [B, 1] of each row to a cache and returns the logits [B, 1, V] of the next one.
+    """Function that adds one token [B, 1] of each row to a cache and returns the logits [B, 1, V] of the next one.
 
-    After `close` the cache goes on with steps of any length.
+    After `close` the cache takes steps of any length again.
     """
 
     def __call__(self, tokens_B1: Tensor) -> Tensor: ...
@@ -68,11 +68,11 @@ class LanguageModel(nn.Module, ABC):
         segment_ids_BT: Tensor | None = None,
         cache_only: bool = False,
     ) -> Tensor:
-        """Return the logits [B, T', V] of the targets that the model predicts, or what `head` makes of the states.
+        """Return the logits [B, T', V] of the targets that the model predicts, or the result of `head`.
 
-        Without a cache they are those of `select_targets`. With a cache, the tokens continue what it holds and are
-        added to it, and the last of the logits are those of the token that comes next; with `last_only` they are the
-        only ones, with `cache_only` none are returned, [B, 0, V].
+        Without a cache the targets are those of `select_targets`. With a cache, the tokens continue its contents and
+        are added to it, and the last logits are those of the next token; `last_only` returns only these, `cache_only`
+        none, [B, 0, V].
         `segment_ids_BT`: tokens see only their own segment, a run of equal numbers; negative numbers are padding.
         """
 
@@ -88,7 +88,7 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def static_step(self, cache: Any, way: str) -> StepFn:
-        """Steps of unchanging shapes over `cache`, which has its prompts; `way` as of `static_step.Recorder`."""
+        """Make a step of static shapes over `cache`, which has its prompts; `way` as in `static_step.Recorder`."""
 
     @property
     def takes_static_steps(self) -> bool:
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     def init_stds(self) -> dict[str, float]:
-        """Standard deviations of initial weights, by parameter name, where they are not the size's `init_std`."""
+        """Standard deviations, by parameter name, of initial weights that do not use the size's `init_std`."""
         return {}
 
     def init_weights(self, seed: int = 0) -> None:

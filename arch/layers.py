@@ -19,7 +19,7 @@ Rope = tuple[Tensor, ...]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products of `x` compute in: that of autocast where it is on, else that of `x`."""
+    """The type in which matrix products of `x` are computed: that of autocast if it is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -64,7 +64,7 @@ def build_norm(size: SizeConfig) -> RMSNorm | LayerNorm:
 
 
 def build_head_norm(size: SizeConfig, heads: int, width: int) -> RMSNorm | None:
-    """The norm of queries or keys of `heads` heads; None: they have none."""
+    """Build the norm of queries or keys of `heads` heads; None: they have none."""
     dim = norm_width(size, heads, width)
     return RMSNorm(dim, size.norm_eps) if dim else None
 
@@ -78,13 +78,13 @@ def norm_heads(norm: RMSNorm | None, x_BTNH: Tensor) -> Tensor:
 
 
 def build_output_gate(size: SizeConfig, width: int) -> nn.Linear | None:
-    """The projection to the gates of outputs, of `width` per head; None: they have none."""
+    """Build the projection to the output gates, `width` per head; None: there are none."""
     gates = gate_width(size, width)
     return nn.Linear(size.d_model, gates, bias=style_of(size).bias) if gates else None
 
 
 def gate_output(gate: nn.Linear | None, x_BTD: Tensor, out_BTNH: Tensor) -> Tensor:
-    """The outputs [*, N, H] of heads, times the gates of the layer's input [*, D]."""
+    """Multiply the outputs [*, N, H] of heads by the gates that the layer's input [*, D] gives."""
     if gate is None:
         return out_BTNH
     factors: Tensor = gate(x_BTD).sigmoid()
@@ -94,7 +94,8 @@ def gate_output(gate: nn.Linear | None, x_BTD: Tensor, out_BTNH: Tensor) -> Tens
 def rope_table(positions: Tensor, dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
     """Cosines and sines, fp32, of shape positions.shape + (dim / 2,).
 
-    To the bit those of Hugging Face: a frequency one rounding apart turns by another 1e-4 at position 1000.
+    Equal to Hugging Face's to the bit: a frequency that is off by one rounding gives an angle off by 1e-4 at position
+    1000.
     """
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
     period = theta**exponent
@@ -106,7 +107,7 @@ def rope_table(positions: Tensor, dim: int, theta: float, scaling: RopeScaling |
 
 
 def slowed(period_P: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """The frequencies, 1 / `period`, as `scaling` slows them down, in the operations of Hugging Face."""
+    """The frequencies, 1 / `period`, as lowered by `scaling`, with the operations of Hugging Face."""
     frequency_P, factor, half = 1.0 / period_P, scaling.factor, len(period_P)
     if scaling.rule == "linear":
         return frequency_P / factor
@@ -125,8 +126,8 @@ def slowed(period_P: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 def rotate(x_BTNP: Tensor, rope: Rope) -> Tensor:
     """Rotate the two halves of the last axis against each other (the half-split order of Hugging Face checkpoints).
 
-    `rope` holds tables of shape [T, P/2], or [B, T, P/2] where the rows of the batch have positions of their own. What
-    the last axis has beyond P stays as it is.
+    `rope` holds tables of shape [T, P/2], or [B, T, P/2] if the rows of the batch have positions of their own. Elements
+    of the last axis beyond P are left alone.
     """
     cos, sin = (table.unsqueeze(-2) for table in rope)
     rotary = 2 * cos.shape[-1]

@@ -1,10 +1,10 @@
 """Attention masks: the slots that each query sees, in the form that each kernel takes.
 
-A token sees itself and what came before it, within its segment and the window. `window` counts the current token; or it
-is a Chunk, whose first is counted from the start of the segment.
+A token sees itself and the tokens before it, within its segment and the window. `window` counts the current token; or
+it is a Chunk, counted from the start of the segment.
 `segment_ids_BT` numbers the segments of each row, such as packed documents: a run of equal numbers is one segment.
-`padded` alone knows padding, negative ids, between the tokens of one segment: then what a query sees is no interval,
-and only a dense mask can say it.
+Only `padded` takes padding (negative ids) between the tokens of one segment: a query then sees no interval, which needs
+a dense mask.
 
 Shapes: B batch, T new tokens, S slots read, I blocks of queries, J blocks of slots.
 """
@@ -44,12 +44,12 @@ class Dense(NamedTuple):
 
 
 class Windowed(NamedTuple):
-    """Mask of tokens that attend to themselves in a window, by blocks of queries that look at no more than they need.
+    """Mask of tokens that attend to themselves in a window, by blocks of queries that read no more slots than needed.
 
     window   tokens
-    first    mask of the first `window` tokens, which see no other
+    first    mask of the first `window` tokens, which see no others
     allowed  [C, L], or [B, Z, C, L] with segments, True where visible: block z has C queries from token `window` + z C
-             on, and looks at L slots from token z C on. What lies beyond the last token fills the last block
+             on and reads L slots from token z C on; the last block is filled up beyond the last token
     """
 
     window: int
@@ -68,8 +68,8 @@ class Seen(NamedTuple):
     """Slots of a cache that the next token of each row sees.
 
     allowed  [1, S] or [B, 1, 1, S], True where visible; None: all
-    run      the same where they are without a gap; None: they may have gaps
-    static   S is the same at the tokens after it
+    run      the same slots if they are a run; None: there may be gaps
+    static   S stays the same for later tokens
     """
 
     allowed: Tensor | None
@@ -81,8 +81,8 @@ class Packed(NamedTuple):
     """Mask for kernels that take sequences of several lengths end to end.
 
     bounds   int32, the first token of each sequence among all B * T, then B * T; None: each row is one sequence.
-             Filled up with empty sequences to a power of two, so that compiled code meets few lengths
-    longest  no sequence is longer
+             Filled up with empty sequences to a power of two, so that compiled code sees few lengths
+    longest  upper bound of the sequence lengths
     window   None if it restricts nothing
     """
 
@@ -94,7 +94,7 @@ class Packed(NamedTuple):
 class Rows(NamedTuple):
     """Mask of short rows for FlexAttention, which gets `number` of them end to end as one long row.
 
-    A row of its own would fill whole blocks of queries and slots with a few tokens.
+    A single row would fill whole blocks of queries and slots with a few tokens.
     """
 
     blocks: BlockMask
@@ -110,7 +110,7 @@ def segment_starts(segment_ids_BT: Tensor) -> Tensor:
 
 
 def first_visible(sequences: SequenceBatch, window: Span) -> Tensor | None:
-    """First token [T], or [B, T] with segments, that each token sees. None: it sees all before it."""
+    """First token [T], or [B, T] with segments, that each token sees; None: all tokens before it."""
     starts_BT = None if sequences.segment_ids_BT is None else segment_starts(sequences.segment_ids_BT)
     size = window.size if isinstance(window, Chunk) else window
     if size is None or size >= sequences.length:
@@ -123,7 +123,7 @@ def first_visible(sequences: SequenceBatch, window: Span) -> Tensor | None:
 
 
 def chunks_as_segments(sequences: SequenceBatch, window: Span) -> tuple[SequenceBatch, int | None]:
-    """The same sequences, with a segment for each chunk where `window` is one, and the window within segments."""
+    """The sequences with a segment per chunk, if `window` is one, and the window within segments."""
     if not isinstance(window, Chunk):
         return sequences, window
     first = first_visible(sequences, window)
@@ -141,7 +141,7 @@ def dense(sequences: SequenceBatch, window: Span) -> Dense:
 
 
 def windowed(sequences: SequenceBatch, window: Span) -> Dense | Windowed:
-    """Mask in blocks on the CPU where a window restricts something, else a dense one."""
+    """Mask in blocks on the CPU if a window restricts something, else a dense one."""
     batch, length, segment_ids_BT, device = sequences
     blocks = query_blocks(length, window) if device.type == "cpu" else None
     if blocks is None:
@@ -181,7 +181,7 @@ def visible(query_T: Tensor, slot_S: Tensor, window: Span, start_B: Tensor | Non
     """Mask over a cache, [T, S], or [B, 1, T, S] given `start_B`: causal, in the window, and only filled slots.
 
     Indices count tokens from the start of the padded sequence; a slot of negative index is not filled yet. Row b is
-    padding before `start_B[b]`; queries there see themselves alone, since a softmax over nothing is undefined.
+    padding before `start_B[b]`; queries there see only themselves, since a softmax over nothing is undefined.
     """
     distance = query_T[:, None] - slot_S[None, :]
     allowed = (distance >= 0) & (slot_S >= 0)
@@ -232,11 +232,11 @@ BLOCK = 128
 
 
 def blocks(sequences: SequenceBatch, window: Span) -> BlockMask:
-    """Block mask for FlexAttention: the blocks of pairs that are visible in part, and those in whole.
+    """Block mask for FlexAttention: the blocks of pairs that are partly visible, and those that are fully visible.
 
-    A token sees an interval, whose ends never go back from one token to the next. So the first query of a block that is
-    not before the slots decides whether any is visible, and the first and last whether all are. Unlike torch's
-    create_block_mask, this makes no mask of every pair.
+    A token sees an interval, whose ends never decrease from one token to the next. So the first query of a block that
+    is not before the slots decides whether any pair is visible, and the first and the last query whether all are.
+    Unlike torch's create_block_mask, this makes no mask of every pair.
     """
     length, device = sequences.length, sequences.device
     first = first_visible(sequences, window)
@@ -264,7 +264,8 @@ LONGEST = 1 << 15
 
 
 def rows_end_to_end(batch: int, length: int) -> int:
-    """Number of rows of `length` tokens to put end to end: a divisor of `batch`, all where no other makes long rows."""
+    """Number of rows of `length` tokens to put end to end: a divisor of `batch`; all rows if no other is long
+    enough."""
     fitting = (n for n in range(min(batch, max(1, LONGEST // length)), 0, -1) if batch % n == 0)
     number = next(fitting, batch)
     return number if number * length >= min(batch * length, 8 * BLOCK) else batch
@@ -287,7 +288,7 @@ def short_rows(sequences: SequenceBatch, window: Span) -> Rows:
 
 
 def rows_across(batch: int, queries: int, slots: int, device: torch.device) -> Rows:
-    """Mask of rows of `queries` tokens, each of which sees all `slots` of its row and none of another."""
+    """Mask of rows of `queries` tokens, each of which sees all `slots` of its row and no others."""
     number = rows_end_to_end(batch, max(queries, slots))
     begin_T = torch.arange(number, device=device).repeat_interleave(queries) * slots
     return Rows(_interval_blocks(begin_T, begin_T + slots - 1, number * slots), number)

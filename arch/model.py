@@ -21,8 +21,8 @@ def build(
 ) -> LanguageModel:
     """Build a decoder, or with `arch.block` a Block Transformer: `build("cla2", "tiny", num_layers=4)`.
 
-    arch, size   names or objects, as of `model_config`; or a ModelConfig alone
-    device_type  kind of device it will run on, which decides the attention backend: cpu or cuda
+    arch, size   names or objects, as in `model_config`; or a ModelConfig alone
+    device_type  cpu or cuda: the device it will run on, which decides the attention backend
     backend      attention backend: auto, or a name from arch/attend.py
     init         draw the initial weights of `seed`; False leaves them undefined, for weights that are loaded. On the
                  meta device nothing is drawn

@@ -1,4 +1,4 @@
-"""Positions of new tokens, which stores that are not read by a mask take in its place.
+"""Positions of new tokens, which stores that are not read by a mask take instead of one.
 
 Shapes: B batch, T new tokens, M slots, W window.
 """

@@ -1,4 +1,4 @@
-"""Queries that grow with the logarithm of their position, so that attention stays as sharp over long contexts.
+"""Queries scaled with the logarithm of their position, so that attention stays sharp over long contexts.
 
 Shapes: B batch, T new tokens, N query heads, H head; `*` the axes before heads.
 """

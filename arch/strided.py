@@ -1,4 +1,4 @@
-"""Strided stores: a window, and beside it one entry for each M positions, pooled by learned weights.
+"""Strided stores: a window, and beside it one entry per M positions, pooled by learned weights.
 
 DeepSeek-V4's heavily compressed attention (HCA): each channel of an entry is a weighted mean over the M positions of a
 chunk, then normalised, and keys are rotated by the chunk's first position,
