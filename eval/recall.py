@@ -26,7 +26,7 @@ class Questions:
     source_BT: Tensor
 
     @property
-    def asked(self) -> Tensor:
+    def is_question(self) -> Tensor:
         """True at questions, [B, T]."""
         return self.targets_BT != IGNORE
 
@@ -64,9 +64,9 @@ def recall(
         for number in range(-(-sequences // batch)):
             asked = questions(task, count, min(batch, sequences - number * batch), seed, number)
             right = model(asked.inputs_BT).argmax(dim=-1) == asked.targets_BT
-            bucket = 2 ** asked.distance[asked.asked].float().log2().floor().int()
+            bucket = 2 ** asked.distance[asked.is_question].float().log2().floor().int()
             for distance in sorted(set(bucket.tolist())):
-                here = right[asked.asked][bucket == distance]
+                here = right[asked.is_question][bucket == distance]
                 good, total = found.get(distance, (0, 0))
                 found[distance] = good + int(here.sum()), total + len(here)
     return counts

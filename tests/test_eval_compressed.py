@@ -22,7 +22,7 @@ from eval.methods import read_method, with_brackets
 from eval.plots.pareto import draw_panels
 from eval.runs import Point, find_runs
 from eval.tasks import compressed
-from eval.tasks.compressed import Asked, Bytes, Options, batches, pairs_of, text_windows, through
+from eval.tasks.compressed import Bytes, Options, RecallBatch, batches, pairs_of, text_windows, through
 from train.source import Source
 from train.subjects import data_of_run, open_subject
 
@@ -168,7 +168,7 @@ def test_the_first_turn_asks_for_every_other_pair(joined: bool) -> None:
     subject.model = Oracle()
     subject.model.output_weight = torch.zeros(296, 1)
     (asked,) = batches(subject, Options(joined=joined, sequences=6), "turns", 4)  # type: ignore[arg-type]
-    assert isinstance(asked, Asked) and asked.inputs_BT.shape == (6, 64) and asked.prefix == 48
+    assert isinstance(asked, RecallBatch) and asked.inputs_BT.shape == (6, 64) and asked.prefix == 48
     keys_BP, values_BP = pairs_of(RecallTask.of(64, 4, 296, joined), asked.inputs_BT, 4)
     assert torch.equal(values_BP, asked.values_BP)
     assert torch.equal(keys_BP.gather(1, asked.pair_BT[:, 32:]), asked.inputs_BT[:, 32:])

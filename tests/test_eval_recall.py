@@ -50,7 +50,7 @@ def test_the_context_decides_every_answer(task: RecallTask, pairs: int) -> None:
         assert targets_T[first:].tolist() == [known[key] for key in tokens_T[first:].tolist()]
         of_pair = context_BC[row, 1::2][source_T[first:] // task.pair_length]
         assert of_pair.equal(targets_T[first:])
-    assert (asked.distance[asked.asked] > task.gap).all()
+    assert (asked.distance[asked.is_question] > task.gap).all()
     assert int(asked.inputs_BT.max()) < task.vocab_size
 
 
@@ -195,9 +195,9 @@ def test_zoology_noise_takes_the_place_of_nothing() -> None:
     assert plain.targets_BT.equal(noisy.targets_BT)
     assert plain.inputs_BT[said_BT].equal(noisy.inputs_BT[said_BT])
     assert noisy.inputs_BT[~said_BT].float().mean() == pytest.approx(4096, rel=0.1)
-    assert plain.asked.sum(dim=1).tolist() == [8] * 30
+    assert plain.is_question.sum(dim=1).tolist() == [8] * 30
     assert not (plain.inputs_BT[:, 16:] >= 4096).any(), "no answer among the inputs after the pairs"
-    assert plain.asked[:, 16:40].sum() > 0.6 * 30 * 8, "the first half of the places is asked more often"
+    assert plain.is_question[:, 16:40].sum() > 0.6 * 30 * 8, "the first half of the places is asked more often"
     for task, pairs in ((ZoologyTask(63), 4), (ZoologyTask(64, 64), 4), (ZoologyTask(64), 17), (ZoologyTask(), 0)):
         with pytest.raises(ValueError, match=r"must be even|find room"):
             zoology_questions(task, pairs, 1, np.random.RandomState(0))
@@ -229,7 +229,7 @@ def test_recall_counts_what_the_logits_say(arch: str) -> None:
     asked = questions(RecallTask(length=24, gap=0, keys=10, values=5), 1, 6, seed=3, number=0)
     logits_BTV = torch.full((6, 24, 80), -9.0)
     logits_BTV[:, model.plan.min_prompt - 1 :] = model.next_token_logits(asked.inputs_BT)
-    seen_BT = asked.asked.clone()
+    seen_BT = asked.is_question.clone()
     seen_BT[:, : model.plan.min_prompt - 1] = False
     right = (logits_BTV.argmax(-1) == asked.targets_BT) & seen_BT
     counts = torch.stack(list(recall_task.right(subject(model), asked).values())).sum(dim=0)

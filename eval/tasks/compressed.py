@@ -310,7 +310,7 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RecallBatch:
     """Sequences with questions: inputs [B, T]; the pair that each question asks for [B, T]; values of the pairs [B, P].
 
     prefix  tokens before the compression
@@ -322,7 +322,7 @@ class Asked:
     prefix: int
 
 
-def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[Asked]:
+def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[RecallBatch]:
     """Batches of questions. Of `turns`, half of them are those of the first turn, for keys of the even pairs alone.
 
     Each batch is a function of (seed, number, pairs). Raises ValueError if they are impossible.
@@ -345,7 +345,7 @@ def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterat
         early_BQ = pair_BT[:, first : first + turn] // 2 * 2
         asked.inputs_BT[:, first : first + turn] = keys_BP.gather(1, early_BQ)
         pair_BT[:, first : first + turn] = early_BQ
-        yield Asked(asked.inputs_BT, pair_BT, values_BP, first + turn)
+        yield RecallBatch(asked.inputs_BT, pair_BT, values_BP, first + turn)
 
 
 def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -356,7 +356,7 @@ def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tupl
     return task.noise + number_BP // task.values, task.noise + task.keys + number_BP % task.values
 
 
-def right(subject: Subject, asked: Asked, part: str, dtype: str, seen: Bytes) -> "dict[str, torch.Tensor]":
+def right(subject: Subject, asked: RecallBatch, part: str, dtype: str, seen: Bytes) -> "dict[str, torch.Tensor]":
     """Score each kind of question after the compression, [B, T, 3]: right by accuracy, by choice, and asked."""
     import torch
 

@@ -132,7 +132,9 @@ def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]"
     from eval.tasks.likelihood import measure_next
 
     tokens_BT, targets_BT = (x.to(subject.device) for x in (questions.inputs_BT, questions.targets_BT))
-    values_BP = targets_BT.topk(int(questions.asked.sum(dim=1).max()), dim=1).values  # IGNORE, where there are fewer
+    values_BP = targets_BT.topk(
+        int(questions.is_question.sum(dim=1).max()), dim=1
+    ).values  # IGNORE, where there are fewer
     known_BP = values_BP != IGNORE
 
     def measure(logits_NV: "torch.Tensor", row_N: "torch.Tensor", place_N: "torch.Tensor") -> "torch.Tensor":
@@ -143,7 +145,7 @@ def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]"
 
     with torch.no_grad():
         right_BT2 = measure_next(subject.model, tokens_BT, measure).cpu()
-    asked_BT, distance_BT = (x[:, -right_BT2.shape[1] :] for x in (questions.asked, questions.distance))
+    asked_BT, distance_BT = (x[:, -right_BT2.shape[1] :] for x in (questions.is_question, questions.distance))
     power_N = 2 ** distance_BT[asked_BT].float().log2().floor().int()
     counts = {}
     for power in sorted(set(power_N.tolist())):

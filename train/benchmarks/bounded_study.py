@@ -221,7 +221,7 @@ def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> 
         for step in range(settings.recall_steps):
             task = near if step % 2 else far
             batch = questions(task, pairs[step // 2 % len(pairs)], settings.recall_batch, cell.seed, step)
-            yield F.cross_entropy(model(batch.inputs_BT)[batch.asked], batch.targets_BT[batch.asked])
+            yield F.cross_entropy(model(batch.inputs_BT)[batch.is_question], batch.targets_BT[batch.is_question])
 
     fit(model, losses(), cell.lr, settings.recall_steps, tick)
     counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)

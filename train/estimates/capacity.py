@@ -82,11 +82,11 @@ def does_not_fit(needed: float, has: float, changes: list[str]) -> str:
 class MicroBatch:
     """Micro-batch of each process, chosen by memory.
 
-    size    sequences per forward pass
-    needed  bytes by estimate, the reserve not among them
-    free    bytes that were free
-    before  that of the last start of the run; None: there was none
-    asked   it was set, whatever the estimate says
+    size      sequences per forward pass
+    needed    estimated bytes, without the reserve
+    free      free bytes
+    before    micro-batch of the last start of the run; None: there was none
+    explicit  set by trainer.micro_batch, whatever the estimate says
     """
 
     size: int
@@ -94,7 +94,7 @@ class MicroBatch:
     needed: float
     free: float
     before: int | None = None
-    asked: bool = False
+    explicit: bool = False
 
     @property
     def accumulate(self) -> int:
@@ -102,7 +102,7 @@ class MicroBatch:
 
     def __str__(self) -> str:
         gib, reserve, remarks = 2**30, reserve_of(self.free), ""
-        if self.asked and self.needed + reserve > self.free:
+        if self.explicit and self.needed + reserve > self.free:
             remarks = "; it is set to more than fits: leave trainer.micro_batch out if memory does not last"
         elif self.before not in (None, self.size):
             remarks = f"; before, it was {self.before}: losses go on up to rounding"
@@ -125,7 +125,7 @@ def choose_micro_batch(config: PretrainConfig, free: float, before: int | None =
 
     if config.trainer.micro_batch:
         return MicroBatch(
-            config.trainer.micro_batch, per_rank_batch, needed(config.trainer.micro_batch), free, asked=True
+            config.trainer.micro_batch, per_rank_batch, needed(config.trainer.micro_batch), free, explicit=True
         )
     if before and per_rank_batch % before == 0 and needed(before) <= available:
         return MicroBatch(before, per_rank_batch, needed(before), free, before)
