@@ -214,7 +214,8 @@ class BlockTransformer(LanguageModel):
             masks = self.token_decoder.padded_masks(F.pad(ids_ML, (x_MSD.shape[1] - length + 1, 0)))
         cross_MCD = context_MCD if self.plan.cross else None
         out_MSD = self.token_decoder.run(x_MSD, masks=masks, context_BCD=cross_MCD)
-        x_BTD = self.by_token(self.token_decoder.norm(out_MSD[:, -length:]), len(tokens_BT))
+        x_MLD = self.token_decoder.norm(out_MSD[:, -length:])  # its result is without gaps, so that this is a view
+        x_BTD = rearrange(x_MLD, "(b n) l d -> b (n l) d", b=len(tokens_BT))
         return head(x_BTD[:, -1:] if last_only else x_BTD, self.output_weight)
 
     def allocate_cache(

@@ -109,7 +109,7 @@ def step_positions(
             before = (position_B1 < window).unsqueeze(-1).expand(-1, -1, num_slots)
             hidden_B1S = torch.cat((before, hidden_B1S), dim=-1)
     slot = position_B1 % (window or 1) if offset is None else offset % (window or 1)
-    written_B = position_B1.squeeze(1) - (window or 0)
+    written_B = position_B1.squeeze(1) if window is None else position_B1.squeeze(1) - window
     step = StepPositions(slot, hidden_B1S, offset is not None and offset >= (window or 0), written_B)
     back = None if table is None else step_rope(table, dtype, store.slot.k_dim + store.slot.v_dim)
     return TokenPositions(position_B1, back, step=step)
