@@ -444,7 +444,7 @@ class Decoder(Stack, LanguageModel):
         With `cache` the tokens continue what it holds and are added to it. `head` gets the normalised last residual
         stream [B, T, D] and the output matrix [V, D]: a loss that never holds all logits takes the place of the
         product. `segment_ids_BT`: a run of equal numbers is a segment, and segments, such as documents, do not see each
-        other. Rotary positions go on counting through the row: those scores depend on distances alone.
+        other. Rotary positions count through the row: their scores depend only on distances.
 
         Raises ValueError if the tokens do not fit into the cache, or with segments of another shape or over a cache.
         """

@@ -389,7 +389,7 @@ def _check_size(size: SizeConfig) -> list[str]:
     problems = []
     for name, limit in largest.items():
         value = getattr(size, name)
-        if value is not None and value < 1 and name not in ("head_dim", "max_window"):  # which are told below
+        if value is not None and value < 1 and name not in ("head_dim", "max_window"):  # which are reported below
             problems.append(f"size.{name} is {value}; it must be at least 1")
         elif value is not None and value > limit:
             problems.append(f"size.{name} is {value}; it must be at most {limit:,}")

@@ -23,7 +23,7 @@ class TokenPositions(NamedTuple):
                   without a cache
     kernel        (q_BTNH, k_BTKH, v_BTKH, p_BTM, scale) -> [B, T, N, H], in place of the chunk form; None for that
     near          kernel of the window beside the slots; None: it is read in blocks (bounded_window.py)
-    segmented     there may be several segments in a row, so that positions begin anew
+    segmented     there may be several segments in a row, each of which starts at position 0
     plain         each row is one segment without padding, and nothing is cached before it
     step          of one token of each row over a cache; `evicted_rope` is then of `step_rope`, for keys beside values
     chunks        of a strided store

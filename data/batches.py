@@ -145,10 +145,10 @@ class EvalBatches:
 
 @dataclass(frozen=True)
 class Prefetched:
-    """`batches`, in pinned memory: a thread makes one while the one before is used. A copy to the GPU, which of other
-    memory would wait for all that is queued there, then waits for nothing.
+    """`batches` in pinned memory: a thread makes each one while the last one is used. A copy to the GPU then waits for
+    nothing; from other memory it would wait for all work queued there.
 
-    What fails in the thread is raised where the batch that failed is asked for.
+    An error in the thread is raised when its batch is requested.
     """
 
     batches: TrainBatches | EvalBatches
@@ -192,8 +192,8 @@ def padded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack `tokens` again so that every document fills whole blocks; return (tokens, segment ids), both [T].
 
-    Pads are `end_of_text`. The first document, which may have begun in another row, has pads at its end alone. What
-    exceeds T is cut off.
+    Pads are `end_of_text`. The first document, which may have begun in another row, has pads only at its end. Tokens
+    beyond T are cut off.
     """
     begins = np.flatnonzero(np.concatenate(([True], tokens[:-1] == end_of_text)))
     lengths = np.diff(begins, append=len(tokens))
@@ -209,7 +209,7 @@ def padded(
 def answered(tokens: np.ndarray, form: SequenceFormat) -> Row:
     """Make T inputs and T targets of a sequence with its answers, 2 T tokens; no answer, 0, is no target.
 
-    A model whose targets are its inputs is to give the answer in place of the token after the question.
+    A model whose targets are its inputs learns the answer in the place of the token after the question.
     """
     inputs, answers = tokens.astype(np.int64).reshape(2, -1)
     targets = np.where(answers == 0, IGNORE, answers)

@@ -435,7 +435,7 @@ def _check_offsets(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 @contextmanager
 def _array_errors(path: Path) -> Iterator[None]:
-    """Raise DataError if a .npy file cannot be read or is none."""
+    """Raise DataError if a .npy file cannot be read or is not one."""
     try:
         yield
     except DataError:
@@ -448,7 +448,7 @@ def _array_errors(path: Path) -> Iterator[None]:
 
 
 def _load_array(path: Path) -> np.ndarray:
-    """Memory-map a .npy file. Raises DataError if it is none."""
+    """Memory-map a .npy file. Raises DataError if it is not one."""
     with _array_errors(path):
         array: np.ndarray = np.load(path, mmap_mode="r")
     if not isinstance(array, np.ndarray):  # an archive of several

@@ -25,8 +25,9 @@ from train.signals import RunStopped, Signals
 class CheckpointCallback(L.Callback):
     """Save every `every` steps, at the best validation so far and at the end; keep the newest `keep` and the best.
 
-    With `minutes`, save at the step after so many have passed since the last save, in place of every `every` steps.
-    With `in_background`, write while training goes on; the next one waits for the one before, and the end for the last.
+    With `minutes`, save at the first step after that many minutes since the last save, instead of every `every` steps.
+    With `in_background`, write while training continues; a checkpoint waits for the one before, and the end of the run
+    for the last.
 
     Before training, restore the state of `start`, a checkpoint of this run, or else the weights of `init`, a run or a
     checkpoint. Rank 0's `run` and `start` are broadcast: other ranks may have chosen another timestamped folder.
@@ -126,9 +127,9 @@ class CheckpointCallback(L.Callback):
         self.finish(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what was trained when the data fails. With several processes the others would wait for this one.
+        """Save the training so far if the data fails. With several processes the others would wait for this one.
 
-        Another failure waits for the checkpoint that is being written; who stops a run twice does not.
+        Another failure waits for the checkpoint that is being written; a run that is stopped twice does not.
         """
         if isinstance(exception, DataError) and trainer.world_size == 1 and trainer.global_step:
             self.save(trainer, lit_model(pl_module))
@@ -171,7 +172,7 @@ class CheckpointCallback(L.Callback):
             self._record_best(trainer)
 
     def _record_best(self, trainer: L.Trainer) -> None:
-        """Write best.json if the best checkpoint is another one than before."""
+        """Write best.json if the best checkpoint has changed."""
         if self.new_best is not None and trainer.is_global_zero:
             write_json(self.best_file, self.new_best)
         self.new_best = None
@@ -199,11 +200,11 @@ def folder_name(step: int) -> str:
 
 
 class GracefulStop(L.Callback):
-    """Save and end the run after the step in which any process got a signal, or the time limit passed; a single process
+    """Save and end the run after the step in which any process got a signal or the time limit passed; a single process
     does so after the micro-batch.
 
-    Signals are those of train/signals.py. Processes agree once in a step, and in each batch of a validation, through a
-    process group on the CPU, which waits for no device; also on whether rank 0's clock says that a checkpoint is due,
+    Signals are those of train/signals.py. Processes agree once per step, and in each batch of a validation, through a
+    process group on the CPU, which waits for no device. They also agree whether a checkpoint is due by rank 0's clock,
     and whether one could not be written in the background, which ends the run.
     """
 

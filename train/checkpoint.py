@@ -64,7 +64,7 @@ def rank() -> int:
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint: `model.<name>` and `optimizer.<key>.<name>` for every parameter of `model`.
 
-    Without an optimizer, those of the model alone. The tensors share memory with the parameters and the state.
+    Without an optimizer, only those of the model. The tensors share memory with the parameters and the state.
     """
     tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     if optimizer is not None:
@@ -75,10 +75,10 @@ def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> 
 
 
 class TensorWriter(HuggingFaceStorageWriter):
-    """Write the files of the base class without its copies of all tensors: one after the other, hashed on the way.
+    """Write the files of the base class without copying all tensors: one after the other, and hash them on the way.
 
-    With `copies`, tensors in host memory by name, the tensors are only copied to there, over those of a checkpoint
-    before; `write_copies` writes the files.
+    With `copies`, tensors in host memory by name, only copy the tensors there, over those of an earlier checkpoint;
+    `write_copies` then writes the files.
     """
 
     def __init__(self, folder: Path, copies: dict[str, Tensor] | None = None):
@@ -127,7 +127,7 @@ class TensorWriter(HuggingFaceStorageWriter):
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, about: Mapping[str, Any]) -> None:
     """Write the checkpoint `folder`; all processes call this together. `about`: plain data for checkpoint.json.
 
-    Beside the tensors themselves it takes a few parts of them of memory (train/tensor_pieces.py).
+    Needs memory for a few pieces of tensors beside the tensors themselves (train/tensor_pieces.py).
 
     Raises TrainingError, in all processes, if it cannot be written; nothing of it is left then.
     """
@@ -139,14 +139,14 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
 
 
 class BackgroundSave:
-    """A checkpoint like that of `save`, which a thread writes while training goes on, from copies of the tensors.
+    """A checkpoint as `save` writes it, but written by a thread, from copies of the tensors, while training continues.
 
-    All processes make one together, and the one before must have ended. `copies`: an empty dictionary, which keeps the
-    copies in host memory, as large as the files of this process, from one checkpoint to the next. `group`: of all
-    processes, on the CPU, which nothing else uses; None if there is one process.
+    All processes create it together, after the last one has ended. `copies`: an empty dictionary, which keeps the
+    copies in host memory, as large as the files of this process, from one checkpoint to the next. `group`: a process
+    group on the CPU that nothing else uses; None if there is one process.
 
-    Until the checkpoint is complete in all processes it has its other name, also where they are killed. Raises
-    TrainingError where the copies cannot be made.
+    The checkpoint has its final name only once it is complete in all processes, even if they are killed. Raises
+    TrainingError if the copies cannot be made.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class BackgroundSave:
 def _saving(folder: Path) -> Iterator[Path]:
     """Yield the folder in which the checkpoint `folder` is written until it is complete.
 
-    Raises TrainingError if it cannot be, and leaves nothing of it.
+    Raises TrainingError if it cannot be written, and then leaves nothing of it.
     """
     unfinished = folder.with_name(f"{folder.name}.partial")
     try:
@@ -230,7 +230,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _complete(unfinished: Path, folder: Path, info: Mapping[str, Any]) -> None:
-    """Give the checkpoint its name, in the place of one that was there."""
+    """Give the checkpoint its name, replacing an earlier one of that name."""
     write_json(unfinished / INFO, info)
     delete(folder)
     rename(unfinished, folder)
@@ -290,7 +290,7 @@ def is_float(stored: StoredTensor) -> bool:
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Fill `model`, and the state of `optimizer`, from `folder`, however many processes wrote it.
 
-    Raises as `check_matches`, and, in all processes, TrainingError where a value is not finite.
+    Raises as `check_matches`, and, in all processes, TrainingError if a value is not finite.
     """
     saved, tensors = check_matches(folder, model), named_tensors(model, None)
     if optimizer is not None:

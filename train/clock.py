@@ -59,7 +59,7 @@ class Clock:
     def load(self, saved: Any) -> None:
         """Continue from the counts that a checkpoint has under `clock`.
 
-        A count that is none is unknown, and stays NaN: the checkpoint predates the clock, or was edited.
+        A count that is not a number stays NaN, for unknown: the checkpoint predates the clock, or was edited.
         """
         saved = saved if isinstance(saved, Mapping) else {}
         wall, cpu = (_count(saved.get(name)) for name in ("seconds", "cpu_seconds"))

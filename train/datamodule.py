@@ -32,7 +32,7 @@ class TokenDataModule(L.LightningDataModule):
     """
 
     def __init__(self, config: PretrainConfig, check: bool = True):
-        """Open the prepared folders, without `check` no shard of them: `check_shards` does that.
+        """Open the prepared folders; with `check`, check their shards, as `check_shards` does.
 
         Raises DataError if data is missing, broken, or does not fit the model.
         """
@@ -57,7 +57,7 @@ class TokenDataModule(L.LightningDataModule):
             self.check_shards()
 
     def check_shards(self) -> None:
-        """Compare each shard with what the manifest says of it. Raises DataError."""
+        """Compare each shard with the manifest. Raises DataError."""
         for windows in (*self.train.corpora, *self.val.corpora):
             windows.check()
 
@@ -165,8 +165,8 @@ def open_data(config: DataConfig) -> dict[Path, Manifest]:
 
 
 def check_limits(config: DataConfig, folders: dict[Path, Manifest]) -> None:
-    """Check that the folders were prepared with the limits set for this run, which cannot change prepared data; and
-    where they are named, with all else that was given about their preparation.
+    """Check that the folders were prepared with the limits set for this run, which cannot change prepared data; and, if
+    the folders are named, with everything else that was set about their preparation.
 
     Raises DataError with the key, and the command that prepares such data, if one was not.
     """

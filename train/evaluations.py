@@ -32,9 +32,9 @@ from train.schema import EvalsConfig, chosen_tasks
 class Evaluations(L.Callback):
     """Run tasks every `config.every` steps and at the end; log their figures beside the loss.
 
-    Processes share the items of a task (`Subject.each`), and each has the whole result. They change nothing of the
-    training: random states and modes are put back, and the clock stands still. A task that cannot be run is a
-    warning, and has no figures. `entries` are those of the last evaluation, for summary.json.
+    Processes share the items of a task (`Subject.each`), and each has the whole result. The training does not change:
+    random states and modes are restored, and the clock is paused. A task that cannot run gives a warning and no
+    figures. `entries` are those of the last evaluation, for summary.json.
     """
 
     def __init__(self, config: EvalsConfig, run: Path):

@@ -99,8 +99,8 @@ class LoadedModel:
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 100, **options: Any) -> str | list[str]:
         """Continue a text, or each of several, up to the end of the text; `options` as of `arch.generate`.
 
-        An empty text is begun as documents are: after the end of another. A text shorter than a block is filled up
-        from the left where the model was trained so (`data.block_padding`).
+        An empty text starts like a document: after the end of another one. A text shorter than a block is padded on the
+        left if the model was trained with that (`data.block_padding`).
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         tokens = [self.tokenizer.encode(text) or [self.tokenizer.end] for text in texts]

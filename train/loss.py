@@ -26,8 +26,8 @@ def cross_entropy_sum(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a head for `LanguageModel.forward`: the loss in nats, summed over the real targets (not IGNORE), in fp32.
 
-    `compiled`: elementwise operations on the logits of a chunk become one kernel. `few`: most targets are none, and no
-    logits are made there; on CUDA they are, since how many there are would have to be waited for.
+    `compiled`: elementwise operations on the logits of a chunk become one kernel. `few`: most positions have no target,
+    and get no logits; on CUDA they do, since counting the others would wait for the device.
     """
     softmax = fused_nll_and_gradient if compiled else nll_and_gradient
 

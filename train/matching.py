@@ -4,7 +4,7 @@ params  parameters: the width of the MLP, size.d_ff, is adjusted
 flops   training FLOPs per token at size.seq_len: size.d_ff is adjusted
 kv      bytes of cache stored at `context` tokens: the width of a head, size.head_dim, is adjusted
 
-What stays between the two is told: widths are multiples of GRANULARITY, heads of what rotation needs.
+The remaining difference is reported: widths are multiples of GRANULARITY, and heads have a width that can be rotated.
 """
 
 from collections.abc import Callable

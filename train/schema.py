@@ -302,7 +302,7 @@ def value_problems(config: PretrainConfig) -> list[str]:
         ("size.seq_len", config.size.seq_len),
         ("context", config.context),
         ("kv_itemsize", config.kv_itemsize),
-        ("tokens", max(1, config.tokens)),  # fewer than a step are told below
+        ("tokens", max(1, config.tokens)),  # fewer than a step are reported below
         ("data.val_tokens", max(1, config.data.val_tokens)),
     ):
         if count is not None and count < 1:
