@@ -19,6 +19,7 @@ class Oracle(nn.Module):
     """Finds the tokens that `knows` returns for all before them equally likely, and others hopeless; of none, all."""
 
     plan = SimpleNamespace(block_length=1, target_offset=1, num_unpredicted=0, min_prompt=1)
+    takes_static_steps = False
 
     def __init__(self, knows: Callable[[tuple[int, ...]], set[int]], vocab_size: int):
         super().__init__()

@@ -97,7 +97,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter += torch.rand(parameter.shape, generator=generator) - 0.5  # some start at 1, some at 0
     return model
 
 

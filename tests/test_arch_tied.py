@@ -41,7 +41,7 @@ FORMS = ArchConfig(
 @pytest.mark.parametrize(
     "check",
     [
-        lambda: test_arch_cache.test_bytes(FORMS, 7, 3),
+        lambda: test_arch_cache.test_bytes(FORMS),
         lambda: test_arch_cache.test_a_head_is_read_in_one_piece(FORMS),
         lambda: test_arch_cache.test_chunks_and_steps_equal_the_forward(build(small(FORMS)), 3),
         lambda: test_arch_cache.test_left_padding_changes_nothing(build(small(FORMS))),
