@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .buffers import StateBuffer
+from .buffers import StateBuffer, Tensors
 from .cache import Cache
 from .language_model import LanguageModel, StepFn
 
@@ -71,7 +71,7 @@ def compiled(logits: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Recorder:
-    """Runs `logits(model, cache, tokens)`, of unchanging shapes, in one of the ways of `step_fn`.
+    """Runs `logits(model, cache, tokens)`, of unchanging shapes, in one of the ways of `choose_way`.
 
     static    plain operators, in shapes that never change
     compiled  the same by torch's compiler: about half a minute for each size of bucket, and then no overhead
@@ -88,6 +88,7 @@ class Recorder:
         self.logits, self.model, self.cache, self.way = logits, model, cache, way
         self.tokens: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.derived: list[Tensors] = []
         self.logits_B1V: Tensor | None = None
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -107,8 +108,9 @@ class Recorder:
 
     def capture(self, tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Record a step. Its rehearsals write the same slots as the step, but states are put back."""
-        buffers = (buffer for cache in self.cache.stacks for buffer in cache.buffers)
-        states = [tensor for buffer in buffers if isinstance(buffer, StateBuffer) for tensor in buffer.tensors]
+        every = (buffer for cache in self.cache.stacks for buffer in cache.buffers)
+        buffers = [buffer for buffer in every if isinstance(buffer, StateBuffer)]
+        states = [tensor for buffer in buffers for tensor in buffer.tensors]
         saved = [tensor.clone() for tensor in states]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -118,6 +120,9 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(states, saved, strict=True):
             tensor.copy_(value)
+        self.derived = [
+            buffer.derived for buffer in buffers
+        ]  # the graph reads them after the buffer has let go of them
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits_B1V = self.logits(self.model, self.cache, tokens)
@@ -246,6 +251,6 @@ def choose_way(model: LanguageModel, way: str) -> str:
         in_training = any(module._compiled_call_impl is not None for module in model.modules())
         way = "graph" if cuda and whole and not in_training else "plain"
     if way != "plain" and (not whole or (way == "graph" and not cuda)):
-        needs = "a model on CUDA" if whole else "a model in one piece, of which no process holds a part"
+        needs = "a model on CUDA" if whole else "a model of ours, of which no process holds a part"
         raise ValueError(f"steps={way} needs {needs}; take plain or auto")
     return way

@@ -107,9 +107,13 @@ def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def steps_of_summary(run: Path) -> int | None:
-    """The steps of the run by its summary.json; None if it has none."""
-    steps = Run(run).experiment.get("steps") if Run(run).finished else None
-    return steps if isinstance(steps, int) else None
+    """The steps of the run by its summary.json; None if it has none. Raises RunError if that does not say them."""
+    if not Run(run).finished:
+        return None
+    steps = Run(run).experiment.get("steps")
+    if not isinstance(steps, int):
+        raise RunError(f"{run} holds no readable run: summary.json has no steps; put it back")
+    return steps
 
 
 def entries_of_step(run: Path, step: int) -> dict[str, Any]:

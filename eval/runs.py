@@ -188,7 +188,8 @@ class Run:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise RunError(f"{self.folder} holds no readable run: {name}: {_reason(error)}") from error
         if not isinstance(value, kind):
-            raise RunError(f"{self.folder} holds no readable run: {name} has no {kind.__name__}")
+            what = "list" if kind is list else "mapping"
+            raise RunError(f"{self.folder} holds no readable run: {name} is no {what}; put it back")
         return value
 
 
@@ -205,7 +206,9 @@ def _parse_best(text: str) -> Best:
     loss = values["val_loss"]
     if type(loss) not in (int, float) or not math.isfinite(loss):
         raise ValueError(f"val_loss is {str(loss)[:80]}")
-    return Best(Path(str(values["checkpoint"])).name, float(loss))
+    if not (name := Path(str(values["checkpoint"])).name):
+        raise ValueError("checkpoint has no name")
+    return Best(name, float(loss))
 
 
 def _reason(error: Exception) -> str:

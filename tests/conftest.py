@@ -113,7 +113,9 @@ def kinds(name: str, **size: int) -> list[str]:
             store = plan.store(layer)
             spec = asdict(replace(store, owner=0, name="", rope_theta=float(store.rope_theta > 0)))
             spec["slot"]["kv_heads"] = min(1, store.slot.kv_heads) + (store.slot.kv_heads >= config.size.num_heads)
-            found.append(f"{number} {owner == layer} {type(store).__name__} {spec}")
+            second = plan.second_read(layer)
+            reads = (plan.own_window(layer) is not None, second and second.how)
+            found.append(f"{number} {owner == layer} {type(store).__name__} {spec} {reads}")
     return found
 
 

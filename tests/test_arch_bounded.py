@@ -15,7 +15,16 @@ from arch import ArchConfig, Decoder, StoreConfig, allocate, resolve
 from arch.attend_kernels import run_flex
 from arch.attention import choose_backends
 from arch.bounded import RingRouter
-from arch.bounded_chunks import UNSEEN, FadedSoftmax, read_slots
+from arch.bounded_chunks import (
+    UNSEEN,
+    ChunkWrites,
+    FadedSoftmax,
+    Recomputed,
+    Sight,
+    read_chunks,
+    read_slots,
+    split_states,
+)
 from arch.bounded_scan import scan, tf32_bmm
 from arch.bounded_spec import RULES
 from arch.bounded_window import merge, read_window, run_near
@@ -303,6 +312,29 @@ def test_gradients_of_faded_weights(hidden: bool, more: bool) -> None:
         return (out, total) if more else (out,)
 
     assert torch.autograd.gradcheck(weights, (scores.requires_grad_(), faded.requires_grad_()))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("rule", list(RULES))
+def test_the_backward_pass_by_hand_is_autograds_to_the_bit(
+    rule: str, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = one_layer(store(rule, sinks=True)).float(), tokens(2, 40)
+    ids = torch.arange(40).expand(2, -1) // 17 if documents else None
+
+    def gradients() -> list[torch.Tensor]:
+        loss = model(batch, segment_ids_BT=ids).square().mean()
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    by_hand = gradients()
+
+    def apply(sight: Sight, q: torch.Tensor, *of_writes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        writes = ChunkWrites(*of_writes)
+        return read_chunks(sight, q, writes, *split_states(scan(*writes[2:], sight.tf32)))
+
+    monkeypatch.setattr(Recomputed, "apply", apply)
+    for one, other in zip(by_hand, gradients(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_scan_is_a_proper_operator() -> None:

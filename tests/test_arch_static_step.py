@@ -140,7 +140,7 @@ def test_a_model_of_which_a_part_is_elsewhere_takes_plain_steps() -> None:
     model = build(small("mha")).eval()
     cache, norm = model.allocate_cache(1, 4), model.layers[0].attn_norm
     norm.weight = torch.nn.Parameter(TwoTensor(norm.weight.detach(), norm.weight.detach()))
-    with pytest.raises(ValueError, match="needs a model in one piece, of which no process holds a part"):
+    with pytest.raises(ValueError, match="needs a model of ours, of which no process holds a part"):
         step_fn(model, cache, "static")
 
 

@@ -228,7 +228,7 @@ def test_refusals(store: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("int8", "every store pools latents, and codecs act on tokens that are kept apart$"),
+        ("int8", "every store pools latents, and codecs act on tokens that are kept apart, and on matrices per head$"),
         ("h2o@6", "no store grows with the context but by entries that pool positions, so that h2o has nothing"),
         ("think", "no store grows with the context but by entries that pool positions, so that think has nothing"),
     ],

@@ -80,10 +80,10 @@ def test_groups() -> None:
     ("file", "content", "message"),
     [
         ("config.yaml", "a: [", "config.yaml"),
-        ("config.yaml", "7", "config.yaml has no dict"),
+        ("config.yaml", "7", "config.yaml is no mapping; put it back"),
         ("plan.json", "{", "plan.json"),
         ("run.json", "[" * 10**5, "run.json"),
-        ("summary.json", "[1]", "summary.json has no dict"),
+        ("summary.json", "[1]", "summary.json is no mapping; put it back"),
         ("summary.json", '{"name": "a"}', "lacks experiment, params, seed"),
     ],
 )

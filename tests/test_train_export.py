@@ -612,7 +612,7 @@ def test_the_card_says_of_the_run_what_is_true_of_this_checkpoint(made_up: Path)
 
 def test_a_run_whose_files_are_broken_or_gone(made_up: Path, corpus: Path) -> None:
     for name, text, message in (
-        ("summary.json", "[1]", "summary.json has no dict"),
+        ("summary.json", "[1]", "summary.json is no mapping; put it back"),
         ("summary.json", "{", "holds no readable run: summary.json: JSONDecodeError"),
         ("summary.json", '{"tokens": 768, "val": {"loss": NaN}}', "its validation figures are {'loss': nan}"),
         ("config.yaml", "arch: [", "config.yaml is not the configuration of a run"),

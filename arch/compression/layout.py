@@ -155,7 +155,8 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
         if not coded:
             states = "" if every[0].grows else ": what each token changes would be rounded again at each, which adds up"
             raise ValueError(
-                f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart{states}"
+                f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart, and on "
+                f"matrices per head{states}"
             )
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
         for store in (store for store in every if store.masked):
