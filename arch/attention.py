@@ -25,7 +25,7 @@ from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
-from .positions import TokenPositions, cached_positions, step_positions
+from .positions import NextToken, TokenPositions, cached_positions, step_positions
 from .store_spec import StoreSpec
 from .strided import (
     StridedWriter,
@@ -58,7 +58,7 @@ class StoreCache(NamedTuple):
 
     allocate: Callable[[StoreSpec, int, int, torch.dtype, torch.device | str], Buffer]
     positions: Callable[[StoreSpec, Tensor, int, int], TokenPositions] | None = None
-    step: Callable[[StoreSpec, Tensor, int, int, int | None, bool, torch.dtype], TokenPositions] | None = None
+    step: Callable[[StoreSpec, NextToken], TokenPositions] | None = None
 
 
 SLOTS = StoreCache(allocate_slots)

@@ -21,7 +21,7 @@ from .buffers import (
 )
 from .masks import Dense, Run, Seen, SequenceBatch, Windowed, dense, visible
 from .plan import KVPlan
-from .positions import TokenPositions
+from .positions import NextToken, TokenPositions
 from .spans import Chunk, Span
 from .store_spec import StoreSpec
 
@@ -236,8 +236,8 @@ class Cache:
         position_B1 = index[None] if self.start_B is None else index - self.start_B[:, None]
         make = STORE_MODULES[store.kind].cache.step
         assert make is not None
-        tokens, static = self.step().num_slots, self.position is not None
-        return make(store, position_B1, self.capacity, tokens, self.length if known else None, static, dtype)
+        offset, static = self.length if known else None, self.position is not None
+        return make(store, NextToken(position_B1, offset, self.capacity, self.step().num_slots, static, dtype))
 
 
 def allocate(

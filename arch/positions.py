@@ -69,6 +69,25 @@ class StepPositions(NamedTuple):
     written_B: Tensor
 
 
+class NextToken(NamedTuple):
+    """One token of each row over a cache, as the cache describes it to a store that is not read by a mask.
+
+    position_B1  [1 or B, 1] its position; negative: padding
+    offset       the same as a number, if it is that of all rows and may be known
+    capacity     tokens that the cache has room for
+    num_tokens   tokens that it has with this one, at most
+    static       shapes are the same at every position
+    dtype        of the token
+    """
+
+    position_B1: Tensor
+    offset: int | None
+    capacity: int
+    num_tokens: int
+    static: bool
+    dtype: torch.dtype
+
+
 def token_positions(sequences: SequenceBatch) -> TokenPositions:
     """Positions of tokens that attend to themselves, without a cache."""
     position_BT = torch.arange(sequences.length, device=sequences.device)[None]
@@ -83,23 +102,10 @@ def cached_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offse
     return TokenPositions(position_BT, evicted_rope(store, position_BT))
 
 
-def step_positions(
-    store: StoreSpec,
-    position_B1: Tensor,
-    capacity: int,
-    tokens: int,
-    offset: int | None,
-    static: bool,
-    dtype: torch.dtype,
-) -> TokenPositions:
-    """Positions of one token of each row over a cache, for a store that is a state.
-
-    tokens  that the cache has then, at most
-    offset  the position, where it is that of all rows and known as a number
-    static  shapes are the same at every position
-    dtype   of the token
-    """
+def step_positions(store: StoreSpec, token: NextToken) -> TokenPositions:
+    """Positions of one token of each row over a cache, for a store that is a state."""
     window, num_slots = store.window, store.num_slots
+    position_B1, offset = token.position_B1, token.offset
     ring = window or (num_slots if store.rule == "ring_router" else 0)
     table = evicted_rope(store, position_B1)
     hidden_B1S = None
@@ -111,7 +117,7 @@ def step_positions(
     slot = position_B1 % (window or 1) if offset is None else offset % (window or 1)
     written_B = position_B1.squeeze(1) if window is None else position_B1.squeeze(1) - window
     step = StepPositions(slot, hidden_B1S, offset is not None and offset >= (window or 0), written_B)
-    back = None if table is None else step_rope(table, dtype, store.slot.k_dim + store.slot.v_dim)
+    back = None if table is None else step_rope(table, token.dtype, store.slot.k_dim + store.slot.v_dim)
     return TokenPositions(position_B1, back, step=step)
 
 

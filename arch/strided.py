@@ -28,7 +28,7 @@ from .grouped import GroupedKV, GroupedReader, GroupedWriter
 from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
 from .masks import SequenceBatch
 from .pooling import CachedChunks, Chunks, StepChunk, chunks_after, chunks_alone, step_chunk
-from .positions import TokenPositions, token_positions
+from .positions import NextToken, TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
 from .spans import Span
 from .store_spec import RopeKey, StoreSpec
@@ -73,18 +73,11 @@ def strided_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offs
     return TokenPositions(position_BT, chunks=chunks_after(store, position_BT, capacity, offset))
 
 
-def strided_step(
-    store: StoreSpec,
-    position_B1: Tensor,
-    capacity: int,
-    tokens: int,
-    offset: int | None,
-    static: bool,
-    dtype: torch.dtype,
-) -> TokenPositions:
+def strided_step(store: StoreSpec, token: NextToken) -> TokenPositions:
     """Positions of one token of each row over a cache, for a strided store."""
     assert isinstance(store, StridedSpec)
-    return TokenPositions(position_B1, chunks=step_chunk(store, position_B1, capacity, tokens, offset, static))
+    chunk = step_chunk(store, token.position_B1, token.capacity, token.num_tokens, token.offset, token.static)
+    return TokenPositions(token.position_B1, chunks=chunk)
 
 
 class Pool(nn.Module):

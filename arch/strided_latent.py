@@ -25,7 +25,7 @@ from .latent import LatentKV, LatentReader, LatentWriter
 from .layers import Rope, rotate, rotate_step
 from .masks import SequenceBatch
 from .pooling import CachedPlaces, Places, StepPlace, places_after, places_alone, step_place
-from .positions import TokenPositions, token_positions
+from .positions import NextToken, TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
 from .spans import Span
 from .store_spec import StoreSpec
@@ -72,18 +72,11 @@ def strided_latent_positions(store: StoreSpec, position_BT: Tensor, capacity: in
     return TokenPositions(position_BT, chunks=places_after(store, position_BT, offset))
 
 
-def strided_latent_step(
-    store: StoreSpec,
-    position_B1: Tensor,
-    capacity: int,
-    tokens: int,
-    offset: int | None,
-    static: bool,
-    dtype: torch.dtype,
-) -> TokenPositions:
+def strided_latent_step(store: StoreSpec, token: NextToken) -> TokenPositions:
     """Positions of one token of each row over a cache, for a strided store of latents."""
     assert isinstance(store, StridedLatentSpec)
-    return TokenPositions(position_B1, chunks=step_place(store, position_B1, tokens, offset, static))
+    place = step_place(store, token.position_B1, token.num_tokens, token.offset, token.static)
+    return TokenPositions(token.position_B1, chunks=place)
 
 
 class MergeWeight(nn.Module):
