@@ -236,8 +236,8 @@ class Stack(nn.Module):
     def cross_contexts(
         self, x_BTD: Tensor, context_BCD: Tensor | None, cache: Cache | None
     ) -> list[CrossContext | None]:
-        """For each layer the vectors outside of its sequence that it attends to, or their cached keys and values; None
-        if there are none."""
+        """List for each layer the vectors outside of its sequence that it attends to, or their cached keys and values;
+        None if there are none."""
         if not self.cross:
             return [None] * len(self.layers)
         if context_BCD is not None and cache is None and self.in_short_rows:

@@ -161,7 +161,7 @@ class KVPlan:
 
     @property
     def owners(self) -> tuple[int, ...]:
-        """For each layer, the owner of the store that it reads, as a layer index."""
+        """The owner of the store that each layer reads, as a layer index."""
         return tuple(self.stores[read].owner for read in self.reads)
 
     @property

@@ -120,9 +120,8 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(states, saved, strict=True):
             tensor.copy_(value)
-        self.derived = [
-            buffer.derived for buffer in buffers
-        ]  # the graph reads them after the buffer has let go of them
+        # The graph reads them after the buffer has let go of them.
+        self.derived = [buffer.derived for buffer in buffers]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits_B1V = self.logits(self.model, self.cache, tokens)

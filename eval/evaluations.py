@@ -108,9 +108,10 @@ def merge(run: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
 
 def steps_of_summary(run: Path) -> int | None:
     """The steps of the run by its summary.json; None if it has none. Raises RunError if that does not say them."""
-    if not Run(run).finished:
+    ended = Run(run)
+    if not ended.finished:
         return None
-    steps = Run(run).experiment.get("steps")
+    steps = ended.experiment.get("steps")
     if not isinstance(steps, int):
         raise RunError(f"{run} holds no readable run: summary.json has no steps; put it back")
     return steps

@@ -151,7 +151,7 @@ class Run:
 
     @property
     def experiment(self) -> dict[str, Any]:
-        """What decides the result, and digests of the data, in summary.json."""
+        """The part of summary.json that decides the result, with digests of the data."""
         experiment = self.summary.get("experiment")
         if not isinstance(experiment, dict):
             raise RunError(f"{self.folder} holds no readable run: summary.json has no experiment; put it back")
@@ -172,8 +172,8 @@ class Run:
                 raise RunError(f"{self.folder} holds no readable run: {path}: {_reason(error)}") from error
             if first is None:
                 continue
-            # a start whose first row is of validation did not repeat the step before it
-            last = first - trained
+            # A start that begins with a validation did not repeat the training step before it.
+            last = first - 1 if trained else first
             rows = [row for row in rows if int(row["step"]) <= (last if row.get("train/loss") else first - 1)] + new
         return rows
 

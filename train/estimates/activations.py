@@ -63,7 +63,7 @@ def rms_norm_bytes(dim: int) -> int:
 
 
 class Activations:
-    """What a kind of store saves beyond its layers."""
+    """The activations that a kind of store saves beyond its layers."""
 
     peaks = False  # whether its backward pass, in whatever layer, may need more than that of the last one
 
