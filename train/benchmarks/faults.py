@@ -6,6 +6,7 @@ how many steps had to be repeated.
 """
 
 import csv
+import glob
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,18 +184,20 @@ def killed_while_saving(run: FaultRun) -> Injected:
     """Kill the run while a file of a checkpoint is written in the background: stopped in the middle, it is there."""
     process = run.begin(ASYNC, "trainer.checkpoint_every=1")
     run.wait_for_step(process, 7)
+    # Unlike Path.glob, this one does not mind a folder that goes away while it is read.
+    written = partial(glob.glob, str(run.folder / "checkpoints" / "step-????????.partial" / "*.safetensors"))
     while True:
         check(process.poll() is None, "ended before it was caught while saving")
-        if list(run.folder.glob("checkpoints/*.partial/*.safetensors")):
+        if written():
             process.send_signal(signal.SIGSTOP)
             while not all_stopped(process.pid):
                 time.sleep(0.001)
-            if caught := list(run.folder.glob("checkpoints/step-????????.partial/*.safetensors")):
+            if caught := written():
                 break
             process.send_signal(signal.SIGCONT)
     process.kill()
     process.communicate()
-    unfinished = caught[0].parent
+    unfinished = Path(caught[0]).parent
     check(unfinished.is_dir() and not unfinished.with_suffix("").exists(), f"{unfinished} was finished")
     return Injected(max(run.losses()), "")
 
