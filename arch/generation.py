@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, F forced tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from .block_plan import Plan
 from .language_model import LanguageModel, StepFn
 from .static_step import step_fn
+
+# Takes the new tokens of a step by the number of their prompts, and returns the prompts that end with them.
+Follow = Callable[[Mapping[int, int]], Iterable[int]]
 
 LOOK_EVERY = 16  # tokens, on a device that works ahead, between looks at whether all rows have ended
 
@@ -40,6 +43,14 @@ class PromptBatch(NamedTuple):
         return self.tokens_BT.shape[1] + self.forced_BF.shape[1] + max_new_tokens - 1
 
 
+class Span(NamedTuple):
+    """Where the new tokens of a prompt are: the row, and the steps from `begin` up to `end`."""
+
+    row: int
+    begin: int
+    end: int
+
+
 @torch.inference_mode()
 def generate(
     model: LanguageModel,
@@ -51,7 +62,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     stop_token: int | None = None,
-    on_step: Callable[[Tensor], bool] | None = None,
+    follow: Follow | None = None,
     pad_token: int | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: torch.dtype | None = None,
@@ -67,31 +78,34 @@ def generate(
     top_k          sample from this many of the most likely tokens, and any as likely as the last of them; None: all
     top_p          sample from the smallest set of tokens with this much probability, after `top_k`
     min_p          sample from tokens at least this fraction as likely as the most likely one
-    on_step        called with the tokens [B] of each step, forced ones included; returns True to end generation
+    follow         called after each step with the new tokens, `stop_token` too, by the number of their prompts; returns
+                   the prompts that end with them. Each step then waits for the device
     pad_token      pads a prompt shorter than `plan.min_prompt` on the left, as in training with random padding (Block
                    Transformer, appendix H); None: such a prompt is an error
     prefill_chunk  tokens of prompt per forward pass; None: all at once
     cache_dtype    type of the cache's elements; None: that of the weights
     cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
     max_batch      limit of rows: if there are more prompts, a row that has ended takes the next one, the longest first,
-                   in a Block Transformer between two blocks, and `on_step` gets the tokens of whatever prompts the rows
-                   have; None: all at once
+                   in a Block Transformer between two blocks; None: all at once
     steps          how a token is decoded, as in `static_step.choose_way`: auto, plain, static, compiled or graph
 
-    Raises ValueError on an empty prompt, a prompt too short, an impossible option, or a cache that does not fit.
+    Raises ValueError on an empty prompt, a prompt too short, an impossible option, a cache that does not fit, and one
+    that takes no further prompts where there are more than `max_batch`.
     """
     prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
     queue = Queue(model, prompts, max_batch, max_new_tokens, pad_token, stop_token)
     if cache is None:
         cache = queue.allocate(cache_dtype)
+    if queue.used and not cache.takes_rows:
+        raise ValueError(f"this cache takes no prompts later on; give max_batch of at least {len(prompts)}, or None")
     generator = torch.Generator(device=model.output_weight.device).manual_seed(seed)
     pick = partial(sample, temperature=temperature, top_p=top_p, generator=generator, top_k=top_k, min_p=min_p)
     with evaluating(model):
         logits_B1V = queue.prefill(cache, prefill_chunk, cache_dtype)
         with closing(step_fn(model, cache, steps)) as step:
-            generated_BS = decode(step, logits_B1V, queue, pick, on_step)
-    return new_tokens(generated_BS, queue.spans, max_new_tokens, stop_token)
+            generated_BS = decode(step, logits_B1V, queue, pick, follow)
+    return new_tokens(generated_BS, queue.spans, stop_token)
 
 
 def decode(
@@ -99,17 +113,17 @@ def decode(
     logits_B1V: Tensor,
     queue: "Queue",
     pick: Callable[[Tensor], Tensor],
-    on_step: Callable[[Tensor], bool] | None,
+    follow: Follow | None,
 ) -> Tensor:
     """Continue the rows that `queue` has prefilled by tokens that `pick` chooses from their logits, until no prompt is
-    left or `on_step` returns True. Returns the tokens [B, S] of all steps, forced ones included."""
+    left. Returns the tokens [B, S] of all steps, forced ones included."""
     generated: list[Tensor] = []
     while True:
         number = len(generated)
         next_B = queue.force(pick(logits_B1V[:, -1]), number)
         generated.append(next_B)
-        if on_step is not None and on_step(next_B):
-            break
+        if follow is not None:
+            queue.follow(next_B, number, follow)
         ended = queue.ended(next_B, number)
         if queue.is_done(ended, number):
             break
@@ -125,11 +139,12 @@ class Queue:
     prompt_of_row  number of the prompt that each row continues now
     waiting        numbers of the prompts that no row has taken, the longest first
     batch          the first prompts, which `prefill` puts into the cache
-    spans          (prompt, row, step of its first new token) of all prompts that a row has taken
+    spans          where the new tokens are, by the number of each prompt that a row has taken
     used           there were prompts that had to wait
     forced         for rows that have taken a prompt, its tokens that come after whole blocks
     begin_B        step of the first new token of the prompt of each row
     done_B         whether it has made its last token
+    followed       a caller is given the tokens of each step
     """
 
     def __init__(
@@ -157,8 +172,9 @@ class Queue:
         self.forced: dict[int, list[int]] = {}
         num_forced_B = self.batch.num_forced_B
         self.begin_B, self.done_B = num_forced_B.clone(), torch.zeros_like(num_forced_B, dtype=torch.bool)
-        begins = num_forced_B.tolist()
-        self.spans = [(number, row, begins[row]) for row, number in enumerate(self.prompt_of_row)]
+        rows = enumerate(zip(self.prompt_of_row, num_forced_B.tolist(), strict=True))
+        self.spans = {prompt: Span(row, begin, begin + max_new_tokens) for row, (prompt, begin) in rows}
+        self.followed = False
 
     def batch_of(self, numbers: Sequence[int]) -> PromptBatch:
         return batch_prompts(self.model.plan, [self.prompts[number] for number in numbers], self.pad_token, self.device)
@@ -190,15 +206,27 @@ class Queue:
                 del self.forced[row]
         return next_B
 
+    def follow(self, next_B: Tensor, number: int, follow: Follow) -> None:
+        """Give the new tokens of step `number` to `follow`, and end the prompts of which they are the last."""
+        self.followed = True
+        tokens = next_B.tolist()
+        spans = {prompt: self.spans[prompt] for prompt in self.prompt_of_row}
+        new = {prompt: tokens[span.row] for prompt, span in spans.items() if span.begin <= number < span.end}
+        stopped = [prompt for prompt, token in new.items() if token == self.stop_token]
+        for prompt in (*stopped, *follow(new)):
+            self.spans[prompt] = spans[prompt]._replace(end=number + 1)
+            self.done_B[spans[prompt].row] = True
+
     def ended(self, next_B: Tensor, number: int) -> list[int]:
         """List the rows that made their last token by step `number`; empty if the device was not asked, as may be while
         the cache has room."""
-        if self.stop_token is None and not self.used:
+        if self.stop_token is None and not self.used and not self.followed:
             return []
         if self.stop_token is not None:
             self.done_B |= (next_B == self.stop_token) & (number >= self.begin_B)
         self.done_B |= number + 1 >= self.begin_B + self.max_new_tokens
-        if next_B.device.type != "cpu" and (number + 1) % LOOK_EVERY and not self.must_make_room:
+        waited = self.followed or next_B.device.type == "cpu"
+        if not waited and (number + 1) % LOOK_EVERY and not self.must_make_room:
             return []  # each look waits for the device
         ended: list[int] = self.done_B.nonzero().flatten().tolist()
         return ended
@@ -249,17 +277,15 @@ class Queue:
             self.forced[row] = batch.tokens_BT[0, whole:].tolist()
         begin = number + length - whole
         self.prompt_of_row[row] = taken
-        self.spans.append((taken, row, begin))
+        self.spans[taken] = Span(row, begin, begin + self.max_new_tokens)
         self.begin_B[row], self.done_B[row] = begin, False
         return logits_11V
 
 
-def new_tokens(
-    generated_BS: Tensor, spans: Sequence[tuple[int, int, int]], max_new_tokens: int, stop_token: int | None
-) -> list[list[int]]:
-    """The new tokens of each prompt, up to `stop_token`; `spans` are (prompt, row, step of its first new token)."""
+def new_tokens(generated_BS: Tensor, spans: Mapping[int, Span], stop_token: int | None) -> list[list[int]]:
+    """List the new tokens of each prompt up to `stop_token`, in the order of their numbers."""
     rows = generated_BS.tolist()
-    new = [rows[row][first : first + max_new_tokens] for _, row, first in sorted(spans)]
+    new = [rows[span.row][span.begin : span.end] for _, span in sorted(spans.items())]
     return [row[: row.index(stop_token)] if stop_token in row else row for row in new]
 
 

@@ -1,13 +1,13 @@
 """Continue text with a model: `python eval/generate.py checkpoint=runs/mine prompt="def " max_new_tokens=100`.
 
-The text is streamed. Several prompts, of any lengths, are continued at once: the first is streamed, the others are
-printed when all are done. The last line shows tokens per second and the bytes of the cache, which `cache=int4`,
-`cache=snapkv@25%` and other methods make smaller after the prompt.
+The text is streamed. Several prompts, of any lengths, are continued at once and shown in their order. The last line
+shows tokens per second and the bytes of the cache, which `cache=int4`, `cache=snapkv@25%` and other methods make
+smaller after the prompt.
 """
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +26,6 @@ from eval.units import bytes_text
 from train.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from eval.tasks.task import Subject, Tokenizer
 
 
@@ -38,6 +36,7 @@ class GenerateConfig:
     checkpoint      a run, a checkpoint, a folder that export.py wrote, or a model of the Hugging Face hub
     prompt          text to continue; may be given several times
     prompts         a file of prompts, one per line; in .jsonl, its key `prompt`
+    max_batch       limit of prompts at once; of more, the next one begins when one has ended. null: all at once
     max_new_tokens  limit of each continuation, which may end before, at the end of a text
     temperature     0: always the most likely token (greedy); 1: the probabilities of the model
     top_k           sample from this many of the most likely tokens; null: from all
@@ -60,6 +59,7 @@ class GenerateConfig:
     checkpoint: str = ""
     prompt: str = ""
     prompts: Path | None = None
+    max_batch: int | None = None
     max_new_tokens: int = 100
     temperature: float = 0.0
     top_k: int | None = None
@@ -153,8 +153,9 @@ def check(options: GenerateConfig) -> None:
     """Raise UsageError on a value that makes no sense."""
     if options.max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
-    if options.top_k is not None and options.top_k < 1:
-        raise UsageError(f"top_k is {options.top_k}; it must be at least 1, or null")
+    for name, limit in (("top_k", options.top_k), ("max_batch", options.max_batch)):
+        if limit is not None and limit < 1:
+            raise UsageError(f"{name} is {limit}; it must be at least 1, or null")
     for name, value, fits in (
         ("temperature", options.temperature, 0 <= options.temperature < float("inf")),
         ("top_p", options.top_p, 0 < options.top_p <= 1),
@@ -196,24 +197,27 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
 
     tokenizer, model = subject.tokenizer, subject.model
     tokens = [tokenizer.encode(prompt) or [tokenizer.begin] for prompt in prompts]
+    rows = min(len(tokens), options.max_batch or len(tokens))
+    if rows < len(tokens) and subject.method is not None:
+        raise UsageError(
+            f"max_batch={rows} with cache={subject.method.text}: such a cache takes no prompts later on, and there "
+            f"are {len(tokens)}; leave max_batch out, or give fewer prompts"
+        )
     try:
         steps = choose_way(model, options.steps) if subject.method is None else "plain"
-        batch = batch_prompts(model.plan, tokens, subject.pad_token, model.output_weight.device)
+        first = sorted(tokens, key=len)[-rows:]
+        batch = batch_prompts(model.plan, first, subject.pad_token, model.output_weight.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
     with torch.inference_mode():
-        cache = subject.allocate_cache(len(prompts), batch.capacity(options.max_new_tokens))
+        cache = subject.allocate_cache(rows, batch.capacity(options.max_new_tokens))
     streams = [Stream(tokenizer, prompt, options.stop) for prompt in tokens]
-    watch = Watch(streams, batch.num_forced_B.tolist(), options.max_new_tokens, tokenizer.end, show=print_text)
-    if len(prompts) > 1:
-        print_text(f"[1] {prompts[0]}")
-    elif prompts[0]:
-        print_text(prompts[0])
+    watch = Watch(prompts, streams, options.max_new_tokens, tokenizer.end, show=print_text)
 
-    def on_step(token_B: torch.Tensor) -> bool:
+    def follow(new: Mapping[int, int]) -> list[int]:
         if not watch.first and subject.method is not None:  # the prompt is in the cache, and no step was taken
             cache.compress()
-        return watch(token_B)
+        return watch(new)
 
     continue_prompts(
         model,
@@ -224,20 +228,18 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         top_p=options.top_p,
         min_p=options.min_p,
         stop_token=tokenizer.end,
-        on_step=on_step,
+        follow=follow,
         steps=steps,
         pad_token=subject.pad_token,
         cache=cache,
         seed=options.seed,
+        max_batch=options.max_batch,
     )
-    print_text(watch.finish() + "\n")
-    for number, (prompt, stream) in enumerate(zip(prompts[1:], streams[1:], strict=True), start=2):
-        print_text(f"\n[{number}] {prompt}{stream.shown}\n")
     if not options.quiet:
         before = ""
         if subject.method is not None:  # a codec acts from the first token on
             whole_bytes = allocated_bytes(
-                model.plan, len(prompts), batch.capacity(options.max_new_tokens), model.output_weight.element_size()
+                model.plan, rows, batch.capacity(options.max_new_tokens), model.output_weight.element_size()
             )
             before = f", {bytes_text(whole_bytes)} before {subject.method.text}"
             if offloads(subject.method):
@@ -248,44 +250,50 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
 
 
 class Watch:
-    """Given the tokens [B] of each step, show those of the first row and keep those of the others.
+    """Shows the texts in the order of the prompts while they are made: of the first one that goes on, what there is.
 
-    A row ends at the end of a text, at a stop, or after `most` tokens; with all of them, the generation.
+    A text ends at the end of a text, at a stop, or after `most` tokens.
     """
 
     def __init__(
-        self, streams: Sequence[Stream], num_forced: Sequence[int], most: int, end: int, show: Callable[[str], None]
+        self, prompts: Sequence[str], streams: Sequence[Stream], most: int, end: int, show: Callable[[str], None]
     ):
-        self.streams, self.left, self.end, self.show = streams, [-forced for forced in num_forced], end, show
-        self.most = most
-        self.open = [True] * len(streams)
-        self.later = 0  # tokens after those of the first step, of prompts too
+        self.prompts, self.streams, self.most, self.end, self.show = prompts, streams, most, end, show
+        self.ended = [False] * len(streams)
+        self.number, self.told = -1, 0  # of the text that is shown, and its characters that are
+        self.later = 0  # tokens after those of the first step
         self.began, self.first, self.last = time.perf_counter(), 0.0, 0.0
+        self._next()
 
-    def __call__(self, token_B: "Tensor") -> bool:
+    def __call__(self, new: Mapping[int, int]) -> list[int]:
+        """Take the new tokens by the numbers of their prompts; return the prompts that end with them."""
         self.last = time.perf_counter()
-        later = self.first > 0
+        self.later += len(new) if self.first else 0
         self.first = self.first or self.last
-        for row, token in enumerate(token_B.tolist()):
-            self.left[row] += 1
-            self.later += later and self.open[row]
-            if self.left[row] <= 0 or not self.open[row]:  # a token of the prompt, or after the end
-                continue
-            text = ""
-            if token == self.end:
-                self.open[row] = False
-                text = self.streams[row].end()
-            else:
-                text = self.streams[row].add(token)
-                self.open[row] = not self.streams[row].done and self.left[row] < self.most
-            if row == 0:
-                self.show(text)
-        return not any(self.open)
+        for number, token in new.items():
+            stream = self.streams[number]
+            if token != self.end:
+                stream.add(token)
+            self.ended[number] = token == self.end or stream.done or stream.num_tokens == self.most
+            if self.ended[number]:
+                stream.end()
+        while self.number < len(self.streams):
+            text = self.streams[self.number].shown
+            self.show(text[self.told :])
+            self.told = len(text)
+            if not self.ended[self.number]:
+                break
+            self._next()
+        return [number for number in new if self.ended[number]]
 
-    def finish(self) -> str:
-        """Let every row show what it held back; return that of the first."""
-        first, *_ = [stream.end() for stream in self.streams]
-        return first
+    def _next(self) -> None:
+        """End the line of the text that is shown, and begin that of the next one with its prompt."""
+        self.number, self.told = self.number + 1, 0
+        if self.number:
+            self.show("\n")
+        if self.number < len(self.prompts):
+            title = f"[{self.number + 1}] " if len(self.prompts) > 1 else ""
+            self.show(("\n" if self.number else "") + title + self.prompts[self.number])
 
     def report(self, cache_bytes: int, subject: "Subject") -> str:
         """A line about speed and cache: decoding alone, without the first token, which the prompt takes."""

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -144,6 +145,18 @@ def shared(name: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
 
 def tokens(batch: int, length: int, vocab_size: int = 61) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * 1000 + length))
+
+
+class Counted:
+    """Follows a generation: keeps what it is given, and ends the prompt of number n after n + 1 tokens."""
+
+    def __init__(self) -> None:
+        self.given: defaultdict[int, list[int]] = defaultdict(list)
+
+    def __call__(self, new: Mapping[int, int]) -> list[int]:
+        for number, token in new.items():
+            self.given[number].append(token)
+        return [number for number in new if len(self.given[number]) == number + 1]
 
 
 def assert_decoding_is_the_forward(model: LanguageModel, starts: list[int] | None) -> None:

@@ -4,10 +4,12 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import KINDS, WINDOW, build, small, tokens
+from conftest import KINDS, WINDOW, Counted, build, small, tokens
 
 from arch import LanguageModel, allocate, generate, resolve
 from arch.buffers import StateBuffer, Step
+from arch.compression.compressed import allocate_compressed
+from arch.compression.method import parse_method
 from arch.config import ArchConfig, LatentConfig, StoreConfig
 from arch.footprint import allocated_bytes, kv_bytes
 from arch.static_step import StaticStep
@@ -297,6 +299,19 @@ def test_rows_that_end_take_the_next_prompt(shared_model: LanguageModel) -> None
     stop = alone[1][2]
     stopped = [row[: row.index(stop)] if stop in row else row for row in alone]
     assert generate(model, prompts, 6, max_batch=2, stop_token=stop) == stopped
+
+    counted = [row[: number + 1] for number, row in enumerate(alone)]
+    for max_batch in (None, 2):
+        follow = Counted()
+        assert generate(model, prompts, 6, max_batch=max_batch, follow=follow) == counted
+        assert [follow.given[number] for number in range(len(prompts))] == counted
+
+
+def test_a_compressed_cache_takes_no_prompts_later_on() -> None:
+    model = build(small("mha"))
+    cache = allocate_compressed(model.plan, 1, 8, dtype=torch.float32, method=parse_method("int8"))
+    with pytest.raises(ValueError, match="takes no prompts later on; give max_batch of at least 2"):
+        generate(model, [[1], [2]], 6, max_batch=1, cache=cache)
 
 
 @pytest.mark.parametrize("name", ["mixattention", "swa_sinks", "mla", "bct", "qwen3_next", "deepseek_v4_hca", "mtla"])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DECODERS, WINDOW, build, small, tokens
+from conftest import DECODERS, WINDOW, Counted, build, small, tokens
 from test_arch_block import block_config, build_block
 from test_arch_block_parts import BOUNDED, build_part
 from torch._inductor.decomposition import select_decomp_table
@@ -283,16 +283,20 @@ def test_rows_of_a_block_transformer_are_refilled(name: str, steps: str) -> None
     assert generate(model, prompts, 6, max_batch=1 if steps == "static" else 4, steps=steps, pad_token=3) == alone
     assert generate(model, prompts, 6, max_batch=2, steps=steps, pad_token=3, stop_token=stop) == stopped
 
+    counted, follow = [row[: number + 1] for number, row in enumerate(alone)], Counted()
+    assert generate(model, prompts, 6, max_batch=2, steps=steps, pad_token=3, follow=follow) == counted
+    assert [follow.given[number] for number in range(len(prompts))] == counted, "no tokens of the prompts"
+
 
 def test_steps_end_with_an_error_too() -> None:
     """The cache goes on with steps of any length."""
     model = build(small("mha"))
     cache = model.allocate_cache(1, 9)
 
-    def fails(_: torch.Tensor) -> bool:
+    def fails(_: object) -> list[int]:
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        generate(model, [[1, 2, 3]], 7, steps="static", cache=cache, on_step=fails)
+        generate(model, [[1, 2, 3]], 7, steps="static", cache=cache, follow=fails)
     with torch.no_grad():
         assert model(tokens(1, 2), cache).shape[1] == 2

@@ -90,6 +90,10 @@ def test_the_command(run: str, old: Path, capsys: pytest.CaptureFixture) -> None
     out = shown(f"prompt={prompts[0]}", "prompts=prompts.txt", "max_new_tokens=12", *words)
     texts = [visible(prompt + more) for prompt, more in zip(prompts, expected, strict=True)]
     assert out == "\n".join(f"[{number}] {text}\n" for number, text in enumerate(texts, start=1))
+    words = ["max_new_tokens=12", "stop=e,\n"]
+    at_once = shown(f"prompt={prompts[0]}", "prompts=prompts.txt", *words)
+    for rows in (1, 2):
+        assert shown(f"prompt={prompts[0]}", "prompts=prompts.txt", f"max_batch={rows}", *words) == at_once
 
 
 def test_speed_and_cache_are_said(old: Path, capsys: pytest.CaptureFixture) -> None:
@@ -110,6 +114,8 @@ def test_speed_and_cache_are_said(old: Path, capsys: pytest.CaptureFixture) -> N
         (["temperature=-1"], "temperature is -1.0; it must be at least 0"),
         (["top_p=2"], "top_p is 2.0; it must be from 0 to 1"),
         (["top_k=0"], "top_k is 0"),
+        (["max_batch=0"], "max_batch is 0; it must be at least 1, or null"),
+        (["max_batch=1", "prompt=x", "prompt=y", "cache=int8"], "takes no prompts later on, and there are 2"),
         (["prompts=nowhere"], "there is no such file"),
         (["dtype=fp8"], "choose auto, fp32"),
         (["steps=fast"], "steps is 'fast'; choose auto, plain, static, compiled, graph"),

@@ -2,14 +2,12 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,14 @@ def measured(subject: Subject, options: Options, length: int) -> dict[str, float
     prompts = torch.randint(vocabulary, (options.batch, length), generator=generator).tolist()
     times: list[float] = []
 
-    def on_step(token_B: "torch.Tensor") -> bool:
-        token_B[:1].tolist()  # waits for the device
+    def on_step(_: Mapping[int, int]) -> tuple[int, ...]:
         times.append(time.perf_counter())
-        return False
+        return ()
 
     with torch.inference_mode():
         cache = subject.model.allocate_cache(options.batch, length + options.new - 1)
     began = time.perf_counter()
-    subject.generate(prompts, options.new, on_step=on_step, cache=cache)
+    subject.generate(prompts, options.new, follow=on_step, cache=cache)
     return {
         "prefill_ms": 1000 * (times[0] - began),
         "token_ms": 1000 * (times[-1] - times[0]) / (len(times) - 1),

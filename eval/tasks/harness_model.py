@@ -1,7 +1,7 @@
 """A model of lm-eval around a subject: shared prefixes are prefilled once, and text is generated over the cache."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +18,6 @@ from lm_eval.models.utils import (
 )
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
 from data.cli import UsageError, did_you_mean
 from eval.tasks.harness import Options, by_prefix, window_of
@@ -27,6 +26,7 @@ from eval.tasks.task import Subject
 from eval.transformers_model import TransformersTokenizer
 
 MAX_GEN_TOKS = 256  # where a task does not say, as of lm-eval's `hf`
+REQUESTS_PER_ROW = 16  # of one call
 # Keys of generation that change nothing, or that `arch.generate` has.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -111,13 +111,17 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         return [sum(nats[begin : begin + count]) for begin, count in zip(begins, counts, strict=True)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each text up to one of its stop strings, over the cache; requests of like length together."""
+        """Continue each text up to one of its stop strings, over the cache; requests of like length together.
+
+        A row that has ended takes the next request; one in a cache of transformers waits for the others.
+        """
         found = [""] * len(requests)
         work: list[list[int]] = []
+        size = self.batch * (REQUESTS_PER_ROW if self.subject.model.plan.stacks else 1)
         encoded = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         for group in by_prefix([repr(request.args[1]) for request in requests]):
             group.sort(key=lambda index: -len(encoded[index]))
-            work += [list(part) for part in pieces(group, self.batch)]
+            work += [list(part) for part in pieces(group, size)]
 
         def write(group: list[int]) -> list[str]:
             return self._generate([encoded[index] for index in group], requests[group[0]].args[1])
@@ -140,18 +144,17 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         tokenizer = self.subject.tokenizer
         rows: list[list[int]] = [[] for _ in prompts]
 
-        def all_stopped(next_B: Tensor) -> bool:
-            for row, token in zip(rows, next_B.tolist(), strict=True):
-                row.append(token)
-            return all(
-                tokenizer.end in row or any(stop and stop in tokenizer.decode(row) for stop in stops) for row in rows
-            )
+        def stopped(new: Mapping[int, int]) -> list[int]:
+            for number, token in new.items():
+                rows[number].append(token)
+            return [number for number in new if any(stop and stop in tokenizer.decode(rows[number]) for stop in stops)]
 
         texts = self.subject.generate(
             [prompt[-room:] for prompt in prompts],
             new,
             stop_token=tokenizer.end,
-            on_step=all_stopped,
+            follow=stopped,
+            max_batch=self.batch,
             **(chosen if sampled else {}),
         )
         return [postprocess_generated_text(tokenizer.decode(text), stops, None) for text in texts]

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -103,9 +103,14 @@ class Follower:
         if streamer is not None:
             streamer.put(prompt_BT.cpu())
 
-    def __call__(self, next_B: Tensor) -> bool:
-        """Add the next token of each row. Return whether all rows have ended."""
-        next_B = next_B.to(self.text_BT).masked_fill(self.ended_B, self.pad)
+    def __call__(self, new: Mapping[int, int]) -> list[int]:
+        """Add the next token of each row that has not ended. Return the rows that end with it."""
+        self._add(torch.tensor([new.get(row, self.pad) for row in range(len(self.text_BT))]))
+        ended = self.ended_B.tolist()
+        return [row for row in new if ended[row]]
+
+    def _add(self, next_B: Tensor) -> None:
+        next_B = next_B.to(self.text_BT)
         self.text_BT = torch.cat((self.text_BT, next_B[:, None]), dim=1)
         if self.streamer is not None:
             self.streamer.put(next_B.cpu())
@@ -113,13 +118,14 @@ class Follower:
             self.ended_B = self.ended_B | (next_B == self.end)
         if self.criteria:
             self.ended_B = self.ended_B | self.criteria(self.text_BT, ()).to(self.ended_B)
-        return (self.end is not None or bool(self.criteria)) and bool(self.ended_B.all())
 
     def replay(self, rows: list[list[int]]) -> None:
-        """Add rows that are complete, the shorter of which have ended."""
-        longest = max(map(len, rows))
-        new_BT = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows], device=self.text_BT.device)
-        any(self(next_B) for next_B in new_BT.unbind(dim=1))
+        """Add rows that are complete, up to where all have ended."""
+        going = set(range(len(rows)))
+        for step in range(max(map(len, rows))):
+            going -= set(self({row: rows[row][step] for row in going if step < len(rows[row])}))
+            if not going:
+                break
 
     def finish(self) -> Tensor:
         """Return the text, as a tensor that autograd may use."""

@@ -271,20 +271,20 @@ class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationM
         model, fill = self.model, self.config.block_pad_token
         batch = batch_prompts(model.plan, prompts, fill, model.output_weight.device)
         cache = model.allocate_cache(len(prompts), batch.capacity(new))
-        together = not batch.forced_BF.shape[1]
+        live = (streamer is not None or len(criteria) > 0) and not batch.forced_BF.shape[1]
         rows = generate(
             model,
             prompts,
             new,
             **sampling(settings),
-            stop_token=None if together else end,
-            on_step=follower if together else None,
+            stop_token=None if live else end,
+            follow=follower if live else None,
             pad_token=fill,
             prefill_chunk=settings.get("prefill_chunk_size"),
             cache=cache,
             seed=int(torch.randint(2**31, ())),
         )
-        if not together:
+        if not live:
             follower.replay(rows if end is None else [row if len(row) == new else [*row, end] for row in rows])
         sequences = follower.finish()
         if settings.get("return_dict_in_generate"):
