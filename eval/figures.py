@@ -46,6 +46,8 @@ LABELS = {
     "compressed/recalled_bytes": "bytes copied back per token, measured",
     "compressed/recall/end_bytes": "cache of a sequence of recall at its end, measured",
     "compressed/recall/mean_bytes": "cache of a sequence of recall, mean over steps, measured",
+    "recall/gap/accuracy": "accuracy of recall",
+    "recall/zoology/accuracy": "accuracy of recall, as in Zoology",
     "induction/text": "loss when text repeats, minus before",
     "induction/random": "loss when random tokens repeat, minus before",
     "perplexity/repeat_ppl": "perplexity of tokens that repeat a pair seen before",

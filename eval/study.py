@@ -122,11 +122,11 @@ def pictures(
     """The pictures that the rows have figures for, by the names of their files."""
     from eval.plots.study import draw_bytes, draw_curves, draw_decoding, draw_rates, has_curves
 
-    drawn = {"loss": draw_bytes(found, contexts, "loss", "Loss against the cache; bars: range of the seeds")}
+    drawn = {"loss": draw_bytes(found, contexts, "loss")}
     for figure in figures:
         having = [group for group in found if group.figures(figure)]
         if having:
-            drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure, f"{figure} against the cache")
+            drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure)
     timed = [group for group in found if group.figures("decode/token_ms")]
     if timed:
         drawn["decoding"] = draw_decoding(timed, "Loss against the measured time of a decoded token")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from eval.figures import axis
 from eval.plots.style import (
     DOMINATED,
     GRID,
@@ -47,14 +48,17 @@ def points(
     axes.fill_between([places[name] for name in kept], low, high, step="post", color=GRID, alpha=0.6, zorder=0)
     for name, mean in means.items():
         spread = [[mean - min(values[name])], [max(values[name]) - mean]]
-        axes.errorbar(places[name], mean, yerr=spread, fmt="o", color=looks[name][0], markersize=5, capsize=2)
+        color, style = looks[name]
+        inside = color if style == "-" else "white"  # of a colour that a former layout has
+        axes.errorbar(places[name], mean, yerr=spread, fmt="o", color=color, mfc=inside, markersize=5, capsize=2)
     plain_axes(axes)
 
 
 def name_points(
-    picture: Picture, axes: Axes, places: Mapping[str, float], values: Mapping[str, Sequence[float]]
+    picture: Picture, axes: Axes, places: Mapping[str, float], values: Mapping[str, Sequence[float]], looks: Looks
 ) -> None:
-    """Name the points of `points`, once their axes are as they stay: where no other name and no point is."""
+    """Name the points of `points` in their colours, once their axes are as they stay: where no other name and no point
+    is."""
     picture.canvas.draw()
     spots = {name: axes.transData.transform((places[name], statistics.fmean(values[name]))) for name in places}
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots.values()]
@@ -65,7 +69,7 @@ def name_points(
 
     for name in sorted(places, key=lambda name: places[name]):
         at = places[name], statistics.fmean(values[name])
-        taken += write_beside(axes, name, at, BESIDE, is_free, forced=True, fontsize=7)
+        taken += write_beside(axes, name, at, BESIDE, is_free, forced=True, fontsize=7, color=looks[name][0])
 
 
 def bytes_axis(axes: Axes) -> None:
@@ -87,21 +91,22 @@ def log_axis(axes: Axes) -> None:
 
 
 @literal_text
-def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, title: str) -> Picture:
+def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str) -> Picture:
     """`figure` (`loss`, or a task's) against bytes of cache, a panel for each context."""
     looks = looks_of([group.label for group in groups])
     loss = figure == "loss"
+    label = "validation loss, nats" if loss else axis(figure, 0).label
     values = {group.label: list(group.losses.values()) if loss else group.figures(figure) for group in groups}
     picture = Picture(figsize=(10, 7.2), layout="constrained")
-    picture.suptitle(title, fontsize=11)
+    picture.suptitle(f"{label[0].upper()}{label[1:]}, against the cache; bars: range of the seeds", fontsize=11)
     for number, context in enumerate(contexts):
         axes = picture.add_subplot(2, 2, number + 1)
         places = {group.label: group.first["kv"][context][0] for group in groups}
         points(axes, places, values, looks, lower=loss)
         bytes_axis(axes)
         axes.set_xlabel(f"cache at {int(context):,} tokens (log scale)")
-        axes.set_ylabel("validation loss, nats" if loss else figure)
-        name_points(picture, axes, {name: place for name, place in places.items() if values[name]}, values)
+        axes.set_ylabel(label)
+        name_points(picture, axes, {name: place for name, place in places.items() if values[name]}, values, looks)
     return picture
 
 
@@ -112,12 +117,13 @@ def draw_decoding(groups: Sequence[Group], title: str) -> Picture:
     axes = picture.add_subplot()
     places = {group.label: statistics.fmean(group.figures("decode/token_ms")) for group in groups}
     losses = {group.label: list(group.losses.values()) for group in groups}
-    points(axes, places, losses, looks_of([group.label for group in groups]))
+    looks = looks_of([group.label for group in groups])
+    points(axes, places, losses, looks)
     axes.margins(x=0.12, y=0.16)
     axes.set_xlabel("milliseconds per token")
     axes.set_ylabel("validation loss, nats")
     axes.set_title(title, fontsize=10)
-    name_points(picture, axes, places, losses)
+    name_points(picture, axes, places, losses, looks)
     return picture
 
 
