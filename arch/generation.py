@@ -133,6 +133,11 @@ def decode(
     return torch.stack(generated, dim=1)
 
 
+def works_ahead(device: torch.device) -> bool:
+    """Tell whether to read a value of `device` is to wait for what is queued on it."""
+    return device.type != "cpu"
+
+
 class Queue:
     """The prompt that each row of a batch continues, and the prompts that wait for a row to end.
 
@@ -145,6 +150,7 @@ class Queue:
     begin_B        step of the first new token of the prompt of each row
     done_B         whether it has made its last token
     followed       a caller is given the tokens of each step
+    known          rows that had ended when the device was asked last, and have not taken a prompt since
     """
 
     def __init__(
@@ -175,6 +181,7 @@ class Queue:
         rows = enumerate(zip(self.prompt_of_row, num_forced_B.tolist(), strict=True))
         self.spans = {prompt: Span(row, begin, begin + max_new_tokens) for row, (prompt, begin) in rows}
         self.followed = False
+        self.known: list[int] = []
 
     def batch_of(self, numbers: Sequence[int]) -> PromptBatch:
         return batch_prompts(self.model.plan, [self.prompts[number] for number in numbers], self.pad_token, self.device)
@@ -213,23 +220,23 @@ class Queue:
         spans = {prompt: self.spans[prompt] for prompt in self.prompt_of_row}
         new = {prompt: tokens[span.row] for prompt, span in spans.items() if span.begin <= number < span.end}
         stopped = [prompt for prompt, token in new.items() if token == self.stop_token]
-        for prompt in (*stopped, *follow(new)):
+        for prompt in {*stopped, *follow(new)} & new.keys():
             self.spans[prompt] = spans[prompt]._replace(end=number + 1)
             self.done_B[spans[prompt].row] = True
 
     def ended(self, next_B: Tensor, number: int) -> list[int]:
-        """List the rows that made their last token by step `number`; empty if the device was not asked, as may be while
-        the cache has room."""
+        """List the rows that made their last token by step `number`; those of an earlier step if the device was not
+        asked, as may be while the cache has room."""
         if self.stop_token is None and not self.used and not self.followed:
             return []
         if self.stop_token is not None:
             self.done_B |= (next_B == self.stop_token) & (number >= self.begin_B)
         self.done_B |= number + 1 >= self.begin_B + self.max_new_tokens
-        waited = self.followed or next_B.device.type == "cpu"
-        if not waited and (number + 1) % LOOK_EVERY and not self.must_make_room:
-            return []  # each look waits for the device
-        ended: list[int] = self.done_B.nonzero().flatten().tolist()
-        return ended
+        ahead = works_ahead(self.device) and not self.followed
+        if ahead and (number + 1) % LOOK_EVERY and not self.must_make_room:
+            return list(self.known)  # each look waits for the device
+        self.known = self.done_B.nonzero().flatten().tolist()
+        return list(self.known)
 
     def is_done(self, ended: Sequence[int], number: int) -> bool:
         """Tell whether step `number` was the last one, after which the rows `ended` have ended."""
@@ -279,6 +286,7 @@ class Queue:
         self.prompt_of_row[row] = taken
         self.spans[taken] = Span(row, begin, begin + self.max_new_tokens)
         self.begin_B[row], self.done_B[row] = begin, False
+        self.known.remove(row)
         return logits_11V
 
 

@@ -13,7 +13,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
-from arch import ModelConfig, allocate, generate, static_step
+from arch import ModelConfig, allocate, generate, generation, static_step
 from arch import build as build_model
 from arch.buffers import write_slot, zero_slots
 from arch.static_step import (
@@ -286,6 +286,18 @@ def test_rows_of_a_block_transformer_are_refilled(name: str, steps: str) -> None
     counted, follow = [row[: number + 1] for number, row in enumerate(alone)], Counted()
     assert generate(model, prompts, 6, max_batch=2, steps=steps, pad_token=3, follow=follow) == counted
     assert [follow.given[number] for number in range(len(prompts))] == counted, "no tokens of the prompts"
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_rows_are_refilled_on_a_device_that_works_ahead(max_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked every 16 tokens, and a Block Transformer takes rows between blocks: prompts that end within one."""
+    model = build(small("mha")), next(iter(BLOCK_MODELS.values()))()
+    for each in model:
+        prompts = [tokens(1, length)[0].tolist() for length in (5, 9, 4, 13)]
+        alone = [row for prompt in prompts for row in generate(each, [prompt], 22)]
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "works_ahead", lambda device: True)
+            assert generate(each, prompts, 22, max_batch=max_batch) == alone
 
 
 def test_steps_end_with_an_error_too() -> None:

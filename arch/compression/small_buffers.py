@@ -18,8 +18,6 @@ from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads
 from .method import CacheMethod
 from .scores import EMPTY, merge_dropped
 
-NO_ROWS = "rows of a compressed cache cannot be replaced or shifted; generate without a queue of prompts"
-
 
 class CodedTensor:
     """One tensor of a store in the layout of `layout`: whole tokens in a ring, and blocks of earlier ones in another.
@@ -156,14 +154,6 @@ class CodedBuffer:
 
     def repeat(self, rows: int) -> "CodedBuffer":
         return CodedBuffer(tuple(coded.repeat(rows) for coded in self.coded), self.window)
-
-    def take_row(self, row: int, other: Any, length: int, offset: int) -> None:
-        """Raises ValueError."""
-        raise ValueError(NO_ROWS)
-
-    def drop(self, count: int, offset: int) -> None:
-        """Raises ValueError."""
-        raise ValueError(NO_ROWS)
 
 
 class CodedState(StateBuffer):
@@ -399,14 +389,6 @@ class KeptBuffer:
         copy.later = None if self.later is None else self.later.repeat(rows)
         copy.position_BKC = None if self.position_BKC is None else repeat_row(self.position_BKC, rows)
         return copy
-
-    def take_row(self, row: int, other: Any, length: int, offset: int) -> None:
-        """Raises ValueError."""
-        raise ValueError(NO_ROWS)
-
-    def drop(self, count: int, offset: int) -> None:
-        """Raises ValueError."""
-        raise ValueError(NO_ROWS)
 
 
 def reached(span: Span, query_T: Tensor, place_BKS: Tensor, start_B: Tensor | None) -> Tensor:
