@@ -16,6 +16,7 @@ from eval.plots import plan as maps
 from eval.plots.pareto import draw_pareto
 from eval.runs import Point, default_out, group_by_seed
 from eval.units import counted, duration_text, times
+from train.lit_module import LossWatch
 from train.metrics import Metrics
 
 
@@ -192,10 +193,14 @@ def test_lines_of_a_run_without_a_terminal(capsys: pytest.CaptureFixture) -> Non
 
     clock = SimpleNamespace(read=lambda: 10.0, seconds=10.0, cpu_seconds=9.0, resume=lambda: None)
     module = SimpleNamespace(
-        val_metrics={"loss": 2.0, "ppl": 7.389}, clock=clock, device=torch.device("cpu"), progress_metrics={}
+        val_metrics={"loss": 2.0, "ppl": 7.389},
+        clock=clock,
+        device=torch.device("cpu"),
+        progress_metrics={},
+        loss_watch=LossWatch(3.0),
     )
     for reports in (True, False):
-        metrics = Metrics(10, lambda step: step % 10 == 0, 3.0, 512, {}, print_reports=reports, print_validations=True)
+        metrics = Metrics(10, lambda step: step % 10 == 0, 512, {}, print_reports=reports, print_validations=True)
         metrics.step, metrics.warm, metrics.reported = 30, 1, 20
         metrics._report(Trainer, module, 5.5)
         metrics.announce_validation(Trainer, module)

@@ -28,6 +28,7 @@ from arch.named import CONFIGS, load_arch, load_size
 from data.shards import TokenWindows
 from train.checkpoint import checkpoints, load_info, step_of
 from train.errors import TrainingError
+from train.lit_module import LossWatch
 from train.optim import lr_share
 from train.pretrain import main
 from train.schema import LoggerConfig, OptimConfig, PretrainConfig, problems
@@ -417,6 +418,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path: Path, corpus: Path)
     assert done.returncode == 1
     assert "There was no checkpoint yet" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_explodes_stops_the_run(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved from the first report of it on, and a resumed run knows how low the loss was."""
+    see, folder = LossWatch.see, tmp_path / "run"
+    monkeypatch.setattr(LossWatch, "see", lambda watch, loss, step: see(watch, loss + 9 * (step > 4), step))
+    options = ["trainer.log_every=1", "trainer.checkpoint_every=1", "logger=csv", f"data.path={corpus}"]
+    for words in (["+arch=mha", "+size=tiny", *SMALL, *options, f"folder={folder}"], [f"resume={folder}"]):
+        with pytest.raises(
+            TrainingError, match=r"exploded, .* at step 6 after .*last good checkpoint is .*step-00000004"
+        ):
+            pretrain(*words)
 
 
 @pytest.mark.parametrize("prefetched", [False, True])

@@ -72,7 +72,9 @@ class CheckpointCallback(L.Callback):
             checkpoint.load(self.start, module.model, trainer.optimizers[0])
             self.step = checkpoint.step_of(self.start)
             set_loop_step(trainer, self.step)
-            module.clock.load(checkpoint.load_info(self.start).get("clock"))
+            info = checkpoint.load_info(self.start)
+            module.clock.load(info.get("clock"))
+            module.loss_watch.lowest = info.get("lowest_loss") or math.inf
             saved = checkpoint.checkpoints(self.run)
             self.broken = {path.name for path in saved[: saved.index(self.start)]}
             best = self.read_best() if trainer.is_global_zero else None
@@ -102,8 +104,9 @@ class CheckpointCallback(L.Callback):
     ) -> None:
         if self.writing is not None and self.writing.ended and not self.writing.failed:
             self.finish(trainer)
-        if self.due(trainer.global_step):
-            self.save(trainer, lit_model(pl_module))
+        module = lit_model(pl_module)
+        if self.due(trainer.global_step) and not module.loss_watch.risen:  # the next report says whether it exploded
+            self.save(trainer, module)
 
     def due(self, step: int) -> bool:
         """Tell whether a checkpoint is due at the end of `step`; the same in all processes."""
@@ -152,7 +155,11 @@ class CheckpointCallback(L.Callback):
         folder = self.run / "checkpoints" / folder_name(step)
         with module.clock.paused():
             self.finish(trainer)
-            info = module.describe() | {"clock": module.clock.to_dict()}
+            lowest = module.loss_watch.lowest
+            info = module.describe() | {
+                "clock": module.clock.to_dict(),
+                "lowest_loss": lowest if math.isfinite(lowest) else None,
+            }
             state = folder, module.model, trainer.optimizers[0], step, info
             if self.in_background:
                 self.writing = checkpoint.BackgroundSave(*state, self.copies, self.group)

@@ -28,6 +28,23 @@ from train.schema import PretrainConfig, num_replicas, num_steps
 DIVERGENCE_HINT = "lower optim.lr, or warm up longer"
 
 
+class LossWatch:
+    """The lowest loss so far, and whether the last one has `risen` above it by more than `max_rise` nats."""
+
+    def __init__(self, max_rise: float):
+        self.max_rise, self.lowest, self.risen = max_rise, math.inf, False
+
+    def see(self, loss: float, step: int) -> None:
+        """Take the loss of a report. Raises TrainingError if it is not finite, or has risen twice in a row."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {step}: {DIVERGENCE_HINT}")
+        rising = loss > self.lowest + self.max_rise
+        if rising and self.risen:
+            values = f"{loss:.3f} at step {step} after {self.lowest:.3f}"
+            raise TrainingError(f"the loss exploded, {values}: {DIVERGENCE_HINT}")
+        self.lowest, self.risen = min(loss, self.lowest), rising
+
+
 class LitModel(L.LightningModule):
     """Train a model on next-token prediction.
 
@@ -44,7 +61,7 @@ class LitModel(L.LightningModule):
         self.config, self.identity = config, identity
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.val_metrics: dict[str, float] = {}  # of the last validation
-        self.clock = Clock()
+        self.clock, self.loss_watch = Clock(), LossWatch(config.trainer.max_rise)
         self.progress_metrics: dict[str, float] = {}  # for the progress bar; `log(prog_bar=True)` waits at every step
         self.register_buffer("val_sums", torch.zeros(3, dtype=torch.float64), persistent=False)
 

@@ -1,6 +1,5 @@
 """Metrics of a run while it trains."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from eval.units import duration_text
 from train.device import peak_flops, synchronize
-from train.errors import TrainingError
 from train.lightning_private import TrainingProgressBar
-from train.lit_module import DIVERGENCE_HINT, LitModel, lit_model
+from train.lit_module import LitModel, lit_model
 
 
 class Metrics(L.Callback):
@@ -28,24 +26,21 @@ class Metrics(L.Callback):
                              that is known; recomputed activations are not counted
 
     Raises TrainingError, before a checkpoint is saved, when the loss is not finite, or exceeds its minimum by more than
-    `max_rise` nats in two consecutive reports.
+    `trainer.max_rise` nats in two consecutive reports.
     """
 
     def __init__(
         self,
         every: int,
         checkpoint_due: Callable[[int], bool],
-        max_rise: float,
         step_tokens: int,
         static_metrics: dict[str, float],
         print_reports: bool,
         print_validations: bool,
     ):
-        self.every, self.checkpoint_due, self.max_rise = every, checkpoint_due, max_rise
+        self.every, self.checkpoint_due = every, checkpoint_due
         self.step_tokens, self.static_metrics = step_tokens, static_metrics
         self.print_reports, self.print_validations = print_reports, print_validations
-        self.lowest = math.inf
-        self.risen = False  # in the last report
         self.loss: Tensor | float = 0.0
         self.lr = 0.0
         self.step = self.warm = self.reported = 0
@@ -99,7 +94,7 @@ class Metrics(L.Callback):
             module.clock.resume()
 
     def _report(self, trainer: L.Trainer, module: LitModel, loss: float) -> None:
-        self._check(loss)
+        module.loss_watch.see(loss, self.step)
         metrics = {"train/loss": loss, "train/lr": self.lr, "train/tokens": float(self.step * self.step_tokens)}
         seconds = module.clock.read()
         metrics["train/seconds"] = module.clock.seconds
@@ -126,15 +121,6 @@ class Metrics(L.Callback):
 
     def _place(self, trainer: L.Trainer) -> str:
         return f"step {trainer.global_step}/{trainer.max_steps}"
-
-    def _check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step}: {DIVERGENCE_HINT}")
-        rising = loss > self.lowest + self.max_rise
-        if rising and self.risen:
-            values = f"{loss:.3f} at step {self.step} after {self.lowest:.3f}"
-            raise TrainingError(f"the loss exploded, {values}: {DIVERGENCE_HINT}")
-        self.lowest, self.risen = min(loss, self.lowest), rising
 
 
 class ProgressBar(TrainingProgressBar):

@@ -275,7 +275,6 @@ def build_trainer(
     metrics = Metrics(
         options.log_every,
         checkpoints.due,
-        options.max_rise,
         config.batch_size * config.size.seq_len,
         static_metrics(config, plan),
         print_reports=options.progress and not bar,
