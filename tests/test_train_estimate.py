@@ -362,6 +362,13 @@ def test_micro_batch_is_the_largest_that_fits() -> None:
     assert planned(gpus=8, activation_checkpointing=True)["micro_batch"] > found["micro_batch"]
 
 
+def test_parameters_that_are_not_trained_have_no_gradients_and_moments() -> None:
+    whole, norms = planned()["memory"], planned(train_only="norm")["memory"]
+    share = norms["gradients"] / whole["gradients"]
+    assert share == norms["optimizer"] / whole["optimizer"] and 0 < share < 1e-3
+    assert norms["weights"] == whole["weights"]
+
+
 def test_time_follows_from_the_stated_rate() -> None:
     found = planned(gpus=4, nodes=2, mfu=0.5)
     assert found["world"] == 8
@@ -457,8 +464,12 @@ def test_tables_and_json(capsys: pytest.CaptureFixture) -> None:
 
 def test_command_is_one_that_pretrain_takes(capsys: pytest.CaptureFixture) -> None:
     changes = ["size.seq_len=512", "arch.pattern=[new kv, reuse kv x3]", "batch_size=128"]
-    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", *changes, "trainer.activation_checkpointing=true", "json=true")
+    changes += ["trainer.activation_checkpointing=true", "json=true"]
+    run("+arch=cla2", "+size=20m", "gpu=l4", "trainer=fsdp", "trainer.devices=4", *changes)
+    of_trainer = json.loads(capsys.readouterr().out)
+    run("+arch=cla2", "+size=20m", "gpus=4", "gpu=l4", *changes)
     found = json.loads(capsys.readouterr().out)
+    assert sorted(shlex.split(of_trainer["command"])) == sorted(shlex.split(found["command"]))
     _, name, *arguments = shlex.split(found["command"])
     assert name == "train/pretrain.py"
     seen = []

@@ -50,8 +50,8 @@ class EstimateConfig(PretrainConfig):
 
     gpu      h100, h200, b200, a100-80, ...: the short names in eval/hardware.py; null: the GPU of this machine. For any
              other, set memory= and trainer.peak_tflops= too
-    gpus     GPUs per node; several use fsdp unless trainer.strategy= is set
-    nodes    machines, of gpus= GPUs each
+    gpus     GPUs per node; null: trainer.devices. Several use fsdp unless trainer.strategy= is set
+    nodes    machines, of gpus= GPUs each; null: trainer.num_nodes
     mfu      assumed model FLOPs utilization if docs/results has no measurement of exactly this run; null: the rates of
              published runs for matrix products, attention and memory
     reserve  memory left for the CUDA context, NCCL and fragmentation
@@ -60,8 +60,8 @@ class EstimateConfig(PretrainConfig):
     """
 
     gpu: str | None = None
-    gpus: int = 1
-    nodes: int = 1
+    gpus: int | None = None
+    nodes: int | None = None
     mfu: float | None = None
     reserve: str = "4GiB"
     memory: str | None = None
@@ -89,12 +89,15 @@ class Speed:
 
 def pretrain_config(options: EstimateConfig) -> PretrainConfig:
     """The configuration that train/pretrain.py would get. Raises LayoutError if that would refuse it."""
-    requested, world = options.trainer, options.gpus * options.nodes
+    requested = options.trainer
+    gpus = requested.devices if options.gpus is None else options.gpus
+    nodes = requested.num_nodes if options.nodes is None else options.nodes
+    world = gpus * nodes
     trainer = replace(
         requested,
         accelerator="cuda",
-        devices=options.gpus,
-        num_nodes=options.nodes,
+        devices=gpus,
+        num_nodes=nodes,
         strategy="fsdp" if requested.strategy == "auto" and world > 1 else requested.strategy,
         precision="bf16" if requested.precision == "auto" else requested.precision,
         compile=True if requested.compile is None else requested.compile,
@@ -253,7 +256,8 @@ def make_estimate(
 def pretrain_command(config: PretrainConfig, typed: Sequence[str], micro: int) -> str:
     """The command line that starts the run: the typed words, and the estimated execution."""
     trainer = config.trainer
-    own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer.micro_batch=", "trainer=")
+    execution = tuple(f"trainer.{key}=" for key in ("micro_batch", "strategy", "devices", "num_nodes"))
+    own = ("gpu=", "gpus=", "nodes=", "mfu=", "reserve=", "memory=", "json=", "trainer=", *execution)
     words = ["python", "train/pretrain.py", *(word for word in typed if not word.startswith(own))]
     if trainer.strategy != "auto":
         words += [f"trainer={trainer.strategy}", f"trainer.devices={trainer.devices}"]

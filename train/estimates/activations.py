@@ -32,6 +32,7 @@ class Execution:
     documents   rows are packed documents, each of which attends to itself
     pads        documents fill whole blocks of a Block Transformer, with pads between them
     dense       windows are read in blocks and sinks are slots, as in torch's fused attention on a CPU
+    trained     share of the parameters that are trained
     """
 
     strategy: str = "auto"
@@ -44,6 +45,7 @@ class Execution:
     documents: bool = False
     pads: bool = False
     dense: bool = False
+    trained: float = 1.0
 
     @property
     def shards(self) -> int:

@@ -1,10 +1,12 @@
 """The largest micro-batch that the memory of a GPU holds by estimate, and what to change where it holds none."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from arch import ModelConfig, Plan, resolve
+from arch.convert import parameter_shapes
 from data.cli import UsageError
 from data.files import write_json
 from eval.runs import Run, RunError
@@ -33,7 +35,16 @@ def execution(config: PretrainConfig) -> Execution:
         checkpointing=trainer.activation_checkpointing,
         documents=config.data.document_mask,
         pads=bool(config.data.block_padding),
+        trained=trained_share(config),
     )
+
+
+def trained_share(config: PretrainConfig) -> float:
+    """Share of the parameters that `train_only` leaves trained."""
+    if config.train_only is None:
+        return 1.0
+    elements = {name: shape.numel() for name, shape in parameter_shapes(config.model).items()}
+    return sum(n for name, n in elements.items() if re.search(config.train_only, name)) / sum(elements.values())
 
 
 def largest_micro_batch(

@@ -102,8 +102,8 @@ def step_memory(config: ModelConfig, plan: Plan, how: Execution, micro_batch: in
     stacks = stack_shapes(config, plan, micro_batch)
     return Memory(
         weights=share,
-        gradients=share,
-        optimizer=2 * share,
+        gradients=round(how.trained * share),
+        optimizer=2 * round(how.trained * share),
         working=working_bytes(config, plan, how),
         activations=activation_bytes(config, plan, how, micro_batch),
         temporary=temporary_bytes(config, stacks, how),
