@@ -94,6 +94,12 @@ def end_token(tokenizer: Tokenizer, name: str | None) -> int:
     raise DataError(f"the tokenizer has no token {' or '.join(candidates)}; set tokenizer.end_of_text to one it has")
 
 
+def begin_token(tokenizer: Tokenizer) -> int | None:
+    """Id of the token that the tokenizer puts before a text; None if it puts none."""
+    whole, text = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return whole[0] if len(whole) > len(text) and whole[1 : len(text) + 1] == text else None
+
+
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Largest token id plus one; unused ids count."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())

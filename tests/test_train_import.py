@@ -33,10 +33,13 @@ from arch import (
 from arch.convert import ConversionError, UnsupportedModelError
 from arch.convert_formats import read_config
 from data.cli import UsageError
-from train import checkpoint, import_hf, pretrain
+from data.files import DataError
+from train import checkpoint, import_hf, load, pretrain
 from train.errors import TrainingError
+from train.export import export
 from train.hub import checkpoint_writer, importer
 from train.hub.folder_reader import INDEX, SINGLE, HFFolder, refuse_links
+from train.hub.request import ExportConfig
 from train.import_hf import ImportConfig
 from train.schema import PretrainConfig
 
@@ -179,6 +182,44 @@ def test_a_tokenizer_beside_it(
     do_import("from=hf", "out=new/ours")
     assert "tokenizer.name=new/ours" in capsys.readouterr().out
     assert (tmp_path / "new" / "ours" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
+
+
+def test_how_a_text_begins_and_ends_is_kept(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """From the folder of the hub to the import and its export: the begin of a text, its end, and the chat template."""
+    from rich.console import Console
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    fast = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    begin = "<|begin|>"
+    fast.add_special_tokens([begin, "<|turn_end|>"])
+    number = fast.token_to_id(begin)
+    fast.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, number)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=begin, eos_token="<|turn_end|>", chat_template="{{ messages[0]['content'] }}"
+    )
+    theirs("llama", vocab_size=608).save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    monkeypatch.chdir(tmp_path)
+    do_import("from=hf", "out=ours")
+    found = load("ours").tokenizer
+    assert (found.begin, found.end) == (number, tokenizer.eos_token_id)
+    assert found.prompt("def f") == tokenizer("def f")["input_ids"] == [number, *found.encode("def f")]
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    whole = hf.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=5, do_sample=False)[0]
+    assert load("ours").generate("def f", 5) == found.decode(whole[len(found.prompt("def f")) :].tolist())
+    export(ExportConfig("ours", "exported"), Console(quiet=True))
+    again = AutoTokenizer.from_pretrained("exported")
+    for name in ("bos_token_id", "eos_token_id", "chat_template"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    assert again("def f")["input_ids"] == tokenizer("def f")["input_ids"]
+    config = json.loads(Path("exported/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (number, tokenizer.eos_token_id)
+    (tmp_path / "ours" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is no JSON"):
+        load("ours").tokenizer  # noqa: B018
 
 
 # What is refused

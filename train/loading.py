@@ -1,5 +1,6 @@
 """Trained models for use: `model, tokenizer = load("runs/mine")`."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from arch import LanguageModel, ModelConfig, build, from_dict, generate
 from data.cli import UsageError
 from data.files import DataError, sha256
 from data.shards import Manifest
-from data.tokenizer import Encoder, end_token, pretrained, scaled_bytes, token_bytes
+from data.tokenizer import Encoder, begin_token, end_token, pretrained, scaled_bytes, token_bytes
 from eval.identity import Identity, short
 from eval.runs import Run, RunError
 from train import checkpoint
@@ -26,16 +27,20 @@ FIX = "Give the prepared folder that it was trained on with prepared="
 
 
 class Text:
-    """A tokenizer between text and lists of tokens; `end` is the token that ends a document."""
+    """A tokenizer between text and lists of tokens.
 
-    def __init__(self, tokenizer: Tokenizer, end: int):
-        self.tokenizer, self.end = tokenizer, end
+    end            the token that ends a document
+    begin          the token before the first of a document: the end of the one before it, or what an imported model has
+    chat_template  of an imported model, for its export
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end: int, own_begin: int | None = None, chat_template: Any = None):
+        self.tokenizer, self.end, self.own_begin, self.chat_template = tokenizer, end, own_begin, chat_template
         self._encoder = Encoder(tokenizer, end)
 
     @property
     def begin(self) -> int:
-        """The token before the first of a document: the end of the one before it."""
-        return self.end
+        return self.end if self.own_begin is None else self.own_begin
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -47,6 +52,10 @@ class Text:
         """The tokens of `text` as in training, without an end: a special token spelled out is ordinary text."""
         tokens: list[int] = self._encoder([text])[0][:-1].tolist()
         return tokens
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a text to continue: those of `encode`, after a begin that an imported model has."""
+        return self.encode(text) if self.own_begin is None else [self.own_begin, *self.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without special tokens."""
@@ -103,7 +112,7 @@ class LoadedModel:
         left if the model was trained with that (`data.block_padding`).
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokens = [self.tokenizer.encode(text) or [self.tokenizer.end] for text in texts]
+        tokens = [self.tokenizer.prompt(text) or [self.tokenizer.begin] for text in texts]
         if self.config is not None and self.config.data.block_padding:
             options = {"pad_token": self.tokenizer.end, **options}
         options = {"stop_token": self.tokenizer.end, **options}
@@ -219,7 +228,8 @@ def no_tokenizer(folder: Path, config: PretrainConfig | None) -> UsageError:
 def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
     """The tokenizer beside the weights of the checkpoint `folder`, as an import writes it; None if there is none.
 
-    Raises DataError if it is not the one that the weights are tied to.
+    That of an imported model begins and ends a text as tokenizer.json and tokenizer_config.json say. Raises DataError
+    if it is not the one that the weights are tied to, or damaged.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -230,4 +240,28 @@ def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
             f"{short(sha256(path))}. {FIX}"
         )
     tokenizer = pretrained(str(path))
-    return Text(tokenizer, end_token(tokenizer, None))
+    if "imported" not in checkpoint.load_info(folder):
+        return Text(tokenizer, end_token(tokenizer, None))
+    config = tokenizer_config(folder)
+    end = config.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    known = end if isinstance(end, str) and tokenizer.token_to_id(end) is not None else None
+    template, template_file = config.get("chat_template"), folder / "chat_template.jinja"
+    if template_file.is_file():
+        template = template_file.read_text()
+    return Text(tokenizer, end_token(tokenizer, known), begin_token(tokenizer), template)
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What the tokenizer_config.json of an imported model says; nothing if there is none. Raises DataError if it is
+    damaged."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}; copy it anew, or delete it") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is no JSON object; copy it anew, or delete it")
+    return found

@@ -12,7 +12,7 @@ from arch.footprint import kv_bytes, num_params
 from eval.console import visible
 from eval.plots.plan import draw_plan
 from eval.units import bytes_text, count_text, number_text
-from train.hub.records import Check, Training
+from train.hub.records import Check, Corpus, Training
 from train.hub.targets import TRANSFORMERS_FLOOR, Target
 
 PICTURE = "architecture.png"
@@ -26,6 +26,7 @@ def write_card(
     plan: Plan,
     target: Target,
     training: Training,
+    corpus: Corpus,
     checks: Sequence[Check],
     version: str,
     license_name: str | None = None,
@@ -40,7 +41,7 @@ def write_card(
         f"# {name}\n\n{summary(config, plan, target)}\n\n![who writes and who reads keys and values]({PICTURE})",
         f"## KV cache\n\n{kv_table(config, plan)}",
         f"## Training\n\n{training_list(config, training)}",
-        f"## Load and generate\n\n{usage(name, target)}",
+        f"## Load and generate\n\n{usage(name, target, corpus)}",
         f"## Engines\n\n{engines(target)}",
         f"## Verified\n\n{verified(checks, version)}",
     ]
@@ -140,8 +141,10 @@ def one_line(text: str | None) -> str | None:
     return None if text is None else html.escape(visible(" ".join(text.split())), quote=False)
 
 
-def usage(name: str, target: Target) -> str:
+def usage(name: str, target: Target, corpus: Corpus) -> str:
     trust = ", trust_remote_code=True" if target.code else ""
+    begin = "nothing begins it" if corpus.begin is None else "the tokenizer puts its `bos_token` before it"
+    chat = "there is no chat template" if corpus.chat_template is None else "the chat template is that of the import"
     needs = " and ".join((f"`transformers` {TRANSFORMERS_FLOOR} or later", *(f"`{name}`" for name in target.packages)))
     return f"""Needs {needs}.
 
@@ -155,7 +158,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-A document ends with the tokenizer's `eos_token`; nothing begins it, and there is no chat template."""
+A document ends with the tokenizer's `eos_token`; {begin}, and {chat}."""
 
 
 def engines(target: Target) -> str:

@@ -55,7 +55,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
         checks = run_checks(exported, console) if options.verify else []
         version = f"transformers {installed('transformers')} and torch {installed('torch')}"
         name = options.push_to_hub or request.out.name
-        write_card(partial, name, config, plan, target, training, checks, version, options.license)
+        write_card(partial, name, config, plan, target, training, corpus, checks, version, options.license)
         partial.rename(request.out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -77,8 +77,8 @@ def write(request: ExportRequest, reader: CheckpointReader, target: Target, corp
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_settings(folder, target, dtype, corpus.end)
-        write_tokenizer(folder, corpus.tokenizer, corpus.end, size["vocab_size"], size["max_position_embeddings"])
+        write_settings(folder, target, dtype, corpus)
+        write_tokenizer(folder, corpus, size["vocab_size"], size["max_position_embeddings"])
         write_weights(folder, reader, target.weights, dtype, request.shard_bytes)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -38,12 +39,15 @@ class Training:
 class Corpus:
     """The tokenizer, the token that ends a text, and validation windows, one token longer than their inputs.
 
-    There are no windows where the data is not on this machine.
+    There are no windows where the data is not on this machine. An imported model may have a token that `begin`s a text,
+    and a chat template.
     """
 
     tokenizer: Tokenizer
     end: int
     windows: list[list[int]]
+    begin: int | None = None
+    chat_template: Any = None
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def load_corpus(
     found = tokenizer_beside(folder, tied)
     if found is None:
         raise no_tokenizer(folder, config)
-    return Corpus(found.tokenizer, found.end, [])
+    return Corpus(found.tokenizer, found.end, [], found.own_begin, found.chat_template)
 
 
 def load_prepared(

@@ -238,8 +238,9 @@ def check_cache(exported: ExportUnderTest, cache: CacheBytes, model: LanguageMod
 def check_text(exported: ExportUnderTest, report: TokenizerReport, eos_token_id: int | None) -> list[Check]:
     tokenizer, end = exported.corpus.tokenizer, exported.corpus.end
     encode: Callable[[list[str]], list[Any]] = Encoder(tokenizer, end)
-    rows = [row[:-1].tolist() for row in encode(TEXTS)]
-    expected = [(row, tokenizer.decode(row)) for row in rows]
+    begin = [] if exported.corpus.begin is None else [exported.corpus.begin]
+    rows = [[*begin, *row[:-1].tolist()] for row in encode(TEXTS)]
+    expected = [(row, tokenizer.decode(row, skip_special_tokens=False)) for row in rows]
     equal = sum(a == b for a, b in zip(zip(report["ids"], report["texts"], strict=True), expected, strict=True))
     ends = (report["end"], eos_token_id)
     return [
