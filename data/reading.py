@@ -5,7 +5,7 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,17 @@ CHUNK = 2**24
 MEMORY = 14  # bytes for each byte of a document; measured: 6.5 with one process, 13.4 with others that encode
 
 
-def rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
+def rows_of_file(path: Path, column: str, by_lines: bool, option: str | None = "source.text") -> Iterator[str]:
     """Yield the texts of a file: of its rows (.parquet), of its lines (.jsonl), else all of it; `by_lines`, its lines.
 
-    A byte order mark before UTF-8 is no text.
+    A byte order mark before UTF-8 is no text. Errors name `option`, which chooses the column or key.
 
     Raises DataError on a row without text, a line longer than MAX_LINE, and a document that needs more memory than
     there is; OSError, ValueError and what decompression raises otherwise.
     """
     kind = kind_of(path)
     if kind == ".parquet":
-        yield from _rows_of_parquet(path, column)
+        yield from _rows_of_parquet(path, column, option)
     elif kind == ".jsonl":
         with _open(path) as raw:
             number = 0
@@ -36,7 +36,7 @@ def rows_of_file(path: Path, column: str, by_lines: bool) -> Iterator[str]:
                 number += 1
                 _check_line(path, number, len(line))
                 if line.strip():
-                    yield _text_of(path, number, line, column)
+                    yield _text_of(path, number, line, column, option)
     else:
         with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
             if by_lines:
@@ -64,29 +64,35 @@ def check_memory(name: str, size: int) -> None:
         )
 
 
-def string(value: Any, where: str) -> str:
+def string(value: Any, where: str, option: str | None = "source.text") -> str:
     """`value`, empty for null. Raises DataError if it is no text."""
     if value is not None and not isinstance(value, str):
-        raise DataError(f"{where} holds {type(value).__name__}, not text; set source.text to another")
+        another = "" if option is None else f"; set {option} to another"
+        raise DataError(f"{where} holds {type(value).__name__}, not text{another}")
     return value or ""
 
 
-def _rows_of_parquet(path: Path, column: str) -> Iterator[str]:
+def _rows_of_parquet(path: Path, column: str, option: str | None) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if column not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column {column}; set source.text to one of {file.schema_arrow.names}")
+            raise DataError(f"{path} has no column {column}{_others(file.schema_arrow.names, option)}")
         if file.schema_arrow.names.count(column) > 1:
             raise DataError(f"{path} has several columns {column}; give each its name")
         for batch in file.iter_batches(256, columns=[column]):
-            yield from (string(text, f"{path}: column {column}") for text in batch.column(0).to_pylist())
+            yield from (string(text, f"{path}: column {column}", option) for text in batch.column(0).to_pylist())
     except pyarrow.ArrowException as error:  # some of its kinds are no ValueError
         raise ValueError(str(error)) from error
 
 
-def _text_of(path: Path, number: int, line: bytes, column: str) -> str:
+def _others(names: Iterable[str], option: str | None) -> str:
+    """The end of an error about a column or key that is not there."""
+    return f", but {', '.join(names)}" if option is None else f"; set {option} to one of: {', '.join(names)}"
+
+
+def _text_of(path: Path, number: int, line: bytes, column: str, option: str | None) -> str:
     """The text in line `number` of a .jsonl file."""
     try:
         row = json.loads(line)
@@ -97,9 +103,8 @@ def _text_of(path: Path, number: int, line: bytes, column: str) -> str:
     if not isinstance(row, dict):
         raise DataError(f"{path}: line {number} is no JSON object with the key {column}")
     if column not in row:
-        names = ", ".join(row)
-        raise DataError(f"{path} has no key {column} in line {number}; set source.text to one of: {names}")
-    return string(row[column], f"{path}, line {number}: column {column}")
+        raise DataError(f"{path} has no key {column} in line {number}{_others(row, option)}")
+    return string(row[column], f"{path}, line {number}: column {column}", option)
 
 
 def _check_line(path: Path, number: int, size: int) -> None:

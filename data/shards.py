@@ -301,7 +301,8 @@ class TokenWindows:
         self.has_answers = manifest.row_length is not None
         if manifest.row_length not in (None, seq_len):
             raise DataError(
-                f"{folder} holds sequences of {manifest.row_length} tokens; set size.seq_len={manifest.row_length}"
+                f"{folder} holds sequences of {manifest.row_length} tokens; set size.seq_len={manifest.row_length}, or "
+                "in a task a window of as many"
             )
         self.stride, self.taken = (2 * seq_len + 1, 2 * seq_len) if self.has_answers else (seq_len, seq_len + 1)
         counts = [max(0, shard.tokens - self.taken + self.stride) // self.stride for shard in self.shards]

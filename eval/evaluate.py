@@ -59,7 +59,8 @@ class EvaluateConfig:
     prepared    prepared folder with the tokenizer of a checkpoint; null: that of the run
     trust       run code from the checkpoint; an exported folder of ours needs no trust if its code is unchanged
     revision    branch, tag or commit on the hub
-    out         folder for the results; null: evaluations/ in the run, or runs/evaluations/NAME
+    out         folder for the results; null: evaluations/ in the run, or one of the checkpoint's name in
+                runs/evaluations
     wandb       log to the wandb run of the run, if it has one
     seed        seed of random draws in tasks
     """
@@ -174,54 +175,68 @@ def evaluate(
         write_evaluation,
     )
 
-    subject = opened.subject
-    folder = options.out or (opened.run or Path("runs", FOLDER, subject.name)) / (FOLDER if opened.run else "")
-    given = options.text[0] if options.text else data.path
+    name = options.checkpoint.strip("/").replace("/", "--")
+    folder = options.out or (opened.run or Path("runs", FOLDER, name)) / (FOLDER if opened.run else "")
+    given = options.text or (() if data.path is None else (data.path,))
     about = {"checkpoint": options.checkpoint if opened.loaded is None else str(opened.loaded.checkpoint)}
     for given_method in filter(None, methods):
         try:
-            check_method(subject.model.plan, given_method)
+            check_method(opened.subject.model.plan, given_method)
         except ValueError as error:
-            raise UsageError(f"cache= of {subject.name}: {error}") from error
+            raise UsageError(f"cache= of {opened.subject.name}: {error}") from error
     console, results, written = PlainConsole(), {}, list[Path]()
-    entries: dict[str, dict[str, Any]] = {}
-    for chosen, method in ((chosen, method) for chosen in tasks for method in methods):
-        subject = replace(opened.subject, method=method)
-        key = key_of(chosen, None if given is None else str(given), name_of(method))
-        results[key] = chosen.run(subject)
-        try:
-            written += write_evaluation(key, chosen, subject, results[key], folder, about | {"step": opened.step})
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
-        if opened.step is not None:
-            entries[key] = entry(results[key], opened.step, digest_of(chosen, subject), name_of(method))
-        if results[key].rows:
-            console.print(rows_table(key, results[key]))
-        for note in results[key].notes:
-            console.print(f"{key}: {note}")
-    for table in (figures_table(subject.name, results), *comparisons(results)):
-        console.print(table)
-    merge_into_summary(opened, entries)
-    if options.wandb:
+    has_summary = is_of_summary(opened)
+    try:
+        for chosen, method in ((chosen, method) for chosen in tasks for method in methods):
+            subject = replace(opened.subject, method=method)
+            key = key_of(chosen, given, name_of(method))
+            results[key] = chosen.run(subject)
+            try:
+                written += write_evaluation(key, chosen, subject, results[key], folder, about | {"step": opened.step})
+            except OSError as error:
+                line = f"cannot write to {folder} ({error.strerror}); give another folder with out="
+                raise UsageError(line) from error
+            if has_summary and opened.step is not None:
+                found = entry(results[key], opened.step, digest_of(chosen, subject), name_of(method))
+                merge_into(opened, {key: found})
+            if results[key].rows:
+                console.print(rows_table(key, results[key]))
+            for note in results[key].notes:
+                console.print(f"{key}: {note}")
+    finally:  # what there is, if a later task fails or is interrupted
+        for table in (figures_table(opened.subject.name, results), *comparisons(results)) if results else ():
+            console.print(table)
+    if options.wandb and has_summary:
         log_to_wandb(opened, results, [path for path in written if path.suffix == ".png"])
     for path in written:
         console.print(str(path), soft_wrap=True)
     return results
 
 
-def merge_into_summary(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
-    """Put the entries of results into the summary of the run, where that is of the same checkpoint."""
-    from eval.evaluations import merge, steps_of_summary
+def is_of_summary(opened: "Opened") -> bool:
+    """Tell whether the checkpoint is that of the run's summary, and if there is one that is not, say so."""
+    from eval.evaluations import steps_of_summary
 
     if opened.run is None or opened.step is None:
-        return
+        return False
     steps = steps_of_summary(opened.run)
-    if steps == opened.step:
-        merge(opened.run, entries)
-    elif steps is None:
-        print("the run has not ended: it has no summary.json yet to put these figures into", file=sys.stderr)
-    else:
+    if steps is None:
+        print("the run has not ended: it has no summary.json yet to put figures into", file=sys.stderr)
+    elif steps != opened.step:
         line = f"summary.json is of step {steps}, these figures are of step {opened.step}: they are not put into it"
+        print(line, file=sys.stderr)
+    return steps == opened.step
+
+
+def merge_into(opened: "Opened", entries: dict[str, dict[str, Any]]) -> None:
+    """Put the entries of results into the summary of the run, or say that it cannot be written."""
+    from eval.evaluations import merge
+
+    assert opened.run is not None
+    try:
+        merge(opened.run, entries)
+    except OSError as error:
+        line = f"{opened.run}/summary.json cannot be written ({error.strerror}): figures are not put into it"
         print(line, file=sys.stderr)
 
 

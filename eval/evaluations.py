@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,22 +20,23 @@ from rich.table import Table
 
 from data.cli import value_text
 from data.files import write_json
+from eval.intervals import UNDECIDED, interval
 from eval.methods import NONE, name_of
 from eval.results import write_result
 from eval.runs import Run, RunError
 from eval.tasks import ChosenTask
-from eval.tasks.intervals import Z95
 from eval.tasks.task import Subject, TaskResult
 
 FOLDER, KEY = "evaluations", "evaluations"
 
 
-def key_of(chosen: ChosenTask, text: str | None, method: str = NONE) -> str:
-    """The key of a result: the task, the name of the text where that was given and changes the figures, the method."""
+def key_of(chosen: ChosenTask, texts: Sequence[Path], method: str = NONE) -> str:
+    """The key of a result: the task, the names of `texts` where these were given and change the figures, the method."""
     of_method = "" if method == NONE else f"[{method}]"
-    if not chosen.task.reads_text or text is None:
+    if not chosen.task.reads_text or not texts:
         return chosen.name + of_method
-    return f"{chosen.name}@{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(text).name.split('.jsonl')[0]) or 'text'}{of_method}"
+    names = "+".join(re.sub(r"[^A-Za-z0-9_.-]+", "-", text.name.split(".jsonl")[0]) or "text" for text in texts)
+    return f"{chosen.name}@{names}{of_method}"
 
 
 def file_name(key: str) -> str:
@@ -50,7 +50,9 @@ def digest_of(chosen: ChosenTask, subject: Subject) -> str:
 
     texts = None
     if chosen.task.reads_text:
-        texts = digest_of_files(subject.texts) if subject.texts else subject.prepared and subject.prepared.digest
+        texts = [digest_of_files(subject.texts), subject.text_key] if subject.texts else None
+        if subject.prepared is not None:
+            texts = [subject.prepared.digest, str(subject.prepared.val_tokens)]
     values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -152,7 +154,7 @@ def figures_table(name: str, results: Mapping[str, TaskResult]) -> Table:
 def comparisons(results: Mapping[str, TaskResult]) -> list[Table]:
     """Tables, one for each task that ran with several methods, of what each changes by the same windows and sequences.
 
-    The interval is that of the mean of paired differences to `none`, or to the first method, by a normal distribution.
+    The interval is that of the mean of paired differences to `none`, or to the first method, by Student's t.
     """
     groups: dict[str, dict[str, TaskResult]] = {}
     for key, result in results.items():
@@ -179,13 +181,12 @@ def comparisons(results: Mapping[str, TaskResult]) -> list[Table]:
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
     """The mean of `values` less `others`, and half of its interval of 95 %; `same` where all are equal."""
     found = [value - other for value, other in zip(values, others, strict=True)]
-    mean = math.fsum(found) / len(found)
     if not any(found):
         return "same"
-    if len(found) == 1:
-        return f"{mean:+.4f}"
-    half = Z95 * statistics.stdev(found) / math.sqrt(len(found))
-    return f"{mean:+.4f} ± {half:.4f}{'' if abs(mean) > half else ', not told apart'}"
+    of = interval(found)
+    if of.half is None:
+        return f"{of.mean:+.4f}"
+    return f"{of.mean:+.4f} ± {of.half:.4f}{f', {UNDECIDED}' if of.verdict == UNDECIDED else ''}"
 
 
 def rows_table(key: str, result: TaskResult) -> Table:

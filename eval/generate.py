@@ -46,7 +46,7 @@ class GenerateConfig:
     cache           compression of the cache: a codec, a rule of what to keep, both (int4+snapkv@25%), or none
     steps           how a token is decoded: plain; static, with shapes that stay the same; compiled, after seconds of
                     compiling; graph, on CUDA; auto: graph on CUDA, else plain
-    stop            texts that end a continuation, separated by commas; they are not printed
+    stop            texts that end a continuation, separated by commas, blanks and line ends included; not printed
     which           newest or best (by validation loss) checkpoint of a run
     device          cpu, cuda, ...; auto: cuda if there is one
     dtype           type of the weights: fp32, bf16, fp16; auto: fp32, or on a GPU the stored type of the hub's models
@@ -137,8 +137,10 @@ CONTEXT, PIECE = 8, 64  # tokens before those that are decoded, and those that a
 
 def main(arguments: Sequence[str]) -> None:
     given = [word.removeprefix("prompt=") for word in arguments if word.startswith("prompt=")]
-    words = [word for word in arguments if not word.startswith("prompt=")]
+    stops = [word.removeprefix("stop=") for word in arguments if word.startswith("stop=")]
+    words = [word for word in arguments if not word.startswith(("prompt=", "stop="))]
     options = parse(GenerateConfig, words or ["--help"])
+    options = replace(options, stop=tuple(stop for text in stops for stop in text.split(",") if stop))
     check(options)
     method = read_method(options.cache)
     prompts = [*given, *(read_prompts(options.prompts) if options.prompts else [])] or [""]
@@ -175,8 +177,8 @@ def read_prompts(path: Path) -> list[str]:
     from data.reading import rows_of_file
 
     try:
-        rows = rows_of_file(path, "prompt", by_lines=True)
-        found = [row.removesuffix("\n") for row in rows]
+        rows = rows_of_file(path, "prompt", by_lines=True, option=None)
+        found = [row.rstrip("\r\n") for row in rows]
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"prompts={path} cannot be read: {error}") from error
     found = [prompt for prompt in found if prompt]
@@ -192,18 +194,20 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     from arch import allocated_bytes
     from arch import generate as continue_prompts
     from arch.compression.layout import offloads
-    from arch.generation import batch_prompts
+    from arch.generation import batch_prompts, check_lengths
     from arch.static_step import choose_way
 
     tokenizer, model = subject.tokenizer, subject.model
-    tokens = [tokenizer.encode(prompt) or [tokenizer.begin] for prompt in prompts]
+    tokens = [tokenizer.prompt(prompt) or [tokenizer.begin] for prompt in prompts]
     rows = min(len(tokens), options.max_batch or len(tokens))
-    if rows < len(tokens) and subject.method is not None:
+    if rows < len(tokens) and (subject.method is not None or not model.plan.stacks):
+        which = "the cache of transformers" if subject.method is None else f"cache={options.cache}"
         raise UsageError(
-            f"max_batch={rows} with cache={subject.method.text}: such a cache takes no prompts later on, and there "
-            f"are {len(tokens)}; leave max_batch out, or give fewer prompts"
+            f"max_batch={rows}: {which} takes no prompts later on, and there are {len(tokens)}; leave max_batch out, "
+            "or give fewer prompts"
         )
     try:
+        check_lengths(model.plan, tokens, subject.pad_token)
         steps = choose_way(model, options.steps) if subject.method is None else "plain"
         first = sorted(tokens, key=len)[-rows:]
         batch = batch_prompts(model.plan, first, subject.pad_token, model.output_weight.device)

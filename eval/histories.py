@@ -151,6 +151,11 @@ class Curve:
         """The losses of `val`, `train` or `raw`."""
         losses = [run.losses(series) for run in self.runs]
         steps = reduce(np.intersect1d, [steps for steps, _ in losses])
+        if not len(steps):
+            folders = ", ".join(str(run.run.folder) for run in self.runs)
+            raise RunError(
+                f"{folders}: seeds of one configuration that report no loss at the same step; leave some out"
+            )
         common = np.stack([values[np.isin(of, steps)] for of, values in losses])
         return Band(steps, common.mean(axis=0), common.min(axis=0), common.max(axis=0))
 

@@ -30,6 +30,7 @@ from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
 from eval.identity import name_data
+from eval.intervals import BETTER, UNDECIDED, WORSE
 from eval.methods import NONE
 from eval.released import load, released_names
 from eval.runs import (
@@ -44,7 +45,6 @@ from eval.runs import (
     repeated_seeds,
     warn,
 )
-from eval.study_rows import BETTER, UNDECIDED, WORSE
 from eval.units import bytes_text, count_text, counted, number_text
 
 __all__ = ["METRICS"]

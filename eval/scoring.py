@@ -288,10 +288,13 @@ def repeats(batch: Batch, target_offset: int) -> Tensor:
     These are the "associative recall hits" of Zoology (Arora et al. 2023, section 3), here without its limit on how
     often training has seen the pair.
     """
-    tokens_BT = batch["inputs"]
-    last_B1 = batch["targets"][:, -1:].clamp(min=0)
-    tokens_BT = torch.cat((tokens_BT, last_B1) if target_offset else (tokens_BT[:, :1], tokens_BT), dim=1).long()
-    pairs_BT = (tokens_BT[:, :-1] << 32) + tokens_BT[:, 1:]
+    first_BT = second_BT = batch["inputs"].long()
+    if target_offset:  # the target of a row's last token is no input
+        targets_BT = batch["targets"].long()
+        second_BT = torch.where(targets_BT >= 0, targets_BT, second_BT.roll(-1, dims=1))
+    else:
+        first_BT = torch.cat((first_BT[:, :1], first_BT[:, :-1]), dim=1)
+    pairs_BT = (first_BT << 32) + second_BT
     again_BT = torch.ones_like(pairs_BT, dtype=torch.bool)
     for row_T, pairs_T in zip(again_BT, pairs_BT, strict=True):
         row_T[torch.from_numpy(np.unique(pairs_T.numpy(), return_index=True)[1])] = False

@@ -2,19 +2,15 @@
 
 import json
 import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.cli import UsageError
+from eval.intervals import UNDECIDED, Interval, interval
 
 Row = dict[str, Any]
-# Quantiles of Student's t at 0.975, by degrees of freedom from 1 on.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-NORMAL_975 = 1.960
-BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -88,30 +84,6 @@ def comparable(one: Group, other: Group) -> bool:
     """Tell whether two groups saw the same text, as many tokens and steps, in the same precision, at one commit."""
     same = ("data", "tokens", "seq_len", "commit", "speed", "val_tokens")
     return all(one.first[key] == other.first[key] for key in same)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean of paired differences over seeds, with the 95 % interval of Student's t; `half` None: of a single seed."""
-
-    mean: float
-    half: float | None
-    pairs: int
-
-    @property
-    def verdict(self) -> str:
-        if self.half is None or abs(self.mean) <= self.half:
-            return UNDECIDED
-        return BETTER if self.mean < 0 else WORSE
-
-
-def interval(differences: Sequence[float]) -> Interval:
-    """Interval of `differences`, of which there is at least one."""
-    count, mean = len(differences), statistics.fmean(differences)
-    if count < 2:
-        return Interval(mean, None, count)
-    quantile = T_975[count - 2] if count - 2 < len(T_975) else NORMAL_975
-    return Interval(mean, quantile * statistics.stdev(differences) / math.sqrt(count), count)
 
 
 def compare(group: Group, baseline: Group) -> Interval | None:

@@ -41,6 +41,8 @@ class TransformersCache:
     start_B: Tensor | None = None
     length: int = 0
 
+    takes_rows = False
+
     @property
     def nbytes(self) -> int:
         """Bytes of the storages behind the cache."""
@@ -178,6 +180,13 @@ class TransformersTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`, without those that begin and end one."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a text to continue, with those that the class puts around it, unless it has its begin."""
+        begin = self.tokenizer.bos_token
+        special = begin is None or not text.startswith(begin)
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -86,11 +86,12 @@ def test_the_command(run: str, old: Path, capsys: pytest.CaptureFixture) -> None
     options = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "min_p": 0.001, "seed": 3}
     words = [f"{key}={value}" for key, value in options.items()]
     expected = loaded.generate(prompts, 12, **options)
-    (old / "prompts.txt").write_text("\n".join(prompts[1:]) + "\n")
+    (old / "prompts.txt").write_bytes("\r\n\r\n".join(prompts[1:]).encode())
     out = shown(f"prompt={prompts[0]}", "prompts=prompts.txt", "max_new_tokens=12", *words)
     texts = [visible(prompt + more) for prompt, more in zip(prompts, expected, strict=True)]
     assert out == "\n".join(f"[{number}] {text}\n" for number, text in enumerate(texts, start=1))
-    words = ["max_new_tokens=12", "stop=e,\n"]
+    words = ["max_new_tokens=12", "stop=e, "]
+    assert " " not in shown(f"prompt={prompts[0]}", *words, "quiet=true").removeprefix(prompts[0])
     at_once = shown(f"prompt={prompts[0]}", "prompts=prompts.txt", *words)
     for rows in (1, 2):
         assert shown(f"prompt={prompts[0]}", "prompts=prompts.txt", f"max_batch={rows}", *words) == at_once

@@ -10,8 +10,8 @@ from oracles import Oracle, nothing, subject
 from arch import LanguageModel
 from arch.named import load_arch
 from data.cli import UsageError
+from eval.intervals import counted_share, interval, student, wilson
 from eval.tasks import copying
-from eval.tasks.intervals import counted_share, wilson
 from eval.tasks.likelihood import continuation_likelihoods, measure_next, whole_likelihoods
 
 
@@ -154,3 +154,12 @@ def test_wilson_intervals() -> None:
     ):
         assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
     assert counted_share(0, 0) == {"share": None, "low": 0.0, "high": 1.0, "count": 0}
+
+
+def test_intervals_of_means() -> None:
+    """Student's t: by its table, and beyond it to three digits of published ones; nothing of a single pair."""
+    published = {1: 12.706, 15: 2.131, 16: 2.120, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980, 10**6: 1.960}
+    assert {freedom: student(freedom) for freedom in published} == pytest.approx(published, abs=6e-4)
+    found = interval([1.0, 2.0, 6.0])
+    assert (found.mean, found.half) == (3.0, pytest.approx(4.303 * math.sqrt(7 / 3)))
+    assert interval([1.0]).half is None

@@ -91,6 +91,11 @@ def test_answers_are_in_the_prompt_and_other_choices_are_not(kind: str) -> None:
         assert len(present) == {"multikey": 3, "variables": 5}.get(kind, 0), "of keys that are not asked for"
 
 
+def test_there_is_a_wrong_choice_however_few_are_asked_for() -> None:
+    for kind in ("multivalue", "multiquery"):
+        assert make(kind, "bpe", choices=2).wrong
+
+
 def test_keys_that_are_asked_for_have_the_values_that_answer() -> None:
     for kind, asked, values in (("single", 1, 1), ("multikey", 1, 1), ("multivalue", 1, 4), ("multiquery", 4, 1)):
         sample = make(kind, "bpe")

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT
 
 from data.cli import UsageError
+from data.shards import IGNORE
 from eval.evaluate import main
 from eval.scoring import repeats
 from eval.tasks import TASKS, select_tasks
@@ -229,6 +230,25 @@ def test_repeated_pairs() -> None:
     inputs, targets = torch.tensor([row[:-1]]), torch.tensor([row[1:]])
     batch = {"inputs": inputs, "targets": targets, "step_targets": 10, "segment_ids_BT": None}
     assert repeats(batch, 1)[0].tolist() == expected
+    padded = {"inputs": torch.tensor([[*row[:-1], 0, 0]]), "targets": torch.tensor([[*row[1:], IGNORE, IGNORE]])}
+    assert repeats(batch | padded, 1)[0, :10].tolist() == expected, "beside a longer row"
     blocks = repeats(batch | {"inputs": targets}, 0)[0].tolist()
     pairs = pairs[1:]  # the token before the first target is not seen
     assert blocks == [False, *(pair in pairs[:number] for number, pair in enumerate(pairs))]
+
+
+def test_figures_of_tasks_before_one_that_fails_are_kept(old: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UsageError, match="needles"):
+        main(["checkpoint=run-mixattention", "tasks=perplexity,needles", "device=cpu"])
+    assert "perplexity/ppl" in capsys.readouterr().out
+    assert list(result(old / "run-mixattention" / "summary.json")["evaluations"]) == ["perplexity"]
+
+
+def test_prepared_data_by_documents_and_strides(old: Path) -> None:
+    """As many tokens as in validation, in windows no larger than the context."""
+    for words in (["perplexity.protocol=documents"], ["perplexity.protocol=stride"]):
+        main(["checkpoint=run-mixattention", "tasks=perplexity", "device=cpu", *words])
+        found = result(old / "run-mixattention" / "evaluations" / "perplexity.json")["figures"]["tokens"]
+        assert 128 <= found < 128 + 32, "the last window is whole"
+    with pytest.raises(UsageError, match=r"perplexity\.stride is 10000, more than the window of"):
+        main(["checkpoint=run-mixattention", "tasks=perplexity", "device=cpu", *words, "perplexity.stride=10000"])

@@ -99,7 +99,7 @@ class Evaluations(L.Callback):
                 self._log(trainer, chosen, subject, result)
 
     def _key(self, chosen: ChosenTask) -> str:
-        return key_of(chosen, str(self.texts[0]) if self.texts else None)
+        return key_of(chosen, self.texts)
 
     def _log(self, trainer: L.Trainer, chosen: ChosenTask, subject: Subject, result: TaskResult) -> None:
         """Write the result into the folder of the run, and its figures to the loggers and a line."""

@@ -96,6 +96,9 @@ def other_data(opened: Opened, folder: Path, val_tokens: int | None) -> Prepared
                 f"data.path={folder} was prepared with another tokenizer than that of {opened.subject.name}; prepare "
                 "it with that one (tokenizer.kind=pretrained tokenizer.name=FOLDER), or give text=FILE"
             )
-    tokens = manifest.splits["val"].tokens if "val" in manifest.splits else 0
+    if "val" not in manifest.splits:
+        raise DataError(
+            f"data.path={folder} has no text for validation; prepare it with source.val or source.val_share"
+        )
     masked = opened.config is not None and opened.config.data.document_mask
-    return Prepared({folder: manifest}, [1.0], val_tokens or tokens, masked)
+    return Prepared({folder: manifest}, [1.0], val_tokens or manifest.splits["val"].tokens, masked)

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from arch.compression.layout import left_alone, offloads
 from data.cli import UsageError
+from eval.intervals import interval, wilson
 from eval.methods import name_of
-from eval.tasks.intervals import Z95, wilson
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 
@@ -131,13 +131,16 @@ def run(subject: Subject, options: Options) -> TaskResult:
         left := left_alone(subject.model.plan, subject.method, ITEMSIZES[options.dtype])
     ):
         notes.append(f"{subject.method.text} drops nothing of {left}")
-    for part in PARTS:
-        if part in options.parts:
-            found = of_text(subject, options) if part == "text" else of_recall(subject, options, part)
-            figures |= found.figures
-            rows += found.rows
-            samples |= found.samples
-            notes += found.notes
+    parts = [part for part in PARTS if part in options.parts]
+    if "text" in parts and subject.prepared is not None and subject.prepared.has_answers:
+        parts.remove("text")
+        notes.append("text is left out: the data is questions and their answers; give text=FILE")
+    for part in parts:
+        found = of_text(subject, options) if part == "text" else of_recall(subject, options, part)
+        figures |= found.figures
+        rows += found.rows
+        samples |= found.samples
+        notes += found.notes
     if not rows:
         raise UsageError("compressed: nothing can be measured:\n" + "\n".join(notes))
     return TaskResult(figures, rows, notes=tuple(dict.fromkeys(notes)), samples=samples)
@@ -206,7 +209,8 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
     nats_NT = torch.cat(nats).double()
     means_N = nats_NT.mean(dim=1)
     count, loss = len(means_N), means_N.mean().item()
-    half = Z95 * (means_N.std() / math.sqrt(count)).item() if count > 1 else math.nan
+    half = interval(means_N.tolist()).half
+    half = math.nan if half is None else half
     rows = [row("text", f"{new} tokens after {prefix}", count, "loss", loss, loss - half, loss + half)]
     figures = {"loss": loss, **seen.figures()}
     formula = formula_bytes(subject, prefix, new, options.dtype)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
-from eval.tasks.intervals import counted_share
+from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 

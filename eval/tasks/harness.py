@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UsageError
-from eval.tasks.intervals import wilson
+from eval.intervals import wilson
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 

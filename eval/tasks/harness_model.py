@@ -19,7 +19,7 @@ from lm_eval.models.utils import (
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from data.cli import UsageError, did_you_mean
+from data.cli import TaskError, UsageError, did_you_mean
 from eval.tasks.harness import Options, by_prefix, window_of
 from eval.tasks.likelihood import Likelihood, continuation_likelihoods, pieces, whole_likelihoods
 from eval.tasks.task import Subject
@@ -55,7 +55,7 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         """The tokens of a text; a tokenizer of transformers encodes it as its class does, a begin of text included."""
         tokenizer = self.subject.tokenizer
         if not isinstance(tokenizer, TransformersTokenizer):
-            return tokenizer.encode(string)
+            return tokenizer.encode(string) if add_special_tokens is False else tokenizer.prompt(string)
         theirs = tokenizer.tokenizer
         if add_special_tokens is None and has_bos_prefix(string, theirs.decode(self.prefix_token_id)):
             add_special_tokens = False
@@ -117,7 +117,11 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         """
         found = [""] * len(requests)
         work: list[list[int]] = []
-        size = self.batch * (REQUESTS_PER_ROW if self.subject.model.plan.stacks else 1)
+        size = self.batch
+        if self.subject.model.plan.stacks:
+            sharing = self.subject.group
+            processes = 1 if sharing is None or sharing.lockstep else sharing.world_size
+            size *= min(REQUESTS_PER_ROW, max(1, len(requests) // (self.batch * processes)))
         encoded = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         for group in by_prefix([repr(request.args[1]) for request in requests]):
             group.sort(key=lambda index: -len(encoded[index]))
@@ -161,7 +165,10 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
 
 
 def evaluate(subject: Subject, options: Options) -> dict[str, Any]:
-    """Score the tasks, and return what `simple_evaluate` does. Raises UsageError on one that lm-eval does not know."""
+    """Score the tasks, and return what `simple_evaluate` does.
+
+    Raises UsageError on one that lm-eval does not know, TaskError if its data cannot be had.
+    """
     manager = None
     if options.include_path is not None:
         manager = TaskManager(include_path=options.include_path, include_defaults=False)
@@ -172,15 +179,18 @@ def evaluate(subject: Subject, options: Options) -> dict[str, Any]:
         if name not in manager.all_tasks:
             raise UsageError(f"lm-eval has no task {name}{did_you_mean(name, list(manager.all_tasks))}")
     with own_random_state():  # lm-eval seeds the global generators, with the same seeds as from its command line
-        found = lm_eval.simple_evaluate(
-            model=SubjectLM(subject, options.batch),
-            tasks=list(options.names),
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            task_manager=manager,
-        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=SubjectLM(subject, options.batch),
+                tasks=list(options.names),
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except OSError as error:  # of the hub: a data set that is not on this machine, and no network
+            raise TaskError(f"lm-eval: {error}") from error
     assert found is not None
     return {**found, "version": version("lm-eval")}
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
-from eval.tasks.intervals import counted_share
+from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 

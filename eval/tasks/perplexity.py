@@ -72,16 +72,18 @@ def run(subject: Subject, options: Options) -> TaskResult:
     if window <= plan.num_unpredicted:
         raise UsageError(f"perplexity.window is {window}; it must hold two blocks of {plan.block_length} tokens")
     stride = window if protocol in ("windows", "words") else options.stride or max(1, window // 2)
+    if stride > window:
+        raise UsageError(f"perplexity.stride is {stride}, more than the window of {window}: tokens would be left out")
+    tokens = options.tokens or (None if subject.prepared is None else subject.prepared.val_tokens)
+    all_counted = protocol == "words" and tokens is None and not plan.num_unpredicted
     scores = Scores()
     batches: ValidationBatches | TextBatches
-    if subject.prepared is not None and protocol == "windows":
-        tokens = options.tokens or subject.prepared.val_tokens
+    if subject.prepared is not None and tokens is not None and protocol == "windows":
         batches = ValidationBatches(subject.prepared, plan, window, tokens, options.batch)
     else:
         streams = streams_of(subject, protocol)
-        whole = protocol != "windows"
-        batches = TextBatches(streams, plan, window, stride, options.batch, whole, options.tokens)
-        if protocol == "words" and options.tokens is None:
+        batches = TextBatches(streams, plan, window, stride, options.batch, protocol != "windows", tokens)
+        if all_counted:
             scores.words = sum(stream.words for stream in streams)
             scores.raw_bytes = sum(stream.text_bytes for stream in streams)
     shown = subject.progress(batches, len(batches), f"{subject.name}: perplexity")
@@ -89,7 +91,7 @@ def run(subject: Subject, options: Options) -> TaskResult:
         scores.add(scored)
     if not scores.tokens:
         raise UsageError(f"perplexity: nothing can be scored: no document has {plan.num_unpredicted + 1} tokens")
-    return result(subject, scores, describe(subject, protocol, window, stride))
+    return result(subject, scores, describe(subject, protocol, window, stride, all_counted))
 
 
 def protocol_of(subject: Subject, options: Options) -> str:
@@ -112,7 +114,7 @@ def streams_of(subject: Subject, protocol: str) -> "list[Stream]":
     return list(texts(subject, protocol))
 
 
-def describe(subject: Subject, protocol: str, window: int, stride: int) -> str:
+def describe(subject: Subject, protocol: str, window: int, stride: int, all_counted: bool) -> str:
     """A sentence about what each scored token is conditioned on."""
     seen = f"of up to {window:,} tokens"
     if protocol == "windows":
@@ -125,7 +127,9 @@ def describe(subject: Subject, protocol: str, window: int, stride: int) -> str:
     of = {"documents": "each document by itself, its end not scored; ", "stride": "the text as one document; "}
     text = of.get(protocol, "") + text
     if protocol == "words":
-        text = f"pages of WikiText, detokenised, each by itself; {text}; words and bytes are those of the raw file"
+        text = f"pages of WikiText, detokenised, each by itself; {text}"
+        if all_counted:
+            text += "; words and bytes are those of the raw file"
     if subject.model.plan.num_unpredicted:
         text += f"; the first {subject.model.plan.num_unpredicted} targets of a window, a block, are not scored"
     return text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
 from data.config import RECALL_KINDS
-from eval.tasks.intervals import counted_share
+from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 

@@ -162,7 +162,7 @@ def needle(task: NeedleTask, tokenizer: Tokenizer, random: np.random.Generator, 
     query = asked[0] if len(asked) == 1 else f"{', '.join(asked[:-1])}, and {asked[-1]}"
     answers = tuple(number for k in range(task.queries) for number in values[k])
     others = [number for k in range(task.queries, task.keys) for number in values[k]]
-    wrong = [*others, *spare][: max(choices - len(answers), len(others))]
+    wrong = [*others, *spare][: max(choices - len(answers), len(others), 1)]
     some, what, verb = ("A", "What is the", "is") if wanted == 1 else ("Some", "What are all the", "are")
     return Draft(
         f"{some} special magic {kind} {verb} hidden within the following text. Make sure to memorize it. I will quiz "

@@ -39,6 +39,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a text to continue: after `begin`, where models of the tokenizer are used to it."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def text_bytes(self, text: str, tokens: Sequence[int]) -> Sequence[float]:
@@ -59,6 +63,11 @@ class Prepared:
     def digest(self) -> str:
         """Digests of the folders, joined."""
         return ", ".join(manifest.digest for manifest in self.folders.values())
+
+    @property
+    def has_answers(self) -> bool:
+        """True if documents are questions with answers (`Manifest.row_length`), not text."""
+        return any(manifest.row_length is not None for manifest in self.folders.values())
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Subject:
 
         for path in self.texts:
             try:
-                yield from filter(None, rows_of_file(path, self.text_key, by_lines=False))
+                yield from filter(None, rows_of_file(path, self.text_key, by_lines=False, option="text_key"))
             except (OSError, ValueError, EOFError) as error:
                 if isinstance(error, DataError):
                     raise
