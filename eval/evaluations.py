@@ -1,6 +1,6 @@
 """Results of tasks in the folder of a run: evaluations/<key>.json with its pictures, and the figures in summary.json.
 
-The key is the name of the task, with the name of a text that was given (`perplexity@wiki.test`), and with the cache
+The key is the name of the task, with the names of texts that were given (`perplexity@wiki.test`), and with the cache
 method where there is one (`compressed[int4]`). In summary.json, under `evaluations`: for each key its figures, `step`
 of the checkpoint, a digest of the options and the text, the method, if any, and where the task cannot tell beforehand
 which figures are the better the larger they are, which.
