@@ -44,6 +44,13 @@ class RecallConfig:
         return [int(pairs) for pairs in (self.pairs if isinstance(self.pairs, list) else [self.pairs])]
 
 
+def as_numbers(pairs: Any) -> Any:
+    """`pairs` with text of the command line read as numbers, as far as it is any."""
+    if isinstance(pairs, list):
+        return [as_numbers(number) for number in pairs]
+    return int(pairs) if isinstance(pairs, str) and pairs.isdecimal() else pairs
+
+
 @dataclass
 class SourceConfig:
     """Source of the text: `corpus`, or `dataset`, or, with neither, files.
@@ -154,8 +161,11 @@ class PrepareConfig:
         recipe = {key: value for key, value in asdict(self).items() if key in ("source", "tokenizer", *LIMITS)}
         if self.source.corpus != "recall":
             del recipe["source"]["recall"]
-        elif not self.source.recall.joined:  # which the first such folders do not say
-            del recipe["source"]["recall"]["joined"]
+            return recipe
+        recall = recipe["source"]["recall"]
+        recall["pairs"] = as_numbers(recall["pairs"])
+        if not recall["joined"]:  # which the first such folders do not say
+            del recall["joined"]
         return recipe
 
 

@@ -38,9 +38,9 @@ def rename(old: Path, new: Path) -> None:
     sync_folder(new.parent)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file, or what is in its place, to a free name beside it, and return that."""
-    names = ["damaged", *(f"damaged-{number}" for number in range(2, 10_000))]
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a file or folder to a free name beside it, which says `why`, and return that."""
+    names = [why, *(f"{why}-{number}" for number in range(2, 10_000))]
     free = next(other for name in names if not os.path.lexists(other := path.with_name(f"{path.name}.{name}")))
     rename(path, free)
     return free

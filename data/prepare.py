@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from data import source_record
 from data.cli import fail, interrupted
 from data.config import PrepareConfig, RecallConfig, SourceConfig, TokenizerConfig, problems
-from data.files import DataError, sha256
+from data.files import DataError, sha256, write_text
 from data.held_out import MIN_DOCUMENTS, no_text
 from data.listing import SourceFile
 from data.pool import encoded
@@ -221,7 +221,8 @@ class Preparation:
         splits, own = self.progress.splits, file.split
         if not splits[own].full:
             return False
-        if self.source.held_out.cuts is not None:  # the text that is held out comes last
+        # One file of a corpus has all of its splits; of text that is cut, what is held out comes last.
+        if self.config.source.corpus or self.source.held_out.cuts is not None:
             return all(splits[split].full for split in self.source.can_yield(file))
         held_out = [splits[split] for split in self.source.held_out.shares] if own == "train" else []
         return all(split.full or split.documents >= MIN_DOCUMENTS for split in held_out)
@@ -291,7 +292,7 @@ class Preparation:
         else:
             print(f"training a tokenizer of {config.vocab_size} tokens", file=sys.stderr)
             tokenizer = train_bpe(self.source.sample(config.sample_bytes), config.vocab_size)
-        tokenizer.save(str(path))
+        write_text(path, tokenizer.to_str(pretty=True))  # its own `save` raises no OSError
         np.save(self.folder / "token_bytes.npy", token_bytes(tokenizer))
         return tokenizer
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import LIMITS
+from .config import LIMITS, as_numbers
 from .files import DataError, sha256, write_json
 
 FORMAT = 2
@@ -140,6 +140,8 @@ class Manifest:
         recipe = _object(values, "recipe")
         for key in ("source", "tokenizer"):
             _object(recipe, key)
+        if recall := recipe["source"].get("recall"):  # the first such folders have text of the command line
+            recipe["source"]["recall"] = recall | {"pairs": as_numbers(recall.get("pairs"))}
         manifest: Manifest = _record(cls, {**values, "splits": splits, "recipe": dict.fromkeys(LIMITS) | recipe}, "it")
         if manifest.dtype not in ("<u2", "<u4"):
             raise ValueError(f"dtype {manifest.dtype[:20]!r}")

@@ -203,7 +203,8 @@ class TextSource:
                 "source.dataset, source.subset, source.revision and the network; `hf auth login` opens a gated one"
             ) from error
         if dataset.column_names is not None and config.text not in dataset.column_names:
-            raise DataError(f"{config.dataset} has no column {config.text}; set source.text to {dataset.column_names}")
+            names = ", ".join(dataset.column_names)
+            raise DataError(f"{config.dataset} has no column {config.text}; set source.text to one of: {names}")
         dataset = dataset.select_columns([config.text])
         if state is not None:
             dataset.load_state_dict(state)

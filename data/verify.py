@@ -151,10 +151,13 @@ def _shard_errors(folder: Path, shard: Shard, manifest: Manifest) -> Iterator[st
     if path.stat().st_size != size:
         yield f"{path} has {path.stat().st_size} bytes instead of {size}"
         return
-    if sha256(path) != shard.sha256:
-        yield f"{path} is altered: its checksum is not that of the manifest"
-    if sha256(offsets) != shard.offsets_sha256:
-        yield f"{offsets} is altered: its checksum is not that of the manifest"
+    try:
+        expected = {path: shard.sha256, offsets: shard.offsets_sha256}
+        altered = [file for file, digest in expected.items() if _checksum(file) != digest]
+    except DataError as error:
+        yield str(error)
+        return
+    yield from (f"{file} is altered: its checksum is not that of the manifest" for file in altered)
     tokens = np.memmap(path, manifest.dtype, mode="r")
     ends = []
     for begin in range(0, len(tokens), CHUNK):

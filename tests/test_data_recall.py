@@ -1,5 +1,6 @@
 """Data sets of associative recall: sequences with their answers, from the corpus to the batches of a run."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -176,3 +177,23 @@ def test_a_run_learns_answers(folder: Path, tmp_path: Path) -> None:
     losses = [line.split(",")[header.split(",").index("train/loss")] for line in lines]
     known = [float(loss) for loss in losses if loss]
     assert known[0] > 3.5 and known[-1] < 0.2
+
+
+def test_a_limit_of_tokens_leaves_text_to_validate_on(tmp_path: Path) -> None:
+    """One file of the corpus has all of its splits, each of which the limit is for."""
+    recall = RecallConfig(pairs=2, length=16, rows=40, val_rows=5)
+    prepare(replace(preparation(recall, tmp_path / "data"), max_tokens=330))
+    splits = Manifest.load(tmp_path / "data").splits
+    assert (splits["train"].tokens, splits["val"].tokens) == (330, 165)
+
+
+def test_pairs_are_numbers_however_they_are_given(tmp_path: Path) -> None:
+    """On the command line of data/prepare.py they are text."""
+    typed, given = (preparation(RecallConfig(pairs=pairs)).recipe for pairs in (["4", "8"], [4, 8]))
+    assert typed == given and typed["source"]["recall"]["pairs"] == [4, 8]
+    assert preparation(RecallConfig(pairs="2")).recipe == preparation(RecallConfig(pairs=2)).recipe
+    prepare(preparation(RecallConfig(pairs=2, length=16, rows=4, val_rows=2), tmp_path / "data"))
+    values = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    values["recipe"]["source"]["recall"]["pairs"] = "2"  # as it was written before
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(values))
+    assert Manifest.load(tmp_path / "data").recipe["source"]["recall"]["pairs"] == 2
