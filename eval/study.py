@@ -75,8 +75,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def baseline_of(group: Group, baselines: Sequence[Group]) -> Group:
-    """The baseline under the conditions of `group`, or else the first."""
-    return next((other for other in baselines if compare(group, other) is not None), baselines[0])
+    """The baseline under the conditions of `group`, of its own study if that has one; or else the first."""
+    fitting = [other for other in baselines if compare(group, other) is not None]
+    own = [other for other in fitting if other.first["study"] == group.first["study"]]
+    return [*own, *fitting, *baselines][0]
 
 
 def sentences(found: Sequence[Group], baselines: Sequence[Group]) -> list[str]:

@@ -81,9 +81,16 @@ def groups(rows: Iterable[Row], stage: str) -> list[Group]:
 
 
 def comparable(one: Group, other: Group) -> bool:
-    """Tell whether two groups saw the same text, as many tokens and steps, in the same precision, at one commit."""
-    same = ("data", "tokens", "seq_len", "commit", "speed", "val_tokens")
-    return all(one.first[key] == other.first[key] for key in same)
+    """Tell whether two groups saw the same text, as many tokens and steps, in the same precision, at one commit, from
+    the same beginning and by the same optimizer, but for its learning rate."""
+    return _conditions(one.first) == _conditions(other.first)
+
+
+def _conditions(row: Row) -> dict[str, Any]:
+    config = row["config"]
+    found = {key: row[key] for key in ("data", "tokens", "seq_len", "commit", "speed", "val_tokens")}
+    found |= {key: config.get(key) for key in ("batch_size", "init", "train_only")}
+    return found | {"optim": {key: value for key, value in config["optim"].items() if key != "lr"}}
 
 
 def compare(group: Group, baseline: Group) -> Interval | None:

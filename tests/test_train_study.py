@@ -1,5 +1,6 @@
 """Studies: matched sizes, which runs are left, rows, and jobs that are cut and continue."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -17,10 +18,20 @@ from eval import evaluate
 from eval import study as report
 from eval.study_rows import compare, frontier, groups, read_rows, sentence
 from train import pretrain, study
+from train.errors import DIVERGENCE_HINT
 from train.matching import find_match
 from train.schema import PretrainConfig
 from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
-from train.studies.launchers import DONE, STOPPED, Job, LocalHandle, LocalLauncher, SlurmJob, SlurmLauncher
+from train.studies.launchers import (
+    DONE,
+    STOPPED,
+    Job,
+    LocalHandle,
+    LocalLauncher,
+    SlurmJob,
+    SlurmLauncher,
+    same_options,
+)
 from train.studies.rows import append_row
 from train.studies.schema import StudyConfig
 
@@ -119,11 +130,11 @@ def wait(handle: LocalHandle) -> str:
 
 
 def test_a_job_goes_on_until_all_is_done(tmp_path: Path) -> None:
-    assert wait(LocalHandle(Steps(tmp_path / "a", (), (), (), 1))) == DONE
-    stopped = LocalHandle(Steps(tmp_path / "b", (), (), (), 1))
+    assert wait(LocalHandle(Steps(tmp_path / "a", (), (), {}, 1))) == DONE
+    stopped = LocalHandle(Steps(tmp_path / "b", (), (), {}, 1))
     stopped.stop()
     assert wait(stopped) in (STOPPED, DONE)
-    failing = Steps(tmp_path / "c", (), (), (), 1)
+    failing = Steps(tmp_path / "c", (), (), {}, 1)
     failing.next_command()
     object.__setattr__(failing, "program", "print('no text here'); raise SystemExit(3)")
     assert wait(LocalHandle(failing)) == "exit code 3: no text here"
@@ -132,7 +143,7 @@ def test_a_job_goes_on_until_all_is_done(tmp_path: Path) -> None:
 
 
 def test_commands_of_a_run(tmp_path: Path) -> None:
-    job = Job(tmp_path, ("+arch=mha",), ("tasks=recall",), ("recall",), 1)
+    job = Job(tmp_path, ("+arch=mha",), ("tasks=recall",), {"recall": {}}, 1)
     assert job.next_command()[-2:] == ["+arch=mha", f"folder={tmp_path}"]
     (tmp_path / "config.yaml").write_text("")
     assert job.next_command()[-1] == f"resume={tmp_path}"
@@ -141,6 +152,7 @@ def test_commands_of_a_run(tmp_path: Path) -> None:
 def row(arch: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
     kv = {str(context): [context * (2 if arch == "mha" else 1), 1] for context in (2048, 8192, 32768, 131072)}
     made = {"arch": arch, "seed": seed, "loss": loss, "key": arch, "stage": MAIN, "commit": "c" * 40, "lr": 1e-3}
+    made |= {"study": "s", "config": {"batch_size": 8, "optim": {"name": "adamw", "lr": loss}}}
     made |= {"data": [{"name": "books", "digest": "d"}], "tokens": 10, "seq_len": 4, "speed": {}, "val_tokens": 8}
     made |= {"kv": kv, "params": 7, "val_curve": [[5, loss + 1], [10, loss]], "match": None, "date": "2026-01-31T00"}
     return made | {"tasks": {"decode": {"figures": {"token_ms": 2.0}}}, "hardware": "a CPU"} | changes
@@ -160,6 +172,19 @@ def test_layouts_are_compared_by_seed() -> None:
     assert sentence(mla, mha).startswith("mla (ccccccc): not told apart from mha (+0.0333 ±")
     assert compare(other, mha) is None and "under the same conditions" in sentence(other, mha)
     assert frontier({"a": (1, 3.0), "b": (2, 3.1), "c": (3, 2.0)}) == ["a", "c"]
+
+
+def test_a_baseline_has_the_conditions_of_its_layout() -> None:
+    """Not those of another optimizer with a lower loss; of two that would do, that of the same study."""
+    muon = {"batch_size": 8, "optim": {"name": "muon", "lr": 1e-3}}
+    rows = [row("mha", seed, 3.0, config=muon, key="m") for seed in range(2)]
+    rows += [row("mha", seed, 3.3, study="t", key="t") for seed in range(2)]
+    rows += [row(arch, seed, loss) for arch, loss in (("mha", 3.4), ("cla2", 3.35)) for seed in range(2)]
+    by_loss = sorted(groups(rows, MAIN), key=lambda group: group.first["loss"])
+    cla2 = next(group for group in by_loss if group.label == "cla2")
+    baselines = [group for group in by_loss if group.first["arch"] == "mha"]
+    assert report.baseline_of(cla2, baselines).first["loss"] == 3.4
+    assert compare(cla2, baselines[0]) is None
 
 
 def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -303,6 +328,40 @@ class Executor:
         return Submitted(call)
 
 
+def test_a_run_that_fails_otherwise_than_by_its_rate_is_waited_for(tmp_path: Path) -> None:
+    options = StudyConfig(archs=["a"], lrs=[1e-3, 2e-3], lr_extra=0, tokens=10, tasks=[], folder=str(tmp_path))
+    found = study.Study(options, [layout("a")])
+    low, high = found.cells()[0]
+    found.done[low.key, low.seed] = {"loss": 2.0, "tasks": {}}
+    found.failed[high.folder_name] = "exit code 137: killed"
+    assert not found.cells()[1]
+    found.failed[high.folder_name] = f"exit code 1: error: the loss exploded: {DIVERGENCE_HINT}. There was none"
+    assert found.cells()[1]["a"].lr == 1e-3
+
+
+def test_a_run_of_another_commit_makes_way(tmp_path: Path) -> None:
+    options = StudyConfig(archs=["a"], seeds=[0], lrs=[1e-3], tokens=10, tasks=[], folder=str(tmp_path))
+    found = study.Study(options, [layout("a")])
+    (cell,) = found.cells()[0]
+    folder = found.job(cell).folder
+    for commit in (found.commit, "1234567890"):
+        folder.mkdir(exist_ok=True)
+        (folder / "run.json").write_text(json.dumps([{"git": commit}]))
+        found.make_way(cell)
+    assert not folder.exists() and [path.name for path in tmp_path.iterdir()] == [f"{folder.name}.of-1234567"]
+
+
+def test_results_of_other_options_do_not_count(tmp_path: Path) -> None:
+    options = {"pairs": (4, 8), "sequences": 64}
+    assert same_options({"options": {"pairs": [4, 8], "sequences": 64, "new": 1}}, options)
+    assert not same_options({"options": {"pairs": [4], "sequences": 64}}, options)
+    job = Job(tmp_path, (), ("tasks=recall",), {"recall": options}, 1)
+    (tmp_path / "evaluations").mkdir()
+    assert not job.has_result("recall")
+    (tmp_path / "evaluations" / "recall.json").write_text(json.dumps({"options": {"pairs": [4, 8]}}))
+    assert job.has_result("recall")
+
+
 def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match="needs submitit"):
@@ -312,9 +371,9 @@ def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="Unknown argument"):
         SlurmLauncher(tmp_path, {"gpus": 1}, 2)
     launcher = SlurmLauncher(tmp_path, {"timeout_min": 5}, 2)
-    handle = launcher.start(Steps(tmp_path / "a", (), (), (), 1))
+    handle = launcher.start(Steps(tmp_path / "a", (), (), {}, 1))
     assert handle.poll() == DONE and handle.job.next_command() is None
     handle.stop()
     assert handle.submitted.cancelled
-    again = SlurmJob(Steps(tmp_path / "b", (), (), (), 1)).checkpoint()  # preempted before its first command
+    again = SlurmJob(Steps(tmp_path / "b", (), (), {}, 1)).checkpoint()  # preempted before its first command
     assert again() == DONE

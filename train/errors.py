@@ -2,6 +2,8 @@
 
 from data.cli import TaskError
 
+DIVERGENCE_HINT = "lower optim.lr, or warm up longer"  # the end of every error about a loss or weights that diverge
+
 
 class TrainingError(TaskError):
     """A run that cannot go on; the message says why and what is left of it."""

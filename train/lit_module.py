@@ -18,14 +18,12 @@ from arch.config import to_dict
 from data.batches import IGNORE, Batch
 from eval.identity import Identity
 from train.clock import Clock
-from train.errors import TrainingError
+from train.errors import DIVERGENCE_HINT, TrainingError
 from train.fp8 import convert_to_fp8
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.parallel import hybrid_mesh, parallelize
 from train.schema import PretrainConfig, num_replicas, num_steps
-
-DIVERGENCE_HINT = "lower optim.lr, or warm up longer"
 
 
 class LossWatch:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
 from types import FrameType
@@ -22,14 +23,16 @@ from rich.table import Table
 
 from arch import LayoutError
 from data.cli import TaskError, UsageError
+from data.files import set_aside
 from eval.cli import Choices, launch
 from eval.console import PlainConsole
 from eval.environment import git_revision
-from eval.runs import RunError
+from eval.runs import Run, RunError
 from eval.study_rows import newest, read_rows
 from eval.units import bytes_text, count_text, duration_text
+from train.errors import DIVERGENCE_HINT
 from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
-from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start
+from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start, same_options
 from train.studies.rows import append_row, row_of
 from train.studies.schema import StudyConfig, problems
 
@@ -89,17 +92,25 @@ class Study:
         row = self.done.get((cell.key, cell.seed))
         return None if row is None else row["loss"]
 
+    def has_diverged(self, cell: Cell) -> bool:
+        """Tell whether the run failed by its learning rate. One that failed otherwise is tried again, and its layout
+        waits for it."""
+        return DIVERGENCE_HINT in self.failed.get(cell.folder_name, "")
+
     def is_done(self, cell: Cell) -> bool:
         row = self.done.get((cell.key, cell.seed))
-        wanted = self.tasks_of(cell)
-        return row is not None and all(task in row["tasks"] for task in wanted)
+        return row is not None and all(
+            task in row["tasks"] and same_options(row["tasks"][task], options)
+            for task, options in self.tasks_of(cell).items()
+        )
 
-    def tasks_of(self, cell: Cell) -> tuple[str, ...]:
-        """The search of a learning rate needs no tasks."""
-        return tuple(self.options.tasks) if cell.stage == MAIN else ()
+    def tasks_of(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """The options of the tasks of a run; the search of a learning rate needs none."""
+        assert self.options.chosen is not None
+        return {task.name: asdict(task.options) for task in self.options.chosen} if cell.stage == MAIN else {}
 
     def cells(self) -> tuple[list[Cell], dict[str, Choice]]:
-        return next_cells(self.options, self.layouts, self.loss_of, lambda cell: cell.folder_name in self.failed)
+        return next_cells(self.options, self.layouts, self.loss_of, self.has_diverged)
 
     def job(self, cell: Cell) -> Job:
         options = self.options
@@ -169,6 +180,7 @@ class Study:
                     self.wait_for_stop(running)
                     break
                 for cell in self.startable(running):
+                    self.make_way(cell)
                     running[cell.folder_name] = (cell, start(self.job(cell)), time.monotonic())
                     self.say(f"{cell} starts")
                 if not running:
@@ -176,6 +188,16 @@ class Study:
                 time.sleep(PAUSE)
                 self.collect(running)
         self.end(bool(stopped) or time.monotonic() > deadline)
+
+    def make_way(self, cell: Cell) -> None:
+        """Rename the folder of the run if it was begun at another commit, whose rows do not count."""
+        folder = self.job(cell).folder
+        if self.options.others == "keep" or not (folder / "run.json").exists():
+            return
+        commits = {str(start.get("git")) for start in Run(folder).starts}
+        if commits != {self.commit}:
+            aside = set_aside(folder, f"of-{'-'.join(sorted(commit[:7] for commit in commits))}")
+            self.say(f"{folder.name} was begun at another commit; it is now {aside.name}")
 
     def startable(self, running: Mapping[str, Any]) -> list[Cell]:
         cells, _ = self.cells()

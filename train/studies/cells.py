@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hydra import compose
@@ -88,11 +87,11 @@ def key_of(config: PretrainConfig, data: str) -> str:
 def layouts(study: StudyConfig) -> list[Layout]:
     """Compose the runs of every layout. Raises UsageError or LayoutError if one cannot be trained."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
-    digests: dict[tuple[Path, ...], str] = {}
+    digests: dict[Any, str] = {}
     return [_layout(study, arch, digests) for arch in study.archs]
 
 
-def _layout(study: StudyConfig, arch: str, digests: dict[tuple[Path, ...], str]) -> Layout:
+def _layout(study: StudyConfig, arch: str, digests: dict[Any, str]) -> Layout:
     name = f"{study.name}-{arch}"
     words = [*study.layout_words(arch), *study.run, f"match={study.match}", f"name={hydra_value(name)}"]
     if study.data.path is not None:
@@ -112,21 +111,23 @@ def _layout(study: StudyConfig, arch: str, digests: dict[tuple[Path, ...], str])
         raise LayoutError(found)
     resolve(config.model)
     config, match = matched(config)
-    folders = tuple(config.data.folders)
-    if folders not in digests:
-        digests[folders] = data_digest(config)
-    return Layout(arch, config, tuple(words), match, digests[folders])
+    read = tuple(config.data.folders), tuple((config.data.mix or {}).values())
+    if read not in digests:
+        digests[read] = data_digest(config)
+    return Layout(arch, config, tuple(words), match, digests[read])
 
 
 def data_digest(config: PretrainConfig) -> str:
-    """Digest of the data of a run; a corpus that is on every machine is prepared if it is missing."""
+    """Digest of the data of a run, and the weights of a mixture; a corpus that is on every machine is prepared if it
+    is missing."""
     if all((folder / "manifest.json").exists() for folder in config.data.folders):
         digests = [Manifest.load(folder).digest for folder in config.data.folders]
     else:
         from train.datamodule import open_data  # brings torch
 
         digests = [manifest.digest for manifest in open_data(config.data).values()]
-    return ", ".join(digests)
+    weights = list((config.data.mix or {}).values())
+    return ", ".join(digests) + (f" by {[weight / sum(weights) for weight in weights]}" if weights else "")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Start the runs of a study: as processes of this machine, or as jobs of SLURM."""
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from data.cli import UsageError, hydra_value
 from eval.environment import ROOT
-from eval.evaluations import KEY
+from eval.evaluations import FOLDER, KEY, file_name
 from eval.runs import Run, RunError
 
 LOG = "study.log"  # in the folder of a run: what its commands printed
@@ -25,13 +26,13 @@ class Job:
 
     words       of train/pretrain.py
     task_words  of eval/evaluate.py
-    tasks       names of the results in summary.json; without any, nothing is evaluated
+    tasks       options of the results in summary.json, by their names; without any, nothing is evaluated
     """
 
     folder: Path
     words: tuple[str, ...]
     task_words: tuple[str, ...]
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, Mapping[str, Any]]
     threads: int
 
     def next_command(self) -> list[str] | None:
@@ -42,10 +43,18 @@ class Job:
             words = [f"resume={folder}"] if started else [*self.words, f"folder={folder}"]
             return [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
         evaluated = Run(self.folder).summary.get(KEY, {})
-        if all(task in evaluated for task in self.tasks):
+        if all(task in evaluated and self.has_result(task) for task in self.tasks):
             return None
         words = [f"checkpoint={self.folder}", "wandb=false", *self.task_words]
         return [sys.executable, str(ROOT / "eval" / "evaluate.py"), *words]
+
+    def has_result(self, task: str) -> bool:
+        """Tell whether the folder has the result of `task` with its options."""
+        try:
+            result = json.loads((self.folder / FOLDER / f"{file_name(task)}.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return same_options(result, self.tasks[task])
 
     def start(self, command: list[str]) -> subprocess.Popen[bytes]:
         """Start `command` in a session of its own, so that Ctrl-C reaches it through the study alone; it is asked to
@@ -79,6 +88,13 @@ class Job:
         except OSError:
             return "it has no log"
         return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+
+
+def same_options(result: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Tell whether a result was measured with `options`, as far as it records them."""
+    recorded = result.get("options") or {}
+    wanted = json.loads(json.dumps(options, default=str))
+    return all(recorded[key] == value for key, value in wanted.items() if key in recorded)
 
 
 def _end_with_parent() -> None:

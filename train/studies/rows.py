@@ -3,7 +3,7 @@
 study, stage, arch, lr, seed  which run; `stage` is `rate` (the search of the learning rate) or `main`
 key             digest of what decides the result but the seed: rows of one key are repetitions
 config          what decides the result, without the data; `speed`: precision, compilation, devices; `match`
-data            digest and name of the text
+data            digest and name of the text, in a mixture with its weight
 loss, ppl, bpb  of validation; `curve`, `val_curve`: [tokens, loss]
 kv              bytes of a cache of bf16 at each context of CONTEXTS: [stored, read per token]
 tasks           figures, options and rows of the tasks of evaluation
@@ -21,7 +21,7 @@ from typing import Any
 
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
-from eval.evaluations import FOLDER, KEY
+from eval.evaluations import FOLDER, KEY, file_name
 from eval.identity import Identity
 from eval.runs import Run, deciding_values, finished_run
 from train.run import load_config
@@ -39,7 +39,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     line = json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
     with path.open("ab+") as file:
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        if (written := file.read()) and not written.endswith(b"\n"):  # else another study may add a row meanwhile
+            file.truncate(written.rfind(b"\n") + 1)
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -64,7 +65,7 @@ def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
         "config": decides,
         "speed": deciding_values(values, "speed"),
         "match": None if cell.match is None else {**asdict(cell.match), "off": cell.match.off},
-        "data": [] if tied is None else [{"name": of.name, "digest": of.digest} for of in tied.data],
+        "data": [] if tied is None else _data(tied),
         "params": num_params(config.model, plan),
         "train_flops_per_token": train_flops_per_token(config.model, plan),
         "kv": {str(context): list(_bytes(plan, context)) for context in CONTEXTS},
@@ -88,6 +89,13 @@ def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     }
 
 
+def _data(tied: Identity) -> list[dict[str, Any]]:
+    """Name and digest of each prepared folder, and in a mixture its weight."""
+    total = sum(of.weight for of in tied.data)
+    weights = [{"weight": of.weight / total} if len(tied.data) > 1 else {} for of in tied.data]
+    return [{"name": of.name, "digest": of.digest} | weight for of, weight in zip(tied.data, weights, strict=True)]
+
+
 def _bytes(plan: Any, context: int) -> Sequence[float]:
     found = kv_bytes(plan, context)
     return found.stored, found.read
@@ -98,7 +106,7 @@ def _finite(value: Any) -> Any:
 
 
 def _task(folder: Path, task: str) -> dict[str, Any]:
-    found = json.loads((folder / FOLDER / f"{task}.json").read_text())
+    found = json.loads((folder / FOLDER / f"{file_name(task)}.json").read_text())
     return {key: found.get(key) for key in TASK_KEYS}
 
 
