@@ -234,7 +234,7 @@ def _sink_as_slot(
 
 
 def _with_sink_logits(q_BTNH: Tensor, scale: float, sinks_N: Tensor) -> Tensor:
-    logit = (sinks_N / scale).expand(*q_BTNH.shape[:2], -1).unsqueeze(-1)
+    logit = (sinks_N.to(at_least_fp32(sinks_N.dtype)) / scale).expand(*q_BTNH.shape[:2], -1).unsqueeze(-1)
     high = logit.to(q_BTNH.dtype)
     return torch.cat((q_BTNH, high, (logit - high).to(q_BTNH.dtype)), dim=-1)
 

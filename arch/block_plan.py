@@ -199,7 +199,7 @@ def _check(config: ModelConfig, block: BlockConfig) -> list[str]:
             f"arch.block.token.stores.{name} {kind.summary}, and arch.block.token.kind is 'cross', whose layers "
             "also have keys and values per head of the context; give it kv_heads alone, or take another kind"
             for name, kind in kinds.items()
-            if not kind.crosses
+            if not kind.crosses or block.token.stores[name].tied  # a strided store may be tied
         ]
     both = (("arch", config.arch.stores), ("arch.block.token", block.token.stores))
     scaled = [f"{where}.stores.{name}" for where, stores in both for name in stores if stores[name].query_scale]

@@ -207,8 +207,9 @@ class Stack(nn.Module):
 
     def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
         """Make one mask per view where negative ids are padding. Raises ValueError if a store merges positions."""
-        if not all(store.masked for store in self.plan.stores):
-            raise ValueError("bounded stores and matrices cannot leave out tokens in the middle; give no padding")
+        if merging := next((store for store in self.plan.stores if not store.masked), None):
+            what = f"store {merging.name} {merging.summary}"
+            raise ValueError(f"{what}, and cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:
             batch, length = segment_ids_BT.shape
             sequences = SequenceBatch(batch, length, segment_ids_BT, segment_ids_BT.device)

@@ -145,8 +145,8 @@ class LatentReader(nn.Module):
         up_NHR, up_v_NHR = torch.split(up, self.widths, dim=1)
         q_BNR = torch.bmm(q_BNH.transpose(0, 1), up_NHR).transpose(0, 1)
         q_rope_BNP = rotate_step(q_rope_BNP, rope)
-        score_BNS = self.latent_scores(q_BNR, latent_BSR) + torch.bmm(q_rope_BNP, k_rope_BSP.transpose(1, 2))
-        score_BNS = score_BNS.to(at_least_fp32(q.dtype)) * self.scale
+        rotated_BNS = torch.bmm(q_rope_BNP, k_rope_BSP.transpose(1, 2))
+        score_BNS = self.latent_scores(q_BNR, latent_BSR, rotated_BNS).to(at_least_fp32(q.dtype)) * self.scale
         if mask.form.seen.allowed is not None:
             score_BNS = score_BNS.masked_fill(~mask.form.seen.allowed.flatten(0, -2).unsqueeze(1), -math.inf)
         if self.sinks is not None:
@@ -162,12 +162,13 @@ class LatentReader(nn.Module):
         """[B, S, G, R] the latents of a slot, which lie side by side."""
         return rearrange(latent_BSR, "b s (g r) -> b s g r", g=self.num_latents)
 
-    def latent_scores(self, q_BNR: Tensor, latent_BSR: Tensor) -> Tensor:
-        """[B, N, S] products of the queries with the latents that they read."""
+    def latent_scores(self, q_BNR: Tensor, latent_BSR: Tensor, rotated_BNS: Tensor) -> Tensor:
+        """[B, N, S] products of the queries with the latents that they read, added to those of the rotated keys."""
         if self.num_latents == 1:
-            return torch.bmm(q_BNR, latent_BSR.transpose(1, 2))
+            return torch.baddbmm(rotated_BNS, q_BNR, latent_BSR.transpose(1, 2))
         q_BGNR = rearrange(q_BNR, "b (g n) r -> b g n r", g=self.num_latents)
-        return torch.matmul(q_BGNR, self.latents(latent_BSR).permute(0, 2, 3, 1)).flatten(1, 2)
+        score_BNS = torch.matmul(q_BGNR, self.latents(latent_BSR).permute(0, 2, 3, 1)).flatten(1, 2)
+        return score_BNS.to(at_least_fp32(score_BNS.dtype)) + rotated_BNS
 
     def weighted_latents(self, weight_BNS: Tensor, latent_BSR: Tensor) -> Tensor:
         """[B, N, R] sums of the latents that each head reads."""

@@ -65,7 +65,7 @@ def resolve_rope_scaling(where: str, config: RopeScalingConfig, problems: list[s
         found += [
             f"{where}.{key} is {value}; the rule {config.rule} has none: leave it out"
             for key, value in unused.items()
-            if value not in (None, True)
+            if value is not None and value is not True
         ]
     if config.rule == "linear":
         problems += found

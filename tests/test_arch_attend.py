@@ -149,6 +149,15 @@ def test_half_precision_stays_close(name: str, sink: float | None) -> None:
     assert (half.double() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
+def test_sinks_of_half_precision_lose_nothing() -> None:
+    """Divided by a scale that is no power of two, they are rounded twice, and both parts are kept."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 32, 4, 96, generator=generator).bfloat16() for _ in range(3))
+    mask, sinks = dense(SequenceBatch(2, 32, None, CPU), 16), torch.tensor([3.03, 6.03, 9.06, 12.1]).bfloat16()
+    half, single = (sdpa(q, k, v, mask, 96**-0.5, given) for given in (sinks, sinks.float()))
+    assert torch.equal(half, single)
+
+
 @pytest.mark.parametrize(("length", "window", "kv_heads"), [(40, None, 4), (40, 6, 2), (9, 4, 1)])
 def test_half_precision_on_the_cpu_has_gradients_of_fp32(length: int, window: int | None, kv_heads: int) -> None:
     """To the bit the outputs of a pass without gradients; gradients within the rounding of the inputs."""

@@ -712,6 +712,15 @@ def test_impossible_blocks(change: dict, message: str) -> None:
         resolve(config)
 
 
+def test_no_layer_attends_across_with_one_vector_for_key_and_value() -> None:
+    config = block_config("prefix2")
+    config.arch.block.token.kind = "cross"
+    for store in (StoreConfig(2, window=2, stride=2, tied="vector"), StoreConfig(2, tied="vector")):
+        config.arch.block.token.stores = {"kv": store}
+        with pytest.raises(LayoutError, match=r"arch\.block\.token\.kind is 'cross'"):
+            resolve(config)
+
+
 def test_widths_are_told_once_and_by_their_name() -> None:
     config = block_config("prefix3_narrow", head_dim=None, d_model=26)
     config.arch.block.token.num_heads = 5

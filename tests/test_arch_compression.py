@@ -24,6 +24,7 @@ from arch.compression.coding import (
 )
 from arch.compression.compressed import KeptKernel, allocate_compressed
 from arch.compression.layout import (
+    check_method,
     coded_layouts,
     compressed_bytes,
     keeps,
@@ -220,7 +221,9 @@ def test_allocated_bytes_are_those_of_the_formula(name: str) -> None:
             with pytest.raises(ValueError, match="no store grows"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
-        if any(name in text for name in OF_KEYS) and any(s.slot.latent_dim for p in stacks for s in p.stores):
+        if any(name in text for name in OF_KEYS) and any(
+            keeps(s, method.keep) and s.slot.latent_dim for p in stacks for s in p.stores
+        ):
             with pytest.raises(ValueError, match="holds latents"):
                 allocate_compressed(plan, 1, 8, dtype=torch.float32, method=method)
             continue
@@ -294,7 +297,7 @@ def test_decoding_over_a_compressed_cache(name: str) -> None:
         "xkv(stores=2,rank_k=1,rank_v=1,recent=3)",
     ):
         method = parse_method(text)
-        if any(name in text for name in OF_KEYS) and any(s.slot.latent_dim for s in every):
+        if any(name in text for name in OF_KEYS) and any(keeps(s, method.keep) and s.slot.latent_dim for s in every):
             continue
         if {"think", "arkvale"} & {method.keep and method.keep.name} and one_tensor(s.plan for s in model.plan.stacks):
             continue
@@ -647,14 +650,24 @@ def test_a_state_is_rounded_between_steps(rule: str, text: str) -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     cache = allocate_compressed(resolve(small("mha")), 1, 8, dtype=torch.float32, method=parse_method("int8"))
-    with pytest.raises(ValueError, match="rows of a compressed cache"):
-        cache.buffers[0].drop(1, 2)
     with pytest.raises(ValueError, match="no steps in unchanging shapes"):
         cache.hold_position()
     with pytest.raises(ValueError, match="needs an even one"):
         layout = ArchConfig({"l": StoreConfig(latent=LatentConfig(dim=7, rope_dim=4))}, ["new l"])
         odd = resolve(small(layout))
         allocate_compressed(odd, 1, 8, dtype=torch.float32, method=parse_method("int4(hadamard=true)"))
+
+
+def test_a_store_that_a_keep_leaves_alone_may_hold_latents() -> None:
+    stores = {"full": StoreConfig(2), "near": StoreConfig(latent=LatentConfig(), window=4)}
+    plan = resolve(small(ArchConfig(stores, ["new full", "new near"])))
+    for name in OF_KEYS:
+        text = name + ("@4" if name == "arkvale" else "")
+        check_method(plan, parse_method(text))
+        with pytest.raises(ValueError, match="store full holds latents"):
+            stores["full"] = StoreConfig(latent=LatentConfig())
+            check_method(resolve(small(ArchConfig(stores, ["new full", "new near"]))), parse_method(text))
+        stores["full"] = StoreConfig(2)
 
 
 def test_codecs_and_keeps_have_names_of_their_own() -> None:

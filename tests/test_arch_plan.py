@@ -209,6 +209,7 @@ TWO = {**KV, "far": {"kv_heads": 2}}
         ({"kv": {"kv_heads": 1, "rope_scaling": {"rule": "ntk"}}}, ["new kv"], {}, "it is linear, llama3 or yarn"),
         ({"kv": {"kv_heads": 1, "rope_scaling": {"factor": 0}}}, ["new kv"], {}, "rope_scaling.factor is 0"),
         ({"kv": {"kv_heads": 1, "rope_scaling": {"low": 2.0}}}, ["new kv"], {}, "low is 2.0; the rule linear has none"),
+        ({"kv": {"kv_heads": 1, "rope_scaling": {"low": 1.0}}}, ["new kv"], {}, "low is 1.0; the rule linear has none"),
         ({"kv": {"kv_heads": 1, "rope_scaling": {"rule": "yarn"}}}, ["new kv"], {}, "rope_scaling.original is None"),
         (
             {"kv": {"kv_heads": 1, "rope_scaling": {"rule": "llama3", "original": 9, "attention": 2.0}}},

@@ -501,3 +501,26 @@ def test_lines_are_bytes_of_the_axis(capsys: pytest.CaptureFixture) -> None:
     assert [name for name, _ in every].count("gemma-3-1b") == 1 and len(every) == len(released_names())
     stored = dict(pareto.reference_lines(["gemma-4-e2b"], "read", CONTEXT, 2))
     assert stored["gemma-4-e2b"] == 7 * CONTEXT * gqa(1, 1, 512) + 28 * 512 * gqa(1, 1, 256)
+
+
+def test_a_window_that_no_context_fills_is_none() -> None:
+    """As of Phi-3 with 128k positions, whose window has twice as many."""
+    phi = LLAMA | {"model_type": "phi3", "max_position_embeddings": 131072}
+    for window, per_token in ((262144, 2 * 2 * 32 * 2), (2048, 0)):
+        plan = released.released(phi | {"sliding_window": window}, "phi").plan
+        assert kv_bytes(plan, 4096).per_token == per_token
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("phi3", {"full_attn_mod": 1}),
+        ("minimax_m2", {"layernorm_linear_attention_beta": 1.0, "swa_rope_theta": -1.0, "attn_window_size": None}),
+        ("qwen3_next", {"mamba_ssm_dtype": "float32"}),
+        ("jamba", {"mamba_inner_layernorms": True}),
+    ],
+)
+def test_keys_of_the_hubs_files_that_decide_no_byte(kind: str, keys: dict[str, Any]) -> None:
+    values = {**LLAMA, "model_type": kind, "num_hidden_layers": 8, "num_key_value_heads": 4}
+    plain, full = (released.released(each, "hub").plan for each in (values, values | keys))
+    assert kv_bytes(plain, 4096) == kv_bytes(full, 4096)

@@ -158,21 +158,22 @@ def check_method(plan: Plan, method: CacheMethod) -> None:
                 f"{method.text}: every store {every[0].summary}, and codecs act on tokens that are kept apart, and on "
                 f"matrices per head{states}"
             )
+    acted = [store for stack in plan.stacks for store in _kept_stores(stack, of_stack(method, stack).keep)]
     if method.keep is not None and method.keep.name in ("think", "zipcache", "arkvale"):
-        for store in (store for store in every if store.masked):
+        for store in acted:
             if store.slot.latent_dim or store.slot.rope_dim:
                 has = "holds latents" if store.slot.latent_dim else "has keys of which a half is that of all heads"
                 raise ValueError(
                     f"{method.text}: store {store.name} {has}, and {method.keep.name} compares queries with "
                     "keys, which are not there: take a codec"
                 )
-            if method.keep.name in ("think", "arkvale") and keeps(store) and not store.slot.v_dim:
+            if method.keep.name in ("think", "arkvale") and not store.slot.v_dim:
                 what = "drops channels of keys alone" if method.keep.name == "think" else "moves keys and values"
                 raise ValueError(
                     f"{method.text}: store {store.name} {store.summary}, and {method.keep.name} {what}: take a codec, "
                     "or another keep"
                 )
-    if method.keep is not None and not any(keeps(store, method.keep) for store in every):
+    if method.keep is not None and not acted:
         able = [name for name, options in KEEPS.items() if "windows" in options]
         hint = f"; {', '.join(able)} act on windows with windows=true and every=16"
         pooled = any(store.pools for store in every)
@@ -200,6 +201,10 @@ def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
             f"{method.text}: layer {layer} reads stores {one.name} and {other.name} together, and {keep.name} would "
             f"keep other {what} of one than of the other; take a codec, or streaming with a budget of tokens"
         )
+
+
+def _kept_stores(stack: StackPlan, keep: KeepSpec | None) -> list[StoreSpec]:
+    return [] if keep is None else [store for store in stack.plan.stores if keeps(store, keep)]
 
 
 def keeps(store: StoreSpec, keep: KeepSpec | None = None) -> bool:

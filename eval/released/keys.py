@@ -20,6 +20,7 @@ HARMLESS = re.compile(
     r"|.*(time_step|_dt|_chunk|chunk)_(rank|min|max|limit|init_floor|floor|size)|.*(conv|proj)_bias|use_mamba_kernels"
     r"|mamba_(hidden_act|rms_norm|norm_before_gate)|num_shared_experts|n_shared_experts|shared_.*|.*shared_expert.*"
     r"|(use_|clip_)?qkv(_bias)?|.*attn_(alpha|beta)_factor|linear_(a_log|dt)_.*|linear_allow_neg_eigval"
+    r"|moe_latent_size|mamba_inner_layernorms|mla_scale_(q|kv)_lora|layernorm_(full|linear)_attention_(alpha|beta)"
     r"|use_mambapy|.*_per_layer_input|chunk_size_feed_forward|hybrid_block_size|use_shared.*"
 )
 

@@ -55,8 +55,12 @@ def full(keys: Keys, width: Callable[[Keys, int], int] = head_width) -> StoreSpe
 
 
 def sliding(keys: Keys, sinks: bool = False) -> StoreSpec:
+    """A window; one that no context fills is none, as of Phi-3 with 128k positions."""
     heads, kv_heads = heads_of(keys)
-    return grouped("sliding", kv_heads, head_width(keys, heads), window=keys.count("sliding_window"), sinks=sinks)
+    window, positions = keys.count("sliding_window"), keys.get("max_position_embeddings")
+    if isinstance(positions, int) and window >= positions:
+        return grouped("full", kv_heads, head_width(keys, heads), sinks=sinks)
+    return grouped("sliding", kv_heads, head_width(keys, heads), window=window, sinks=sinks)
 
 
 def layer_types(keys: Keys, default: Callable[[int], str], known: Sequence[str] = (FULL, SLIDING)) -> list[str]:
@@ -93,6 +97,9 @@ def minimax_m2(keys: Keys) -> Sequence[Layer | None]:
     marks = keys.entries("attn_type_list", keys.count("num_hidden_layers"), int)
     if marks is not None and set(marks) != {1}:
         raise keys.refuse("attn_type_list", "marks layers that are not full attention (1); of this type, all are")
+    if keys.get("attn_window_size") is not None:
+        raise keys.refuse("attn_window_size", "is set; of this type, no layer has a window")
+    keys.ignore("swa_rope_theta")
     return all_full(keys)
 
 
@@ -116,6 +123,7 @@ def multi_head(keys: Keys) -> Sequence[Layer | None]:
 
 def one_window(keys: Keys) -> Sequence[Layer | None]:
     """`sliding_window`, if any, is the window of every layer."""
+    keys.same("full_attn_mod", 1, "full attention in every layer: no other interval is understood")
     layer = full(keys) if keys.optional("sliding_window") is None else sliding(keys)
     return [layer] * keys.count("num_hidden_layers")
 
@@ -344,6 +352,8 @@ def gated_delta(keys: Keys, heads: int | None = None, k_dim: int | None = None) 
 
 
 def qwen_next(keys: Keys) -> Sequence[Layer | None]:
+    if keys.get("mamba_ssm_dtype") not in (None, "float32"):
+        raise keys.refuse("mamba_ssm_dtype", "is not float32, as states are figured")
     period = keys.optional("full_attention_interval") or 4
     types = layer_types(keys, lambda layer: every(period, layer, other=LINEAR), (FULL, LINEAR))
     return of_types(keys, types, {FULL: lambda: full(keys), LINEAR: lambda: gated_delta(keys)})
