@@ -22,6 +22,7 @@ from train import callbacks, checkpoint, loggers, training
 from train.callbacks import CheckpointCallback
 from train.clock import Clock
 from train.errors import TrainingError
+from train.lit_module import LossWatch
 from train.run import _starts
 from train.run_folder import HOLDER, LOCK, locked, new_folder
 from train.schema import PretrainConfig
@@ -413,7 +414,7 @@ def test_a_full_disk_at_the_start_or_end_is_one_line(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_agree_once_in_a_step(keeper: CheckpointCallback, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """On the signal that one of them got, and on rank 0's clock alone for the next checkpoint."""
-    mine, theirs = [], torch.tensor([0, 0])
+    mine, theirs, watch = [], torch.tensor([0, 0]), LossWatch(3.0)
 
     def all_reduce(flags: torch.Tensor, op: object, group: object) -> None:
         mine.append(flags.tolist())
@@ -424,15 +425,15 @@ def test_processes_agree_once_in_a_step(keeper: CheckpointCallback, monkeypatch:
     monkeypatch.setattr(keeper, "save", lambda trainer, module: saved.update({trainer.global_step: None}))
     saved: dict[int, None] = {}
     keeper.minutes = 30.0
-    stop = callbacks.GracefulStop(keeper, SimpleNamespace(received=0), None)
+    stop, module = callbacks.GracefulStop(keeper, SimpleNamespace(received=0), None), SimpleNamespace(loss_watch=watch)
     trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=4, is_global_zero=rank == 0, global_step=9)
 
     def step() -> None:
         first = 4 * (trainer.global_step - 9)
         for batch in range(first, first + 4):
             trainer.global_step += batch == first + 3
-            keeper.on_train_batch_end(trainer, None, None, None, batch)
-            stop.on_train_batch_end(trainer, None, None, None, batch)
+            keeper.on_train_batch_end(trainer, module, None, None, batch)
+            stop.on_train_batch_end(trainer, module, None, None, batch)
 
     step()
     assert (mine, [*saved]) == ([[0, 0]], [])

@@ -104,8 +104,10 @@ class CheckpointCallback(L.Callback):
     ) -> None:
         if self.writing is not None and self.writing.ended and not self.writing.failed:
             self.finish(trainer)
+        if not self.due(trainer.global_step):
+            return
         module = lit_model(pl_module)
-        if self.due(trainer.global_step) and not module.loss_watch.risen:  # the next report says whether it exploded
+        if not module.loss_watch.risen:  # else the next report says whether it exploded
             self.save(trainer, module)
 
     def due(self, step: int) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from arch import ModelConfig, Plan, resolve
-from arch.convert import parameter_shapes
 from data.cli import UsageError
 from data.files import write_json
 from eval.runs import Run, RunError
@@ -43,6 +42,8 @@ def trained_share(config: PretrainConfig) -> float:
     """Share of the parameters that `train_only` leaves trained."""
     if config.train_only is None:
         return 1.0
+    from arch.convert import parameter_shapes  # brings torch
+
     elements = {name: shape.numel() for name, shape in parameter_shapes(config.model).items()}
     return sum(n for name, n in elements.items() if re.search(config.train_only, name)) / sum(elements.values())
 
