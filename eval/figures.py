@@ -50,6 +50,8 @@ LABELS = {
     "recall/zoology/accuracy": "accuracy of recall, as in Zoology",
     "induction/text": "loss when text repeats, minus before",
     "induction/random": "loss when random tokens repeat, minus before",
+    "perplexity/ppl": "perplexity",
+    "perplexity/loss": "loss in nats per token",
     "perplexity/repeat_ppl": "perplexity of tokens that repeat a pair seen before",
     "decode/token_ms": "milliseconds per decoded token",
     "decode/prefill_ms": "milliseconds of prefill",
