@@ -68,7 +68,7 @@ OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
 LINES = 12  # of released models, beyond which lines are thin, and a name that finds no room is left out
 LINE_OF_LEGEND = 0.17  # inches
-MARKER = 13  # width of a point with room around it, in pixels
+MARKER, WHISKER = 13, 3  # widths of a point with room around it, and of a line, in pixels
 
 
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
@@ -198,8 +198,9 @@ def _legend_below(figure: Picture, handles: Sequence[Artist], most: int) -> None
 
 def _band(baseline: Point) -> Artist:
     """Entry of the legend for the shaded seeds of the baseline."""
-    layout = visible(baseline.name.partition("-")[0])
-    return Patch(color=BAND, label=f"seeds of {layout} ({baseline.runs}): inside, not told apart from it")
+    return Patch(
+        color=BAND, label=f"seeds of {visible(baseline.name)} ({baseline.runs}): inside, not told apart from it"
+    )
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -266,15 +267,14 @@ def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], lis
 
 def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transform]:
     """The coordinates in which each point is drawn: points that would hide each other stand side by side."""
-    spots = [axes.transData.transform([(row.across, row.lowest), (row.across, row.highest)]) for row in rows]
+    ends = [axes.transData.transform([(row.across, of) for of in (row.value, row.lowest, row.highest)]) for row in rows]
+    spots = [(x, *sorted((y, low, high))) for ((x, y), (_, low), (_, high)) in ends]
     clusters: list[list[int]] = []
-    for number, ((x, low), (_, high)) in enumerate(spots):
-        for cluster in clusters:
-            others = [spots[other] for other in cluster]
-            if any(
-                abs(x - left) < MARKER and low < top + MARKER and high > bottom - MARKER
-                for (left, bottom), (_, top) in others
-            ):
+    for number, (x, low, y, high) in enumerate(spots):
+        for cluster in clusters:  # by their first points alone, so that none is moved far
+            left, bottom, middle, top = spots[cluster[0]]
+            as_one = abs(x - left) < WHISKER and low < top and high > bottom
+            if as_one or (abs(x - left) < MARKER and abs(y - middle) < MARKER):
                 cluster.append(number)
                 break
         else:
