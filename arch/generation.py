@@ -44,7 +44,7 @@ class PromptBatch(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where the new tokens of a prompt are: the row, and the steps from `begin` up to `end`."""
+    """Place of the new tokens of a prompt: the row, and the steps from `begin` up to `end`."""
 
     row: int
     begin: int

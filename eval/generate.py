@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -191,9 +191,7 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
     """Continue `prompts`, show the texts and what it took; return the continuations."""
     import torch
 
-    from arch import allocated_bytes
     from arch import generate as continue_prompts
-    from arch.compression.layout import offloads
     from arch.generation import batch_prompts, check_lengths
     from arch.static_step import choose_way
 
@@ -240,17 +238,25 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
         max_batch=options.max_batch,
     )
     if not options.quiet:
-        before = ""
-        if subject.method is not None:  # a codec acts from the first token on
-            whole_bytes = allocated_bytes(
-                model.plan, rows, batch.capacity(options.max_new_tokens), model.output_weight.element_size()
-            )
-            before = f", {bytes_text(whole_bytes)} before {subject.method.text}"
-            if offloads(subject.method):
-                before += f"; {bytes_text(cache.offloaded_nbytes)} in another memory, from which "
-                before += f"{bytes_text(cache.recalled_nbytes)} were copied back"
+        before = compressed_from(subject, cache, rows, batch.capacity(options.max_new_tokens))
         print(watch.report(cache.nbytes, subject) + before, file=sys.stderr)
     return [stream.shown for stream in streams]
+
+
+def compressed_from(subject: "Subject", cache: Any, rows: int, capacity: int) -> str:
+    """Say what `cache` would weigh without the method of `subject`, and what of it is elsewhere; empty without one."""
+    from arch import allocated_bytes
+    from arch.compression.layout import offloads
+
+    if subject.method is None:
+        return ""
+    model = subject.model
+    whole_bytes = allocated_bytes(model.plan, rows, capacity, model.output_weight.element_size())
+    text = f", {bytes_text(whole_bytes)} before {subject.method.text}"
+    if offloads(subject.method):
+        text += f"; {bytes_text(cache.offloaded_nbytes)} in another memory, from which "
+        text += f"{bytes_text(cache.recalled_nbytes)} were copied back"
+    return text
 
 
 class Watch:

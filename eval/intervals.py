@@ -31,7 +31,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference of losses."""
+        """Verdict on a difference of losses, of which the lower is the better."""
         if self.half is None or abs(self.mean) <= self.half:
             return UNDECIDED
         return BETTER if self.mean < 0 else WORSE

@@ -253,8 +253,7 @@ def tokenizer_beside(folder: Path, tied: Identity | None) -> Text | None:
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What the tokenizer_config.json of an imported model says; nothing if there is none. Raises DataError if it is
-    damaged."""
+    """Read the tokenizer_config.json of an imported model, {} if there is none. Raises DataError if it is damaged."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}

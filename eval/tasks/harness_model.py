@@ -12,7 +12,6 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
-    has_bos_prefix,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
@@ -23,7 +22,6 @@ from data.cli import TaskError, UsageError, did_you_mean
 from eval.tasks.harness import Options, by_prefix, window_of
 from eval.tasks.likelihood import Likelihood, continuation_likelihoods, pieces, whole_likelihoods
 from eval.tasks.task import Subject
-from eval.transformers_model import TransformersTokenizer
 
 MAX_GEN_TOKS = 256  # where a task does not say, as of lm-eval's `hf`
 REQUESTS_PER_ROW = 16  # of one call
@@ -52,16 +50,9 @@ class SubjectLM(TemplateLM):  # type: ignore[misc]
         return self.subject.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The tokens of a text; a tokenizer of transformers encodes it as its class does, a begin of text included."""
+        """The tokens of a text, with a begin of text where models of the tokenizer are used to it."""
         tokenizer = self.subject.tokenizer
-        if not isinstance(tokenizer, TransformersTokenizer):
-            return tokenizer.encode(string) if add_special_tokens is False else tokenizer.prompt(string)
-        theirs = tokenizer.tokenizer
-        if add_special_tokens is None and has_bos_prefix(string, theirs.decode(self.prefix_token_id)):
-            add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        encoded: list[int] = theirs.encode(string, **options)
-        return encoded
+        return tokenizer.encode(string) if add_special_tokens is False else tokenizer.prompt(string)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Likelihood of each continuation; the only progress that is shown is our own."""
