@@ -304,6 +304,8 @@ def measure(
     }
     for name, values in results.items():
         arch, _, peer = name.partition("/")
+        if peer == "compiled" and (static := f"{arch}/static") in rivals:
+            values["decode_over_static"] = time_ratios(decoded, static, name)
         if not peer:
             plan = resolve(configs[arch])
             values["formula_bytes"] = allocated_bytes(plan, shape.batch, capacity, ITEMSIZE)
