@@ -21,4 +21,7 @@ def test_a_result_says_where_it_was_made(tmp_path: Path) -> None:
 
 def test_hardware_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert environment.hardware().endswith(" threads")
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 2)
+    assert environment.hardware().endswith(", 2 threads")
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 1)
+    assert environment.hardware().endswith(", 1 thread")
