@@ -28,9 +28,22 @@ def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
     return (out_BTNV * rearrange(share_BNT, "b n t -> b t n 1")).to(out_BTNV.dtype)
 
 
+VARIANTS = 128  # of compiled code in one process: layouts, batches and lengths; torch's own limit is 8
+
+
+def flex_of_one_query(*arguments: Any, **options: Any) -> Any:
+    """flex_attention, as a function of its own to the compiler, which compiles by what it has seen of one before."""
+    return flex_attention(*arguments, **options)
+
+
 @functools.cache
-def compiled_flex() -> Any:
-    return torch.compile(flex_attention, fullgraph=True)  # an error beyond the recompile limit, not silent eager code
+def compiled_flex(one_query: bool) -> Any:
+    """FlexAttention, compiled by itself. For one query shapes never vary: where the batch does, torch leaves its kernel
+    that splits the keys."""
+    # fullgraph: an error beyond the limit of variants, not silent eager code
+    if one_query:
+        return torch.compile(flex_of_one_query, fullgraph=True, dynamic=False)
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 # For FlexAttention's backward pass with heads of 129 to 256 in half precision. torch gives four warps tiles of 64 x 64,
@@ -44,23 +57,27 @@ def kernel_options(q_BTNH: Tensor, v_BSKV: Tensor) -> dict[str, int] | None:
     return WIDE_BACKWARD if wide and q_BTNH.is_cuda and q_BTNH.dtype in (torch.bfloat16, torch.float16) else None
 
 
+UNCOMPILED = frozenset({"cpu"})  # devices on which FlexAttention is not compiled by itself
+
+
 def run_flex(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKV: Tensor, mask: BlockMask, scale: float, lse: bool) -> Any:
     """[B, T, N, V], and where `lse`, [B, N, T] the logarithm of the sum that weights were divided by; or None.
 
     Outside of compiled code the kernel is compiled by itself on CUDA. On the CPU it is not, and has no backward pass.
     """
-    plain = torch.compiler.is_compiling() or q_BTNH.device.type == "cpu"
     q, k, v = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BSKH, v_BSKV))
-    result = (flex_attention if plain else compiled_flex())(
-        q,
-        k,
-        v,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=kernel_options(q_BTNH, v_BSKV),
-        return_aux=AuxRequest(lse=True) if lse else None,
-    )
+    options: dict[str, Any] = {
+        "block_mask": mask,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "kernel_options": kernel_options(q_BTNH, v_BSKV),
+        "return_aux": AuxRequest(lse=True) if lse else None,
+    }
+    if torch.compiler.is_compiling() or q.device.type in UNCOMPILED:
+        result = flex_attention(q, k, v, **options)
+    else:
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            result = compiled_flex(q.shape[2] == 1)(q, k, v, **options)
     return rearrange(result[0] if lse else result, "b n t v -> b t n v"), result[1].lse if lse else None
 
 

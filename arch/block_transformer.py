@@ -96,6 +96,11 @@ class BlockCache:
         """True if no block is partial."""
         return not self.partial_BL.shape[1]
 
+    @property
+    def takes_static_steps(self) -> bool:
+        """True if both caches take them."""
+        return all(cache.takes_static_steps for cache in self.stacks)
+
     def repeat(self, rows: int) -> "BlockCache":
         """A cache of `rows` copies of the only sequence in this one."""
         context_BCD = None if self.context_BCD is None else repeat_row(self.context_BCD, rows)

@@ -61,6 +61,11 @@ class Cache:
         return True
 
     @property
+    def takes_static_steps(self) -> bool:
+        """True if `hold_position` may be called."""
+        return True
+
+    @property
     def sees_queries(self) -> bool:
         """True if the cache needs the queries of all layers at all positions, even if no output does."""
         return False

@@ -51,7 +51,7 @@ class Span(NamedTuple):
     end: int
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode, FSDP would gather weights that cannot be trained
 def generate(
     model: LanguageModel,
     prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
@@ -299,12 +299,20 @@ def new_tokens(generated_BS: Tensor, spans: Mapping[int, Span], stop_token: int 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` into eval mode, and afterwards back into the mode it was in."""
+    """Put `model` into eval mode and take compiled blocks uncompiled, and afterwards put it back as it was.
+
+    Lengths and batches vary: each would be compiled anew.
+    """
     training = model.training
+    compiled = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
     model.eval()
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         model.train(training)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .attend_kernels import VARIANTS
 from .buffers import StateBuffer, Tensors
 from .cache import Cache
 from .language_model import LanguageModel, StepFn
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 WAYS = ("auto", "plain", "static", "compiled", "graph")
 SMALLEST_BUCKET = 256
 WARMUP = 2  # steps on CUDA before one is captured
-VARIANTS = 64  # of compiled code: models, batches and buckets
 
 
 def bucket(length: int, capacity: int) -> int:
@@ -226,19 +226,21 @@ class PlainStep:
 def step_fn(model: LanguageModel, cache: Any, way: str = "auto") -> StepFn:
     """The function that decodes one token of each row over `cache`, which has its prompts.
 
-    way  as of `choose_way`
+    way  as of `choose_way`; auto is plain over a compressed cache
 
     Raises ValueError as `choose_way`.
     """
-    way = choose_way(model, way)
-    return PlainStep(model, cache) if way == "plain" else model.static_step(cache, way)
+    chosen = choose_way(model, way)
+    if way == "auto" and chosen != "plain" and not cache.takes_static_steps:
+        chosen = "plain"
+    return PlainStep(model, cache) if chosen == "plain" else model.static_step(cache, chosen)
 
 
 def choose_way(model: LanguageModel, way: str) -> str:
     """The way `model` decodes: `way`, or what auto stands for.
 
-    way  plain: `decode_step`; static, compiled, graph: as Recorder; auto: graph on CUDA, else plain. A model that is
-         sharded, or compiled for training, takes plain steps
+    way  plain: `decode_step`; static, compiled, graph: as Recorder; auto: graph on CUDA, else plain. A sharded model
+         takes plain steps
 
     Raises ValueError on another way, and where `way` is impossible.
     """
@@ -247,8 +249,7 @@ def choose_way(model: LanguageModel, way: str) -> str:
     cuda = model.output_weight.is_cuda
     whole = model.takes_static_steps
     if way == "auto":
-        in_training = any(module._compiled_call_impl is not None for module in model.modules())
-        way = "graph" if cuda and whole and not in_training else "plain"
+        way = "graph" if cuda and whole else "plain"
     if way != "plain" and (not whole or (way == "graph" and not cuda)):
         needs = "a model on CUDA" if whole else "a model of ours, of which no process holds a part"
         raise ValueError(f"steps={way} needs {needs}; take plain or auto")

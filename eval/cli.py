@@ -49,6 +49,13 @@ class Choices:
     size: str | None
 
 
+def is_alone() -> bool:
+    """Tell whether this is the only process. Lightning takes WORLD_SIZE away after each run, but not their group."""
+    torch = sys.modules.get("torch")
+    grouped = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return os.environ.get("WORLD_SIZE", "1") == "1" and not grouped
+
+
 def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
@@ -64,8 +71,8 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
     failed: list[tuple[str, int]] = []  # runs of a sweep, and the exit code of each alone
 
     def end(message: str, code: int = 2) -> None:
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # of several processes the others may be in another run
-        if HydraConfig.get().mode != RunMode.MULTIRUN or not alone:
+        # Of several processes the others may be in another run.
+        if HydraConfig.get().mode != RunMode.MULTIRUN or not is_alone():
             fail(message, code)
         failed.append((visible(" ".join(HydraConfig.get().overrides.task)), code))
         report(message)

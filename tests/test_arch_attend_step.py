@@ -1,13 +1,14 @@
 """Kernels of decoding steps: each is the definition, and the best that takes a step is chosen."""
 
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import WINDOW, small
 
-from arch import allocate, attend_step, resolve
+from arch import allocate, attend_kernels, attend_step, resolve
 from arch.attend import reference
 from arch.attend_step import STEP_KERNELS, kvcache_function, select_step_kernel, step_mask
 from arch.masks import Dense, Run, Seen
@@ -83,6 +84,30 @@ def test_the_best_kernel_that_takes_a_step(flash: None) -> None:
 def test_without_flash_attn_flex_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_step, "kvcache_function", lambda version: "not installed")
     assert select_step_kernel("auto", "cuda", torch.bfloat16, 64, seen(2, None)).name == "flex"
+
+
+def test_flex_meets_more_layouts_and_batches_than_torch_allows_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where it is compiled by itself; for one query in shapes that never vary, or torch's decoding kernel,
+    which splits the keys, is not taken."""
+    varying: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        varying.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph
+
+    torch._dynamo.reset()
+    attend_kernels.compiled_flex.cache_clear()
+    monkeypatch.setattr(attend_kernels, "UNCOMPILED", frozenset())
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for batch, heads in ((2, 1), (3, 1), (1, 1), *((2, heads) for heads in range(2, 9))):
+        q, k, v = (torch.ones(batch, *shape) for shape in ((heads, 16), (SLOTS, 1, 16), (SLOTS, 1, 16)))
+        given = seen(batch, [0] * batch)
+        mask = attend_step.StepMask(given, blocks=attend_step.step_blocks(given.allowed))
+        out = attend_step.flex_step(q, k, v, mask, 1.0, None)
+        torch.testing.assert_close(out, torch.ones(batch, heads, 16))
+    attend_kernels.compiled_flex.cache_clear()
+    torch._dynamo.reset()
+    assert len(varying) > 8 and not any(varying)
 
 
 @pytest.mark.parametrize("starts", [None, [0, 5, 11]])

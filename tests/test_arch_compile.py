@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARCHS, BLOCKS, build, covering, kinds, small, tokens
 
-from arch import ModelConfig
+from arch import ModelConfig, generate
 from train.parallel import parallelize
 
 LENGTH = 16  # two chunks of a bounded store, which a graph repeats for each
@@ -56,3 +56,27 @@ def test_a_block_is_one_graph_in_training_validation_and_documents(name: str) ->
 
     assert 0 < round_of_a_run() <= 3 * len(blocks)
     assert round_of_a_run() == 0
+
+
+@pytest.mark.parametrize("name", ["cla2", "block"])
+def test_what_evaluates_compiles_nothing(name: str) -> None:
+    """Of a model compiled for training: each length and batch would be a variant. Nor is it in inference mode, in which
+    FSDP would gather weights that cannot be trained."""
+    model, graphs, modes = build(small(name)), [], set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    blocks = [block for stack in model.stacks for block in stack.layers]
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+        block.register_forward_pre_hook(lambda *_: modes.add(torch.is_inference_mode_enabled()))
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    written = generate(model.train(), prompts, 9)
+    assert not graphs and modes == {False} and model.training
+    assert written == generate(build(small(name)), prompts, 9)
+    with torch.no_grad():
+        model(tokens(2, LENGTH))
+    assert graphs, "it is compiled again afterwards"

@@ -16,6 +16,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from arch import ModelConfig, allocate, generate, generation, static_step
 from arch import build as build_model
 from arch.buffers import write_slot, zero_slots
+from arch.compression.compressed import allocate_compressed
+from arch.compression.method import parse_method
 from arch.static_step import (
     Recorder,
     StaticBlockStep,
@@ -44,6 +46,21 @@ def bounded_twice() -> ModelConfig:
     for part in (config.arch, config.arch.block.token):
         part.stores, part.pattern = copy.deepcopy(BOUNDED)
     return config
+
+
+@pytest.mark.parametrize("name", ["cla2", "block"])
+def test_by_itself_a_compressed_cache_takes_plain_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model would take static ones, as on CUDA."""
+    model, prompts = build(small(name)), [[1, 2, 3, 4], [5, 6, 7, 8]]
+    monkeypatch.setattr(static_step, "choose_way", lambda model, way: "static" if way == "auto" else way)
+
+    def written(steps: str) -> list[list[int]]:
+        cache = allocate_compressed(model.plan, 2, 20, dtype=torch.float32, method=parse_method("int8"))
+        return generate(model, prompts, 9, cache=cache, steps=steps)
+
+    assert written("auto") == written("plain")
+    with pytest.raises(ValueError, match="a compressed cache takes no steps in unchanging shapes"):
+        written("static")
 
 
 @pytest.mark.parametrize(

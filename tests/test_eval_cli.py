@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import launch_in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -131,6 +132,10 @@ def test_a_run_that_fails_does_not_end_its_sweep(capsys: pytest.CaptureFixture, 
         launch_in_process(task, "pretrain", PretrainConfig, [*arguments[:-1], "seed=2,1"])
     assert stopped.value.code == 2 and seeds == [1, 2, 3, 4, 5, 1, 2]
     assert "run " not in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(torch.distributed, "is_initialized", lambda: True)  # WORLD_SIZE is taken away after a run
+        launch_in_process(task, "pretrain", PretrainConfig, [*arguments[:-1], "seed=2,1"])
+    assert stopped.value.code == 2 and seeds == [1, 2, 3, 4, 5, 1, 2, 2]
 
 
 TEXTS = [

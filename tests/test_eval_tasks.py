@@ -16,6 +16,7 @@ from data.shards import IGNORE
 from eval.evaluate import main
 from eval.scoring import repeats
 from eval.tasks import TASKS, select_tasks
+from eval.tasks.decoding import per_step
 from train import load
 from train.source import Source
 from train.subjects import open_subject
@@ -220,6 +221,17 @@ def test_time_and_bytes_of_decoding(name: str, old: Path) -> None:
     assert figures["cache_bytes"] == model.allocate_cache(2, 11 if model.plan.block_length > 1 else 10).nbytes
     assert figures["token_ms"] > 0 and figures["prefill_ms"] > 0
     assert figures["tokens_per_second"] == pytest.approx(2000 / figures["token_ms"])
+
+
+@pytest.mark.parametrize(("block", "expected"), [(1, 1.0), (4, 2.5)])
+def test_the_time_of_a_step_is_not_that_of_a_capture(block: int, expected: float) -> None:
+    """Of a model of blocks, each fourth step does more."""
+    steps = [1.0 if (number + 1) % block else 7.0 for number in range(24)] if block > 1 else [1.0] * 24
+    steps[0] += 100
+    steps[3] += 100
+    times = [sum(steps[:number]) for number in range(len(steps) + 1)]
+    assert per_step(times, block) == expected
+    assert per_step([0.0, 3.0], block) == 3.0 and per_step(times[4:8], 4) == pytest.approx(1.0)
 
 
 def test_repeated_pairs() -> None:

@@ -567,6 +567,17 @@ def test_cuda_where_there_is_none(capfd: pytest.CaptureFixture, corpus: Path) ->
     assert "torch sees no CUDA device; use trainer.accelerator=auto" in capfd.readouterr().err
 
 
+def test_torchrun_with_other_processes_than_configured(
+    capfd: pytest.CaptureFixture, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "kvfrontier")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        pretrain("+arch=mha", "+size=tiny", "trainer=ddp", "trainer.accelerator=cpu", f"data.path={corpus}")
+    text = "torchrun has started 1 processes, and trainer.devices=2 on each of trainer.num_nodes=1 are 2; give both as"
+    assert text in capfd.readouterr().err
+
+
 def test_help() -> None:
     done = run_script("train/pretrain.py", "--help")
     assert done.returncode == 0

@@ -140,6 +140,7 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
         pad_token=tokenizer.end if config.data.block_padding else None,
         quiet=quiet,
         group=process_group(module),
+        steps="plain",  # while a graph is captured no other thread may call CUDA, and one fetches batches
     )
 
 

@@ -1,5 +1,6 @@
 """One training run: check, train, validate, and write the result."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import wandb
 
 from arch import Plan, build, resolve
@@ -38,7 +40,7 @@ from train.lit_module import LitModel
 from train.loggers import log_final, loggers
 from train.metrics import Metrics, ProgressBar
 from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
-from train.schema import PretrainConfig, num_steps
+from train.schema import PretrainConfig, TrainerConfig, num_steps
 from train.signals import RunStopped, Signals
 
 
@@ -110,6 +112,7 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
 
     Raises UsageError if the model cannot be trained there as configured, TrainingError if `init` does not match it.
     """
+    check_processes(config.trainer)
     device = device_type(config.trainer.accelerator)
     if config.trainer.accelerator == "cuda" and device == "cpu":
         raise UsageError("trainer.accelerator is cuda, and torch sees no CUDA device; use trainer.accelerator=auto")
@@ -121,7 +124,8 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
-    if device == "cuda" and launched_rank() == 0:  # when all are there, they agree: MicroBatchByMemory
+    first = launched_rank() == 0 and not dist.is_initialized()  # where all are there, they agree: MicroBatchByMemory
+    if device == "cuda" and first:
         choose_micro_batch(config, free_memory(torch.device("cuda", 0)))
     names = [name for name, _ in model.named_parameters()]
     if config.train_only is not None and not any(re.search(config.train_only, name) for name in names):
@@ -131,6 +135,16 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         source = checkpoint.resolve(Path(config.init))
         checkpoint.check_matches(source, model)
     return device, attention, source
+
+
+def check_processes(options: TrainerConfig) -> None:
+    """Raise UsageError if torchrun has started another number of processes than `options` say. Lightning trusts it."""
+    started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+    if started is not None and started != options.devices * options.num_nodes:
+        raise UsageError(
+            f"torchrun has started {started} processes, and trainer.devices={options.devices} on each of "
+            f"trainer.num_nodes={options.num_nodes} are {options.devices * options.num_nodes}; give both as started"
+        )
 
 
 def check_data(

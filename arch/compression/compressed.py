@@ -157,6 +157,10 @@ class CompressedCache(Cache):
         share_again(made.buffers, self.buffers)
         return made
 
+    @property
+    def takes_static_steps(self) -> bool:
+        return False
+
     def hold_position(self) -> None:
         """Raises ValueError: shapes follow the number of tokens."""
         raise ValueError("a compressed cache takes no steps in unchanging shapes; decode without compile")

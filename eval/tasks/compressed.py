@@ -166,7 +166,7 @@ def through(
 
     rows, length = tokens_BT.shape
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    with torch.inference_mode():
+    with torch.no_grad():
         cache = subject.allocate_cache(rows, length, types[dtype])
         subject.model.prefill(tokens_BT[:, :prefix], cache)
         seen.see(cache, rows, step=False)

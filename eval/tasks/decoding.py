@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from eval.tasks.task import Options as TaskOptions
@@ -50,6 +51,14 @@ def run(subject: Subject, options: Options) -> TaskResult:
     return TaskResult(figures, rows, notes=(note,))
 
 
+def per_step(times: Sequence[float], block: int) -> float:
+    """Seconds per step: the median over blocks, one of whose steps does more, so that the steps in which a graph is
+    captured do not count. The mean, where there are too few for a block."""
+    step = block if len(times) > block else len(times) - 1
+    ends = times[::step]
+    return statistics.median(end - begin for begin, end in pairwise(ends)) / step
+
+
 def measured(subject: Subject, options: Options, length: int) -> dict[str, float]:
     """One round: `prefill_ms` until the first token, `token_ms` per step after it, and `cache_bytes`."""
     import torch
@@ -63,12 +72,11 @@ def measured(subject: Subject, options: Options, length: int) -> dict[str, float
         times.append(time.perf_counter())
         return ()
 
-    with torch.inference_mode():
-        cache = subject.model.allocate_cache(options.batch, length + options.new - 1)
+    cache = subject.model.allocate_cache(options.batch, length + options.new - 1)
     began = time.perf_counter()
     subject.generate(prompts, options.new, follow=on_step, cache=cache)
     return {
         "prefill_ms": 1000 * (times[0] - began),
-        "token_ms": 1000 * (times[-1] - times[0]) / (len(times) - 1),
+        "token_ms": 1000 * per_step(times, subject.model.plan.block_length),
         "cache_bytes": float(cache.nbytes),
     }

@@ -97,6 +97,7 @@ class Subject:
     quiet      no progress is shown
     method     what is done to the cache at test time; None: nothing
     group      processes that divide the items of tasks; None: this one does all
+    steps      how tokens are decoded, as in arch.static_step.choose_way
     """
 
     model: "LanguageModel"
@@ -112,6 +113,7 @@ class Subject:
     quiet: bool = False
     method: "CacheMethod | None" = None
     group: ProcessGroup | None = None
+    steps: str = "auto"
 
     def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
         """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
@@ -156,7 +158,7 @@ class Subject:
         """Continue `prompts` over the cache of the model; `options` as of `arch.generate`."""
         from arch import generate
 
-        options = {"pad_token": self.pad_token, **options}
+        options = {"pad_token": self.pad_token, "steps": self.steps, **options}
         return generate(self.model, [list(prompt) for prompt in prompts], max_new_tokens, **options)
 
     def each(self, items: Iterable[T], run: Callable[[T], R], same_passes: bool = True) -> list[R]:
