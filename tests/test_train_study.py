@@ -362,6 +362,20 @@ def test_results_of_other_options_do_not_count(tmp_path: Path) -> None:
     assert job.has_result("recall")
 
 
+def test_a_run_evaluated_while_it_trained_is_evaluated_with_the_options_of_the_study(tmp_path: Path) -> None:
+    """Its summary has the task already; what the study evaluates replaces that, and is progress."""
+    job = Job(tmp_path, (), ("tasks=recall",), {"recall": {"sequences": 64}}, 1)
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "summary.json").write_text(json.dumps({"name": "a", "evaluations": {"recall": {}}}))
+    result = tmp_path / "evaluations" / "recall.json"
+    result.write_text(json.dumps({"options": {"sequences": 16}}))
+    assert "tasks=recall" in job.next_command()
+    before = job.progress()
+    result.write_text(json.dumps({"options": {"sequences": 64}}))
+    assert job.progress() != before and job.next_command() is None
+
+
 def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match="needs submitit"):

@@ -42,11 +42,15 @@ class Job:
             started = (self.folder / "config.yaml").exists()
             words = [f"resume={folder}"] if started else [*self.words, f"folder={folder}"]
             return [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
-        evaluated = Run(self.folder).summary.get(KEY, {})
-        if all(task in evaluated and self.has_result(task) for task in self.tasks):
+        if self.evaluated() == list(self.tasks):
             return None
         words = [f"checkpoint={self.folder}", "wandb=false", *self.task_words]
         return [sys.executable, str(ROOT / "eval" / "evaluate.py"), *words]
+
+    def evaluated(self) -> list[str]:
+        """The tasks with which the finished run was evaluated. Raises RunError if its summary cannot be read."""
+        recorded = Run(self.folder).summary.get(KEY, {})
+        return [task for task in self.tasks if task in recorded and self.has_result(task)]
 
     def has_result(self, task: str) -> bool:
         """Tell whether the folder has the result of `task` with its options."""
@@ -76,7 +80,7 @@ class Job:
         """A value that changes with whatever brings the run on."""
         names = sorted(path.name for path in (self.folder / "checkpoints").glob("*"))
         try:
-            evaluated = sorted(Run(self.folder).summary.get(KEY, {})) if Run(self.folder).finished else None
+            evaluated = self.evaluated() if Run(self.folder).finished else None
         except RunError:
             evaluated = None
         return (self.folder / "config.yaml").exists(), names, evaluated
