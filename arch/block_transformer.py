@@ -120,6 +120,7 @@ class BlockCache:
 
     def pad_left(self, start_B: Tensor | None) -> None:
         """Set the block at which each row begins, as Cache.pad_left."""
+        self.tokens.pad_left(None)  # not empty either while the first block is partial
         self.blocks.pad_left(start_B)
 
 

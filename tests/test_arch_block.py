@@ -542,6 +542,16 @@ def test_short_prompts() -> None:
     assert generate(model, [[1, 2]], 5, pad_token=9) == [greedy(model, [9, 9, 1, 2], 5)]
 
 
+def test_a_used_cache_is_refused() -> None:
+    """After a block, and before the first one is complete."""
+    model = build_block(block_config("start"))
+    for prompt, new in (([1, 2], 1), ([1, 2, 3], 1), ([1, 2, 3], 3), ([1, 2, 3, 4], 1)):
+        cache = allocate_blocks(model.plan, 1, 16, dtype=torch.float64)
+        assert generate(model, [prompt], new, cache=cache) == [greedy(model, prompt, new)]
+        with pytest.raises(ValueError, match="prompts need an empty one"):
+            generate(model, [prompt], new, cache=cache)
+
+
 def test_sampling_takes_a_seed() -> None:
     model = build_block(block_config())
     draw: Callable[[int], list] = lambda seed: generate(model, [[1] * 6], 12, temperature=1.0, seed=seed)  # noqa: E731
