@@ -91,13 +91,12 @@ class Stream:
         self.shown, self.done = "", False
         self._begin(prompt)
 
-    def _begin(self, before: Sequence[int]) -> None:
-        """Decode what comes from now on with the last of the tokens `before` it, instead of the whole text.
+    def _begin(self, context: Sequence[int]) -> None:
+        """Decode what comes from now on after `context`, tokens of whole characters, instead of the whole text.
 
         A tokenizer may drop a blank at the beginning of what it decodes.
         """
-        self.context = list(before)[-CONTEXT:]
-        self.skipped = len(self.tokenizer.decode(self.context))
+        self.context, self.before = context, self.tokenizer.decode(context)
         self.tokens: list[int] = []
         self.told = 0  # characters of the decoded text that are shown
 
@@ -110,11 +109,11 @@ class Stream:
         if found:
             self.done = True
             return self._show(text[: min(found)])
-        held = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
-        whole = text[: len(text) - held].rstrip(UNFINISHED) if text.endswith(UNFINISHED) else text[: len(text) - held]
-        new = self._show(whole)
-        if len(self.tokens) >= PIECE and whole == text:
-            self._begin([*self.context, *self.tokens])
+        whole = text.rstrip(UNFINISHED)
+        held = max((n for stop in self.stops for n in range(len(stop)) if whole.endswith(stop[:n])), default=0)
+        new = self._show(whole[: len(whole) - held])
+        if new and self.told == len(text):
+            self._begin(self.tokens)
         return new
 
     def end(self) -> str:
@@ -122,7 +121,13 @@ class Stream:
         return "" if self.done else self._show(self._decoded())
 
     def _decoded(self) -> str:
-        return self.tokenizer.decode([*self.context, *self.tokens])[self.skipped :]
+        """The text of the tokens after `context`.
+
+        Byte fallback decodes a run of bytes to characters only if all of it is valid. A byte that is not, or not yet,
+        leaves what is shown as it is: its run begins after `context`.
+        """
+        text = self.tokenizer.decode([*self.context, *self.tokens])
+        return text[len(self.before) :] if text.startswith(self.before) else self.tokenizer.decode(self.tokens)
 
     def _show(self, text: str) -> str:
         new = text[self.told :]
@@ -132,7 +137,6 @@ class Stream:
 
 
 UNFINISHED = "\ufffd"  # of bytes that are no whole character yet
-CONTEXT, PIECE = 8, 64  # tokens before those that are decoded, and those that are decoded together
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -173,15 +177,19 @@ def check(options: GenerateConfig) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file. Raises DataError if it cannot be read, UsageError if it has none."""
+    """The prompts in a file: its rows, or of a text the lines that are not empty.
+
+    Raises DataError if it cannot be read, UsageError if it has none.
+    """
+    from data.listing import kind_of
     from data.reading import rows_of_file
 
     try:
-        rows = rows_of_file(path, "prompt", by_lines=True, option=None)
-        found = [row.rstrip("\r\n") for row in rows]
+        found = list(rows_of_file(path, "prompt", by_lines=True, option=None))
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"prompts={path} cannot be read: {error}") from error
-    found = [prompt for prompt in found if prompt]
+    if kind_of(path) not in (".jsonl", ".parquet"):
+        found = [line for row in found if (line := row.rstrip("\r\n"))]
     if not found:
         raise UsageError(f"prompts={path} has no prompt")
     return found

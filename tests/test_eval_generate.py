@@ -1,5 +1,6 @@
 """`eval/generate.py`: text that appears as its tokens come, and what is said at the end."""
 
+import json
 import random
 import re
 import shutil
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from data.cli import UsageError
 from data.tokenizer import byte_tokenizer
 from eval.console import visible
-from eval.generate import PIECE, Stream, main
+from eval.generate import Stream, main, read_prompts
 from train import load
 from train.loading import Text
 
@@ -23,12 +25,29 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "old"
 
 
-def parts(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Stream]:
-    """What a stream shows after each byte of `text`, and at the end."""
-    tokenizer = Text(byte_tokenizer(), 256)
-    stream = Stream(tokenizer, tokenizer.encode("é"), stops)
+def fallback_tokenizer() -> Tokenizer:
+    """A tokenizer that spells characters it does not know in bytes, and begins a text with a blank, as Llama 2's."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"▁": 256, "a": 257, "b": 258, "</s>": 259}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+BYTES, FALLBACK = Text(byte_tokenizer(), 256), Text(fallback_tokenizer(), 259)
+
+
+def parts(
+    text: str, stops: tuple[str, ...] = (), tokenizer: Text = BYTES, prompt: str = "é"
+) -> tuple[list[str], Stream]:
+    """What a stream shows after each token of `text`, and at the end."""
+    before, tokens = tokenizer.encode(prompt), tokenizer.encode(prompt + text)
+    assert tokens[: len(before)] == before and tokenizer.decode(tokens) == prompt + text
+    stream = Stream(tokenizer, before, stops)
     shown = []
-    for token in tokenizer.encode(text):
+    for token in tokens[len(before) :]:
         shown.append(stream.add(token))
         if stream.done:
             break
@@ -38,17 +57,24 @@ def parts(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Stream]:
 def test_characters_appear_whole() -> None:
     shown, _ = parts("aä€😀 z")
     assert shown == ["a", "", "ä", "", "", "€", "", "", "", "😀", " ", "z", ""]
-    long = "".join(random.Random(0).choices("ab ä€😀\n", k=3 * PIECE))
-    shown, stream = parts(long)
-    assert "".join(shown) == stream.shown == long
-    assert len(stream.tokens) < 2 * PIECE, "what is shown is not decoded again"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK])
+@pytest.mark.parametrize("prompt", ["é", "መመመመመ", "a", "a "])
+def test_long_texts(tokenizer: Text, prompt: str) -> None:
+    """Each character appears with its last byte, also amid a run of bytes, and what is shown is not decoded again."""
+    text = "".join(random.Random(0).choices("ab ä€😀መ\n", k=100)) + "መ" * 40
+    shown, stream = parts(text, (), tokenizer, prompt)
+    assert "".join(shown) == stream.shown == text and list(filter(None, shown)) == list(text)
+    assert not stream.tokens and len(stream.context) == 3
 
 
 def test_broken_bytes_are_shown_at_the_end() -> None:
-    tokenizer = Text(byte_tokenizer(), 256)
-    stream = Stream(tokenizer, [], ())
+    stream = Stream(BYTES, [], ())
     assert [stream.add(0xE2), stream.add(0x82)] == ["", ""]
     assert stream.end() == "\ufffd"
+    stream = Stream(FALLBACK, FALLBACK.encode("መ"), ())
+    assert [stream.add(token) for token in (*"€".encode(), 0xE2, 257)] == ["", "", "€", "", "\ufffda"]
 
 
 @pytest.mark.parametrize(
@@ -60,14 +86,28 @@ def test_broken_bytes_are_shown_at_the_end() -> None:
         ("stop", ("stop",), ""),
         ("almost sto", ("stop",), "almost sto"),
         ("x€y", ("€",), "x"),
+        ("መ€y", ("መ€",), ""),
+        ("መ😀y", ("መ€",), "መ😀y"),
+        ("መ" * 40 + "€" + "መ" * 40, ("€መ",), "መ" * 40),
     ],
 )
-def test_stops(text: str, stops: tuple[str, ...], expected: str) -> None:
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK])
+def test_stops(text: str, stops: tuple[str, ...], expected: str, tokenizer: Text) -> None:
     """Nothing of a stop is ever shown, and what might have become one is shown as soon as it has not."""
-    shown, stream = parts(text, stops)
+    shown, stream = parts(text, stops, tokenizer)
     assert "".join(shown) == stream.shown == expected
     for number in range(len(shown)):
         assert expected.startswith("".join(shown[:number]))
+
+
+def test_prompts_are_read_as_they_are(tmp_path: Path) -> None:
+    """Line ends are part of a row, and none of a line of text."""
+    prompts = ["def f():\n", "\n\n", "", " x\r\n"]
+    rows, text = tmp_path / "prompts.jsonl", tmp_path / "prompts"
+    rows.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    assert read_prompts(rows) == prompts
+    text.write_bytes("".join(prompts).encode())
+    assert read_prompts(text) == ["def f():", " x"]
 
 
 @pytest.mark.parametrize("run", ["run-mixattention", "run-block"])
