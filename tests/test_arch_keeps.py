@@ -310,6 +310,17 @@ def test_stores_share_a_budget(chunk: int | None) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
+def test_padding_has_no_share_of_a_budget(chunk: int | None) -> None:
+    """PrefixKV gives the stores of a row that is padded on the left what it gives them of the row alone."""
+    model, batch, text = record_keeps.model(), record_keeps.prompt()[:1, :20], "prefixkv@10(sinks=1,recent=5)"
+    model.layers[0].reader.q_proj.weight.data *= 0.1  # it looks at everything
+    assert compressed(model, batch, text).chosen_slots == (6, 4)
+    for padding in (8, 30):
+        padded = torch.nn.functional.pad(batch, (padding, 0))
+        assert compressed(model, padded, text, chunk, (padding,)).chosen_slots == (6, 4)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
 def test_what_no_query_gave_the_average_goes(layers: list[tuple[Tensor, Tensor, Tensor]], chunk: int | None) -> None:
     """CORM over a prompt: a position stays where one of the last queries, of a head of the group, gave it the average
     over what it saw."""

@@ -136,7 +136,7 @@ class AttentionBuffer(ScoredBuffer):
             self.seen = self.seen if self.window is None else self.seen[:, :, -self.window :].contiguous()
             self.end = slots
         first = 0 if self.window is None else max(0, queries - self.window)
-        index_T = torch.arange(slots - queries, slots, device=device)
+        index_T = torch.arange(self.offset, self.offset + queries, device=device)
         for begin in range(first, queries, QUERIES):
             end = min(begin + QUERIES, queries)
             if ring:
@@ -147,6 +147,8 @@ class AttentionBuffer(ScoredBuffer):
                 allowed = mask.allowed[..., begin:end, :]
             weight = attention_weights(q_BTNH[:, begin:end], k_BSKH, allowed, scale, sinks_N)
             row = self.row(weight, allowed).to(self.seen.dtype)
+            if self.start_B is not None:  # padding sees itself, which tells nothing
+                row *= (index_T[begin:end] >= self.start_B[:, None])[:, None, :, None]
             if self.window is None:
                 place, row = slice(None), row.sum(dim=2, keepdim=True)
             else:
