@@ -608,6 +608,25 @@ def test_tokens_come_back_in_order(window: int | None) -> None:
             offset += length
 
 
+@pytest.mark.parametrize("length", [18, 20, 23, 24, 31])
+def test_a_window_is_coded_by_what_is_in_it(length: int) -> None:
+    """Where a keep finds nothing to drop from a window: a group of tokens is rounded by half a step of its own at most,
+    though some of them left the window before."""
+    plan = resolve(small(ArchConfig({"kv": StoreConfig(kv_heads=2, window=18)}, ["new kv"]), window=None))
+    method = parse_method("int4(group=8,recent=2)+h2o@100%(every=1,windows=true)")
+    cache = allocate_compressed(plan, 1, 40, dtype=torch.float64, method=method)
+    x = 5 + torch.rand(1, length, 2, cache.buffers[0].tensors[0].shape[-1]).double()
+    for buffer in cache.buffers:
+        buffer.update((x, x), 0)
+    cache.length = length
+    cache.compress()
+    for buffer in cache.buffers:
+        assert isinstance(buffer, CodedBuffer)
+        seen = buffer.first(length)
+        for got in buffer.read(seen, length):
+            torch.testing.assert_close(got, x[:, seen:], rtol=0, atol=0.51 / 15)
+
+
 @pytest.mark.parametrize("rule", ["gated_delta", "kda"])
 @pytest.mark.parametrize(
     "text", ["bf16", "fp8(group=3)", "int8(group=3)", "int4(group=5,hadamard=true,clip=0.9)", "int2(group=4)"]

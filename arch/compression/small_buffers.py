@@ -76,6 +76,14 @@ class CodedTensor:
         kept = min(rest.shape[1], self.whole.shape[1])
         write_ring(self.whole, rest[:, rest.shape[1] - kept :], first + rest.shape[1] - kept)
 
+    def begin(self, new: Tensor, offset: int) -> None:
+        """Add tokens [B, T, ...] `offset`, `offset` + 1, ... to none.
+
+        The first of them stands in for those before it in its block, so that the scales are those of tokens alone.
+        """
+        before = offset % self.layout.block
+        self.write(torch.cat((new[:, :1].repeat_interleave(before, dim=1), new), dim=1), offset - before)
+
     def repeat(self, rows: int) -> "CodedTensor":
         whole, *codes = (repeat_row(tensor, rows) for tensor in self.tensors)
         return CodedTensor(self.layout, whole, tuple(codes))
@@ -253,9 +261,10 @@ class KeptBuffer:
             if codec is None:
                 return self.whole
             layouts = tensor_layouts(self.store, codec, self.capacity, self.store.window)
-            coded = CodedBuffer.allocate(layouts, batch, dtype, device)
-            coded.update(tuple(ring_slots(tensor, first, length) for tensor in tensors), first)
-            return coded
+            buffer = CodedBuffer.allocate(layouts, batch, dtype, device)
+            for coded, tensor in zip(buffer.coded, tensors, strict=True):
+                coded.begin(ring_slots(tensor, first, length), first)
+            return buffer
         place_BKS = self.places(max(0, length - first - kept.newest), start_B, first)
         self.kept, self.prompt = kept, length
         self.settle(tuple(ring_slots(tensor, first, length) for tensor in tensors), place_BKS, length, start_B)
