@@ -278,8 +278,8 @@ class SizeConfig:
     rope_theta         base of rotary embeddings
     norm_eps           added to the variance in norms
     init_std           standard deviation of new weights
-    max_window         limit of the layout's windows, chunks, slots and query_scale.tokens; set by small sizes, which
-                       are trained on short sequences
+    max_window         limit of the layout's windows, chunks, strides, slots and query_scale.tokens; set by small sizes,
+                       which are trained on short sequences
     style              preset of the next ten keys, each of which overrides it unless null: llama (rmsnorm, swiglu, no
                        biases, sequential residuals, whole heads rotated) or neox (GPT-NeoX: layernorm, gelu, biases,
                        parallel residuals, a quarter of each head rotated); neither has norms of queries and keys, or

@@ -11,8 +11,9 @@ from eval.units import counted
 
 
 def remarks(config: ModelConfig) -> list[str]:
-    """A line for each window, slots or section that `size` cuts, each store type that no layer writes, and key/value
-    heads that a layout gives as fewer than the query heads and are as many. `config` can be resolved."""
+    """A line for each window, chunk, stride, slots, tokens of a query scale or section that `size` cuts, each store
+    type that no layer writes, and key/value heads that a layout gives as fewer than the query heads and are as many.
+    `config` can be resolved."""
     stacks = zip(resolve(config).stacks, stack_configs(config), strict=True)
     return [
         f"{stack.title}: {line}" if stack.title else line
@@ -24,7 +25,14 @@ def remarks(config: ModelConfig) -> list[str]:
 def _of_stack(config: ModelConfig, plan: KVPlan) -> Iterator[str]:
     most = config.size.max_window
     for name, store in config.arch.stores.items():
-        for what, number in (("window", store.window), ("chunk", store.chunk), ("slots", store.slots)):
+        scale = store.query_scale
+        for what, number in (
+            ("window", store.window),
+            ("chunk", store.chunk),
+            ("stride", store.stride),
+            ("slots", store.slots),
+            ("query_scale.tokens", None if scale is None or scale.slope == "learned" else scale.tokens),
+        ):
             if number is not None and most is not None and number > most:
                 yield f"{what} {number:,} of {name} cut to {most:,} by size.max_window"
     for number in dict.fromkeys(map(int, re.findall(r"\bwindow=(\d+)", str(config.arch.pattern)))):

@@ -35,6 +35,13 @@ def at(arch: str | ArchConfig, size: str = "tiny", **changes: object) -> ModelCo
         (at("gqa8"), ["kv has 8 key/value heads for 8 query heads: multi-head attention, as kv_heads=all"]),
         (at("swa"), ["window 1,024 of local cut to 64 by size.max_window"]),
         (at("swa", max_window=1024), []),
+        (at("deepseek_v4_hca"), [
+            "window 128 of pooled cut to 64 by size.max_window", "stride 128 of pooled cut to 64 by size.max_window",
+        ]),
+        (at("llama4"), [
+            "chunk 8,192 of chunk cut to 64 by size.max_window",
+            "query_scale.tokens 8,192 of nope cut to 64 by size.max_window",
+        ]),
         (at("cla4_window"), ["window=1,024 in arch.pattern cut to 64 by size.max_window"]),
         (at("swa", max_window=None), []),
         (at("bct_gated", max_window=32), ["slots 256 of memory cut to 32 by size.max_window"]),
