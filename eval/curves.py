@@ -27,7 +27,7 @@ from rich.table import Table
 from data.cli import UsageError, fail, parse
 from eval.console import PlainConsole, visible
 from eval.histories import CLOCKS, Array, Curve, History, load_history
-from eval.identity import data_of, name_data
+from eval.identity import PREDICTED, data_of, name_data
 from eval.results import write_result
 from eval.runs import (
     RunError,
@@ -112,9 +112,7 @@ def differences(curves: Sequence[Curve]) -> list[str]:
             "tokens": [config["tokens"] for config in configs],
             "batch_size": [config["batch_size"] for config in configs],
             "size.seq_len": [config["size"]["seq_len"] for config in configs],
-            "the positions that are predicted (arch.block.start=true predicts all)": [
-                history.num_unpredicted for history in histories
-            ],
+            PREDICTED: [history.num_unpredicted for history in histories],
             "hardware": [history.hardware for history in histories],
             "how they were executed (trainer)": [deciding_values(config, "speed") for config in configs],
         }

@@ -26,6 +26,9 @@ FILE = "identity.json"
 # Where the data lies, what it is called, and who prepares it: the digests stand for the data itself.
 NOT_COMPARED = ("data.path", "data.mix", "data.name", "data.workers")
 WHOLE = ("data.mix", "evals.options")  # their keys are folders, and names of tasks
+READING = ("document_mask", "block_padding")  # keys of data: what a run makes of the same text
+# What two runs of the same text may differ in, if arch.block.start is not the same.
+PREDICTED = "the positions that are predicted (arch.block.start=true predicts all)"
 ABSENT = object()
 
 
@@ -188,7 +191,7 @@ def data_of(run: Run) -> Any:
         return config
     digests = ", ".join(of.digest for of in tied.data)
     shares = [of.weight / sum(each.weight for each in tied.data) for of in tied.data]
-    options = {key: config.get(key) for key in ("document_mask", "block_padding", "val_tokens")}
+    options = {key: config.get(key) for key in (*READING, "val_tokens")}
     return {"data": digests, "shares": shares if len(shares) > 1 else None, **options}
 
 

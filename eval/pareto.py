@@ -29,7 +29,7 @@ from data.cli import UsageError, did_you_mean, fail, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
-from eval.identity import name_data
+from eval.identity import PREDICTED, name_data
 from eval.intervals import BETTER, UNDECIDED, WORSE
 from eval.methods import NONE
 from eval.released import load, released_names
@@ -174,7 +174,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
         "data": "data, data.document_mask or data.block_padding",
         "val_tokens": "data.val_tokens",
         "steps": "steps",
-        "unpredicted": "the positions that are predicted (arch.block.start=true predicts all)",
+        "unpredicted": PREDICTED,
     }
     return differing({name: [run.summary["experiment"].get(key) for run in runs] for key, name in keys.items()})
 

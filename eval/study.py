@@ -25,7 +25,7 @@ if not __package__:  # run as a script
 
 from data.cli import UsageError, fail, parse
 from data.files import write_text
-from eval.study_rows import Group, Row, best_rates, compare, groups, read_rows, sentence
+from eval.study_rows import Group, Row, best_rates, compare, groups, read_rows, seeds_text, sentence
 from eval.units import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def columns(group: Group, baselines: Sequence[Group]) -> dict[str, Any]:
     decode = group.figures("decode/token_ms")
     return {
         "layout": group.label,
-        "seeds": len(losses),
+        "seeds": seeds_text(len(losses), group),
         "lr": first["lr"],
         "parameters": first["params"],
         **{f"bytes at {int(context):,}": values[0] for context, values in first["kv"].items()},
@@ -129,7 +129,7 @@ def pictures(
         having = [group for group in found if group.figures(figure)]
         if having:
             drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure)
-    timed = [group for group in found if group.figures("decode/token_ms")]
+    timed = [group for group in found if group.losses and group.figures("decode/token_ms")]
     if timed:
         drawn["decoding"] = draw_decoding(timed, "Loss against the measured time of a decoded token")
     if has_curves([row for group in found for row in group.rows]):

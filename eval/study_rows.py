@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cli import UsageError
+from eval.identity import PREDICTED, READING
 from eval.intervals import UNDECIDED, Interval, interval
 
 Row = dict[str, Any]
@@ -37,9 +38,9 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def newest(rows: Iterable[Row]) -> dict[tuple[str, int, str], Row]:
-    """The last row of each (key, seed, commit)."""
-    return {(row["key"], row["seed"], row["commit"]): row for row in rows}
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each run at each commit. A run of one key in both stages is two."""
+    return list({(row["stage"], row["key"], row["seed"], row["commit"]): row for row in rows}.values())
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Group:
 def groups(rows: Iterable[Row], stage: str) -> list[Group]:
     """Group the rows of `stage`. Rows of different configurations or commits are never in one group."""
     found: dict[tuple[str, str, str], list[Row]] = {}
-    for row in newest(row for row in rows if row["stage"] == stage).values():
+    for row in newest(row for row in rows if row["stage"] == stage):
         found.setdefault((row["arch"], row["key"], row["commit"]), []).append(row)
     labels = {}
     for arch, key, commit in found:
@@ -80,16 +81,19 @@ def groups(rows: Iterable[Row], stage: str) -> list[Group]:
     return [Group(labels[name], tuple(sorted(same, key=lambda row: row["seed"]))) for name, same in found.items()]
 
 
-def comparable(one: Group, other: Group) -> bool:
-    """Tell whether two groups saw the same text, as many tokens and steps, in the same precision, at one commit, from
-    the same beginning and by the same optimizer, but for its learning rate."""
-    return _conditions(one.first) == _conditions(other.first)
+def differences(one: Group, other: Group) -> list[str]:
+    """What is not the same in two groups, and must be for their losses to be compared: the text, how it is read and
+    what of it is predicted, tokens and steps, precision, commit, the beginning, and the optimizer but for its rate."""
+    ours, theirs = _conditions(one.first), _conditions(other.first)
+    return [key for key in ours if ours[key] != theirs[key]]
 
 
 def _conditions(row: Row) -> dict[str, Any]:
-    config = row["config"]
+    config, block = row["config"], row["config"]["arch"]["block"]
     found = {key: row[key] for key in ("data", "tokens", "seq_len", "commit", "speed", "val_tokens")}
     found |= {key: config.get(key) for key in ("batch_size", "init", "train_only")}
+    found |= {f"data.{key}": config.get("data", {}).get(key, False) for key in READING}  # which the first rows lack
+    found[PREDICTED] = 0 if block is None or block["start"] else block["length"]
     return found | {"optim": {key: value for key, value in config["optim"].items() if key != "lr"}}
 
 
@@ -98,30 +102,41 @@ def compare(group: Group, baseline: Group) -> Interval | None:
 
     None if no seed is in both, or they are not comparable.
     """
-    if not comparable(group, baseline):
+    if differences(group, baseline):
         return None
     ours, theirs = group.losses, baseline.losses
-    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    return interval(differences) if differences else None
+    changes = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return interval(changes) if changes else None
 
 
 def sentence(group: Group, baseline: Group) -> str:
     """Say whether the layout is better or worse than the baseline, or not told apart from it."""
+    if others := differences(group, baseline):
+        return f"{group.label}: not compared with {baseline.label}, the runs differ in {', '.join(others)}."
     found = compare(group, baseline)
     if found is None:
-        return f"{group.label}: no seed in common with {baseline.label} under the same conditions."
-    seeds = f"{found.pairs} seed" + "s" * (found.pairs != 1)
+        return f"{group.label}: no seed in common with {baseline.label}."
+    seeds = seeds_text(found.pairs, group, baseline)
+    diverged = sum(row["loss"] is None for row in (*group.rows, *baseline.rows))
+    note = f"; {diverged} diverged" * (diverged > 0)
     if found.half is None:
-        return f"{group.label}: not told apart from {baseline.label}: one seed ({found.mean:+.4f} nats)."
-    shown = f"{found.mean:+.4f} ± {found.half:.4f} nats over {seeds}"
+        seeds = "one seed" if seeds == "1" else f"{seeds} seeds"
+        return f"{group.label}: not told apart from {baseline.label}: {seeds} ({found.mean:+.4f} nats{note})."
+    shown = f"{found.mean:+.4f} ± {found.half:.4f} nats over {seeds} seeds{note}"
     than = "from" if found.verdict == UNDECIDED else "than"
     return f"{group.label}: {found.verdict} {than} {baseline.label} ({shown})."
+
+
+def seeds_text(count: int, *groups: Group) -> str:
+    """`3`, or `2 of 3` where `groups` have a seed more: one that diverged, or that not all of them have."""
+    total = len({row["seed"] for group in groups for row in group.rows})
+    return f"{count} of {total}" if count < total else str(count)
 
 
 def best_rates(rows: Iterable[Row]) -> dict[str, dict[float, float]]:
     """Loss by learning rate of each layout, of the first stage."""
     rates: dict[str, dict[float, float]] = {}
-    for row in newest(row for row in rows if row["stage"] == "rate" and row["loss"] is not None).values():
+    for row in newest(row for row in rows if row["stage"] == "rate" and row["loss"] is not None):
         rates.setdefault(row["arch"], {})[row["lr"]] = row["loss"]
     return {arch: dict(sorted(losses.items())) for arch, losses in rates.items()}
 

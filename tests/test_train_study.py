@@ -16,6 +16,7 @@ from arch.named import model_config, names
 from data.cli import TaskError, UsageError
 from eval import evaluate
 from eval import study as report
+from eval.identity import READING
 from eval.study_rows import compare, frontier, groups, read_rows, sentence
 from train import pretrain, study
 from train.errors import DIVERGENCE_HINT
@@ -32,7 +33,7 @@ from train.studies.launchers import (
     SlurmLauncher,
     same_options,
 )
-from train.studies.rows import append_row
+from train.studies.rows import append_row, curve
 from train.studies.schema import StudyConfig
 
 # Layouts whose heads would have to be more than 64 times as wide for MHA's bytes.
@@ -152,7 +153,7 @@ def test_commands_of_a_run(tmp_path: Path) -> None:
 def row(arch: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
     kv = {str(context): [context * (2 if arch == "mha" else 1), 1] for context in (2048, 8192, 32768, 131072)}
     made = {"arch": arch, "seed": seed, "loss": loss, "key": arch, "stage": MAIN, "commit": "c" * 40, "lr": 1e-3}
-    made |= {"study": "s", "config": {"batch_size": 8, "optim": {"name": "adamw", "lr": loss}}}
+    made |= {"study": "s", "config": {"batch_size": 8, "optim": {"name": "adamw", "lr": loss}, "arch": {"block": None}}}
     made |= {"data": [{"name": "books", "digest": "d"}], "tokens": 10, "seq_len": 4, "speed": {}, "val_tokens": 8}
     made |= {"kv": kv, "params": 7, "val_curve": [[5, loss + 1], [10, loss]], "match": None, "date": "2026-01-31T00"}
     return made | {"tasks": {"decode": {"figures": {"token_ms": 2.0}}}, "hardware": "a CPU"} | changes
@@ -170,13 +171,43 @@ def test_layouts_are_compared_by_seed() -> None:
     assert found.half == pytest.approx(4.303 * 0.001 / 3**0.5)
     assert sentence(cla2, mha) == "cla2: worse than mha (+0.1010 ± 0.0025 nats over 3 seeds)."
     assert sentence(mla, mha).startswith("mla (ccccccc): not told apart from mha (+0.0333 ±")
-    assert compare(other, mha) is None and "under the same conditions" in sentence(other, mha)
+    assert compare(other, mha) is None and sentence(other, mha).endswith("the runs differ in commit.")
     assert frontier({"a": (1, 3.0), "b": (2, 3.1), "c": (3, 2.0)}) == ["a", "c"]
+
+
+def test_losses_of_other_targets_are_not_compared() -> None:
+    """Those of a Block Transformer without the first block of a window, and of masked and padded documents. A row of
+    before the last two were written is of neither."""
+    config = row("mha", 0, 3.0)["config"]
+    mha, whole, first, masked = (
+        groups([row(arch, 0, loss, config=config | changes)], MAIN)[0]
+        for arch, loss, changes in (
+            ("mha", 3.0, {}),
+            ("block", 2.9, {"arch": {"block": {"length": 4, "start": True}}, "data": dict.fromkeys(READING, False)}),
+            ("block", 2.9, {"arch": {"block": {"length": 4, "start": False}}}),
+            ("cla2", 2.9, {"data": dict.fromkeys(READING, True)}),
+        )
+    )
+    assert compare(whole, mha) is not None and compare(first, mha) is compare(masked, mha) is None
+    assert sentence(first, mha).endswith(
+        "the runs differ in the positions that are predicted (arch.block.start=true predicts all)."
+    )
+    assert sentence(masked, mha).endswith("the runs differ in data.document_mask, data.block_padding.")
+
+
+def test_seeds_that_are_missing_are_said() -> None:
+    rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
+    rows += [row(arch, seed, 2.9 + seed / 10) for arch in ("cla2", "mqa") for seed in range(2)]
+    rows.append(row("cla2", 2, 3.1) | {"loss": None})
+    mha, cla2, mqa = groups(rows, MAIN)
+    assert sentence(cla2, mha) == "cla2: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds; 1 diverged)."
+    assert sentence(mqa, mha) == "mqa: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds)."
+    assert [report.columns(group, [mha])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
 
 
 def test_a_baseline_has_the_conditions_of_its_layout() -> None:
     """Not those of another optimizer with a lower loss; of two that would do, that of the same study."""
-    muon = {"batch_size": 8, "optim": {"name": "muon", "lr": 1e-3}}
+    muon = {"batch_size": 8, "optim": {"name": "muon", "lr": 1e-3}, "arch": {"block": None}}
     rows = [row("mha", seed, 3.0, config=muon, key="m") for seed in range(2)]
     rows += [row("mha", seed, 3.3, study="t", key="t") for seed in range(2)]
     rows += [row(arch, seed, loss) for arch, loss in (("mha", 3.4), ("cla2", 3.35)) for seed in range(2)]
@@ -239,6 +270,17 @@ def test_equal_bytes(corpus: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(abs(float(off)) < 1 for *_, off in rows)  # a step of d_ff is 1.7 % of so small a model
 
 
+def test_a_layout_is_matched_with_the_multi_head_attention_of_the_study(
+    corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Not with that of a size that the layout has changed."""
+    words = ["plan=true", f"data.path={corpus}", "archs=[mha,wide]", "run=['+size=tiny','size.vocab_size=600']"]
+    words += ["match=params", "layouts={wide: ['+arch=mqa', 'size.head_dim=32']}"]
+    launch_in_process(study.main, "study", StudyConfig, words)
+    mha, wide = re.findall(r"│ (?:mha|wide) +│ ([\d.]+)M", capsys.readouterr().out)
+    assert float(wide) == pytest.approx(float(mha), rel=0.01)
+
+
 def test_cla_table1(corpus: Path, capsys: pytest.CaptureFixture) -> None:
     """Bytes are in the proportions of the paper's table, where 8 layers for 20 leave them."""
     launch_in_process(
@@ -289,6 +331,8 @@ def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: py
     (row,) = read_rows(tmp_path / "results.jsonl")
     assert row["arch"] == "tied2" and row["config"]["arch"]["stores"]["kv"]["tied"] == "vector"
     assert row["tasks"]["perplexity"]["figures"] and row["match"]["key"] == "d_ff"
+    assert row["config"]["size"]["d_ff"] == row["match"]["width"] != 48
+    assert row["config"]["data"] == {"document_mask": False, "block_padding": False}
     assert row["kv"]["2048"] == [2048 * 4 * 2 * 4 * 2] * 2  # 4 layers of 2 heads, a vector of 4 elements in bf16
 
 
@@ -332,11 +376,40 @@ def test_a_run_that_fails_otherwise_than_by_its_rate_is_waited_for(tmp_path: Pat
     options = StudyConfig(archs=["a"], lrs=[1e-3, 2e-3], lr_extra=0, tokens=10, tasks=[], folder=str(tmp_path))
     found = study.Study(options, [layout("a")])
     low, high = found.cells()[0]
-    found.done[low.key, low.seed] = {"loss": 2.0, "tasks": {}}
+    found.done[RATE, low.key, low.seed] = {"loss": 2.0, "tasks": {}}
     found.failed[high.folder_name] = "exit code 137: killed"
     assert not found.cells()[1]
     found.failed[high.folder_name] = f"exit code 1: error: the loss exploded: {DIVERGENCE_HINT}. There was none"
     assert found.cells()[1]["a"].lr == 1e-3
+
+
+def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path) -> None:
+    """The others of its layout go on, and the study says at its end that it failed."""
+    options = StudyConfig(archs=["a"], lrs=[1e-3, 2e-3], lr_extra=0, tokens=10, tasks=[], folder=str(tmp_path))
+    found = study.Study(options, [layout("a")])
+    low, high = found.cells()[0]
+    found.done |= {(RATE, cell.key, 0): {"loss": loss, "tasks": {}} for cell, loss in ((low, 2.0), (high, None))}
+    assert found.cells()[1]["a"].lr == 1e-3 and found.tokens_left() == options.tokens
+    with pytest.raises(TaskError, match=r"1 runs failed.*\na lr 0.002 seed 0 \(rate\): its validation loss is not fin"):
+        found.end(stopped=False)
+    metrics = [{"step": "1", "val/loss": "3.0"}, {"step": "2", "val/loss": "nan"}]
+    run = SimpleNamespace(config={"batch_size": 2, "size": {"seq_len": 4}}, metrics=metrics)
+    assert curve(run, "val/loss") == [[8.0, 3.0]]  # type: ignore[arg-type]  # a row has no other number
+
+
+def test_the_search_at_the_full_budget_is_not_the_main_run(tmp_path: Path) -> None:
+    """Though it is the same run, by its key: a report shows rows of the main stage."""
+    options = StudyConfig(archs=["a"], lrs=[1e-3, 2e-3], lr_extra=0, tokens=10, lr_tokens=10, tasks=[])
+    options.folder = str(tmp_path)
+    found = study.Study(options, [layout("a")])
+    for cell in found.cells()[0]:
+        append_row(options.rows, row("a", 0, cell.lr, key=cell.key, stage=RATE, commit=found.commit))
+    found = study.Study(options, [layout("a")])
+    assert [(cell.stage, cell.lr) for cell in found.startable({})] == [(MAIN, 1e-3)]
+    (cell,) = found.startable({})
+    append_row(options.rows, row("a", 0, 1e-3, key=cell.key, commit=found.commit))
+    found = study.Study(options, [layout("a")])
+    assert not found.startable({}) and len(groups(read_rows(options.rows), MAIN)) == 1
 
 
 def test_a_run_of_another_commit_makes_way(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Make a layout comparable with multi-head attention of the same size: `match=params`, `flops` or `kv`.
+"""Make a layout comparable with multi-head attention: `match=params`, `flops` or `kv`.
 
 params  parameters: the width of the MLP, size.d_ff, is adjusted
 flops   training FLOPs per token at size.seq_len: size.d_ff is adjusted
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from arch import LayoutError, ModelConfig, resolve
+from arch import LayoutError, ModelConfig, SizeConfig, resolve
 from arch.config import head_dim
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from arch.named import load_arch
@@ -50,14 +50,17 @@ class Match:
         )
 
 
-def find_match(model: ModelConfig, match: str, context: int) -> tuple[ModelConfig, Match]:
-    """Return `model` with the width at which its figure is nearest to that of multi-head attention at the same size.
+def find_match(
+    model: ModelConfig, match: str, context: int, baseline: SizeConfig | None = None
+) -> tuple[ModelConfig, Match]:
+    """Return `model` with the width at which its figure is nearest to that of multi-head attention at the size
+    `baseline`; None: at its own.
 
     Raises LayoutError if no width that the layout can have brings it within the granularity of that.
     """
     key = KEYS[match]
     figure = _figure(match, context)
-    target = figure(ModelConfig(load_arch(BASELINE), model.size))
+    target = figure(ModelConfig(load_arch(BASELINE), baseline or model.size))
     was = head_dim(model.size) if key == "head_dim" else model.size.d_ff
     step = HEAD_GRANULARITY if key == "head_dim" else GRANULARITY
 

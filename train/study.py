@@ -69,16 +69,17 @@ class Study:
     def __init__(self, options: StudyConfig, found: list[Layout]):
         self.options, self.layouts = options, found
         self.commit = str(git_revision())
-        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.done: dict[tuple[str, str, int], dict[str, Any]] = {}  # by stage, key and seed
         self.failed: dict[str, str] = {}  # by the name of the run's folder
         self.seconds = self.trained = 0.0  # of the runs of this start, and their tokens
         self._read_rows()
 
     def _read_rows(self) -> None:
         others: dict[str, int] = {}
-        for (key, seed, commit), row in newest(read_rows(self.options.rows)).items():
+        for row in newest(read_rows(self.options.rows)):
+            commit = row["commit"]
             if commit == self.commit or self.options.others == "keep":
-                self.done[key, seed] = row
+                self.done[row["stage"], row["key"], row["seed"]] = row
             else:
                 others[commit] = others.get(commit, 0) + 1
         if others and self.options.others == "refuse":
@@ -88,17 +89,21 @@ class Study:
                 "others=keep counts them as done, others=ignore does their runs again; or give another results="
             )
 
+    def row(self, cell: Cell) -> dict[str, Any] | None:
+        return self.done.get((cell.stage, cell.key, cell.seed))
+
     def loss_of(self, cell: Cell) -> float | None:
-        row = self.done.get((cell.key, cell.seed))
+        row = self.row(cell)
         return None if row is None else row["loss"]
 
     def has_diverged(self, cell: Cell) -> bool:
-        """Tell whether the run failed by its learning rate. One that failed otherwise is tried again, and its layout
-        waits for it."""
-        return DIVERGENCE_HINT in self.failed.get(cell.folder_name, "")
+        """Tell whether the run failed by its learning rate, or ended without a finite loss. One that failed otherwise
+        is tried again, and its layout waits for it."""
+        row = self.row(cell)
+        return DIVERGENCE_HINT in self.failed.get(cell.folder_name, "") or (row is not None and row["loss"] is None)
 
     def is_done(self, cell: Cell) -> bool:
-        row = self.done.get((cell.key, cell.seed))
+        row = self.row(cell)
         return row is not None and all(
             task in row["tasks"] and same_options(row["tasks"][task], options)
             for task, options in self.tasks_of(cell).items()
@@ -150,8 +155,8 @@ class Study:
         """Tokens that are still to be trained; of learning rates, those that are known to be tried."""
         options = self.options
         cells, _ = self.cells()
-        rates = [cell for cell in cells if cell.stage == RATE and self.loss_of(cell) is None]
-        ended = sum(cell.stage == MAIN and self.loss_of(cell) is not None for cell in cells)
+        rates = [cell for cell in cells if cell.stage == RATE and self.row(cell) is None]
+        ended = sum(cell.stage == MAIN and self.row(cell) is not None for cell in cells)
         main = len(options.archs) * len(options.seeds) - ended
         return sum(cell.tokens for cell in rates) + main * options.tokens
 
@@ -231,7 +236,7 @@ class Study:
             self.say(f"{cell} failed: {error}")
             return
         append_row(self.options.rows, row)
-        self.done[cell.key, cell.seed] = row
+        self.done[cell.stage, cell.key, cell.seed] = row
         if row["starts"] == 1:
             self.seconds, self.trained = self.seconds + seconds, self.trained + row["tokens"]
         if not self.options.keep:
@@ -262,9 +267,10 @@ class Study:
         self.say(f"{ended} of {total} runs are done; rows: {self.options.rows}")
         if stopped and ended < total:
             self.say("stopped; the same command continues")
-        if self.failed:
-            listed = "\n".join(self.failed.values())
-            raise TaskError(f"{len(self.failed)} runs failed; the same command tries them again:\n{listed}")
+        no_loss = [cell for cell in cells if self.is_done(cell) and self.loss_of(cell) is None]
+        if failed := [*self.failed.values(), *(f"{cell}: its validation loss is not finite" for cell in no_loss)]:
+            listed = "\n".join(failed)
+            raise TaskError(f"{len(failed)} runs failed; the same command tries again those without a row:\n{listed}")
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

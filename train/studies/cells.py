@@ -13,13 +13,13 @@ from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from arch import LayoutError, resolve
-from arch.config import to_dict
+from arch.config import SizeConfig, to_dict
 from data.cli import UsageError, hydra_value
 from data.shards import Manifest
 from eval.cli import explain, require, unknown_keys
 from eval.overrides import as_typed
 from eval.runs import deciding_values
-from train.matching import Match, matched
+from train.matching import BASELINE, Match, find_match
 from train.run import to_object
 from train.schema import PretrainConfig, problems
 from train.studies.schema import StudyConfig
@@ -87,15 +87,22 @@ def key_of(config: PretrainConfig, data: str) -> str:
 def layouts(study: StudyConfig) -> list[Layout]:
     """Compose the runs of every layout. Raises UsageError or LayoutError if one cannot be trained."""
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
+    baseline = None
+    if study.match != "none":
+        baseline = _composed(BASELINE, _words(study, BASELINE, [f"+arch={BASELINE}"])).size
     digests: dict[Any, str] = {}
-    return [_layout(study, arch, digests) for arch in study.archs]
+    return [_layout(study, arch, baseline, digests) for arch in study.archs]
 
 
-def _layout(study: StudyConfig, arch: str, digests: dict[Any, str]) -> Layout:
-    name = f"{study.name}-{arch}"
-    words = [*study.layout_words(arch), *study.run, f"match={study.match}", f"name={hydra_value(name)}"]
-    if study.data.path is not None:
-        words.append(f"data.path={hydra_value(study.data.path)}")
+def _words(study: StudyConfig, arch: str, words: Sequence[str]) -> list[str]:
+    """The command line of the layout `arch`, which `words` choose. A match is the study's, and becomes a size."""
+    name = hydra_value(f"{study.name}-{arch}")
+    data = [] if study.data.path is None else [f"data.path={hydra_value(study.data.path)}"]
+    return [*words, *study.run, "match=none", f"name={name}", *data]
+
+
+def _composed(arch: str, words: Sequence[str]) -> PretrainConfig:
+    """The configuration that `words` make. Raises UsageError, naming the layout `arch`, if they make none."""
     try:
         composed = compose("pretrain", as_typed(words, PretrainConfig, sweep=False), return_hydra_config=True)
         require(size=composed.hydra.runtime.choices.get("size"))
@@ -103,14 +110,23 @@ def _layout(study: StudyConfig, arch: str, digests: dict[Any, str]) -> Layout:
             del composed["hydra"]
         if wrong := list(unknown_keys(composed)):
             raise UsageError("\n".join(f"run: {line}" for line in wrong))
-        config = to_object(composed)
+        return to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"{arch}: {explain(error)}") from error
+
+
+def _layout(study: StudyConfig, arch: str, baseline: SizeConfig | None, digests: dict[Any, str]) -> Layout:
+    """`baseline`: the size of the multi-head attention that the layout is matched with; None: it is not."""
+    words = _words(study, arch, study.layout_words(arch))
+    config, match = _composed(arch, words), None
     config.tokens = study.tokens
     if found := problems(replace(config, tokens=min(study.tokens, study.lr_tokens))):
         raise LayoutError(found)
     resolve(config.model)
-    config, match = matched(config)
+    if baseline is not None:
+        model, match = find_match(config.model, study.match, config.context, baseline)
+        config = replace(config, size=model.size)
+        words.append(f"size.{match.key}={match.width}")
     read = tuple(config.data.folders), tuple((config.data.mix or {}).values())
     if read not in digests:
         digests[read] = data_digest(config)

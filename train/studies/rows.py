@@ -2,7 +2,8 @@
 
 study, stage, arch, lr, seed  which run; `stage` is `rate` (the search of the learning rate) or `main`
 key             digest of what decides the result but the seed: rows of one key are repetitions
-config          what decides the result, without the data; `speed`: precision, compilation, devices; `match`
+config          what decides the result, of the data only how it is read; `speed`: precision, compilation, devices
+match           the width that makes figures equal, and how equal they are; None: no match was asked for
 data            digest and name of the text, in a mixture with its weight
 loss, ppl, bpb  of validation; `curve`, `val_curve`: [tokens, loss]
 kv              bytes of a cache of bf16 at each context of CONTEXTS: [stored, read per token]
@@ -11,6 +12,7 @@ commit, ...     commit (`+`: changed files), versions, hardware, threads; `token
 """
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from typing import Any
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from eval.evaluations import FOLDER, KEY, file_name
-from eval.identity import Identity
+from eval.identity import READING, Identity
 from eval.runs import Run, deciding_values, finished_run
 from train.run import load_config
 from train.studies.cells import Cell
@@ -52,7 +54,7 @@ def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
     summary, plan, start = run.summary, run.plan, run.starts[-1]
     tied, values = Identity.load(folder), to_dict(config)
     decides = deciding_values(values, "result")
-    decides.pop("data")
+    decides["data"] = {key: decides["data"][key] for key in READING}
     commits = list(dict.fromkeys(str(each.get("git")) for each in run.starts))
     speeds = [float(row["train/tokens_per_second"]) for row in run.metrics if row.get("train/tokens_per_second")]
     return {
@@ -111,9 +113,10 @@ def _task(folder: Path, task: str) -> dict[str, Any]:
 
 
 def curve(run: Run, name: str) -> list[list[float]]:
-    """[tokens, loss] of a run, the means of at most POINTS even parts."""
+    """[tokens, loss] of a run where it is finite, the means of at most POINTS even parts."""
     step_tokens = int(run.config["batch_size"]) * int(run.config["size"]["seq_len"])
     points = [(int(row["step"]) * step_tokens, float(row[name])) for row in run.metrics if row.get(name)]
+    points = [point for point in points if math.isfinite(point[1])]
     width = -(-len(points) // POINTS) or 1
     parts = [points[first : first + width] for first in range(0, len(points), width)]
     return [[float(part[-1][0]), round(statistics.fmean(loss for _, loss in part), 5)] for part in parts]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.tasks import ChosenTask
-from train.schema import EvalsConfig, chosen_tasks, option_text
+from train.schema import MATCHES, EvalsConfig, chosen_tasks, option_text
 
 LAUNCHERS = ("local", "slurm")
 OTHERS = ("refuse", "keep", "ignore")
@@ -33,7 +33,8 @@ class StudyConfig:
     seeds          seeds of each layout
     run            arguments of train/pretrain.py that all runs share: size, recipe, precision
     tokens         training tokens per run
-    match          what every layout has in common with multi-head attention: params, flops, kv, or none
+    match          what every layout has in common with multi-head attention at the size that `run` gives: params,
+                   flops, kv, or none
     lrs            peak learning rates that the first stage tries with each layout; one rate: no such stage
     lr_tokens      training tokens per run of the first stage
     lr_extra       number of further rates to try beyond an end of the list, by its factor, while the best is there
@@ -110,7 +111,11 @@ class StudyConfig:
 def problems(config: StudyConfig) -> list[str]:
     """List what makes no sense, each with the fix."""
     found = []
-    for name, value, choices in (("launcher", config.launcher, LAUNCHERS), ("others", config.others, OTHERS)):
+    for name, value, choices in (
+        ("launcher", config.launcher, LAUNCHERS),
+        ("others", config.others, OTHERS),
+        ("match", config.match, MATCHES),
+    ):
         if value not in choices:
             found.append(f"{name} is {value}; choose {', '.join(choices)}")
     for name in ("archs", "seeds", "lrs"):
