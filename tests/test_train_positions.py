@@ -1,6 +1,8 @@
 """`train/benchmarks/positions.py` on a run."""
 
 import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from arch import Decoder, build
 from data.batches import EvalBatches
 from data.cli import UsageError
 from data.config import DataConfig
-from data.mixture import EvalWindows
+from data.mixture import EvalWindows, Mixture
 from data.shards import Manifest, TokenWindows
+from eval.positions import loss_by_position
 from train import checkpoint
 from train.benchmarks.positions import main
+from train.loading import load
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.schema import OptimConfig, PretrainConfig
@@ -55,6 +59,20 @@ def test_a_run_by_position(run: Path, corpus: Path, capsys: pytest.CaptureFixtur
     main([str(run), "lengths=8", "tokens=8"])
     (buckets,) = json.loads((run / "positions.json").read_text())["lengths"].values()
     assert {bucket["error"] for bucket in buckets} == {None}
+
+
+def test_a_mixture_by_position_has_its_weights(run: Path, corpus: Path, tmp_path: Path) -> None:
+    """Three of four windows are of the first folder, as in validation."""
+    other = shutil.copytree(corpus, tmp_path / "other")
+    mixed = {"data": {"path": None, "mix": {str(corpus): 3, str(other): 1}}}
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(run / "config.yaml"), mixed), run / "config.yaml")
+    main([str(run), "lengths=16", "tokens=128"])
+    buckets = json.loads((run / "positions.json").read_text())["lengths"]["16"]
+    windows = TokenWindows(corpus, Manifest.load(corpus), "val", 16)
+    mixture = EvalWindows.of(Mixture((windows, windows), (3.0, 1.0)), 8)
+    expected = loss_by_position(load(run).model, EvalBatches(mixture, 1))
+    assert buckets == [asdict(bucket) for bucket in expected]
+    assert sum(bucket["targets"] for bucket in buckets) == 128
 
 
 @pytest.mark.parametrize(

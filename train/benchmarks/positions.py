@@ -15,15 +15,16 @@ if not __package__:  # run as a script
 
 from rich.table import Table
 
-from data.batches import Batch, EvalBatches
+from data.batches import EvalBatches
 from data.cli import UsageError, fail, parse
-from data.mixture import EvalWindows, weights_of
-from data.shards import TokenWindows
+from data.mixture import weights_of
 from eval.cli import MISTAKES
 from eval.console import PlainConsole
 from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
 from eval.runs import folders_of
+from eval.scoring import validation_windows
+from eval.tasks.task import Prepared
 from train.datamodule import open_data
 from train.errors import TrainingError
 from train.loading import load
@@ -35,7 +36,7 @@ class PositionsConfig:
     """Options.
 
     lengths  tokens of the sequences, with commas; empty: those of training, twice and four times as many
-    tokens   validation tokens of each length
+    tokens   validation tokens of each length, of a mixture in proportion to its weights
     """
 
     runs: tuple[str, ...] = ()
@@ -52,15 +53,12 @@ def measure(run: Path, lengths: list[int], tokens: int) -> dict[int, list[Bucket
     folders = open_data(config.data)
     weights = list(weights_of(config.data.mix).values()) if config.data.mix else [1.0]
     loaded.check_data(folders, weights)
+    prepared = Prepared(folders, weights, tokens)
+    form = replace(sequence_format(model.plan, config.data), block_padding=0)
     found = {}
     for length in lengths or [times * config.size.seq_len for times in (1, 2, 4)]:
-        batches: list[Batch] = []
-        form = replace(sequence_format(model.plan, config.data), block_padding=0)
-        for path, manifest in folders.items():
-            windows = TokenWindows(path, manifest, "val", length)
-            chosen = EvalWindows.of(windows, tokens // length)
-            batches += EvalBatches(chosen, 1, sequence_format=form)
-        found[length] = loss_by_position(model, batches)
+        windows = validation_windows(prepared, length, tokens // length)
+        found[length] = loss_by_position(model, EvalBatches(windows, 1, sequence_format=form))
     return found
 
 
