@@ -75,7 +75,8 @@ def subject(model: nn.Module, tokenizer: Text | None = None, **fields: Any) -> S
 
 @cache
 def tokenizers_of_all_kinds() -> dict[str, Text]:
-    """Bytes; byte-level BPE; one that puts a blank before a text; and one whose tokens hold several words."""
+    """Bytes; byte-level BPE; one with a blank before a text and a begin before a prompt; and one whose tokens hold
+    several words."""
     import numpy as np
 
     def corpus() -> Iterator[str]:
@@ -87,12 +88,13 @@ def tokenizers_of_all_kinds() -> dict[str, Text]:
     joined.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     joined.decoder = decoders.ByteLevel()
     letters = [*map(chr, range(33, 127)), "\n", "\u2581"]
-    for tokenizer, alphabet in ((blank, letters), (joined, pre_tokenizers.ByteLevel.alphabet())):
+    for tokenizer, alphabet, special in (
+        (blank, letters, ["<s>", "</s>"]),
+        (joined, pre_tokenizers.ByteLevel.alphabet(), ["</s>"]),
+    ):
         tokenizer.train_from_iterator(
             corpus(),
-            trainers.BpeTrainer(
-                vocab_size=400, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-            ),
+            trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
         )
     found = {"bytes": byte_tokenizer(), "bpe": train_bpe(corpus(), 500), "blank": blank, "joined": joined}
-    return {name: Text(tokenizer, end_token(tokenizer, None)) for name, tokenizer in found.items()}
+    return {name: Text(one, end_token(one, None), one.token_to_id("<s>")) for name, one in found.items()}

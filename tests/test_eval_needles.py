@@ -43,7 +43,7 @@ def test_samples_are_as_long_and_as_deep_as_asked(kind: str, tokenizer: str) -> 
         sample = make(kind, tokenizer, depth)
         used = len(sample.tokens) + sample.new_tokens
         assert LENGTH - WORD * (2 if kind == "words" else 1) <= used <= LENGTH
-        assert sample.tokens == TOKENIZERS[tokenizer].encode(sample.text)
+        assert sample.tokens == TOKENIZERS[tokenizer].prompt(sample.text)
         if kind not in WITH_DEPTH:
             assert sample.token_depth is None
             continue
@@ -56,7 +56,7 @@ def test_samples_are_as_long_and_as_deep_as_asked(kind: str, tokenizer: str) -> 
         )
         words, all_words = sum(map(len, before)), sum(map(len, before + after))
         assert abs(words - depth * all_words / 100) <= max(map(len, before + after)) / 2
-        prompt_share = 100 * len(TOKENIZERS[tokenizer].encode(sample.text[:at])) / len(sample.tokens)
+        prompt_share = 100 * len(TOKENIZERS[tokenizer].prompt(sample.text[:at])) / len(sample.tokens)
         assert sample.token_depth == pytest.approx(prompt_share)
 
 
@@ -164,7 +164,7 @@ def test_choices_begin_where_their_tokens_differ_from_the_prompt(tokenizer: str)
     prefix, choices = split_choices(subject(Oracle(nothing, 600), TOKENIZERS[tokenizer]), sample)
     assert all(choices)
     for tokens, choice in zip(choices, (*sample.right, *sample.wrong), strict=True):
-        assert prefix + tokens == TOKENIZERS[tokenizer].encode(sample.text + choice)
+        assert prefix + tokens == TOKENIZERS[tokenizer].prompt(sample.text + choice)
 
 
 def test_string_match_is_of_all_answers_in_any_order_and_case() -> None:

@@ -186,7 +186,7 @@ def split_choices(subject: Subject, sample: "Sample") -> tuple[list[int], list[l
 
     The text is encoded with each choice, since a tokenizer may join the end of the prompt with it.
     """
-    wholes = [subject.tokenizer.encode(sample.text + choice) for choice in (*sample.right, *sample.wrong)]
+    wholes = [subject.tokenizer.prompt(sample.text + choice) for choice in (*sample.right, *sample.wrong)]
     common = min(len(sample.tokens), *(len(whole) - 1 for whole in wholes))
     while any(whole[:common] != sample.tokens[:common] for whole in wholes):
         common -= 1

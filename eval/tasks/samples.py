@@ -8,20 +8,15 @@ and samples of one number hide the same at every length and depth.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 
 from eval.tasks.haystack import Haystack, largest_fit
+from eval.tasks.task import Tokenizer
 from eval.tasks.words import draw_names, draw_numbers, draw_pairs, draw_words
 
 POOL = 8  # so many times what is needed is drawn, for those of a length
 TRIES = 20  # of samples whose haystack has what is hidden in it
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def fill_draft(
             return f"{draft.header}\n{context}\n{draft.question}", [len(draft.header) + 1 + at for at in begins]
 
         def count(words: int, prompt: Callable[[int], tuple[str, list[int]]] = prompt) -> int:
-            return len(tokenizer.encode(prompt(words)[0]))
+            return len(tokenizer.prompt(prompt(words)[0]))
 
         words = largest_fit(count, length - new)
         around = " ".join(word for sentence in source.first(words) for word in sentence)
@@ -97,9 +92,9 @@ def fill_draft(
     else:
         raise ValueError("the text has what is to be hidden in it; choose another text=")
     text, begins = prompt(words)
-    tokens, depth = tokenizer.encode(text), None
+    tokens, depth = tokenizer.prompt(text), None
     if draft.target is not None:
-        depth = 100 * len(tokenizer.encode(text[: begins[draft.target]])) / len(tokens)
+        depth = 100 * len(tokenizer.prompt(text[: begins[draft.target]])) / len(tokens)
     return Sample(text, tokens, new, draft.answers, draft.right, draft.wrong, depth)
 
 
@@ -274,11 +269,11 @@ def common_words(tokenizer: Tokenizer, length: int, common: int, seed: Sequence[
         return shown + listed + words_question(common)
 
     new = new_tokens(tokenizer, [numbered(right)], 120, length)
-    others = largest_fit(lambda count: len(tokenizer.encode(prompt(count))), length - new, least=common)
+    others = largest_fit(lambda count: len(tokenizer.prompt(prompt(count))), length - new, least=common)
     text = prompt(others)
     return Sample(
         text,
-        tokenizer.encode(text),
+        tokenizer.prompt(text),
         new,
         answers=tuple(right),
         right=tuple(f" 1. {word}" for word in right),
