@@ -17,6 +17,7 @@ from oracles import subject
 from test_train_command import SMALL
 
 import arch
+from data.cli import UsageError
 from eval.tasks import TASKS, select_tasks
 from eval.tasks.task import Options, ProcessGroup, Subject, Task, TaskResult
 from train.pretrain import main
@@ -96,6 +97,20 @@ def test_processes_share_a_task(name: str, lockstep: bool, tmp_path: Path) -> No
         assert (counts[0] == len(alone)) == (name == "needles") and counts[0] <= len(alone)
 
 
+def test_what_one_process_refuses_ends_the_task_in_all() -> None:
+    def refuse(item: int) -> int:
+        if item == 4:
+            raise UsageError("item 4")
+        return item
+
+    def run(group: ProcessGroup, passes: list[int]) -> None:
+        with pytest.raises(UsageError, match="item 4"):
+            subject(torch.nn.Identity(), group=group).each(range(8), refuse)
+        assert subject(torch.nn.Identity(), group=group).each(range(4), refuse) == [0, 1, 2, 3], "the next task"
+
+    shared(3, False, run)
+
+
 def pretrain(corpus: Path, folder: Path, *arguments: str) -> None:
     words = [f"data.path={corpus}", f"folder={folder}", "logger=csv", *arguments]
     launch_in_process(main, "pretrain", PretrainConfig, ["+arch=cla2", "+size=tiny", *SMALL, *words])
@@ -147,8 +162,6 @@ def test_a_run_that_had_ended_is_evaluated(
     """When it is resumed, with tasks that it did not have; one that cannot be run is a warning."""
 
     def impossible(subject: Subject, options: Options) -> TaskResult:
-        from data.cli import UsageError
-
         raise UsageError("the vocabulary is too small")
 
     monkeypatch.setitem(TASKS, "impossible", Task(Options, impossible))

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from data.cli import UsageError
+from data.cli import TaskError, UsageError
 from data.shards import Manifest
 
 if TYPE_CHECKING:
@@ -155,10 +155,18 @@ class Subject:
                 raise DataError(f"text={path} cannot be read: {error}") from error
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any) -> list[list[int]]:
-        """Continue `prompts` over the cache of the model; `options` as of `arch.generate`."""
+        """Continue `prompts` over the cache of the model; `options` as of `arch.generate`.
+
+        Raises UsageError if a prompt is too short for the model.
+        """
         from arch import generate
+        from arch.generation import check_lengths
 
         options = {"pad_token": self.pad_token, "steps": self.steps, **options}
+        try:
+            check_lengths(self.model.plan, prompts, options["pad_token"])
+        except ValueError as error:
+            raise UsageError(f"{self.name}: {error}") from error
         return generate(self.model, [list(prompt) for prompt in prompts], max_new_tokens, **options)
 
     def each(self, items: Iterable[T], run: Callable[[T], R], same_passes: bool = True) -> list[R]:
@@ -166,18 +174,26 @@ class Subject:
 
         same_passes  it takes as many forward passes of the model whatever the item is. Where it may not, every process
                      runs all items of a model that needs them in lockstep
+
+        Raises the UsageError or TaskError of one process in all of them.
         """
         group = self.group
         if group is None or (group.lockstep and not same_passes):
             return [run(item) for item in items]
         mine: list[R] = []
+        refusal: UsageError | TaskError | None = None
         source = iter(items)
-        # A whole turn is made before any of it is run: an item that cannot be made ends it in all processes alike.
-        while turn := list(islice(source, group.world_size)):
-            if group.rank < len(turn):
-                mine.append(run(turn[group.rank]))
-            elif group.lockstep:
-                run(turn[-1])  # for the others' sake
+        try:
+            # A whole turn is made before any of it is run: an item that cannot be made ends it in all processes alike.
+            while turn := list(islice(source, group.world_size)):
+                if group.rank < len(turn):
+                    mine.append(run(turn[group.rank]))
+                elif group.lockstep:
+                    run(turn[-1])  # for the others' sake
+        except (UsageError, TaskError) as error:
+            refusal = error
+        for refused in filter(None, group.gather(refusal)):
+            raise refused
         parts = group.gather(mine)
         return [part[number] for number in range(len(parts[0])) for part in parts if number < len(part)]
 
