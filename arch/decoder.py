@@ -205,9 +205,14 @@ class Stack(nn.Module):
         stores = {store.positions_key: store for store in self.plan.stores if not store.masked}
         return {key: make(store) for key, store in stores.items()}
 
-    def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions]:
-        """Make one mask per view where negative ids are padding. Raises ValueError if a store merges positions."""
+    def padded_masks(self, segment_ids_BT: Tensor) -> list[Mask | TokenPositions] | None:
+        """Make one mask per view where negative ids are padding; None: as without ids, since there is no padding.
+
+        Raises ValueError if there is padding and a store merges positions.
+        """
         if merging := next((store for store in self.plan.stores if not store.masked), None):
+            if not bool((segment_ids_BT < 0).any()):
+                return None
             what = f"store {merging.name} {merging.summary}"
             raise ValueError(f"{what}, and cannot leave out tokens in the middle; give no padding")
         if self.in_short_rows:

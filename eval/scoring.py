@@ -157,9 +157,10 @@ class TextBatches:
                 yield self._make(windows[number : number + self.batch])
 
     def _make(self, windows: Sequence[Window]) -> Scored:
-        """Pads are on the right, where no scored token sees them."""
+        """Pads are on the right, where no scored token sees them, up to whole blocks of which one is predicted."""
         block = self.plan.block_length
         length = -(-max(window.end - window.begin for window in windows) // block) * block
+        length = max(length, block + self.plan.num_unpredicted)
         inputs_BT, targets_BT = np.zeros((len(windows), length), np.int64), np.full((len(windows), length), IGNORE)
         sizes_BT = np.zeros((len(windows), length))
         for row, (stream, begin, end, scored) in enumerate(windows):

@@ -40,7 +40,7 @@ def test_the_window_of_a_request_ends_with_its_continuation() -> None:
     assert window_of([1, 2, 3], [4, 5], 3) == (2, 3)
     assert window_of([1, 2, 3], [4, 5, 6], 3) == (3,)
     for prefix, rest, most in (([1, 2], [4, 5, 6], 2), ([], [1], 8), ([1], [], 8)):
-        with pytest.raises(ValueError, match="a prefix of"):
+        with pytest.raises(UsageError, match="a prefix of"):
             window_of(prefix, rest, most)
 
 

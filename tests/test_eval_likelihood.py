@@ -12,13 +12,14 @@ from arch.named import load_arch
 from data.cli import UsageError
 from eval.intervals import counted_share, interval, student, wilson
 from eval.tasks import copying
-from eval.tasks.likelihood import continuation_likelihoods, measure_next, whole_likelihoods
+from eval.tasks.likelihood import continuation_likelihoods, measure_next, next_token_likelihoods, whole_likelihoods
 
 
-def blocks(**changes: object) -> LanguageModel:
-    """A Block Transformer that does not predict its first block."""
-    layout = load_arch("block")
-    layout.block.start = False
+def blocks(length: int = 4, stores: str = "block", **changes: object) -> LanguageModel:
+    """A Block Transformer that does not predict its first block, with a block decoder of the layout `stores`."""
+    layout = load_arch(stores)
+    layout.block = load_arch("block").block
+    layout.block.start, layout.block.length = False, length
     return build(small(layout, num_layers=4, **changes))
 
 
@@ -27,11 +28,11 @@ CONTINUATIONS = [[5], [7, 8, 9], [7, 8], [60, 0, 3, 3, 3, 1, 2, 50, 12]]
 
 
 @pytest.mark.parametrize(
-    "arch", ["mha", "mixattention", "mla", "bct", "bct_gated", "swa_sinks", "yoco", "block", "later"]
+    "arch", ["mha", "mixattention", "mla", "bct", "bct_gated", "swa_sinks", "yoco", "block", "later", "single"]
 )
 def test_a_shared_cache_changes_no_likelihood(arch: str) -> None:
-    """Prefixes within the windows and beyond them; of a Block Transformer within a block and at its end."""
-    model = blocks() if arch == "later" else build(small(arch))
+    """Prefixes within the windows and beyond them; of a Block Transformer within a block, at its end, of one token."""
+    model = blocks(1 if arch == "single" else 4) if arch in ("later", "single") else build(small(arch))
     for prefix in (PREFIX, PREFIX[:12], PREFIX[:4]):
         found = continuation_likelihoods(model, prefix, CONTINUATIONS)
         assert found == [
@@ -46,14 +47,19 @@ def test_a_shared_cache_changes_no_likelihood(arch: str) -> None:
     assert continuation_likelihoods(model, PREFIX, [[greedy]])[0].greedy
 
 
-def test_a_prefix_shorter_than_a_block_is_filled_up() -> None:
-    model = blocks()
+@pytest.mark.parametrize("stores", ["block", "bct"])
+def test_a_prefix_shorter_than_a_block_is_filled_up(stores: str) -> None:
+    """Also where stores merge positions: the block that is filled up is a position like any other."""
+    model = blocks(stores=stores)
     found = continuation_likelihoods(model, [9], CONTINUATIONS, pad_token=60)
     whole = whole_likelihoods(model, [([9], rest) for rest in CONTINUATIONS], pad_token=60)
     assert found == [pytest.approx(x, abs=1e-9) for x in whole]
     short, long = whole_likelihoods(model, [([9], [5]), (PREFIX, [5])], pad_token=60)
     assert short == pytest.approx(found[0], abs=1e-9)
     assert long == pytest.approx(continuation_likelihoods(model, PREFIX, [[5]])[0], abs=1e-9)
+    if stores == "bct":
+        with pytest.raises(ValueError, match="give no padding"):
+            model(tokens(1, 12), segment_ids_BT=torch.tensor([[-1] * 4 + [0] * 8]))
     for function in (lambda: continuation_likelihoods(model, [], [[1]]), lambda: whole_likelihoods(model, [([1], [])])):
         with pytest.raises(ValueError, match="at least one token"):
             function()
@@ -108,14 +114,26 @@ def test_copying_by_known_models() -> None:
     assert [(row["length"], row["accuracy"], row["accuracy_count"]) for row in copied.rows] == [(8, 1, 35), (16, 1, 75)]
     assert [(row["generated"], row["generated_count"]) for row in copied.rows] == [(1, 20), (1, 40)]
     assert copied.figures["generated/16"] == 1
-    assert copied.notes == ("400 tokens are left out: the context has room for 127 twice",)
+    assert copied.notes == ("400 tokens are left out: a context of 256 takes 2 to 127",)
     clueless = copying.copy(subject(Oracle(nothing, 5000)), options)
     assert clueless.figures["accuracy"] < 0.05 > clueless.figures["generated"]
     assert [
         row["length"] for row in copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(sequences=1)).rows
     ] == [8, 32]
-    with pytest.raises(UsageError, match="room for 2 to 127 tokens twice"):
+    with pytest.raises(UsageError, match="a context of 256 takes 2 to 127"):
         copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(lengths=(128,)))
+
+
+def test_copying_counts_what_a_block_transformer_predicts() -> None:
+    """The shortest sequence whose second token, when it comes again, is not in the first block of 16."""
+    given = subject(blocks(16, vocab_size=300), context=64, pad_token=None)
+    found = copying.copy(given, copying.CopyOptions(lengths=(8, 13, 14), sequences=2))
+    assert [(row["length"], row["accuracy_count"], row["generated_count"]) for row in found.rows] == [(14, 26, 14)]
+    assert found.notes == tuple(f"{length} tokens are left out: a context of 64 takes 14 to 31" for length in (8, 13))
+    x_BN = copying.random_tokens(given, 2, 14, 0)
+    assert next_token_likelihoods(given.model, copying.repeated(given, x_BN))[0].shape[1] == 13
+    with pytest.raises(UsageError, match="oracle: a prompt has 13 tokens, less than a block of 16"):
+        given.generate([[1] * 13], 3)
 
 
 def test_induction_of_known_models() -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, build, small
+from oracles import subject
 
+from arch.named import load_arch
 from data.cli import UsageError
 from data.shards import IGNORE
 from eval.evaluate import main
 from eval.scoring import repeats
-from eval.tasks import TASKS, select_tasks
+from eval.tasks import TASKS, perplexity, select_tasks
 from eval.tasks.decoding import per_step
+from eval.tasks.likelihood import whole_likelihoods
 from train import load
 from train.source import Source
 from train.subjects import open_subject
@@ -129,6 +132,24 @@ def test_documents_by_the_definition(run: str, stride: int, old: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_documents_of_less_than_two_blocks(batch: int, tmp_path: Path) -> None:
+    """Of a Block Transformer that does not predict its first block: beside longer ones, and by themselves."""
+    layout = load_arch("block")
+    layout.block.start = False
+    model = build(small(layout, num_layers=4, vocab_size=300))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in (TEXTS[1], "ab", "abcd!"))
+    )
+    given = subject(model, texts=(tmp_path / "texts.jsonl",))
+    figures = perplexity.run(given, perplexity.Options(batch=batch)).figures
+    rows = [given.tokenizer.encode(text) for text in (TEXTS[1], "abcd!")]
+    nats = [-whole_likelihoods(model, [(row[:4], row[4:])])[0].nats for row in rows]
+    assert figures["tokens"] == sum(len(row) - 4 for row in rows)
+    assert figures["loss"] == pytest.approx(sum(nats) / figures["tokens"], rel=1e-5)
+
+
+@torch.no_grad()
 def test_wikitext_by_words(old: Path) -> None:
     """Per word and byte of the file as it is, of pages that are detokenised and scored apart."""
     pages = [
@@ -169,10 +190,10 @@ def test_a_model_of_transformers(old: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert theirs["digest"] == ours["digest"]
     sources = [Source("export-mixattention", trust=True, device="cpu"), Source("run-mixattention", device="cpu")]
     found = []
-    for subject in (open_subject(source).subject for source in sources):
-        prompts = [subject.tokenizer.encode(text) for text in TEXTS]
-        found.append(subject.generate(prompts, 12))
-        assert subject.generate(prompts, 12, prefill_chunk=5) == found[-1]
+    for one in (open_subject(source).subject for source in sources):
+        prompts = [one.tokenizer.encode(text) for text in TEXTS]
+        found.append(one.generate(prompts, 12))
+        assert one.generate(prompts, 12, prefill_chunk=5) == found[-1]
     assert found[0] == found[1]
 
 

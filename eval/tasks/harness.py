@@ -74,12 +74,13 @@ def by_prefix(prefixes: Sequence[Hashable]) -> list[list[int]]:
 def window_of(prefix: Sequence[int], continuation: Sequence[int], most: int) -> tuple[int, ...]:
     """The end of `prefix` that has room before `continuation`, of whose tokens the last is no input, in `most` inputs.
 
-    Raises ValueError if none of it has.
+    Raises UsageError if none of it has.
     """
     room = most + 1 - len(continuation)
     if room < 1 or not prefix or not continuation:
-        raise ValueError(
-            f"a prefix of {len(prefix)} tokens and a continuation of {len(continuation)}, in a context of {most}"
+        raise UsageError(
+            f"lm-eval: a continuation of {len(continuation)} tokens after a prefix of {len(prefix)}: a context of "
+            f"{most} takes 1 to {most} after at least 1; give a longer context, or leave the task out"
         )
     return tuple(prefix[-room:])
 

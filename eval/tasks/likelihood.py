@@ -73,8 +73,8 @@ def continuation_likelihoods(
 
 
 def _continue(model: LanguageModel, tokens_NT: Tensor, cache: Any) -> Tensor:
-    """Logits [N, T, V] after each of `tokens_NT`, which are added to `cache`; token by token where there are blocks."""
-    if model.plan.block_length == 1:
+    """Logits [N, T, V] after each of `tokens_NT`, which are added to `cache`; token by token of a Block Transformer."""
+    if model.plan.target_offset:
         logits_NTV: Tensor = model(tokens_NT, cache, last_only=False)
         return logits_NTV
     return torch.cat([model.decode_step(token_N1, cache) for token_N1 in torch.split(tokens_NT, 1, dim=1)], dim=1)
