@@ -114,13 +114,15 @@ def test_copying_by_known_models() -> None:
     assert [(row["length"], row["accuracy"], row["accuracy_count"]) for row in copied.rows] == [(8, 1, 35), (16, 1, 75)]
     assert [(row["generated"], row["generated_count"]) for row in copied.rows] == [(1, 20), (1, 40)]
     assert copied.figures["generated/16"] == 1
-    assert copied.notes == ("400 tokens are left out: a context of 256 takes 2 to 127",)
+    assert copied.notes == (
+        "400 tokens are left out: the model needs 2 or more, and a context of 256 has room for 127 twice",
+    )
     clueless = copying.copy(subject(Oracle(nothing, 5000)), options)
     assert clueless.figures["accuracy"] < 0.05 > clueless.figures["generated"]
     assert [
         row["length"] for row in copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(sequences=1)).rows
     ] == [8, 32]
-    with pytest.raises(UsageError, match="a context of 256 takes 2 to 127"):
+    with pytest.raises(UsageError, match="a context of 256 has room for 127 twice"):
         copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(lengths=(128,)))
 
 
@@ -129,7 +131,11 @@ def test_copying_counts_what_a_block_transformer_predicts() -> None:
     given = subject(blocks(16, vocab_size=300), context=64, pad_token=None)
     found = copying.copy(given, copying.CopyOptions(lengths=(8, 13, 14), sequences=2))
     assert [(row["length"], row["accuracy_count"], row["generated_count"]) for row in found.rows] == [(14, 26, 14)]
-    assert found.notes == tuple(f"{length} tokens are left out: a context of 64 takes 14 to 31" for length in (8, 13))
+    assert [note.partition(" twice")[0] for note in found.notes] == [
+        f"{length} tokens are left out: the model needs 14 or more, and a context of 64 has room for 31"
+        for length in (8, 13)
+    ]
+    assert [row["length"] for row in copying.copy(given, copying.CopyOptions(sequences=1)).rows] == [31]
     x_BN = copying.random_tokens(given, 2, 14, 0)
     assert next_token_likelihoods(given.model, copying.repeated(given, x_BN))[0].shape[1] == 13
     with pytest.raises(UsageError, match="oracle: a prompt has 13 tokens, less than a block of 16"):

@@ -26,8 +26,8 @@ NAMES = ("accuracy", "generated")  # of what is copied
 class CopyOptions(TaskOptions):
     """Random tokens, and the same again.
 
-    lengths    tokens to repeat; null: 8, 32, 128, ..., as far as they fit into the context twice; one of which the
-               model does not predict all that is scored is left out
+    lengths    tokens to repeat; null: 8, 32, 128, ..., as far as they fit into the context twice, or the most that
+               does; one of which the model does not predict all that is scored is left out
     sequences  sequences of each length
     generate   also let the model write the second half of the copy, greedily
     batch      sequences per forward pass
@@ -78,12 +78,14 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     """
     least = max(2, subject.model.plan.min_prompt - 2)  # n + 2 tokens come before the second x2
     most = (subject.context - 1) // 2
-    lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most) or (most,)
+    room = f"the model needs {least} or more, and a context of {subject.context} has room for {most} twice"
+    lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most)
     rows: list[dict[str, Any]] = []
     fitting = [length for length in dict.fromkeys(lengths) if least <= length <= most]
-    possible = f"a context of {subject.context} takes {least} to {most}"
+    if not fitting and options.lengths is None and least <= most:
+        fitting = [most]
     if not fitting:
-        raise UsageError(f"copy.lengths: {possible}")
+        raise UsageError(f"copy.lengths: {room}")
     for length in subject.progress(fitting, len(fitting), f"{subject.name}: copy"):
         batches = [random_tokens(subject, size, length, number) for number, size in batch_sizes(options)]
         predicted = sum(subject.each(batches, partial(predicted_right, subject)))
@@ -101,7 +103,7 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     figures: dict[str, float] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     figures |= {f"{name}/{row['length']}": row[name] for row in rows for name in names}
     left_out = [length for length in dict.fromkeys(lengths) if length not in fitting]
-    notes = tuple(f"{length} tokens are left out: {possible}" for length in left_out)
+    notes = tuple(f"{length} tokens are left out: {room}" for length in left_out)
     return TaskResult(figures, rows, notes=notes)
 
 
