@@ -51,7 +51,6 @@ class Span(NamedTuple):
     end: int
 
 
-@torch.no_grad()  # in inference mode, FSDP would gather weights that cannot be trained
 def generate(
     model: LanguageModel,
     prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
@@ -101,7 +100,8 @@ def generate(
         raise ValueError(f"this cache takes no prompts later on; give max_batch of at least {len(prompts)}, or None")
     generator = torch.Generator(device=model.output_weight.device).manual_seed(seed)
     pick = partial(sample, temperature=temperature, top_p=top_p, generator=generator, top_k=top_k, min_p=min_p)
-    with evaluating(model):
+    # In inference mode FSDP would gather weights that cannot be trained.
+    with torch.inference_mode() if model.takes_static_steps else torch.no_grad(), evaluating(model):
         logits_B1V = queue.prefill(cache, prefill_chunk, cache_dtype)
         with closing(step_fn(model, cache, steps)) as step:
             generated_BS = decode(step, logits_B1V, queue, pick, follow)

@@ -59,9 +59,9 @@ def test_a_block_is_one_graph_in_training_validation_and_documents(name: str) ->
 
 
 @pytest.mark.parametrize("name", ["cla2", "block"])
-def test_what_evaluates_compiles_nothing(name: str) -> None:
-    """Of a model compiled for training: each length and batch would be a variant. Nor is it in inference mode, in which
-    FSDP would gather weights that cannot be trained."""
+def test_what_evaluates_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model compiled for training: each length and batch would be a variant. Nor is a sharded one in inference
+    mode, in which FSDP would gather weights that cannot be trained."""
     model, graphs, modes = build(small(name)), [], set()
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
@@ -74,9 +74,12 @@ def test_what_evaluates_compiles_nothing(name: str) -> None:
         block.compile(backend=backend, dynamic=False)
         block.register_forward_pre_hook(lambda *_: modes.add(torch.is_inference_mode_enabled()))
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8, 9]]
-    written = generate(model.train(), prompts, 9)
+    with monkeypatch.context() as sharded:
+        sharded.setattr(type(model), "takes_static_steps", False)
+        written = generate(model.train(), prompts, 9)
     assert not graphs and modes == {False} and model.training
-    assert written == generate(build(small(name)), prompts, 9)
+    assert written == generate(model, prompts, 9) == generate(build(small(name)), prompts, 9)
+    assert not graphs and modes == {False, True}
     with torch.no_grad():
         model(tokens(2, LENGTH))
     assert graphs, "it is compiled again afterwards"
