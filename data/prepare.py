@@ -129,7 +129,7 @@ class Preparation:
         self.config, self.folder, self.source = config, folder, source
         self.progress = Progress.load(folder, config.recipe, source.splits)
         begun_by_earlier_version = isinstance(self.progress.sources, list)
-        for line in source.listing:
+        for line in (f"preparing {folder}", *source.listing):
             print(line, file=sys.stderr)
         self._record_sources()
         if not begun_by_earlier_version:

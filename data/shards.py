@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import weakref
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from .cli import did_you_mean
 from .config import LIMITS, as_numbers
 from .files import DataError, sha256, write_json
 
@@ -107,10 +109,14 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             started = (folder / "progress.json").exists()
-            state = "was not prepared to the end: run the same data/prepare.py command again" if started else ""
-            raise DataError(
-                f"{path} is missing: {folder} {state or 'holds no prepared data; run data/prepare.py'}"
-            ) from None
+            near = did_you_mean(folder.name, [other.parent.name for other in folder.parent.glob("*/manifest.json")])
+            state = (
+                "was not prepared to the end: run the same data/prepare.py command again"
+                if started
+                else f"holds no prepared data{near} To prepare it: "
+                f"{shlex.join(['python', 'data/prepare.py', 'files', 'source.train=TEXT', f'path={folder}'])}"
+            )
+            raise DataError(f"{path} is missing: {folder} {state}") from None
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; give the folder that was prepared") from error
         except (ValueError, RecursionError) as error:

@@ -58,7 +58,7 @@ class TextSource:
                     f"no corpus {config.corpus!r}; choose {', '.join(corpora.names())}, or set source.dataset, or "
                     "source.train to files"
                 )
-            self.files = [SourceFile("train", config.corpus)]
+            self.files, self.listing = [SourceFile("train", config.corpus)], [corpora.described(config)]
         elif config.dataset:
             self.files = [SourceFile(split, _one(f"source.{split}", value)) for split, value in values.items()]
             split_of: dict[str, str] = {}

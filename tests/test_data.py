@@ -298,8 +298,12 @@ def test_broken_folders_are_refused(copy: Path) -> None:
         with pytest.raises(DataError, match="is not a manifest"):
             Manifest.load(copy)
     (copy / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"holds no prepared data; run data/prepare.py"):
+    with pytest.raises(DataError, match=rf"no prepared data\. To prepare it: python data/prepare.py .*path={copy}"):
         Manifest.load(copy)
+    (copy / "books").mkdir()
+    (copy / "books" / "manifest.json").touch()
+    with pytest.raises(DataError, match=r"book holds no prepared data, did you mean books\? To prepare it: "):
+        Manifest.load(copy / "book")
 
 
 def of_type(path: str, value: object):

@@ -95,6 +95,8 @@ def test_stdlib_corpus_is_split_by_file() -> None:
     split_of: dict[str, str] = {}
     for split, text in data.corpora.stdlib():
         assert split_of.setdefault(text, split) == split or len(text) < 2000
+    (line,) = TextSource(SourceConfig(corpus="stdlib")).listing
+    assert line == f"reading the corpus stdlib, the *.py files in {Path(os.__file__).parent}"
     sizes = {name: sum(len(t) for t, s in split_of.items() if s == name) for name in ("train", "val", "test")}
     assert sizes["train"] > 10e6
     assert min(sizes["val"], sizes["test"]) > 2e5

@@ -370,6 +370,7 @@ def test_validation_text_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert splits.keys() == {"train", "val"} and splits["train"] + splits["val"] == whole
     assert len(splits["val"]) == pytest.approx(len(whole) / 10, abs=60) and splits["train"].endswith("\n")
     said = capsys.readouterr().err
+    assert said.startswith(f"preparing {tmp_path / 'out'}\nsource.train: read 1 file")
     assert f"val is {int(len(whole) / 10):,} characters (10.00%), from {path} on" in said
     splits = held(tmp_path / "both", path, "source.val_share=0.2", "source.test_share=0.05")
     assert "".join(splits.values()) == whole and list(splits) == ["train", "val", "test"]

@@ -20,6 +20,7 @@ CASES = [
     ("train/pretrain.py +arch=cla2", 2, "choose +size= one of"),
     (f"train/pretrain.py {TINY} trainer.strategy=zero", 2, "choose auto, ddp, fsdp"),
     (f"train/pretrain.py {TINY} 'arch.pattern=[reuse kv]'", 2, "layer 0"),
+    (f"train/pretrain.py {TINY} data.path=/nowhere", 2, "/nowhere holds no prepared data"),
     ("train/pretrain.py resume=nowhere", 2, "config.yaml is missing"),
     ("train/estimate.py --help", 0, "Does a training run fit"),
     (f"train/estimate.py {TINY} gpu=abacus", 2, "does not know its peak"),

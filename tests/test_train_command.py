@@ -337,7 +337,6 @@ def test_how_a_run_is_executed_changes_little(
         (["+arch=cla2", "+size=tiny", "optim.warmup=2"], "it must be from 0 to 1"),
         (["+arch=cla2", "+size=tiny", "trainer.log_every=0"], "trainer.log_every is 0; it must be at least 1"),
         (["+arch=cla2", "+size=tiny", "trainer.backend=fast"], "no attention backend 'fast'; choose auto, sdpa"),
-        (["+arch=cla2", "+size=tiny", "data.path=/nowhere"], "holds no prepared data"),
         (
             ["+arch=cla2", "+size=tiny", "data.source.corpus=books", "data.name=books"],
             "no corpus 'books'; choose stdlib",

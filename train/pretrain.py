@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from arch import LayoutError, resolve
 from data.cli import UsageError
+from data.shards import Manifest
 from eval.cli import Choices, launch, require
 from eval.environment import launched_rank
 from train.matching import matched
@@ -75,11 +76,15 @@ def refuse_empty(config: DictConfig) -> None:
 
 
 def refuse_impossible(config: PretrainConfig) -> None:
-    """Raise LayoutError if the layout or a value makes no sense, on any machine."""
+    """Raise LayoutError if the layout or a value makes no sense, on any machine, and DataError if a folder of data that
+    is named is not here."""
     found = problems(config)
     if found:
         raise LayoutError(found)
     resolve(config.model)
+    if config.data.path or isinstance(config.data.mix, dict):
+        for folder in config.data.folders:
+            Manifest.load(folder)
 
 
 def default_name(choices: Choices) -> str:
