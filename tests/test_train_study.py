@@ -232,10 +232,23 @@ def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["+study=cpu", "plan=true", f"data.path={corpus}", f"folder={tmp_path}"]
-    for word, fix in (("archs=[mha,gqa5]", "did you mean gqa8"), ("run=['seed=3']", "the study's to set")):
+    for word, fix in (
+        ("archs=[mha,gqa5]", "did you mean gqa8"),
+        ("run=['seed=3']", "the study's to set"),
+        ("+options.copy.new=8", "options.copy is of no use without copy among tasks; write tasks=[perplexity,recall"),
+    ):
         with pytest.raises(SystemExit):
             launch_in_process(study.main, "study", StudyConfig, [*words, word])
         assert fix in capsys.readouterr().err
+
+
+def test_tasks_of_a_study_are_a_choice_of_those_that_its_file_has_options_of(
+    corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["+study=cpu", "plan=true", f"data.path={corpus}", "archs=[mha]", "seeds=[0]", "tasks=[perplexity]"]
+    launch_in_process(study.main, "study", StudyConfig, [*words, "match=none", "lrs=[1e-3]", VOCABULARY])
+    assert "1 run of 5,000,000 tokens (1 layout, 1 seed)" in capsys.readouterr().out
+    assert StudyConfig(options={"recall": {"pairs": 8}}).task_words == ["tasks=perplexity"]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +258,10 @@ def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, 
         ("{wide: ['size.head_dim=32']}", "it needs one +arch=, the layout that the other words change"),
         ("{wide: '+arch=mqa'}", "write layouts={mqa_wide: ['+arch=mqa', 'size.head_dim=32']}"),
         ("{wide: ['+arch=mqa', 'arch.stores.kv.window=0']}", "arch.stores.kv.window is 0"),
+        (
+            "{wide: ['+arch=mqa'], b: ['+arch=mha']}",
+            "layouts.b is of no use without b among archs; write archs=[wide,b]",
+        ),
     ],
 )
 def test_layouts_of_a_study_of_its_own_are_checked(
@@ -320,7 +337,7 @@ def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: py
     words = ["+study=equal_bytes", f"data.path={corpus}", f"folder={tmp_path}", "archs=[tied2]", "seeds=[0]"]
     words += [f"run={['+size=tiny', 'size.vocab_size=600', *small.split()]}", "tokens=256", "lrs=[3e-3]"]
     words += ["tasks=[perplexity]", "options=null"]
-    with pytest.raises(TaskError, match="1 runs failed"):
+    with pytest.raises(TaskError, match="1 run failed"):
         launch_in_process(study.main, "study", StudyConfig, words)
     while command := jobs[0].next_command():
         if Path(command[1]).stem == "evaluate":
@@ -390,7 +407,7 @@ def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path) -> None:
     low, high = found.cells()[0]
     found.done |= {(RATE, cell.key, 0): {"loss": loss, "tasks": {}} for cell, loss in ((low, 2.0), (high, None))}
     assert found.cells()[1]["a"].lr == 1e-3 and found.tokens_left() == options.tokens
-    with pytest.raises(TaskError, match=r"1 runs failed.*\na lr 0.002 seed 0 \(rate\): its validation loss is not fin"):
+    with pytest.raises(TaskError, match=r"1 run failed.*\na lr 0.002 seed 0 \(rate\): its validation loss is not fin"):
         found.end(stopped=False)
     metrics = [{"step": "1", "val/loss": "3.0"}, {"step": "2", "val/loss": "nan"}]
     run = SimpleNamespace(config={"batch_size": 2, "size": {"seq_len": 4}}, metrics=metrics)

@@ -24,17 +24,17 @@ from rich.table import Table
 from arch import LayoutError
 from data.cli import TaskError, UsageError
 from data.files import set_aside
-from eval.cli import Choices, launch
+from eval.cli import Choices, launch, typed_values
 from eval.console import PlainConsole
 from eval.environment import git_revision
 from eval.runs import Run, RunError
 from eval.study_rows import newest, read_rows
-from eval.units import bytes_text, count_text, duration_text
+from eval.units import bytes_text, count_text, counted, duration_text
 from train.errors import DIVERGENCE_HINT
 from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
 from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start, same_options
 from train.studies.rows import append_row, row_of
-from train.studies.schema import StudyConfig, problems
+from train.studies.schema import StudyConfig, problems, unused
 
 PAUSE = 0.5  # seconds between two looks at what runs
 GRACE = 180.0  # seconds that a run has to save
@@ -43,7 +43,7 @@ GRACE = 180.0  # seconds that a run has to save
 def main(config: DictConfig, choices: Choices) -> None:
     options = OmegaConf.to_object(config)
     assert isinstance(options, StudyConfig)
-    if found := problems(options):
+    if found := [*problems(options), *unused(options, typed_values())]:
         raise LayoutError(found)
     assert options.chosen is not None  # the tasks exist
     study = Study(options, layouts(options))
@@ -138,7 +138,8 @@ class Study:
         rates = len(options.lrs) if len(options.lrs) > 1 else 0
         total = len(options.archs) * len(options.seeds)
         console.print(
-            f"{total} runs of {options.tokens:,} tokens ({len(options.archs)} layouts, {len(options.seeds)} seeds)"
+            f"{counted(total, 'run')} of {options.tokens:,} tokens ({counted(len(options.archs), 'layout')}, "
+            f"{counted(len(options.seeds), 'seed')})"
             + (
                 f", before them {rates * len(options.archs)} of {options.lr_tokens:,} for learning rates"
                 if rates
@@ -146,8 +147,8 @@ class Study:
             )
         )
         console.print(
-            f"{len(cells) - len(left)} are done; {self.left_text()}; {options.jobs} at a time, "
-            f"{options.threads_of_run} threads each; rows: {options.rows}",
+            f"{len(cells) - len(left)} done; {self.left_text()}; {options.jobs} at a time, "
+            f"{counted(options.threads_of_run, 'thread')} each; rows: {options.rows}",
             soft_wrap=True,
         )
 
@@ -264,13 +265,14 @@ class Study:
                 self.say(f"{arch}: the best learning rate, {choice.lr:g}, is the last that was tried in its direction")
         total = len(self.options.archs) * len(self.options.seeds)
         ended = sum(cell.stage == MAIN and self.is_done(cell) for cell in cells)
-        self.say(f"{ended} of {total} runs are done; rows: {self.options.rows}")
+        self.say(f"{ended} of {counted(total, 'run')} done; rows: {self.options.rows}")
         if stopped and ended < total:
             self.say("stopped; the same command continues")
         no_loss = [cell for cell in cells if self.is_done(cell) and self.loss_of(cell) is None]
         if failed := [*self.failed.values(), *(f"{cell}: its validation loss is not finite" for cell in no_loss)]:
             listed = "\n".join(failed)
-            raise TaskError(f"{len(failed)} runs failed; the same command tries again those without a row:\n{listed}")
+            told = f"{counted(len(failed), 'run')} failed; the same command tries again those without a row"
+            raise TaskError(f"{told}:\n{listed}")
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

@@ -11,7 +11,7 @@ from data.cli import UsageError, did_you_mean, parse
 from eval.tasks import compressed, copying, decoding, harness, needles, perplexity, recall
 from eval.tasks.task import Options, Subject, Task, TaskResult
 
-__all__ = ["TASKS", "ChosenTask", "Options", "Subject", "Task", "TaskResult", "sections", "select_tasks"]
+__all__ = ["TASKS", "ChosenTask", "Options", "Subject", "Task", "TaskResult", "section", "sections", "select_tasks"]
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),

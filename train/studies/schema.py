@@ -1,11 +1,12 @@
 """Schema of `train/study.py`: every key of its command line, with its meaning."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import ChosenTask
+from eval.tasks import ChosenTask, section, sections
 from train.schema import MATCHES, EvalsConfig, chosen_tasks, option_text
 
 LAUNCHERS = ("local", "slurm")
@@ -96,14 +97,27 @@ class StudyConfig:
         return list(own[arch]) if arch in own else [f"+arch={arch}"]
 
     @property
+    def task_sections(self) -> list[str]:
+        """The names that the tasks have in `options`."""
+        return [section(name.partition(":")[0]) for name in self.tasks]
+
+    @property
+    def used_options(self) -> Any:
+        """`options` without those of tasks that are not chosen, which the file of a study may have."""
+        if not isinstance(self.options, dict):
+            return self.options
+        unused = sections().keys() - self.task_sections
+        return {name: given for name, given in self.options.items() if name not in unused}
+
+    @property
     def chosen(self) -> list[ChosenTask]:
         """The tasks with their options. Raises UsageError if there is no such task or option."""
-        return chosen_tasks(EvalsConfig(tasks=self.tasks, options=self.options))
+        return chosen_tasks(EvalsConfig(tasks=self.tasks, options=self.used_options))
 
     @property
     def task_words(self) -> list[str]:
         """The words of the command line of eval/evaluate.py that choose the tasks."""
-        options = (self.options or {}).items()
+        options = (self.used_options or {}).items()
         words = [f"{task}.{key}={option_text(value)}" for task, given in options for key, value in given.items()]
         return [f"tasks={','.join(self.tasks)}", *words]
 
@@ -155,6 +169,20 @@ def problems(config: StudyConfig) -> list[str]:
         ]
         if sum(key == "arch" for _, key in keys(words)) != 1:
             found.append(f"layouts.{name} is {words}; it needs one +arch=, the layout that the other words change")
+    return found
+
+
+def unused(config: StudyConfig, typed: Mapping[str, Any]) -> list[str]:
+    """List the layouts and the options of tasks on the command line, whose values by key are `typed`, that the study
+    does not use. Those of its file may lie idle: `archs` and `tasks` choose among them."""
+    found = []
+    for group, by, used in (("layouts", "archs", config.archs), ("options", "tasks", config.task_sections)):
+        given = typed.get(group)
+        names = [key.split(".")[1] for key in typed if key.startswith(f"{group}.")]
+        for name in dict.fromkeys([*(given if isinstance(given, dict) else ()), *names]):
+            if name not in used:
+                listed = ",".join([*getattr(config, by), name])
+                found.append(f"{group}.{name} is of no use without {name} among {by}; write {by}=[{listed}]")
     return found
 
 
