@@ -75,11 +75,13 @@ def usage(schema: type, positional: str | None = None, module: bool = True) -> s
     return "\n\n".join([*filter(None, documents), f"Defaults: {' '.join(defaults)}"])
 
 
-def unknown_key(path: str, known: Sequence[str]) -> str:
-    """The message for a (dotted) key that is none of `known`, with the nearest of them."""
+def unknown_key(path: str, known: Sequence[str], elsewhere: Sequence[str] = ()) -> str:
+    """The message for a (dotted) key that is none of `known`, with the nearest of them, or those of its name
+    `elsewhere`."""
     parent, _, key = path.rpartition(".")
     owner = parent or "The command line"
-    return f"unknown key {path}{did_you_mean(key, known)} {owner} has {', '.join(known) or 'no keys'}"
+    near = f", did you mean {' or '.join(elsewhere)}?" if elsewhere else did_you_mean(key, known)
+    return f"unknown key {path}{near} {owner} has {', '.join(known) or 'no keys'}"
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -166,7 +168,8 @@ def _convert(text: str, hint: Any) -> Any:
     """Raise ValueError if `text` is not of the type `hint`."""
     options = get_args(hint)
     if get_origin(hint) is tuple:
-        parts = text.removeprefix("[").removesuffix("]").split(",")
+        whole = options[0] is Path and os.path.lexists(text)  # a name with commas
+        parts = [text] if whole else text.removeprefix("[").removesuffix("]").split(",")
         return tuple(_convert(part.strip(), options[0]) for part in parts if part.strip())
     if NoneType in options:
         (inner,) = (option for option in options if option is not NoneType)

@@ -126,7 +126,7 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
     except Exception as error:
         if crashed:
             raise
-        fail(explain(error))  # Hydra's, about the command line: no task has raised it
+        fail(explain(error, words))  # Hydra's, about the command line: no task has raised it
     finally:
         sys.argv = typed
 
@@ -168,6 +168,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace,
     return flags, options, words
 
 
+COMPOSING = re.compile(r": \w+ raised while composing config:\n")  # Hydra, of a file
+APPEND = "To append to your "  # how Hydra begins its advice about a key, or a group, that is not there
 # What OmegaConf says where a key's parent is null: `+arch.stores.kv.latent.dim=2` without a latent.
 NULL_PARENT = ("Unexpected type for root", "'NoneType' object has no attribute 'get'")
 
@@ -196,13 +198,21 @@ def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(cls) if is_dataclass(cls) else {}
     for key in map(str, config):
         if is_dataclass(cls) and key not in cls.__dataclass_fields__:
-            yield unknown_key(f"{prefix}{key}", sorted(cls.__dataclass_fields__))
+            yield unknown_field(f"{prefix}{key}", cls)
         elif OmegaConf.is_interpolation(config, key):
             kind = container(hints.get(key))
             if kind and config[key] is not None and not OmegaConf.is_config(config[key]):
                 yield f"{prefix}{key} is {config[key]!r}; a {kind} belongs there"
         elif isinstance(config[key], DictConfig):
             yield from unknown_keys(config[key], f"{prefix}{key}.")
+
+
+def unknown_field(path: str, cls: Any) -> str:
+    """The message for a dotted key that the dataclass `cls` does not have: with the nearest one, or those of its name
+    in the sections of `cls`."""
+    parent, dot, key = path.rpartition(".")
+    sections = [name for name, hint in get_type_hints(cls).items() if key in getattr(hint, "__dataclass_fields__", ())]
+    return unknown_key(path, sorted(cls.__dataclass_fields__), [f"{parent}{dot}{name}.{key}" for name in sections])
 
 
 def empty_values(given: Mapping[str, Any]) -> Iterator[str]:
@@ -228,15 +238,19 @@ def container(hint: Any) -> str | None:
     return "list" if any(get_origin(option) is list for option in options) else None
 
 
-def explain(error: Exception) -> str:
-    """The message of Hydra or OmegaConf about a command line, in one line; for an unknown name, with the known ones."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+def explain(error: Exception, words: Sequence[str] = ()) -> str:
+    """The message of Hydra or OmegaConf about the command line of `words`, in one line; for an unknown name, with the
+    known ones."""
+    cause = error.__context__ if COMPOSING.search(str(error)) else error.__cause__
+    cause = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         cls = cause.object_type
         if is_dataclass(cls) and cause.key not in cls.__dataclass_fields__:
-            return unknown_key(str(cause.full_key), sorted(cls.__dataclass_fields__))
-        place = str(error).splitlines()[0] if cause is not error else str(cause.full_key or "the configuration")
-        return f"{place}: {str(cause).splitlines()[0]}"
+            return unknown_field(str(cause.full_key), cls)
+        where = COMPOSING.sub(rf": {cause.full_key}\n", str(error))
+        place, *advice = where.splitlines() if cause is not error else [str(cause.full_key or "the configuration")]
+        reason = _no_section(cause) or str(cause).splitlines()[0]
+        return ". ".join([f"{place.rstrip('.')}: {reason}", *(line for line in advice if line.startswith(APPEND))])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         near = did_you_mean(choice, error.options).rstrip(".")
@@ -247,8 +261,20 @@ def explain(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, AssertionError | AttributeError) and any(text in str(error) for text in NULL_PARENT):
         return "a key on the command line lies under one that is null, which OmegaConf cannot fill; write it in a file"
+    if APPEND in str(error) and any(word.startswith("resume=") for word in words):
+        return f"{str(error).partition(' use +')[2]}: a resumed run keeps its layout and its groups; start another run"
     message = str(error).split("Set the environment variable")[0].split("Config search path")[0]
     return " ".join(message.split()) or type(error).__name__
+
+
+def _no_section(error: OmegaConfBaseException) -> str | None:
+    """The message for a value where a section belongs, as of `latent: 32`, with one that is right; None: it is none."""
+    hint = get_type_hints(error.object_type).get(str(error.key)) if is_dataclass(error.object_type) else None
+    section: Any = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+    if section is None or "is not a subclass of" not in str(error):
+        return None
+    value = str(error).splitlines()[0].partition(" value: ")[2]
+    return f"a section belongs there: {error.key}: {{{next(iter(section.__dataclass_fields__))}: {value}}}"
 
 
 def _unreadable(override: str) -> str:
@@ -256,6 +282,10 @@ def _unreadable(override: str) -> str:
     match = WORD.fullmatch(override)
     if match is None:
         return f"cannot read {override!r}; write key=value, +group=name or ~key"
+    if re.fullmatch(r"\[[^][{}'\"\\$]*=[^][{}'\"\\$]*\]", match["text"]):
+        items = [item.strip() for item in match["text"][1:-1].split(",")]
+        listed = ",".join(f'"{item}"' if "=" in item else item for item in items)
+        return f"cannot read {override}: what has a = stands in quotes; write '{match['key']}=[{listed}]'"
     return (
         f"cannot read {override}: brackets, quotes and braces come in pairs, a list is [a,b]; to have the value taken "
         f"as it stands, write {word(match['key'], match['text'])}"

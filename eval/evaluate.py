@@ -137,7 +137,8 @@ def check(options: EvaluateConfig, data: DataOptions) -> None:
     """Raise UsageError on files that are not there and numbers that make no sense."""
     for path in options.text:
         if not path.is_file():
-            raise UsageError(f"text={path}: there is no such file")
+            rest = "; commas separate files" if len(options.text) > 1 else ""
+            raise UsageError(f"text={path}: there is no such file{rest}")
     if options.text and data.path is not None:
         raise UsageError("text= and data.path= are both set; choose one")
     for name, value in (("context", options.context), ("data.val_tokens", data.val_tokens)):

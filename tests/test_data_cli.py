@@ -22,6 +22,7 @@ class Options:
     lengths: tuple[int, ...] = (1, 2)
     out: Path | None = None
     name: str = "x"
+    texts: tuple[Path, ...] = ()
 
 
 def test_values_have_the_types_of_their_fields() -> None:
@@ -29,6 +30,13 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert parse(Options, words, "folders") == Options(("a", "d*"), 5, 1e-3, True, (4, 5), Path("b/c"), "y=z")
     assert parse(Options, ["rate=null", "lengths=[7]"]) == Options(lengths=(7,))
     assert parse(Options, []) == Options()
+
+
+def test_a_name_with_commas_is_one_file_where_it_is_here(tmp_path: Path) -> None:
+    names = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    assert parse(Options, [f"texts={names}"]).texts == (tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a, b").touch()
+    assert parse(Options, [f"texts={tmp_path / 'a, b'}"]).texts == (tmp_path / "a, b",)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture) -> None:
     for part in (
         "Command lines typed by a dataclass.",
         "steps  optimizer steps",
-        "Defaults: steps=3 rate=null toy=false lengths=1,2 out=null name=x",
+        "Defaults: steps=3 rate=null toy=false lengths=1,2 out=null name=x texts=",
     ):
         assert part in text
 
