@@ -88,11 +88,12 @@ def generate(
                    in a Block Transformer between two blocks; None: all at once
     steps          how a token is decoded, as in `static_step.choose_way`: auto, plain, static, compiled or graph
 
-    Raises ValueError on an empty prompt, a prompt too short, an impossible option, a cache that does not fit, and one
-    that takes no further prompts where there are more than `max_batch`.
+    Raises ValueError on an empty prompt, a prompt too short, a token that the model has not, an impossible option, a
+    cache that does not fit, and one that takes no further prompts where there are more than `max_batch`.
     """
     prompts = token_lists(prompts)
     check_options(prompts, max_new_tokens, temperature, top_p, prefill_chunk, top_k, min_p)
+    check_tokens(prompts, model.output_weight.shape[0])
     queue = Queue(model, prompts, max_batch, max_new_tokens, pad_token, stop_token)
     if cache is None:
         cache = queue.allocate(cache_dtype)
@@ -322,6 +323,13 @@ def token_lists(prompts: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) ->
     if not all(isinstance(row, Iterable) and not isinstance(row, str) for row in rows):
         raise ValueError("generate takes a batch of prompts: a list of lists of tokens, or a tensor [B, T]")
     return [[int(token) for token in row] for row in rows]
+
+
+def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raise ValueError if a prompt has a token that a vocabulary of `vocab_size` has not."""
+    wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(f"a prompt has the token {wrong}; this model has a vocabulary of {vocab_size}, from 0 on")
 
 
 def check_options(

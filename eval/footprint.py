@@ -314,7 +314,7 @@ def check_counts(context: int, itemsize: int) -> None:
 def drawn(plan: Plan, title: str, context: int, options: FootprintConfig, path: Path) -> Path:
     """Draw the ownership map to `path`, and return the file that it became. Raises UsageError if that cannot be."""
     path = path if path.suffix else path.with_name(f"{path.name}.png")  # as matplotlib calls it
-    draw(plan, title, context, options.itemsize, path, options.picture == PICTURE)
+    draw(plan, title, context, options.itemsize, path)
     return path
 
 
@@ -327,13 +327,12 @@ def by_remark(found: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"{line}: {', '.join(of)}" for line, of in names.items()]
 
 
-def draw(plan: Plan, title: str, context: int, itemsize: int, path: Path, new_folder: bool) -> None:
+def draw(plan: Plan, title: str, context: int, itemsize: int, path: Path) -> None:
     """Draw the ownership map. Raises UsageError if `path` cannot be written."""
     from eval.plots.plan import draw_plan  # matplotlib takes a second to import
 
     try:
-        if new_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         draw_plan(plan, title, context, itemsize, path)
     except (OSError, ValueError) as error:  # an ending that is no format of pictures
         reason = error.strerror if isinstance(error, OSError) else error

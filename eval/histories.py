@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data.cli import word
 from eval.checks import check_config
 from eval.runs import Run, RunError
 from eval.units import times
@@ -70,7 +71,7 @@ def load_history(run: Run, clock: str) -> History:
         train = [row for row in rows if row.get("train/loss")]
         if len(train) < 2:
             count = f"has reported {times(len(train))} so far, a curve needs 2"
-            raise RunError(f"{run.folder} {count}: leave it out, or wait")
+            raise RunError(f"{run.folder} {count}: leave it out, wait while it runs, or {word('resume', run.folder)}")
         column = CLOCKS[clock]
         if column not in train[0]:
             why = "it ran on no CPU" if clock == "cpu" else "it is of a version that logged none"

@@ -80,8 +80,9 @@ def test_footprint_table_and_picture(capsys: pytest.CaptureFixture, tmp_path: Pa
     text = capsys.readouterr().out
     for words in ("last 512 + 64 slots", "2,048 + 4,096", "1.25 MiB"):
         assert words in text
-    run_footprint("+size=tiny", "+arch=mha", f"picture={tmp_path / 'bare'}")
-    assert f"ownership map: {tmp_path / 'bare.png'}" in capsys.readouterr().out and (tmp_path / "bare.png").exists()
+    run_footprint("+size=tiny", "+arch=mha", f"picture={tmp_path / 'new' / 'bare'}")
+    bare = tmp_path / "new" / "bare.png"
+    assert f"ownership map: {bare}" in capsys.readouterr().out and bare.exists()
     run_footprint("+size=tiny", "+arch=mha", "picture=null")
     assert "ownership map" not in capsys.readouterr().out
 
@@ -109,7 +110,7 @@ def test_footprint_says_which_arch_is_impossible(capsys: pytest.CaptureFixture) 
         (["+size=1b", "context=-5"], "must be at least 1"),
         (["+size=1b", "memory=lots"], "write it like 80GB or 80GiB"),
         (["+size=1b", "contex=3"], "unknown key contex, did you mean context?"),
-        (["+size=1b", "+arch=mha", "picture=/nowhere/x.png"], "give another file with picture="),
+        (["+size=1b", "+arch=mha", "picture=/proc/nowhere/x.png"], "give another file with picture="),
         (["+size=1b", "+arch=gqa8", "size.num_heads=4"], "does not divide the 4 query heads"),
     ],
 )

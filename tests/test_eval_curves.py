@@ -251,7 +251,11 @@ def test_mistakes(arguments: list[str], message: str, runs: Path, tmp_path: Path
         ({"drop": ("train/seconds",)}, "wall", "has no train/seconds, it is of a version that logged none"),
         ({"drop": ("train/cpu_seconds",)}, "cpu", "has no train/cpu_seconds, it ran on no CPU"),
         ({"step_seconds": float("nan")}, "wall", "its time is not known"),
-        ({"until": 15}, "wall", "has reported once so far"),
+        (
+            {"until": 15},
+            "wall",
+            "has reported once so far, a curve needs 2: leave it out, wait while it runs, or resume=",
+        ),
         ({"step_seconds": -1.0}, "wall", "its time does not rise"),
         ({"step_seconds": 0.0}, "wall", "its time does not rise"),
     ],

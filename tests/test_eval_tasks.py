@@ -147,6 +147,9 @@ def test_documents_of_less_than_two_blocks(batch: int, tmp_path: Path) -> None:
     nats = [-whole_likelihoods(model, [(row[:4], row[4:])])[0].nats for row in rows]
     assert figures["tokens"] == sum(len(row) - 4 for row in rows)
     assert figures["loss"] == pytest.approx(sum(nats) / figures["tokens"], rel=1e-5)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UsageError, match=r"text=\S+empty.txt has no document of 5 tokens; give other text"):
+        perplexity.run(subject(model, texts=(tmp_path / "empty.txt",)), perplexity.Options())
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The target that ships the files of arch/: the same model in the interface of transformers, any layout."""
 
 import copy
+import io
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHS, build, launch_in_process, small, tokens, whole_depth
+from rich.console import Console
 from safetensors.torch import load_file
 from test_train_export import QUIET, SHIPPED, in_process, no_picture, write_checkpoint  # noqa: F401  a fixture
 from torch.nn import functional as F
@@ -419,12 +421,19 @@ def test_embeddings_are_found_and_keep_their_size(name: str) -> None:
         theirs.resize_token_embeddings(70)
 
 
-def exported(name: str, folder: Path, corpus: Path, out: str = "out", **options: Any) -> Path:
+def exported(name: str, folder: Path, corpus: Path, out: str = "out", console: Console = QUIET, **options: Any) -> Path:
     """A process takes the code of folders of one name to be one: who changes it gives another `out`."""
     layout, changes = LAYOUTS[name]
     checkpoint = write_checkpoint(folder / "step-00000003", layout, **({"num_layers": 3} | changes))
-    export(ExportConfig(str(checkpoint), str(folder / out), prepared=str(corpus), **options), QUIET)
+    export(ExportConfig(str(checkpoint), str(folder / out), prepared=str(corpus), **options), console)
     return folder / out
+
+
+def test_a_name_of_which_transformers_warns_is_said_once(tmp_path: Path, corpus: Path) -> None:
+    for out, notes in (("a name", 1), ("v1.0-name", 0)):
+        console = Console(file=io.StringIO(), width=140)
+        exported("latents", tmp_path / out, corpus, out, console, verify=False)
+        assert console.file.getvalue().count("warns of ' ' in it") == notes
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ARCHS])

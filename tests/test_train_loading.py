@@ -114,10 +114,14 @@ def test_a_block_transformer(run: Path, tmp_path: Path) -> None:
         ("nowhere", {}, UsageError, "nowhere: no run there"),
         ("run", {"which": "oldest"}, UsageError, "which is 'oldest'; choose newest or best"),
         ("data", {}, UsageError, "data: no run there"),
-        ("run/checkpoints/step-00000008", {"device": "nothing"}, RuntimeError, "nothing"),
+        ("run/checkpoints/step-00000008", {"device": "nothing"}, UsageError, "device is nothing; choose cpu"),
+        ("run/checkpoints/step-00000008", {"device": "cuda"}, UsageError, "sees no CUDA device; use device=cpu"),
     ],
 )
-def test_mistakes(run: Path, path: str, options: dict, error: type, message: str) -> None:
+def test_mistakes(
+    run: Path, path: str, options: dict, error: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(error, match=message):
         load(path, **options)
 

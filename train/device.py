@@ -6,12 +6,24 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from arch import ModelConfig, Plan
+from data.cli import UsageError
 from eval.hardware import TERA, find_gpu
 
 
 def device_type(accelerator: str) -> str:
     """The type of device that `trainer.accelerator` means on this machine: cuda or cpu."""
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of this name. Raises UsageError if torch sees no such device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device is {name}; choose cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device is {name}, and torch sees no CUDA device; use device=cpu")
+    return device
 
 
 def synchronize(device: torch.device) -> None:

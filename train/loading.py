@@ -19,6 +19,7 @@ from data.tokenizer import Encoder, begin_token, end_token, pretrained, scaled_b
 from eval.identity import Identity, short
 from eval.runs import Run, RunError
 from train import checkpoint
+from train.device import named_device
 from train.errors import TrainingError
 from train.run import load_config
 from train.schema import PretrainConfig
@@ -135,7 +136,8 @@ def load(
     dtype     type of the weights
     prepared  the folder of data that the tokenizer comes from; None: that of the run
 
-    Raises UsageError if `path` is neither a run nor a checkpoint, TrainingError if its files are damaged.
+    Raises UsageError if `path` is neither a run nor a checkpoint, or `device` is not here, TrainingError if its files
+    are damaged.
     """
     path = Path(path)
     if (path / checkpoint.INFO).is_file():
@@ -145,7 +147,7 @@ def load(
         run, config = path, load_config(path)
     folder = choose_checkpoint(path, which)
     tied = checkpoint.identity_of(folder, run)
-    device = torch.device(device)
+    device = named_device(device)
     with torch.device("meta"):
         model = build(model_config(folder) if config is None else config.model, device_type=device.type, init=False)
     model = model.to(dtype).to_empty(device=device)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from data.cli import UsageError
 from data.files import DataError
 from data.mixture import weights_of
 from data.shards import Manifest
 from data.tokenizer import pretrained
 from eval.tasks.task import Prepared, Subject
 from train import checkpoint as checkpoints
+from train.device import device_type, named_device
 from train.loading import LoadedModel, load, run_of
 from train.schema import PretrainConfig
 from train.source import Source, kind
@@ -41,11 +41,7 @@ def open_subject(
     source: Source, context: int | None = None, texts: Sequence[Path] = (), text_key: str = "text", seed: int = 0
 ) -> Opened:
     """Load the model that `source` names. Raises UsageError, DataError or TrainingError if it cannot be."""
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if source.device == "auto" else source.device
-    )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device is {source.device}, and torch sees no CUDA device; use device=cpu")
+    device = named_device(device_type("auto") if source.device == "auto" else source.device)
     if kind(source.checkpoint) == "transformers":
         from eval.transformers_model import load_transformers
 

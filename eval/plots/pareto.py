@@ -35,7 +35,7 @@ from eval.plots.style import (
     write_beside,
 )
 from eval.runs import Point
-from eval.units import bytes_text, number_text
+from eval.units import bytes_text, counted, number_text
 
 SIDES = ((1, "left"), (-1, "right"))
 # Where the name of a point may stand, and that of a vertical line at either end of it.
@@ -425,6 +425,6 @@ def _hover(row: Point, x_axis: Axis, y_axis: Axis) -> str:
         stored += f"read per decoded token {bytes_text(row.kv_read)}"
     of_method = "" if row.method == NONE else f" + {html_text(row.method)}"
     return (
-        f"<b>{html_text(row.name)}{of_method}</b><br>{html_text(y_axis.label)} {row.value:.4f} ({row.runs} runs)<br>"
-        f"{across}{stored}<br>{row.params:,} parameters, {row.tokens:,} tokens"
+        f"<b>{html_text(row.name)}{of_method}</b><br>{html_text(y_axis.label)} {row.value:.4f} "
+        f"({counted(row.runs, 'run')})<br>{across}{stored}<br>{row.params:,} parameters, {row.tokens:,} tokens"
     )

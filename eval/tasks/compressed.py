@@ -27,6 +27,7 @@ from eval.intervals import interval, wilson
 from eval.methods import name_of
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
+from eval.units import counted
 
 if TYPE_CHECKING:
     import torch
@@ -217,8 +218,8 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
     if formula is not None:
         figures["formula_bytes"] = formula
     note = (
-        f"text: {count} windows of {prefix:,} tokens, compression, and {new:,} tokens scored one by one, each window "
-        "from scratch; the same windows for every model of this tokenizer and every method"
+        f"text: {counted(count, 'window')} of {prefix:,} tokens, compression, and {new:,} tokens scored one by one, "
+        "each window from scratch; the same windows for every model of this tokenizer and every method"
     )
     return TaskResult(figures, rows, notes=(note,), samples={"loss": means_N.tolist()})
 

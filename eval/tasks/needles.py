@@ -15,6 +15,7 @@ from data.cli import UsageError
 from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
+from eval.units import counted
 
 if TYPE_CHECKING:
     from eval.tasks.samples import Sample
@@ -240,5 +241,5 @@ def pictures_of(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             )
             if of_kind[0][key] is not None
         ]
-        pictures[kind] = draw_heatmap(panels, f"{name}: {kind}, {of_kind[0]['count']} samples each")
+        pictures[kind] = draw_heatmap(panels, f"{name}: {kind}, {counted(of_kind[0]['count'], 'sample')} each")
     return pictures

@@ -90,7 +90,9 @@ def run(subject: Subject, options: Options) -> TaskResult:
     for scored in subject.each(shown, partial(score_batch, subject)):
         scores.add(scored)
     if not scores.tokens:
-        raise UsageError(f"perplexity: nothing can be scored: no document has {plan.num_unpredicted + 1} tokens")
+        where = f"text={','.join(map(str, subject.texts))}" if subject.texts else "the prepared data"
+        least = f"document of {plan.num_unpredicted + 1} tokens" if plan.num_unpredicted else "text"
+        raise UsageError(f"perplexity: nothing can be scored: {where} has no {least}; give other text")
     return result(subject, scores, describe(subject, protocol, window, stride, all_counted))
 
 

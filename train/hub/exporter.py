@@ -1,5 +1,6 @@
 """Export of one checkpoint: write the folder, verify it in a fresh process, and give it its name."""
 
+import re
 import shutil
 
 from rich.console import Console
@@ -48,6 +49,12 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     for name, reason in refused.items():
         console.print(f"target {name} passed over:\n{reason}", soft_wrap=True)
     console.print(f"target: {target.name}, {target.model_class}; {len(target.weights)} tensors in {options.dtype}")
+    if target.code and (odd := re.search(r"[^\w.-]", request.out.name)):
+        console.print(
+            f"note: transformers imports the code as a module of the folder's name, and warns of {odd[0]!r} in it each "
+            "time it loads the model; out= with letters, digits and . _ - alone keeps it quiet",
+            soft_wrap=True,
+        )
     dtype, partial = DTYPES[options.dtype], request.partial
     try:
         write(request, reader, target, corpus)
