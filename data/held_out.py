@@ -114,8 +114,8 @@ def no_text(name: str, split: str, documents: int) -> DataError:
         )
     own = f", text of its own with source.{split}, or none with source.{split}_share=0" if split != "train" else ""
     return DataError(
-        f"{name} has no text for the split {split}: all {documents} documents are in others. Give more documents "
-        f"(source.document_start cuts a file into several), a larger share{own}, or higher limits"
+        f"{name} has no text for the split {split}: its documents, {documents} in all, are in others. Give more "
+        f"documents (source.document_start cuts a file into several), a larger share{own}, or higher limits"
     )
 
 

@@ -441,7 +441,7 @@ def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
         ({"train": __file__, "tokenizer": TokenizerConfig("wordy")}, "choose bpe, bytes, pretrained"),
         ({"train": __file__, "tokenizer": TokenizerConfig("pretrained")}, "tokenizer.name is not set"),
         ({"train": __file__, "shard_tokens": 0}, "shard_tokens is 0; it must be at least 1"),
-        ({"train": __file__, "val_share": 1e-9}, "split val: all 1 documents are in others. .*source.val"),
+        ({"train": __file__, "val_share": 1e-9}, "split val: its documents, 1 in all, are in others. .*source.val"),
     ],
 )
 def test_mistakes(changes: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

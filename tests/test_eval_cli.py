@@ -86,6 +86,15 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, capfd: pytest
     assert captured.out == ""
 
 
+def test_a_mistake_in_a_file_of_ones_own_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "arch").mkdir()
+    (tmp_path / "arch" / "mine.yaml").write_text("stores: {kv: {latent: 32}}\npattern: [new kv]")
+    with pytest.raises(SystemExit):
+        resolved(f"--config-dir={tmp_path}", "+arch=mine", "+size=tiny")
+    text = "error: In 'arch/mine': arch.stores.kv.latent: a section belongs there: latent: {dim: 32}\n"
+    assert capfd.readouterr().err == text
+
+
 def test_an_error_of_the_task_itself_is_not_hidden() -> None:
     def task(*_: object) -> None:
         raise ZeroDivisionError("a bug")
