@@ -149,10 +149,11 @@ class Curve:
     runs: tuple[History, ...]
 
     def mean(self, series: str) -> Band:
-        """The losses of `val`, `train` or `raw`."""
+        """The losses of `val`, `train` or `raw`: of `val` none before a common validation. Raises RunError if there are
+        none of the others."""
         losses = [run.losses(series) for run in self.runs]
         steps = reduce(np.intersect1d, [steps for steps, _ in losses])
-        if not len(steps):
+        if not len(steps) and series != "val":
             folders = ", ".join(str(run.run.folder) for run in self.runs)
             raise RunError(
                 f"{folders}: seeds of one configuration that report no loss at the same step; leave some out"

@@ -17,7 +17,7 @@ from arch import resolve
 from data.cli import UsageError
 from eval import curves, histories
 from eval.plots.curves import draw_curves
-from eval.runs import Run
+from eval.runs import Run, RunError
 from train.schema import PretrainConfig
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")  # test_picture looks at one
@@ -163,6 +163,26 @@ def test_a_run_that_is_on_its_way(runs: Path, tmp_path: Path, capsys: pytest.Cap
     assert all_of_them["target"] == pytest.approx(4.0), "the final one, of a run that has ended"
     alone = result(tmp_path, str(path))
     assert (alone["target"], alone["final"]) == (pytest.approx(4.5), False), "none has ended"
+
+
+@pytest.mark.parametrize("vals", [0, 4])
+def test_a_run_before_its_first_validation(vals: int, runs: Path, tmp_path: Path) -> None:
+    """Alone, and beside finished ones: by the smoothed training loss, up to where it is."""
+    path = make_run(runs, "gqa4", line(5.5, 0.01), until=40, vals=vals)
+    alone = result(tmp_path, str(path))
+    assert (alone["which"], alone["target_tokens"]) == ("train", 40 * STEP_TOKENS)
+    assert alone["curves"]["gqa4-tiny"]["series"]["val"]["loss"] == []
+    beside = result(tmp_path, str(runs), "unfinished=true")
+    assert {row["loss_tokens"] for row in beside["curves"].values()} == {40 * STEP_TOKENS}
+
+
+def test_seeds_without_a_common_step_are_refused(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "runs", "mha", line(6, 0.01))
+    make_run(tmp_path / "runs", "mha", line(6, 0.01), seed=1)
+    rows = [row | {"step": int(row["step"]) - 5} for row in Run(path).metrics if row["train/loss"]]
+    write_rows(path / "metrics" / "0", rows)
+    with pytest.raises(RunError, match="seeds of one configuration that report no loss at the same step"):
+        result(tmp_path, str(tmp_path / "runs"))
 
 
 def test_a_seed_that_is_on_its_way_does_not_shorten_the_curve(tmp_path: Path) -> None:
