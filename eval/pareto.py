@@ -176,7 +176,10 @@ def differences(runs: Sequence[Run]) -> list[str]:
         "steps": "steps",
         "unpredicted": PREDICTED,
     }
-    return differing({name: [run.summary["experiment"].get(key) for run in runs] for key, name in keys.items()})
+    values = {name: [run.summary["experiment"].get(key) for run in runs] for key, name in keys.items()}
+    values["tokens"] = [run.summary["tokens"] for run in runs]
+    values["size.seq_len"] = [run.summary["seq_len"] for run in runs]
+    return differing(values)
 
 
 def table(rows: Sequence[Point], x: Axis, y: Axis) -> Table:
@@ -264,9 +267,15 @@ def write_panels(panels: Mapping[str, Panel], out: Path) -> list[Path]:
     with paths[2].open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows({key: in_a_sheet(value) for key, value in record.items()} for record in records)
     paths[3].write_text(json.dumps(records, indent=1, allow_nan=False))
     return paths
+
+
+def in_a_sheet(value: Any) -> Any:
+    """`value`, a text with a quote before it where a spreadsheet would read it as a formula."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if formula else value
 
 
 def baseline_of(rows: Sequence[Point], name: str) -> Point:

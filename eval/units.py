@@ -2,23 +2,29 @@
 
 import re
 
+FOUR_DIGITS = 999.5  # from here on, three digits would be written as 1e+03
+
 
 def bytes_text(value: float) -> str:
     """`163840` as `160 KiB`: three digits, binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1000:
+        if value < FOUR_DIGITS:
             return f"{value:.3g} {unit}"
         value /= 1024
-    return f"{value:,.3g} TiB" if value < 1000 else f"{value:,.0f} TiB"
+    return f"{_at_least_three_digits(value)} TiB"
 
 
 def count_text(value: float) -> str:
     """`1_060_000_000` as `1.06B`."""
     for unit in ("", "K", "M", "B"):
-        if value < 1000:
+        if value < FOUR_DIGITS:
             return f"{value:.3g}{unit}"
         value /= 1000
-    return f"{value:.3g}T"
+    return f"{_at_least_three_digits(value)}T"
+
+
+def _at_least_three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < FOUR_DIGITS else f"{value:,.0f}"
 
 
 def number_text(value: float) -> str:

@@ -123,14 +123,25 @@ def test_footprint_errors(arguments: list[str], message: str, capfd: pytest.Capt
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 B"), (999, "999 B"), (5120, "5 KiB"), (163840, "160 KiB"), (5 * 2**30, "5 GiB"), (3 * 2**50, "3,072 TiB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (5120, "5 KiB"),
+        (163840, "160 KiB"),
+        (999.4 * 2**10, "999 KiB"),
+        (999.6 * 2**10, "0.976 MiB"),
+        (5 * 2**30, "5 GiB"),
+        (999.6 * 2**40, "1,000 TiB"),
+        (3 * 2**50, "3,072 TiB"),
+    ],
 )
-def test_bytes_text(value: int, text: str) -> None:
+def test_bytes_text(value: float, text: str) -> None:
     assert bytes_text(value) == text
 
 
 def test_other_units() -> None:
     assert (count_text(950e6), count_text(7.17e9), count_text(12)) == ("950M", "7.17B", "12")
+    assert [count_text(value) for value in (999_499, 999_936, 999.5, 5e15)] == ["999K", "1M", "1K", "5,000T"]
     assert [parse_bytes(text) for text in ("80GB", "1GiB", "12 kb", "7")] == [80e9, 2**30, 12e3, 7]
 
 
@@ -442,7 +453,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert set(MARKUP) <= shown
     assert not re.search(r"<b>bold|<br>b|\$x\$", data.encode().decode("unicode_escape", "ignore"))
     with (tmp_path / "pareto.csv").open(encoding="utf-8") as file:
-        assert {row["name"] for row in csv.DictReader(file)} == set(MARKUP)
+        assert {row["name"].removeprefix("'-") for row in csv.DictReader(file)} == {name.lstrip("-") for name in MARKUP}
 
 
 @pytest.mark.usefixtures("blank_pictures")
@@ -556,6 +567,9 @@ def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.Cap
     path.write_text(json.dumps(summary))
     pareto.main([str(runs), f"out={tmp_path}"])
     assert "warning: the runs differ in data, data.document_mask or data.block_padding: " in capsys.readouterr().err
+    path.write_text(json.dumps(summary | {"tokens": 1, "seq_len": 64}))
+    pareto.main([str(runs), "context=64", f"out={tmp_path}"])
+    assert "data.block_padding, tokens, size.seq_len: their values hardly compare" in capsys.readouterr().err
 
 
 def test_broken_runs_are_named(runs: Path) -> None:
