@@ -178,7 +178,8 @@ class DataConfig(PrepareConfig):
 
     path           prepared folder; null: data/prepared/<name>-<tokenizer>
     mix            prepared folder -> weight: its fraction of the training sequences, after division by the sum.
-                   Each folder is shuffled and repeated on its own; validation windows have the same proportions
+                   Each folder is shuffled and repeated on its own; validation windows have the same proportions, also
+                   where one has so little validation text that they are few
     document_mask  restrict attention to the document of the query
     block_padding  Block Transformer: pad each document to whole blocks, with a random number of pads before it
     val_tokens     tokens of the validation split to evaluate on

@@ -48,6 +48,13 @@ class Mixture:
         cumulative = [0.0, *accumulate(weight / sum(self.weights) for weight in self.weights)]
         return [*(round(fraction * RANGE) for fraction in cumulative[:-1]), RANGE]
 
+    @property
+    def most_windows(self) -> int:
+        """The largest number of windows, each once, that can be chosen in proportion to the weights."""
+        total = sum(self.weights)
+        sizes = zip(self.corpora, self.weights, strict=True)
+        return min(round(len(corpus) * total / weight) for corpus, weight in sizes)
+
     def locate(self, sequence: int, seed: int) -> tuple[int, int]:
         """The corpus of a sequence, and the number of earlier sequences from that corpus."""
         if len(self.corpora) == 1:
@@ -68,12 +75,16 @@ class EvalWindows:
 
     @classmethod
     def of(cls, windows: TokenWindows | Mixture, num_windows: int) -> "EvalWindows":
-        """Choose about `num_windows` evenly spaced windows, in proportion to the weights, at least one per corpus."""
+        """Choose about `num_windows` evenly spaced windows, in proportion to the weights, at least one per corpus.
+
+        Fewer where a corpus has too few for its part.
+        """
         mixture = Mixture.of(windows)
+        num_windows = min(num_windows, mixture.most_windows)
         chosen: list[tuple[int, int]] = []
         for number, corpus in enumerate(mixture.corpora):
             fraction = mixture.weights[number] / sum(mixture.weights)
-            count = min(len(corpus), max(1, round(num_windows * fraction)))
+            count = max(1, round(num_windows * fraction))
             spread = np.linspace(0, len(corpus) - 1, count).round().astype(int)
             chosen += [(number, window) for window in spread.tolist()]
         return cls(mixture.corpora, tuple(chosen))

@@ -146,8 +146,11 @@ class Manifest:
         recipe = _object(values, "recipe")
         for key in ("source", "tokenizer"):
             _object(recipe, key)
-        if recall := recipe["source"].get("recall"):  # the first such folders have text of the command line
-            recipe["source"]["recall"] = recall | {"pairs": as_numbers(recall.get("pairs"))}
+        if recipe["source"].get("recall"):
+            recall = _object(recipe["source"], "recall")
+            if type(recall.get("length")) is not int:
+                raise ValueError("recall has no length")
+            recall["pairs"] = as_numbers(recall.get("pairs"))  # the first such folders have text of the command line
         manifest: Manifest = _record(cls, {**values, "splits": splits, "recipe": dict.fromkeys(LIMITS) | recipe}, "it")
         if manifest.dtype not in ("<u2", "<u4"):
             raise ValueError(f"dtype {manifest.dtype[:20]!r}")

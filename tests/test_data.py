@@ -267,6 +267,23 @@ def test_validation_of_a_mixture(folder: Path) -> None:
     assert inputs.tolist() == [chosen[index][:-1].tolist() for index in range(12)]
 
 
+def test_validation_keeps_the_proportions_where_a_corpus_has_too_little(folder: Path) -> None:
+    """As many as the smaller one has for its part, and one at least; of one corpus, all there are."""
+    val, train = windows(folder, split="val"), windows(folder)
+    few, many = len(val), len(train)
+    assert many > few > 100
+
+    def counts(weights: tuple[float, float], asked: int) -> list[int]:
+        chosen = [corpus for corpus, _ in EvalWindows.of(Mixture((val, train), weights), asked).chosen]
+        return [chosen.count(0), chosen.count(1)]
+
+    assert counts((9.0, 1.0), 10 * many) == [few, round(round(few / 0.9) / 10)]
+    assert counts((1.0, 1.0), few + many) == [few, few]
+    assert counts((1e6, 1.0), many) == [few, 1]
+    assert counts((1.0, 3.0), 40) == [10, 30], "where both have enough, as asked"
+    assert len(EvalWindows.of(Mixture((val,), (0.1,)), many)) == few
+
+
 @pytest.mark.parametrize("mix", [3, {"a": 0}, {"a": "b"}, {"a": float("inf")}, {"a": 1, "a/": 2}])
 def test_weights_are_positive_numbers(mix: object) -> None:
     with pytest.raises(DataError, match=r"data\.mix"):
@@ -338,6 +355,8 @@ SHARD = "splits.train.shards.0"
         (of_type("splits", 3), "splits is no object"),
         (of_type("recipe", []), "recipe is no object"),
         (of_type("recipe.source", None), "source is no object"),
+        (of_type("recipe.source.recall", [64]), "recall is no object"),
+        (of_type("recipe.source.recall", {"pairs": [4]}), "recall has no length"),
         (of_type("vocab_size", None), "vocab_size of it is 'None'"),
         (of_type("vocab_size", 2**16 + 1), "end of text 0 in a vocabulary of 65537"),
         (of_type("end_of_text", 600), "end of text 600 in a vocabulary of 600"),

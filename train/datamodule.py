@@ -97,6 +97,19 @@ class TokenDataModule(L.LightningDataModule):
         """The identity of a run that begins now."""
         return Identity.of(asdict(self.config), self.folders, self.train.weights)
 
+    @property
+    def num_val_windows(self) -> int:
+        """Sequences to validate on, if there are as many."""
+        return self.config.data.val_tokens // self.config.size.seq_len
+
+    def remarks(self) -> list[str]:
+        """A line if a folder has too little validation text for its part of a mixture."""
+        asked, most = self.num_val_windows, self.val.most_windows
+        if len(self.folders) == 1 or most >= asked:
+            return []
+        sizes = ", ".join(f"{len(of)} in {folder}" for folder, of in zip(self.folders, self.val.corpora, strict=True))
+        return [f"validation: {most} of the {asked} sequences asked for keep the shares of data.mix; there are {sizes}"]
+
     def token_bytes(self) -> Tensor:
         """Load the number of UTF-8 bytes of validation text that each token stands for, [V]."""
         sizes = self.folders[self.folder].token_bytes(self.folder)
@@ -126,9 +139,9 @@ class TokenDataModule(L.LightningDataModule):
         return Prefetched(batches) if self.on_cuda else batches
 
     def val_dataloader(self) -> EvalBatches | Prefetched:
-        trainer, config = self.trainer, self.config
+        trainer = self.trainer
         assert trainer is not None
-        windows = EvalWindows.of(self.val, config.data.val_tokens // config.size.seq_len)
+        windows = EvalWindows.of(self.val, self.num_val_windows)
         unpadded = replace(self.sequence_format, block_padding=0)
         batches = EvalBatches(windows, self.micro_batch, trainer.global_rank, trainer.world_size, unpadded)
         return Prefetched(batches) if self.on_cuda else batches

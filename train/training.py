@@ -80,7 +80,7 @@ def run(config: PretrainConfig) -> None:
         console = PlainConsole()
         for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
             console.print(table)
-        for line in remarks(config.model):
+        for line in (*remarks(config.model), *data.remarks()):
             console.print(line)
         console.print(f"attention: {attention}")
         if device == "cuda":
