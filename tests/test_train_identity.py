@@ -211,6 +211,12 @@ def test_what_a_resumed_run_changes_is_said(run: Path, capsys: pytest.CaptureFix
     for tokens in (1024, 2048):
         write_start(run, replace(config, tokens=tokens, seed=1), resolve(config.model), tied, {})
     assert capsys.readouterr().err == "from here on tokens is 2048; before, it was 1024\n"
+    for precision in ("bf16", "fp8"):
+        other = replace(config, trainer=replace(config.trainer, precision=precision))
+        write_start(run, other, resolve(config.model), tied, {})
+    assert capsys.readouterr().err == "from here on trainer.precision is fp8; before, it was auto\n", (
+        "not mere rounding"
+    )
     shutil.copytree(run / "metrics" / "0", run / "metrics" / "10")
     edit(run / "metrics" / "10" / "hparams.yaml", "clip: 1.0", "clip: 2.0")
     write_start(run, config, resolve(config.model), tied, {})
@@ -218,6 +224,31 @@ def test_what_a_resumed_run_changes_is_said(run: Path, capsys: pytest.CaptureFix
     (run / "metrics" / "10" / "hparams.yaml").write_text("[")
     write_start(run, config, resolve(config.model), tied, {})
     assert capsys.readouterr().err == ""
+
+
+def test_a_start_that_died_leaves_no_identity_behind(run: Path, tmp_path: Path) -> None:
+    """Before config.yaml was written; the folder is then given to a run of another configuration."""
+    config, tied = load_config(run), Identity.load(run)
+    assert tied is not None
+    folder = tmp_path / "new"
+    for seed in (0, 1):
+        other = replace(tied, config=tied.config | {"seed": seed})
+        write_start(folder, replace(config, seed=seed), resolve(config.model), other, {})
+        assert load_config(folder).seed == seed
+        (folder / "config.yaml").unlink()
+
+
+def test_a_mixture_says_where_there_is_too_little_to_validate_on(run: Path, trained: Path, tmp_path: Path) -> None:
+    config, folders = load_config(run), [str(trained / "data"), str(tmp_path / "copy")]
+    shutil.copytree(*folders)
+    config.data.path, config.data.mix = None, dict(zip(folders, (9, 1), strict=True))
+    config.data.val_tokens = 32 * 10**6
+    data = TokenDataModule(config, check=False)
+    size = len(data.val.corpora[0])
+    start = f"validation: {round(size / 0.9)} of the 1000000 sequences asked for keep the shares of data.mix; "
+    assert data.remarks() == [f"{start}there are {size} in {folders[0]}, {size} in {folders[1]}"]
+    config.data.val_tokens = 32 * 10
+    assert data.remarks() == []
 
 
 def test_what_checkpoints_say_counts_where_the_file_is_gone(run: Path) -> None:

@@ -22,7 +22,7 @@ from arch import Plan
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
 from data.cli import UsageError
-from data.dotted import flat
+from data.dotted import flat, lookup
 from data.files import set_aside, write_json, write_text
 from eval import identity
 from eval.environment import environment
@@ -49,12 +49,14 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
-        for key, was, now in changed_values(_values_before(folder), to_dict(config)):
+        values = to_dict(config)
+        for key, was, now in changed_values(_values_before(folder, values), values):
             if now is not None:  # a key that an earlier version had
                 print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
         write_json(path, [*_starts(folder), {**about, **environment()}])
         write_json(folder / "plan.json", plan.to_dict())
-        if not (folder / identity.FILE).exists():
+        # A start that died before config.yaml was there may have left the identity of another run.
+        if not all((folder / name).exists() for name in ("config.yaml", identity.FILE)):
             tied.save(folder)
         # Last: from now on the folder holds a run.
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -74,16 +76,16 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _values_before(folder: Path) -> dict[str, Any]:
-    """Read the values, by dotted key, that decide the result of a run and that a resumed run may change, as its last
-    start that has reported logged them; none where that cannot be read."""
+def _values_before(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Read the values, by dotted key, that decide the result of a run, as it was or as it is `now`, and that a resumed
+    run may change, as its last start that has reported logged them; none where that cannot be read."""
     logged = [path for path in (folder / "metrics").glob("*/hparams.yaml") if path.parent.name.isdecimal()]
     try:
-        values = read_plain(max(logged, key=lambda path: int(path.parent.name)))
-        groups = deciding_values(values, "result")
+        before = read_plain(max(logged, key=lambda path: int(path.parent.name)))
+        keys = [key for values in (before, now) for key in deciding_values(values, "result")]
     except (OSError, ValueError, RecursionError):  # there is none, or it is damaged
         return {}
-    found = flat({key: value for key, value in groups.items() if not KEYS[key].fixed})
+    found = flat({key: lookup(before, key) for key in keys if not KEYS[key].fixed})
     return {key: value for key, value in found.items() if key not in FIXED and value is not None}
 
 
