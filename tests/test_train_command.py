@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -485,6 +486,23 @@ def test_wandb_gets_what_the_user_names_and_warns_of_nothing(
             wandb.finish()
         assert list((tmp_path / options.project / "wandb").glob("offline-run-*")), "what `wandb sync` is given"
     assert "WARNING" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("logger.project=team/caches", "Invalid project name 'team/caches'.*logger.entity"),
+        (f"logger.tags=[{'long' * 20}]", "is 80 characters. Tags must be between 1 and 64 characters. Change"),
+    ],
+)
+def test_what_wandb_refuses_leaves_no_folder(
+    option: str, message: str, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        pretrain("+arch=mha", "+size=tiny", *SMALL, f"data.path={corpus}", option, f"folder={tmp_path / 'run'}")
+    assert stopped.value.code == 2
+    assert re.search(message, capfd.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_run_of_a_sweep_keeps_its_wandb_run_to_itself(tmp_path: Path, corpus: Path) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from data.cli import UsageError
 from data.files import set_aside, write_text
 from eval.environment import launched_rank
 from eval.pareto import METRICS, points, write
@@ -28,9 +29,33 @@ def loggers(config: PretrainConfig, folder: Path) -> list[Logger]:
     earlier = [int(path.name) for path in metrics.glob("*") if re.fullmatch("[0-9]{1,9}", path.name)]
     start = str(max(earlier, default=-1) + 1)
     result: list[Logger] = [CSVLogger(folder, name="metrics", version=start, flush_logs_every_n_steps=1)]
-    if config.logger.wandb and os.environ.get("WANDB_MODE") != "disabled" and launched_rank() == 0:
+    if logs_to_wandb(config) and launched_rank() == 0:
         result.append(wandb_logger(config, folder))
     return result
+
+
+def logs_to_wandb(config: PretrainConfig) -> bool:
+    """Tell whether the run is logged to wandb, too."""
+    return config.logger.wandb and os.environ.get("WANDB_MODE") != "disabled"
+
+
+def wandb_settings(config: PretrainConfig) -> wandb.Settings:
+    """Build wandb's settings of the run. Raises UsageError where wandb refuses them."""
+    options = config.logger
+    try:
+        return wandb.Settings(
+            project=options.project,
+            entity=options.entity,
+            run_group=options.group or config.name,
+            run_tags=tuple(options.tags) or None,
+            run_notes=options.notes,
+        )
+    except (wandb.errors.UsageError, ValueError) as error:
+        reason = str(error).partition("Value error, ")[2].partition(" [type=")[0] or str(error)
+        raise UsageError(
+            f"wandb refuses the run: {reason.rstrip('.')}. Change logger.project (a team goes into logger.entity) or "
+            "logger.tags, or set logger.wandb=false"
+        ) from error
 
 
 def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
@@ -39,19 +64,15 @@ def wandb_logger(config: PretrainConfig, folder: Path) -> WandbLogger:
 
     def start(offline: bool) -> WandbLogger:
         # Not by the logger, which sets `anonymous` too, and so makes wandb warn of a setting that nobody chose.
-        options = config.logger
+        settings = wandb_settings(config)
+        settings.init_timeout, settings.silent = 30, offline
         run = wandb.init(
             name=folder.name,
             id=identity,
             resume="allow",
-            project=options.project,
-            entity=options.entity,
-            group=options.group or config.name,
-            tags=options.tags or None,
-            notes=options.notes,
             dir=folder,
             mode="offline" if offline else "online",
-            settings=wandb.Settings(init_timeout=30, silent=offline),
+            settings=settings,
         )
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -125,7 +146,7 @@ def log_final(folder: Path, scalars: dict[str, float], itemsize: int, context: i
 
 def log_evaluations(config: PretrainConfig, folder: Path, scalars: dict[str, float], pictures: Sequence[Path]) -> None:
     """Add `scalars` and `pictures` to the wandb run of the run in `folder`, where it has one."""
-    if not config.logger.wandb or os.environ.get("WANDB_MODE") == "disabled" or not (folder / "wandb-id.txt").is_file():
+    if not logs_to_wandb(config) or not (folder / "wandb-id.txt").is_file():
         return
     logger = wandb_logger(config, folder)
     try:

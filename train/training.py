@@ -37,7 +37,7 @@ from train.fp8 import check_fp8
 from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
-from train.loggers import log_final, loggers
+from train.loggers import log_final, loggers, logs_to_wandb, wandb_settings
 from train.metrics import Metrics, ProgressBar
 from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, TrainerConfig, num_steps
@@ -52,6 +52,8 @@ def run(config: PretrainConfig) -> None:
     """
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them
     plan, folder = resolve(config.model), Path(config.folder)
+    if logs_to_wandb(config):
+        wandb_settings(config)  # refuses what wandb would
     try:
         device, attention, source = check_on_device(config, folder)
         start = tied = None
