@@ -326,6 +326,22 @@ def test_each_start_has_metrics_of_its_own(tmp_path: Path) -> None:
     assert number() == "41"
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+def test_the_former_best_goes_when_there_is_a_better_one(
+    in_background: bool, keeper: CheckpointCallback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end, too: no other checkpoint comes that would delete it."""
+    monkeypatch.setattr("train.callbacks.lit_model", lambda module: module)
+    files.write_json(keeper.best_file, {"checkpoint": "step-00000007", "val_loss": 3.0})
+    keeper.keep, keeper.best = 1, 3.0
+    keeper.writing = SimpleNamespace(wait=lambda: None) if in_background else None
+    trainer, module = SimpleNamespace(global_step=9, is_global_zero=True), SimpleNamespace(val_metrics={"loss": 2.0})
+    keeper.on_validation_end(trainer, module)
+    keeper.on_train_end(trainer, module)
+    assert keeper.read_best() == ("step-00000009", 2.0)
+    assert kept(keeper) == [9]
+
+
 def test_broken_checkpoints_do_not_count(keeper: CheckpointCallback) -> None:
     files.write_json(keeper.best_file, {"checkpoint": "step-00000007", "val_loss": 3.0})
     (keeper.run / "checkpoints" / "step-old-copy").mkdir()

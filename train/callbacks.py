@@ -125,7 +125,7 @@ class CheckpointCallback(L.Callback):
             self.save(trainer, module)
             self.new_best = {"checkpoint": folder_name(self.step), "val_loss": self.best}
             if self.writing is None:
-                self._record_best(trainer)
+                self._written(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer, lit_model(pl_module))
@@ -168,22 +168,22 @@ class CheckpointCallback(L.Callback):
             else:
                 checkpoint.save(*state)
             self.step, self.saved_at = step, time.monotonic()
-            if self.writing is None and trainer.is_global_zero:
-                self.prune()
+            if self.writing is None:
+                self._written(trainer)
 
     def finish(self, trainer: L.Trainer) -> None:
         """Wait for the checkpoint that is being written, if there is one. Raises TrainingError if it cannot be."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.wait()
-            if trainer.is_global_zero:
-                self.prune()
-            self._record_best(trainer)
+            self._written(trainer)
 
-    def _record_best(self, trainer: L.Trainer) -> None:
-        """Write best.json if the best checkpoint has changed."""
-        if self.new_best is not None and trainer.is_global_zero:
-            write_json(self.best_file, self.new_best)
+    def _written(self, trainer: L.Trainer) -> None:
+        """After a checkpoint: write best.json if the best one has changed, and delete those that are not kept."""
+        if trainer.is_global_zero:
+            if self.new_best is not None:
+                write_json(self.best_file, self.new_best)
+            self.prune()
         self.new_best = None
 
     def prune(self) -> None:
