@@ -249,7 +249,8 @@ def _errors_named(name: str) -> Iterator[None]:
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError, zlib.error) as error:
         raise DataError(
             f"cannot read {name}: {type(error).__name__}: {_first_line(error)}\nMend the source and run the same "
-            "command again: it goes on from what is done"
+            "command again: it goes on from what is done. If tokens were written before a file is changed, "
+            "delete the prepared folder first, or give another with path="
         ) from error
 
 

@@ -132,11 +132,12 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def scaled_bytes(sizes: Sequence[float], text: str) -> list[float]:
-    """`sizes` as they are where they add up to the bytes of `text`, else scaled so that they do."""
+    """`sizes` as they are where they add up to the bytes of `text`, else scaled so that they do, as far as there are
+    any."""
     total, actual = sum(sizes), len(text.encode())
     if total == actual:
         return list(sizes)
-    return [size * actual / total for size in sizes] if total else [actual / len(sizes)] * len(sizes)
+    return [size * actual / total for size in sizes] if total else [actual / len(sizes) for _ in sizes]
 
 
 class Encoder:

@@ -31,7 +31,7 @@ from data.prepare import main, prepare
 from data.presets import load, names, prepare_command
 from data.shards import Manifest, read_offsets
 from data.sources import Position, TextSource
-from data.tokenizer import PIECE, Encoder, byte_tokenizer, dtype_of, end_token, token_bytes
+from data.tokenizer import PIECE, Encoder, byte_tokenizer, dtype_of, end_token, scaled_bytes, token_bytes
 
 # More than ASCII, the end of text spelled out, line ends of every kind, and text twice.
 TEXTS = [f"# page {n}\r\nnaïve {'猫' * (n % 5)}<|endoftext|>\n\nx = {n * n}\n" for n in range(300)] + ["twice\n"] * 2
@@ -412,7 +412,7 @@ def test_text_that_cannot_be_read(name: str, rows: list[str], message: str, tmp_
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst"])
 def test_files_cut_short_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"cannot read .*{name}: .*\nMend the source"):
+    with pytest.raises(DataError, match=f"cannot read .*{name}: .*\nMend the source.* If tokens were written before"):
         prepare(config(tmp_path / "out", train=str(broken(tmp_path, name))))
 
 
@@ -615,6 +615,11 @@ def test_long_documents_are_encoded_in_pieces() -> None:
     (tokens,) = encode([text])
     assert bytes(tokens[:-1].astype(np.uint8)) == text.encode() and tokens[-1] == 256
     assert token_bytes(byte_tokenizer()).tolist() == [1] * 256 + [0]
+
+
+def test_bytes_of_tokens_add_up_to_the_text() -> None:
+    for sizes, scaled in (([1, 2], [1, 2]), ([1, 1], [1.5, 1.5]), ([0, 0], [1.5, 1.5]), ([], [])):
+        assert scaled_bytes(sizes, "abc") == scaled
 
 
 def test_a_sample_is_spread_over_the_files(tmp_path: Path) -> None:
