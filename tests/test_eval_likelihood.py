@@ -154,7 +154,7 @@ def test_induction_of_known_models() -> None:
     assert clueless.figures["random"] == clueless.figures["text"] == 0
     assert clueless.figures["random/first"] == pytest.approx(math.log(300), rel=1e-5)
     for length in (1, 128):
-        with pytest.raises(UsageError, match="takes 2 to 127"):
+        with pytest.raises(UsageError, match="needs 2 or more, and a context of 256 has room for 127 twice"):
             copying.induction(subject(Oracle(nothing, 50)), copying.InductionOptions(length=length))
 
 

@@ -16,7 +16,8 @@ from data.batches import IGNORE, Batch
 from data.cli import UsageError
 from data.config import RECALL_KINDS
 from data.recall import RecallTask, ZoologyTask
-from eval.positions import edges, loss_by_position
+from eval.plots.positions import draw_positions
+from eval.positions import Bucket, edges, loss_by_position
 from eval.recall import Questions, accuracy, questions, recall, zoology_questions
 from eval.tasks import recall as recall_task
 
@@ -151,6 +152,12 @@ def test_loss_by_position_is_that_of_the_logits(arch: str) -> None:
         assert bucket.error == pytest.approx(means.std().item() / 2, rel=1e-4), "of four rows"
 
 
+def test_every_line_of_the_picture_is_named() -> None:
+    buckets = [Bucket(0, 1, nats=2.0, error=None, targets=3)]
+    (axes,) = draw_positions({"_mine": buckets, "other": buckets}, "loss").axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["_mine", "other"]
+
+
 @torch.no_grad()
 def direct(model: Decoder, inputs_BT: torch.Tensor) -> torch.Tensor:
     log_BTV: torch.Tensor = model(inputs_BT).log_softmax(dim=-1)
@@ -217,6 +224,18 @@ def test_the_recall_task_of_known_models() -> None:
     assert clueless.figures["gap/choice"] == pytest.approx(1 / 4, abs=0.1)
     with pytest.raises(UsageError, match=r"nothing can be asked:\nzoology with 40 pairs is left out: 640 tokens"):
         recall_task.run(subject(Oracle(nothing, 200)), recall_task.Options(kinds=("zoology",), pairs=(40,)))
+
+
+def test_recall_says_why_nothing_is_asked_of_a_block_transformer() -> None:
+    layout = load_arch("block")
+    layout.block.start, layout.block.length = False, 16
+    asked = subject(build(small(layout, num_layers=2, vocab_size=80), torch.float32))
+    options = recall_task.Options(kinds=("zoology",), pairs=(1, 4), sequences=2)
+    found = recall_task.run(asked, options)
+    reason = "zoology with 1 pairs is left out: all questions lie in the first 15 tokens, where the model answers none"
+    assert found.notes[0].startswith(reason) and all(value == value for value in found.figures.values())
+    with pytest.raises(UsageError, match=f"nothing can be asked:\n{reason}; set a larger recall.length"):
+        recall_task.run(asked, replace(options, pairs=(1,)))
 
 
 @pytest.mark.parametrize("arch", ["mha", "block"])

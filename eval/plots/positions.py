@@ -36,7 +36,8 @@ def draw_positions(series: "Mapping[str, Sequence[Bucket]]", title: str, path: P
     axes.set_ylabel("loss in nats per token  (lower is better)")
     axes.set_title(visible(title), loc="left", fontsize=10, color=DARK_INK)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        # All lines: of itself, a legend leaves out names that begin with _.
+        axes.legend(handles=axes.get_lines(), frameon=False, fontsize=8)
     plain_axes(axes)
     figure.write(path, dpi=160)
     return figure

@@ -78,7 +78,7 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     """
     least = max(2, subject.model.plan.min_prompt - 2)  # n + 2 tokens come before the second x2
     most = (subject.context - 1) // 2
-    room = f"the model needs {least} or more, and a context of {subject.context} has room for {most} twice"
+    room = room_for_two(subject, least, most)
     lengths = options.lengths or tuple(4**power // 2 for power in range(2, 9) if 4**power // 2 <= most)
     rows: list[dict[str, Any]] = []
     fitting = [length for length in dict.fromkeys(lengths) if least <= length <= most]
@@ -105,6 +105,10 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     left_out = [length for length in dict.fromkeys(lengths) if length not in fitting]
     notes = tuple(f"{length} tokens are left out: {room}" for length in left_out)
     return TaskResult(figures, rows, notes=notes)
+
+
+def room_for_two(subject: Subject, least: int, most: int) -> str:
+    return f"the model needs {least} or more, and a context of {subject.context} has room for {most} twice"
 
 
 def batch_sizes(options: CopyOptions | InductionOptions) -> Iterator[tuple[int, int]]:
@@ -163,7 +167,7 @@ def induction(subject: Subject, options: InductionOptions) -> TaskResult:
     length = most if options.length is None else options.length
     least = max(2, subject.model.plan.min_prompt + 1)
     if not least <= length <= most:
-        raise UsageError(f"induction.length is {length}; a context of {subject.context} takes {least} to {most}")
+        raise UsageError(f"induction.length is {length}; {room_for_two(subject, least, most)}")
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     series: dict[str, list[Bucket]] = {}

@@ -77,6 +77,12 @@ def run(subject: Subject, options: Options) -> TaskResult:
             for found in subject.each(batches(subject, options, kind, pairs), partial(right, subject)):
                 for distance, count in found.items():
                     counts[distance] = counts.get(distance, torch.zeros(3)) + count
+            if not counts:
+                unanswered = subject.model.plan.min_prompt - 1
+                raise ValueError(
+                    f"all questions lie in the first {unanswered} tokens, where the model answers none; set a larger "
+                    "recall.length"
+                )
         except ValueError as problem:
             notes.append(f"{kind} with {pairs} pairs is left out: {problem}")
             continue
@@ -86,10 +92,9 @@ def run(subject: Subject, options: Options) -> TaskResult:
                 share = counted_share(value, int(count))
                 row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
             rows.append(row)
-        total = torch.stack([*counts.values(), torch.zeros(3)]).sum(dim=0)
+        total = torch.stack(tuple(counts.values())).sum(dim=0)
         totals[kind] = totals.get(kind, torch.zeros(3)) + total
-        if total[2]:
-            figures |= {f"{kind}/{name}/{pairs}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
+        figures |= {f"{kind}/{name}/{pairs}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
     if not rows:
         raise UsageError("recall: nothing can be asked:\n" + "\n".join(notes))
     for kind, total in totals.items():
