@@ -136,9 +136,8 @@ def test_a_run_that_another_process_continues_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("train.training.run", lambda config: pytest.fail("it was started"))
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").write_bytes((ROOT / "tests/golden/old/run-mixattention/config.yaml").read_bytes())
+    run = shutil.copytree(ROOT / "tests" / "golden" / "old", tmp_path / "old") / "run-mixattention"
+    monkeypatch.chdir(run.parent)  # beside its data
     with locked(run), pytest.raises(SystemExit) as stopped:
         pretrain(f"resume={run}")
     assert stopped.value.code == 2
