@@ -35,6 +35,7 @@ from eval.runs import (
     default_out,
     differing,
     folders_of,
+    folders_of_notes,
     group_by_seed,
     look_for_runs,
     repeated_seeds,
@@ -259,8 +260,11 @@ def main(arguments: Sequence[str]) -> None:
     reference = by_name[options.reference or curves[0].name]
     curves = [reference, *(curve for curve in curves if curve is not reference)]
     result = compare(curves, reference, options.clock)
-    PlainConsole().print(table(result))
-    warn(repeated_seeds({curve.name: curve.runs for curve in curves}, lambda of: of.seed, lambda of: of.run.folder))
+    console, groups = PlainConsole(), {curve.name: curve.runs for curve in curves}
+    console.print(table(result))
+    for line in folders_of_notes(groups, lambda of: str(of.run.config["name"]), lambda of: of.run.folder):
+        console.print(line)
+    warn(repeated_seeds(groups, lambda of: of.seed, lambda of: of.run.folder))
     if others := differences(curves):
         named = name_data([history.run for curve in curves for history in curve.runs])
         warn([f"the runs differ in {', '.join(others)}: judge by that", *named])

@@ -40,6 +40,7 @@ from eval.runs import (
     default_out,
     differing,
     folders_of,
+    folders_of_notes,
     group_by_seed,
     look_for_runs,
     repeated_seeds,
@@ -373,6 +374,8 @@ def main(arguments: Sequence[str]) -> None:
     panels = compare(runs, metrics, options)
     for of in panels.values():
         console.print(table(of.rows, of.x, of.y))
+    for line in folders_of_notes(groups, lambda run: str(run.summary["name"]), lambda run: run.folder):
+        console.print(line)
     for name, value in dict.fromkeys(line for of in panels.values() for line in of.references):
         console.print(f"{name}: {bytes_text(value)} on the axis {options.x}")
     out = options.out or default_out(folders)

@@ -324,9 +324,9 @@ def warn(lines: Iterable[str]) -> None:
 def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> dict[str, list[T]]:
     """Group runs of equal `identity`: JSON values, the name first, all that decides a run but its seed.
 
-    The key is the name; where several groups have it, with the settings in which they differ (`cla2 (kv_heads=2)`), or
-    if those are many, a digest of the identity. A null in a mapping counts as absent: the version that wrote it may not
-    have had the key.
+    The key is the name; where several groups have it, with the settings in which they differ (`cla2 (kv_heads=2)`); if
+    those are many, with as many as tell them apart (`cla2 (kv_heads=2, ...)`), or else with a digest of the identity. A
+    null in a mapping counts as absent: the version that wrote it may not have had the key.
     """
     groups: dict[str, list[T]] = {}
     identities: dict[str, list[Any]] = {}
@@ -364,13 +364,31 @@ def repeated_seeds(
     return lines
 
 
+def folders_of_notes(
+    groups: Mapping[str, Sequence[T]], name: Callable[[T], str], folder: Callable[[T], Path]
+) -> list[str]:
+    """A line for each group whose label is more than the name of its runs: which folders they are in."""
+    noted = {label: group for label, group in groups.items() if label != name(group[0])}
+    return [f"{label}: {', '.join(str(folder(run)) for run in group)}" for label, group in noted.items()]
+
+
 def _distinctions(values: Sequence[Any]) -> list[str]:
-    """The settings of each of `values`, plain data, that not all others share, as `lr=3, window=64`."""
+    """The settings of each of `values`, plain data, that not all others share, as `lr=3, window=64`; where those are
+    too long, the first that tell all apart, as `lr=3, ...`."""
     flat = [dict(_leaves("", value)) for value in values]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if differing({key: _column(flat, key)})]
     short = {key: key.rpartition(".")[2] for key in keys}
     shown = {key: short[key] if list(short.values()).count(short[key]) == 1 else key for key in keys}
-    return [", ".join(f"{shown[key]}={value_text(each.get(key))[:MAX_VALUE]}" for key in keys) for each in flat]
+    texts = [[f"{shown[key]}={value_text(each.get(key))[:MAX_VALUE]}" for key in keys] for each in flat]
+    whole = [", ".join(each) for each in texts]
+    if max(map(len, whole)) <= MAX_NOTE:
+        return whole
+    notes = [""] * len(flat)
+    for column in zip(*texts, strict=True):
+        longer = [f"{note}{text}, " for note, text in zip(notes, column, strict=True)]
+        if len(set(longer)) > len(set(notes)):
+            notes = longer
+    return [f"{note}..." for note in notes]
 
 
 def _column(flat: Sequence[Mapping[str, Any]], key: str) -> list[Any]:

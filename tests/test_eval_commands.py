@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ARCHS, launch_in_process, small
+from matplotlib.text import Text
 
 from arch import resolve
 from arch.footprint import kv_bytes
@@ -17,6 +18,7 @@ from data.cli import UsageError
 from eval import footprint, pareto
 from eval.figures import axis
 from eval.pareto import experiment, points
+from eval.plots.pareto import draw_panels, draw_pareto
 from eval.readme import committed
 from eval.runs import RunError, find_runs, finished_run, look_for_runs
 from eval.units import bytes_text, count_text, parse_bytes
@@ -265,6 +267,21 @@ def test_runs_that_differ_in_more_than_the_seed_are_two_points(tmp_path: Path) -
     assert experiment(first) != experiment(second)
 
 
+def test_which_folders_have_a_label_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of names that do not say it: a part of what differs, where all of it would be too long."""
+    make_run(tmp_path, "mqa", 0, 22.0)
+    text = {"vocab_size": 8192, "data": 64 * "a", "val_tokens": 1024}
+    for seed, ppl in enumerate((20.0, 21.0)):
+        make_run(tmp_path, "mha", seed, ppl, **text)
+    make_run(tmp_path, "mha", 0, 25.0, vocab_size=819, data=64 * "b", val_tokens=4096)
+    pareto.main([str(tmp_path), "context=64", f"out={tmp_path / 'out'}"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "): " in line]
+    assert lines == [
+        f"mha (vocab_size=8192, ...): {tmp_path / 'mha-seed0-20.0'}, {tmp_path / 'mha-seed1-21.0'}",
+        f"mha (vocab_size=819, ...): {tmp_path / 'mha-seed0-25.0'}",
+    ]
+
+
 def test_pareto_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     pareto.main([str(runs / "*"), "context=64", "metric=bpb", f"out={out}"])
@@ -423,27 +440,19 @@ MARKUP = [
 ]  # fmt: skip
 
 
-def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_names_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Table, pictures and page: what rich, matplotlib and plotly read as markup."""
-    from eval.plots import pareto as pictures
-
     archs = ("mha", "gqa4", "mqa", "cla2")
     for number, name in enumerate(MARKUP):
         path = make_run(tmp_path, archs[number % 4], number, 20.0 + number, name="run")
         summary = json.loads((path / "summary.json").read_text())
         (path / "summary.json").write_text(json.dumps(summary | {"name": name}))
-    texts = []
-    original = pictures._label
-
-    def label(figure, axes, rows, legend):
-        original(figure, axes, rows, legend)
-        texts.extend(axes.texts)
-
-    pictures._label = label
-    try:
-        pareto.main([str(tmp_path)])
-    finally:
-        pictures._label = original
+    drawn = []
+    monkeypatch.setattr("eval.plots.pareto.draw_panels", lambda *arguments: drawn.append(draw_panels(*arguments)))
+    pareto.main([str(tmp_path)])
+    texts = drawn[0].axes[0].texts
     out = capsys.readouterr().out
     assert all(f"│ {name} " in out for name in MARKUP)
     assert {text.get_text() for text in texts} == set(MARKUP)
@@ -500,25 +509,13 @@ def test_the_folder_that_was_named_is_the_one_read(
 
 def test_labels_do_not_overlap(tmp_path: Path) -> None:
     """A crowd: every name is drawn, none over another."""
-    from eval.plots import pareto as pictures
-
     for number, name in enumerate(
         ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")
     ):
         make_run(tmp_path, name, 0, 20.0 + number / 3)
     rows = points(find_runs([tmp_path], finished=True), 64, "ppl", 2)
-    drawn = {}
-    original = pictures._label
-
-    def label(figure, axes, rows, legend):
-        original(figure, axes, rows, legend)
-        drawn.update({text.get_text(): text.get_window_extent() for text in axes.texts})
-
-    pictures._label = label
-    try:
-        pictures.draw_pareto(rows, 64, "perplexity", tmp_path / "pareto.png")
-    finally:
-        pictures._label = original
+    figure = draw_pareto(rows, 64, "perplexity")
+    drawn = {text.get_text(): Text.get_window_extent(text) for text in figure.axes[0].texts}
     assert set(drawn) == {row.name for row in rows}
     boxes = list(drawn.values())
     assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]

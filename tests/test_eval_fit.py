@@ -171,7 +171,17 @@ def test_runs_of_one_name_are_told_apart_by_their_settings() -> None:
         "cla2 (lr=1, optim.lr=4)",
     ]
     many = [run(**{f"setting_{n}": value for n in range(9)}) for value in (1, 2)]
-    assert all(re.fullmatch(r"cla2 \([0-9a-f]{4}\)", name) for name in group_by_seed(many, list))
+    assert list(group_by_seed(many, list)) == ["cla2 (setting_0=1, ...)", "cla2 (setting_0=2, ...)"]
+    few = [
+        {"long_setting": a, "other": 9, "longer_setting": b, "last_setting": a * b} for a, b in ((1, 1), (1, 2), (3, 2))
+    ]
+    assert list(group_by_seed([run(**settings) for settings in few], list)) == [
+        "cla2 (long_setting=1, longer_setting=1, ...)",
+        "cla2 (long_setting=1, longer_setting=2, ...)",
+        "cla2 (long_setting=3, longer_setting=2, ...)",
+    ]
+    cut = [run(setting=14 * "a" + end) for end in "bc"]
+    assert all(re.fullmatch(r"cla2 \([0-9a-f]{4}\)", name) for name in group_by_seed(cut, list))
 
 
 def test_nothing_is_written_beside_the_sources(tmp_path: Path) -> None:
