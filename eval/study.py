@@ -1,9 +1,11 @@
 """The report of a study from its rows: `python eval/study.py docs/results/study-cpu/results.jsonl`.
 
 Writes report.html, which needs no network, its pictures as PNG, and study.csv. Layouts are compared with a baseline by
-seed: equal seeds have the same order of the data. The interval is that of Student's t over the seeds' differences: what
-another training run would give is the question, and resampling the validation text would not answer it. It holds for a
-layout by itself: of twenty layouts equal to the baseline, one would be told apart by chance.
+seed: equal seeds have the same order of the data. In the table, difference is the mean over seeds of loss minus that of
+the baseline, in nats, and half_width half of its interval of 95 %; other figures are means over seeds, too. The
+interval is that of Student's t over the seeds' differences: what another training run would give is the question, and
+resampling the validation text would not answer it. It holds for a layout by itself: of twenty layouts equal to the
+baseline, one would be told apart by chance.
 """
 
 import base64
@@ -31,6 +33,7 @@ from eval.units import bytes_text, count_text
 if TYPE_CHECKING:
     from eval.plots.style import Picture
 
+TOKEN_MS = "decode/token_ms"
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:right}"
@@ -44,7 +47,7 @@ class StudyReport:
 
     baseline  layout that the others are compared with
     out       folder for the files; null: that of the rows
-    figures   figures of tasks that are drawn against bytes, as far as the rows have them
+    figures   figures of tasks that are in the table and drawn against bytes, as far as the rows have them
     """
 
     files: tuple[str, ...] = ()
@@ -85,17 +88,17 @@ def sentences(found: Sequence[Group], baselines: Sequence[Group]) -> list[str]:
     return [sentence(group, baseline_of(group, baselines)) for group in found if group not in baselines]
 
 
-def columns(group: Group, baselines: Sequence[Group]) -> dict[str, Any]:
-    """The figures of a layout, by the headings of the table."""
+def columns(group: Group, baselines: Sequence[Group], figures: Sequence[str]) -> dict[str, Any]:
+    """What the table says of a layout, with `figures` of tasks."""
     losses, first, difference = list(group.losses.values()), group.first, compare(group, baseline_of(group, baselines))
-    decode = group.figures("decode/token_ms")
+    measured = {figure: group.figures(figure) for figure in figures}
     return {
         "layout": group.label,
         "seeds": seeds_text(len(losses), group),
         "lr": first["lr"],
         "parameters": first["params"],
         **{f"bytes at {int(context):,}": values[0] for context, values in first["kv"].items()},
-        "token_ms": statistics.fmean(decode) if decode else None,
+        **{figure: statistics.fmean(values) if values else None for figure, values in measured.items()},
         "loss": statistics.fmean(losses) if losses else None,
         "lowest": min(losses, default=None),
         "highest": max(losses, default=None),
@@ -115,27 +118,37 @@ def shown(name: str, value: Any) -> str:
         return count_text(value)
     if name in ("difference", "half_width"):
         return f"{value:+.4f}" if name == "difference" else f"±{value:.4f}"
-    return f"{value:.4g}" if name in ("lr", "token_ms") else f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if name in ("lr", TOKEN_MS) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def heading(name: str) -> str:
+    """A heading of the table in the page: what a figure of a task is, in words."""
+    from eval.figures import axis
+
+    return axis(name, 0).label if "/" in name else name
 
 
 def pictures(
     rows: Sequence[Row], found: Sequence[Group], contexts: Sequence[str], figures: Sequence[str]
 ) -> "dict[str, Picture]":
     """The pictures that the rows have figures for, by the names of their files."""
-    from eval.plots.study import draw_bytes, draw_curves, draw_decoding, draw_rates, has_curves
+    from eval.plots.study import draw_bytes, draw_curves, draw_decoding, draw_rates, has_curves, looks_of
 
-    drawn = {"loss": draw_bytes(found, contexts, "loss")}
+    rates = best_rates(rows)
+    looks = looks_of([*rates, *(group.label for group in found)])
+    drawn = {"loss": draw_bytes(found, contexts, "loss", looks)}
     for figure in figures:
         having = [group for group in found if group.figures(figure)]
         if having:
-            drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure)
-    timed = [group for group in found if group.losses and group.figures("decode/token_ms")]
+            drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure, looks)
+    timed = [group for group in found if group.losses and group.figures(TOKEN_MS)]
     if timed:
-        drawn["decoding"] = draw_decoding(timed, "Loss against the measured time of a decoded token")
+        drawn["decoding"] = draw_decoding(timed, "Loss against the measured time of a decoded token", looks)
     if has_curves([row for group in found for row in group.rows]):
-        drawn["curves"] = draw_curves(found, "Validation loss while training; bands: lowest to highest of the seeds")
-    if rates := best_rates(rows):
-        drawn["rates"] = draw_rates(rates, "The search of each layout's learning rate, at a smaller budget")
+        title = "Validation loss while training; bands: lowest to highest of the seeds"
+        drawn["curves"] = draw_curves(found, title, looks)
+    if rates:
+        drawn["rates"] = draw_rates(rates, "The search of each layout's learning rate, at a smaller budget", looks)
     return drawn
 
 
@@ -143,7 +156,8 @@ def write_report(
     folder: Path, rows: Sequence[Row], found: Sequence[Group], baselines: Sequence[Group], options: StudyReport
 ) -> list[Path]:
     """Write the page, the pictures and the table; return their paths."""
-    table = [columns(group, baselines) for group in found]
+    figures = [name for name in (TOKEN_MS, *options.figures) if any(group.figures(name) for group in found)]
+    table = [columns(group, baselines, figures) for group in found]
     contexts = list(found[0].first["kv"])
     images, written = [], []
     for name, picture in pictures(rows, found, contexts, options.figures).items():
@@ -155,7 +169,8 @@ def write_report(
     writer.writeheader()
     writer.writerows(table)
     write_text(folder / "study.csv", text.getvalue())
-    write_text(folder / "report.html", page(table, sentences(found, baselines), images, conditions(found)))
+    title = f"Study {', '.join(dict.fromkeys(group.first['study'] for group in found))}"
+    write_text(folder / "report.html", page(title, table, sentences(found, baselines), images, conditions(found)))
     return [folder / "report.html", folder / "study.csv", *written]
 
 
@@ -180,9 +195,11 @@ def _date(row: Row) -> str:
     return str(row["date"])[:10]
 
 
-def page(table: Sequence[dict[str, Any]], verdicts: Sequence[str], images: Sequence[str], lines: Sequence[str]) -> str:
+def page(
+    title: str, table: Sequence[dict[str, Any]], verdicts: Sequence[str], images: Sequence[str], lines: Sequence[str]
+) -> str:
     """The report as one page without anything outside it."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in table[0])
+    head = "".join(f"<th>{escape(heading(name))}</th>" for name in table[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(shown(name, value))}</td>" for name, value in row.items()) + "</tr>"
         for row in table
@@ -192,8 +209,9 @@ def page(table: Sequence[dict[str, Any]], verdicts: Sequence[str], images: Seque
     about = "".join(f"<li>{escape(line)}</li>" for line in lines)
     method = escape(" ".join((sys.modules[__name__].__doc__ or "").partition("study.csv. ")[2].split()))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Study</title><style>{STYLE}</style></head>'
-        f"<body><h1>Study</h1><ul>{about}</ul><h2>Verdicts</h2><ul>{listed}</ul><p>{method}</p>"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1><ul>{about}</ul><h2>Verdicts</h2><ul>{listed}</ul><p>{method}</p>"
         f"<h2>Figures</h2><table><tr>{head}</tr>{body}</table><h2>Pictures</h2>{figures}</body></html>\n"
     )
 

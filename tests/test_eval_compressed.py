@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.text import Text
 from torch.nn import functional as F
 
 from data.cli import UsageError
@@ -254,7 +255,7 @@ def test_forty_points_can_be_told_apart(options: str) -> None:
     (axes,), (legend,) = figure.axes, figure.legends
     assert [text.get_text() for text in legend.get_texts()][2:] == methods[1:]
     assert sum(len(line.get_xdata()) == 2 and line.get_linewidth() == 0.6 for line in axes.lines) == 35
-    boxes = [text.get_window_extent() for text in axes.texts]
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
     assert len(boxes) >= 5
     assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
     below = legend.get_window_extent()

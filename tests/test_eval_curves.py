@@ -330,3 +330,22 @@ def test_picture(vals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with Image.open(tmp_path / "curves.png") as image:
         assert min(image.size) > 400
         assert len(image.convert("L").getcolors()) > 50
+
+
+def test_names_that_would_leave_the_picture_are_in_a_legend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("eval.plots.curves.draw_curves", lambda *arguments: drawn.append(draw_curves(*arguments)))
+    for number, vocab_size in enumerate((8192, 819)):
+        folder = tmp_path / "runs" / str(number)
+        make_run(folder, "cla2", line(6 + number, 0.01), size={"vocab_size": vocab_size, "seq_len": 64 + number})
+    result(tmp_path, str(tmp_path / "runs"))
+    (figure,) = drawn
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "cla2 (seq_len=64, vocab_size=8192)",
+        "cla2 (seq_len=65, vocab_size=819)",
+    ]
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)

@@ -202,7 +202,7 @@ def test_seeds_that_are_missing_are_said() -> None:
     mha, cla2, mqa = groups(rows, MAIN)
     assert sentence(cla2, mha) == "cla2: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds; 1 diverged)."
     assert sentence(mqa, mha) == "mqa: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds)."
-    assert [report.columns(group, [mha])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
+    assert [report.columns(group, [mha], [])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
 
 
 def test_a_baseline_has_the_conditions_of_its_layout() -> None:
@@ -226,8 +226,23 @@ def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureF
         report.main([str(tmp_path / "results.jsonl")])
     page = (tmp_path / "report.html").read_text()
     assert "cla2: better than mha (-0.5000 ± 0.0000 nats over 2 seeds)." in page and page.count("data:image/png") == 3
-    assert "http" not in page
+    assert "http" not in page and "<h1>Study s</h1>" in page
+    assert "<th>milliseconds per decoded token</th>" in page and "recall" not in page
     assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,7,2048,8192")
+
+
+def test_a_report_of_runs_that_all_diverged() -> None:
+    rows = [row("mha", seed, 3.0) | {"loss": None} for seed in range(2)]
+    drawn = report.pictures(rows, groups(rows, MAIN), ["2048"], [])
+    assert drawn.keys() == {"loss", "curves"}
+
+
+def test_the_table_has_the_figures_of_tasks_that_were_measured() -> None:
+    rows = [row("mha", seed, 3.0, tasks={"copy": {"figures": {"accuracy": seed / 4}}}) for seed in range(2)]
+    rows.append(row("cla2", 0, 2.5, tasks={}))
+    mha, cla2 = groups(rows, MAIN)
+    names = ["copy/accuracy"]
+    assert [report.columns(group, [mha], names)["copy/accuracy"] for group in (mha, cla2)] == [0.125, None]
 
 
 def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:

@@ -16,6 +16,7 @@ from eval.plots.style import (
     Look,
     Picture,
     common_suffix,
+    fitting_legend,
     line_looks,
     literal_text,
     plain_axes,
@@ -55,7 +56,7 @@ def draw_curves(curves: Sequence[Curve], result: dict[str, Any], path: Path | No
 
 
 def _draw(axes: Axes, curve: Curve, which: str, key: str, look: Look) -> None:
-    color, style = look
+    color, style, marker = look
     steps, losses, lowest, highest = curve.mean(which)
     x = curve.axes(steps)[key]
     if which == "train":
@@ -64,7 +65,7 @@ def _draw(axes: Axes, curve: Curve, which: str, key: str, look: Look) -> None:
             axes.plot(seed.axes(reported)[key], raw, ".", color=color, markersize=2, alpha=0.25, zorder=1)
     if len(curve.runs) > 1:
         axes.fill_between(x, lowest, highest, color=color, alpha=0.18, linewidth=0, zorder=2)
-    marker = "o" if which == "val" else ""
+    marker = marker if which == "val" else ""
     axes.plot(x, losses, linestyle=style, color=color, linewidth=1.6, zorder=3, marker=marker, markersize=3.2)
 
 
@@ -101,7 +102,7 @@ def _name(
     looks: Sequence[Look],
     which: str,
 ) -> None:
-    """Name the lines at their ends right of the last column, or in a legend above if the names would overlap."""
+    """Name the lines at their ends right of the last column, or in a legend below where there is no room for them."""
     common = common_suffix([curve.name for curve in curves])
     names = [
         without_suffix(curve.name, common) + (f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else "")
@@ -109,22 +110,23 @@ def _name(
     ]
     figure.suptitle(visible(common.removeprefix("-")), x=0.01, y=0.985, ha="left", fontsize=10, color=DARK_INK)
     texts = []
-    for curve, name, (color, _) in zip(curves, names, looks, strict=True):
+    for curve, name, look in zip(curves, names, looks, strict=True):
         loss = curve.mean(which)[1][-1]
         right = last.get_yaxis_transform()
         text = last.annotate(
-            name, (1.02, loss), xycoords=right, annotation_clip=False, va="center", fontsize=9, color=color
+            name, (1.02, loss), xycoords=right, annotation_clip=False, va="center", fontsize=9, color=look.color
         )
         texts.append(text)
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in texts]
-    if not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i]):
+    overlap = any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+    if not overlap and all(box.x1 <= figure.bbox.x1 for box in boxes):
         return
     for text in texts:
         text.remove()
     handles = [
-        Line2D([], [], color=color, linestyle=style, linewidth=1.8, label=name)
-        for name, (color, style) in zip(names, looks, strict=True)
+        Line2D([], [], color=color, linestyle=style, marker=marker, markersize=4, linewidth=1.8, label=name)
+        for name, (color, style, marker) in zip(names, looks, strict=True)
     ]
-    figure.legend(handles=handles, loc="upper center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
-    figure.tight_layout()
+    legend = fitting_legend(figure, handles, 6, loc="lower center", fontsize=9, handlelength=3)
+    figure.tight_layout(rect=(0, legend.get_window_extent().height / figure.bbox.height, 1, 1))

@@ -10,11 +10,12 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from matplotlib.transforms import Bbox, ScaledTranslation, Transform
+from matplotlib.transforms import Bbox, Transform
 
 from eval.console import visible
 from eval.figures import LOSS, METRICS, Axis, Panel, axis
 from eval.methods import NONE
+from eval.plots.points import SIDES, Beside, Name, Spot, boxes_of_steps, name_spots, side_by_side, write_beside
 from eval.plots.style import (
     BAND,
     BLUE,
@@ -25,27 +26,18 @@ from eval.plots.style import (
     LINE_COLORS,
     REFERENCE,
     Axes,
-    Beside,
     Picture,
     common_suffix,
+    fitting_legend,
     html_text,
     literal_text,
     plain_axes,
     without_suffix,
-    write_beside,
 )
 from eval.runs import Point
 from eval.units import bytes_text, counted, number_text
 
-SIDES = ((1, "left"), (-1, "right"))
-# Where the name of a point may stand, and that of a vertical line at either end of it.
-AROUND = (
-    *(Beside(9 * side, y, end, vertical) for y, vertical in ((5, "bottom"), (-5, "top")) for side, end in SIDES),
-    Beside(0, 12, "center", "bottom"),
-    Beside(0, -12, "center", "top"),
-    Beside(0, 24, "center", "bottom"),
-    *(Beside(x * side, y, end, "center") for x in (24, 38) for y in (0, 14, -14) for side, end in SIDES),
-)
+# Where the name of a vertical line may stand, at either end of it.
 ALONG_TOP = tuple(Beside(2 * side, -3, end, "top") for side, end in SIDES)
 ALONG_BOTTOM = tuple(Beside(2 * side, 3, end, "bottom") for side, end in SIDES)
 # Of cache methods, in the order of the legend; colours of LINE_COLORS but black.
@@ -67,8 +59,7 @@ PLOTLY = {
 OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
 LINES = 12  # of released models, beyond which lines are thin, and a name that finds no room is left out
-LINE_OF_LEGEND = 0.17  # inches
-MARKER, WHISKER = 13, 3  # widths of a point with room around it, and of a line, in pixels
+LEGEND = 0.9  # inches of height that a picture has for it
 
 
 def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
@@ -88,8 +79,9 @@ def draw_panels(panels: Sequence[Panel], path: Path | None = None) -> Picture:
     if looks:  # below the panels, where it hides no point
         spread = any(row.runs > 1 for panel in panels for row in panel.rows)
         handles = _handles(spread, any(panel.references for panel in panels), looks)
-        handles += [_band(panel.baseline) for panel in panels[:1] if panel.baseline]
-        _legend_below(figure, handles, 3 * len(panels))
+        handles += _band(panels[0])
+        legend = fitting_legend(figure, handles, 3 * len(panels), loc="outside lower center", fontsize=8)
+        figure.set_figheight(height + max(0.0, legend.get_window_extent().height / figure.dpi - LEGEND))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw(figure, axes, panel, looks)
     figure.write(path, dpi=200)
@@ -138,7 +130,8 @@ def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[s
     axes.set_ylim(axes.get_ylim())
     plain_axes(axes)
     figure.canvas.draw()  # places what follows is measured in
-    places_of = _places(figure, axes, rows)
+    spots = [Spot(row.across, row.value, row.lowest, row.highest) for row in rows]
+    places_of = side_by_side(figure, axes, spots)
     _join(axes, rows, places_of)
     for row, place in zip(rows, places_of, strict=True):
         marker, tint = looks.get(row.method, ("o", BLUE if row.frontier else DOMINATED))
@@ -163,11 +156,11 @@ def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[s
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
     taken: list[Bbox] = []
     if not looks:
-        handles = [*_handles(any(row.runs > 1 for row in rows), bool(lines), looks)]
-        handles += [_band(panel.baseline)] if panel.baseline else []
+        handles = [*_handles(any(row.runs > 1 for row in rows), bool(lines), looks), *_band(panel)]
         legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
         taken = [legend.get_window_extent()]
-    _label(figure, axes, rows, [*taken, *_refer(axes, panel.references)])
+    taken += _refer(axes, panel.references)
+    name_spots(figure, axes, spots, _names(axes, rows), taken, boxes_of_steps(axes, x, y))
 
 
 def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]]) -> list[Artist]:
@@ -185,22 +178,12 @@ def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]])
     return handles
 
 
-def _legend_below(figure: Picture, handles: Sequence[Artist], most: int) -> None:
-    """Add a legend in as many columns, at `most`, as fit into the picture, which grows with its lines beyond five."""
-    for columns in range(most, 0, -1):
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
-            break
-        legend.remove()
-    lines = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + LINE_OF_LEGEND * max(0, lines - 5))
-
-
-def _band(baseline: Point) -> Artist:
-    """Entry of the legend for the shaded seeds of the baseline."""
-    return Patch(
-        color=BAND, label=f"seeds of {visible(baseline.name)} ({baseline.runs}): inside, not told apart from it"
-    )
+def _band(panel: Panel) -> list[Artist]:
+    """Entry of the legend for the shaded seeds of the baseline, if there is one."""
+    if panel.baseline is None:
+        return []
+    name = without_suffix(panel.baseline.name, common_suffix([row.name for row in panel.rows]))
+    return [Patch(color=BAND, label=f"seeds of {name} ({panel.baseline.runs}): inside, not told apart from it")]
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -265,58 +248,19 @@ def _staircase(frontier: Sequence[Point], edge: float) -> tuple[list[float], lis
     return [*x, edge] if x else [], [*y, *y[-1:]]
 
 
-def _places(figure: Picture, axes: Axes, rows: Sequence[Point]) -> list[Transform]:
-    """The coordinates in which each point is drawn: points that would hide each other stand side by side."""
-    ends = [axes.transData.transform([(row.across, of) for of in (row.value, row.lowest, row.highest)]) for row in rows]
-    spots = [(x, *sorted((y, low, high))) for ((x, y), (_, low), (_, high)) in ends]
-    clusters: list[list[int]] = []
-    for number, (x, low, y, high) in enumerate(spots):
-        for cluster in clusters:  # by their first points alone, so that none is moved far
-            left, bottom, middle, top = spots[cluster[0]]
-            as_one = abs(x - left) < WHISKER and low < top and high > bottom
-            if as_one or (abs(x - left) < MARKER and abs(y - middle) < MARKER):
-                cluster.append(number)
-                break
-        else:
-            clusters.append([number])
-    shifts = [0.0] * len(rows)
-    for cluster in clusters:
-        for place, number in enumerate(cluster):
-            shifts[number] = MARKER * (place - (len(cluster) - 1) / 2)
-    inch = figure.dpi_scale_trans
-    return [axes.transData + ScaledTranslation(shift / figure.dpi, 0, inch) for shift in shifts]
-
-
-def _label(figure: Picture, axes: Axes, rows: Sequence[Point], taken: list[Bbox]) -> None:
-    """Name each point at the first place around it where the name touches no other point, name or whisker, and nothing
-    that is in `taken`."""
-    figure.canvas.draw()
-    drawn = _places(figure, axes, rows)
-    for row, transform in zip(rows, drawn, strict=True):
-        (x, low), (_, high) = transform.transform([(row.across, row.lowest), (row.across, row.highest)])
-        taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
+def _names(axes: Axes, rows: Sequence[Point]) -> list[Name]:
+    """The names of models and of what is on the frontier; what all have in common is the title."""
     common = common_suffix([row.name for row in rows])
     axes.set_title(visible(common.removeprefix("-")), loc="left", fontsize=10, color=DARK_INK)
-    named = [(row, transform) for row, transform in zip(rows, drawn, strict=True) if row.method == NONE or row.frontier]
-
-    def is_free(box: Bbox) -> bool:
-        inside = axes.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
-        return inside and not any(box.overlaps(other) for other in taken)
-
-    for row, transform in sorted(named, key=lambda pair: (pair[0].method != NONE, not pair[0].frontier)):
+    named = [pair for pair in enumerate(rows) if pair[1].method == NONE or pair[1].frontier]
+    named.sort(key=lambda pair: (pair[1].method != NONE, not pair[1].frontier))
+    names = []
+    for number, row in named:
         of_method = "" if row.method == NONE else f"+{visible(OPTIONS.sub('', row.method))}"
-        taken += write_beside(
-            axes,
-            without_suffix(row.name, common) + of_method,
-            (row.across, row.value),
-            AROUND,
-            is_free,
-            forced=len(rows) <= CROWDED and row.method == NONE,
-            xycoords=transform,
-            fontsize=8.5,
-            color=INK if row.frontier else LIGHT_INK,
-            weight="bold" if row.frontier else "normal",
-        )
+        look: dict[str, Any] = {"color": INK, "weight": "bold"} if row.frontier else {"color": LIGHT_INK}
+        forced = len(rows) <= CROWDED and row.method == NONE
+        names.append(Name(number, without_suffix(row.name, common) + of_method, look | {"fontsize": 8.5}, forced))
+    return names
 
 
 def plot_pareto_html(panels: Sequence[Panel], path: Path) -> None:

@@ -21,6 +21,7 @@ from eval.plots.style import (
     TEAL,
     Axes,
     Picture,
+    fitting_legend,
     literal_text,
 )
 from eval.units import bytes_text, counted
@@ -42,7 +43,7 @@ def draw_plan(plan: Plan, title: str, context: int, itemsize: int = 2, path: Pat
     rows = figure.subplots(len(stacks), squeeze=False)
     for axes, stack, name in zip(rows[:, 0], stacks, titles, strict=True):
         _draw_stack(axes, stack.plan, name, stack.num_positions(context), stack.unit, itemsize, layers)
-    figure.subplots_adjust(hspace=0.3)
+    figure.subplots_adjust(hspace=0.4)
     figure.write(path, dpi=160, bbox_inches="tight")
     return figure
 
@@ -91,12 +92,12 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
             _line(axes, start, end, color[other.name], width=0.9, style="-|>", dashes=DASHES[second.how])
     kv = kv_bytes(plan, context, itemsize)
     stores = f"{counted(len(plan.stores), 'store')} for {counted(plan.num_layers, 'layer')}"
-    axes.text(-0.4, 2.05, visible(f"{title}: {stores}"), fontsize=11, weight="bold")
+    axes.text(-0.4, 2.2, visible(f"{title}: {stores}"), fontsize=11, weight="bold")
     figures = (
-        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows, slots and states; "
+        f"{kv.per_token:,} B per {unit} + {bytes_text(kv.constant)} of windows, slots and states;\n"
         f"at {context:,} {unit}s {bytes_text(kv.stored)} stored, {bytes_text(kv.read)} read per decoded {unit}"
     )
-    axes.text(-0.4, 1.8, figures, fontsize=9, color=DARK_INK)
+    axes.text(-0.4, 1.76, figures, va="bottom", fontsize=9, color=DARK_INK)
     axes.set_yticks([layer_y, store_y], ["layer", "store\n(positions, slots)"], fontsize=9)
     axes.set_xticks([])
     axes.tick_params(length=0)
@@ -119,14 +120,7 @@ def _draw_stack(axes: Axes, plan: KVPlan, title: str, context: int, unit: str, i
             handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=DASHES[how], label=label))
     if any(store.sinks for store in types):
         handles.append(Line2D([], [], **SINK, linestyle="", color=INK, label="with attention sinks"))
-    axes.legend(
-        handles=handles,
-        ncols=min(len(handles), LEGEND_COLUMNS),
-        loc="upper left",
-        bbox_to_anchor=(0, -0.02),
-        frameon=False,
-        fontsize=8,
-    )
+    fitting_legend(axes, handles, LEGEND_COLUMNS, loc="upper left", bbox_to_anchor=(0, -0.02), fontsize=8)
 
 
 def _weight(store: StoreSpec, context: int, itemsize: int) -> str:

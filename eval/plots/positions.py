@@ -25,10 +25,11 @@ def draw_positions(series: "Mapping[str, Sequence[Bucket]]", title: str, path: P
     for (name, buckets), look in zip(series.items(), line_looks(len(series)), strict=True):
         middle = [((bucket.first + 1) * bucket.end) ** 0.5 for bucket in buckets]
         nats = [bucket.nats for bucket in buckets]
-        axes.plot(middle, nats, color=look.color, linestyle=look.style, marker="o", markersize=3.5, label=visible(name))
+        color, style, marker = look
+        axes.plot(middle, nats, color=color, linestyle=style, marker=marker, markersize=3.5, label=visible(name))
         errors = [bucket.error or 0.0 for bucket in buckets]
         low, high = ([y + sign * error for y, error in zip(nats, errors, strict=True)] for sign in (-1, 1))
-        axes.fill_between(middle, low, high, color=look.color, alpha=0.15, linewidth=0)
+        axes.fill_between(middle, low, high, color=color, alpha=0.15, linewidth=0)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

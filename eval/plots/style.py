@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+from matplotlib.legend import Legend
 from PIL import Image
 
 from eval.console import visible
@@ -25,9 +26,10 @@ T = TypeVar("T")
 BLUE, ORANGE, GREEN, PURPLE, TEAL = "#2f6fb0", "#e08a1e", "#3a9a5b", "#a2559c", "#1f9fa8"
 # Of store types, told apart by every kind of colour vision as far as eight can be; no grey, which means nothing here.
 STORE_COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#c0392b", TEAL, "#7a5230", "#d977b5")
-# Okabe and Ito's, which every kind of colour vision tells apart; dashes after the seventh.
+# Okabe and Ito's, which every kind of colour vision tells apart; other dashes and markers after the seventh.
 LINE_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINE_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+LINE_MARKERS = ("o", "s", "^")
 INK, DARK_INK, LIGHT_INK = "#222222", "#555555", "#666666"
 DOMINATED, REFERENCE, GRID, BAND = "#8a8a8a", "#777777", "#e4e4e4", "#e3edf7"
 
@@ -77,16 +79,29 @@ def html_text(text: str) -> str:
 
 
 class Look(NamedTuple):
-    """Colour and dashes of a line."""
+    """Colour, dashes and marker of a line."""
 
     color: str
     style: Literal["-", "--", ":"]
+    marker: str
 
 
 def line_looks(num_lines: int) -> list[Look]:
     """A different look for each line, as far as there are any."""
-    colors = len(LINE_COLORS)
-    return [Look(LINE_COLORS[i % colors], LINE_STYLES[i // colors % len(LINE_STYLES)]) for i in range(num_lines)]
+    rounds = zip(LINE_STYLES, LINE_MARKERS, strict=True)
+    looks = [Look(color, style, marker) for style, marker in rounds for color in LINE_COLORS]
+    return [looks[i % len(looks)] for i in range(num_lines)]
+
+
+def fitting_legend(owner: Picture | Axes, handles: Sequence[Artist], most: int, **look: Any) -> Legend:
+    """Add a legend in as many columns, at `most`, as fit into the picture or the axes."""
+    columns = min(most, len(handles))
+    while True:
+        legend: Legend = owner.legend(handles=handles, ncols=columns, frameon=False, **look)
+        if columns == 1 or legend.get_window_extent().width <= owner.bbox.width:
+            return legend
+        legend.remove()
+        columns -= 1
 
 
 def plain_axes(axes: Axes) -> None:
@@ -107,42 +122,3 @@ def without_suffix(name: str, common: str) -> str:
     """`name`, to be shown, without the suffix that is shown once; what tells it from others of the name stays."""
     base = NOTE.sub("", name)
     return visible(base.removesuffix(common) + name[len(base) :])
-
-
-class Beside(NamedTuple):
-    """Place of a text beside its point: offset in points, and the ends of the text that are there."""
-
-    x: float
-    y: float
-    horizontal: str
-    vertical: str
-
-
-def write_beside(
-    axes: Axes,
-    text: str,
-    at: tuple[float, float],
-    places: Sequence[Beside],
-    is_free: Callable[[Bbox], bool],
-    forced: bool,
-    **look: Any,
-) -> list[Bbox]:
-    """Write `text` at the first of `places` whose box `is_free`; where none is, at the last if it is `forced`.
-
-    Returns its box, in a list that is empty if nothing was written. The canvas must have been drawn.
-    """
-    for number, place in enumerate(places, start=1):
-        note = axes.annotate(
-            text,
-            at,
-            (place.x, place.y),
-            textcoords="offset points",
-            ha=place.horizontal,
-            va=place.vertical,
-            **look,
-        )
-        box = note.get_window_extent()
-        if is_free(box) or (forced and number == len(places)):
-            return [box]
-        note.remove()
-    return []

@@ -212,7 +212,9 @@ def _panel(axes: Axes, result: Result, shapes: list[str]) -> None:
     archs = [name for name in found[shapes[0]] if "/" not in name]
     for arch, look in zip(archs, line_looks(len(archs)), strict=True):
         speeds = [found[text][arch]["tokens_per_second"] for text in shapes]
-        axes.plot(contexts, speeds, color=look.color, linestyle=look.style, marker="o", markersize=4, label=arch)
+        axes.plot(
+            contexts, speeds, color=look.color, linestyle=look.style, marker=look.marker, markersize=4, label=arch
+        )
     for peer, marker in (("dynamic", "x"), ("static", "+")):
         name = f"{result['reference']}/{peer}"
         if name in found[shapes[0]]:
