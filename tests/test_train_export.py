@@ -109,6 +109,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 SHIPPED = {"bct", "bct_gated", "bct_mixed", "bct_ring", "block", "cla4_window", "kimi_linear", "mimo", "mla_cla2"}
 SHIPPED |= {"qwen3_next", "fusedkv", "gla2", "mistral_large4", "deepseek_v4_hca", "gemma4", "llama4", "mtla"}
 HALF = ArchConfig({"kv": StoreConfig(kv_heads=2, tied="half")}, ["new kv"])
+TWO_WINDOWS = ArchConfig({"near": StoreConfig(2, window=4), "far": StoreConfig(2, window=7)}, ["new near", "new far"])
 
 
 def target_of(name: str) -> str:
@@ -141,7 +142,9 @@ BY_TARGET = [
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("layout", [*BY_TARGET, INTERLEAVED], ids=[*BY_TARGET, "interleaved"])
+@pytest.mark.parametrize(
+    "layout", [*BY_TARGET, INTERLEAVED, TWO_WINDOWS], ids=[*BY_TARGET, "interleaved", "two_windows"]
+)
 def test_every_kind_comes_back_the_same(
     layout: ArchConfig | str, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +162,8 @@ def test_every_kind_comes_back_the_same(
     }
     assert len(checks) > 15
     assert checks[0].name == "class"
-    assert checks[0].found == (target_of(layout) if isinstance(layout, str) else STOCK["swa"])
+    own = STOCK["swa"] if layout is INTERLEAVED else "KVFrontierForCausalLM"
+    assert checks[0].found == (target_of(layout) if isinstance(layout, str) else own)
     assert not (tmp_path / "out.partial").exists()
 
 

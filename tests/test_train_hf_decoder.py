@@ -26,6 +26,7 @@ from arch.convert_remote import FILES, from_hf_config, to_hf_config
 from arch.convert_stock import GEMMA3, OLMO
 from arch.footprint import kv_bytes
 from arch.named import load_arch
+from eval.transformers_model import TransformersModel
 from train import checkpoint
 from train.export import export
 from train.hub.checkpoint_reader import CheckpointReader
@@ -236,9 +237,32 @@ def test_cache_bytes(name: str) -> None:
     assert storages(static) == expected_cache_bytes(theirs.config, 27 + 3, 3, 8)
 
 
-@pytest.mark.parametrize("name", ["mixattention", "mixed"])
+@pytest.mark.parametrize("how", ["growing", "static", "evaluation"])
+def test_caches_that_a_caller_makes_have_every_window(how: str) -> None:
+    """As the documentation of transformers makes them, from the configuration, which has one window for all layers."""
+    _, theirs = pair("mixed")
+    batch = tokens(1, LENGTH + 2)
+    with torch.no_grad():
+        if how == "static":
+            held = transformers.StaticCache(config=theirs.config, max_cache_len=LENGTH + STEPS)
+            expected = greedy(theirs, batch[:, :LENGTH])
+            assert greedy(theirs, batch[:, :LENGTH], past_key_values=held, disable_compile=True) == expected
+            assert storages(held) == expected_cache_bytes(theirs.config, LENGTH + STEPS, itemsize=8)
+            return
+        model = TransformersModel(theirs)
+        kv_cache = model.allocate_cache(1, LENGTH + 2)
+        held = kv_cache.values if how == "evaluation" else transformers.DynamicCache(config=theirs.config)
+        for part in batch.split([LENGTH, 1, 1], dim=1):
+            if how == "evaluation":
+                model(part, kv_cache)
+            else:
+                theirs(part, past_key_values=held)
+    assert storages(held) == expected_cache_bytes(theirs.config, LENGTH + 2, itemsize=8)
+
+
+@pytest.mark.parametrize("name", ["mixattention", "mixed", "tied"])
 def test_other_ways_to_generate(name: str) -> None:
-    """Without a cache, in batches without padding, beams, chunked prefill, going on with a cache."""
+    """Without a cache, in batches without padding, beams, chunked prefill, an assistant, going on with a cache."""
     ours, theirs = pair(name)
     for length in (3, LENGTH):
         prompt = tokens(2, length)
@@ -248,6 +272,11 @@ def test_other_ways_to_generate(name: str) -> None:
     assert greedy(theirs, prompt, use_cache=False) == expected
     assert greedy(theirs, prompt, num_beams=2) == greedy(theirs, prompt, num_beams=2, use_cache=False)
     assert greedy(theirs, prompt, prefill_chunk_size=4) == expected
+    how = {"cache_implementation": "static", "disable_compile": True, "prefill_chunk_size": 4}
+    assert greedy(theirs, prompt, **how) == expected
+    other = copy.deepcopy(theirs)
+    other.model.norm.weight.data += torch.linspace(0, 2, other.config.hidden_size)  # another's tokens are taken back
+    assert greedy(theirs, prompt[:1], assistant_model=other) == expected[:1]
     how = {"return_dict_in_generate": True, "do_sample": False}
     first = theirs.generate(prompt, max_new_tokens=5, **how)
     rest = theirs.generate(first.sequences, max_new_tokens=STEPS - 5, past_key_values=first.past_key_values, **how)

@@ -390,14 +390,16 @@ class KVFrontierPreTrainedModel(PreTrainedModel):
 
 
 def fit_windows(cache: Cache, config: KVFrontierConfig) -> None:
-    """Give each layer of a new cache its own window: builders of transformers know of one, the largest."""
-    for layer, window in enumerate(config.windows):
-        if window not in (None, config.sliding_window) and config.kv_source_layers[layer] == layer:
-            built = cache.layers[layer]
-            if isinstance(built, StaticSlidingWindowLayer):
-                cache.layers[layer] = StaticSlidingWindowLayer(built.max_cache_len, sliding_window=window)
-            else:
-                cache.layers[layer] = DynamicSlidingWindowLayer(sliding_window=window)
+    """Give each layer of a cache that holds nothing yet its own window: builders of transformers know of one, the
+    largest. A cache without windows stays so."""
+    for layer, (built, window) in enumerate(zip(cache.layers, config.windows, strict=False)):
+        if window in (None, config.sliding_window) or built.is_initialized:
+            continue
+        if isinstance(built, StaticSlidingWindowLayer) and built.max_cache_len > window:
+            cache.layers[layer] = StaticSlidingWindowLayer(built.max_cache_len, sliding_window=window)
+        elif isinstance(built, DynamicSlidingWindowLayer) and built.sliding_window > window:
+            cache.layers[layer] = fitted = DynamicSlidingWindowLayer(sliding_window=window)
+            fitted.record_past = built.record_past
 
 
 class KVFrontierModel(KVFrontierPreTrainedModel):
@@ -443,6 +445,7 @@ class KVFrontierModel(KVFrontierPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
+        if past_key_values is not None:
             fit_windows(past_key_values, config)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -549,12 +552,17 @@ class KVFrontierForCausalLM(KVFrontierPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[Any, Any], *args: Any, **kwargs: Any
     ) -> bool:
-        passed = model_kwargs.get("past_key_values")
         returned: bool = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        built = model_kwargs.get("past_key_values")
-        if built is not None and passed is None:
+        if (built := model_kwargs.get("past_key_values")) is not None:
             fit_windows(built, self.config)
         return returned
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """None, so that no layer is allocated before it is written, where they differ in what they cache."""
+        config = self.config
+        if config.layer_sliding_windows or config.layer_key_value_heads or "vector" in config.tied:
+            return None
+        return super()._get_static_cache_init_shape()
 
 
 class KVFrontierForSequenceClassification(GenericForSequenceClassification, KVFrontierPreTrainedModel):
