@@ -294,6 +294,16 @@ def test_the_loss_counts_what_a_row_alone_counts() -> None:
         torch.testing.assert_close(loss, expected)
 
 
+def test_trainer_passes_the_number_of_labels() -> None:
+    """That of all micro-batches of a step, over which the loss is then a sum. Without the attribute, transformers'
+    Trainer would look for `**kwargs` of forward."""
+    _, theirs = pair("bct")
+    assert theirs.accepts_loss_kwargs
+    row = torch.arange(1, 9).unsqueeze(0)
+    losses = [theirs(row, labels=row, num_items_in_batch=number).loss for number in (None, 14)]
+    torch.testing.assert_close(losses[1], losses[0] * 7 / 14)
+
+
 class Streamer:
     def __init__(self) -> None:
         self.seen: list[Any] = []

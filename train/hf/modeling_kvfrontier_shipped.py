@@ -189,6 +189,8 @@ class KVFrontierShippedModel(KVFrontierShippedPreTrainedModel):
 
 
 class KVFrontierShippedForCausalLM(KVFrontierShippedPreTrainedModel, GenerationMixin):
+    accepts_loss_kwargs = True  # num_items_in_batch: Trainer would look for **kwargs
+
     @can_return_tuple
     def forward(
         self,
