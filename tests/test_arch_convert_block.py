@@ -10,9 +10,18 @@ from conftest import build, launch_in_process, small, tokens, weights
 from einops import rearrange
 from test_train_command import SMALL, pretrain
 
-from arch import BlockTransformer, LayoutError, ModelConfig, TokenDecoderConfig, from_dict, resolve
+from arch import (
+    ArchConfig,
+    BlockTransformer,
+    LayoutError,
+    ModelConfig,
+    StoreConfig,
+    TokenDecoderConfig,
+    from_dict,
+    resolve,
+)
 from arch import build as build_model
-from arch.block_plan import split_config
+from arch.block_plan import resolve_block, split_config
 from arch.convert import ConversionError
 from arch.convert_block import from_vanilla
 from arch.decoder import Decoder
@@ -104,6 +113,21 @@ def test_layers_that_would_read_something_else_are_told() -> None:
         "layer 5 reads `global` of layer 5; as layer 1 of 4 it would read `local` of layer 5: "
         "the pattern has to be the same in both halves"
     ]
+
+
+@pytest.mark.parametrize("how", ["in a window of 4", "with values=b of layer 7"])
+def test_halves_that_read_otherwise_are_refused(how: str) -> None:
+    """The same stores, of which the upper layers read less, or the values of another."""
+    upper = ["new a", "new b", "reuse a window=4" if "window" in how else "reuse a values=b"]
+    pattern = [{"pattern": ["new a", "new b", "reuse a"]}, {"layers": "1/2", "pattern": upper}]
+    config = small(ArchConfig({"a": StoreConfig(2), "b": StoreConfig(2)}, pattern), num_layers=12)
+    with pytest.raises(LayoutError) as error:
+        check_halves(resolve(config), resolve_block(blocks(config, 4, 2, True)))
+    assert len(error.value.problems) == 2
+    assert error.value.problems[1] == (
+        f"layer 8 reads `a` of layer 6 {how}; as layer 2 of 6 it would read `a` of layer 6: "
+        "the pattern has to be the same in both halves"
+    )
 
 
 @pytest.mark.parametrize(

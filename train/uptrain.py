@@ -114,15 +114,26 @@ def check_halves(vanilla: KVPlan, plan: BlockPlan) -> None:
     problems = []
     for layer in range(vanilla.num_layers):
         half, first = (plan.block, 0) if layer < lower else (plan.token, lower)
-        before, after = vanilla.store(layer), half.store(layer - first)
-        if (before.name, before.owner) != (after.name, after.owner + first):
+        before, after = described(vanilla, layer, 0), described(half, layer - first, first)
+        if before != after:
             problems.append(
-                f"layer {layer} reads `{before.name}` of layer {before.owner}; as layer {layer - first} of "
-                f"{lower if first == 0 else vanilla.num_layers - lower} it would read `{after.name}` of layer "
-                f"{after.owner + first}: the pattern has to be the same in both halves"
+                f"layer {layer} reads {before}; as layer {layer - first} of {half.num_layers} it would read {after}: "
+                "the pattern has to be the same in both halves"
             )
     if problems:
         raise LayoutError(problems)
+
+
+def described(plan: KVPlan, layer: int, first: int) -> str:
+    """Say what `layer` reads, and how; `first` is added to the numbers of layers."""
+    read, window, second = plan.store(layer), plan.own_window(layer), plan.second_read(layer)
+    words = f"`{read.name}` of layer {read.owner + first}"
+    if window is not None:
+        words += f" in a window of {window}"
+    if second is not None:
+        other = plan.stores[second.store]
+        words += f" with {second.how}={other.name} of layer {other.owner + first}"
+    return words
 
 
 if __name__ == "__main__":
