@@ -1,7 +1,9 @@
 """Hugging Face checkpoints become ours: the same logits and tokens, a run that starts from them, and every refusal."""
 
 import copy
+import errno
 import json
+import os
 import random
 import shutil
 import weakref
@@ -182,6 +184,20 @@ def test_a_tokenizer_beside_it(
     do_import("from=hf", "out=new/ours")
     assert "tokenizer.name=new/ours" in capsys.readouterr().out
     assert (tmp_path / "new" / "ours" / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
+
+
+def test_a_full_disk_leaves_no_import_without_its_tokenizer(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    theirs("llama", vocab_size=600).save_pretrained(tmp_path / "hf")
+    shutil.copyfile(corpus / "tokenizer.json", tmp_path / "hf" / "tokenizer.json")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    message = refusal(capfd, f"from={tmp_path / 'hf'}", f"out={tmp_path / 'ours'}")
+    assert f"cannot write {tmp_path / 'ours'}: No space left on device" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_how_a_text_begins_and_ends_is_kept(
@@ -479,6 +495,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "sharded",
         lambda f: edit(f / INDEX, lambda i: i["weight_map"].update(b=i["weight_map"][EMBED])),
         f"b is not in it, but in {INDEX}",
+    ),
+    "two kinds": (
+        "sharded",
+        lambda f: save_file({"a": torch.ones(1)}, f / SINGLE),
+        f"one of them is left of an earlier saving. transformers reads {SINGLE}; remove the one that is not meant",
     ),
     "no map": ("sharded", lambda f: (f / INDEX).write_text("{}"), "weight_map is missing"),
 }  # fmt: skip

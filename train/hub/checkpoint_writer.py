@@ -6,7 +6,7 @@ OUT/arch/NAME.yaml, OUT/size/NAME.yaml   the model, for `pretrain.py --config-di
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ from train.hub.tensor_files import write_shards
 SHARD_BYTES = 2**30  # of one file
 
 
-def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info: Mapping[str, Any]) -> None:
+def write(
+    out: Path,
+    name: str,
+    config: ModelConfig,
+    tensors: TensorReader,
+    info: Mapping[str, Any],
+    beside: Iterable[Path] = (),
+) -> None:
     """Write the checkpoint `out` of the model of `config` with `tensors`, as fp32; whole or not at all.
 
-    `name` is that of its two configuration files; `info` is plain data for checkpoint.json. Raises UsageError if it
-    cannot be written, and passes on what `tensors` raises.
+    `name` is that of its two configuration files; `info` is plain data for checkpoint.json; files `beside` are copied.
+    Raises UsageError if it cannot be written, and passes on what `tensors` raises.
     """
     partial = out.with_name(f"{out.name}.partial")
     try:
@@ -43,6 +50,8 @@ def write(out: Path, name: str, config: ModelConfig, tensors: TensorReader, info
             OmegaConf.save(OmegaConf.create(values), partial / group / f"{name}.yaml")
         model = {"config": to_dict(config), "plan": resolve(config).to_dict()}
         described = {name: file.description for name, file in files.items()}
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
         write_json(partial / INFO, {"format": FORMAT, "step": 0, **model, **info, "files": described})
         rename(partial, out)
     except OSError as error:

@@ -77,6 +77,11 @@ def _listed_files(folder: Path) -> dict[str, set[str] | None]:
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)
+    if (folder / SINGLE).exists() and set(files) != {SINGLE}:  # save_pretrained leaves files of the other kind
+        raise UsageError(
+            f"{folder} has {SINGLE}, and an {INDEX} of other files: one of them is left of an earlier saving. "
+            f"transformers reads {SINGLE}; remove the one that is not meant"
+        )
     return files
 
 

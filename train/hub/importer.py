@@ -1,7 +1,6 @@
 """Import of one Hugging Face checkpoint: convert its weights and print what it is."""
 
 import shlex
-import shutil
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -27,19 +26,18 @@ def run(folder: Path, out: Path, name: str) -> None:
     num_layers = reader.config.get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > len(reader.shapes):
         raise ConversionError([f"num_hidden_layers is {num_layers}; there are {len(reader.shapes)} tensors"])
-    tokenizer = [file for file in TOKENIZER_FILES if (folder / file).is_file()]
-    if "tokenizer.json" in tokenizer:
+    tokenizer = [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+    has_tokenizer = folder / "tokenizer.json" in tokenizer
+    if has_tokenizer:
         pretrained(str(folder / "tokenizer.json"))
     hf_model = read_config(reader.config)
     model, plan = hf_model.config, resolve(hf_model.config)
     info = {"imported": {"from": name, "architecture": reader.config.get("architectures")}}
-    write(out, NAME, model, ImportedTensors(hf_model, reader), info)
-    for file in tokenizer:
-        shutil.copyfile(folder / file, out / file)
+    write(out, NAME, model, ImportedTensors(hf_model, reader), info, tokenizer)
     print_plan(name, plan, model.size.seq_len)
     print(f"{num_params(model, plan):,} parameters, kept as fp32: {out}")
     print(f"layout and size: {out}/arch/{NAME}.yaml, {out}/size/{NAME}.yaml")
-    if "tokenizer.json" in tokenizer:
+    if has_tokenizer:
         print(
             f"its tokenizer is beside them; text for it (vocabulary of {model.size.vocab_size:,}):\n"
             f"  python data/prepare.py files source.train=TEXT tokenizer.kind=pretrained "
