@@ -147,6 +147,11 @@ def _rotations(values: dict[str, Any], problems: list[str]) -> dict[str, Rotatio
             base_key, values = key, {key: base} | values
         elif values.get("rope_scaling"):
             where, scaling = "rope_scaling", values["rope_scaling"]
+            if isinstance(scaling, dict) and "type" in scaling and "rope_type" not in scaling:
+                problems.append(
+                    f"{where}.type is {scaling['type']!r}; {ARCHITECTURES[model_type]} reads rope_type alone: name it "
+                    "so if the model was trained so, or remove rope_scaling"
+                )
             own = own | scaling if isinstance(own, dict) and isinstance(scaling, dict) else scaling
         rotations[kind] = _rotation(where, own, base_key, values, problems)
         if (scaling := rotations[kind].scaling) and not scaling.truncate:

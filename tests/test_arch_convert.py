@@ -420,6 +420,8 @@ DEEPSEEK = LLAMA | {"model_type": "deepseek_v3", **LATENT}
         (LLAMA | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.truncate": 1}),
         (LLAMA | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.llama_4_scaling_beta": 0.1}),
         (OLMO3 | {"rope_scaling": SCALED["yarn"]}, {"rope_scaling.truncate": False}),
+        (OLMO3 | {"rope_scaling": {"factor": 8.0}}, {"rope_scaling.type": "linear"}),
+        (GEMMA | {"rope_scaling": {"factor": 8.0}}, {"rope_scaling.type": "linear"}),
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
         (LLAMA, {"rope_parameters.partial_rotary_factor": 0.25}),
         (LLAMA, {"sliding_window": 4}),
