@@ -12,6 +12,7 @@ from matplotlib.transforms import Bbox, ScaledTranslation, Transform
 from eval.plots.style import LIGHT_INK, Axes, Picture
 
 MARKER, WHISKER = 13, 3  # widths of a point with room around it, and of a line, in pixels
+OVER = 6  # pixels that a name may stand out of its axes on the right, where there is nothing
 CLEARLY = 1.5  # times as far away as its own point is from a name, at least, any other
 Mark = tuple[float, float]  # pixels
 LEADER = {"arrowstyle": "-", "color": LIGHT_INK, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
@@ -59,8 +60,8 @@ AROUND = (
 
 
 def side_by_side(figure: Picture, axes: Axes, spots: Sequence[Spot]) -> list[Transform]:
-    """The coordinates in which each point is drawn: points that would hide each other stand side by side,
-    from left to right as they are."""
+    """The coordinates in which each point is drawn: points that would hide each other stand side by side, in
+    their order."""
     ends = [axes.transData.transform([(x, of) for of in (y, low, high)]) for x, y, low, high in spots]
     drawn = [(x, *sorted((y, low, high))) for ((x, y), (_, low), (_, high)) in ends]
     clusters: list[list[int]] = []
@@ -95,6 +96,8 @@ def name_spots(
     figure.canvas.draw()
     drawn = side_by_side(figure, axes, spots)
     marks, taken, written = [], list(taken), list[Bbox]()
+    left, bottom, right, top = axes.bbox.extents
+    room = Bbox.from_extents(left, bottom, min(right + OVER, figure.bbox.x1), top)
     for spot, transform in zip(spots, drawn, strict=True):
         (x, y), (_, low), (_, high) = transform.transform([(spot.x, of) for of in spot[1:]])
         marks.append((x, y))
@@ -103,7 +106,7 @@ def name_spots(
     def faults(box: Bbox, number: int) -> tuple[int, bool, bool]:
         """Of a place for the name of a point, the worst first: no room, over a line, too near to another point."""
         own, others = marks[number], marks[:number] + marks[number + 1 :]
-        inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+        inside = room.contains(box.x0, box.y0) and room.contains(box.x1, box.y1)
         led = any(distance(box, other) < CLEARLY * distance(box, own) for other in others)
         hidden = touches(box, [*taken, *written]) or (led and touches(gap(box, own), written))
         return 2 * (not inside) + hidden, touches(box, lines), led
