@@ -517,6 +517,13 @@ def test_what_is_malformed_is_refused_by_name(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_an_index_of_files_that_are_gone_is_passed_over(saved: dict[str, Path], tmp_path: Path) -> None:
+    """As save_pretrained leaves it beside the one file that it writes later."""
+    folder = shutil.copytree(saved["single"], tmp_path / "hf")
+    shutil.copy(saved["sharded"] / INDEX, folder)
+    assert attempt(folder, tmp_path / "ours")
+
+
 def attempt(folder: Path, out: Path) -> bool:
     """Whether `folder` is imported; what is not is refused in words."""
     try:

@@ -78,6 +78,8 @@ def _listed_files(folder: Path) -> dict[str, set[str] | None]:
         assert names is not None
         names.add(name)
     if (folder / SINGLE).exists() and set(files) != {SINGLE}:  # save_pretrained leaves files of the other kind
+        if not any((folder / file).exists() for file in files):
+            return {SINGLE: None}
         raise UsageError(
             f"{folder} has {SINGLE}, and an {INDEX} of other files: one of them is left of an earlier saving. "
             f"transformers reads {SINGLE}; remove the one that is not meant"
