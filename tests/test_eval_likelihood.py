@@ -120,7 +120,7 @@ def test_copying_by_known_models() -> None:
     clueless = copying.copy(subject(Oracle(nothing, 5000)), options)
     assert clueless.figures["accuracy"] < 0.05 > clueless.figures["generated"]
     assert [
-        row["length"] for row in copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(sequences=1)).rows
+        row["length"] for row in copying.copy(subject(Oracle(nothing, 5000)), copying.CopyOptions(sequences=1)).rows
     ] == [8, 32]
     with pytest.raises(UsageError, match="a context of 256 has room for 127 twice"):
         copying.copy(subject(Oracle(nothing, 50)), copying.CopyOptions(lengths=(128,)))
