@@ -28,22 +28,22 @@ def with_sinks(out_BTNV: Tensor, lse_BNT: Tensor, sinks_N: Tensor) -> Tensor:
     return (out_BTNV * rearrange(share_BNT, "b n t -> b t n 1")).to(out_BTNV.dtype)
 
 
-VARIANTS = 128  # of compiled code in one process: layouts, batches and lengths; torch's own limit is 8
+VARIANTS = 128  # of compiled code in one process: layouts, batches and buckets; torch's own limit is 8
 
 
-def flex_of_one_query(*arguments: Any, **options: Any) -> Any:
-    """flex_attention, as a function of its own to the compiler, which compiles by what it has seen of one before."""
-    return flex_attention(*arguments, **options)
+def flex_of_one_query(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """flex_attention, compiled for each batch anew: where that may vary, torch leaves its kernel that splits the keys.
+    The number of slots may vary."""
+    for x in (q, k, v):
+        torch._dynamo.mark_static(x, 0)
+    return flex_attention(q, k, v, **options)
 
 
 @functools.cache
 def compiled_flex(one_query: bool) -> Any:
-    """FlexAttention, compiled by itself. For one query shapes never vary: where the batch does, torch leaves its kernel
-    that splits the keys."""
+    """FlexAttention, compiled by itself."""
     # fullgraph: an error beyond the limit of variants, not silent eager code
-    if one_query:
-        return torch.compile(flex_of_one_query, fullgraph=True, dynamic=False)
-    return torch.compile(flex_attention, fullgraph=True)
+    return torch.compile(flex_of_one_query if one_query else flex_attention, fullgraph=True)
 
 
 # For FlexAttention's backward pass with heads of 129 to 256 in half precision. torch gives four warps tiles of 64 x 64,

@@ -86,28 +86,40 @@ def test_without_flash_attn_flex_decodes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert select_step_kernel("auto", "cuda", torch.bfloat16, 64, seen(2, None)).name == "flex"
 
 
-def test_flex_meets_more_layouts_and_batches_than_torch_allows_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, where it is compiled by itself; for one query in shapes that never vary, or torch's decoding kernel,
+def test_flex_meets_more_layouts_batches_and_lengths_than_torch_allows_variants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA, where it is compiled by itself: not for each length, but for each batch, or torch's decoding kernel,
     which splits the keys, is not taken."""
-    varying: list[bool] = []
+    batches: list[list] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
-        varying.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        batches.append([x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.shape[-1:] == (16,)])
         return graph
+
+    def run(batch: int, heads: int, slots: int) -> None:
+        q, k, v = (torch.ones(batch, *shape) for shape in ((heads, 16), (slots, 1, 16), (slots, 1, 16)))
+        given = Seen(torch.ones(batch, 1, 1, slots, dtype=torch.bool))
+        mask = attend_step.StepMask(given, blocks=attend_step.step_blocks(given.allowed))
+        out = attend_step.flex_step(q, k, v, mask, 1.0, None)
+        torch.testing.assert_close(out, torch.ones(batch, heads, 16))
 
     torch._dynamo.reset()
     attend_kernels.compiled_flex.cache_clear()
     monkeypatch.setattr(attend_kernels, "UNCOMPILED", frozenset())
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     for batch, heads in ((2, 1), (3, 1), (1, 1), *((2, heads) for heads in range(2, 9))):
-        q, k, v = (torch.ones(batch, *shape) for shape in ((heads, 16), (SLOTS, 1, 16), (SLOTS, 1, 16)))
-        given = seen(batch, [0] * batch)
-        mask = attend_step.StepMask(given, blocks=attend_step.step_blocks(given.allowed))
-        out = attend_step.flex_step(q, k, v, mask, 1.0, None)
-        torch.testing.assert_close(out, torch.ones(batch, heads, 16))
+        run(batch, heads, SLOTS)
+    assert len(batches) > 8
+    for slots in (SLOTS + 1, SLOTS + 2, 140, 300):
+        run(2, 1, slots)
+    before = len(batches)
+    for slots in range(301, 320):
+        run(2, 1, slots)
+    assert len(batches) == before, "no length more is compiled"
+    assert all(found and {type(size) for size in found} == {int} for found in batches)
     attend_kernels.compiled_flex.cache_clear()
     torch._dynamo.reset()
-    assert len(varying) > 8 and not any(varying)
 
 
 @pytest.mark.parametrize("starts", [None, [0, 5, 11]])
