@@ -42,8 +42,8 @@ def flex_of_one_query(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 @functools.cache
 def compiled_flex(one_query: bool) -> Any:
     """FlexAttention, compiled by itself."""
-    # fullgraph: an error beyond the limit of variants, not silent eager code
-    return torch.compile(flex_of_one_query if one_query else flex_attention, fullgraph=True)
+    function: Any = flex_of_one_query if one_query else flex_attention
+    return torch.compile(function, fullgraph=True)  # an error beyond the limit of variants, not silent eager code
 
 
 # For FlexAttention's backward pass with heads of 129 to 256 in half precision. torch gives four warps tiles of 64 x 64,

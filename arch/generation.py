@@ -83,7 +83,8 @@ def generate(
                    Transformer, appendix H); None: such a prompt is an error
     prefill_chunk  tokens of prompt per forward pass; None: all at once
     cache_dtype    type of the cache's elements; None: that of the weights
-    cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one
+    cache          an empty cache of `model.allocate_cache`, of the capacity of the PromptBatch; None allocates one. Of
+                   a sharded model it must not have been made in inference mode
     max_batch      limit of rows: if there are more prompts, a row that has ended takes the next one, the longest first,
                    in a Block Transformer between two blocks; None: all at once
     steps          how a token is decoded, as in `static_step.choose_way`: auto, plain, static, compiled or graph

@@ -45,7 +45,9 @@ def file_name(key: str) -> str:
 
 
 def digest_of(chosen: ChosenTask, subject: Subject) -> str:
-    """Digest of what decides the figures beside the weights: the options, the context, the seed and the text."""
+    """Digest of what decides the figures beside the weights: the options, the context, the seed and the text, and of
+    times how tokens are decoded, if not by plain steps."""
+    from arch.static_step import choose_way
     from eval.scoring import digest_of as digest_of_files
 
     texts = None
@@ -54,6 +56,8 @@ def digest_of(chosen: ChosenTask, subject: Subject) -> str:
         if subject.prepared is not None:
             texts = [subject.prepared.digest, str(subject.prepared.val_tokens)]
     values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
+    if chosen.name == "decode" and (way := choose_way(subject.model, subject.steps)) != "plain":
+        values.append(way)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -27,7 +27,7 @@ if not __package__:  # run as a script
 
 from data.cli import UsageError, fail, parse
 from data.files import write_text
-from eval.study_rows import Group, Row, best_rates, compare, groups, read_rows, seeds_text, sentence
+from eval.study_rows import Group, Row, best_rates, compare, differences, groups, read_rows, seeds_text, sentence
 from eval.units import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -78,10 +78,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def baseline_of(group: Group, baselines: Sequence[Group]) -> Group:
-    """The baseline under the conditions of `group`, of its own study if that has one; or else the first."""
+    """The baseline under the conditions of `group`, of its own study if that has one; or else the one that differs in
+    the least."""
     fitting = [other for other in baselines if compare(group, other) is not None]
     own = [other for other in fitting if other.first["study"] == group.first["study"]]
-    return [*own, *fitting, *baselines][0]
+    nearest = min(baselines, key=lambda other: len(differences(group, other)))
+    return [*own, *fitting, nearest][0]
 
 
 def sentences(found: Sequence[Group], baselines: Sequence[Group]) -> list[str]:

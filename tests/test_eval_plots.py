@@ -14,6 +14,7 @@ from arch import resolve
 from arch.named import model_config
 from eval import study
 from eval.figures import Panel, axis
+from eval.plots import study as plots
 from eval.plots.pareto import draw_panels
 from eval.plots.plan import draw_plan
 from eval.plots.points import distance, gap
@@ -112,3 +113,17 @@ def test_a_map_of_few_layers_is_as_wide_as_its_layers() -> None:
     (legend,) = (each for each in axes.get_children() if isinstance(each, Legend))
     ends = [each.get_window_extent().x1 for each in (*axes.texts, legend)]
     assert max(ends) <= axes.bbox.x1
+
+
+def test_the_frontier_is_of_what_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low where a figure is a loss, also one of a task; high where it is an accuracy."""
+    found: list[bool] = []
+    monkeypatch.setattr(plots, "points", lambda *_, lower=True: found.append(lower))
+    for name, figure, expected in (
+        ("study-cpu", "loss", True),
+        ("study-cpu", "induction/text", True),
+        ("study-recall", "recall/gap/accuracy", False),
+    ):
+        same = groups(read_rows(RESULTS / name / "results.jsonl"), "main")
+        plots.draw_bytes(same, ["2048"], figure, plots.looks_of(group.label for group in same))
+        assert found.pop() == expected, figure

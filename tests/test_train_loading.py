@@ -115,6 +115,7 @@ def test_a_block_transformer(run: Path, tmp_path: Path) -> None:
         ("run", {"which": "oldest"}, UsageError, "which is 'oldest'; choose newest or best"),
         ("data", {}, UsageError, "data: no run there"),
         ("run/checkpoints/step-00000008", {"device": "nothing"}, UsageError, "device is nothing; choose cpu"),
+        ("run/checkpoints/step-00000008", {"device": "mps"}, UsageError, "device is mps; choose cpu"),
         ("run/checkpoints/step-00000008", {"device": "cuda"}, UsageError, "sees no CUDA device; use device=cpu"),
     ],
 )

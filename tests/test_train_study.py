@@ -216,6 +216,10 @@ def test_a_baseline_has_the_conditions_of_its_layout() -> None:
     baselines = [group for group in by_loss if group.first["arch"] == "mha"]
     assert report.baseline_of(cla2, baselines).first["loss"] == 3.4
     assert compare(cla2, baselines[0]) is None
+    rows = [row("mha", 0, 3.0), row("mha", 1, 3.1, commit="d" * 40), row("cla2", 2, 3.2, commit="d" * 40)]
+    *baselines, cla2 = groups(rows, MAIN)
+    found = sentence(cla2, report.baseline_of(cla2, baselines))
+    assert found == "cla2: no seed in common with mha (ddddddd)."
 
 
 def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -251,6 +255,9 @@ def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, 
         ("archs=[mha,gqa5]", "did you mean gqa8"),
         ("run=['seed=3']", "the study's to set"),
         ("+options.copy.new=8", "options.copy is of no use without copy among tasks; write tasks=[perplexity,recall"),
+        ("+options.perplexty.tokens=8", "perplexity"),
+        ("+options.lm_eval.limit=8", "is of no use without lm-eval among tasks"),
+        ("run=['+experiment=laptop','arch.block.start=true']", "mha: a key on the command line lies under one that"),
     ):
         with pytest.raises(SystemExit):
             launch_in_process(study.main, "study", StudyConfig, [*words, word])
@@ -311,6 +318,18 @@ def test_a_layout_is_matched_with_the_multi_head_attention_of_the_study(
     launch_in_process(study.main, "study", StudyConfig, words)
     mha, wide = re.findall(r"│ (?:mha|wide) +│ ([\d.]+)M", capsys.readouterr().out)
     assert float(wide) == pytest.approx(float(mha), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arch", "word"), [("block", "arch.block.start=true"), ("mla", "arch.stores.latent.latent.dim=16")]
+)
+def test_a_match_reads_no_more_than_the_size_of_its_baseline(
+    arch: str, word: str, corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A word of the study that multi-head attention does not have is of its layouts."""
+    words = ["plan=true", f"data.path={corpus}", f"archs=[{arch}]", "match=params"]
+    launch_in_process(study.main, "study", StudyConfig, [*words, f"run=['+size=tiny','size.vocab_size=600','{word}']"])
+    assert "%" in capsys.readouterr().out
 
 
 def test_cla_table1(corpus: Path, capsys: pytest.CaptureFixture) -> None:

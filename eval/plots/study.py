@@ -87,7 +87,7 @@ def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, looks: 
 def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, looks: Looks) -> Picture:
     """`figure` (`loss`, or a task's) against bytes of cache, a panel for each context."""
     loss = figure == "loss"
-    label = "validation loss, nats" if loss else axis(figure, 0).label
+    label, larger = ("validation loss, nats", False) if loss else (axis(figure, 0).label, axis(figure, 0).larger)
     values = {group.label: list(group.losses.values()) if loss else group.figures(figure) for group in groups}
     picture = Picture(figsize=(10, 7.2), layout="constrained")
     picture.suptitle(f"{label[0].upper()}{label[1:]}, against the cache\n{SHOWN}", fontsize=10)
@@ -98,7 +98,7 @@ def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, lo
         axes.set_ylabel(label)
     for context, axes in panels.items():
         places = {group.label: group.first["kv"][context][0] for group in groups}
-        points(picture, axes, places, values, looks, lower=loss)
+        points(picture, axes, places, values, looks, lower=not larger)
     return picture
 
 

@@ -37,6 +37,8 @@ class Options(TaskOptions):
 
 def run(subject: Subject, options: Options) -> TaskResult:
     """Milliseconds of a prefill and of a token of each sequence, tokens per second, and bytes of the cache as it is."""
+    from arch.static_step import choose_way
+
     plan = subject.model.plan
     length = options.prompt or max(subject.context - options.new, 1)
     length = max(-(-length // plan.block_length), 1) * plan.block_length  # whole blocks, of which none is predicted
@@ -47,7 +49,11 @@ def run(subject: Subject, options: Options) -> TaskResult:
             rows.append({"round": number, **row})
     middle = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "round"}
     figures = {**middle, "tokens_per_second": 1000 * options.batch / middle["token_ms"]}
-    note = f"prompts of {length:,} tokens, {options.new:,} new ones, {options.batch:,} at once, on {subject.device}"
+    way = choose_way(subject.model, subject.steps)
+    note = (
+        f"prompts of {length:,} tokens, {options.new:,} new ones, {options.batch:,} at once, in {way} steps, on "
+        f"{subject.device}"
+    )
     return TaskResult(figures, rows, notes=(note,))
 
 

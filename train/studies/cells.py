@@ -8,7 +8,6 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -89,7 +88,8 @@ def layouts(study: StudyConfig) -> list[Layout]:
     ConfigStore.instance().store(name="pretrain_schema", node=PretrainConfig)
     baseline = None
     if study.match != "none":
-        baseline = _composed(BASELINE, _words(study, BASELINE, [f"+arch={BASELINE}"])).size
+        words = _words(study, BASELINE, [f"+arch={BASELINE}"])  # of which a word may be of other layouts alone
+        baseline = _composed(BASELINE, [word for word in words if not word.lstrip("+~").startswith("arch.")]).size
     digests: dict[Any, str] = {}
     return [_layout(study, arch, baseline, digests) for arch in study.archs]
 
@@ -103,15 +103,19 @@ def _words(study: StudyConfig, arch: str, words: Sequence[str]) -> list[str]:
 
 def _composed(arch: str, words: Sequence[str]) -> PretrainConfig:
     """The configuration that `words` make. Raises UsageError, naming the layout `arch`, if they make none."""
+    typed = as_typed(words, PretrainConfig, sweep=False)
     try:
-        composed = compose("pretrain", as_typed(words, PretrainConfig, sweep=False), return_hydra_config=True)
+        composed = compose("pretrain", typed, return_hydra_config=True)
+    except Exception as error:  # Hydra's, about the words
+        raise UsageError(f"{arch}: {explain(error)}") from error
+    try:
         require(size=composed.hydra.runtime.choices.get("size"))
         with open_dict(composed):
             del composed["hydra"]
         if wrong := list(unknown_keys(composed)):
             raise UsageError("\n".join(f"run: {line}" for line in wrong))
         return to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UsageError(f"{arch}: {explain(error)}") from error
 
 

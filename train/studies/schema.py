@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.tasks import ChosenTask, section, sections
+from eval.tasks import TASKS, ChosenTask, section, sections
 from train.schema import MATCHES, EvalsConfig, chosen_tasks, option_text
 
 LAUNCHERS = ("local", "slurm")
@@ -176,13 +176,15 @@ def unused(config: StudyConfig, typed: Mapping[str, Any]) -> list[str]:
     """List the layouts and the options of tasks on the command line, whose values by key are `typed`, that the study
     does not use. Those of its file may lie idle: `archs` and `tasks` choose among them."""
     found = []
+    tasks = {section(name): name for name in TASKS}
     for group, by, used in (("layouts", "archs", config.archs), ("options", "tasks", config.task_sections)):
         given = typed.get(group)
         names = [key.split(".")[1] for key in typed if key.startswith(f"{group}.")]
         for name in dict.fromkeys([*(given if isinstance(given, dict) else ()), *names]):
-            if name not in used:
-                listed = ",".join([*getattr(config, by), name])
-                found.append(f"{group}.{name} is of no use without {name} among {by}; write {by}=[{listed}]")
+            wanted = name if group == "layouts" else tasks.get(name)  # a task that is none is refused with the others
+            if name not in used and wanted is not None:
+                listed = ",".join([*getattr(config, by), wanted])
+                found.append(f"{group}.{name} is of no use without {wanted} among {by}; write {by}=[{listed}]")
     return found
 
 
