@@ -43,8 +43,8 @@ class QueryBlocks(NamedTuple):
         return self.num_queries - self.queries_per_block + self.slots_per_block
 
 
-# Tokens below which a dense mask [T, T] costs no more than the calls that blocks take.
-SHORT_ROW = 64
+# Tokens below which a dense mask [T, T] costs no more than the calls that blocks take, several for each row.
+SHORT_ROW = 160
 # Most queries of a block, the fastest of 16 to 512 for windows of 64 to 1,024.
 QUERY_BLOCK = 64
 

@@ -12,7 +12,7 @@ from conftest import build, small, tokens
 from torch.nn.attention import SDPBackend
 
 import arch.attend
-from arch import Decoder
+from arch import Decoder, spans
 from arch.attend import BACKENDS, Backend, Needs, attend, reference, sdpa, sdpa_batched, select_backend, takes_widths
 from arch.attend_kernels import flash_functions
 from arch.attention import attention_needs
@@ -93,9 +93,16 @@ def test_dense_backend_is_the_definition(name: str, mask: str, kv_heads: int, va
     ("length", "window", "kv_heads", "value_width"), [(64, 1, 4, 8), (97, 6, 2, 12), (150, 41, 1, 8), (100, 97, 4, 8)]
 )
 def test_windows_in_blocks_are_the_definition(
-    length: int, window: int, kv_heads: int, value_width: int, documents: bool, sinks: bool
+    length: int,
+    window: int,
+    kv_heads: int,
+    value_width: int,
+    documents: bool,
+    sinks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks and windows that do not divide the length, one block, windows of one token; forward and backward."""
+    monkeypatch.setattr(spans, "SHORT_ROW", 64)
     generator = torch.Generator().manual_seed(0)
     cut = (torch.rand(2, length, generator=generator) < 0.05).cumsum(1) if documents else None
     sequences = SequenceBatch(2, length, cut, CPU)
