@@ -376,6 +376,7 @@ def fork_script(command: list[str], cwd: str, env: dict[str, str], **_: object) 
                 sys.argv, sys.stdout, sys.stderr = command[script:], out, errors
                 os.chdir(cwd)
                 os.environ.update(env)
+                torch.set_num_threads(1)  # torch's pool after a fork, before two threads make it at once and one fails
                 runpy.run_path(command[script], run_name="__main__")
                 code = 0
             except BaseException:
