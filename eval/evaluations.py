@@ -56,7 +56,7 @@ def digest_of(chosen: ChosenTask, subject: Subject) -> str:
         if subject.prepared is not None:
             texts = [subject.prepared.digest, str(subject.prepared.val_tokens)]
     values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
-    if chosen.name == "decode" and (way := choose_way(subject.model, subject.steps)) != "plain":
+    if chosen.task.timed and (way := choose_way(subject.model, subject.steps)) != "plain":
         values.append(way)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

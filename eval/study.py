@@ -91,7 +91,7 @@ def sentences(found: Sequence[Group], baselines: Sequence[Group]) -> list[str]:
 
 
 def columns(group: Group, baselines: Sequence[Group], figures: Sequence[str]) -> dict[str, Any]:
-    """What the table says of a layout, with `figures` of tasks."""
+    """The columns of the table for a layout, with `figures` of tasks."""
     losses, first, difference = list(group.losses.values()), group.first, compare(group, baseline_of(group, baselines))
     measured = {figure: group.figures(figure) for figure in figures}
     return {

@@ -82,8 +82,9 @@ def groups(rows: Iterable[Row], stage: str) -> list[Group]:
 
 
 def differences(one: Group, other: Group) -> list[str]:
-    """What is not the same in two groups, and must be for their losses to be compared: the text, how it is read and
-    what of it is predicted, tokens and steps, precision, commit, the beginning, and the optimizer but for its rate."""
+    """The conditions that differ between two groups, and must not for their losses to be compared: the text, how it is
+    read and what of it is predicted, tokens and steps, precision, commit, the beginning, and the optimizer but for its
+    rate."""
     ours, theirs = _conditions(one.first), _conditions(other.first)
     return [key for key in ours if ours[key] != theirs[key]]
 

@@ -12,10 +12,12 @@ import torch
 from conftest import ROOT, build, small
 from oracles import subject
 
+import arch
 from arch.named import load_arch
 from data.cli import UsageError
 from data.shards import IGNORE
 from eval.evaluate import main
+from eval.evaluations import digest_of
 from eval.scoring import repeats
 from eval.tasks import TASKS, perplexity, select_tasks
 from eval.tasks.decoding import per_step
@@ -256,6 +258,15 @@ def test_the_time_of_a_step_is_not_that_of_a_capture(block: int, expected: float
     times = [sum(steps[:number]) for number in range(len(steps) + 1)]
     assert per_step(times, block) == expected
     assert per_step([0.0, 3.0], block) == 3.0 and per_step(times[4:8], 4) == pytest.approx(1.0)
+
+
+def test_times_of_other_steps_are_other_figures() -> None:
+    """Plain ones keep the digest that they had."""
+    model = arch.build("cla2", "tiny", num_layers=2, vocab_size=300).eval()
+    decode, recall = select_tasks(["decode", "recall"])
+    automatic, plain, static = (subject(model, steps=steps) for steps in ("auto", "plain", "static"))
+    assert digest_of(decode, automatic) == digest_of(decode, plain) != digest_of(decode, static)
+    assert digest_of(recall, plain) == digest_of(recall, static)
 
 
 def test_repeated_pairs() -> None:

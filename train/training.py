@@ -79,14 +79,9 @@ def run(config: PretrainConfig) -> None:
     if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
         write_start(folder, config, plan, tied, {"from_step": step, "attention": attention})
-        console = PlainConsole()
-        for table in plan_tables(config.name, plan, config.context, config.kv_itemsize):
-            console.print(table)
-        for line in (*remarks(config.model), *data.remarks()):
-            console.print(line)
-        console.print(f"attention: {attention}")
+        print_start(config, plan, data, attention)
         if device == "cuda":
-            console.print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}")
+            print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}", flush=True)
     options = config.trainer
     signals = Signals(folder, peers=options.devices * options.num_nodes > 1, rank=launched_rank())
     failed = True
@@ -106,6 +101,15 @@ def run(config: PretrainConfig) -> None:
     finally:
         wandb.finish(exit_code=int(failed))  # or the next run of a sweep would continue this one's
         signals.restore()
+
+
+def print_start(config: PretrainConfig, plan: Plan, data: TokenDataModule, attention: str) -> None:
+    """Print the tables of the plan, what the size and the data are short of, and the attention kernels."""
+    console = PlainConsole()
+    for table in plan_tables(str(config.name), plan, config.context, config.kv_itemsize):
+        console.print(table)
+    for line in (*remarks(config.model), *data.remarks(), f"attention: {attention}"):
+        console.print(line)
 
 
 def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Path | None]:

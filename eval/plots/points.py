@@ -104,7 +104,8 @@ def name_spots(
         taken.append(Bbox.from_extents(x - 7, low - 7, x + 7, high + 7))
 
     def faults(box: Bbox, number: int) -> tuple[int, bool, bool]:
-        """Of a place for the name of a point, the worst first: no room, over a line, too near to another point."""
+        """The faults of a place for the name of a point, the worst first: no room, over a line, too near to another
+        point."""
         own, others = marks[number], marks[:number] + marks[number + 1 :]
         inside = room.contains(box.x0, box.y0) and room.contains(box.x1, box.y1)
         led = any(distance(box, other) < CLEARLY * distance(box, own) for other in others)
@@ -139,7 +140,7 @@ def boxes_of_steps(axes: Axes, x: Sequence[float], y: Sequence[float]) -> list[B
 
 
 def gap(box: Bbox, mark: Mark) -> Bbox:
-    """What is between a box and a point outside it."""
+    """The box between a box and a point outside it."""
     (x, y), near_x, near_y = mark, np.clip(mark[0], box.x0, box.x1), np.clip(mark[1], box.y0, box.y1)
     return Bbox.from_extents(min(x, near_x), min(y, near_y), max(x, near_x), max(y, near_y))
 

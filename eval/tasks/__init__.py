@@ -19,7 +19,7 @@ TASKS: dict[str, Task] = {
     "needles": Task(needles.Options, needles.run, reads_text=True, larger=needles.NAMES),
     "copy": Task(copying.CopyOptions, copying.copy, larger=copying.NAMES),
     "induction": Task(copying.InductionOptions, copying.induction, reads_text=True, larger=("accuracy",)),
-    "decode": Task(decoding.Options, decoding.run, larger=("tokens_per_second",)),
+    "decode": Task(decoding.Options, decoding.run, timed=True, larger=("tokens_per_second",)),
     "compressed": Task(compressed.Options, compressed.run, reads_text=True, compresses=True, larger=recall.NAMES),
     "lm-eval": Task(harness.Options, harness.run, argument="names", larger=harness.LARGER),
 }

@@ -252,6 +252,7 @@ class Task:
     argument    the field of `options`, a tuple of str, that collects what follows a colon: tasks=[name:a,name:b]
     reads_text  what text= or data.path= names changes the figures
     compresses  runs over a cache of the subject's method
+    timed       how the subject decodes (`Subject.steps`) changes the figures
     larger      last words of the names of figures of which more is better, whatever length or filter follows
     """
 
@@ -260,4 +261,5 @@ class Task:
     argument: str | None = None
     reads_text: bool = False
     compresses: bool = False
+    timed: bool = False
     larger: tuple[str, ...] = ()
