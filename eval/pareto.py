@@ -46,6 +46,7 @@ from eval.runs import (
     repeated_seeds,
     warn,
 )
+from eval.study_rows import frontier
 from eval.units import bytes_text, count_text, counted, number_text
 
 __all__ = ["METRICS"]
@@ -105,7 +106,7 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
     ):
         values = [figure(run, metric, context, itemsize, method) for run in group]
         kv = kv_bytes(group[0].plan, context, itemsize) if method == NONE else None
-        places = [figure(run, x, context, itemsize, method) for run in group]
+        across_all = [figure(run, x, context, itemsize, method) for run in group]
         stored = figure(group[0], "stored", context, itemsize, method)
         rows.append(
             {
@@ -120,17 +121,17 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
                 "kv_per_token": kv and kv.per_token,
                 "kv_constant": kv and kv.constant,
                 "kv_read": kv and kv.read,
-                "x": None if x == "stored" else sum(places) / len(places),
+                "x": None if x == "stored" else sum(across_all) / len(across_all),
                 "method": method,
             }
         )
-    rows.sort(key=lambda row: (signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]))
     plain = {row["name"]: row for row in rows if row["method"] == NONE}
-    result: list[Point] = []
-    for row in rows:
-        better = all(signs[1] * row["value"] < signs[1] * smaller.value for smaller in result)
-        result.append(Point(**row, frontier=better, against_none=against(row, plain.get(row["name"]), up.larger)))
-    return result
+    places = [(signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]) for row in rows]
+    kept = frontier(dict(enumerate(places)))
+    return [
+        Point(**rows[n], frontier=n in kept, against_none=against(rows[n], plain.get(rows[n]["name"]), up.larger))
+        for n in sorted(range(len(rows)), key=places.__getitem__)
+    ]
 
 
 def against(row: Mapping[str, Any], plain: Mapping[str, Any] | None, larger: bool) -> str | None:

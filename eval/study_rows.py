@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data.cli import UsageError
 from eval.identity import PREDICTED, READING
 from eval.intervals import UNDECIDED, Interval, interval
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -142,9 +143,9 @@ def best_rates(rows: Iterable[Row]) -> dict[str, dict[float, float]]:
     return {arch: dict(sorted(losses.items())) for arch, losses in rates.items()}
 
 
-def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+def frontier(points: Mapping[T, tuple[float, float]]) -> list[T]:
     """The names of `points` (bytes, loss) to which no other is superior, by bytes."""
-    kept: list[str] = []
+    kept: list[T] = []
     lowest = math.inf
     for name, (_, loss) in sorted(points.items(), key=lambda item: item[1]):
         if loss < lowest:
