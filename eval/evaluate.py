@@ -55,9 +55,9 @@ class EvaluateConfig:
     which       newest or best (by validation loss) checkpoint of a run
     context     tokens that the model sees at once; null: the length of a training sequence
     device      cpu, cuda, ...; auto: cuda if there is one
-    dtype       type of the weights: fp32, bf16, fp16; auto: fp32 on the CPU, bf16 elsewhere
+    dtype       type of the weights: fp32, bf16, fp16; auto: fp32, or on a GPU the stored type of the hub's models
     prepared    prepared folder with the tokenizer of a checkpoint; null: that of the run
-    trust       run code from the checkpoint; an exported folder of ours needs no trust if its code is unchanged
+    trust       run code from the checkpoint, which an exported folder of ours may have
     revision    branch, tag or commit on the hub
     out         folder for the results; null: evaluations/ in the run, or one of the checkpoint's name in
                 runs/evaluations
