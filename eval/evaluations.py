@@ -2,8 +2,8 @@
 
 The key is the name of the task, with the names of texts that were given (`perplexity@wiki.test`), and with the cache
 method where there is one (`compressed[int4]`). In summary.json, under `evaluations`: for each key its figures, `step`
-of the checkpoint, a digest of the options and the text, the method, if any, and where the task cannot tell beforehand
-which figures are the better the larger they are, which.
+of the checkpoint, a digest of the options, the text and the type of numbers, the method, if any, and where the task
+cannot tell beforehand which figures are the better the larger they are, which.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from filelock import FileLock
 from rich.table import Table
 
 from data.cli import value_text
-from data.files import write_json
+from data.files import sha256, write_json
 from eval.intervals import UNDECIDED, interval
 from eval.methods import NONE, name_of
 from eval.results import write_result
@@ -45,20 +45,32 @@ def file_name(key: str) -> str:
 
 
 def digest_of(chosen: ChosenTask, subject: Subject) -> str:
-    """Digest of what decides the figures beside the weights: the options, the context, the seed and the text, and of
-    times how tokens are decoded, if not by plain steps."""
+    """Digest of what decides the figures beside the weights: the options, the context, the seed and the text, of times
+    how tokens are decoded, if not by plain steps, and the type of numbers, if it is not fp32."""
     from arch.static_step import choose_way
-    from eval.scoring import digest_of as digest_of_files
 
     texts = None
     if chosen.task.reads_text:
-        texts = [digest_of_files(subject.texts), subject.text_key] if subject.texts else None
+        texts = [", ".join(map(sha256, subject.texts)), subject.text_key] if subject.texts else None
         if subject.prepared is not None:
             texts = [subject.prepared.digest, str(subject.prepared.val_tokens)]
     values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
     if chosen.task.timed and (way := choose_way(subject.model, subject.steps)) != "plain":
         values.append(way)
+    if (numbers := number_type(subject)) != "float32":
+        values.append(numbers)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def number_type(subject: Subject) -> str:
+    """The type of the weights, and that of products where autocast is on: `float32`, `float32, autocast bfloat16`."""
+    import torch
+
+    weights, device = subject.model.output_weight.dtype, subject.device.type
+    types = [str(weights)]
+    if torch.is_autocast_enabled(device) and (products := torch.get_autocast_dtype(device)) != weights:
+        types.append(f"autocast {products}")
+    return ", ".join(types).replace("torch.", "")
 
 
 def write_evaluation(
@@ -73,6 +85,7 @@ def write_evaluation(
         "task": chosen.name,
         "model": subject.name,
         "device": str(subject.device),
+        "numbers": number_type(subject),
         "context": subject.context,
         "seed": subject.seed,
         "cache": name_of(subject.method),

@@ -166,7 +166,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def measured_differently(runs: Sequence[Run], name: str) -> bool:
-    """Tell whether `name` is a figure of a task that ran with other options, or on another text, for some of `runs`."""
+    """Tell whether `name` is a figure of a task that ran with other options, on another text or in another type of
+    numbers for some of `runs`."""
     key = name.partition("/")[0]
     entries = [(of, entry) for run in runs for of, entry in _entries(run).items()]
     return len({entry["digest"] for of, entry in entries if of.partition("[")[0] == key}) > 1

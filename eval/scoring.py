@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -352,10 +351,3 @@ def detokenised(page: str) -> str:
     for found, instead in SPACING:
         page = re.sub(found, instead, page)
     return page
-
-
-def digest_of(paths: Sequence[Path]) -> str:
-    """SHA-256 of files, joined."""
-    from data.files import sha256
-
-    return ", ".join(sha256(path) for path in paths)

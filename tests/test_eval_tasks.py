@@ -269,6 +269,19 @@ def test_times_of_other_steps_are_other_figures() -> None:
     assert digest_of(recall, plain) == digest_of(recall, static)
 
 
+def test_figures_in_another_type_of_numbers_are_other_figures() -> None:
+    """Those in fp32 keep the digest that they had."""
+    model = arch.build("cla2", "tiny", num_layers=2, vocab_size=300).eval()
+    (recall,) = select_tasks(["recall"])
+    digests = [digest_of(recall, subject(model))]
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            digests.append(digest_of(recall, subject(model)))
+    digests.append(digest_of(recall, subject(model.to(torch.bfloat16))))
+    assert digests[0] == digests[1] == "ab99b1f8bf9277f1"
+    assert len(set(digests)) == 3, "weights in bf16 are not those in fp32 under autocast"
+
+
 def test_repeated_pairs() -> None:
     """Targets whose pair with the token before them has come before, of decoders and of models of blocks."""
     row = [5, 6, 7, 5, 6, 5, 6, 7, 7, 7, 7]
