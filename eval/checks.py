@@ -1,6 +1,6 @@
 """Checks of what the files of a run hold, before it is computed with: somebody else may have written them."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -94,8 +94,8 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Tell whether `value` is a finite number."""
-    return is_number(value) and abs(value) < math.inf
+    """Tell whether `value` is a finite number that a float holds; JSON has larger ones."""
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def _check_types(values: Mapping[str, Any], types: Mapping[str, type]) -> None:

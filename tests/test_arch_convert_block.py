@@ -246,6 +246,21 @@ def test_an_adapter_beside_a_checkpoint_is_refused(
         (place / "adapter_config.json").unlink()
 
 
+def test_a_checkpoint_that_describes_no_model_is_refused(
+    vanilla_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(checkpoint.latest_valid(vanilla_run), tmp_path / "alone")
+    info = json.loads((folder / checkpoint.INFO).read_text())
+    for broken in ({}, {"config": 5}, {"config": []}, {"config": {"arch": [], "size": []}}):
+        (folder / checkpoint.INFO).write_text(
+            json.dumps({key: value for key, value in info.items() if key != "config"} | broken)
+        )
+        with pytest.raises(SystemExit) as stopped:
+            do_uptrain(f"from={folder}", f"out={tmp_path / 'blocks'}")
+        assert stopped.value.code == 2
+        assert f"from={folder}: {folder / checkpoint.INFO} describes no model: " in capfd.readouterr().err
+
+
 def test_a_block_transformer_is_not_converted_again(
     vanilla_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

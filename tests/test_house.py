@@ -49,7 +49,7 @@ def test_arrows(path: Path) -> None:
 # its micro-batches, and they know of it the schema alone.
 ROOMS = {"hub": set(), "benchmarks": {"estimates"}, "studies": set(), "estimates": set()}
 TRAINING_KNOWS = {"estimates"}
-COMMANDS = ("pretrain", "export", "import_hf", "uptrain", "estimate", "plan", "study")
+COMMANDS = ("pretrain", "export", "import_hf", "uptrain", "estimate", "study")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "train").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

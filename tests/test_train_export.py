@@ -620,6 +620,11 @@ def test_a_run_whose_files_are_broken_or_gone(made_up: Path, corpus: Path) -> No
         ("summary.json", "[1]", "summary.json is no mapping; put it back"),
         ("summary.json", "{", "holds no readable run: summary.json: JSONDecodeError"),
         ("summary.json", '{"tokens": 768, "val": {"loss": NaN}}', "its validation figures are {'loss': nan}"),
+        (
+            "summary.json",
+            f'{{"tokens": 768, "val": {{"loss": 1{"0" * 400}}}}}',
+            "its validation figures are {'loss': 10000",
+        ),
         ("config.yaml", "arch: [", "config.yaml is not the configuration of a run"),
         ("config.yaml", "nonsense: 1", "config.yaml is not the configuration of a run"),
         ("config.yaml", "data: {path: /gone}", "the run's data folder /gone is not here; give the prepared folder"),

@@ -166,7 +166,7 @@ def model_config(folder: Path) -> ModelConfig:
     """The model of the checkpoint `folder` by its own record. Raises TrainingError if it describes none."""
     try:
         return from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TrainingError(f"{folder / checkpoint.INFO} describes no model: {error!r}") from error
 
 

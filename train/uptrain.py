@@ -71,11 +71,12 @@ def convert(config: DictConfig, out: Path) -> None:
     from train import checkpoint
     from train.hub.checkpoint_writer import next_command, write
     from train.hub.importer import print_plan
+    from train.loading import model_config
 
     try:
         folder = checkpoint.resolve(Path(config.source))
-        vanilla = from_dict(ModelConfig, checkpoint.load_info(folder)["config"])
-    except (TrainingError, ValueError) as error:
+        vanilla = model_config(folder)
+    except (TrainingError, UsageError) as error:
         raise UsageError(f"from={config.source}: {error}") from error
     if vanilla.arch.block is not None:
         raise UsageError(f"from={config.source} is a Block Transformer already: pretrain.py init= goes on from it")

@@ -1,6 +1,5 @@
 """Tokenizer, validation windows and results of a run, for its export."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from data.files import DataError
 from data.mixture import EvalWindows
 from data.shards import Manifest
 from data.tokenizer import pretrained
+from eval.checks import is_finite
 from eval.identity import Identity, check_summary_digest, data_name
 from eval.runs import Run
 from train.datamodule import TokenDataModule
@@ -101,14 +101,10 @@ def describe_training(
         val = summary.get("val")
     elif best is not None and best.checkpoint == folder.name:
         val = {"loss": best.val_loss}
-    if val is not None and not (isinstance(val, dict) and all(_finite(value) for value in val.values())):
+    if val is not None and not (isinstance(val, dict) and all(is_finite(value) for value in val.values())):
         raise TrainingError(f"{run}: its validation figures are {val!r}, which are none; delete summary.json")
     data = describe_data(config.data, prepared, tied)
     if tied is None:
         return Training(config.name, step, tokens, val, data, config.seed)
     digests = ", ".join(of.digest for of in tied.data)
     return Training(config.name, step, tokens, val, data, config.seed, digests, tied.tokenizer)
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

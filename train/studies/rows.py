@@ -23,6 +23,7 @@ from typing import Any
 
 from arch.config import to_dict
 from arch.footprint import kv_bytes, num_params, train_flops_per_token
+from eval.checks import is_finite
 from eval.evaluations import FOLDER, KEY, file_name
 from eval.identity import READING, Identity
 from eval.runs import Run, deciding_values, finished_run
@@ -73,9 +74,7 @@ def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
         "kv": {str(context): list(_bytes(plan, context)) for context in CONTEXTS},
         "tokens": summary["tokens"],
         "seq_len": summary["seq_len"],
-        "loss": _finite(summary["val"].get("loss")),
-        "ppl": _finite(summary["val"].get("ppl")),
-        "bpb": _finite(summary["val"].get("bpb")),
+        **{key: value if is_finite(value := summary["val"].get(key)) else None for key in ("loss", "ppl", "bpb")},
         "val_tokens": config.data.val_tokens,
         "curve": curve(run, "train/loss"),
         "val_curve": curve(run, "val/loss"),
@@ -101,10 +100,6 @@ def _data(tied: Identity) -> list[dict[str, Any]]:
 def _bytes(plan: Any, context: int) -> Sequence[float]:
     found = kv_bytes(plan, context)
     return found.stored, found.read
-
-
-def _finite(value: Any) -> Any:
-    return value if isinstance(value, int | float) and abs(value) < float("inf") else None
 
 
 def _task(folder: Path, task: str) -> dict[str, Any]:
