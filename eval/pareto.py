@@ -4,14 +4,15 @@ Folders are runs, or hold runs at any depth. Prints a table, writes pareto.png, 
 Any figure that a run has recorded can be on either axis: `x=read y=recall/accuracy`; `list=true` says which there are.
 A panel shows the runs that have its figure, weighed at their sequence length unless `context` says another.
 Where runs were evaluated with cache methods (evaluate.py cache=), each is a point beside that of its run, and with
-several seeds better or worse than without a method, or not told apart: where ranges of seeds overlap.
+several seeds better or worse than the same runs without a method, or not told apart: by the interval of 95 % (Student's
+t) of the differences.
 """
 
 import csv
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
 from eval.identity import PREDICTED, name_data
-from eval.intervals import BETTER, UNDECIDED, WORSE
+from eval.intervals import interval
 from eval.methods import NONE
 from eval.released import load, released_names
 from eval.runs import (
@@ -65,7 +66,7 @@ class ParetoConfig:
     x         figure on the x axis: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
     y         figure on the y axis; several, separated by commas, get a panel each; empty: `metric`
     list      print the figures that the runs have, and draw nothing
-    baseline  layout whose range over seeds is shaded: points in that range are not told apart from it
+    baseline  layout whose range over seeds is shaded
     reference released models, separated by commas, drawn as vertical lines: a config.json, a folder with one, a name of
               the hub or of configs/released, or `all` of the latter. Their bytes are those of the axis `x`: of one
               sequence of `context` tokens, or of each further token with x=per_token
@@ -90,57 +91,60 @@ def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str
     passed over; `passed_over` names them.
     """
     across, up = axis(x, context, runs), axis(metric, context, runs)
-    signs = [-1 if of.larger else 1 for of in (across, up)]
-    rows = []
     methods = methods_of(runs)
 
+    def value(run: Run, name: str, method: str) -> Any:
+        return figure(run, name, context, itemsize, method)
+
     def usable(run: Run, method: str) -> bool:
-        return all(possible(name, figure(run, name, context, itemsize, method)) for name in (x, metric))
+        return all(possible(name, value(run, name, method)) for name in (x, metric))
 
     groups = group_by_seed([run for run in runs if any(usable(run, method) for method in methods)], experiment)
+    found = []
     for name, method, group in (
-        (name, method, found)
+        (name, method, having)
         for name, every in groups.items()
         for method in methods
-        if (found := [run for run in every if usable(run, method)])
+        if (having := [run for run in every if usable(run, method)])
     ):
-        values = [figure(run, metric, context, itemsize, method) for run in group]
+        values = [value(run, metric, method) for run in group]
+        places = [value(run, x, method) for run in group]
+        # One of each seed, also where a copy of a run is counted.
+        pairs = {
+            run.summary["seed"]: (value(run, metric, method), value(run, metric, NONE))
+            for run in group
+            if method != NONE and usable(run, NONE)
+        }
         kv = kv_bytes(group[0].plan, context, itemsize) if method == NONE else None
-        across_all = [figure(run, x, context, itemsize, method) for run in group]
-        stored = figure(group[0], "stored", context, itemsize, method)
-        rows.append(
-            {
-                "name": name,
-                "bytes": stored,
-                "value": sum(values) / len(values),
-                "lowest": min(values),
-                "highest": max(values),
-                "runs": len(group),
-                "params": group[0].summary["params"],
-                "tokens": group[0].summary["tokens"],
-                "kv_per_token": kv and kv.per_token,
-                "kv_constant": kv and kv.constant,
-                "kv_read": kv and kv.read,
-                "x": None if x == "stored" else sum(across_all) / len(across_all),
-                "method": method,
-            }
+        found.append(
+            Point(
+                name=name,
+                bytes=value(group[0], "stored", method),
+                value=sum(values) / len(values),
+                lowest=min(values),
+                highest=max(values),
+                runs=len(group),
+                frontier=False,
+                params=group[0].summary["params"],
+                tokens=group[0].summary["tokens"],
+                kv_per_token=None if kv is None else kv.per_token,
+                kv_constant=None if kv is None else kv.constant,
+                kv_read=None if kv is None else kv.read,
+                x=None if x == "stored" else sum(places) / len(places),
+                method=method,
+                against_none=verdict(pairs.values(), up.larger),
+            )
         )
-    plain = {row["name"]: row for row in rows if row["method"] == NONE}
-    places = [(signs[0] * (row["bytes"] if row["x"] is None else row["x"]), signs[1] * row["value"]) for row in rows]
-    kept = frontier(dict(enumerate(places)))
-    return [
-        Point(**rows[n], frontier=n in kept, against_none=against(rows[n], plain.get(rows[n]["name"]), up.larger))
-        for n in sorted(range(len(rows)), key=places.__getitem__)
-    ]
+    signs = [-1 if of.larger else 1 for of in (across, up)]
+    ordered = {number: (signs[0] * row.across, signs[1] * row.value) for number, row in enumerate(found)}
+    kept = frontier(ordered)
+    return [replace(found[number], frontier=number in kept) for number in sorted(ordered, key=ordered.__getitem__)]
 
 
-def against(row: Mapping[str, Any], plain: Mapping[str, Any] | None, larger: bool) -> str | None:
-    """Point.against_none of a row with a method, and `plain` without; `larger`: more is better."""
-    if plain is None or plain is row or min(row["runs"], plain["runs"]) == 1:
-        return None
-    if row["lowest"] <= plain["highest"] and plain["lowest"] <= row["highest"]:
-        return UNDECIDED
-    return BETTER if (row["value"] > plain["value"]) == larger else WORSE
+def verdict(pairs: Collection[tuple[float, float]], larger: bool) -> str | None:
+    """Verdict on the first figures of `pairs` against the second; `larger`: more is better. None of a single pair."""
+    changes = [other - one if larger else one - other for one, other in pairs]
+    return interval(changes).verdict if len(changes) > 1 else None
 
 
 def possible(name: str, value: Any) -> bool:

@@ -425,8 +425,8 @@ class Point:
     x       the mean of the figure on the other axis; None: `bytes`
     method  what is done to the cache at test time; figures of the layout alone are then None, as are bytes without a
             formula
-    against_none  whether it is better or worse than the same runs without a method, or not told apart, as where ranges
-                  of seeds overlap; None: it has no method, or one of the two a single seed
+    against_none  verdict (eval/intervals.py) on the differences to the same runs without a method; None: it has no
+                  method, or fewer than two seeds have both figures
     """
 
     name: str

@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -187,8 +188,9 @@ def test_points_and_frontier(runs: Path) -> None:
 
 @pytest.mark.usefixtures("blank_pictures")
 def test_methods_are_compared_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """With the same runs without one, where both have several seeds: by ranges, whichever end is better."""
-    found = {"none": (0.9, 0.8, 0.7), "int8": (0.7, 0.6, 0.5), "int4": (0.6, 0.5, 0.69), "int2": (0.91, 0.92, 0.95)}
+    """With the same runs without one, seed by seed, whichever end is better: int8, whose range overlaps that of none,
+    is a little lower of each seed; int4 is far below it, and varies by more."""
+    found = {"none": (0.9, 0.8, 0.7), "int8": (0.85, 0.76, 0.65), "int4": (0.69, 0.3, 0.5), "int2": (1.1, 1.02, 0.9)}
     for seed in range(3):
         path = make_run(tmp_path, "mha", seed, 20.0 + seed)
         summary = json.loads((path / "summary.json").read_text())
@@ -202,15 +204,16 @@ def test_methods_are_compared_over_seeds(tmp_path: Path, capsys: pytest.CaptureF
             for method, values in {**found, **({"fp8": (9.0, 9.0, 9.0)} if seed == 1 else {})}.items()
         }
         (path / "summary.json").write_text(json.dumps(summary))
+    shutil.copytree(tmp_path / "mha-seed1-21.0", tmp_path / "copy")  # no second pair of its seed
     of = {}
     for figure in ("loss", "recall/accuracy"):
         pareto.main([str(tmp_path), "x=compressed/end_bytes", f"y=compressed/{figure}"])
         of[figure] = {row["method"]: row["against_none"] for row in json.loads((tmp_path / "pareto.json").read_text())}
-    touching = {"none": None, "int8": "not told apart", "fp8": None}
-    assert of["recall/accuracy"] == {**touching, "int4": "worse", "int2": "better"}
-    assert of["loss"] == {**touching, "int4": "better", "int2": "worse"}
+    undecided = {"none": None, "int4": "not told apart", "fp8": None}
+    assert of["recall/accuracy"] == {**undecided, "int8": "worse", "int2": "better"}
+    assert of["loss"] == {**undecided, "int8": "better", "int2": "worse"}
     shown = " ".join(capsys.readouterr().out.split())
-    assert "over seeds" in shown and "0.5 to 0.69" in shown
+    assert "over seeds" in shown and "0.3 to 0.69" in shown
 
 
 def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.CaptureFixture) -> None:

@@ -183,7 +183,7 @@ def _band(panel: Panel) -> list[Artist]:
     if panel.baseline is None:
         return []
     name = without_suffix(panel.baseline.name, common_suffix([row.name for row in panel.rows]))
-    return [Patch(color=BAND, label=f"seeds of {name} ({panel.baseline.runs}): inside, not told apart from it")]
+    return [Patch(color=BAND, label=f"{name}: lowest to highest of {panel.baseline.runs} seeds")]
 
 
 def _merged(references: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
