@@ -396,8 +396,8 @@ def candidate_backends(name: str, needs: Needs, device: str) -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is a backend, of attention or of bounded stores (bounded_fla.py), or stands for
-    several."""
+    """Raise ValueError unless `name` is a backend, of attention or of stores that are states (fla_backend.py), or
+    stands for several."""
     if name not in ("auto", "flash", "fla", "rows", *BACKENDS):
         raise ValueError(f"no attention backend {name!r}; choose auto, {', '.join(BACKENDS)}, flash, fla")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attend import Backend, Needs, check_name, select_backend
 from .bounded import BoundedReader, BoundedWriter
-from .bounded_fla import BoundedBackend, select_bounded_backend
+from .bounded_fla import select_bounded_backend
 from .buffers import Buffer, allocate_slots, allocate_state
 from .config import SizeConfig
 from .delta import DeltaReader, DeltaWriter
@@ -25,7 +25,7 @@ from .grouped import GroupedReader, GroupedWriter
 from .latent import LatentReader, LatentWriter
 from .mixed import MixedReader
 from .plan import KVPlan
-from .positions import NextToken, TokenPositions, cached_positions, step_positions
+from .positions import NextToken, PositionsBackend, TokenPositions, cached_positions, step_positions
 from .store_spec import StoreSpec
 from .strided import (
     StridedWriter,
@@ -45,7 +45,7 @@ from .strided_latent import (
 )
 from .tied import build_tied_reader, build_tied_writer
 
-StoreBackend = Backend | BoundedBackend
+StoreBackend = Backend | PositionsBackend
 
 
 class StoreCache(NamedTuple):

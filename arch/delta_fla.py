@@ -1,52 +1,30 @@
-"""Flash-linear-attention's kernels for stores of a matrix per head, found at run time.
-
-`chunk_gated_delta_rule` and `chunk_kda` are the rules of delta.py. They take the place of its chunk form where tokens
-attend to themselves without a cache; decoding is in delta.py always.
+"""Flash-linear-attention's kernels for stores of a matrix per head: `chunk_gated_delta_rule` and `chunk_kda` are the
+rules of delta.py.
 
 Shapes: B batch, T tokens, N states, K and V widths of keys and values, A 1 or K (decays).
 """
 
-import functools
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .bounded_fla import INSTALL, BoundedBackend
 from .config import SizeConfig
 from .delta_spec import MatrixSpec
-from .masks import SequenceBatch
-from .positions import TokenPositions, token_positions
-from .spans import Span
+from .fla_backend import FlaBackend
+from .positions import PositionsBackend
 from .store_spec import StoreSpec
 
-# Where each rule's entry point is.
-ENTRY_POINTS = {
-    "gated_delta": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
-    "kda": ("fla.ops.kda", "chunk_kda"),
+# What the log calls each rule's kernel, and its entry point.
+KERNELS = {
+    "gated_delta": (
+        "flash-linear-attention's gated delta rule",
+        ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    ),
+    "kda": ("flash-linear-attention's KDA", ("fla.ops.kda", "chunk_kda")),
 }
 MAX_K_DIM = 256  # of both kernels
-
-
-@functools.cache
-def entry_point(rule: str) -> Any:
-    """The entry point of an installed flash-linear-attention, or why there is none."""
-    module, name = ENTRY_POINTS[rule]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        return f"flash-linear-attention cannot be loaded ({error}): {INSTALL}"
-
-
-@functools.cache
-def kernel(rule: str) -> Callable[..., Tensor]:
-    """`apply_rule` with that entry point, around which a compiled block breaks, since the compiler does not know it. To
-    make outside of compiled code, which would look for it again."""
-    disable: Any = torch.compiler.disable
-    return functools.partial(apply_rule, disable(entry_point(rule)))
 
 
 def apply_rule(
@@ -70,47 +48,18 @@ def apply_rule(
     return out_BTNV
 
 
-@dataclass(frozen=True)
-class DeltaBackend(BoundedBackend):
-    """The chunk form of delta.py."""
-
-    about: str = "delta rule, plain torch"
-
-
-@dataclass(frozen=True)
-class DeltaFlaBackend(DeltaBackend):
-    """The kernel of flash-linear-attention in place of the chunk form."""
-
-    name: str = "fla"
-    about: str = "flash-linear-attention's gated delta rule"
-    rule: str = "gated_delta"
-
-    def unsupported(self, store: StoreSpec, device: str, documents: bool) -> list[str]:
-        reasons = []
-        if store.slot.k_dim > MAX_K_DIM:
-            reasons.append(f"keys of {store.slot.k_dim} (it takes up to {MAX_K_DIM})")
-        if documents:
-            reasons.append("documents")
-        if device != "cuda":
-            return [*reasons, f"device {device}"]
-        found = entry_point(self.rule)
-        return [*reasons, f"a way to run: {found}"] if isinstance(found, str) else reasons
-
-    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
-        """Positions of the tokens, together with the kernel to run."""
-        return token_positions(sequences)._replace(kernel=kernel(self.rule))
-
-
-def select_delta_backend(name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool) -> DeltaBackend:
+def select_delta_backend(
+    name: str, size: SizeConfig, store: StoreSpec, device: str, documents: bool
+) -> PositionsBackend:
     """`fla` where the backend `name` is that, the chunk form for any other.
 
-    Raises ValueError if `fla` cannot run: nothing falls back at run time.
+    Raises ValueError if `fla` cannot run.
     """
     assert isinstance(store, MatrixSpec)
-    about = {"gated_delta": DeltaFlaBackend.about, "kda": "flash-linear-attention's KDA"}[store.matrix.rule]
-    backend = DeltaFlaBackend(about=about, rule=store.matrix.rule) if name == "fla" else DeltaBackend()
-    if reasons := backend.unsupported(store, device, documents):
-        raise ValueError(
-            f"arch.stores.{store.name} on {device}: fla lacks {', '.join(reasons)}; choose another backend or auto"
-        )
+    if name != "fla":
+        return PositionsBackend("chunks", "delta rule, plain torch")
+    about, entry = KERNELS[store.matrix.rule]
+    backend, k_dim = FlaBackend(name, about, apply_rule, entry), store.slot.k_dim
+    lacks = [f"keys of {k_dim} (it takes up to {MAX_K_DIM})"] if k_dim > MAX_K_DIM else []
+    backend.check(lacks, store, device, documents)
     return backend

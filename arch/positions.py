@@ -4,6 +4,7 @@ Shapes: B batch, T new tokens, M slots, W window.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .layers import Rope, rope_table, step_rope
 from .masks import SequenceBatch, segment_starts
 from .pooling import Chunks, Places, StepChunk, StepPlace
+from .spans import Span
 from .store_spec import StoreSpec
 
 
@@ -94,6 +96,21 @@ def token_positions(sequences: SequenceBatch) -> TokenPositions:
     if sequences.segment_ids_BT is None:
         return TokenPositions(position_BT, plain=True)
     return TokenPositions(position_BT - segment_starts(sequences.segment_ids_BT), segmented=True)
+
+
+@dataclass(frozen=True)
+class PositionsBackend:
+    """The backend of readers that take token positions: the form in plain torch, unless a subclass adds a kernel.
+
+    about  description for the log
+    """
+
+    name: str
+    about: str
+
+    def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
+        """Positions of the tokens, which attend to themselves; called as `attend.Backend.mask`."""
+        return token_positions(sequences)
 
 
 def cached_positions(store: StoreSpec, position_BT: Tensor, capacity: int, offset: int) -> TokenPositions:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from .attend import Mask, dense_backend
-from .bounded_fla import BoundedBackend
 from .buffers import KV, StateBuffer, Step, Tensors, zero_slots
 from .config import SizeConfig, has_qkv_bias
 from .delta import apart
@@ -28,7 +27,7 @@ from .grouped import GroupedKV, GroupedReader, GroupedWriter
 from .layers import RMSNorm, Rope, rotate, rotate_step, step_rope
 from .masks import SequenceBatch
 from .pooling import CachedChunks, Chunks, StepChunk, chunks_after, chunks_alone, step_chunk
-from .positions import NextToken, TokenPositions, token_positions
+from .positions import NextToken, PositionsBackend, TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
 from .spans import Span
 from .store_spec import RopeKey, StoreSpec
@@ -239,19 +238,18 @@ def build_strided_reader(size: SizeConfig, store: StoreSpec) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class StridedBackend(BoundedBackend):
-    """A kernel that takes any mask, of one window, stride and rotary table."""
+class StridedBackend(PositionsBackend):
+    """The kernel `name` of attend.BACKENDS, which takes any mask, of one window, stride and rotary table."""
 
-    kernel: str = "sdpa"
-    stride: int = 1
-    rope_key: RopeKey = (0, 0.0)
+    stride: int
+    rope_key: RopeKey
 
     def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their chunks and the mask of tokens and entries."""
         assert window is None or isinstance(window, int)  # a strided store has a window
         chunks = chunks_alone(window, self.stride, self.rope_key, sequences)
         found = token_positions(sequences)._replace(chunks=chunks)
-        return found.with_mask(lambda form: Mask(dense_backend(self.kernel).kernel, form))
+        return found.with_mask(lambda form: Mask(dense_backend(self.name).kernel, form))
 
 
 def select_strided_backend(
@@ -259,6 +257,5 @@ def select_strided_backend(
 ) -> StridedBackend:
     """`reference` where the backend `name` is that; sdpa for any other: no other kernel takes such a mask."""
     assert isinstance(store, StridedSpec)
-    kernel = dense_backend(name).name
     about = "strided, a dense mask of tokens and entries"
-    return StridedBackend(kernel, about, kernel=kernel, stride=store.stride, rope_key=store.rope_key)
+    return StridedBackend(dense_backend(name).name, about, store.stride, store.rope_key)

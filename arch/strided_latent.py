@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attend import Mask, dense_backend
-from .bounded_fla import BoundedBackend
 from .buffers import StateBuffer, Step, Tensors
 from .config import SizeConfig
 from .latent import LatentKV, LatentReader, LatentWriter
 from .layers import Rope, rotate, rotate_step
 from .masks import SequenceBatch
 from .pooling import CachedPlaces, Places, StepPlace, places_after, places_alone, step_place
-from .positions import NextToken, TokenPositions, token_positions
+from .positions import NextToken, PositionsBackend, TokenPositions, token_positions
 from .precision import at_least_fp32, no_autocast
 from .spans import Span
 from .store_spec import StoreSpec
@@ -180,18 +179,17 @@ class StridedLatentReader(LatentReader):
 
 
 @dataclass(frozen=True)
-class StridedLatentBackend(BoundedBackend):
-    """A kernel that takes any mask, of one stride and width of latents."""
+class StridedLatentBackend(PositionsBackend):
+    """The kernel `name` of attend.BACKENDS, which takes any mask, of one stride and width of latents."""
 
-    kernel: str = "sdpa"
-    stride: int = 1
-    latent_dim: int = 0
+    stride: int
+    latent_dim: int
 
     def mask(self, sequences: SequenceBatch, window: Span, dtype: torch.dtype) -> TokenPositions:
         """Positions of the tokens, with their places in chunks and the mask of entries so far."""
         found = token_positions(sequences)
         places = places_alone(self.stride, self.latent_dim, sequences, found.position_BT, dtype)
-        return found._replace(chunks=places).with_mask(lambda form: Mask(dense_backend(self.kernel).kernel, form))
+        return found._replace(chunks=places).with_mask(lambda form: Mask(dense_backend(self.name).kernel, form))
 
 
 def select_strided_latent_backend(
@@ -199,6 +197,5 @@ def select_strided_latent_backend(
 ) -> StridedLatentBackend:
     """`reference` where the backend `name` is that; sdpa for any other: no other kernel takes such a mask."""
     assert isinstance(store, StridedLatentSpec)
-    kernel = dense_backend(name).name
     about = "strided latents, a dense mask of entries so far"
-    return StridedLatentBackend(kernel, about, kernel=kernel, stride=store.stride, latent_dim=store.slot.latent_dim)
+    return StridedLatentBackend(dense_backend(name).name, about, store.stride, store.slot.latent_dim)

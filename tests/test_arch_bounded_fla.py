@@ -10,7 +10,7 @@ from conftest import build, small, tokens
 from torch import Tensor
 
 from arch import ArchConfig, Decoder, ModelConfig, StoreConfig, allocate
-from arch.bounded_fla import chunk_gsa, kernel
+from arch.fla_backend import entry_point, kernel
 
 
 def layout(slots: int = 16, rule: str = "gated", sinks: bool = False) -> ModelConfig:
@@ -58,10 +58,10 @@ def calls(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "fla.ops.gsa", SimpleNamespace(chunk_gsa=naive(seen)))
     monkeypatch.setitem(sys.modules, "fla", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace())
-    for cached in (chunk_gsa, kernel):
+    for cached in (entry_point, kernel):
         cached.cache_clear()
     yield seen
-    for cached in (chunk_gsa, kernel):
+    for cached in (entry_point, kernel):
         cached.cache_clear()
 
 

@@ -6,7 +6,8 @@ from conftest import build, tokens
 from test_arch_bounded_fla import layout
 
 from arch import Decoder
-from arch.bounded_fla import chunk_gsa
+from arch.bounded_fla import ENTRY_POINT
+from arch.fla_backend import entry_point
 
 
 @pytest.mark.gpu
@@ -14,7 +15,7 @@ from arch.bounded_fla import chunk_gsa
 @pytest.mark.parametrize("slots", [16, 64, 256])
 def test_kernel_is_the_chunk_form(slots: int) -> None:
     """The model in fp32 against ours in fp64, forward and backward; products of the kernel may run in TF32."""
-    if isinstance(found := chunk_gsa(), str):
+    if isinstance(found := entry_point(*ENTRY_POINT), str):
         pytest.skip(found)
     config, batch = layout(slots), tokens(2, 300).cuda()
     own = build(config).cuda()

@@ -312,7 +312,7 @@ def test_the_kernels_call(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import SimpleNamespace
 
-    from arch import delta_fla
+    from arch import delta_fla, fla_backend
 
     calls = []
 
@@ -322,11 +322,11 @@ def test_the_kernels_call(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
         log = g if g.ndim == 4 else g.unsqueeze(-1)
         return recurrence(q * scale, k, v, log, beta, v.new_zeros(len(v), v.shape[2], k.shape[-1], v.shape[-1]))
 
-    module, name = delta_fla.ENTRY_POINTS[rule]
+    module, name = delta_fla.KERNELS[rule][1]
     for part in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, part, SimpleNamespace())
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: entry}))
-    cached = (delta_fla.entry_point, delta_fla.kernel)
+    cached = (fla_backend.entry_point, fla_backend.kernel)
     for one in cached:
         one.cache_clear()
     try:

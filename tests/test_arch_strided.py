@@ -63,7 +63,7 @@ def test_the_parallel_form_is_the_definition(window: int, stride: int) -> None:
     x = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rope, store = rope_table(torch.arange(length), 8, 1e4), model.plan.stores[0]
     sequences = SequenceBatch(1, length, None, x.device)
-    positions = StridedBackend(stride=stride, rope_key=store.rope_key).mask(sequences, window, x.dtype)
+    positions = StridedBackend("sdpa", "", stride, store.rope_key).mask(sequences, window, x.dtype)
     with torch.no_grad():
         found = block.reader(x, block.writer(x, rope, positions), rope, positions)
         expected = by_definition(block.writer, block.reader, x[0], window, stride)
@@ -158,7 +158,7 @@ def test_the_layer_is_deepseek_v4s(window: int, stride: int) -> None:
             return attention(x[:, begin:end], tables, place, mask, cache)[0]
 
         rope, sequences = rope_table(torch.arange(length), *store.rope_key), SequenceBatch(2, length, None, x.device)
-        positions = StridedBackend(stride=stride, rope_key=store.rope_key).mask(sequences, window, x.dtype)
+        positions = StridedBackend("sdpa", "", stride, store.rope_key).mask(sequences, window, x.dtype)
         ours = block.reader(x, block.writer(x, rope, positions), rope, positions)
         torch.testing.assert_close(ours, theirs(0, length, None), rtol=0, atol=1e-5)
         cache = DynamicCache(config=config)

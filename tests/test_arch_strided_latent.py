@@ -143,7 +143,7 @@ def test_the_layer_is_that_of_mtla(stride: int) -> None:
         stepped, entries = zip(*map(authors.by_steps, x), strict=True)
         torch.testing.assert_close(torch.stack(stepped), expected, rtol=0, atol=1e-10)
         sequences = SequenceBatch(2, length, None, x.device)
-        positions = StridedLatentBackend(stride=stride, latent_dim=LATENT).mask(sequences, None, x.dtype)
+        positions = StridedLatentBackend("sdpa", "", stride, LATENT).mask(sequences, None, x.dtype)
         rope = rope_table(torch.arange(length), *store.rope_key)
         ours = block.reader(x, block.writer(x, rope, positions), rope, positions)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
