@@ -5,7 +5,6 @@ A script calls `launch(task, "name", Schema)`; `configs/name.yaml` is its primar
 """
 
 import argparse
-import errno
 import os
 import re
 import sys
@@ -26,19 +25,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from arch import LayoutError
 from arch.named import CONFIGS, names
-from data.cli import TaskError, UsageError, did_you_mean, fail, interrupted, report, unknown_key, word
-from data.files import DataError
+from data.cli import UsageError, did_you_mean, fail, interrupted, report, unknown_key, word
 from eval.console import visible
 from eval.environment import launched_rank
 from eval.help import help_text
+from eval.outcome import outcome
 from eval.overrides import WORD, as_typed, sweep_size
 from eval.typed import mistyped_booleans
-
-MISTAKES = (UsageError, LayoutError, DataError)
-# Of a path that somebody typed: too long a name, or below a folder that one may not read.
-UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -59,10 +53,10 @@ def is_alone() -> bool:
 def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:
     """Compose `configs/<name>.yaml` with the command line, check it against `schema` and run `task` on it.
 
-    A mistake of the user (MISTAKES, or what Hydra finds) is printed without a traceback, and the process ends with code
-    2; so is a TaskError, with code 1, and Ctrl-C, with 130. Each run of a sweep is announced, and one that fails so is
-    named at the end, after the others. The script of a task imports what takes seconds (torch, Lightning) inside the
-    task, after its own checks, so that help and mistakes are answered at once.
+    A mistake of the user (of eval/outcome.py, or one that Hydra finds) is printed without a traceback, and the process
+    ends with code 2; so is a TaskError, with code 1, and Ctrl-C, with 130. Each run of a sweep is announced, and one
+    that fails so is named at the end, after the others. The script of a task imports what takes seconds (torch,
+    Lightning) inside the task, after its own checks, so that help and mistakes are answered at once.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of Hydra's own printer, which exits with 1
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -70,7 +64,7 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
     words: list[str] = []
     failed: list[tuple[str, int]] = []  # runs of a sweep, and the exit code of each alone
 
-    def end(message: str, code: int = 2) -> None:
+    def end(message: str, code: int) -> None:
         # Of several processes the others may be in another run.
         if HydraConfig.get().mode != RunMode.MULTIRUN or not is_alone():
             fail(message, code)
@@ -91,21 +85,12 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
                 total = sweep_size(words, picked.sweeper.params or {})
                 print(f"run {picked.job.num + 1} of {total}: {visible(' '.join(picked.overrides.task))}", flush=True)
             task(config, Choices(choices.get("arch"), choices.get("size")))
-        except MISTAKES as error:  # here, or Hydra would announce it with the whole command line
-            end(str(error))
-        except OmegaConfBaseException as error:
-            end(explain(error))
-        except OSError as error:
-            if error.errno in UNREACHABLE:
-                end(explain(error))
-                return
-            crashed = True
-            raise
-        except TaskError as error:
-            end(str(error), code=1)
-        except Exception:
-            crashed = True
-            raise
+        except Exception as error:  # here, or Hydra would announce it with the whole command line
+            found = (explain(error), 2) if isinstance(error, OmegaConfBaseException) else outcome(error)
+            if found is None:
+                crashed = True
+                raise
+            end(*found)
 
     try:
         flags, options, words = read_flags(typed[1:])

@@ -24,10 +24,11 @@ if not __package__:  # run as a script
 import numpy as np
 from rich.table import Table
 
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, parse
 from eval.console import PlainConsole, visible
 from eval.histories import CLOCKS, Array, Curve, History, load_history
 from eval.identity import PREDICTED, data_of, name_data
+from eval.outcome import run_script
 from eval.results import write_result
 from eval.runs import (
     RunError,
@@ -287,7 +288,4 @@ def write(curves: Sequence[Curve], result: dict[str, Any], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        fail(str(error))
+    run_script(main)

@@ -18,8 +18,9 @@ if not __package__:  # run as a script
     end_on_ctrl_c()
 
 from arch.compression.layout import check_method
-from data.cli import UsageError, fail, parse, usage
+from data.cli import UsageError, parse, usage
 from eval.methods import NONE, name_of, read_method, with_brackets
+from eval.outcome import run_script
 from eval.tasks import TASKS, ChosenTask, sections, select_tasks
 from eval.tasks.task import TaskResult
 from train.source import Source
@@ -254,12 +255,4 @@ def log_to_wandb(opened: "Opened", results: dict[str, TaskResult], pictures: lis
 
 
 if __name__ == "__main__":
-    from data.cli import TaskError
-    from eval.cli import MISTAKES
-
-    try:
-        main(sys.argv[1:])
-    except MISTAKES as mistake:
-        fail(str(mistake))
-    except TaskError as failed:
-        fail(str(failed), code=1)
+    run_script(main)

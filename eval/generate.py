@@ -18,10 +18,11 @@ if not __package__:  # run as a script
 
     end_on_ctrl_c()
 
-from data.cli import TaskError, UsageError, fail, parse
+from data.cli import UsageError, parse
 from data.files import DataError
 from eval.console import visible
 from eval.methods import NONE, read_method
+from eval.outcome import run_script
 from eval.units import bytes_text
 from train.source import Source
 
@@ -330,9 +331,4 @@ def print_text(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UsageError, DataError) as mistake:
-        fail(str(mistake))
-    except TaskError as failed:
-        fail(str(failed), code=1)
+    run_script(main)

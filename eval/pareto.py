@@ -26,13 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from arch.footprint import kv_bytes
-from data.cli import UsageError, did_you_mean, fail, parse
+from data.cli import UsageError, did_you_mean, parse
 from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
 from eval.identity import PREDICTED, name_data
 from eval.intervals import interval
 from eval.methods import NONE
+from eval.outcome import run_script
 from eval.released import load, released_names
 from eval.runs import (
     Point,
@@ -393,7 +394,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        fail(str(error))
+    run_script(main)

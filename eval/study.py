@@ -25,8 +25,9 @@ if not __package__:  # run as a script
 
     end_on_ctrl_c()
 
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, parse
 from data.files import write_text
+from eval.outcome import run_script
 from eval.study_rows import Group, Row, best_rates, compare, differences, groups, read_rows, seeds_text, sentence
 from eval.units import bytes_text, count_text
 
@@ -219,9 +220,4 @@ def page(
 
 
 if __name__ == "__main__":
-    from eval.cli import MISTAKES
-
-    try:
-        main(sys.argv[1:])
-    except MISTAKES as mistake:
-        fail(str(mistake))
+    run_script(main)

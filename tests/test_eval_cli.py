@@ -1,8 +1,10 @@
 """Command lines with Hydra: mistakes are one line, words are taken as typed, and help explains every key."""
 
+import errno
 import inspect
 import random
 import shlex
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -12,10 +14,14 @@ from conftest import launch_in_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from arch import ArchConfig
+from arch import ArchConfig, LayoutError
 from data.cli import TaskError, UsageError, word
+from data.files import DataError
+from eval.cli import launch
 from eval.help import explanations
+from eval.outcome import run_script
 from eval.overrides import as_typed
+from train.errors import TrainingError
 from train.estimate import EstimateConfig
 from train.hub.request import ExportConfig
 from train.import_hf import ImportConfig
@@ -101,6 +107,35 @@ def test_an_error_of_the_task_itself_is_not_hidden() -> None:
 
     with pytest.raises(ZeroDivisionError):
         launch_in_process(task, "pretrain", PretrainConfig, TINY)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UsageError("too small"), 2, "too small"),
+        (DataError("no data"), 2, "no data"),
+        (LayoutError(["layer 0 reads nothing"]), 2, "layer 0 reads nothing"),
+        (TaskError("no network"), 1, "no network"),
+        (TrainingError("diverged"), 1, "diverged"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left"), None, ""),
+        (ZeroDivisionError("a bug"), None, ""),
+    ],
+)
+def test_every_command_ends_in_the_same_way(
+    error: Exception, code: int | None, message: str, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Hydra or without; a defect keeps its traceback."""
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY])
+
+    def task(*_: object) -> None:
+        raise error
+
+    for run in (lambda: run_script(task), lambda: launch(task, "pretrain", PretrainConfig)):
+        with pytest.raises(SystemExit if code else type(error)) as ended:
+            run()
+        if code:
+            assert (ended.value.code, capfd.readouterr().err) == (code, f"error: {message}\n")
 
 
 def test_interrupted_before_training(capfd: pytest.CaptureFixture) -> None:

@@ -40,7 +40,7 @@ from data.cli import UsageError
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.files import sha256
 from data.prepare import prepare
-from eval.cli import MISTAKES
+from eval.outcome import MISTAKES
 from train import checkpoint
 from train.checkpoint import save
 from train.errors import TrainingError

@@ -199,7 +199,7 @@ def at_rates(
 def make_estimate(
     options: EstimateConfig, choices: Choices, results: Path = RESULTS, typed: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of cli.MISTAKES."""
+    """Everything that is shown, as plain data. `typed`: the words of the command line. Raises one of MISTAKES."""
     config, device = pretrain_config(options), find_device(options)
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UsageError(f"mfu is {options.mfu}; it is a share of the peak, above 0 and at most 1")

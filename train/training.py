@@ -47,7 +47,7 @@ from train.signals import RunStopped, Signals
 def run(config: PretrainConfig) -> None:
     """Train and validate; everything is written to `config.folder`.
 
-    Raises one of cli.MISTAKES, before any work, if the configuration cannot be run on this machine; TrainingError if
+    Raises one of MISTAKES, before any work, if the configuration cannot be run on this machine; TrainingError if
     the run fails.
     """
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them

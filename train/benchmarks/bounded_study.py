@@ -36,14 +36,14 @@ from arch.named import load_arch
 from arch.plan import resolve_stack
 from arch.store_spec import state_itemsize
 from data.batches import EvalBatches, TrainBatches
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, parse
 from data.mixture import EvalWindows
 from data.presets import load
 from data.recall import RecallTask
 from data.shards import Manifest, TokenWindows
-from eval.cli import MISTAKES
 from eval.console import PlainConsole
 from eval.environment import ROOT, git_revision
+from eval.outcome import run_script
 from eval.positions import loss_by_position
 from eval.recall import accuracy, questions, recall
 from eval.results import write_result
@@ -316,7 +316,7 @@ def run(cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Train what is missing and write the report. Raises one of cli.MISTAKES, before any work."""
+    """Train what is missing and write the report. Raises one of MISTAKES, before any work."""
     settings = parse(Settings, arguments)
     if found := problems(settings):
         raise UsageError("\n".join(found))
@@ -349,7 +349,4 @@ def study(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except MISTAKES as error:
-        fail(str(error))
+    run_script(main)

@@ -40,8 +40,9 @@ from arch.config import head_dim
 from arch.footprint import allocated_bytes, kv_bytes, max_batch, num_params
 from arch.named import load_arch, load_size, names
 from arch.static_step import step_fn
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, parse
 from eval.environment import ROOT
+from eval.outcome import run_script
 from eval.results import write_result
 from eval.units import parse_bytes
 from train.benchmarks.baselines import UnavailableError, random_batch
@@ -363,7 +364,4 @@ def figures(name: str, prefilled: Turns, decoded: Turns, shape: Shape, options: 
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UsageError as error:
-        fail(str(error))
+    run_script(main)

@@ -30,10 +30,11 @@ if not __package__:  # run as a script
 from rich.progress import track
 from rich.table import Table
 
-from data.cli import UsageError, fail, parse
+from data.cli import parse
 from data.presets import load
 from eval.console import PlainConsole
 from eval.environment import ROOT
+from eval.outcome import run_script
 from eval.results import write_result
 from eval.runs import Run
 from train import checkpoint
@@ -401,7 +402,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(FaultsConfig, sys.argv[1:]).out)
-    except UsageError as error:
-        fail(str(error))
+    run_script(lambda words: main(parse(FaultsConfig, words).out))

@@ -38,6 +38,7 @@ from arch.named import names
 from arch.spans import visible_pairs
 from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
+from eval.outcome import run_script
 from eval.results import write_result
 from train.benchmarks.gpu_case import FAMILIES, Options, model_config
 from train.benchmarks.gpu_code import (
@@ -467,12 +468,9 @@ def count_operators(arch: str) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> None:
-    try:
-        config = parse(CountsConfig, arguments)
-        if unknown := [arch for arch in config.archs if arch not in names("arch")]:
-            raise UsageError(f"archs= has no {unknown[0]}{did_you_mean(unknown[0], names('arch'))}")
-    except UsageError as error:
-        fail(str(error))
+    config = parse(CountsConfig, arguments)
+    if unknown := [arch for arch in config.archs if arch not in names("arch")]:
+        raise UsageError(f"archs= has no {unknown[0]}{did_you_mean(unknown[0], names('arch'))}")
     archs = config.archs or tuple(names("arch"))
     if config.toy:
         path = config.out / "operators.json"
@@ -512,4 +510,4 @@ def line(counts: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

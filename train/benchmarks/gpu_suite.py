@@ -31,6 +31,7 @@ import torch
 from data.cli import UsageError, did_you_mean, parse
 from data.files import write_json, write_text
 from eval.environment import ROOT, driver
+from eval.outcome import run_script
 from eval.results import envelope
 from train.benchmarks import gpu_checks, gpu_decode, gpu_study, gpu_train
 from train.benchmarks.baselines import UnavailableError
@@ -95,13 +96,9 @@ def check(config: SuiteConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the suite. Returns the exit status: 0, 1 if something failed, 2 for a mistake on the command line."""
-    try:
-        config = parse(SuiteConfig, arguments)
-        check(config)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the suite. Returns the exit status: 0, or 1 if something failed. Raises UsageError."""
+    config = parse(SuiteConfig, arguments)
+    check(config)
     if not torch.cuda.is_available() and not config.toy:
         print("no CUDA device: nothing to measure (toy=true runs every part at the shapes of a test)")
         return 0
@@ -191,4 +188,4 @@ def run_case(part: str, case: Case, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(lambda words: sys.exit(main(words)))

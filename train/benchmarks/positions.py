@@ -16,17 +16,16 @@ if not __package__:  # run as a script
 from rich.table import Table
 
 from data.batches import EvalBatches
-from data.cli import UsageError, fail, parse
+from data.cli import UsageError, parse
 from data.mixture import weights_of
-from eval.cli import MISTAKES
 from eval.console import PlainConsole
+from eval.outcome import run_script
 from eval.positions import Bucket, loss_by_position
 from eval.results import write_result
 from eval.runs import folders_of
 from eval.scoring import validation_windows
 from eval.tasks.task import Prepared
 from train.datamodule import open_data
-from train.errors import TrainingError
 from train.loading import load
 from train.schema import sequence_format
 
@@ -93,7 +92,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (*MISTAKES, TrainingError) as error:
-        fail(str(error))
+    run_script(main)

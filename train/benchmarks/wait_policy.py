@@ -20,8 +20,9 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from data.cli import TaskError, UsageError, fail, parse
+from data.cli import TaskError, UsageError, parse
 from eval.environment import ROOT
+from eval.outcome import run_script
 from eval.results import write_result
 from train.benchmarks.timing import summary_stats
 
@@ -106,7 +107,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UsageError, TaskError) as error:
-        fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    run_script(main)

@@ -28,7 +28,7 @@ NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
 def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
     """Write the folder, verify it, and give it its name. Returns the checks, none of which failed.
 
-    Raises one of cli.MISTAKES where the model cannot be exported like that; ConversionError or TrainingError where the
+    Raises one of MISTAKES where the model cannot be exported like that; ConversionError or TrainingError where the
     checkpoint is broken, the folder cannot be written (nothing is left of it) or is not the model (it stays, under
     `ExportRequest.partial`).
     """
