@@ -64,9 +64,15 @@ def positions(rows: int, heads: int, length: int, start: tuple[int, ...] = ()) -
     return index.clamp(min=EMPTY)[:, None].expand(rows, heads, length)
 
 
-def kept(score: Tensor, sinks: int = 0, recent: int = 0, budget: int = BUDGET) -> Any:
+def kept(score: Tensor, sinks: int = 0, budget: int = BUDGET) -> Any:
     rows, heads, length = score.shape
-    return scores.select(score, positions(rows, heads, length), torch.full((rows,), budget), sinks, recent).tolist()
+    return scores.select(score, positions(rows, heads, length), torch.full((rows,), budget), sinks).tolist()
+
+
+def beside_newest(score: Tensor, sinks: int, newest: int) -> Any:
+    """Positions that stay of which the newest do in any case."""
+    before = kept(score[..., : LENGTH - newest], sinks, BUDGET - newest)
+    return [[head + list(range(LENGTH - newest, LENGTH)) for head in row] for row in before]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -86,7 +92,7 @@ def test_scores_are_those_of_kvpress(layers: list[tuple[Tensor, Tensor, Tensor]]
         torch.testing.assert_close(score[..., :until], want[..., :until], rtol=2e-6, atol=1e-7)
         assert kept(score) == recorded["kept"], name
     sinks = record_keeps.SINKS
-    assert kept(torch.zeros(2, 2, LENGTH), sinks, BUDGET - sinks) == RECORDED["streaming"][layer]["kept"]
+    assert beside_newest(torch.zeros(2, 2, LENGTH), sinks, BUDGET - sinks) == RECORDED["streaming"][layer]["kept"]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -94,7 +100,7 @@ def test_selection_is_that_of_kvcache_factory(layers: list[tuple[Tensor, Tensor,
     """The best by accumulated attention, beside sinks and recent positions."""
     score = layers[layer][2].sum(dim=2)
     want = RECORDED["scissorhands_of_kvcache_factory"][layer]["kept"]
-    assert kept(score, record_keeps.SINKS, record_keeps.RECENT) == want
+    assert beside_newest(score, record_keeps.SINKS, record_keeps.RECENT) == want
 
 
 def test_attention_is_what_readers_compute() -> None:
@@ -122,18 +128,18 @@ def test_counts_by_hand() -> None:
 
 
 def test_selection_protects_and_pads() -> None:
-    """The last go before the sinks, and both before scores; a row's padding is never kept in place of a token."""
+    """Sinks go before scores; a row's padding is never kept in place of a token."""
     score = torch.tensor([[[0.0, 5, 1, 4, 2, 3]], [[9.0, 9, 9, 1, 2, 0]]])
     at = positions(2, 1, 6, (0, 3))
     for budget, want in (
         (0, [[], []]),
-        (1, [[5], [5]]),
-        (2, [[0, 5], [3, 5]]),
-        (3, [[0, 1, 5], [3, 4, 5]]),
+        (1, [[0], [3]]),
+        (2, [[0, 1], [3, 4]]),
+        (3, [[0, 1, 3], [3, 4, 5]]),
         (4, [[0, 1, 3, 5], [3, 4, 5, EMPTY]]),
         (100, [[0, 1, 2, 3, 4, 5], [3, 4, 5, EMPTY, EMPTY, EMPTY]]),
     ):
-        chosen = scores.select(score, at, torch.tensor([budget, budget]), sinks=1, recent=1)
+        chosen = scores.select(score, at, torch.tensor([budget, budget]), sinks=1)
         assert chosen[:, 0].tolist() == want, budget
     each = scores.select(score, at, torch.tensor([1, 3]))
     assert each[:, 0].tolist() == [[1, EMPTY, EMPTY], [3, 4, 5]], "rows have budgets of their own"
@@ -268,7 +274,7 @@ def test_caches_count_the_attention_of_a_prompt(layers: list[tuple[Tensor, Tenso
         count = -low[:, :, -11:].unflatten(1, (2, 2)).sum(dim=(2, 3)).double()
         for row in range(2):
             for buffer, score in ((by_sum, mean.sum(dim=2)), (by_count, count)):
-                assert kept_of(buffer, row) == kept(score[..., : LENGTH - recent], 4, 0, BUDGET - recent)[row]
+                assert kept_of(buffer, row) == kept(score[..., : LENGTH - recent], 4, BUDGET - recent)[row]
 
 
 def test_prefix_budgets_share_one_threshold() -> None:
@@ -306,7 +312,7 @@ def test_stores_share_a_budget(chunk: int | None) -> None:
     assert list(cache.chosen_slots) == most and most[0] != most[1] and 20 <= sum(most) <= 22
     for column, buffer, count in zip(columns, cache.buffers, most, strict=True):
         for row in range(2):
-            assert kept_of(buffer, row) == kept(column, 1, 0, count)[row]
+            assert kept_of(buffer, row) == kept(column, 1, count)[row]
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

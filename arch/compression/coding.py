@@ -1,7 +1,7 @@
 """Codecs: blocks of tokens as packed integers (or smaller floats) with scales and zeros, and back.
 
-A number is `code * scale + zero`, with `zero` the least of its group; scales and zeros are fp16, and codes are made of
-the rounded ones, so that rounding them costs half a step at most at the edges of a group.
+A number is `code * scale + zero`, with `zero` the least of its group. Scales and zeros are fp16: zeros are rounded down
+and scales up, so that the codes span the group and no number of it is off by more than half a step of its own scale.
 
 Shapes: B batch, J blocks, G tokens of a block, H last axis, P bytes of it when packed, A scales of it.
 """
@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
 FP8_TO_FP16 = 2.0**8  # exponents of FP8 count from -7, those of fp16 from -15
 LEAST_SCALE = 2.0**-24  # the smallest fp16
-MOST_SCALE = 65504.0
+MOST_FP16 = 65504.0
 
 
 def split_last(x: Tensor, size: int) -> Tensor:
@@ -101,21 +101,26 @@ def encode(x_BJGxH: Tensor, layout: TensorLayout) -> tuple[Tensor, ...]:
         x = rotate_hadamard(x)
     grouped = in_groups(x, layout.group)
     if codec.name == "fp8":
-        scale = _fp16(grouped.abs().amax(dim=(2, -1), keepdim=True) / FP8_MOST)
+        scale = fp16_above((grouped.abs().amax(dim=(2, -1), keepdim=True) / FP8_MOST).clamp(min=LEAST_SCALE))
         code = (grouped / scale.to(x.dtype)).clamp(-FP8_MOST, FP8_MOST)
         return ungroup(code, x.shape[-1]).to(FP8), scale.squeeze(-1).squeeze(2)
     most = (1 << codec.bits) - 1
     low, high = grouped.amin(dim=(2, -1), keepdim=True), grouped.amax(dim=(2, -1), keepdim=True)
     if codec.clip < 1:
-        low, high = low * codec.clip, high * codec.clip
-    zero = low.clamp(-MOST_SCALE, MOST_SCALE).to(torch.float16)
-    scale = _fp16((high - zero.to(x.dtype)) / most)
+        middle, half = (low + high) / 2, (high - low) / 2 * float(codec.clip)
+        low, high = middle - half, middle + half
+    zero = -fp16_above(-low)
+    scale = fp16_above(((high - zero.to(x.dtype)) / most).clamp(min=LEAST_SCALE))
     code = ((grouped - zero.to(x.dtype)) / scale.to(x.dtype)).round().clamp(0, most).to(torch.uint8)
     return pack(ungroup(code, x.shape[-1]), codec.bits), *(part.squeeze(-1).squeeze(2) for part in (scale, zero))
 
 
-def _fp16(scale: Tensor) -> Tensor:
-    return scale.clamp(LEAST_SCALE, MOST_SCALE).to(torch.float16)
+def fp16_above(x: Tensor) -> Tensor:
+    """The least fp16 numbers that are not below `x`; beyond their range, the last of them."""
+    near = x.clamp(-MOST_FP16, MOST_FP16).to(torch.float16)
+    bits = near.view(torch.int16)
+    above = torch.where(near < 0, bits - 1, bits + 1).view(torch.float16)
+    return torch.where((near < x) & (near < MOST_FP16), above, near)
 
 
 def decode(coded: tuple[Tensor, ...], layout: TensorLayout, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -65,7 +65,7 @@ class TensorLayout:
         if self.window is None:
             return max(0, most)
         looked = self.window - 1 - self.recent  # tokens before the newest that the next token sees
-        return 0 if looked <= 0 else (looked + self.block - 2) // self.block + 1
+        return max(0, -(-looked // self.block))  # the last block ends where whole tokens begin
 
     @property
     def packed_bytes(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-Value = int | float | bool | str
+Value = int | float | Fraction | bool | str
 
 # Options of each codec, with their defaults:
 #   group     elements that share a scale and a zero: of a channel over tokens, or of a token over channels
@@ -19,7 +19,7 @@ Value = int | float | bool | str
 #   keys      `channel`: a group is of one channel of the keys, and is stored when its tokens are there (KIVI);
 #             `token`: of one token, as it always is of values and latents
 #   hadamard  keys and values are rotated by a Hadamard matrix before they are rounded, and back after (QuaRot)
-#   clip      share of the range of a group that its integers span
+#   clip      share of the range of a group that its integers span, around its middle
 _INTEGER: dict[str, Value] = {"group": 32, "recent": 32, "keys": "channel", "hadamard": False, "clip": 1.0}
 CODECS: dict[str, dict[str, Value]] = {
     "bf16": {"recent": 0},
@@ -107,7 +107,7 @@ class CodecSpec:
     recent: int = 0
     keys: str = "token"
     hadamard: bool = False
-    clip: float = 1.0
+    clip: Fraction = Fraction(1)
 
     @property
     def bits(self) -> int:
@@ -203,7 +203,9 @@ def parse_method(text: str) -> CacheMethod:
 
 
 def _options(name: str, defaults: dict[str, Value], text: str) -> dict[str, Any]:
-    values: dict[str, Any] = dict(defaults)
+    values: dict[str, Any] = {
+        key: Fraction(str(value)) if isinstance(value, float) else value for key, value in defaults.items()
+    }
     given: set[str] = set()
     for entry in filter(None, text.split(",")):
         key, _, written = entry.partition("=")
@@ -233,13 +235,10 @@ def _value(where: str, key: str, text: str, default: Value) -> Value:
         if not re.fullmatch(r"[0-9]{1,8}", text) or not least <= int(text) <= MOST:
             raise ValueError(f"{where} is {text!r:.40}; it is a whole number, at least {least} and at most {MOST:,}")
         return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number <= 1:
-        raise ValueError(f"{where} is {text!r:.40}; it is a number above 0 and at most 1")
-    return number
+    share = Fraction(text) if re.fullmatch(r"([01]?\.)?[0-9]{1,9}", text, re.ASCII) else Fraction(0)
+    if not 0 < share <= 1:  # exact, so that counts of slots and channels follow from what is written
+        raise ValueError(f"{where} is {text!r:.40}; it is a number above 0 and at most 1, as 0.25")
+    return share
 
 
 def _budget(name: str, text: str | None) -> Budget | None:

@@ -115,26 +115,22 @@ def corm_kept(above_BKWS: Tensor) -> Tensor:
     return above_BKWS.sum(dim=2) > 0
 
 
-def select(score_BKS: Tensor, position_BKS: Tensor, budget_B: Tensor, sinks: int = 0, recent: int = 0) -> Tensor:
+def select(score_BKS: Tensor, position_BKS: Tensor, budget_B: Tensor, sinks: int = 0) -> Tensor:
     """Indices [B, K, M] of the slots to keep, in the order of positions; M is the largest budget, and EMPTY fills up.
 
     position_BKS  position in its row of each slot; EMPTY: it holds nothing, and is never kept
     budget_B      slots of each row and head
-    sinks         positions that stay whatever their score, and `recent` of the last; the last come first where the
-                  budget is less
+    sinks         first positions, which stay whatever their score
 
     Of equal scores, the earlier slot is kept.
     """
     held = position_BKS != EMPTY
     budget_BK1 = torch.minimum(budget_B[:, None, None], held.sum(dim=-1, keepdim=True))
     most = int(budget_BK1.max()) if budget_BK1.numel() else 0
-    last_BK1 = position_BKS.amax(dim=-1, keepdim=True)
-    is_recent = held & (position_BKS > last_BK1 - recent)
     is_sink = held & (position_BKS < sinks)
-    # Ranks, from the least important key to the most: score, earlier slot (the sorts are stable), sink, recency.
+    # Ranks, from the least important key to the most: score, earlier slot (the sorts are stable), sink, held at all.
     order = score_BKS.argsort(dim=-1, descending=True, stable=True)
-    recency = torch.where(is_recent, position_BKS, EMPTY)
-    for key in (is_sink.int(), recency, held.int()):
+    for key in (is_sink.int(), held.int()):
         order = order.gather(-1, key.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
     chosen = order[..., :most]
     wanted = torch.arange(most, device=chosen.device) < budget_BK1

@@ -3,10 +3,14 @@
 Shapes: B batch, T new tokens, S slots read, N query heads, K key/value heads, H head, P probes.
 """
 
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..buffers import SlotBuffer, Tensors
+from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..masks import Dense
 from ..precision import at_least_fp32
 from .layout import kept_layouts, kept_slots
@@ -14,9 +18,19 @@ from .scores import attention_weights, observe
 from .small_buffers import CodedBuffer, KeptBuffer, gather_slots
 
 
-def is_random_probe(place: Tensor, share: float) -> Tensor:
-    """Mark the places whose queries probe: a `share` of all, scattered by a hash of the place (Knuth's)."""
-    return (place * 2654435761) % 2**32 < share * 2**32
+class Probes(NamedTuple):
+    """Queries of one reader that may probe: they [B, P, N, H], their places [P], whether each row takes them [B, P],
+    and the reader's sinks."""
+
+    q_BPNH: Tensor
+    place_P: Tensor
+    taken_BP: Tensor
+    sinks_N: Tensor | None
+
+
+def is_random_probe(position: Tensor, share: Fraction) -> Tensor:
+    """Mark the positions whose queries probe: a `share` of all, scattered by a hash of the position (Knuth's)."""
+    return (position * 2654435761) % 2**32 < math.ceil(share * 2**32)
 
 
 class ZipCacheBuffer(KeptBuffer):
@@ -31,7 +45,8 @@ class ZipCacheBuffer(KeptBuffer):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
-        self.probes: list[tuple[Tensor, Tensor]] = []  # for each reader queries [B, P, N, H] and their places [P]
+        self.probes: list[Probes] = []  # of each reader
+        self.start_B: Tensor | None = None
         self.reader = self.offset = 0
         self.scale = 1.0
         self.salient = 0
@@ -44,19 +59,27 @@ class ZipCacheBuffer(KeptBuffer):
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         if self.whole is None:
             return
-        place_T = self.offset + torch.arange(q_BTNH.shape[1], device=q_BTNH.device)
+        place_P = self.offset + torch.arange(q_BTNH.shape[1], device=q_BTNH.device)
         if self.reader < len(self.probes):
-            before, places = self.probes[self.reader]
-            q_BTNH, place_T = torch.cat((before, q_BTNH), dim=1), torch.cat((places, place_T))
-        taken = self.is_probe(place_T, int(place_T[-1]) + 1)
-        self.probes[self.reader : self.reader + 1] = [(q_BTNH[:, taken], place_T[taken])]
+            before = self.probes[self.reader]
+            q_BTNH, place_P = torch.cat((before.q_BPNH, q_BTNH), dim=1), torch.cat((before.place_P, place_P))
+        taken_BP = self.is_probe(place_P, int(place_P[-1]) + 1).expand(len(q_BTNH), -1)
+        some = taken_BP.any(dim=0)
+        probes = Probes(q_BTNH[:, some], place_P[some], taken_BP[:, some], sinks_N)
+        self.probes[self.reader : self.reader + 1] = [probes]
         self.reader, self.scale = self.reader + 1, scale
 
-    def is_probe(self, place_T: Tensor, length: int) -> Tensor:
+    def is_probe(self, place_P: Tensor, length: int) -> Tensor:
+        """[1 or B, P] what of the queries at those places each row takes: the same of a padded row as of it alone."""
         assert self.method.keep is not None
         options = self.method.keep.options
-        last: Tensor = place_T >= length - options["window"]
-        return last | is_random_probe(place_T, options["random"])
+        position_BP = place_P[None] if self.start_B is None else place_P - self.start_B[:, None]
+        last: Tensor = place_P >= length - options["window"]
+        return (last | is_random_probe(position_BP, options["random"])) & (position_BP >= 0)
+
+    def allowed(self, offset: int, length: int, device: torch.device, start_B: Tensor | None) -> Tensor | None:
+        self.start_B = start_B
+        return super().allowed(offset, length, device, start_B)
 
     def saliency(self, length: int, start_B: Tensor | None) -> Tensor:
         """[B, K, S] of the tokens before `length`; those of padding get minus infinity."""
@@ -67,10 +90,10 @@ class ZipCacheBuffer(KeptBuffer):
         start_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=keys.device) if start_B is None else start_B[:, None]
         total = torch.zeros(batch, heads, length, dtype=dtype, device=keys.device)
         number_BS = torch.zeros(batch, length, dtype=dtype, device=keys.device)
-        for q_BPNH, place_P in self.probes:
-            sees_BPS = (slot_S <= place_P[:, None]) & (slot_S >= start_B1)[:, None]
+        for q_BPNH, place_P, taken_BP, sinks_N in self.probes:
+            sees_BPS = (slot_S <= place_P[:, None]) & (slot_S >= start_B1)[:, None] & taken_BP[..., None]
             allowed = sees_BPS.unsqueeze(1)
-            weight_BNPS = attention_weights(q_BPNH, keys, allowed, self.scale)
+            weight_BNPS = attention_weights(q_BPNH, keys, allowed, self.scale, sinks_N)
             total += observe(weight_BNPS, allowed, heads).weight.sum(dim=2)
             number_BS += sees_BPS.sum(dim=1)
         mean = total / number_BS.clamp(min=1)[:, None]
@@ -117,6 +140,9 @@ class ZipCacheBuffer(KeptBuffer):
     def repeat(self, rows: int) -> "ZipCacheBuffer":
         copy = super().repeat(rows)
         assert isinstance(copy, ZipCacheBuffer)
-        copy.probes = [(q.repeat_interleave(rows, dim=0), place) for q, place in self.probes]
+        copy.probes = [
+            probes._replace(q_BPNH=repeat_row(probes.q_BPNH, rows), taken_BP=repeat_row(probes.taken_BP, rows))
+            for probes in self.probes
+        ]
         copy.rest = None if self.rest is None else self.rest.repeat(rows)
         return copy
