@@ -3,16 +3,19 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import yaml
 from conftest import launch_in_process
 
 from arch import LayoutError, resolve
-from arch.named import model_config, names
+from arch.named import CONFIGS, load_arch, model_config, names
+from arch.plan import KVPlan
 from data.cli import TaskError, UsageError
 from eval import evaluate
 from eval import study as report
@@ -350,6 +353,37 @@ def test_cla_table1(corpus: Path, capsys: pytest.CaptureFixture) -> None:
     }
     assert {kib[f"h16_mqa_cla2_{name}"] for name in ("keepends", "densefront", "denseback")} == {kib["h16_mqa"] * 5 / 8}
     assert kib["h16_mqa_cla3"] == kib["h16_mqa"] * 3 / 8 and len(kib) == 15
+
+
+MINIATURES = {
+    "ma": "0 1s 1s 0 4s 0",
+    "ma_endslide": "0 1s 1s 0 4s 4s",
+    "ma_offset": "0s 0s 2 3s 3s 2",
+    "ma_pairs": "0 1s 0 3 4s 3",
+    "ma_successive1": "0 0 2s 3 3 5s",
+    "ma_successive2": "0s 1 1 3 3 5s",
+    "ma_noshare1": "0s 1 2s 2s 4s 4s",
+    "ma_noshare2": "0s 0s 2 3s 3s 5s",
+    "ma_noshare3": "0s 0s 2s 2s 2s 5",
+}
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_the_miniatures_of_mixattention_write_and_read_as_the_papers_layouts(name: str) -> None:
+    """As many full stores as in the paper's 24 layers, shared where they are shared there."""
+    options = yaml.safe_load((CONFIGS / "study" / "mixattention.yaml").read_text())
+    arch, pattern = options["layouts"][name]
+    pattern = yaml.safe_load(pattern.removeprefix("arch.pattern="))
+    layout = replace(load_arch(arch.removeprefix("+arch=")), pattern=pattern)
+    plan = resolve(model_config(layout, "tiny", num_layers=6, max_window=2))
+    assert str(plan) == MINIATURES[name]
+    paper = resolve(model_config("mixattention" if name == "ma_pairs" else name, "tiny", num_layers=24, max_window=2))
+    assert full_stores(plan) == full_stores(paper)
+
+
+def full_stores(plan: KVPlan) -> list[bool]:
+    """For each store without a window whether more than one layer reads it."""
+    return [len(plan.readers(store)) > 1 for store in plan.stores if store.window is None]
 
 
 class Recorded:
