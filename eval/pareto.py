@@ -51,7 +51,6 @@ from eval.runs import (
 from eval.study_rows import frontier
 from eval.units import bytes_text, count_text, counted, number_text
 
-__all__ = ["METRICS"]
 LARGEST = 1e100
 ALL = "all"  # released models whose configuration is in this repository
 
@@ -61,11 +60,11 @@ class ParetoConfig:
     """Options.
 
     context   context length for the bytes of the KV cache; null: the sequence length of training, panel by panel
-    metric    ppl or bpb: perplexity or bits per byte of the validation text
     itemsize  bytes per element of the cache
     out       folder for the files; null: the folder of the runs, or the one that contains all of them
     x         figure on the x axis: stored, read, allocated, ..., or one of a task (TASK/FIGURE)
-    y         figure on the y axis; several, separated by commas, get a panel each; empty: `metric`
+    y         figure on the y axis: ppl or bpb (perplexity or bits per byte of the validation text), loss, or one of a
+              task; several, separated by commas, get a panel each
     list      print the figures that the runs have, and draw nothing
     baseline  layout whose range over seeds is shaded
     reference released models, separated by commas, drawn as vertical lines: a config.json, a folder with one, a name of
@@ -75,11 +74,10 @@ class ParetoConfig:
 
     folders: tuple[str, ...] = ()
     context: int | None = None
-    metric: str = "ppl"
     itemsize: int = 2
     out: Path | None = None
     x: str = "stored"
-    y: tuple[str, ...] = ()
+    y: tuple[str, ...] = ("ppl",)
     list: bool = False
     baseline: str | None = None
     reference: tuple[str, ...] = ()
@@ -304,14 +302,6 @@ def context_of(runs: Sequence[Run], context: int | None) -> int:
     return context or lengths[0]
 
 
-def pareto(
-    runs: Sequence[Run], context: int | None, metric: str, itemsize: int, x: str = "stored"
-) -> tuple[list[Point], int]:
-    """Return the points and their context, as of `points` and `context_of`."""
-    context = context_of(runs, context)
-    return points(runs, context, metric, itemsize, x), context
-
-
 def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
     """Raise UsageError if none of `runs` has one of the figures `names`."""
     known = names_of(runs)
@@ -323,12 +313,12 @@ def check_names(names: Sequence[str], runs: Sequence[Run]) -> None:
             )
 
 
-def compare(runs: Sequence[Run], metrics: Sequence[str], options: ParetoConfig) -> dict[str, Panel]:
-    """Make the panel of each figure, with warnings about what is left out of it and what hardly compares.
+def compare(runs: Sequence[Run], options: ParetoConfig) -> dict[str, Panel]:
+    """Make the panel of each figure of `y`, with warnings about what is left out of it and what hardly compares.
 
     A run that lacks the figure of one panel is not missed there if it has that of another's task.
     """
-    having = {metric: [run for run in runs if has(run, metric)] for metric in metrics}
+    having = {metric: [run for run in runs if has(run, metric)] for metric in options.y}
     evaluated = [run for metric, of in having.items() if "/" in metric for run in of]
     panels, lines = {}, []
     for metric, of in having.items():
@@ -358,8 +348,8 @@ def has(run: Run, name: str) -> bool:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(ParetoConfig, arguments, positional="folders")
-    if options.metric not in METRICS:
-        raise UsageError(f"metric is {options.metric}; choose {', '.join(METRICS)}")
+    if not options.y:
+        raise UsageError("y is empty; name at least one figure, list=true shows them")
     for key in ("context", "itemsize"):
         value = getattr(options, key)
         if value is not None and value < 1:
@@ -373,11 +363,10 @@ def main(arguments: Sequence[str]) -> None:
     if options.list:
         console.print(list_table(runs, context_of(runs, options.context), options.itemsize))
         return
-    metrics = options.y or (options.metric,)
-    check_names([options.x, *metrics], runs)
+    check_names([options.x, *options.y], runs)
     groups = group_by_seed(runs, experiment)
     warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
-    panels = compare(runs, metrics, options)
+    panels = compare(runs, options)
     for of in panels.values():
         console.print(table(of.rows, of.x, of.y))
     for line in folders_of_notes(groups, lambda run: str(run.summary["name"]), lambda run: run.folder):

@@ -307,14 +307,6 @@ def look_for_runs(folders: Sequence[Path], *, finished: bool) -> FoundRuns:
     return FoundRuns(list(found.values()), list(unfinished.values()), list(dict.fromkeys(unreadable)))
 
 
-def find_runs(folders: Sequence[Path], *, finished: bool) -> list[Run]:
-    """The runs of `look_for_runs`. Raises RunError also if a finished one is not readable."""
-    found = look_for_runs(folders, finished=finished)
-    if found.unreadable:
-        raise RunError("\n".join(found.unreadable))
-    return found.runs
-
-
 def warn(lines: Iterable[str]) -> None:
     """Print each of `lines` as a warning."""
     for line in lines:

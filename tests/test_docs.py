@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import arch
 from arch import attend, attention, convert_formats, stores
-from eval import footprint, pareto
+from eval import footprint
 from eval.tasks import TASKS
 from train.estimates import activations
 from train.hub import request, targets
@@ -87,7 +87,6 @@ REGISTRIES = (
     attention.STORE_MODULES,
     convert_formats.FORMATS,
     activations.ACTIVATIONS,
-    pareto.METRICS,
     TASKS,
     targets.TARGETS,
 )

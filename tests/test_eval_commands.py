@@ -17,11 +17,11 @@ from arch import resolve
 from arch.footprint import kv_bytes
 from data.cli import UsageError
 from eval import footprint, pareto
-from eval.figures import axis
+from eval.figures import Panel, axis
 from eval.pareto import experiment, points
-from eval.plots.pareto import draw_panels, draw_pareto
+from eval.plots.pareto import draw_panels
 from eval.readme import committed
-from eval.runs import RunError, find_runs, finished_run, look_for_runs
+from eval.runs import RunError, finished_run, look_for_runs
 from eval.units import bytes_text, count_text, parse_bytes
 
 KEYS = {
@@ -179,7 +179,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_points_and_frontier(runs: Path) -> None:
-    rows = {row.name: row for row in points(find_runs([runs], finished=True), 64, "ppl", 2)}
+    rows = {row.name: row for row in points(look_for_runs([runs], finished=True).runs, 64, "ppl", 2)}
     assert (rows["mha"].value, rows["mha"].lowest, rows["mha"].highest, rows["mha"].runs) == (21.0, 20.0, 22.0, 3)
     assert {name for name, row in rows.items() if row.frontier} == {"swa", "cla2", "gqa4", "mha"}
     for name, row in rows.items():
@@ -253,8 +253,8 @@ def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.Capture
 
 def test_the_context_decides_the_order(runs: Path) -> None:
     """Windows cost as much as full stores on a short text and almost nothing on a long one."""
-    short = {row.name: row.bytes for row in points(find_runs([runs], finished=True), 4, "ppl", 2)}
-    long = {row.name: row.bytes for row in points(find_runs([runs], finished=True), 4096, "ppl", 2)}
+    short = {row.name: row.bytes for row in points(look_for_runs([runs], finished=True).runs, 4, "ppl", 2)}
+    long = {row.name: row.bytes for row in points(look_for_runs([runs], finished=True).runs, 4096, "ppl", 2)}
     assert short["swa"] > short["mqa"]
     assert long["swa"] < long["mqa"]
 
@@ -262,11 +262,11 @@ def test_the_context_decides_the_order(runs: Path) -> None:
 def test_runs_that_differ_in_more_than_the_seed_are_two_points(tmp_path: Path) -> None:
     make_run(tmp_path, "mha", 0, 20.0)
     make_run(tmp_path, "mha", 1, 25.0, lr=3)
-    rows = points(find_runs([tmp_path], finished=True), 64, "ppl", 2)
+    rows = points(look_for_runs([tmp_path], finished=True).runs, 64, "ppl", 2)
     assert len(rows) == 2
     assert len({row.name for row in rows}) == 2
     assert all(row.name.startswith("mha (") for row in rows)
-    first, second = find_runs([tmp_path], finished=True)
+    first, second = look_for_runs([tmp_path], finished=True).runs
     assert experiment(first) != experiment(second)
 
 
@@ -287,14 +287,14 @@ def test_which_folders_have_a_label_is_said(tmp_path: Path, capsys: pytest.Captu
 
 def test_pareto_command(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    pareto.main([str(runs / "*"), "context=64", "metric=bpb", f"out={out}"])
+    pareto.main([str(runs / "*"), "context=64", "y=bpb", f"out={out}"])
     text = capsys.readouterr().out
     assert "KV cache of one sequence of 64 tokens against bits per byte" in text
     assert {path.name for path in out.iterdir()} == {"pareto.png", "pareto.html", "pareto.csv", "pareto.json"}
     records = json.loads((out / "pareto.json").read_text())
     expected = [
         {"context": 64, "metric": "bpb", **asdict(row)}
-        for row in points(find_runs([runs], finished=True), 64, "bpb", 2)
+        for row in points(look_for_runs([runs], finished=True).runs, 64, "bpb", 2)
     ]
     assert records == expected
     with (out / "pareto.csv").open() as file:
@@ -516,8 +516,8 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
         ("mha", "gqa8", "gqa4", "gqa2", "mqa", "cla2", "cla3", "cla4", "swa", "mixattention")
     ):
         make_run(tmp_path, name, 0, 20.0 + number / 3)
-    rows = points(find_runs([tmp_path], finished=True), 64, "ppl", 2)
-    figure = draw_pareto(rows, 64, "perplexity")
+    rows = points(look_for_runs([tmp_path], finished=True).runs, 64, "ppl", 2)
+    figure = draw_panels([Panel(rows, 64, axis("stored", 64), axis("ppl", 64))])
     drawn = {text.get_text(): Text.get_window_extent(text) for text in figure.axes[0].texts}
     assert set(drawn) == {row.name for row in rows}
     boxes = list(drawn.values())
@@ -529,11 +529,11 @@ def test_labels_do_not_overlap(tmp_path: Path) -> None:
     [
         (
             ["{runs}", "contxt=3"],
-            "contxt, did you mean context? The command line has context, metric, itemsize, out",
+            "contxt, did you mean context? The command line has context, itemsize, out, x, y",
         ),
         (["{runs}", "context=long"], "context is long; it must be a whole number, or null"),
         (["{runs}", "context=0"], "it is a whole number"),
-        (["{runs}", "metric=loss"], "choose ppl, bpb"),
+        (["{runs}", "y=[]"], "y is empty; name at least one figure"),
         (["/nowhere"], "/nowhere is not a folder"),
         ([__file__], "no folder is given"),
         (["{empty}"], "no finished run in"),
@@ -578,8 +578,8 @@ def test_broken_runs_are_named(runs: Path) -> None:
     with pytest.raises(RunError, match=r"plan\.json is missing"):
         finished_run(run)
     (run / "plan.json").write_text("{")
-    with pytest.raises(RunError, match="holds no readable run"):
-        find_runs([runs], finished=True)
+    (line,) = look_for_runs([runs], finished=True).unreadable
+    assert line.startswith(f"{run} holds no readable run")
 
 
 def test_runs_of_different_length_need_a_context(runs: Path) -> None:

@@ -22,7 +22,7 @@ from eval.evaluations import difference
 from eval.figures import Axis, Panel, evaluations, methods_of
 from eval.methods import read_method, with_brackets
 from eval.plots.pareto import draw_panels
-from eval.runs import Point, find_runs
+from eval.runs import Point, look_for_runs
 from eval.tasks import compressed
 from eval.tasks.compressed import Bytes, Options, RecallBatch, batches, pairs_of, text_windows, through
 from train.source import Source
@@ -220,7 +220,7 @@ def test_a_method_that_a_layout_does_not_take_is_refused_before_any_work(
 
 
 def test_points_of_methods_stand_beside_those_of_their_runs(old: Path, capsys: pytest.CaptureFixture) -> None:
-    runs = find_runs([old / "run-mixattention", old / "run-block"], finished=True)
+    runs = look_for_runs([old / "run-mixattention", old / "run-block"], finished=True).runs
     assert methods_of(runs) == ["none", COUNTED, CODED, WIDE, "streaming@100%", "streaming@50%"]
     assert evaluations(runs[0], CODED)["compressed/loss"] > 0
     pareto.main([str(run.folder) for run in runs] + ["list=true"])

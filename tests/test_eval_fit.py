@@ -10,10 +10,11 @@ from conftest import ARCHS, ROOT, launch_in_process, small, whole_depth
 from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, StoreConfig, resolve
 from arch.named import load_arch, load_size
 from eval import footprint
+from eval.figures import Panel, axis
 from eval.fit import remarks
 from eval.footprint import by_remark, fold, stack_table
 from eval.plots import plan as maps
-from eval.plots.pareto import draw_pareto
+from eval.plots.pareto import draw_panels
 from eval.runs import Point, default_out, group_by_seed
 from eval.units import counted, duration_text, times
 from train.lit_module import LossWatch
@@ -149,7 +150,7 @@ def point(name: str, size: int, value: float, **changes: object) -> Point:
 
 def test_points_at_one_place_stand_side_by_side() -> None:
     rows = [point("a", 1024, 20.0), point("b", 1024, 20.0), point("c", 2048, 20.0), point("d", 1024, 30.0)]
-    figure = draw_pareto(rows, 64, "perplexity")
+    figure = draw_panels([Panel(rows, 64, axis("stored", 64), axis("ppl", 64))])
     figure.canvas.draw()
     (axes,) = figure.axes
     spots = {}

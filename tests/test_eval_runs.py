@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from eval.histories import load_history
-from eval.runs import KEYS, Run, RunError, deciding_values, find_runs, finished_run, group_by_seed
+from eval.runs import KEYS, Run, RunError, deciding_values, finished_run, group_by_seed, look_for_runs
 from train.schema import PretrainConfig
 
 OLD = ROOT / "tests" / "golden" / "old"
@@ -98,9 +98,9 @@ def test_broken_files_are_named(file: str, content: str, message: str, tmp_path:
 
 def test_an_unfinished_run(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps([{"hardware": "x"}]))
-    (run,) = find_runs([tmp_path], finished=False)
+    (run,) = look_for_runs([tmp_path], finished=False).runs
     assert not run.finished
     with pytest.raises(RunError, match=r"no finished run: .*summary.json is missing"):
         _ = run.summary
     with pytest.raises(RunError, match="no finished run in"):
-        find_runs([tmp_path], finished=True)
+        look_for_runs([tmp_path], finished=True)

@@ -43,7 +43,7 @@ CASES = [
     ("eval/footprint.py hf=gemma-3-1b picture=null", 0, "139 MiB"),
     ("eval/footprint.py hf=nowhere", 2, "Give a config.json"),
     ("eval/pareto.py --help", 0, "bytes per element"),
-    ("eval/pareto.py runs metrc=bpb", 2, "did you mean metric?"),
+    ("eval/pareto.py runs itemsze=4", 2, "did you mean itemsize?"),
     ("eval/evaluate.py --help", 0, "perplexity."),
     ("eval/evaluate.py checkpoint=nowhere perplexity.strde=3", 2, "did you mean stride?"),
     ("eval/evaluate.py checkpoint=runs/nowhere", 2, "there is no such folder"),

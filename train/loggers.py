@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from data.cli import UsageError
 from data.files import set_aside, write_text
 from eval.environment import launched_rank
-from eval.pareto import METRICS, points, write
+from eval.figures import METRICS
+from eval.pareto import points, write
 from eval.runs import Point, Run, RunError, finished_run
 from train.schema import PretrainConfig
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox, Transform
 
 from eval.console import visible
-from eval.figures import LOSS, METRICS, Axis, Panel, axis
+from eval.figures import LOSS, METRICS, Axis, Panel
 from eval.methods import NONE
 from eval.plots.points import SIDES, Beside, Name, Spot, boxes_of_steps, name_spots, side_by_side, write_beside
 from eval.plots.style import (
@@ -60,11 +60,6 @@ OPTIONS = re.compile(r"\([^()]*\)")  # of a cache method, which the legend has
 CROWDED = 14  # points beyond which a name that finds no room is left out
 LINES = 12  # of released models, beyond which lines are thin, and a name that finds no room is left out
 LEGEND = 0.9  # inches of height that a picture has for it
-
-
-def draw_pareto(rows: Sequence[Point], context: int, quality: str, path: Path | None = None) -> Picture:
-    """Draw bytes (log) against `quality` (lower is better): `draw_panels` with one panel."""
-    return draw_panels([Panel(rows, context, axis("stored", context), Axis(quality, quality))], path)
 
 
 @literal_text
