@@ -10,6 +10,7 @@ t) of the differences.
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from arch.footprint import kv_bytes
 from data.cli import UsageError, did_you_mean, parse
+from data.dotted import lookup
 from eval.checks import is_finite
 from eval.console import PlainConsole
 from eval.figures import BYTES, METRICS, Axis, Panel, axis, figure, measured_differently, methods_of, names_of
@@ -66,7 +68,7 @@ class ParetoConfig:
     y         figure on the y axis: ppl or bpb (perplexity or bits per byte of the validation text), loss, or one of a
               task; several, separated by commas, get a panel each
     list      print the figures that the runs have, and draw nothing
-    baseline  layout whose range over seeds is shaded
+    baseline  layout, or name of a point, whose range over seeds is shaded
     reference released models, separated by commas, drawn as vertical lines: a config.json, a folder with one, a name of
               the hub or of configs/released, or `all` of the latter. Their bytes are those of the axis `x`: of one
               sequence of `context` tokens, or of each further token with x=per_token
@@ -171,6 +173,35 @@ def passed_over(runs: Sequence[Run], context: int, metric: str, itemsize: int, x
 def experiment(run: Run) -> list[Any]:
     """All that decides a run but its seed, the name first."""
     return [run.summary["name"], run.summary["experiment"]]
+
+
+def mixed(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """A line for each group whose seeds are not all of one precision, compilation and commit."""
+    lines = []
+    for name, group in groups.items():
+        told = [found for run in group if (found := conditions(run))]
+        if others := differing({key: [found[key] for found in told] for key in (told or [{}])[0]}):
+            folders = ", ".join(str(run.folder) for run in group)
+            lines.append(f"{name}: its seeds differ in {', '.join(others)}, too, and are one point: {folders}")
+    return lines
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """What the figures of a run may depend on, if by rounding alone, beside what `experiment` has; empty where its
+    files do not tell."""
+    try:
+        starts = [start for start in run.starts if isinstance(start, dict)]
+        precision, compiled, accelerator = (
+            lookup(run.config, f"trainer.{key}") for key in ("precision", "compile", "accelerator")
+        )
+    except RunError:
+        return {}
+    on_gpu = accelerator != "cpu" and any(re.match(r"\d+ x ", str(start.get("hardware"))) for start in starts)
+    return {
+        "trainer.precision": ("bf16" if on_gpu else "fp32") if precision == "auto" else precision,
+        "trainer.compile": on_gpu if compiled is None else compiled,
+        "commit": list(dict.fromkeys(start.get("git") for start in starts)),
+    }
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -284,14 +315,18 @@ def in_a_sheet(value: Any) -> Any:
 
 
 def baseline_of(rows: Sequence[Point], name: str) -> Point:
-    """The point called `name`, in full or by its layout. Raises UsageError if there is none with several seeds."""
-    named = [row for row in rows if row.method == NONE and name in (row.name, row.name.partition("-")[0])]
-    if len(named) != 1:
-        known = [row.name for row in rows if row.method == NONE]
-        raise UsageError(f"baseline is {name}, which {len(named)} of these points are called: {', '.join(known)}")
-    if named[0].runs == 1:
+    """The point called `name`, in full or by its layout, which its name has between hyphens (`mha-tiny`, `cpu-mha`); of
+    several, the one of several seeds. Raises UsageError if there is none, or several."""
+    plain = [row for row in rows if row.method == NONE]
+    named = [row for row in plain if row.name == name]
+    named = named or [row for row in plain if name in row.name.partition(" (")[0].split("-")]
+    found = [row for row in named if row.runs > 1]
+    if len(found) == 1:
+        return found[0]
+    if len(named) == 1:
         raise UsageError(f"baseline is {name}, of which there is one run; train it with several seeds")
-    return named[0]
+    known = ", ".join(row.name for row in plain)
+    raise UsageError(f"baseline is {name}, which {len(named)} of these points are called; write one in full: {known}")
 
 
 def context_of(runs: Sequence[Run], context: int | None) -> int:
@@ -365,7 +400,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     check_names([options.x, *options.y], runs)
     groups = group_by_seed(runs, experiment)
-    warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder))
+    warn(repeated_seeds(groups, lambda run: int(run.summary["seed"]), lambda run: run.folder) + mixed(groups))
     panels = compare(runs, options)
     for of in panels.values():
         console.print(table(of.rows, of.x, of.y))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ARCHS, launch_in_process, small
 from matplotlib.text import Text
 
@@ -245,7 +246,7 @@ def test_panels_of_models_for_different_tasks(runs: Path, capsys: pytest.Capture
     }
     with pytest.raises(UsageError, match="baseline is cla2, of which there is one run; train it with several seeds"):
         pareto.main([str(runs), "y=recall/accuracy", "baseline=cla2"])
-    with pytest.raises(UsageError, match="baseline is mla, which 0 of these points are called: "):
+    with pytest.raises(UsageError, match="baseline is mla, which 0 of these points are called; "):
         pareto.main([str(runs), "y=recall/accuracy", "baseline=mla"])
     with pytest.raises(RunError, match=r"say which context=N"):
         pareto.main([str(runs)])
@@ -570,6 +571,43 @@ def test_runs_that_hardly_compare(runs: Path, tmp_path: Path, capsys: pytest.Cap
     path.write_text(json.dumps(summary | {"tokens": 1, "seq_len": 64}))
     pareto.main([str(runs), "context=64", f"out={tmp_path}"])
     assert "data.block_padding, tokens, size.seq_len: their values hardly compare" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_seeds_that_differ_in_more_are_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """In what rounds their sums otherwise, or in the code; `auto` is what it was on the hardware of the run. Runs whose
+    files do not tell are not blamed."""
+    folders = sorted(runs.glob("mha*"))
+
+    def told(number: int, git: str = "abc", hardware: str = "A CPU, 1 thread", **trainer: object) -> str:
+        found = {"precision": "auto", "compile": None, "accelerator": "auto", **trainer}
+        (folders[number] / "config.yaml").write_text(yaml.safe_dump({"trainer": found}))
+        (folders[number] / "run.json").write_text(json.dumps([{"git": git, "hardware": hardware}]))
+        pareto.main([str(runs), f"out={tmp_path}"])
+        return capsys.readouterr().err
+
+    assert told(0) == told(1, precision="fp32", compile=False) == ""
+    line = "warning: mha: its seeds differ in {}, too, and are one point: " + ", ".join(map(str, folders)) + "\n"
+    assert told(1, git="def") == line.format("commit")
+    assert told(1, precision="bf16") == line.format("trainer.precision")
+    assert told(1, hardware="2 x NVIDIA H200") == line.format("trainer.precision, trainer.compile")
+    assert told(1, hardware="2 x NVIDIA H200", accelerator="cpu") == ""
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_baseline_is_called_by_its_layout(tmp_path: Path) -> None:
+    """Also in a study, whose runs are named after it: the runs of several seeds, not those that searched rates."""
+    for arch in ("mha", "cla2"):
+        make_run(tmp_path, arch, 0, 25.0, name=f"cpu-{arch}", lr=3)
+        for seed in range(2):
+            make_run(tmp_path, arch, seed, 20.0 + seed, name=f"cpu-{arch}")
+    rows = points(look_for_runs([tmp_path], finished=True).runs, 64, "ppl", 2)
+    mha = next(row for row in rows if row.name.startswith("cpu-mha") and row.runs == 2)
+    assert pareto.baseline_of(rows, "mha") == pareto.baseline_of(rows, mha.name) == mha
+    with pytest.raises(UsageError, match="baseline is cpu, which 4 of these points are called; write one in full: cpu"):
+        pareto.baseline_of(rows, "cpu")
+    with pytest.raises(UsageError, match="baseline is mqa, which 0 of these"):
+        pareto.baseline_of(rows, "mqa")
 
 
 def test_broken_runs_are_named(runs: Path) -> None:

@@ -398,6 +398,25 @@ def test_neighbours_that_cannot_be_read_are_named(
     assert len(json.loads((ended / "pareto" / "pareto.json").read_text())) == 1
 
 
+def test_the_picture_of_a_run_has_the_neighbours_that_compare_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Not those of other data, steps or validation, as a study's runs that search rates are."""
+    source = ROOT / "tests/golden/old/run-mixattention"
+    changes = {"own": {}, "same": {}, "data": {"data": "x"}, "steps": {"steps": 4}, "val": {"val_tokens": 64}}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(source / "plan.json", tmp_path / name)
+        summary = json.loads((source / "summary.json").read_text())
+        summary |= {"name": name, "experiment": summary["experiment"] | change}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    loggers.log_final(tmp_path / "own", {}, 2, 32, [])
+    rows = json.loads((tmp_path / "own" / "pareto" / "pareto.json").read_text())
+    assert {row["name"] for row in rows} == {"own", "same"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("left out of the Pareto picture: 3 runs with other data") and "steps" in line
+
+
 @pytest.mark.parametrize("error", [ValueError("no $ here"), OSError(28, "No space left on device"), RecursionError()])
 def test_a_picture_fails_no_run(
     error: Exception, ended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -17,8 +17,9 @@ from data.cli import UsageError
 from data.files import set_aside, write_text
 from eval.environment import launched_rank
 from eval.figures import METRICS
-from eval.pareto import points, write
+from eval.pareto import differences, points, write
 from eval.runs import Point, Run, RunError, finished_run
+from eval.units import counted
 from train.schema import PretrainConfig
 
 
@@ -159,17 +160,27 @@ def log_evaluations(config: PretrainConfig, folder: Path, scalars: dict[str, flo
 
 
 def finished_neighbours(folder: Path) -> list[Run]:
-    """Read the run in `folder` and the finished runs next to it.
+    """Read the run in `folder` and the finished runs next to it whose values compare with its own: of the same data,
+    tokens and validation.
 
-    Folders that hold no run are skipped, and those that cannot be read are named on stderr.
+    Folders that hold no run are skipped; those that cannot be read are named on stderr, others that differ are counted.
     """
-    runs = [finished_run(folder.resolve())]
+    runs, others = [finished_run(folder.resolve())], list[list[str]]()
     for path in sorted(path for path in folder.resolve().parent.iterdir() if path != folder.resolve()):
         try:
-            if (path / "summary.json").exists():
-                runs.append(finished_run(path))
+            if not (path / "summary.json").exists():
+                continue
+            run = finished_run(path)
         except (RunError, OSError) as error:
             print(f"left out of the Pareto picture: {error}", file=sys.stderr)
+            continue
+        if found := differences([runs[0], run]):
+            others.append(found)
+        else:
+            runs.append(run)
+    if others:
+        names = ", ".join(dict.fromkeys(name for found in others for name in found))
+        print(f"left out of the Pareto picture: {counted(len(others), 'run')} with other {names}", file=sys.stderr)
     return runs
 
 

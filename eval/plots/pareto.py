@@ -93,20 +93,46 @@ def method_looks(rows: Sequence[Point]) -> dict[str, tuple[str, str]]:
 
 
 def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[str, str]]) -> None:
+    rows = panel.rows
+    _set_axes(axes, panel, 7 if looks else 9)
+    if panel.baseline:
+        axes.axhspan(panel.baseline.lowest, panel.baseline.highest, color=BAND, zorder=0)
+    # The staircase goes on to where the other axis is worse: whatever lies beyond it is dominated.
+    left, right = axes.get_xlim()
+    x, y = _staircase([row for row in rows if row.frontier], left if panel.x.larger else right)
+    axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
+    axes.set_xlim(left, right)
+    axes.set_ylim(axes.get_ylim())
+    plain_axes(axes)
+    figure.canvas.draw()  # places what follows is measured in
+    spots = [Spot(row.across, row.value, row.lowest, row.highest) for row in rows]
+    _draw_points(axes, rows, side_by_side(figure, axes, spots), looks)
+    if not rows:
+        text = f"no run with a finite {panel.y.label}"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
+    taken: list[Bbox] = []
+    if not looks:
+        handles = [*_handles(any(row.runs > 1 for row in rows), bool(panel.references), looks), *_band(panel)]
+        legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
+        taken = [legend.get_window_extent()]
+    taken += _refer(axes, panel.references)
+    name_spots(figure, axes, spots, _names(axes, rows), taken, boxes_of_steps(axes, x, y))
+
+
+def _set_axes(axes: Axes, panel: Panel, ticks: int) -> None:
+    """Scales, limits, labels, and on a logarithmic scale at most `ticks` of them from left to right."""
     rows, x_axis, y_axis = panel.rows, panel.x, panel.y
-    places = [row.across for row in rows]
+    places, lines = [row.across for row in rows], [place for _, place in panel.references]
     wide = bool(places) and min(places) > 0 and (x_axis.in_bytes or max(places) > 20 * min(places))
     if wide or not places:
         axes.set_xscale("log", base=2)
-    lines = [place for _, place in panel.references]
     if len({*places, *lines}) == 1 and wide:
         axes.set_xlim(places[0] / 2, places[0] * 2)
-    frontier = [row for row in rows if row.frontier]
     for values in ([row.lowest for row in rows], [row.highest for row in rows]):  # sets the limits
         axes.plot([*places, *lines], [*values, *values[:1] * len(lines)] if values else lines, linestyle="")
     axes.margins(x=0.12, y=0.16)
     if wide:
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=7 if looks else 9))
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=ticks))
         axes.xaxis.set_minor_locator(NullLocator())
     for one, of in ((axes.xaxis, x_axis), (axes.yaxis, y_axis)):
         if of.in_bytes:
@@ -115,47 +141,30 @@ def _draw(figure: Picture, axes: Axes, panel: Panel, looks: Mapping[str, tuple[s
             one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.set_xlabel(visible(f"{x_axis.label} (log scale)" if wide else f"{x_axis.label}  ({x_axis.better})"))
     axes.set_ylabel(visible(_title(y_axis)))
-    # The staircase goes on to where the other axis is worse: whatever lies beyond it is dominated.
-    if panel.baseline:
-        axes.axhspan(panel.baseline.lowest, panel.baseline.highest, color=BAND, zorder=0)
-    left, right = axes.get_xlim()
-    x, y = _staircase(frontier, left if x_axis.larger else right)
-    axes.step(x, y, where="post", color=BLUE, linewidth=1.4, alpha=0.6, zorder=1)
-    axes.set_xlim(left, right)
-    axes.set_ylim(axes.get_ylim())
-    plain_axes(axes)
-    figure.canvas.draw()  # places what follows is measured in
-    spots = [Spot(row.across, row.value, row.lowest, row.highest) for row in rows]
-    places_of = side_by_side(figure, axes, spots)
-    _join(axes, rows, places_of)
-    for row, place in zip(rows, places_of, strict=True):
+
+
+def _draw_points(
+    axes: Axes, rows: Sequence[Point], places: Sequence[Transform], looks: Mapping[str, tuple[str, str]]
+) -> None:
+    """Draw each point in the coordinates of its place, with its whisker, and lines between those of one model."""
+    _join(axes, rows, places)
+    for row, place in zip(rows, places, strict=True):
         marker, tint = looks.get(row.method, ("o", BLUE if row.frontier else DOMINATED))
         if row.runs > 1:
             axes.vlines(row.across, row.lowest, row.highest, color=tint, linewidth=1.6, zorder=2, transform=place)
             ends = [row.lowest, row.highest]
             axes.scatter([row.across] * 2, ends, marker="_", color=tint, s=60, zorder=2, transform=place)
-        face = tint if row.frontier else "white"
         axes.scatter(
             row.across,
             row.value,
             s=52 if row.method == NONE else 34,
             marker=marker,
-            facecolor=face,
+            facecolor=tint if row.frontier else "white",
             edgecolor=tint,
             linewidth=1.5,
             zorder=3,
             transform=place,
         )
-    if not rows:
-        text = f"no run with a finite {y_axis.label}"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=DARK_INK)
-    taken: list[Bbox] = []
-    if not looks:
-        handles = [*_handles(any(row.runs > 1 for row in rows), bool(lines), looks), *_band(panel)]
-        legend = axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
-        taken = [legend.get_window_extent()]
-    taken += _refer(axes, panel.references)
-    name_spots(figure, axes, spots, _names(axes, rows), taken, boxes_of_steps(axes, x, y))
 
 
 def _handles(spread: bool, referred: bool, looks: Mapping[str, tuple[str, str]]) -> list[Artist]:
