@@ -316,6 +316,26 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4
             "sliding_window is 128; it may decide what is cached, and is not understood",
         ),
         ({**LLAMA, "cla_share_factor": 2}, "cla_share_factor is 2; it may decide what is cached"),
+        *(
+            ({**LLAMA, key: value}, f"{key} is {value!r}; it may decide what is cached, and is not understood")
+            for key, value in (
+                ("shared_kv_layers", 1),
+                ("shared_layers", [0, 0]),
+                ("use_shared_kv", True),
+                ("use_mla", True),
+                ("use_cla", True),
+                ("cross_layer_attention", 2),
+                ("multi_query", True),
+                ("head_dims", [64, 32]),
+                ("per_layer_heads", [2, 1]),
+                ("num_heads_per_layer", [1, 2]),
+                ("attention_sinks", 4),
+                ("recurrent_layers", [1]),
+            )
+        ),
+        ({**LLAMA, "v_head_dim": 7}, "v_head_dim is 7 and must be"),
+        ({**LLAMA, "attention_head_dim": 7}, "attention_head_dim is 7 and must be"),
+        ({**LLAMA, "num_attention_groups": 7}, "num_attention_groups is 7 and must be"),
         (
             {**LLAMA, "model_type": "gemma2", "layer_types": ["full_attention"]},
             "layer_types has 1 entries for 2 layers",
@@ -361,7 +381,10 @@ def test_keys_of_the_hub_that_decide_nothing() -> None:
     """They are in the hub's files whether the model uses them or not."""
     for values in (
         {"model_type": "minimax_m2", "attn_type_list": [1] * 62, "shared_intermediate_size": 0, "sliding_window": None},
-        {"model_type": "hunyuan_v1_dense", "use_cla": False, "cla_share_factor": 2},
+        {"model_type": "hunyuan_v1_dense", "use_cla": False, "cla_share_factor": 2, "attention_head_dim": 128},
+        {"model_type": "minimax", "shared_moe_mode": "sigmoid", "shared_intermediate_size": 8},
+        {"model_type": "mimo_v2_flash", "add_full_attention_sink_bias": True},
+        {"model_type": "deepseek_v2", "qk_nope_head_dim": 128, "qk_head_dim": 192, "q_lora_rank": 1536},
         {"model_type": "qwen3_moe", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 48},
         {"model_type": "gemma2", "cache_implementation": "hybrid", "use_cache": True},
         {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "n_shared_experts": 1, "moe_layer_freq": 1},

@@ -13,15 +13,18 @@ MOST_LAYERS = 1 << 14
 SUSPECT = re.compile(
     r"kv|window|sliding|swa|cache|latent|compress|share|state_size|conv_kernel|ssm|mamba|linear_|index|chunk|stride"
     r"|layer_types|block_types?|blocks_type|hybrid|attn_type|per_layer_config|global_|full_attn|attention_type|retention"
+    r"|recurrent|cross_layer|multi_query|attention_groups|attention_sinks?|heads?_dim|heads?_per_layer|per_layer_head"
+    r"|(^|_)(mla|cla)(_|$)"
 )
 # Of them, those that do not.
 HARMLESS = re.compile(
     r"use_cache|cache_implementation|kv_channels|max_window_layers|mlp_layer_types|moe_layer.*|.*_token_ind(ex|ices)"
     r"|.*(time_step|_dt|_chunk|chunk)_(rank|min|max|limit|init_floor|floor|size)|.*(conv|proj)_bias|use_mamba_kernels"
-    r"|mamba_(hidden_act|rms_norm|norm_before_gate)|num_shared_experts|n_shared_experts|shared_.*|.*shared_expert.*"
+    r"|mamba_(hidden_act|rms_norm|norm_before_gate)|shared_(intermediate_size|moe_mode)|.*shared_expert.*"
     r"|(use_|clip_)?qkv(_bias)?|.*attn_(alpha|beta)_factor|linear_(a_log|dt)_.*|linear_allow_neg_eigval"
     r"|moe_latent_size|mamba_inner_layernorms|mla_scale_(q|kv)_lora|layernorm_(full|linear)_attention_(alpha|beta)"
-    r"|use_mambapy|.*_per_layer_input|chunk_size_feed_forward|hybrid_block_size|use_shared.*"
+    r"|use_mambapy|.*_per_layer_input|chunk_size_feed_forward|hybrid_block_size|qk_(nope_)?head_dim"
+    r"|.*attention_sink_bias"
 )
 
 

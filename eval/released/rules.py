@@ -24,12 +24,15 @@ def heads_of(keys: Keys) -> tuple[int, int]:
     kv_heads = keys.optional("num_key_value_heads") or heads
     if heads % kv_heads:
         raise keys.refuse("num_key_value_heads", f"is {kv_heads}, which does not divide the {heads} query heads")
+    keys.same("num_attention_groups", kv_heads, "the number of key/value heads")
     return heads, kv_heads
 
 
 def head_width(keys: Keys, heads: int) -> int:
-    width = keys.optional("head_dim")
-    return width or shared_width(keys, heads)
+    width = keys.optional("head_dim") or shared_width(keys, heads)
+    for key in ("attention_head_dim", "v_head_dim"):
+        keys.same(key, width, "the width of a key: of this type, values are as wide")
+    return width
 
 
 def shared_width(keys: Keys, heads: int) -> int:
