@@ -2,7 +2,9 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ from arch.compression.layout import (
     state_layout,
     tensor_layouts,
 )
-from arch.compression.method import CODECS, KEEPS, CacheMethod, CodecSpec, parse_method
+from arch.compression.method import CODECS, KEEPS, Budget, CacheMethod, CodecSpec, parse_method
 from arch.compression.small_buffers import CodedBuffer, CodedTensor, KeptBuffer
 from arch.compression.xkv import XkvBuffer
 from arch.compression.zipcache import ZipCacheBuffer
@@ -120,11 +122,12 @@ def test_methods_are_read() -> None:
     assert method.text == "int4(group=16,recent=8)+streaming@12.5%(sinks=2)"
     assert method.codec == CodecSpec("int4", 16, 8, "channel")
     assert method.keep is not None and method.keep.budget is not None and method.keep.options == {"sinks": 2}
-    budgets = {"25%": 25, "1": 1, "64": 64, "1KiB": 10, "5B": 1, "1.5KB-total": 5, "9B-total": 1}
+    budgets = {"0.5%": ("share", Fraction(1, 200)), "64": ("tokens", Fraction(64))}
+    budgets |= {"1KiB": ("bytes", Fraction(1024)), "1.5KB-total": ("total", Fraction(1500))}
     for text, expected in budgets.items():
         keep = parse_method(f"streaming@{text}").keep
-        assert keep is not None and keep.budget is not None
-        assert keep.budget.of_store(300).tokens(100, 100) == expected, text
+        assert keep is not None and keep.budget == Budget(*expected), text
+    assert [Budget(*budgets["0.5%"]).tokens(prompt) for prompt in (1, 399, 400)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -337,14 +340,70 @@ def test_a_budget_for_all_stores_is_theirs_together() -> None:
     assert isinstance(plan, KVPlan)
     growing = [store for store in plan.stores if keeps(store)]
     size = sum(2 * store.slot.elements for store in growing)
-    for budget in (size * 7, size * 8 - 1):
+    positions = sum(4 * 2 * store.slot.kv_heads for store in growing)  # of two sinks
+    for budget in (size * 7 + positions, size * 8 + positions - 1):
         method = parse_method(f"streaming@{budget}B-total(sinks=2)")
         cache = allocate_compressed(plan, 1, 24, dtype=torch.bfloat16, method=method)
         cache.length = 24
         cache.compress()
         held = [sum(tensor.nbytes for tensor in buffer.tensors) for buffer in cache.kept]
-        positions = sum(4 * 2 * store.slot.kv_heads for store in growing)
         assert len(held) == len(growing) and len(set(held)) == 2 and sum(held) - positions == 7 * size <= budget
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gqa2", "streaming@{}"),
+        ("gqa2", "random@{}(recent=3)"),
+        ("mla", "knorm@{}"),
+        ("mla", "h2o@{}(every=16)"),
+        ("gqa2", "h2o@{}(recent=40)"),
+        ("gqa2", "snapkv@{}"),
+        ("gqa2", "snapkv@{}(every=16)"),
+        ("gqa2", "scissorhands@{}(every=16)"),
+        ("gqa2", "prefixkv@{}(every=3)"),
+        ("gqa2", "snapstream@{}(ring=20)"),
+        ("gqa2", "arkvale@{}(page=8,recent=3)"),
+        ("gqa2", "arkvale@{}"),
+        ("gqa2", "int4(group=8)+arkvale@{}(page=5)"),
+        ("gqa2", "int4+streaming@{}"),
+        ("gqa2", "int2(group=16,recent=3)+h2o@{}(recent=5)"),
+        ("mla", "int8(keys=token)+snapkv@{}(every=4)"),
+        ("gqa2", "int2(group=400)+h2o@{}"),
+        ("gqa2", "int4(group=64)+snapstream@{}(ring=9)"),
+    ],
+)
+def test_a_budget_in_bytes_is_what_is_held(name: str, text: str) -> None:
+    """Against budgets of tokens, tried one by one: the most of which slots, positions, scores, digests and the
+    whole ring are not more. Where there are none, the least budget that works is named."""
+    plan, prompt = resolve(small(name, num_layers=1)), 240
+    room = 400 if "streaming" in text or "snapstream" in text else 0  # a ring is filled later
+
+    def held(budget: str) -> int:
+        return compressed_bytes(plan, parse_method(text.format(budget)), 1, prompt + room, prompt=prompt)
+
+    by_tokens = {tokens: held(str(tokens)) for tokens in range(1, prompt)}
+    least = min(by_tokens.values())
+    whole = compressed_bytes(plan, CacheMethod("", parse_method(text.format(1)).codec), 1, prompt + room)
+    amounts = [least + 1, *range(least, min(by_tokens[120], whole), 97)]
+    assert held(f"{whole}B") == whole
+    for amount in amounts:
+        most = max(tokens for tokens, size in by_tokens.items() if size <= amount)
+        assert held(f"{amount}B") == held(f"{amount}B-total") == by_tokens[most] <= amount
+    method = parse_method(text.format(f"{amounts[3]}B"))
+    cache = allocate_compressed(plan, 1, prompt + room, dtype=torch.bfloat16, method=method)
+    (store,), (buffer,) = plan.stores, cache.kept
+    k = buffer.tensors[0] if store.slot.kv_heads else buffer.tensors[0].unsqueeze(2)
+    cache.length, buffer.offset = prompt, prompt - 1
+    buffer.see(torch.zeros(1, 1, 8, k.shape[-1]).bfloat16(), k[:, :prompt], Dense(False, None), 1.0, None)
+    cache.compress()
+    assert cache.nbytes == held(f"{amounts[3]}B") <= amounts[3]
+    for unit in ("B", "B-total"):
+        budget = re.escape(text.partition("@")[0].partition("+")[2] or text.partition("@")[0])
+        with pytest.raises(ValueError, match=rf"the least is {budget}@{least}{unit}$"):
+            allocate_compressed(
+                plan, 1, prompt + room, dtype=torch.bfloat16, method=parse_method(text.format(f"{least - 1}{unit}"))
+            )
 
 
 @pytest.mark.parametrize("name", ["gqa2", "fusedkv", "fusedkv_lite"])
@@ -635,9 +694,8 @@ def test_a_window_has_room_for_the_blocks_that_it_shows(window: int, group: int,
 @pytest.mark.parametrize(("ratio", "width", "left"), [("0.9", 80, 8), ("0.9", 60, 6), ("0.4", 128, 76), ("1", 8, 2)])
 def test_shares_are_exact(ratio: str, width: int, left: int) -> None:
     """A tenth of 80 channels is 8: no binary fraction comes between."""
-    store, keep = resolve(small("mha", head_dim=width)).stores[0], parse_method(f"think(ratio={ratio})").keep
-    assert keep is not None
-    kept = kept_slots(store, keep, 100, 2, 100)
+    store = resolve(small("mha", head_dim=width)).stores[0]
+    kept = kept_slots(store, parse_method(f"think(ratio={ratio})"), 100, 2, 100)
     assert kept is not None and kept.channels == left
 
 

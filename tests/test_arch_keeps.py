@@ -248,7 +248,7 @@ def test_padding_is_never_kept(name: str) -> None:
 
 
 def test_a_ring_takes_generated_tokens() -> None:
-    """SnapStream: memory ends at the ring, what was chosen stays, and the next token sees no more than both."""
+    """SnapStream: memory ends at the ring, what was chosen stays, and the next token sees both: they are the budget."""
     model, batch = build(small("gqa2")), tokens(1, 60)
     cache = compressed(model, batch[:, :20], "snapstream@8(window=3,ring=5)")
     weight, (buffer, *_) = cache.nbytes, cache.buffers
@@ -258,7 +258,9 @@ def test_a_ring_takes_generated_tokens() -> None:
             assert model.decode_step(token, cache).isfinite().all()
     assert cache.nbytes == weight and kept_of(buffer) == chosen
     assert weight < compressed(model, batch[:, :20], "snapkv@8(window=3)").nbytes, "which has room for 60"
-    assert buffer.later.tensors[0].shape[1] == 5 and buffer.position_BKC.shape[-1] == 5
+    assert buffer.later.tensors[0].shape[1] == 4 and buffer.position_BKC.shape[-1] == 4
+    (wide, *_) = compressed(model, batch[:, :20], "snapstream@12(window=3,ring=5)").buffers
+    assert wide.later.tensors[0].shape[1] == 5 and wide.position_BKC.shape[-1] == 7
 
 
 @pytest.mark.parametrize("chunk", [None, 7])

@@ -114,7 +114,7 @@ class ArkValeBuffer(KeptBuffer):
         assert self.whole is not None and self.method.keep is not None
         tensors = tuple(tensor[:, :length] for tensor in self.whole.tensors)
         batch, dtype, device = len(tensors[0]), tensors[0].dtype, tensors[0].device
-        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size(), self.capacity)
+        kept = kept_slots(self.store, self.method, length, tensors[0].element_size(), self.capacity)
         if kept is None:
             self.queries = []
             return super().compress(length, start_B)

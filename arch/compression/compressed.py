@@ -275,9 +275,9 @@ def _allocate(
     """The cache of one stack for `capacity` tokens; padding is none of the positions within a block."""
     buffers: list[Any] = []
     plan, capacity = stack.plan, stack.num_positions(capacity)
-    method = with_budget(plan, of_stack(method, stack), dtype.itemsize)
+    method = with_budget(plan, of_stack(method, stack), dtype.itemsize, capacity)
     for store in plan.stores:
-        keep = method.keep if method.keep and acts(store, method.keep, capacity, dtype.itemsize) else None
+        keep = method.keep if acts(store, method, capacity, dtype.itemsize) else None
         if not store.masked or (method.codec is None and keep is None):
             buffer = allocate_buffer(store, batch, capacity, dtype, device)
             state = state_layout(store, method.codec)

@@ -258,8 +258,8 @@ class PrefixBuffer(H2OBuffer):
         return kept
 
     def _kept(self, length: int) -> Kept | None:
-        assert self.whole is not None and self.method.keep is not None
-        return kept_slots(self.store, self.method.keep, length, self.whole.tensors[0].element_size(), self.capacity)
+        assert self.whole is not None
+        return kept_slots(self.store, self.method, length, self.whole.tensors[0].element_size(), self.capacity)
 
     def slot_bytes(self, length: int) -> int:
         """Bytes of a chosen slot without a codec, of its positions, and of what is held of its attention."""

@@ -8,12 +8,14 @@ stored anew after every step.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
 
 from ..block_plan import Plan
 from ..footprint import cross_bytes
 from ..plan import KVPlan, StackPlan
 from ..store_spec import StoreSpec
-from .method import BY_CONTENT, KEEPS, CacheMethod, CodecSpec, KeepSpec
+from .method import BY_CONTENT, KEEPS, Budget, CacheMethod, CodecSpec, KeepSpec
 
 SCALE_BYTES = 2  # scales and zeros are fp16
 POSITION_BYTES = 4  # positions of kept slots, or numbers of kept channels, are int32
@@ -246,12 +248,15 @@ class Kept:
     row_bytes: int = 0
 
 
-def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, capacity: int) -> Kept | None:
-    """Slots of a store for `capacity` tokens after `keep` acted on a prompt; None: everything stays, now and later.
+def kept_slots(store: StoreSpec, method: CacheMethod, prompt: int, itemsize: int, capacity: int) -> Kept | None:
+    """Slots of a store for `capacity` tokens after the keep of `method` acted on a prompt; None: everything stays, now
+    and later.
 
-    A budget in bytes is one of slots as they are without a codec. Where the text decides, `chosen` is that of an even
-    budget (PrefixKV), or the most that there can be (CORM).
+    Where the text decides, `chosen` is that of an even budget (PrefixKV), or the most that there can be (CORM). Raises
+    ValueError where a budget in bytes holds no slot.
     """
+    keep = method.keep
+    assert keep is not None
     if keep.name == "think":
         recent, width = keep.options["recent"], store.slot.k_dim
         channels = max(2, int(width * (1 - keep.options["ratio"])) // 2 * 2)
@@ -275,7 +280,8 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         rows = newest if every else 0
         return Kept(max(0, prompt - newest), newest, every=every, rows=rows, row_bytes=COUNT_BYTES)
     assert keep.budget is not None
-    budget = keep.budget.tokens(prompt, store.slot.elements * itemsize)
+    in_bytes = keep.budget.unit == "bytes"
+    budget = tokens_of_bytes((store,), method, itemsize, capacity) if in_bytes else keep.budget.tokens(prompt)
     if keep.name == "arkvale":
         kept = pages_of_budget(keep, budget)
         return None if budget >= capacity or kept.resident >= pages_of(kept, capacity) else kept
@@ -283,19 +289,71 @@ def kept_slots(store: StoreSpec, keep: KeepSpec, prompt: int, itemsize: int, cap
         return None
     if budget >= prompt and (not every or not prompt or budget + every >= capacity):
         return None
+    return slots_of_budget(keep, budget, itemsize, prompt)
+
+
+def slots_of_budget(keep: KeepSpec, budget: int, itemsize: int, prompt: int) -> Kept:
+    """Slots of `budget` tokens of a prompt."""
+    options = keep.options
+    if keep.name == "arkvale":
+        return pages_of_budget(keep, budget)
     if keep.name == "streaming":
-        sinks = min(keep.options["sinks"], budget - 1)
+        sinks = min(options["sinks"], budget - 1)
         return Kept(sinks, budget - sinks, budget - sinks)
-    protected = keep.options["window" if "window" in keep.options else "recent"]
-    newest = min(protected, max(1, budget // 2), prompt - 1)
-    ring = max(newest, keep.options["ring"]) if "ring" in keep.options else None
-    if not every:
-        return Kept(budget - newest, newest, ring)
-    rows = {"h2o": 1, "prefixkv": 1, "snapkv": protected, "scissorhands": keep.options.get("history", 0)}.get(
-        keep.name, 0
-    )
+    protected = options["window" if "window" in options else "recent"]
+    newest = min(max(protected, options.get("ring", 0)), max(1, budget // 2), prompt - 1)
+    if not options.get("every"):
+        return Kept(budget - newest, newest, newest if "ring" in options else None)
+    rows = {"h2o": 1, "prefixkv": 1, "snapkv": protected, "scissorhands": options.get("history", 0)}.get(keep.name, 0)
     row_bytes = COUNT_BYTES if keep.name == "scissorhands" else max(SCORE_BYTES, itemsize)
-    return Kept(budget - newest, newest, every=every, rows=rows, row_bytes=row_bytes)
+    return Kept(budget - newest, newest, every=options["every"], rows=rows, row_bytes=row_bytes)
+
+
+@lru_cache(maxsize=256)
+def tokens_of_bytes(stores: tuple[StoreSpec, ...], method: CacheMethod, itemsize: int, capacity: int) -> int:
+    """The most tokens of a prompt of which all stores together hold no more bytes than the budget of `method`; as many
+    as `capacity` where it holds that.
+
+    A ring is counted whole, room for later tokens is not. Raises ValueError if a single token is too much, and names
+    the least that is not.
+    """
+    keep, codec = method.keep, method.codec
+    assert keep is not None and keep.budget is not None
+    amount = math.floor(keep.budget.amount)
+    if sum(whole_bytes(store, codec, capacity, itemsize) for store in stores) <= amount:
+        return capacity
+
+    def held(tokens: int) -> int:
+        kept = slots_of_budget(keep, tokens, itemsize, tokens + 1)
+        ring = kept.window is not None  # which a token has left
+        return sum(kept_bytes(store, codec, kept, capacity, capacity - ring, itemsize) for store in stores)
+
+    # From `begin` on, `period` more tokens always are as many bytes more: those of a block, or of a page. Below it the
+    # newest tokens and the pages have less than their number or size.
+    options = keep.options
+    if keep.name == "arkvale":
+        period = options["page"]
+        begin = max(4 * period, 2 * (options["recent"] + period))
+    else:
+        period = max(layout.block for store in stores for layout in tensor_layouts(store, codec, 1))
+        newest = max(options.get(key, 0) for key in ("sinks", "recent", "window", "ring"))
+        begin = 2 * newest + 2 * period + (codec.recent if codec else 0)
+    begin = max(1, min(begin, capacity))
+    bytes_of = {tokens: held(tokens) for tokens in range(begin, max(begin, min(begin + period, capacity)) + 1)}
+    more = max(1, held(begin + period) - bytes_of[begin])
+    most = max((n + (amount - size) // more * period for n, size in bytes_of.items() if size <= amount), default=0)
+    if most:
+        return int(min(most, capacity))
+    for tokens in range(begin - 1, 0, -1):
+        bytes_of[tokens] = held(tokens)
+        if bytes_of[tokens] <= amount:
+            return tokens
+    names = " and ".join(store.name for store in stores)
+    least = f"{min(bytes_of.values())}B" + ("-total" if keep.budget.unit == "total" else "")
+    digests = f", which has digests of all pages of {capacity:,} tokens" if keep.name == "arkvale" else ""
+    raise ValueError(
+        f"{method.text}: too little for a slot of store {names}{digests}; the least is {keep.name}@{least}"
+    )
 
 
 def pages_of_budget(keep: KeepSpec, budget: int) -> Kept:
@@ -336,15 +394,13 @@ def left_alone(plan: Plan, method: CacheMethod, itemsize: int = 2) -> str:
         return ""
     found, bounded = [], [store for stack in plan.stacks for store in stack.plan.stores if not store.masked]
     for stack in plan.stacks:
-        keep = with_budget(stack.plan, method, itemsize).keep
-        assert keep is not None
         for store in (store for store in stack.plan.stores if store.masked and store.window):
             window = store.window or 0
-            if not keeps(store, keep):
+            if not keeps(store, method.keep):
                 found.append(
                     f"store {store.name}, whose {'chunks have' if store.chunked else 'window is'} {window:,} tokens"
                 )
-            elif kept_slots(store, keep, window, itemsize, window) is None:
+            elif kept_slots(store, with_budget(stack.plan, method, itemsize, window), window, itemsize, window) is None:
                 found.append(
                     f"store {store.name}, whose window of {window:,} tokens holds no more than what would stay"
                 )
@@ -363,12 +419,17 @@ def of_stack(method: CacheMethod, stack: StackPlan) -> CacheMethod:
     return method if stack.fixed_positions is None else CacheMethod(method.text, method.codec)
 
 
-def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int) -> CacheMethod:
-    """The method with the budget of each store, where it has one for all stores of `plan` on which the keep acts."""
-    if method.keep is None or method.keep.budget is None:
+def with_budget(plan: KVPlan, method: CacheMethod, itemsize: int, capacity: int) -> CacheMethod:
+    """The method with the budget of each store, where it has one for all stores of `plan` on which the keep acts: as
+    many tokens of each."""
+    keep = method.keep
+    if keep is None or keep.budget is None or keep.budget.unit != "total":
         return method
-    slot_bytes = sum(store.slot.elements for store in plan.stores if keeps(store, method.keep)) * itemsize
-    return replace(method, keep=replace(method.keep, budget=method.keep.budget.of_store(slot_bytes)))
+    stores = tuple(store for store in plan.stores if keeps(store, keep))
+    if not stores:
+        return method
+    tokens = tokens_of_bytes(stores, method, itemsize, capacity)
+    return replace(method, keep=replace(keep, budget=Budget("tokens", Fraction(tokens))))
 
 
 def has_formula(method: CacheMethod) -> bool:
@@ -376,10 +437,12 @@ def has_formula(method: CacheMethod) -> bool:
     return method.keep is None or method.keep.name not in BY_CONTENT or method.keep.budget is not None
 
 
-def acts(store: StoreSpec, keep: KeepSpec, capacity: int, itemsize: int) -> bool:
-    """Return whether `keep` drops something of some prompt of up to `capacity` tokens, or of what follows it."""
-    prompts = (1, capacity)
-    return keeps(store, keep) and any(kept_slots(store, keep, prompt, itemsize, capacity) for prompt in prompts)
+def acts(store: StoreSpec, method: CacheMethod, capacity: int, itemsize: int) -> bool:
+    """Return whether the keep of `method`, if it has one, drops something of some prompt of up to `capacity` tokens, or
+    of what follows it."""
+    if method.keep is None or not keeps(store, method.keep):
+        return False
+    return any(kept_slots(store, method, prompt, itemsize, capacity) for prompt in (1, capacity))
 
 
 def position_heads(store: StoreSpec) -> int:
@@ -432,27 +495,36 @@ def store_bytes(
         others = store.cache_tensors(capacity)[1:]
         return state.nbytes(itemsize) + sum(tensor.nbytes(itemsize) for tensor in others)
     kept = None
-    if method.keep is not None and keeps(store, method.keep):
-        if prompt is not None:
-            kept = kept_slots(store, method.keep, prompt, itemsize, capacity)
-        if prompt is None and acts(store, method.keep, capacity, itemsize):  # whole until it is compressed
-            return store.nbytes(capacity, itemsize)
+    if prompt is None and acts(store, method, capacity, itemsize):  # whole until it is compressed
+        return store.nbytes(capacity, itemsize)
+    if prompt is not None and method.keep is not None and keeps(store, method.keep):
+        kept = kept_slots(store, method, prompt, itemsize, capacity)
     if kept is None:
-        if method.codec is None:
-            return store.nbytes(capacity, itemsize)
-        return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, method.codec, capacity, store.window))
+        return whole_bytes(store, method.codec, capacity, itemsize)
     assert prompt is not None and method.keep is not None
     if method.keep.name == "xkv":  # besides what `group_bytes` counts
         layouts = tensor_layouts(store, method.codec, capacity - prompt + kept.newest)
         return sum(layout.nbytes(itemsize) for layout in layouts)
+    if chosen is not None:
+        kept = replace(kept, chosen=chosen)
+    return kept_bytes(store, method.codec, kept, capacity, prompt, itemsize)
+
+
+def whole_bytes(store: StoreSpec, codec: CodecSpec | None, capacity: int, itemsize: int) -> int:
+    """Bytes of one store of one sequence of which no keep lets go of anything."""
+    if codec is None:
+        return store.nbytes(capacity, itemsize)
+    return sum(layout.nbytes(itemsize) for layout in tensor_layouts(store, codec, capacity, store.window))
+
+
+def kept_bytes(store: StoreSpec, codec: CodecSpec | None, kept: Kept, capacity: int, prompt: int, itemsize: int) -> int:
+    """Bytes of `kept`, of one store of one sequence, and of what the keep holds beside it."""
     if kept.page:
-        pages = kept.resident * sum(layout.nbytes(itemsize) for layout in page_layouts(store, method.codec, kept))
+        pages = kept.resident * sum(layout.nbytes(itemsize) for layout in page_layouts(store, codec, kept))
         newest = sum(layout.nbytes(itemsize) for layout in page_ring(store, kept, capacity))
         digests = pages_of(kept, capacity) * 2 * math.prod(store.position_shapes[0]) * itemsize
         return pages + newest + digests + kept.resident * POSITION_BYTES
-    if chosen is not None:
-        kept = replace(kept, chosen=chosen)
-    parts = kept_layouts(store, method.codec, kept, capacity, prompt)
+    parts = kept_layouts(store, codec, kept, capacity, prompt)
     numbers = (kept.channels or kept.chosen) * POSITION_BYTES
     if kept.rows:
         numbers += kept.rows * (kept.chosen + later_slots(kept, capacity, prompt)) * kept.row_bytes
@@ -498,7 +570,7 @@ def basis_layout(rank: int, tokens: int, codec: CodecSpec | None) -> TensorLayou
 def group_bytes(stores: Sequence[StoreSpec], method: CacheMethod, capacity: int, prompt: int, itemsize: int) -> int:
     """Bytes of bases and matrices of a group after a prompt of `prompt` tokens, of one sequence."""
     assert method.keep is not None
-    kept = kept_slots(stores[0], method.keep, prompt, itemsize, capacity)
+    kept = kept_slots(stores[0], method, prompt, itemsize, capacity)
     if kept is None:
         return 0
     total = 0
@@ -520,7 +592,7 @@ def stack_bytes(
     """`compressed_bytes` of one stack of one sequence; `capacity` and `prompt` in tokens."""
     plan, capacity = stack.plan, stack.num_positions(capacity)
     prompt = None if prompt is None else stack.num_positions(prompt)
-    method = with_budget(plan, of_stack(method, stack), itemsize)
+    method = with_budget(plan, of_stack(method, stack), itemsize, capacity)
     chosen = None if method.keep is None else chosen
     stores = sum(
         store_bytes(store, method, capacity, prompt, itemsize, count)
@@ -564,11 +636,12 @@ def offloaded_bytes(
     """Bytes that a compressed cache has in another memory, besides `compressed_bytes`, after a prompt."""
     total = 0
     for stack in plan.stacks:
-        keep, slots = with_budget(stack.plan, of_stack(method, stack), itemsize).keep, stack.num_positions(capacity)
-        if keep is None:
+        slots = stack.num_positions(capacity)
+        own = with_budget(stack.plan, of_stack(method, stack), itemsize, slots)
+        if own.keep is None:
             continue
         for store in filter(keeps, stack.plan.stores):
-            kept = kept_slots(store, keep, stack.num_positions(prompt), itemsize, slots)
+            kept = kept_slots(store, own, stack.num_positions(prompt), itemsize, slots)
             if kept is not None and kept.page:
                 layouts = page_layouts(store, method.codec, kept)
                 total += pages_of(kept, slots) * sum(layout.nbytes(itemsize) for layout in layouts)

@@ -3,6 +3,8 @@
 A method is a codec (how a slot is stored), a keep (which positions stay), or both, joined by `+`. Options stand in
 brackets, `int4(group=64,recent=0)`; the budget of a keep follows an `@`: a share of the prompt (`25%`), tokens (`256`),
 bytes of each sequence and store (`16KiB`), or bytes of each sequence in all stores on which it acts (`1MiB-total`).
+Bytes are all that is held of a prompt after the compression: slots as the codec stores them, their positions, scores
+that the keep goes on with, digests of pages.
 """
 
 import math
@@ -37,7 +39,8 @@ CHOICES = {"keys": ("channel", "token"), "digest": ("mean", "box")}
 #           they and the sinks count
 #   window  last queries of the prompt that decide; SnapKV's and CORM's tokens of theirs always stay, as the recent
 #   kernel  slots over which scores are pooled
-#   ring    newest tokens that stay while later ones are added; those that were chosen in the prompt stay for good
+#   ring    newest tokens that stay while later ones are added, at most half of the budget; those that were chosen in
+#           the prompt stay for good
 #   history queries among which is counted how often a position gets less attention than average
 #   seed    of chance
 #   merge   what is dropped of the tokens before the newest is averaged into the nearest that was chosen (Elastic Cache)
@@ -122,16 +125,10 @@ class Budget:
     unit: str
     amount: Fraction
 
-    def of_store(self, slot_bytes: int) -> "Budget":
-        """The budget of each store, where a position in all of them takes `slot_bytes` bytes."""
-        if self.unit != "total":
-            return self
-        return Budget("tokens", Fraction(max(1, math.floor(self.amount / max(1, slot_bytes)))))
-
-    def tokens(self, prompt: int, slot_bytes: int) -> int:
-        """Tokens that stay of a prompt, at least 1, where a position of the store takes `slot_bytes` bytes."""
-        whole = {"share": self.amount * prompt, "tokens": self.amount, "bytes": self.amount / max(1, slot_bytes)}
-        return max(1, math.floor(whole[self.unit]))
+    def tokens(self, prompt: int) -> int:
+        """Tokens that stay of a prompt, at least 1, of a budget that is a share or tokens."""
+        assert self.unit in ("share", "tokens")
+        return max(1, math.floor(self.amount * prompt if self.unit == "share" else self.amount))
 
 
 @dataclass(frozen=True)

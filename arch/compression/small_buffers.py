@@ -255,7 +255,7 @@ class KeptBuffer:
         assert self.whole is not None and self.method.keep is not None
         tensors, codec = self.whole.tensors, self.method.codec
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
-        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size(), self.capacity)
+        kept = kept_slots(self.store, self.method, length, tensors[0].element_size(), self.capacity)
         first = self.first(length)
         if kept is None:
             if codec is None:

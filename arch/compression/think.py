@@ -52,7 +52,7 @@ class ThinkBuffer(KeptBuffer):
     def compress(self, length: int, start_B: Tensor | None) -> KeptBuffer | CodedBuffer | SlotBuffer:
         assert self.whole is not None and self.method.keep is not None
         keys, values = self.whole.tensors
-        kept = kept_slots(self.store, self.method.keep, length, keys.element_size(), self.capacity)
+        kept = kept_slots(self.store, self.method, length, keys.element_size(), self.capacity)
         if kept is None:
             self.queries = []
             return super().compress(length, start_B)

@@ -116,7 +116,7 @@ def factorise(buffers: Sequence[XkvBuffer], length: int, start_B: Tensor | None)
     first = buffers[0]
     assert first.whole is not None and first.method.keep is not None
     keep, codec, whole = first.method.keep, first.method.codec, first.whole.tensors[0]
-    kept = kept_slots(first.store, keep, length, whole.element_size(), first.capacity)
+    kept = kept_slots(first.store, first.method, length, whole.element_size(), first.capacity)
     if kept is None:
         return
     base, stores = length - kept.newest, [buffer.store for buffer in buffers]

@@ -103,7 +103,7 @@ class ZipCacheBuffer(KeptBuffer):
         assert self.whole is not None and self.method.keep is not None
         tensors = self.whole.tensors
         batch, dtype, device = tensors[0].shape[0], tensors[0].dtype, tensors[0].device
-        kept = kept_slots(self.store, self.method.keep, length, tensors[0].element_size(), self.capacity)
+        kept = kept_slots(self.store, self.method, length, tensors[0].element_size(), self.capacity)
         if kept is None:
             self.probes = []
             return super().compress(length, start_B)

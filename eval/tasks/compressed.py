@@ -128,10 +128,6 @@ def run(subject: Subject, options: Options) -> TaskResult:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     samples: dict[str, list[float]] = {}
-    if subject.method is not None and (
-        left := left_alone(subject.model.plan, subject.method, ITEMSIZES[options.dtype])
-    ):
-        notes.append(f"{subject.method.text} drops nothing of {left}")
     parts = [part for part in PARTS if part in options.parts]
     if "text" in parts and subject.prepared is not None and subject.prepared.has_answers:
         parts.remove("text")
@@ -144,6 +140,10 @@ def run(subject: Subject, options: Options) -> TaskResult:
         notes += found.notes
     if not rows:
         raise UsageError("compressed: nothing can be measured:\n" + "\n".join(notes))
+    if subject.method is not None and (
+        left := left_alone(subject.model.plan, subject.method, ITEMSIZES[options.dtype])
+    ):
+        notes.insert(0, f"{subject.method.text} drops nothing of {left}")
     return TaskResult(figures, rows, notes=tuple(dict.fromkeys(notes)), samples=samples)
 
 
