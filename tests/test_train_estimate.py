@@ -37,10 +37,10 @@ from train.estimates.memory import (
     temporary_bytes,
     working_bytes,
 )
-from train.lit_module import local_shard
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer
 from train.parallel import hybrid_mesh, parallelize
+from train.processes import local_shard
 from train.schema import OptimConfig, PretrainConfig, micro_batch, problems
 
 LAYOUTS = [

@@ -14,10 +14,11 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from threading import Thread
 from typing import Any, cast
@@ -32,7 +33,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from arch import ModelConfig, from_dict, plan_from_dict
@@ -43,6 +43,7 @@ from data.files import rename, sha256, sync_folder, write_json
 from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config
 from train.errors import TrainingError
+from train.processes import distributed, gather, local_shard, on_rank_0, rank
 from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2
@@ -51,14 +52,6 @@ INFO = "checkpoint.json"
 # Files of an adapter, as peft (adapter_config.json, adapter_model.*) and others (lora.safetensors) name them.
 ADAPTER = re.compile(r"(pytorch_)?(adapters?|lora)([_.-].*)?\.(json|safetensors|bin|pt|pth|npz)", re.IGNORECASE)
 NAME = re.compile("step-[0-9]{8,}")  # of a checkpoint in a run
-
-
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    return dist.get_rank() if distributed() else 0
 
 
 def named_tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -134,8 +127,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step:
     with _saving(folder) as unfinished:
         writer = TensorWriter(unfinished)
         _give(writer, model, optimizer)
-        info = {"format": FORMAT, "step": step, **about, "files": _gather(writer.files)}
-        _on_rank_0(lambda: _complete(unfinished, folder, info))
+        info = {"format": FORMAT, "step": step, **about, "files": _union(gather(writer.files))}
+        on_rank_0(lambda: _complete(unfinished, folder, info))
 
 
 class BackgroundSave:
@@ -193,11 +186,11 @@ class BackgroundSave:
                     self._writer.write_copies()
                 except Exception as error:  # the others wait to be told
                     problem = str(error) or repr(error)
-                found = _gather({str(rank()): (self._writer.files, problem)}, self.group)
-                if problems := dict.fromkeys(problem for _, problem in found.values() if problem is not None):
+                found = gather((self._writer.files, problem), self.group)
+                if problems := dict.fromkeys(problem for _, problem in found if problem is not None):
                     raise OSError("; ".join(problems))
-                files = {name: about for files, _ in found.values() for name, about in files.items()}
-                _on_rank_0(lambda: _complete(unfinished, self.folder, self.info | {"files": files}), self.group)
+                files = _union([files for files, _ in found])
+                on_rank_0(lambda: _complete(unfinished, self.folder, self.info | {"files": files}), self.group)
         except BaseException as error:  # for `wait`
             self._error = error
 
@@ -220,7 +213,7 @@ def _give(writer: TensorWriter, model: nn.Module, optimizer: torch.optim.Optimiz
     """Give `writer` the tensors that this process saves."""
     if isinstance(model, FSDPModule):
         model.reshard()  # after a forward pass alone the root is still gathered, in tensors the optimizer does not know
-    _on_rank_0(lambda: _make_empty(writer.folder))
+    on_rank_0(lambda: _make_empty(writer.folder))
     dcp.save(named_tensors(model, optimizer), storage_writer=writer, no_dist=not distributed())
 
 
@@ -235,20 +228,6 @@ def _complete(unfinished: Path, folder: Path, info: Mapping[str, Any]) -> None:
     delete(folder)
     rename(unfinished, folder)
     sync_folder(folder.parent.parent)  # it may be the first checkpoint
-
-
-def _on_rank_0(task: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
-    """Run `task` on rank 0 while the others wait. Raises its OSError on all of them."""
-    failed: list[OSError | None] = [None]
-    if rank() == 0:
-        try:
-            task()
-        except OSError as error:
-            failed = [error]
-    if distributed():
-        dist.broadcast_object_list(failed, group=group)
-    if failed[0] is not None:
-        raise failed[0]
 
 
 def delete(folder: Path) -> None:
@@ -300,15 +279,11 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed())
     except (OSError, SafetensorError, CheckpointException) as error:
         raise TrainingError(f"cannot read {folder}: {_cause(error)}") from error
-    broken = _gather({name: None for name, tensor in tensors.items() if not _local(tensor).isfinite().all()})
+    found = gather([name for name, tensor in tensors.items() if not local_shard(tensor).isfinite().all()])
+    broken = sorted(set(chain(*found)))
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise TrainingError(f"{folder} has values that are not finite, in {', '.join(sorted(broken)[:3])}{more}")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process has."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        raise TrainingError(f"{folder} has values that are not finite, in {', '.join(broken[:3])}{more}")
 
 
 def _make_state(
@@ -485,12 +460,7 @@ def refuse_adapter(folder: Path) -> None:
         )
 
 
-def _gather(mine: dict[str, Any], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Return the union of the dictionaries of all processes."""
-    if not distributed():
-        return mine
-    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine, group=group)
+def _union(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for part in parts for name, value in part.items()}
 
 

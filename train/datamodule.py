@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from arch import resolve
@@ -22,6 +21,7 @@ from data.shards import Manifest, TokenWindows, text_bytes_of_tokens
 from data.writing import differences
 from eval.identity import Identity
 from train.device import device_type
+from train.processes import gather
 from train.schema import PretrainConfig, num_steps, sequence_format
 
 
@@ -63,11 +63,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Raise UsageError, in all processes, with the problem that any of them has found."""
-        problems = [self.problem]
-        if self.trainer is not None and self.trainer.world_size > 1:
-            problems *= self.trainer.world_size
-            dist.all_gather_object(problems, self.problem)
-        if found := next(filter(None, problems), None):
+        if found := next(filter(None, gather(self.problem)), None):
             raise UsageError(found)
 
     def _corpora(self, split: str) -> Mixture:

@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +25,7 @@ from train.datamodule import TokenDataModule
 from train.device import synchronize
 from train.lit_module import LitModel, lit_model
 from train.loading import Text
+from train.processes import gather, rank, world_size
 from train.schema import EvalsConfig, chosen_tasks
 
 
@@ -146,17 +146,10 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
 
 def process_group(module: LitModel) -> ProcessGroup | None:
     """The processes of the run and the rank of this one; None if it is alone."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return None
     sharded = isinstance(module.model, FSDPModule)  # its weights may be whole between two forward passes
-    return ProcessGroup(dist.get_rank(), dist.get_world_size(), gather, lockstep=sharded)
-
-
-def gather(mine: Any) -> list[Any]:
-    """Gather what each process has, in the order of ranks."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+    return ProcessGroup(rank(), world_size(), gather, lockstep=sharded)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +22,7 @@ from train.fp8 import convert_to_fp8
 from train.loss import cross_entropy_sum
 from train.optim import build_optimizer, schedule
 from train.parallel import hybrid_mesh, parallelize
+from train.processes import local_shard
 from train.schema import PretrainConfig, num_replicas, num_steps
 
 
@@ -182,8 +182,3 @@ def lit_model(module: L.LightningModule) -> LitModel:
     """Narrow the type of the module that Lightning passes to callbacks."""
     assert isinstance(module, LitModel)
     return module
-
-
-def local_shard(parameter: Tensor) -> Tensor:
-    """Return the shard of a parameter that this process has."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

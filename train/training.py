@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import wandb
 
 from arch import Plan, build, resolve
@@ -39,6 +38,7 @@ from train.lightning_trainer import lightning_trainer
 from train.lit_module import LitModel
 from train.loggers import log_final, loggers, logs_to_wandb, wandb_settings
 from train.metrics import Metrics, ProgressBar
+from train.processes import distributed
 from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
 from train.schema import PretrainConfig, TrainerConfig, num_steps
 from train.signals import RunStopped, Signals
@@ -130,7 +130,7 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
         attention = model.attention(config.data.document_mask)
     except ValueError as error:
         raise UsageError(f"trainer.backend: {error}") from error
-    first = launched_rank() == 0 and not dist.is_initialized()  # where all are there, they agree: MicroBatchByMemory
+    first = launched_rank() == 0 and not distributed()  # where all are there, they agree: MicroBatchByMemory
     if device == "cuda" and first:
         choose_micro_batch(config, free_memory(torch.device("cuda", 0)))
     names = [name for name, _ in model.named_parameters()]
