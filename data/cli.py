@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from data.launcher import first_on_machine
+
 T = TypeVar("T")
 
 
@@ -158,7 +160,7 @@ def end_on_ctrl_c() -> None:
 def interrupted(message: str = "error: interrupted") -> NoReturn:
     """Print `message` and end the process with code 130. Processes that a launcher started beside the first keep quiet,
     and end without an error, for which their launcher would kill the first."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not first_on_machine():
         sys.exit(0)
     print(message, file=sys.stderr)
     sys.exit(130)

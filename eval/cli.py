@@ -27,8 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from arch.named import CONFIGS, names
 from data.cli import UsageError, did_you_mean, fail, interrupted, report, unknown_key, word
+from data.launcher import launched_rank, num_launched
 from eval.console import visible
-from eval.environment import launched_rank
 from eval.help import help_text
 from eval.outcome import outcome
 from eval.overrides import WORD, as_typed, sweep_size
@@ -47,7 +47,7 @@ def is_alone() -> bool:
     """Tell whether this is the only process. Lightning takes WORLD_SIZE away after each run, but not their group."""
     torch = sys.modules.get("torch")
     grouped = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return os.environ.get("WORLD_SIZE", "1") == "1" and not grouped
+    return num_launched() == 1 and not grouped
 
 
 def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type) -> None:

@@ -24,17 +24,6 @@ PACKAGES = (
 )
 
 
-def launched_rank() -> int:
-    """Rank of this process by the variables of its launcher, which Lightning reads in the same order; 0 without one.
-
-    Where each machine was started by hand (NODE_RANK), it is the rank within the machine, or if that is the first, the
-    machine's.
-    """
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-    rank = int(next((rank for rank in ranks if rank is not None), 0))
-    return rank or int(os.environ.get("NODE_RANK", 0) if "RANK" not in os.environ else 0)
-
-
 def environment() -> dict[str, Any]:
     """Everything a result may depend on besides its configuration; only installed packages have a version."""
     return {

@@ -17,7 +17,16 @@ from test_train_command import pretrain, read_metrics
 
 from data import files
 from data.cli import UsageError
-from eval.environment import launched_rank
+from data.launcher import (
+    MACHINE,
+    PROCESSES,
+    RANK,
+    RANK_ON_MACHINE,
+    first_on_machine,
+    launched,
+    launched_rank,
+    num_launched,
+)
 from train import callbacks, checkpoint, loggers, training
 from train.callbacks import CheckpointCallback
 from train.clock import Clock
@@ -146,14 +155,43 @@ def test_a_run_that_another_process_continues_is_refused(
 
 
 def test_only_the_first_process_of_a_run_takes_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
+    alone(monkeypatch)
     assert launched_rank() == 0
     for variables in ({"RANK": "3", "LOCAL_RANK": "0"}, {"LOCAL_RANK": "1"}, {"NODE_RANK": "1"}, {"SLURM_PROCID": "2"}):
         with monkeypatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
             assert launched_rank() > 0
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*RANK, *RANK_ON_MACHINE, *PROCESSES, MACHINE}:
+        monkeypatch.delenv(name, raising=False)
+
+
+LAUNCHERS = [
+    {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+    {"LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+    {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+    {"JSM_NAMESPACE_RANK": "3", "JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_SIZE": "4"},
+]
+
+
+@pytest.mark.parametrize("variables", LAUNCHERS, ids=["torchrun", "Lightning", "SLURM", "LSF"])
+def test_a_process_knows_what_each_launcher_says(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them says a part alone: a mistake in the data is told to all, and Ctrl-C once per machine."""
+    alone(monkeypatch)
+    assert (first_on_machine(), launched(), num_launched()) == (True, False, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (first_on_machine(), launched(), num_launched()) == (False, True, 4)
+    assert launched_rank() == (3 if "LOCAL_RANK" not in variables or "RANK" in variables else 1)
+
+
+def test_machines_that_were_started_by_hand_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+    monkeypatch.setenv("NODE_RANK", "0")
+    assert launched() and first_on_machine() and num_launched() == 1
 
 
 def test_names_are_flushed_with_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

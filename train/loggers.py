@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from data.cli import UsageError
 from data.files import set_aside, write_text
-from eval.environment import launched_rank
+from data.launcher import launched_rank
 from eval.figures import METRICS
 from eval.pareto import differences, points, write
 from eval.runs import Point, Run, RunError, finished_run

@@ -18,9 +18,9 @@ from omegaconf import DictConfig
 
 from arch import LayoutError, resolve
 from data.cli import UsageError
+from data.launcher import launched_rank
 from data.shards import Manifest
 from eval.cli import Choices, launch, require
-from eval.environment import launched_rank
 from train.matching import matched
 from train.run import resumed, to_object
 from train.run_folder import locked, new_folder

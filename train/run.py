@@ -9,7 +9,6 @@ checkpoints/   the newest ones and the best: train/checkpoint.py
 summary.json   the result, written when training ends
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -182,16 +181,3 @@ def to_object(config: DictConfig | ListConfig) -> PretrainConfig:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def first_on_machine() -> bool:
-    """Tell whether this is the first process of the run on its machine, by the variables of its launcher."""
-    ranks = (os.environ.get(name) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return int(next((rank for rank in ranks if rank is not None), 0)) == 0
-
-
-def launched_together(config: PretrainConfig) -> bool:
-    """Tell whether all processes of the run have been started, by the variables of a launcher; if not, Lightning starts
-    the others."""
-    several = config.trainer.devices * config.trainer.num_nodes > 1
-    return several and any(name in os.environ for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

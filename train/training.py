@@ -1,6 +1,5 @@
 """One training run: check, train, validate, and write the result."""
 
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,10 +16,10 @@ import wandb
 from arch import Plan, build, resolve
 from data.cli import UsageError, word
 from data.files import DataError, sha256, write_json
+from data.launcher import first_on_machine, launched, launched_rank, num_launched, started_by_torchrun
 from data.tokenizer import pretrained
 from data.verify import verify_once
 from eval.console import PlainConsole, visible
-from eval.environment import launched_rank
 from eval.evaluations import KEY, entries_of_step
 from eval.fit import remarks
 from eval.footprint import plan_tables
@@ -39,7 +38,7 @@ from train.lit_module import LitModel
 from train.loggers import log_final, loggers, logs_to_wandb, wandb_settings
 from train.metrics import Metrics, ProgressBar
 from train.processes import distributed
-from train.run import first_on_machine, launched_together, static_metrics, summarize, write_start
+from train.run import static_metrics, summarize, write_start
 from train.schema import PretrainConfig, TrainerConfig, num_steps
 from train.signals import RunStopped, Signals
 
@@ -51,7 +50,8 @@ def run(config: PretrainConfig) -> None:
     the run fails.
     """
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them
-    plan, folder = resolve(config.model), Path(config.folder)
+    plan, folder, options = resolve(config.model), Path(config.folder), config.trainer
+    several = options.devices * options.num_nodes > 1
     if logs_to_wandb(config):
         wandb_settings(config)  # refuses what wandb would
     try:
@@ -69,7 +69,7 @@ def run(config: PretrainConfig) -> None:
     try:
         check_data(config, folder, source, tied, data)
     except DataError as error:
-        if not launched_together(config):
+        if not (several and launched()):
             raise
         data.problem = str(error)
     tied = tied or data.identity
@@ -82,8 +82,7 @@ def run(config: PretrainConfig) -> None:
         print_start(config, plan, data, attention)
         if device == "cuda":
             print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}", flush=True)
-    options = config.trainer
-    signals = Signals(folder, peers=options.devices * options.num_nodes > 1, rank=launched_rank())
+    signals = Signals(folder, peers=several, rank=launched_rank())
     failed = True
     try:
         init = None if config.init is None else Path(config.init)
@@ -145,8 +144,8 @@ def check_on_device(config: PretrainConfig, folder: Path) -> tuple[str, str, Pat
 
 def check_processes(options: TrainerConfig) -> None:
     """Raise UsageError if torchrun has started another number of processes than `options` say. Lightning trusts it."""
-    started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-    if started is not None and started != options.devices * options.num_nodes:
+    started = num_launched()
+    if started_by_torchrun() and started != options.devices * options.num_nodes:
         raise UsageError(
             f"torchrun has started {started} processes, and trainer.devices={options.devices} on each of "
             f"trainer.num_nodes={options.num_nodes} are {options.devices * options.num_nodes}; give both as started"
