@@ -21,9 +21,9 @@ from arch.compression.layout import check_method
 from data.cli import UsageError, parse, usage
 from eval.methods import NONE, name_of, read_method, with_brackets
 from eval.outcome import run_script
+from eval.source import Source
 from eval.tasks import TASKS, ChosenTask, sections, select_tasks
 from eval.tasks.task import TaskResult
-from train.source import Source
 
 if TYPE_CHECKING:
     from arch.compression.method import CacheMethod

@@ -29,12 +29,12 @@ from arch.named import load_arch, names
 from data.cli import UsageError
 from eval.cli import Choices, launch, require
 from eval.console import PlainConsole
-from eval.fit import remarks
 from eval.released import load, released_names
 from eval.released.report import MEANING as RELEASED_MEANING
 from eval.released.report import as_json
 from eval.released.report import remarks as model_remarks
 from eval.released.report import table as table_of_released
+from eval.remarks import remarks
 from eval.units import bytes_text, count_text, counted, number_text, parse_bytes
 
 PICTURE = "runs/footprint/<arch>-<size>.png"  # of which git ignores the folder

@@ -23,8 +23,8 @@ from data.files import DataError
 from eval.console import visible
 from eval.methods import NONE, read_method
 from eval.outcome import run_script
+from eval.source import Source
 from eval.units import bytes_text
-from train.source import Source
 
 if TYPE_CHECKING:
     from eval.tasks.task import Subject, Tokenizer

@@ -23,9 +23,9 @@ from eval.figures import Axis, Panel, evaluations, methods_of
 from eval.methods import read_method, with_brackets
 from eval.plots.pareto import draw_panels
 from eval.runs import Point, look_for_runs
+from eval.source import Source
 from eval.tasks import compressed
 from eval.tasks.compressed import Bytes, Options, RecallBatch, batches, pairs_of, text_windows, through
-from train.source import Source
 from train.subjects import data_of_run, open_subject
 
 OLD = ROOT / "tests" / "golden" / "old"

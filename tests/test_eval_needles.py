@@ -15,10 +15,10 @@ from oracles import Oracle, nothing, subject, tokenizers_of_all_kinds
 from data.cli import UsageError
 from eval.evaluate import main
 from eval.plots.heatmap import Panel, draw_heatmap
+from eval.source import Source
 from eval.tasks.haystack import Haystack, haystack_sentences, largest_fit, split_sentences
 from eval.tasks.needles import KINDS, WITH_DEPTH, Options, all_makers, match, run, split_choices
 from eval.tasks.samples import Sample
-from train.source import Source
 from train.subjects import data_of_run, open_subject
 
 TOKENIZERS = tokenizers_of_all_kinds()

@@ -19,11 +19,11 @@ from data.shards import IGNORE
 from eval.evaluate import main
 from eval.evaluations import digest_of
 from eval.scoring import repeats
+from eval.source import Source
 from eval.tasks import TASKS, perplexity, select_tasks
 from eval.tasks.decoding import per_step
 from eval.tasks.likelihood import whole_likelihoods
 from train import load
-from train.source import Source
 from train.subjects import open_subject
 
 OLD = ROOT / "tests" / "golden" / "old"

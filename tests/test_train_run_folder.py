@@ -33,7 +33,7 @@ from train.clock import Clock
 from train.errors import TrainingError
 from train.lit_module import LossWatch
 from train.run import _starts
-from train.run_folder import HOLDER, LOCK, locked, new_folder
+from train.run_lock import HOLDER, LOCK, locked, new_folder
 from train.schema import PretrainConfig
 from train.signals import RunStopped
 
@@ -100,7 +100,7 @@ def test_a_file_system_without_locks_is_warned_of(
     def refuse(self: object, timeout: float) -> None:
         raise NotImplementedError("no flock here")
 
-    monkeypatch.setattr("train.run_folder.FileLock.acquire", refuse)
+    monkeypatch.setattr("train.run_lock.FileLock.acquire", refuse)
     with locked(tmp_path):
         assert "cannot be locked (no flock here): start nothing else in it" in capsys.readouterr().err
 

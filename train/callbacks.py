@@ -123,7 +123,7 @@ class CheckpointCallback(L.Callback):
         if module.val_metrics["loss"] < self.best:
             self.best = module.val_metrics["loss"]
             self.save(trainer, module)
-            self.new_best = {"checkpoint": folder_name(self.step), "val_loss": self.best}
+            self.new_best = {"checkpoint": checkpoint.folder_name(self.step), "val_loss": self.best}
             if self.writing is None:
                 self._written(trainer)
 
@@ -154,7 +154,7 @@ class CheckpointCallback(L.Callback):
         if step == self.step:
             return
         module.check_finite()  # waits for the device
-        folder = self.run / "checkpoints" / folder_name(step)
+        folder = self.run / "checkpoints" / checkpoint.folder_name(step)
         with module.clock.paused():
             self.finish(trainer)
             lowest = module.loss_watch.lowest
@@ -192,7 +192,7 @@ class CheckpointCallback(L.Callback):
         A folder that cannot be deleted, because another program reads it, is tried again with the next checkpoint.
         """
         saved = checkpoint.checkpoints(self.run)
-        self.broken.discard(folder_name(self.step))
+        self.broken.discard(checkpoint.folder_name(self.step))
         retained = {path.name for path in [path for path in saved if path.name not in self.broken][: self.keep]}
         best = self.read_best()
         if best is not None:
@@ -202,10 +202,6 @@ class CheckpointCallback(L.Callback):
                 checkpoint.delete(path)
         for path in (self.run / "checkpoints").glob("step-*.partial"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 class GracefulStop(L.Callback):

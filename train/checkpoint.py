@@ -42,13 +42,14 @@ from data.dotted import flat
 from data.files import rename, sha256, sync_folder, write_json
 from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config
+from eval.source import CHECKPOINT
 from train.errors import TrainingError
 from train.processes import distributed, gather, local_shard, on_rank_0, rank
 from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
-INFO = "checkpoint.json"
+INFO = CHECKPOINT
 # Files of an adapter, as peft (adapter_config.json, adapter_model.*) and others (lora.safetensors) name them.
 ADAPTER = re.compile(r"(pytorch_)?(adapters?|lora)([_.-].*)?\.(json|safetensors|bin|pt|pth|npz)", re.IGNORECASE)
 NAME = re.compile("step-[0-9]{8,}")  # of a checkpoint in a run
@@ -401,6 +402,10 @@ def checkpoints(run: Path) -> list[Path]:
     """List the checkpoints of a run, newest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:

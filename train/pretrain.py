@@ -23,7 +23,7 @@ from data.shards import Manifest
 from eval.cli import Choices, launch, require
 from train.matching import matched
 from train.run import resumed, to_object
-from train.run_folder import locked, new_folder
+from train.run_lock import locked, new_folder
 from train.schema import PretrainConfig, problems
 
 T = TypeVar("T")

@@ -10,12 +10,12 @@ from data.files import DataError
 from data.mixture import weights_of
 from data.shards import Manifest
 from data.tokenizer import pretrained
+from eval.source import Source, kind
 from eval.tasks.task import Prepared, Subject
 from train import checkpoint as checkpoints
 from train.device import device_type, named_device
 from train.loading import LoadedModel, load, run_of
 from train.schema import PretrainConfig
-from train.source import Source, kind
 from train.tensor_pieces import COMPUTE_DTYPES
 
 

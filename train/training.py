@@ -21,9 +21,9 @@ from data.tokenizer import pretrained
 from data.verify import verify_once
 from eval.console import PlainConsole, visible
 from eval.evaluations import KEY, entries_of_step
-from eval.fit import remarks
 from eval.footprint import plan_tables
 from eval.identity import Identity, check_summary_digest, short
+from eval.remarks import remarks
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits

@@ -9,7 +9,7 @@ from typing import Any
 from data.cli import UsageError
 
 DTYPE_NAMES = ("auto", "fp32", "bf16", "fp16")
-CHECKPOINT = "checkpoint.json"  # train.checkpoint.INFO
+CHECKPOINT = "checkpoint.json"  # train/checkpoint.py writes it
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from arch import ArchConfig, KVPlan, LayoutError, ModelConfig, SizeConfig, Store
 from arch.named import load_arch, load_size
 from eval import footprint
 from eval.figures import Panel, axis
-from eval.fit import remarks
 from eval.footprint import by_remark, fold, stack_table
 from eval.plots import plan as maps
 from eval.plots.pareto import draw_panels
+from eval.remarks import remarks
 from eval.runs import Point, default_out, group_by_seed
 from eval.units import counted, duration_text, times
 from train.lit_module import LossWatch
