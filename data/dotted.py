@@ -1,4 +1,4 @@
-"""Nested mappings by dotted key: `size.seq_len` is `values["size"]["seq_len"]`."""
+"""Nested plain data; by dotted key, `size.seq_len` is `values["size"]["seq_len"]`."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -23,3 +23,10 @@ def lookup(values: Any, key: str, default: Any = None) -> Any:
             return default
         values = values[name]
     return values
+
+
+def without_nulls(values: Any) -> Any:
+    """Return `values`, nested, without the keys of mappings that are null."""
+    if isinstance(values, Mapping):
+        return {key: without_nulls(value) for key, value in values.items() if value is not None}
+    return [without_nulls(value) for value in values] if isinstance(values, list | tuple) else values

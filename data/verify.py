@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from .shards import CHUNK, THREADS, Manifest, Shard, read_offsets
 
 SMALL = 2**26  # bytes; a folder below this is hashed every time, in a fraction of a second, and has no stamp
 LINE_SECONDS = 10
+SPLITS = ("train", "val")  # that a run reads
 
 
 def verify_once(
     folder: Path,
     manifest: Manifest,
-    splits: Sequence[str] = ("train", "val"),
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> None:
-    """Compare the checksum of every shard of `splits` with the manifest, unless this machine has done so before.
+    """Compare the checksum of every shard of SPLITS with the manifest, unless this machine has done so before.
 
     A stamp in the user's cache, $XDG_CACHE_HOME/kvfrontier or ~/.cache/kvfrontier, keeps what was found right: a shard
     whose inode, size and times are still those of the stamp is not read again. `say` gets a line at the start and
@@ -34,7 +34,7 @@ def verify_once(
 
     Raises DataError that names the first shard which is not what the manifest says, or cannot be read.
     """
-    shards = [shard for name in splits if name in manifest.splits for shard in manifest.splits[name].shards]
+    shards = [shard for name in SPLITS if name in manifest.splits for shard in manifest.splits[name].shards]
     stamp = _stamp_file(folder)
     states = {shard.file: _state(folder / shard.file, shard) for shard in shards}
     verified = _read_stamp(stamp) if sum(state[1] for state in states.values()) > SMALL else {}

@@ -13,7 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from arch.named import CONFIGS
+from arch.named import CONFIGS, names
 
 KEYS, GROUPS = "$KEYS", "$GROUPS"  # in the help of configs/<name>.yaml
 COLUMN, MOST_COLUMNS = 34, 120
@@ -36,7 +36,7 @@ def groups() -> str:
     """The config groups and the names in each."""
     lines = []
     for group in GROUP_NAMES:
-        listed = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+        listed = ", ".join(names(group))
         lines += textwrap.wrap(f"{group}: {listed}", width(), initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
@@ -104,13 +104,13 @@ def explanations(schema: type) -> dict[str, str]:
     return found
 
 
-def _explained(text: str, names: set[str]) -> dict[str, str]:
+def _explained(text: str, keys: set[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     current: list[str] = []
     for line in text.splitlines():
         match = re.match(r"(\w+(?:, \w+)*)\s+(.*)", line)
         listed = match[1].split(", ") if match else []
-        if match and set(listed) <= names:
+        if match and set(listed) <= keys:
             current = listed
             found |= dict.fromkeys(current, match[2])
         elif line.startswith(" "):

@@ -7,8 +7,7 @@ Hydra's grammar gives brackets, commas, numbers and quotes a meaning in every va
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
@@ -16,6 +15,7 @@ from hydra.errors import HydraException
 
 from arch.named import CONFIGS
 from data.cli import UsageError, hydra_value
+from eval.typed import hint_of
 
 WORD = re.compile(r"(?P<key>(?:\+\+?)?(?P<name>[A-Za-z_][\w.]*))=(?P<text>.*)", re.DOTALL)
 
@@ -65,8 +65,7 @@ def text_key(schema: type, key: str) -> bool:
     """Tell whether the dotted `key` of `schema` holds text."""
     hint: Any = schema
     for name in key.split("."):
-        hints = get_type_hints(hint) if is_dataclass(hint) else {}
-        hint = hints.get(name)
+        hint = hint_of(hint, name)
     return hint in (str, str | None)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from arch import Plan, plan_from_dict
 from data.cli import UsageError, value_text
-from data.dotted import lookup
+from data.dotted import lookup, without_nulls
 from eval.checks import check_plain, check_plan, check_summary
 from eval.console import visible
 from eval.environment import ROOT
@@ -323,7 +323,7 @@ def group_by_seed(runs: Iterable[T], identity: Callable[[T], Sequence[Any]]) -> 
     groups: dict[str, list[T]] = {}
     identities: dict[str, list[Any]] = {}
     for run in runs:
-        values = _without_nulls(list(identity(run)))
+        values = without_nulls(list(identity(run)))
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         groups.setdefault(digest, []).append(run)
         identities[digest] = values
@@ -397,12 +397,6 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{prefix}.{number}" if prefix and not isinstance(item, Mapping) else prefix, item)
     else:
         yield prefix, json.dumps(value) if isinstance(value, list) else value
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def differing(values: Mapping[str, Sequence[Any]]) -> list[str]:

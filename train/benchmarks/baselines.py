@@ -23,6 +23,7 @@ from train.parallel import parallelize
 from train.schema import OptimConfig
 
 CLIP = 1.0
+WARMUP = 2  # rounds that are not timed
 Weights = dict[str, Tensor]
 
 
@@ -251,12 +252,10 @@ def random_batch(vocab_size: int, batch: int, length: int, device: torch.device,
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def train_in_turns(
-    baselines: dict[str, Baseline], size: SizeConfig, batch: int, repeats: int, warmup: int = 2
-) -> tuple[Turns, Series]:
+def train_in_turns(baselines: dict[str, Baseline], size: SizeConfig, batch: int, repeats: int) -> tuple[Turns, Series]:
     """Times of optimizer steps on the CPU in fp32, and the loss of every step; all take a round's step on one batch."""
     device = torch.device("cpu")
-    rounds = range(warmup + repeats)
+    rounds = range(WARMUP + repeats)
     batches = [random_batch(size.vocab_size, batch, size.seq_len, device, seed=number) for number in rounds]
     losses: Series = {name: [] for name in baselines}
 
@@ -265,4 +264,4 @@ def train_in_turns(
         return lambda number: losses[name].append(step(*batches[number]).item())
 
     calls = {name: training(name, baseline) for name, baseline in baselines.items()}
-    return take_turns(calls, repeats, warmup), losses
+    return take_turns(calls, repeats, WARMUP), losses

@@ -17,6 +17,7 @@ from arch import ModelConfig, build, resolve
 from arch.config import to_dict
 from arch.convert import TensorReader
 from data.cli import UsageError, word
+from data.dotted import without_nulls
 from data.files import rename, write_json
 from train.checkpoint import FORMAT, INFO, check_matches
 from train.hub.checkpoint_reader import PREFIX
@@ -45,7 +46,7 @@ def write(
         files = write_shards(partial, tensors, torch.float32, SHARD_BYTES, _shard_name, PREFIX)
         with torch.device("meta"):
             check_matches(partial, build(config))
-        for group, values in (("arch", _without_nulls(to_dict(config.arch))), ("size", to_dict(config.size))):
+        for group, values in (("arch", without_nulls(to_dict(config.arch))), ("size", to_dict(config.size))):
             (partial / group).mkdir()
             OmegaConf.save(OmegaConf.create(values), partial / group / f"{name}.yaml")
         model = {"config": to_dict(config), "plan": resolve(config).to_dict()}
@@ -62,13 +63,6 @@ def write(
 
 def _shard_name(number: int, count: int) -> str:
     return f"shard-{number:05d}.safetensors"
-
-
-def _without_nulls(values: Any) -> Any:
-    """Return `values` without keys that are null, their default in a layout."""
-    if not isinstance(values, dict):
-        return values
-    return {key: _without_nulls(value) for key, value in values.items() if value is not None}
 
 
 def next_command(out: Path, name: str) -> str:
