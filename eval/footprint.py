@@ -52,7 +52,20 @@ per head, heads x (key x value)."""
 
 @dataclass
 class FootprintConfig:
-    """The command line; `configs/footprint.yaml` explains the keys."""
+    """The command line.
+
+    context   tokens per sequence; null: the size's seq_len, of released models 32,768
+    memory    device memory that weights and the largest batch must fit into
+    itemsize  bytes per element of cache and weights
+    json      print a JSON list instead of the table
+    picture   file of the ownership map of +arch; null: none
+    hf        figures of a released model from its configuration alone, instead of +size and +arch: a config.json, a
+              folder with one, a name of the hub (from its cache, or the network), or one of configs/released; [a,b] or
+              all (those of configs/released) for a table. A model_type or a key that is not understood is refused; no
+              code of a model is run
+    size      one item of the size
+    arch      one item of the layout
+    """
 
     arch: ArchConfig = field(default_factory=ArchConfig)
     size: SizeConfig = field(default_factory=SizeConfig)

@@ -48,20 +48,23 @@ def width() -> int:
 def key_lines(schema: type, values: DictConfig, indent: str = "") -> Iterator[str]:
     """A line for each key of `schema`: key, value, meaning; then a section for each group of keys.
 
-    Of a schema that extends another command's, only its own keys. Keys of a group that its docstring does not explain
-    are those of data/prepare.py, and are named alone.
+    Of a schema that extends another command's, only its own keys. A group that the docstring of `schema` explains is
+    one line, without its keys. Keys of a group that its docstring does not explain are those of data/prepare.py, and
+    are named alone.
     """
     meanings, hints = explanations(schema), get_type_hints(schema)
     extends = not indent and is_dataclass(schema.__mro__[1])
     own = [field.name for field in fields(schema) if not extends or field.name in schema.__annotations__]
-    sections = [] if indent else [name for name in own if is_dataclass(hints[name])]
+    sections = [] if indent else [name for name in own if is_dataclass(hints[name]) and name not in meanings]
     others = [name for name in own if name not in meanings and name not in sections]
     whole = not indent and not sections  # a long list is cut to a line for each
     for name in own:
         if name in meanings:
             alias = re.search(r"; on the command line `(\w+)=`", meanings[name])
             meaning = meanings[name].replace(alias[0], "") if alias else meanings[name]
-            yield from _line(f"{indent}{alias[1] if alias else name}: {shown_value(values, name)}", meaning, whole)
+            key = f"{name}.KEY" if is_dataclass(hints[name]) else alias[1] if alias else name
+            value = "" if is_dataclass(hints[name]) else f": {shown_value(values, name)}"
+            yield from _line(f"{indent}{key}{value}", meaning, whole)
     if others:
         yield from _line(f"{indent}...", f"{', '.join(others)}: see python data/prepare.py --help", whole=True)
     for name in sections:

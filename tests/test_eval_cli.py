@@ -18,9 +18,12 @@ from arch import ArchConfig, LayoutError
 from data.cli import TaskError, UsageError, word
 from data.files import DataError
 from eval.cli import launch
+from eval.footprint import FootprintConfig
 from eval.help import explanations
 from eval.outcome import run_script
 from eval.overrides import as_typed
+from train.benchmarks.cpu import BenchConfig
+from train.benchmarks.layouts import LayoutsConfig
 from train.errors import TrainingError
 from train.estimate import EstimateConfig
 from train.hub.request import ExportConfig
@@ -246,7 +249,7 @@ def test_what_hydra_means_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 SCHEMAS = {
     "pretrain": PretrainConfig, "estimate": EstimateConfig, "export": ExportConfig, "uptrain": UptrainConfig,
-    "import_hf": ImportConfig,
+    "import_hf": ImportConfig, "footprint": FootprintConfig, "bench": BenchConfig, "bench_layouts": LayoutsConfig,
 }  # fmt: skip
 
 

@@ -50,7 +50,18 @@ LOSS_TOLERANCE = 1e-4  # of the first loss, in nats; fp32 and other orders of su
 
 @dataclass
 class BenchConfig:
-    """The command line; `configs/bench.yaml` explains the keys."""
+    """The command line.
+
+    batch_size      sequences per step
+    repeats         timed rounds; in each, every model takes one step in turn
+    documents       training documents that the streaming loader reads per round
+    loader_repeats  rounds of the loaders
+    threads         torch threads; null: torch's default
+    out             folder of bench.json
+    size            one item of the size
+    arch            one item of the layout
+    data            the text, as in train/pretrain.py
+    """
 
     arch: ArchConfig = field(default_factory=ArchConfig)
     size: SizeConfig = field(default_factory=SizeConfig)

@@ -50,7 +50,18 @@ ITEMSIZE = 4  # fp32
 
 @dataclass
 class LayoutsConfig:
-    """The command line; `configs/bench_layouts.yaml` explains the keys."""
+    """The command line.
+
+    archs           names in configs/arch; the first is the baseline
+    batch_size      sequences per training step
+    repeats         timed rounds; in each, every layout takes one step in turn
+    decode_batches  batch sizes for decoding
+    decode_context  context of each sequence before decoding, in tokens
+    decode_tokens   tokens decoded per sequence and round
+    threads         torch threads; null: torch's default
+    out             folder of layouts.json
+    size            one item of the size
+    """
 
     size: SizeConfig = field(default_factory=SizeConfig)
     archs: list[str] = field(default_factory=lambda: ["mha", "block", "bct"])
