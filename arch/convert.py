@@ -6,7 +6,7 @@ side cannot compute exactly is refused, never approximated.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import HF_SIZE_KEYS, STYLE_KEYS, STYLES, ModelConfig, SizeConfig, Style, style_of
 from .model import build
 from .precision import at_least_fp32
+from .store_spec import StoreSpec
 
 # Field of SizeConfig, key of config.json.
 SIZE_KEYS = HF_SIZE_KEYS | {"norm_eps": "rms_norm_eps", "init_std": "initializer_range"}
@@ -164,6 +165,11 @@ def style_problems(size: SizeConfig, known: Sequence[Style] = (STYLES["llama"],)
         return []
     own = [f"{key} {getattr(size, key)}" for key in STYLE_KEYS if getattr(size, key) is not None]
     return [f"size.style: {', '.join([size.style, *own])} is not exported"]
+
+
+def quoted(stores: Iterable[StoreSpec]) -> str:
+    """The names of `stores`, each once, for a reason against an export."""
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
 
 
 def is_positive(value: Any) -> bool:

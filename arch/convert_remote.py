@@ -6,7 +6,7 @@ scaled rotations, and norms, embeddings and MLP as OLMo 2 or Gemma 3 have them. 
 convert_stock.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from .convert import (
     SIZE_KEYS,
     UnsupportedModelError,
     is_positive,
+    quoted,
     size_problems,
     style_problems,
 )
@@ -134,30 +135,26 @@ def _tied_form(store: StoreSpec) -> str | None:
 
 def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
     """Every property of a model that the remote decoder does not have."""
-
-    def names(stores: Iterable[StoreSpec]) -> str:
-        return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
-
     style = style_of(size)
     mlp = style.mlp if style.mlp not in ACTIVATIONS else "swiglu"
     plain = replace(style, qk_norm="none", norm_placement="before", scale_embeddings=False, mlp=mlp)
     problems = [] if plain == STYLES["llama"] else style_problems(size)
     heads = [store for store in plan.stores if store.kind == "grouped" or _tied_form(store) in TIED_FORMS]
     for kind in dict.fromkeys(type(store) for store in plan.stores if store not in heads):
-        stores = names(store for store in plan.stores if type(store) is kind)
+        stores = quoted(store for store in plan.stores if type(store) is kind)
         problems.append(
             f"{kind.key}: {stores} {kind.summary}; the remote decoder has keys and values of every position"
         )
     if chunked := [store for store in plan.stores if store.chunked]:
-        problems.append(f"chunk: {names(chunked)} keeps chunks; the remote decoder has windows")
+        problems.append(f"chunk: {quoted(chunked)} keeps chunks; the remote decoder has windows")
     if scaled := [store for store in plan.stores if store.query_scale]:
-        problems.append(f"query_scale: {names(scaled)} scales queries by their position; the remote decoder does not")
+        problems.append(f"query_scale: {quoted(scaled)} scales queries by their position; the remote decoder does not")
     if plan.reader_windows:
         problems.append(f"reader_windows: {own_windows_text(plan)}; in the remote decoder a window is the store's")
     if any(second and second.how == "mix" for second in plan.second_reads):
         problems.append(f"mix: {second_reads_text(plan, 'mix')}, mixed; the remote decoder reads them as they are")
     if len({width for store in heads for width in store.kernel_heads(size)[1:]}) > 1:
-        problems.append(f"k_dim, v_dim: {names(heads)} have different widths; the remote decoder has one head_dim")
+        problems.append(f"k_dim, v_dim: {quoted(heads)} have different widths; the remote decoder has one head_dim")
     if any(store.window == 1 for store in heads):
         problems.append("window: the caches of transformers do not drop positions for a window of 1")
     return problems
@@ -166,40 +163,45 @@ def _unsupported(size: SizeConfig, plan: KVPlan) -> list[str]:
 def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Return the model that `hf`, a config.json of the remote decoder, describes; the inverse of `to_hf_config`.
 
-    Raises UnsupportedModelError with every key that is missing or has an impossible value, and LayoutError if widths
-    are impossible.
+    Raises UnsupportedModelError with every key that is missing or has an impossible value (of scaled rotations once the
+    other lists are right), and LayoutError if widths are impossible.
     """
     if hf.get("model_type") != MODEL_TYPE:
         raise UnsupportedModelError([f"model_type is {hf.get('model_type')!r}; it must be {MODEL_TYPE}"])
     problems = size_problems(hf, (*SIZE_KEYS.values(), "head_dim", "num_key_value_heads")) + _layer_problems(hf)
+    stores = [] if problems else _read_stores(hf, problems)
+    style = _read_style(hf, problems)
     if problems:
         raise UnsupportedModelError(problems)
-    depth, sources = hf["num_hidden_layers"], hf["kv_source_layers"]
-    window, theta = hf.get("sliding_window"), hf["rope_parameters"].get("rope_theta")
+    sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()}
+    sizes |= {"head_dim": hf["head_dim"], "rope_theta": hf["rope_parameters"]["rope_theta"]}
+    size, sources = from_dict(SizeConfig, sizes | style), hf["kv_source_layers"]
+    value_sources = hf.get("value_source_layers") or sources
+    for merge_equal in (True, False) if value_sources == sources else (False,):
+        config = ModelConfig(_layout(stores, sources, value_sources, merge_equal), size)
+        again = to_hf_config(config)
+        if all(hf.get(key) == value for key, value in again.items() if key not in IGNORED_KEYS):
+            return config
+    raise UnsupportedModelError(
+        [f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]]
+    )
+
+
+def _read_stores(hf: Mapping[str, Any], problems: list[str]) -> list[StoreConfig]:
+    """The store that each layer writes, if it does. Adds to `problems` what is wrong with scaled rotations."""
+    depth, window = hf["num_hidden_layers"], hf.get("sliding_window")
     lists: dict[str, list[Any]] = {
         "layer_sliding_windows": [window if kind == "sliding_attention" else None for kind in hf["layer_types"]],
         "layer_key_value_heads": [hf["num_key_value_heads"]] * depth,
-        "layer_rope_thetas": [theta] * depth,
+        "layer_rope_thetas": [hf["rope_parameters"]["rope_theta"]] * depth,
         "layer_rotary_dims": [hf["head_dim"]] * depth,
         "layer_sinks": [False] * depth,
         "layer_kv_norms": [False] * depth,
         "layer_tied": [None] * depth,
         "layer_rope_scaling": [None] * depth,
     }
-    lists = {key: hf.get(key) or value for key, value in lists.items()}
-    if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
-        raise UnsupportedModelError(
-            [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
-        )
-    value_sources = hf.get("value_source_layers") or sources
-    if not all(
-        0 <= source <= layer and sources[source] == source and (source == layer or sources[layer] != layer)
-        for layer, source in enumerate(value_sources)
-    ):
-        raise UnsupportedModelError(
-            [f"value_source_layers is {value_sources}; a layer that writes reads its own, others a layer that writes"]
-        )
-    stores = [
+    lists = {key: hf.get(key) or default for key, default in lists.items()}
+    return [
         StoreConfig(
             heads,
             window=span,
@@ -212,19 +214,6 @@ def from_hf_config(hf: Mapping[str, Any]) -> ModelConfig:
         )
         for span, heads, base, rotary_dims, sink, norm, form, scaling in zip(*lists.values(), strict=True)
     ]
-    sizes = {key: hf[hf_key] for key, hf_key in SIZE_KEYS.items()} | {"head_dim": hf["head_dim"], "rope_theta": theta}
-    style = _read_style(hf, problems)
-    if problems:
-        raise UnsupportedModelError(problems)
-    size = from_dict(SizeConfig, sizes | style)
-    for merge_equal in (True, False) if value_sources == sources else (False,):
-        config = ModelConfig(_layout(stores, sources, value_sources, merge_equal), size)
-        again = to_hf_config(config)
-        if all(hf.get(key) == value for key, value in again.items() if key not in IGNORED_KEYS):
-            return config
-    raise UnsupportedModelError(
-        [f"{key} is {hf.get(key)!r}; that cannot be" for key in again if hf.get(key) != again[key]]
-    )
 
 
 def _read_style(hf: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -244,7 +233,7 @@ def _read_style(hf: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
-    """Every key about layers that is missing, is of another type, or has another number of entries."""
+    """Every key about layers that is missing, has an impossible value or has another number of entries."""
     number = (int, float)
     entries: dict[str, tuple[type, ...]] = {
         "layer_types": (str,),
@@ -260,6 +249,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
         "layer_rope_scaling": (dict, type(None)),
     }
     problems, depth = [], hf.get("num_hidden_layers")
+    lists: dict[str, list[Any]] = {}
     for key, kinds in entries.items():
         values = hf.get(key)
         if values is None:
@@ -268,6 +258,10 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is {str(values)[:80]}; it must be a list of what each layer has")
         elif len(values) != depth:
             problems.append(f"{key} does not have {depth} entries, one for each layer")
+        else:
+            lists[key] = values
+    if "kv_source_layers" in lists:
+        problems += _source_problems(lists["kv_source_layers"], lists.get("value_source_layers", []))
     window, rope = hf.get("sliding_window"), hf.get("rope_parameters")
     if window is not None and (type(window) is not int or not 1 <= window <= MAX_SEQ_LEN):
         problems.append(f"sliding_window is {window!r}; it must be a whole number from 1 to {MAX_SEQ_LEN}, or null")
@@ -276,6 +270,20 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
     elif not isinstance(rope, dict) or not is_positive(rope.get("rope_theta")):
         problems.append(f"rope_parameters is {str(rope)[:80]}; it must have a positive rope_theta")
     return problems
+
+
+def _source_problems(sources: list[int], value_sources: list[int]) -> list[str]:
+    """What is impossible about the layers whose keys, and whose values, each layer reads."""
+    if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
+        return [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
+    if not all(
+        0 <= source <= layer and sources[source] == source and (source == layer or sources[layer] != layer)
+        for layer, source in enumerate(value_sources)
+    ):
+        return [
+            f"value_source_layers is {value_sources}; a layer that writes reads its own, others a layer that writes"
+        ]
+    return []
 
 
 def _layout(stores: list[StoreConfig], sources: list[int], value_sources: list[int], merge_equal: bool) -> ArchConfig:

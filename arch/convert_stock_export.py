@@ -1,12 +1,11 @@
 """The stock class of transformers that computes exactly what a Decoder does, as its config.json."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from .config import STYLES, ModelConfig, SizeConfig, head_dim, style_of
-from .convert import NO_SPECIAL_TOKENS, SIZE_KEYS, UnsupportedModelError, style_problems
+from .convert import NO_SPECIAL_TOKENS, SIZE_KEYS, UnsupportedModelError, quoted, style_problems
 from .convert_stock import (
     ARCHITECTURES,
     GEMMA3_VALUES,
@@ -191,10 +190,6 @@ def _window_keys(windows: list[int | None]) -> dict[str, Any]:
 
 def _unsupported(plan: KVPlan) -> list[str]:
     """Every property of `plan` that no stock class has."""
-
-    def names(stores: Iterable[StoreSpec]) -> str:
-        return ", ".join(f"`{name}`" for name in dict.fromkeys(store.name for store in stores))
-
     problems = []
     readers = [layer for layer, owner in enumerate(plan.owners) if owner != layer]
     if readers:
@@ -205,27 +200,27 @@ def _unsupported(plan: KVPlan) -> list[str]:
     if plan.second_reads:
         problems.append(f"second_reads: {second_reads_text(plan)}; stock layers each read what they wrote")
     if sinks := [store for store in plan.stores if store.sinks]:
-        problems.append(f"sinks: {names(sinks)} has attention sinks")
+        problems.append(f"sinks: {quoted(sinks)} has attention sinks")
     if chunked := [store for store in plan.stores if store.chunked]:
-        problems.append(f"chunk: {names(chunked)} keeps chunks, not a window")
+        problems.append(f"chunk: {quoted(chunked)} keeps chunks, not a window")
     if scaled := [store for store in plan.stores if store.query_scale]:
-        problems.append(f"query_scale: {names(scaled)} scales queries by their position")
+        problems.append(f"query_scale: {quoted(scaled)} scales queries by their position")
     for kind in dict.fromkeys(type(store) for store in plan.stores if store.kind not in ("grouped", "latent")):
-        stores = names([store for store in plan.stores if type(store) is kind])
+        stores = quoted([store for store in plan.stores if type(store) is kind])
         why = "stock classes cache every position or a window"
         if kind is TiedSpec:
             why = "stock classes that have that, of DeepSeek-V4 and Gemma 4, compute other things in other places"
         problems.append(f"{kind.key}: {stores} {kind.summary}; {why}")
     if norms := [store for store in plan.stores if store.kv_norm]:
-        problems.append(f"kv_norm: {names(norms)} has a norm of its own")
+        problems.append(f"kv_norm: {quoted(norms)} has a norm of its own")
     if parts := [store for store in plan.stores if store.kind == "latent" and _divided(store)]:
-        problems.append(f"latent.heads, latent.k_dim: {names(parts)} has several latents, or keys of another width")
+        problems.append(f"latent.heads, latent.k_dim: {quoted(parts)} has several latents, or keys of another width")
     if any(store.window and store.kind == "latent" for store in plan.stores):
         problems.append("window: latents are kept whole in the stock DeepSeek classes")
     if len({store.slot for store in plan.stores}) > 1:
-        problems.append(f"kv_heads, latent: {names(plan.stores)} hold slots of different shapes")
+        problems.append(f"kv_heads, latent: {quoted(plan.stores)} hold slots of different shapes")
     if uneven := [store for store in plan.stores if store.slot.k_dim != store.slot.v_dim]:
-        problems.append(f"v_dim: {names(uneven)} has keys and values of different widths")
+        problems.append(f"v_dim: {quoted(uneven)} has keys and values of different widths")
     windows = sorted({store.window for store in plan.stores if store.window})
     if len(windows) > 1:
         problems.append(f"window: windows of {', '.join(map(str, windows))}; a stock class has one size")
@@ -234,7 +229,7 @@ def _unsupported(plan: KVPlan) -> list[str]:
     if part := [
         store for store in plan.stores if store.rotary_dim or (store.slot.latent_dim and not store.slot.rope_dim)
     ]:
-        problems.append(f"rope: {names(part)} has keys that are not rotated in whole")
+        problems.append(f"rope: {quoted(part)} has keys that are not rotated in whole")
     return problems
 
 

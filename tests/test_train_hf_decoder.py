@@ -470,6 +470,16 @@ def test_block_transformers_and_two_reasons_are_refused() -> None:
         ({"kv_source_layers": None}, "kv_source_layers is missing"),
         ({"kv_source_layers": [0] * 7}, "kv_source_layers does not have 8 entries"),
         ({"kv_source_layers": [0, 1, 2, 9, 4, 2, 1, 0]}, "kv_source_layers is "),
+        (
+            {"kv_source_layers": [0, 1, 2, 9, 4, 2, 1, 0], "hidden_act": "relu"},
+            "kv_source_layers is [0, 1, 2, 9, 4, 2, 1, 0]; layers read themselves, or an earlier one that does\n"
+            "- hidden_act is 'relu'",
+        ),
+        (
+            {"value_source_layers": [0, 0] + [2] * 6, "qk_norm": 3},
+            "value_source_layers is [0, 0, 2, 2, 2, 2, 2, 2]; a layer that writes reads its own, others a layer that "
+            "writes\n- qk_norm is 3",
+        ),
         ({"layer_sinks": [True] + [False] * 7}, "layer_sinks is "),  # ours have them in all readers of a store
         ({"layer_types": ["full_attention"] * 8}, "layer_types is "),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0}}, "rope_parameters is "),
