@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,12 @@ def test_from_nothing_to_the_pictures_and_on(
     assert (again["loss"], again["positions"]) == (kept["loss"], kept["positions"]), "a function of settings and seed"
     with pytest.raises(UsageError, match=r"has runs with another window; give another folder with out="):
         study(replace(settings, window=16))
+    monkeypatch.setattr(bounded_study, "text", lambda settings: (Path(), SimpleNamespace(digest="another")))
+    with pytest.raises(UsageError, match=r"has runs on another text; give that with data=, or another folder"):
+        study(replace(settings, seeds=3))
+    recall = replace(settings, tasks=("recall",), rules=("window",), seeds=3)
+    study(recall)  # reads none
+    assert json.loads((out / "result.json").read_text())["lm"] == second["lm"]
 
 
 def test_one_task_alone(toy: Settings) -> None:

@@ -279,10 +279,11 @@ def problems(settings: Settings) -> list[str]:
     return found
 
 
-def load_result(path: Path, settings: Settings) -> dict[str, Any]:
+def load_result(path: Path, settings: Settings, digest: str | None) -> dict[str, Any]:
     """The tasks in `path`, with an empty section for each one of the settings that it lacks.
 
-    More seeds, rules or learning rates may be added. Raises UsageError if it has runs of other settings.
+    `digest` is that of the text, None where no task reads it. More seeds, rules or learning rates may be added. Raises
+    UsageError if it has runs of other settings, or on another text.
     """
     saved = json.loads(path.read_text()) if path.exists() else {}
     result: dict[str, Any] = {task: saved[task] for task in TASKS if task in saved}
@@ -292,6 +293,8 @@ def load_result(path: Path, settings: Settings) -> dict[str, Any]:
         other = [key for key, value in shared.items() if section["settings"].get(key) != value]
         if other:
             raise UsageError(f"{path} has runs with another {', '.join(other)}; give another folder with out=")
+        if task == "lm" and any(run["data"] != digest for run in section["runs"].values()):
+            raise UsageError(f"{path} has runs on another text; give that with data=, or another folder with out=")
         section["rules"] |= {rule: describe_rule(task, rule, settings) for rule in settings.rules}
     return result
 
@@ -326,9 +329,8 @@ def main(arguments: list[str]) -> None:
 def study(settings: Settings) -> None:
     """Train every run that result.json lacks, write it after each, then the report."""
     path = settings.out / "result.json"
-    result, git = load_result(path, settings), git_revision()
-    if "lm" in settings.tasks:
-        text(settings)  # prepared, or refused, before the bar
+    digest = text(settings)[1].digest if "lm" in settings.tasks else None  # prepared, or refused, before the bar
+    result, git = load_result(path, settings, digest), git_revision()
     todo = [cell for cell in cells(settings) if cell.key not in result[cell.task]["runs"]]
     steps = {"lm": lm_steps(settings), "recall": settings.recall_steps}
     console = PlainConsole()
