@@ -454,6 +454,26 @@ def test_keeps_act_again(text: str, newest: int) -> None:
     assert "corm" in text or sum(buffer.chosen_slots for buffer in cache.buffers) <= 2 * (budget - newest)
 
 
+@pytest.mark.parametrize(
+    ("text", "of_store"),  # bytes that are noted of two rows in a store of 2 heads, read by one layer of 4 queries
+    [
+        ("knorm@9", 0),
+        ("h2o@9", 2 * 2 * 24 * 8),
+        ("snapkv@9(window=5)", 2 * 2 * 5 * 24 * 8),
+        ("scissorhands@9(history=6)", 2 * 2 * 6 * 24 * 2),
+        ("arkvale@9(page=2,recent=2)", 2 * 4 * 8 * 8),
+    ],
+)
+def test_notes_of_a_prompt_are_counted_until_it_is_compressed(text: str, of_store: int) -> None:
+    model, method = record_keeps.model(), parse_method(text)
+    cache = allocate_compressed(model.plan, 2, 40, dtype=torch.float64, method=method)
+    with torch.no_grad():
+        model.prefill(record_keeps.prompt()[:, :24], cache, 7)
+    assert cache.notes_nbytes == 2 * of_store
+    cache.compress()
+    assert cache.notes_nbytes == 0
+
+
 @pytest.mark.parametrize("prompt", [0, 1, 3])
 def test_keeps_act_on_what_follows_a_prompt_of_few_tokens(prompt: int) -> None:
     """Of fewer than always stay: nothing is chosen at first, and memory is bounded from there on."""

@@ -100,6 +100,10 @@ class ArkValeBuffer(KeptBuffer):
         """Tensors in the other memory."""
         return () if self.host is None else self.host.tensors
 
+    @property
+    def notes(self) -> Tensors:
+        return tuple(self.queries)
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         if self.whole is not None:
             self.queries[self.reader : self.reader + 1] = [q_BTNH[:, -1:] * scale]

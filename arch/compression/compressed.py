@@ -99,6 +99,11 @@ class CompressedCache(Cache):
         return tuple(buffer.chosen_slots if isinstance(buffer, KeptBuffer) else None for buffer in buffers)
 
     @property
+    def notes_nbytes(self) -> int:
+        """Bytes that the keep holds beside the cache until it is compressed: attention, or queries, of the prompt."""
+        return sum(tensor.untyped_storage().nbytes() for buffer in self.kept for tensor in buffer.notes)
+
+    @property
     def offloaded_nbytes(self) -> int:
         """Bytes in another memory, which `nbytes` does not count."""
         offloaded = [tensor for buffer in self.kept if isinstance(buffer, ArkValeBuffer) for tensor in buffer.offloaded]
@@ -212,6 +217,12 @@ class CompressedBlockCache(BlockCache):
         """Chosen slots of the block decoder, as CompressedCache.chosen_slots."""
         assert isinstance(self.blocks, CompressedCache)
         return self.blocks.chosen_slots
+
+    @property
+    def notes_nbytes(self) -> int:
+        """Bytes beside the blocks, as CompressedCache.notes_nbytes."""
+        assert isinstance(self.blocks, CompressedCache)
+        return self.blocks.notes_nbytes
 
     @property
     def offloaded_nbytes(self) -> int:

@@ -98,6 +98,10 @@ class AttentionBuffer(ScoredBuffer):
         return *super().tensors, self.seen
 
     @property
+    def notes(self) -> Tensors:
+        return () if self.whole is None or self.seen is None else (self.seen,)
+
+    @property
     def window(self) -> int | None:
         """Number of queries whose rows are held; None: they are summed."""
         raise NotImplementedError

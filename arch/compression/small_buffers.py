@@ -218,6 +218,11 @@ class KeptBuffer:
         return *self.later.tensors, *self.chosen.tensors, self.position_BKC
 
     @property
+    def notes(self) -> Tensors:
+        """Tensors that `see` filled for `compress`, which lets go of them."""
+        return ()
+
+    @property
     def chosen_slots(self) -> int | None:
         """Slots of positions that were chosen; None before compression."""
         if self.whole is not None:

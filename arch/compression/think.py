@@ -36,6 +36,10 @@ class ThinkBuffer(KeptBuffer):
         assert self.later is not None and self.chosen is not None and self.channel_BKU is not None
         return *self.later.tensors, *self.chosen.tensors, self.channel_BKU
 
+    @property
+    def notes(self) -> Tensors:
+        return tuple(self.queries)
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         if self.whole is None:
             return

@@ -56,6 +56,10 @@ class ZipCacheBuffer(KeptBuffer):
     def tensors(self) -> Tensors:
         return super().tensors if self.rest is None else (*super().tensors, *self.rest.tensors)
 
+    @property
+    def notes(self) -> Tensors:
+        return tuple(probes.q_BPNH for probes in self.probes)
+
     def see(self, q_BTNH: Tensor, k_BSKH: Tensor, mask: Dense, scale: float, sinks_N: Tensor | None) -> None:
         if self.whole is None:
             return

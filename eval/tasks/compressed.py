@@ -10,7 +10,8 @@ turns    the same, with a first turn of questions for every other key before the
 
 The first token after the compression is fed and not scored as a target, so that every score comes through the
 compressed cache. Bytes are those of the cache's tensors, for one sequence: `end_bytes` after the last token,
-`mean_bytes` over the steps after the compression, `peak_bytes` also before it. A method that holds tokens in another
+`mean_bytes` over the steps after the compression, `peak_bytes` also before it, with what the keep notes of the prompt's
+queries until then. A method that holds tokens in another
 memory (ArkVale) has `offloaded_bytes` there, which the others do not count, and copies `recalled_bytes` back per step.
 
 Shapes: B sequences, T tokens, V vocabulary.
@@ -92,11 +93,11 @@ class Bytes:
     offloaded: list[float] = field(default_factory=list)
     recalled: float = 0.0
 
-    def see(self, cache: Any, rows: int, step: bool, last: bool = False) -> None:
-        """Note the bytes of `cache` now, which holds `rows` sequences; of a `step` after the compression, the `last` of
-        its batch."""
+    def see(self, cache: Any, rows: int, step: bool, last: bool = False, beside: int = 0) -> None:
+        """Note the bytes of `cache` now, which holds `rows` sequences, and those `beside` it; of a `step` after the
+        compression, the `last` of its batch."""
         now = cache.nbytes / rows
-        self.peak = max(self.peak, now)
+        self.peak = max(self.peak, now + beside / rows)
         if step:
             self.steps.append(now)
         if last:
@@ -170,7 +171,7 @@ def through(
     with torch.no_grad():
         cache = subject.allocate_cache(rows, length, types[dtype])
         subject.model.prefill(tokens_BT[:, :prefix], cache)
-        seen.see(cache, rows, step=False)
+        seen.see(cache, rows, step=False, beside=0 if subject.method is None else cache.notes_nbytes)
         if subject.method is not None:
             cache.compress()
         seen.see(cache, rows, step=False)
