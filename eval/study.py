@@ -28,7 +28,25 @@ if not __package__:  # run as a script
 from data.cli import UsageError, parse
 from data.files import write_text
 from eval.outcome import run_script
-from eval.study_rows import Group, Row, best_rates, compare, differences, groups, read_rows, seeds_text, sentence
+from eval.study_rows import (
+    Group,
+    Row,
+    Search,
+    compare,
+    contexts_of,
+    differences,
+    edge,
+    edge_sentence,
+    groups,
+    read_rows,
+    search_of,
+    searches,
+    seeds_text,
+    sentence,
+    unequal_options,
+    verdict,
+    why_no_loss,
+)
 from eval.units import bytes_text, count_text
 
 if TYPE_CHECKING:
@@ -49,12 +67,14 @@ class StudyReport:
     baseline  layout that the others are compared with
     out       folder for the files; null: that of the rows
     figures   figures of tasks that are in the table and drawn against bytes, as far as the rows have them
+    pool      compare rows of different commits: you say that nothing that matters has changed between them
     """
 
     files: tuple[str, ...] = ()
     baseline: str = "mha"
     out: Path | None = None
     figures: tuple[str, ...] = ("recall/zoology/accuracy", "recall/gap/accuracy", "induction/text", "copy/accuracy")
+    pool: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -63,6 +83,8 @@ def main(arguments: Sequence[str]) -> None:
     if missing := [path for path in paths if not path.is_file()]:
         raise UsageError(f"{missing[0]}: there is no such file; give the results.jsonl of a study")
     rows = [row for path in paths for row in read_rows(path)]
+    if options.pool:
+        rows = as_one_commit(rows)
     found = sorted(groups(rows, "main"), key=lambda group: statistics.fmean(group.losses.values() or [float("inf")]))
     if not found:
         raise UsageError(f"{paths[0]} has no run of the main stage yet")
@@ -75,7 +97,13 @@ def main(arguments: Sequence[str]) -> None:
         written = write_report(folder, rows, found, baselines, options)
     except OSError as error:
         raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
-    print("\n".join([*sentences(found, baselines), *map(str, written)]))
+    print("\n".join([*sentences(found, baselines), *warnings(found, rows), *map(str, written)]))
+
+
+def as_one_commit(rows: Sequence[Row]) -> list[Row]:
+    """`rows` with one commit for all, the names of all of theirs: of a run at several commits the last row counts."""
+    commits = dict.fromkeys(commit for row in rows for commit in row["commit"].split(", "))
+    return [row | {"commit": ", ".join(commits)} for row in rows]
 
 
 def baseline_of(group: Group, baselines: Sequence[Group]) -> Group:
@@ -91,23 +119,46 @@ def sentences(found: Sequence[Group], baselines: Sequence[Group]) -> list[str]:
     return [sentence(group, baseline_of(group, baselines)) for group in found if group not in baselines]
 
 
-def columns(group: Group, baselines: Sequence[Group], figures: Sequence[str]) -> dict[str, Any]:
-    """The columns of the table for a layout, with `figures` of tasks."""
-    losses, first, difference = list(group.losses.values()), group.first, compare(group, baseline_of(group, baselines))
+def warnings(found: Sequence[Group], rows: Sequence[Row]) -> list[str]:
+    """Sentences about runs that diverged, and about learning rates at an end of those that were tried."""
+    tried = searches(rows)
+    diverged = [(group.label, row) for group in found for row in group.diverged]
+    lines = [f"{label}: seed {row['seed']} diverged: {why_no_loss(row)}." for label, row in diverged]
+    for search in tried:
+        if not any(loss is not None for loss in search.losses.values()):
+            rates = ", ".join(f"{lr:g}" for lr in search.losses)
+            lines.append(f"{search.label}: diverged at every learning rate that was tried ({rates}).")
+    ends = {group.label: (group.first["lr"], edge_of(group, tried)) for group in found}
+    return [*lines, *(edge_sentence(label, lr, end) for label, (lr, end) in ends.items() if end)]
+
+
+def edge_of(group: Group, tried: Sequence[Search]) -> str | None:
+    """`lowest` or `highest` if the learning rate of `group` is at that end of those that were tried."""
+    search = search_of(group, tried)
+    return None if search is None else edge(group.first["lr"], search.losses)
+
+
+def columns(
+    group: Group, baselines: Sequence[Group], figures: Sequence[str], contexts: Sequence[int], tried: Sequence[Search]
+) -> dict[str, Any]:
+    """The columns of the table for a layout, with `figures` of tasks and bytes at `contexts`."""
+    losses, first, baseline = list(group.losses.values()), group.first, baseline_of(group, baselines)
+    difference = compare(group, baseline)
     measured = {figure: group.figures(figure) for figure in figures}
     return {
         "layout": group.label,
         "seeds": seeds_text(len(losses), group),
         "lr": first["lr"],
+        "lr_edge": edge_of(group, tried),
         "parameters": first["params"],
-        **{f"bytes at {int(context):,}": values[0] for context, values in first["kv"].items()},
+        **{f"bytes at {context:,}": group.stored(context) for context in contexts},
         **{figure: statistics.fmean(values) if values else None for figure, values in measured.items()},
         "loss": statistics.fmean(losses) if losses else None,
         "lowest": min(losses, default=None),
         "highest": max(losses, default=None),
         "difference": None if difference is None else difference.mean,
         "half_width": None if difference is None else difference.half,
-        "verdict": None if difference is None or group in baselines else difference.verdict,
+        "verdict": None if group in baselines else verdict(group, baseline),
     }
 
 
@@ -132,38 +183,57 @@ def heading(name: str) -> str:
 
 
 def pictures(
-    rows: Sequence[Row], found: Sequence[Group], contexts: Sequence[str], figures: Sequence[str]
+    rows: Sequence[Row], found: Sequence[Group], contexts: Sequence[int], figures: Sequence[str]
 ) -> "dict[str, Picture]":
     """The pictures that the rows have figures for, by the names of their files."""
     from eval.plots.study import draw_bytes, draw_curves, draw_decoding, draw_rates, has_curves, looks_of
 
-    rates = best_rates(rows)
-    looks = looks_of([*rates, *(group.label for group in found)])
+    tried = searches(rows)
+    looks = looks_of([*(search.label for search in tried), *(group.label for group in found)])
     drawn = {"loss": draw_bytes(found, contexts, "loss", looks)}
     for figure in figures:
         having = [group for group in found if group.figures(figure)]
-        if having:
+        if having and figure != TOKEN_MS:
             drawn[figure.replace("/", "-")] = draw_bytes(having, contexts, figure, looks)
     timed = [group for group in found if group.losses and group.figures(TOKEN_MS)]
-    if timed:
+    if timed and TOKEN_MS in figures:
         drawn["decoding"] = draw_decoding(timed, "Loss against the measured time of a decoded token", looks)
-    if has_curves([row for group in found for row in group.rows]):
+    ended = [group for group in found if group.losses]
+    if has_curves(ended):
         title = "Validation loss while training; bands: lowest to highest of the seeds"
-        drawn["curves"] = draw_curves(found, title, looks)
-    if rates:
-        drawn["rates"] = draw_rates(rates, "The search of each layout's learning rate, at a smaller budget", looks)
+        drawn["curves"] = draw_curves(ended, title, looks)
+    if tried:
+        drawn["rates"] = draw_rates(tried, "The search of each layout's learning rate, at a smaller budget", looks)
     return drawn
+
+
+def usable(found: Sequence[Group], figures: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of `figures` that the rows have and that can be compared, and lines about those that cannot."""
+    from eval.tasks import TASKS
+
+    names, lines = [], dict[str, None]()
+    for name in figures:
+        having = [row for group in found if group.figures(name) for row in group.rows]
+        task = name.partition("/")[0]
+        if task in TASKS and TASKS[task].timed and any(row.get("jobs") != 1 for row in having):
+            why = "runs of the study that share a machine slow each other down, and the rows do not say jobs=1"
+            lines[f"{task} is left out: {why}"] = None
+        elif options := unequal_options(having, task):
+            lines[f"{task} is left out: it was measured with different options ({', '.join(options)})"] = None
+        elif having:
+            names.append(name)
+    return names, list(lines)
 
 
 def write_report(
     folder: Path, rows: Sequence[Row], found: Sequence[Group], baselines: Sequence[Group], options: StudyReport
 ) -> list[Path]:
     """Write the page, the pictures and the table; return their paths."""
-    figures = [name for name in (TOKEN_MS, *options.figures) if any(group.figures(name) for group in found)]
-    table = [columns(group, baselines, figures) for group in found]
-    contexts = list(found[0].first["kv"])
+    figures, left_out = usable(found, (TOKEN_MS, *options.figures))
+    contexts, tried = contexts_of(found), searches(rows)
+    table = [columns(group, baselines, figures, contexts, tried) for group in found]
     images, written = [], []
-    for name, picture in pictures(rows, found, contexts, options.figures).items():
+    for name, picture in pictures(rows, found, contexts, figures).items():
         written.append(folder / f"{name}.png")
         picture.write(written[-1], dpi=130)
         images.append(base64.b64encode(written[-1].read_bytes()).decode())
@@ -173,29 +243,41 @@ def write_report(
     writer.writerows(table)
     write_text(folder / "study.csv", text.getvalue())
     title = f"Study {', '.join(dict.fromkeys(group.first['study'] for group in found))}"
-    write_text(folder / "report.html", page(title, table, sentences(found, baselines), images, conditions(found)))
+    verdicts = [*sentences(found, baselines), *warnings(found, rows)]
+    about = [*conditions(found, options.pool), *left_out]
+    write_text(folder / "report.html", page(title, table, verdicts, images, about))
     return [folder / "report.html", folder / "study.csv", *written]
 
 
-def conditions(found: Sequence[Group]) -> list[str]:
-    """Lines about what the runs share, and what they do not."""
+def conditions(found: Sequence[Group], pool: bool = False) -> list[str]:
+    """Lines about what the runs share, and what they do not. `pool`: their commits are taken for one."""
     rows = [row for group in found for row in group.rows]
 
     def values(name: str) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row[name] is not None))
 
     names = dict.fromkeys(of["name"] for row in rows for of in row["data"])
-    tokens = dict.fromkeys(f"{row['tokens']:,}" for row in rows)
-    lines = [f"tokens per run: {'; '.join(tokens)}"]
+    tokens, lengths = (dict.fromkeys(f"{row[key]:,}" for row in rows) for key in ("tokens", "seq_len"))
+    lines = [
+        f"tokens per run: {'; '.join(tokens)}",
+        f"trained length: {'; '.join(lengths)} tokens; at longer contexts bytes are counted, and no loss is measured",
+    ]
     lines += [f"text: {', '.join(names)}", f"hardware: {values('hardware')}", f"commit: {values('commit')}"]
     if len({row["commit"] for row in rows}) > 1:
-        lines.append("the rows are of several commits: groups of different commits are shown apart, and not compared")
+        lines.append(
+            "the rows are of several commits: groups of different commits are shown apart, and not compared; where "
+            "nothing that matters has changed between them, pool=true compares them"
+        )
+    if pool:
+        lines.append(
+            "rows of different commits are compared (pool=true): whoever made this report says that nothing that "
+            "matters changed between them"
+        )
+    if any("+" in row["commit"] for row in rows):
+        lines.append("a commit that ends in + had changes that were not committed: its rows may be of different code")
     matches = dict.fromkeys("none" if row["match"] is None else row["match"]["match"] for row in rows)
-    return [*lines, f"match: {', '.join(matches)}", f"dates: {min(map(_date, rows))} to {max(map(_date, rows))}"]
-
-
-def _date(row: Row) -> str:
-    return str(row["date"])[:10]
+    dates = sorted(row["date"][:10] for row in rows if row["date"])
+    return [*lines, f"match: {', '.join(matches)}", *(f"dates: {first} to {dates[-1]}" for first in dates[:1])]
 
 
 def page(

@@ -78,7 +78,7 @@ def test_names_of_the_demo() -> None:
 def pictures() -> dict[str, Picture]:
     """Of the study of recall, whose ten layouts are more than there are colours."""
     rows = read_rows(RESULTS / "study-recall" / "results.jsonl")
-    return study.pictures(rows, groups(rows, "main"), ["2048", "131072"], ["recall/gap/accuracy"])
+    return study.pictures(rows, groups(rows, "main"), [2048, 131072], ["recall/gap/accuracy"])
 
 
 def look(line: Line2D) -> tuple[str, str]:
@@ -125,5 +125,5 @@ def test_the_frontier_is_of_what_is_better(monkeypatch: pytest.MonkeyPatch) -> N
         ("study-recall", "recall/gap/accuracy", False),
     ):
         same = groups(read_rows(RESULTS / name / "results.jsonl"), "main")
-        plots.draw_bytes(same, ["2048"], figure, plots.looks_of(group.label for group in same))
+        plots.draw_bytes(same, [2048], figure, plots.looks_of(group.label for group in same))
         assert found.pop() == expected, figure

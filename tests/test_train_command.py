@@ -83,7 +83,8 @@ def test_run_folder(trained: Path) -> None:
     assert start["versions"]["torch"] == torch.__version__
     assert start["from_step"] == 0
     assert start["attention"] == "kv: sdpa (torch's scaled_dot_product_attention)"
-    assert set(start) == {"attention", "from_step", "command", "git", "python", "versions", "hardware"}
+    record = {"date", "command", "git", "python", "versions", "hardware"}
+    assert set(start) == {"attention", "from_step", "threads", *record}
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["tokens"] == 1024
     assert summary["val"]["ppl"] == pytest.approx(torch.tensor(summary["val"]["loss"]).exp().item())

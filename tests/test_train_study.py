@@ -10,8 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
-from conftest import launch_in_process
+from conftest import ROOT, launch_in_process
 
 from arch import LayoutError, resolve
 from arch.named import CONFIGS, load_arch, model_config, names
@@ -20,7 +21,7 @@ from data.cli import TaskError, UsageError
 from eval import evaluate
 from eval import study as report
 from eval.identity import READING
-from eval.study_rows import compare, frontier, groups, read_rows, sentence
+from eval.study_rows import compare, contexts_of, frontier, groups, read_rows, searches, sentence, verdict
 from train import pretrain, study
 from train.errors import DIVERGENCE_HINT
 from train.matching import find_match
@@ -153,12 +154,13 @@ def test_commands_of_a_run(tmp_path: Path) -> None:
     assert job.next_command()[-1] == f"resume={tmp_path}"
 
 
-def row(arch: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
+def row(arch: str, seed: int, loss: float | None, **changes: Any) -> dict[str, Any]:
     kv = {str(context): [context * (2 if arch == "mha" else 1), 1] for context in (2048, 8192, 32768, 131072)}
     made = {"arch": arch, "seed": seed, "loss": loss, "key": arch, "stage": MAIN, "commit": "c" * 40, "lr": 1e-3}
     made |= {"study": "s", "config": {"batch_size": 8, "optim": {"name": "adamw", "lr": loss}, "arch": {"block": None}}}
     made |= {"data": [{"name": "books", "digest": "d"}], "tokens": 10, "seq_len": 4, "speed": {}, "val_tokens": 8}
-    made |= {"kv": kv, "params": 7, "val_curve": [[5, loss + 1], [10, loss]], "match": None, "date": "2026-01-31T00"}
+    val_curve = [] if loss is None else [[5, loss + 1], [10, loss]]
+    made |= {"kv": kv, "params": 7, "val_curve": val_curve, "match": None, "date": "2026-01-31T00", "jobs": 1}
     return made | {"tasks": {"decode": {"figures": {"token_ms": 2.0}}}, "hardware": "a CPU"} | changes
 
 
@@ -201,11 +203,114 @@ def test_losses_of_other_targets_are_not_compared() -> None:
 def test_seeds_that_are_missing_are_said() -> None:
     rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
     rows += [row(arch, seed, 2.9 + seed / 10) for arch in ("cla2", "mqa") for seed in range(2)]
-    rows.append(row("cla2", 2, 3.1) | {"loss": None})
+    rows.append(row("cla2", 2, None))
     mha, cla2, mqa = groups(rows, MAIN)
-    assert sentence(cla2, mha) == "cla2: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds; 1 diverged)."
+    assert sentence(cla2, mha) == "cla2: no verdict beside mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds; 1 diverged)."
     assert sentence(mqa, mha) == "mqa: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds)."
-    assert [report.columns(group, [mha], [])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
+    assert [report.columns(group, [mha], [], [], [])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
+
+
+def test_a_layout_that_diverged_is_not_better_and_is_listed() -> None:
+    """Nor is one worse than a baseline that diverged; what is worse where neither did is worse."""
+    nan = {"diverged": "the loss is nan at step 5"}
+    rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
+    rows += [*(row(arch, seed, loss + seed / 10) for arch, loss in (("cla2", 2.9), ("mla", 3.1)) for seed in range(2))]
+    rows += [row("cla2", 2, None, **nan), row("mla", 2, None), *(row("mqa", seed, None, **nan) for seed in range(3))]
+    mha, cla2, mla, mqa = found = groups(rows, MAIN)
+    assert [verdict(group, mha) for group in (cla2, mla, mqa)] == ["diverged", "worse", "diverged"]
+    assert [verdict(mha, group) for group in (cla2, mla)] == ["not told apart", "better"]
+    assert sentence(mqa, mha) == "mqa: no seed in common with mha; 3 diverged."
+    assert report.columns(mqa, [mha], [], [], [])["verdict"] == "diverged"
+    assert report.warnings(found, rows) == [
+        "cla2: seed 2 diverged: the loss is nan at step 5.",
+        "mla: seed 2 diverged: its validation loss is not finite.",
+        *(f"mqa: seed {seed} diverged: the loss is nan at step 5." for seed in range(3)),
+    ]
+    assert report.pictures(rows, found, [2048], []).keys() == {"loss", "curves"}
+
+
+@pytest.mark.parametrize("changes", [{"d_model": 32}, {"num_layers": 2}, {"vocab_size": 300}, {"match": "flops"}])
+def test_models_of_different_size_are_not_compared(changes: dict[str, Any]) -> None:
+    """The width of an MLP, which a match chooses, may differ, and so may the heads."""
+
+    def one(arch: str, match: str = "params", **size: int) -> dict[str, Any]:
+        sizes = {"num_layers": 4, "d_model": 16, "vocab_size": 600, "d_ff": 48, "num_heads": 4} | size
+        config = row("mha", 0, 3.0)["config"] | {"size": sizes}
+        return row(arch, 0, 3.0, config=config, match={"match": match, "target": 7.0})
+
+    mha, cla2, other = groups([one("mha"), one("cla2", d_ff=56, num_heads=8), one("mla", **changes)], MAIN)
+    assert compare(cla2, mha) is not None
+    (key,) = changes
+    assert sentence(other, mha).endswith(f"the runs differ in {key if key == 'match' else f'size.{key}'}.")
+
+
+def test_figures_of_unequal_tasks_and_times_of_shared_machines_are_left_out() -> None:
+    def recall(joined: bool) -> dict[str, Any]:
+        return {"recall": {"figures": {"gap/accuracy": 0.5}, "options": {"joined": joined, "pairs": [4]}}}
+
+    names = ("decode/token_ms", "recall/gap/accuracy")
+    assert report.usable(groups([row("mha", 0, 3.0)], MAIN), names) == (["decode/token_ms"], [])
+    _, (shared,) = report.usable(groups([row("mha", 0, 3.0), row("cla2", 0, 3.0, jobs=2)], MAIN), names)
+    assert shared.startswith("decode is left out: runs of the study that share a machine slow each other down")
+    same, other = ([row("mha", 0, 3.0, tasks=recall(True)), row("cla2", 0, 3.0, tasks=recall(of))] for of in (1, 0))
+    same[1]["tasks"] = recall(True) | {"copy": {}}
+    assert report.usable(groups(same, MAIN), names) == (["recall/gap/accuracy"], [])
+    assert report.usable(groups(other, MAIN), names) == (
+        [], ["recall is left out: it was measured with different options (joined)"]
+    )  # fmt: skip
+
+
+def test_learning_rates_are_of_one_study_at_one_commit() -> None:
+    """And one at the end of those that were tried is said to be there; one beyond which the next diverged is not."""
+    rows = [row("mha", 0, loss, lr=lr, stage=RATE) for lr, loss in ((2e-3, 3.0), (1e-3, 3.1), (4e-3, None))]
+    rows += [row("cla2", 0, loss, lr=lr, stage=RATE) for lr, loss in ((1e-3, 3.0), (2e-3, 3.1))]
+    rows.append(row("cla2", 0, 1.0, lr=1e-3, stage=RATE, study="t"))
+    rows += [row("mqa", 0, None, lr=lr, stage=RATE) for lr in (1e-3, 2e-3)]
+    found = searches(rows)
+    assert [each.label for each in found] == ["mha", "cla2 (s)", "cla2 (t)", "mqa"]
+    assert list(found[0].losses.items()) == [(1e-3, 3.1), (2e-3, 3.0), (4e-3, None)]
+    rows += [row("mha", 0, 3.0, lr=2e-3), row("cla2", 0, 3.0, lr=1e-3, commit="d" * 40)]
+    main = groups(rows, MAIN)
+    assert [report.columns(group, main[:1], [], [], found)["lr_edge"] for group in main] == [None, "lowest"]
+    assert report.warnings(main, rows) == [
+        "mqa: diverged at every learning rate that was tried (0.001, 0.002).",
+        "cla2: its learning rate, 0.001, is the lowest that was tried; a lower one may be better.",
+    ]
+    (axes,) = report.pictures(rows, main, [2048], [])["rates"].axes
+    crosses = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "x"]
+    assert crosses == [[4e-3], [1e-3, 2e-3]] and "diverged" in axes.get_title()
+
+
+@pytest.mark.parametrize("name", ["study-cpu", "study-recall", "shakespeare-char", "zoology"])
+def test_bytes_at_the_trained_length_come_first(name: str) -> None:
+    """Of rows of before these had them by their layouts, unless these have come to mean other bytes since."""
+    found = groups(read_rows(ROOT / "docs" / "results" / name / "results.jsonl"), MAIN)
+    mha = next(group for group in found if group.first["arch"] == "mha")
+    trained, size = mha.first["seq_len"], mha.first["config"]["size"]
+    assert contexts_of(found) == [trained, 2048, 8192, 32768, 131072]
+    assert mha.stored(trained) == trained * size["num_layers"] * size["d_model"] * 2 * 2
+    mha.first["kv"]["2048"][0] += 1
+    assert contexts_of(groups(mha.rows, MAIN)) == [2048, 8192, 32768, 131072]
+
+
+def test_rows_of_several_commits_are_compared_if_the_user_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The later row of a seed counts. Of changes that were not committed the report warns."""
+    other = "d" * 40 + "+"
+    rows = [row("mha", 0, 3.0), row("mha", 1, 3.0), row("mha", 1, 3.1, commit=other)]
+    rows += [row("cla2", 0, 2.9), row("cla2", 1, 3.0, commit=other)]
+    for each in rows:
+        append_row(tmp_path / "results.jsonl", each)
+    with patch("eval.plots.style.Picture.write", lambda self, path, **options: path.write_bytes(b"png")):
+        report.main([str(tmp_path / "results.jsonl"), "pool=true"])
+        pooled = (tmp_path / "report.html").read_text()
+        report.main([str(tmp_path / "results.jsonl")])
+        apart = (tmp_path / "report.html").read_text()
+    assert "cla2: better than mha (-0.1000 ± 0.0000 nats over 2 seeds)." in pooled
+    assert "says that nothing that matters changed between them" in pooled and "shown apart" not in pooled
+    assert "cla2 (ccccccc): not told apart from mha (ccccccc): 1 of 2 seeds" in apart and "pool=true" in apart
+    assert "its rows may be of different code" in pooled
 
 
 def test_a_baseline_has_the_conditions_of_its_layout() -> None:
@@ -235,13 +340,12 @@ def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureF
     assert "cla2: better than mha (-0.5000 ± 0.0000 nats over 2 seeds)." in page and page.count("data:image/png") == 3
     assert "http" not in page and "<h1>Study s</h1>" in page
     assert "<th>milliseconds per decoded token</th>" in page and "recall" not in page
-    assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,7,2048,8192")
+    assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,,7,2048,8192")
 
 
 def test_a_report_of_runs_that_all_diverged() -> None:
-    rows = [row("mha", seed, 3.0) | {"loss": None} for seed in range(2)]
-    drawn = report.pictures(rows, groups(rows, MAIN), ["2048"], [])
-    assert drawn.keys() == {"loss", "curves"}
+    rows = [row("mha", seed, None) for seed in range(2)]
+    assert report.pictures(rows, groups(rows, MAIN), [2048], []).keys() == {"loss"}
 
 
 def test_the_table_has_the_figures_of_tasks_that_were_measured() -> None:
@@ -249,7 +353,8 @@ def test_the_table_has_the_figures_of_tasks_that_were_measured() -> None:
     rows.append(row("cla2", 0, 2.5, tasks={}))
     mha, cla2 = groups(rows, MAIN)
     names = ["copy/accuracy"]
-    assert [report.columns(group, [mha], names)["copy/accuracy"] for group in (mha, cla2)] == [0.125, None]
+    found = [report.columns(group, [mha], names, [2048], []) for group in (mha, cla2)]
+    assert [each["copy/accuracy"] for each in found] == [0.125, None]
 
 
 def test_a_study_checks_its_runs_before_it_starts(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
@@ -419,6 +524,42 @@ def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: py
     assert row["config"]["size"]["d_ff"] == row["match"]["width"] != 48
     assert row["config"]["data"] == {"document_mask": False, "block_padding": False}
     assert row["kv"]["2048"] == [2048 * 4 * 2 * 4 * 2] * 2  # 4 layers of 2 heads, a vector of 4 elements in bf16
+    assert row["kv"]["32"] == [32 * 4 * 2 * 4 * 2] * 2 and row["tokens"] == 256
+    (start,) = json.loads((jobs[0].folder / "run.json").read_text())
+    assert (row["date"], row["threads"], row["jobs"]) == (start["date"], torch.get_num_threads(), 1)
+
+
+def test_a_run_that_diverges_has_a_row_and_is_not_trained_again(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    jobs: list[Job] = []
+    outcome = ["exit code 137: killed"]
+
+    def start(launcher: LocalLauncher, job: Job) -> Any:
+        jobs.append(job)
+        return SimpleNamespace(job=job, poll=lambda: outcome[-1])
+
+    monkeypatch.setattr(LocalLauncher, "start", start)
+    monkeypatch.setattr(study, "PAUSE", 0)
+    small = "size.num_layers=1 size.d_model=32 size.d_ff=48 size.seq_len=32 data.val_tokens=256 logger=csv batch_size=4"
+    words = ["+study=equal_bytes", f"data.path={corpus}", f"folder={tmp_path}", "archs=[mha]", "seeds=[0]"]
+    words += [f"run={['+size=tiny', 'size.vocab_size=600', *small.split(), 'optim.warmup=0']}", "tokens=1024"]
+    words += ["lrs=[1e30]", "tasks=[perplexity]", "options=null", "match=none"]
+    with pytest.raises(TaskError, match="killed"):
+        launch_in_process(study.main, "study", StudyConfig, words)
+    assert not read_rows(tmp_path / "results.jsonl")
+    capsys.readouterr()
+    with pytest.raises((SystemExit, TaskError)):
+        launch_in_process(pretrain.main, "pretrain", PretrainConfig, jobs[0].next_command()[2:])
+    outcome.append(f"exit code 1: {capsys.readouterr().err.splitlines()[-1]}")
+    for _ in range(2):
+        with pytest.raises(TaskError, match=r"1 run failed.*\nmha lr 1e\+30 seed 0: (the loss|weights)"):
+            launch_in_process(study.main, "study", StudyConfig, words)
+    assert len(jobs) == 2, "the third start has nothing to do"
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["loss"] is row["ppl"] is None and row["tasks"] == {} and row["tokens"] == 1024
+    assert "not finite" in row["diverged"] or "nan" in row["diverged"]
+    assert str(tmp_path) not in row["diverged"] and DIVERGENCE_HINT not in row["diverged"]
 
 
 class Submitted:
@@ -464,8 +605,11 @@ def test_a_run_that_fails_otherwise_than_by_its_rate_is_waited_for(tmp_path: Pat
     found.done[RATE, low.key, low.seed] = {"loss": 2.0, "tasks": {}}
     found.failed[high.folder_name] = "exit code 137: killed"
     assert not found.cells()[1]
-    found.failed[high.folder_name] = f"exit code 1: error: the loss exploded: {DIVERGENCE_HINT}. There was none"
+    found.done[RATE, high.key, high.seed] = {"loss": None, "tasks": {}}
     assert found.cells()[1]["a"].lr == 1e-3
+    failed = f"exit code 1: error: the loss is nan at step 5: {DIVERGENCE_HINT}. There was no checkpoint yet."
+    assert study.divergence(failed) == "the loss is nan at step 5"
+    assert study.divergence("exit code 137: killed") is study.divergence(DONE) is None
 
 
 def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path) -> None:

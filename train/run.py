@@ -3,7 +3,7 @@
 config.yaml    the resolved configuration; resume=FOLDER starts from it
 identity.json  what of it, of the data and of the tokenizer the run is tied to: eval/identity.py
 plan.json      the resolved KV layout
-run.json       command, git revision, versions, hardware
+run.json       date, command, git revision, versions, hardware, threads, for each time the run was started
 metrics/       metrics.csv, one folder for each time the run was started
 checkpoints/   the newest ones and the best: train/checkpoint.py
 summary.json   the result, written when training ends
@@ -27,6 +27,7 @@ from eval import identity
 from eval.environment import environment
 from eval.identity import Identity, changed_values
 from eval.plain_yaml import read_config, read_plain
+from eval.results import envelope
 from eval.runs import KEYS, Run, RunError, deciding_values
 from eval.typed import mistyped_booleans
 from train.schema import PretrainConfig
@@ -52,7 +53,7 @@ def write_start(folder: Path, config: PretrainConfig, plan: Plan, tied: Identity
         for key, was, now in changed_values(_values_before(folder, values), values):
             if now is not None:  # a key that an earlier version had
                 print(f"from here on {key} is {now}; before, it was {was}", file=sys.stderr)
-        write_json(path, [*_starts(folder), {**about, **environment()}])
+        write_json(path, [*_starts(folder), {**about, **envelope()}])
         write_json(folder / "plan.json", plan.to_dict())
         # A start that died before config.yaml was there may have left the identity of another run.
         if not all((folder / name).exists() for name in ("config.yaml", identity.FILE)):

@@ -28,7 +28,7 @@ from eval.cli import Choices, launch, typed_values
 from eval.console import PlainConsole
 from eval.environment import git_revision
 from eval.runs import Run, RunError
-from eval.study_rows import newest, read_rows
+from eval.study_rows import edge, edge_sentence, newest, read_rows, why_no_loss
 from eval.units import bytes_text, count_text, counted, duration_text
 from train.errors import DIVERGENCE_HINT
 from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
@@ -97,14 +97,16 @@ class Study:
         return None if row is None else row["loss"]
 
     def has_diverged(self, cell: Cell) -> bool:
-        """Tell whether the run failed by its learning rate, or ended without a finite loss. One that failed otherwise
-        is tried again, and its layout waits for it."""
+        """Tell whether the run could not go on, or ended without a finite loss. One that failed otherwise has no row:
+        it is tried again, and its layout waits for it."""
         row = self.row(cell)
-        return DIVERGENCE_HINT in self.failed.get(cell.folder_name, "") or (row is not None and row["loss"] is None)
+        return row is not None and row["loss"] is None
 
     def is_done(self, cell: Cell) -> bool:
         row = self.row(cell)
-        return row is not None and all(
+        if row is None or row.get("diverged"):  # then there is nothing to evaluate
+            return row is not None
+        return all(
             task in row["tasks"] and same_options(row["tasks"][task], options)
             for task, options in self.tasks_of(cell).items()
         )
@@ -215,37 +217,40 @@ class Study:
         return waiting[: self.options.jobs - len(running)]
 
     def collect(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
-        """Write the rows of what has ended, and take note of what has failed."""
+        """Write the rows of what has ended or diverged, and take note of what has failed otherwise."""
         for name, (cell, handle, began) in list(running.items()):
             outcome = handle.poll()
             if outcome is None:
                 continue
             del running[name]
-            if outcome == DONE:
-                self.add_row(cell, handle.job.folder, time.monotonic() - began)
+            diverged = divergence(outcome)
+            if outcome == DONE or diverged:
+                self.add_row(cell, handle.job.folder, time.monotonic() - began, diverged)
             elif outcome == STOPPED:
                 self.say(f"{cell} is stopped, and continues from its checkpoint")
             else:
                 self.failed[name] = f"{cell}: {outcome}"
                 self.say(f"{cell} failed: {outcome}")
 
-    def add_row(self, cell: Cell, folder: Path, seconds: float) -> None:
+    def add_row(self, cell: Cell, folder: Path, seconds: float, diverged: str | None = None) -> None:
+        here = self.options.jobs if self.options.launcher == "local" else 1
         try:
-            row = row_of(cell, folder, self.options.threads_of_run)
+            row = row_of(cell, folder, here, diverged)
         except (RunError, UsageError, OSError, ValueError) as error:
             self.failed[folder.name] = f"{cell}: {error}"
             self.say(f"{cell} failed: {error}")
             return
         append_row(self.options.rows, row)
         self.done[cell.stage, cell.key, cell.seed] = row
-        if row["starts"] == 1:
+        if row["starts"] == 1 and not diverged:
             self.seconds, self.trained = self.seconds + seconds, self.trained + row["tokens"]
         if not self.options.keep:
             rmtree(folder / "checkpoints", ignore_errors=True)
         speed = row["tokens_per_second"]
         rate = "" if speed is None else f", {speed:,.0f} tokens/s"
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.say(f"{cell} has ended: loss {loss}{rate}; {self.left_text()}")
+        outcome = f"has diverged: {diverged}" if diverged else f"has ended: loss {loss}"
+        self.say(f"{cell} {outcome}{rate}; {self.left_text()}")
 
     def wait_for_stop(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
         for _, handle, _ in running.values():
@@ -261,21 +266,27 @@ class Study:
     def end(self, stopped: bool) -> None:
         cells, chosen = self.cells()
         for arch, choice in chosen.items():
-            if choice.at_edge:
-                self.say(f"{arch}: the best learning rate, {choice.lr:g}, is the last that was tried in its direction")
+            if end := edge(choice.lr, choice.losses):
+                self.say(edge_sentence(arch, choice.lr, end))
         total = len(self.options.archs) * len(self.options.seeds)
         ended = sum(cell.stage == MAIN and self.is_done(cell) for cell in cells)
         self.say(f"{ended} of {counted(total, 'run')} done; rows: {self.options.rows}")
         if stopped and ended < total:
             self.say("stopped; the same command continues")
-        no_loss = [cell for cell in cells if self.is_done(cell) and self.loss_of(cell) is None]
-        if failed := [*self.failed.values(), *(f"{cell}: its validation loss is not finite" for cell in no_loss)]:
+        no_loss = [f"{cell}: {why_no_loss(row)}" for cell in cells if (row := self.row(cell)) and row["loss"] is None]
+        if failed := [*self.failed.values(), *no_loss]:
             listed = "\n".join(failed)
             told = f"{counted(len(failed), 'run')} failed; the same command tries again those without a row"
             raise TaskError(f"{told}:\n{listed}")
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def divergence(outcome: str) -> str | None:
+    """Why a run of this outcome could not go on, if it has diverged, without the advice and paths that follow."""
+    reason, hint, _ = outcome.partition(f": {DIVERGENCE_HINT}")
+    return reason.rpartition("error: ")[2] if hint else None
 
 
 @contextmanager

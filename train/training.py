@@ -78,7 +78,8 @@ def run(config: PretrainConfig) -> None:
         lightning_trainer(config, device).fit(module, data)
     if launched_rank() == 0:
         step = 0 if start is None else checkpoint.step_of(start)
-        write_start(folder, config, plan, tied, {"from_step": step, "attention": attention})
+        about = {"from_step": step, "attention": attention, "threads": torch.get_num_threads()}
+        write_start(folder, config, plan, tied, about)
         print_start(config, plan, data, attention)
         if device == "cuda":
             print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}", flush=True)

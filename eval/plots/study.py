@@ -1,7 +1,7 @@
 """Pictures of a study: loss against bytes and against decoding time, curves of loss and of learning rates."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from eval.figures import axis
 from eval.plots.points import Name, Spot, boxes_of_steps, name_spots, side_by_side
 from eval.plots.style import DOMINATED, GRID, Axes, Look, Picture, line_looks, literal_text, plain_axes
-from eval.study_rows import Group, Row, frontier
+from eval.study_rows import Group, Search, frontier
 from eval.units import bytes_text
 
 SHOWN = "bars: range of the seeds; grey: the frontier, and the range of its seeds; points of one place: side by side"
@@ -84,22 +84,38 @@ def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, looks: 
 
 
 @literal_text
-def draw_bytes(groups: Sequence[Group], contexts: Sequence[str], figure: str, looks: Looks) -> Picture:
-    """`figure` (`loss`, or a task's) against bytes of cache, a panel for each context."""
+def draw_bytes(groups: Sequence[Group], contexts: Sequence[int], figure: str, looks: Looks) -> Picture:
+    """`figure` (`loss`, or a task's) against bytes of cache, a panel for each of `contexts`: of an odd number the first
+    is as wide as two."""
     loss = figure == "loss"
     label, larger = ("validation loss, nats", False) if loss else (axis(figure, 0).label, axis(figure, 0).larger)
     values = {group.label: list(group.losses.values()) if loss else group.figures(figure) for group in groups}
-    picture = Picture(figsize=(10, 7.2), layout="constrained")
+    wide = len(contexts) % 2
+    lines = (len(contexts) + wide) // 2
+    picture = Picture(figsize=(10, 3.6 * lines), layout="constrained")
     picture.suptitle(f"{label[0].upper()}{label[1:]}, against the cache\n{SHOWN}", fontsize=10)
-    panels = {context: picture.add_subplot(2, 2, number) for number, context in enumerate(contexts, start=1)}
+    grid = picture.add_gridspec(lines, 2)
+    cells = [grid[0, :]] * wide + [grid[line, column] for line in range(wide, lines) for column in range(2)]
+    panels = {context: picture.add_subplot(cell) for context, cell in zip(contexts, cells, strict=True)}
+    trained = {group.first["seq_len"] for group in groups}
     for context, axes in panels.items():
         bytes_axis(axes)
-        axes.set_xlabel(f"cache at {int(context):,} tokens (log scale)")
+        axes.set_title(context_title(context, trained, loss), fontsize=9)
+        axes.set_xlabel(f"cache at {context:,} tokens (log scale)")
         axes.set_ylabel(label)
     for context, axes in panels.items():
-        places = {group.label: group.first["kv"][context][0] for group in groups}
+        places = {group.label: stored for group in groups if (stored := group.stored(context)) is not None}
         points(picture, axes, places, values, looks, lower=not larger)
     return picture
+
+
+def context_title(context: int, trained: Collection[int], loss: bool) -> str:
+    """What a panel of bytes at `context` shows of models that were `trained` at these lengths."""
+    if {context} == set(trained):
+        return f"At the trained length, {context:,} tokens"
+    measured = "loss at the trained length" if loss else "the figure as its task measured it"
+    start = "Extrapolation: " if context > max(trained) else ""
+    return f"{start}bytes at {context:,} tokens, {measured}"
 
 
 @literal_text
@@ -119,11 +135,11 @@ def draw_decoding(groups: Sequence[Group], title: str, looks: Looks) -> Picture:
 
 @literal_text
 def draw_curves(groups: Sequence[Group], title: str, looks: Looks) -> Picture:
-    """Loss of validation against tokens, the mean over seeds with a band from the lowest to the highest."""
+    """Loss of validation against tokens, the mean over the seeds that ended, with a band from lowest to highest."""
     picture = Picture(figsize=(8.2, 4.8), layout="constrained")
     axes = picture.add_subplot()
     for group in groups:
-        curves = [dict(map(tuple, row["val_curve"])) for row in group.rows]
+        curves = [dict(map(tuple, row["val_curve"])) for row in group.rows if row["loss"] is not None]
         tokens = sorted(set.intersection(*(set(curve) for curve in curves)))
         losses = [[curve[at] for curve in curves] for at in tokens]
         line(axes, tokens, [statistics.fmean(at) for at in losses], group.label, looks)
@@ -138,12 +154,21 @@ def draw_curves(groups: Sequence[Group], title: str, looks: Looks) -> Picture:
 
 
 @literal_text
-def draw_rates(rates: Mapping[str, Mapping[float, float]], title: str, looks: Looks) -> Picture:
-    """Loss against the learning rate, a line for each layout."""
+def draw_rates(tried: Sequence[Search], title: str, looks: Looks) -> Picture:
+    """Loss against the learning rate, a line for each layout, and above it the rates at which it diverged."""
     picture = Picture(figsize=(7.4, 4.4), layout="constrained")
     axes = picture.add_subplot()
-    for name, losses in rates.items():
-        line(axes, list(losses), list(losses.values()), name, looks)
+    diverged: list[tuple[str, list[float]]] = []
+    for search in tried:
+        ended = {lr: loss for lr, loss in search.losses.items() if loss is not None}
+        line(axes, list(ended), list(ended.values()), search.label, looks)
+        if rest := [lr for lr in search.losses if lr not in ended]:
+            diverged.append((search.label, rest))
+    for number, (label, rates) in enumerate(diverged):  # one above the other, as layouts share rates
+        height = 1.03 + 0.04 * number
+        style: dict[str, Any] = {"marker": "x", "linestyle": "", "clip_on": False, "color": looks[label].color}
+        axes.plot(rates, [height] * len(rates), transform=axes.get_xaxis_transform(), **style)
+    title += "\nx above: diverged" * bool(diverged)
     log_axis(axes)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("validation loss, nats")
@@ -153,5 +178,7 @@ def draw_rates(rates: Mapping[str, Mapping[float, float]], title: str, looks: Lo
     return picture
 
 
-def has_curves(rows: Sequence[Row]) -> bool:
-    return all(len(row["val_curve"]) > 1 for row in rows)
+def has_curves(groups: Sequence[Group]) -> bool:
+    """Tell whether there is a curve of every run that ended, and any."""
+    ended = [row for group in groups for row in group.rows if row["loss"] is not None]
+    return bool(ended) and all(len(row["val_curve"]) > 1 for row in ended)

@@ -152,18 +152,10 @@ def data_digest(config: PretrainConfig) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The learning rate of a layout.
-
-    losses   validation loss of each rate that was tried; None: it failed
-    at_edge  the best is the lowest or the highest that was tried
-    """
+    """The learning rate of a layout. `losses`: validation loss of each rate that was tried; None: it failed."""
 
     lr: float
     losses: Mapping[float, float | None]
-
-    @property
-    def at_edge(self) -> bool:
-        return len(self.losses) > 1 and self.lr in (min(self.losses), max(self.losses))
 
 
 def rate_to_try(study: StudyConfig, losses: Mapping[float, float | None]) -> list[float]:

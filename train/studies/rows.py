@@ -5,10 +5,13 @@ key             digest of what decides the result but the seed: rows of one key 
 config          what decides the result, of the data only how it is read; `speed`: precision, compilation, devices
 match           the width that makes figures equal, and how equal they are; None: no match was asked for
 data            digest and name of the text, in a mixture with its weight
-loss, ppl, bpb  of validation; `curve`, `val_curve`: [tokens, loss]
-kv              bytes of a cache of bf16 at each context of CONTEXTS: [stored, read per token]
+loss, ppl, bpb  of validation, null where the run diverged; `curve`, `val_curve`: [tokens, loss]
+diverged        why the run could not go on; null: it has ended
+kv              bytes of a cache of bf16 at the length of training and each of CONTEXTS: [stored, read per token]
 tasks           figures, options and rows of the tasks of evaluation
-commit, ...     commit (`+`: changed files), versions, hardware, threads; `tokens_per_second`, the median of training
+jobs            runs of the study that this machine had at a time
+commit, ...     commit (`+`: changed files), date, versions, hardware, threads of the run's last start;
+                `tokens_per_second`, the median of training
 """
 
 import json
@@ -17,7 +20,6 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from eval.evaluations import FOLDER, KEY, file_name
 from eval.identity import READING, Identity
 from eval.runs import Run, deciding_values, finished_run
 from train.run import load_config
+from train.schema import num_steps
 from train.studies.cells import Cell
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -49,10 +52,14 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
-    """The row of the run of `cell` in `folder`, which has ended. Raises RunError if it cannot be read."""
-    run, config = finished_run(folder), load_config(folder)
-    summary, plan, start = run.summary, run.plan, run.starts[-1]
+def row_of(cell: Cell, folder: Path, jobs: int, diverged: str | None = None) -> dict[str, Any]:
+    """The row of the run of `cell` in `folder`, which has ended, or has `diverged` for that reason and has no result.
+
+    Raises RunError if it cannot be read.
+    """
+    run, config = Run(folder) if diverged else finished_run(folder), load_config(folder)
+    val, evaluated = ({}, {}) if diverged else (run.summary["val"], run.summary.get(KEY, {}))
+    plan, start, seq_len = run.plan, run.starts[-1], config.size.seq_len
     tied, values = Identity.load(folder), to_dict(config)
     decides = deciding_values(values, "result")
     decides["data"] = {key: decides["data"][key] for key in READING}
@@ -71,19 +78,21 @@ def row_of(cell: Cell, folder: Path, threads: int) -> dict[str, Any]:
         "data": [] if tied is None else _data(tied),
         "params": num_params(config.model, plan),
         "train_flops_per_token": train_flops_per_token(config.model, plan),
-        "kv": {str(context): list(_bytes(plan, context)) for context in CONTEXTS},
-        "tokens": summary["tokens"],
-        "seq_len": summary["seq_len"],
-        **{key: value if is_finite(value := summary["val"].get(key)) else None for key in ("loss", "ppl", "bpb")},
+        "kv": {str(context): list(_bytes(plan, context)) for context in sorted({seq_len, *CONTEXTS})},
+        "tokens": num_steps(config) * config.batch_size * seq_len,
+        "seq_len": seq_len,
+        **{key: value if is_finite(value := val.get(key)) else None for key in ("loss", "ppl", "bpb")},
+        "diverged": diverged,
         "val_tokens": config.data.val_tokens,
         "curve": curve(run, "train/loss"),
         "val_curve": curve(run, "val/loss"),
         "tokens_per_second": round(statistics.median(speeds), 1) if speeds else None,
-        "tasks": {task: _task(folder, task) for task in summary.get(KEY, {})},
+        "tasks": {task: _task(folder, task) for task in evaluated},
         "commit": ", ".join(commits),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": start.get("date"),
         "hardware": start.get("hardware"),
-        "threads": threads,
+        "threads": start.get("threads"),
+        "jobs": jobs,
         "python": start.get("python"),
         "versions": start.get("versions"),
         "starts": len(run.starts),
