@@ -19,9 +19,9 @@ Shapes: B sequences, T tokens, P pairs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -217,6 +217,12 @@ def problems(config: RecallConfig) -> list[str]:
         for pairs in counts:
             found += _task(config, pairs).problems(pairs)
     return [f"source.recall: {problem}" for problem in found]
+
+
+def joined_pairs(recipe: Mapping[str, Any]) -> bool | None:
+    """Tell whether a pair is one token in the data of `recipe` (`Manifest.recipe`); None: it has none of kind gap."""
+    recall = recipe["source"].get("recall")
+    return bool(recall.get("joined", False)) if recall and recall.get("kind") == "gap" else None
 
 
 def _task(config: RecallConfig, pairs: int) -> RecallTask | ZoologyTask:

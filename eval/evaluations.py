@@ -54,7 +54,7 @@ def digest_of(chosen: ChosenTask, subject: Subject) -> str:
         texts = [", ".join(map(sha256, subject.texts)), subject.text_key] if subject.texts else None
         if subject.prepared is not None:
             texts = [subject.prepared.digest, str(subject.prepared.val_tokens)]
-    values = [chosen.name, asdict(chosen.options), subject.context, subject.seed, texts]
+    values = [chosen.name, chosen.options.deciding(), subject.context, subject.seed, texts]
     if chosen.task.timed and (way := choose_way(subject.model, subject.steps)) != "plain":
         values.append(way)
     if (numbers := number_type(subject)) != "float32":

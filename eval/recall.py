@@ -1,24 +1,21 @@
 """Questions of multi-query associative recall, and the answers of a model; data/recall.py makes the sequences.
 
-Shapes: B sequences, T tokens.
+Shapes: B sequences, T tokens, P pairs, N logits, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arch import LanguageModel
 from data.recall import RecallTask, Rows, ZoologyTask, recall_rows, zoology_rows
 from data.shards import IGNORE
-
-# Logits [B, T, V] of tokens [B, T].
-Model = Callable[[Tensor], Tensor]
+from eval.tasks.likelihood import measure_next
 
 
-@dataclass(frozen=True)
-class Questions:
+class Questions(NamedTuple):
     """Inputs, targets (IGNORE where nothing is asked) and positions of the answers among the inputs; all [B, T]."""
 
     inputs_BT: Tensor
@@ -51,27 +48,29 @@ def as_tensors(rows: Rows) -> Questions:
 
 
 @torch.no_grad()
-def recall(
-    model: Model, task: RecallTask, pairs: tuple[int, ...], sequences: int, seed: int, batch: int = 64
-) -> dict[int, dict[int, tuple[int, int]]]:
-    """Count (questions answered right, questions asked) for each number of pairs and each distance.
+def right(model: LanguageModel, questions: Questions) -> dict[int, Tensor]:
+    """Answers of each sequence that are right by accuracy, by choice, and its questions, [B, 3], by the power of 2
+    below the distance from the value to the question.
 
-    The distance from the value to the question is rounded down to a power of 2.
+    By accuracy the value is the likeliest of all tokens, by choice the likeliest of the values asked for in its
+    sequence. Questions that the model does not answer, in its first block, are left out.
     """
-    counts: dict[int, dict[int, tuple[int, int]]] = {}
-    for count in pairs:
-        found = counts.setdefault(count, {})
-        for number in range(-(-sequences // batch)):
-            asked = questions(task, count, min(batch, sequences - number * batch), seed, number)
-            right = model(asked.inputs_BT).argmax(dim=-1) == asked.targets_BT
-            bucket = 2 ** asked.distance[asked.is_question].float().log2().floor().int()
-            for distance in sorted(set(bucket.tolist())):
-                here = right[asked.is_question][bucket == distance]
-                good, total = found.get(distance, (0, 0))
-                found[distance] = good + int(here.sum()), total + len(here)
-    return counts
+    device = model.output_weight.device
+    tokens_BT, targets_BT = questions.inputs_BT.to(device), questions.targets_BT.to(device)
+    values_BP = targets_BT.topk(int(questions.is_question.sum(dim=1).max()), dim=1).values  # IGNORE where fewer are
+    known_BP = values_BP != IGNORE
 
+    def measure(logits_NV: Tensor, row_N: Tensor, place_N: Tensor) -> Tensor:
+        target_N = targets_BT[row_N, place_N.clamp(0, targets_BT.shape[1] - 1)]
+        logits_NP = logits_NV.gather(1, values_BP[row_N].clamp(min=0)).masked_fill(~known_BP[row_N], -torch.inf)
+        chosen_N = values_BP[row_N].gather(1, logits_NP.argmax(dim=1, keepdim=True))[:, 0]
+        return torch.stack((logits_NV.argmax(dim=-1) == target_N, chosen_N == target_N), dim=-1).float()
 
-def accuracy(counts: dict[int, tuple[int, int]]) -> float:
-    """Fraction of the questions answered right, over all distances."""
-    return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())
+    right_BT2 = measure_next(model, tokens_BT, measure).cpu()
+    asked_BT, distance_BT = (x[:, -right_BT2.shape[1] :] for x in (questions.is_question, questions.distance))
+    right_BT3 = torch.cat((right_BT2, torch.ones_like(right_BT2[..., :1])), dim=-1)
+    power_BT = 2 ** distance_BT.float().log2().floor().int()
+    return {
+        power: (right_BT3 * (asked_BT & (power_BT == power))[..., None]).sum(dim=1)
+        for power in sorted(set(power_BT[asked_BT].tolist()))
+    }

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from eval.evaluations import difference
 from eval.figures import Axis, Panel, evaluations, methods_of
 from eval.methods import read_method, with_brackets
 from eval.plots.pareto import draw_panels
+from eval.recall import questions
 from eval.runs import Point, look_for_runs
 from eval.source import Source
 from eval.tasks import compressed
@@ -68,6 +69,8 @@ def test_every_method_has_its_figures_and_its_bytes(run: str, old: Path) -> None
     assert both["end_bytes"] < none["end_bytes"] and half["mean_bytes"] < none["mean_bytes"]
     written = json.loads((old / run / "evaluations" / "compressed-streaming@50%.json").read_text())
     assert written["cache"] == "streaming@50%" and len(written["samples"]["loss"]) == 4
+    samples = json.loads((old / run / "evaluations" / "compressed.json").read_text())["samples"]["recall/accuracy"]
+    assert sum(samples) / 4 == none["recall/accuracy"] != none["recall/choice"]
     assert half["loss"] != none["loss"] == pytest.approx(sum(written_loss(old / run)) / 4)
 
 
@@ -136,6 +139,8 @@ class OracleCache(list):
 
 class OracleSubject:
     model, device, seed, context, method, name = Oracle(), torch.device("cpu"), 0, 64, None, "oracle"
+    numbers: int | None = None
+    joined: bool | None = None
 
     def allocate_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> OracleCache:
         return OracleCache()
@@ -166,11 +171,12 @@ def test_a_kind_that_chance_never_asks_for_is_left_out() -> None:
     options = Options(pairs=(2,), sequences=1, length=8)
     found = compressed.of_recall(OracleSubject(), options, "turns")  # type: ignore[arg-type]
     kinds = {kind for kind in ("known", "new") if f"{kind}/accuracy" in found.figures}
-    assert len(kinds) == 1 and found.samples.keys() == kinds
+    assert len(kinds) == 1 and found.samples.keys() == {f"{kind}/accuracy" for kind in kinds}
     assert "no question is of kind" in found.notes[0]
     options = replace(options, sequences=8)
     found = compressed.of_recall(OracleSubject(), options, "turns")  # type: ignore[arg-type]
-    assert found.samples.keys() == {"known", "new"} and {1.0} == {*found.samples["known"], *found.samples["new"]}
+    assert found.samples.keys() == {"known/accuracy", "new/accuracy"}
+    assert {1.0} == {*found.samples["known/accuracy"], *found.samples["new/accuracy"]}
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -185,6 +191,31 @@ def test_the_first_turn_asks_for_every_other_pair(joined: bool) -> None:
     assert torch.equal(keys_BP.gather(1, asked.pair_BT[:, 32:]), asked.inputs_BT[:, 32:])
     assert set(asked.pair_BT[:, 32:48].unique().tolist()) == {0, 2}
     assert set(asked.pair_BT[:, 48:].unique().tolist()) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("part", ["recall", "turns"])
+def test_the_size_of_a_batch_does_not_change_the_questions(part: str) -> None:
+    """Those of the default are as they were; what some methods do with a batch is in the digest."""
+    found = []
+    for batch in (16, 5, 40):
+        asked = [*batches(OracleSubject(), Options(sequences=40, batch=batch), part, 4)]  # type: ignore[arg-type]
+        assert len(asked[0].inputs_BT) == batch
+        found.append([torch.cat([getattr(one, name) for one in asked]) for name in ("inputs_BT", "pair_BT")])
+    assert all(one.equal(other) for parts in found[1:] for one, other in zip(found[0], parts, strict=True))
+    if part == "recall":
+        assert found[0][0][16:32].equal(questions(RecallTask.of(64, 4, 40), 4, 16, 0, number=1).inputs_BT)
+    assert Options().deciding() == asdict(Options())
+    assert Options(batch=5, parts=("text",)).deciding() == asdict(Options(batch=5, parts=("text",)))
+    assert Options(batch=5).deciding() == {**asdict(Options(batch=5)), "block": 16}
+
+
+def test_questions_are_of_the_tokens_that_the_model_was_trained_on() -> None:
+    subject = OracleSubject()
+    subject.model = Oracle()
+    subject.model.output_weight = torch.zeros(4096, 1)
+    subject.numbers = 296
+    for asked in batches(subject, Options(joined=True), "recall", 4):  # type: ignore[arg-type]
+        assert asked.inputs_BT.max() < 296 and asked.values_BP.max() < 40, "of 16 keys and as many values"
 
 
 def test_bytes_are_seen_before_and_after_the_compression() -> None:

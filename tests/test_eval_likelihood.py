@@ -1,7 +1,9 @@
 """Likelihood of continuations, with and without a shared cache; copying and induction; intervals."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import build, small, tokens
@@ -10,8 +12,10 @@ from oracles import Oracle, nothing, subject
 from arch import LanguageModel
 from arch.named import load_arch
 from data.cli import UsageError
+from eval.evaluations import digest_of
 from eval.intervals import counted_share, interval, student, wilson
-from eval.tasks import copying
+from eval.tasks import copying, select_tasks
+from eval.tasks.drawn import share_of_sequences
 from eval.tasks.likelihood import continuation_likelihoods, measure_next, next_token_likelihoods, whole_likelihoods
 
 
@@ -178,6 +182,49 @@ def test_wilson_intervals() -> None:
     ):
         assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
     assert counted_share(0, 0) == {"share": None, "low": 0.0, "high": 1.0, "count": 0}
+
+
+def test_intervals_of_shares_of_sequences() -> None:
+    """Of sequences that are right or wrong as wholes: as many trials as sequences, or fewer; of questions that have
+    nothing to do with each other: as many as questions, but for Student's t; of all that are right: as sequences."""
+    wholes = share_of_sequences([32.0] * 30 + [0.0] * 70, [32] * 100)
+    assert wholes.value == 0.3
+    assert wholes[1:] == pytest.approx(wilson(0.3 * 95, 95), abs=2e-3) != pytest.approx(wilson(960, 3200), abs=0.05)
+    random = np.random.default_rng(0)
+    alone = share_of_sequences(random.binomial(32, 0.3, 2000).tolist(), [32] * 2000)
+    assert alone.high - alone.low == pytest.approx(4 * math.sqrt(0.3 * 0.7 / 64000), rel=0.05)
+    assert share_of_sequences([32.0] * 50 + [0.0], [32] * 50 + [0]) == (1.0, *wilson(50, 50))
+    assert share_of_sequences([0.0], [7]) == (0.0, *wilson(0, 1))
+    assert share_of_sequences([3.0, 3.0], [7, 7]).high > 0.9, "that two are alike may be chance"
+    with pytest.raises(ValueError, match="no question"):
+        share_of_sequences([0.0], [0])
+
+
+def test_nineteen_of_twenty_intervals_hold_the_share() -> None:
+    """Of sequences whose shares differ, 8 questions each: Wilson's of all questions holds it half of the time."""
+    random, holds, too_few = np.random.default_rng(1), [], []
+    for _ in range(1000):
+        right = random.binomial(8, random.beta(0.4, 1.6, 60)).tolist()  # 0.2 on average
+        share = share_of_sequences(right, [8] * 60)
+        low, high = wilson(sum(right), 480)
+        holds.append(share.low <= 0.2 <= share.high)
+        too_few.append(low <= 0.2 <= high)
+    assert 0.93 < sum(holds) / 1000 < 0.98
+    assert sum(too_few) / 1000 < 0.8
+
+
+@pytest.mark.parametrize("options", [copying.CopyOptions, copying.InductionOptions])
+def test_the_size_of_a_batch_does_not_change_what_is_copied(options: type) -> None:
+    given, found = subject(Oracle(nothing, 300)), []
+    (chosen,) = select_tasks(["copy" if options is copying.CopyOptions else "induction"])
+    block = options().batch
+    for batch in (block, 5, 50):
+        sequences = replace(options(), batch=batch)
+        draw = copying.random_tokens if options is copying.CopyOptions else copying.text_tokens
+        found.append(torch.cat([*copying.drawn(draw, given, sequences, 12, block)]))
+        assert digest_of(replace(chosen, options=sequences), given) == digest_of(chosen, given)
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+    assert found[0][block : 2 * block].equal(draw(given, block, 12, 1)), "as before, in batches of the default"
 
 
 def test_intervals_of_means() -> None:

@@ -1,6 +1,7 @@
 """The recall task and loss by position, against what they say of themselves."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -8,18 +9,26 @@ import pytest
 import torch
 from conftest import build, small, tokens
 from oracles import Oracle, first_time, nothing, subject
-from torch.nn import functional as F
 
 from arch import Decoder
 from arch.named import load_arch
 from data.batches import IGNORE, Batch
 from data.cli import UsageError
-from data.config import RECALL_KINDS
-from data.recall import RecallTask, ZoologyTask
+from data.config import RECALL_KINDS, RecallConfig
+from data.recall import RecallTask, ZoologyTask, texts
+from data.tokenizer import number_tokenizer
+from eval import recall
+from eval.evaluations import digest_of
+from eval.intervals import wilson
 from eval.plots.positions import draw_positions
 from eval.positions import Bucket, edges, loss_by_position
-from eval.recall import Questions, accuracy, questions, recall, zoology_questions
+from eval.recall import Questions, questions, zoology_questions
+from eval.tasks import compressed, select_tasks
 from eval.tasks import recall as recall_task
+from eval.tasks.task import Subject
+from train.benchmarks.bounded_report import accuracy
+from train.benchmarks.bounded_study import recall_counts
+from train.loading import Text
 
 TASK = RecallTask(length=40, gap=10, noise=3, keys=7, values=5)
 
@@ -78,26 +87,14 @@ def test_a_gap_beyond_the_windows_of_all_layers_hides_the_pairs(window: int, rea
     assert gradient_T[first] > 0
 
 
-def test_accuracy_of_known_models() -> None:
-    """One that knows all answers, and one that says the same to all."""
-    pairs, sequences = (1, 3), 10
-    answers = {}
-    for count in pairs:
-        for number, batch in enumerate((4, 4, 2)):
-            asked = questions(TASK, count, batch, 9, number)
-            answers[asked.inputs_BT.numpy().tobytes()] = asked.targets_BT
-
-    def knows(inputs_BT: torch.Tensor) -> torch.Tensor:
-        targets_BT = answers[inputs_BT.numpy().tobytes()]
-        return F.one_hot(targets_BT.clamp(min=0), TASK.vocab_size)
-
-    found = recall(knows, TASK, pairs, sequences, seed=9, batch=4)
-    assert {count: accuracy(counts) for count, counts in found.items()} == {1: 1.0, 3: 1.0}
-    for count, counts in found.items():
-        assert sum(total for _, total in counts.values()) == sequences * (TASK.length - 2 * count - TASK.gap)
+def test_counts_of_known_models() -> None:
+    """One that knows all answers, and one that finds all tokens alike."""
+    for pairs in (1, 3):
+        counts = recall_counts(Oracle(first_time, TASK.vocab_size), TASK, pairs, sequences=70)
+        assert accuracy(counts) == 1
+        assert sum(total for _, total in counts.values()) == 70 * (TASK.length - 2 * pairs - TASK.gap)
         assert set(counts) <= {8, 16, 32}, "distances lie between the gap and the length, in powers of 2"
-    always = recall(lambda inputs: torch.eye(TASK.vocab_size)[10].expand(*inputs.shape, -1), TASK, (3,), 200, seed=1)
-    assert 0.1 < accuracy(always[3]) < 0.3, "one of five values"
+    assert accuracy(recall_counts(Oracle(nothing, TASK.vocab_size), TASK, 3, sequences=70)) == 0
 
 
 @pytest.mark.parametrize(
@@ -251,6 +248,87 @@ def test_recall_counts_what_the_logits_say(arch: str) -> None:
     seen_BT = asked.is_question.clone()
     seen_BT[:, : model.plan.min_prompt - 1] = False
     right = (logits_BTV.argmax(-1) == asked.targets_BT) & seen_BT
-    counts = torch.stack(list(recall_task.right(subject(model), asked).values())).sum(dim=0)
-    assert counts[0] == right.sum()
-    assert counts[2] == seen_BT.sum()
+    counts_B3 = torch.stack(list(recall.right(model, asked).values())).sum(dim=0)
+    assert counts_B3[:, 0].equal(right.sum(dim=1).float())
+    assert counts_B3[:, 2].equal(seen_BT.sum(dim=1).float())
+
+
+def as_one(batches: Iterable[Questions]) -> Questions:
+    return Questions(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("zoology", "27e2409e"), ("gap", "65e98f74")])
+def test_the_size_of_a_batch_does_not_change_the_questions(kind: str, expected: str) -> None:
+    """Nor does it change the digest of the result; those of the default are as they were."""
+    given, (chosen,) = subject(Oracle(nothing, 297)), select_tasks(["recall"])
+    for batch in (16, 7, 100):
+        options = recall_task.Options(sequences=100, batch=batch)
+        found = [*recall_task.batches(given, options, kind, 4)]
+        assert {len(questions.inputs_BT) for questions in found[:-1]} <= {batch}
+        parts = b"".join(part.numpy().tobytes() for part in as_one(found))
+        assert hashlib.sha256(parts).hexdigest()[:8] == expected
+        assert digest_of(replace(chosen, options=options), given) == digest_of(chosen, given)
+
+
+def numbers(count: int, model: int) -> Subject:
+    """A model of `model` tokens that was trained on sequences of `count`."""
+    return subject(Oracle(nothing, model), Text(number_tokenizer(count), count))
+
+
+@pytest.mark.parametrize(("kind", "joined"), [("gap", False), ("gap", True), ("zoology", False)])
+@pytest.mark.parametrize("count", [77, 296])
+def test_questions_are_of_the_tokens_that_the_model_was_trained_on(kind: str, joined: bool, count: int) -> None:
+    """However many more there are in its vocabulary: where its data's one more key would be, values begin."""
+    given = numbers(count, 4096)
+    assert given.numbers == count and subject(Oracle(nothing, 4096)).numbers is None
+    config = RecallConfig(kind=kind, pairs=4, length=64, vocab=count, joined=joined, rows=4000, val_rows=1)
+    trained = {int(token) for split, text in texts(config) if split == "train" for token in text.split()}
+    options = recall_task.Options(kinds=(kind,), joined=joined)
+    asked = as_one(recall_task.batches(given, options, kind, 4))
+    assert {*asked.inputs_BT.unique().tolist()} <= trained
+    assert {*asked.targets_BT[asked.is_question].tolist()} <= trained
+
+
+def test_other_tokens_than_those_of_the_data_are_refused() -> None:
+    options = recall_task.Options(kinds=("gap",), pairs=(2,), vocab=20, sequences=2)
+    with pytest.raises(UsageError, match=r"recall.vocab is 20, but the data of oracle has 296 .* set recall.vocab=296"):
+        recall_task.run(numbers(296, 4096), options)
+    recall_task.run(numbers(296, 4096), replace(options, vocab=72))  # of which there are as many keys and values
+    with pytest.raises(UsageError, match=r"set recall.vocab=9000"):
+        recall_task.run(numbers(9000, 9001), replace(options, kinds=("zoology",), vocab=8192))
+    for joined, message in (
+        (
+            True,
+            "joined is false, but in the data of oracle a pair is one token; set recall.joined=true recall.kinds=gap",
+        ),
+        (False, "joined is true, but in the data of oracle a pair is two tokens; set recall.joined=false"),
+    ):
+        given = replace(numbers(296, 297), joined=joined)
+        with pytest.raises(UsageError, match=message):
+            recall_task.run(given, recall_task.Options(kinds=("gap",), joined=not joined))
+        with pytest.raises(UsageError, match=message.partition(";")[0]):
+            compressed.run(given, compressed.Options(parts=("recall",), joined=not joined))
+        recall_task.run(given, recall_task.Options(kinds=("zoology",), pairs=(4,), sequences=1))
+    asked = as_one(recall_task.batches(subject(Oracle(nothing, 4096)), options, "gap", 2))
+    assert asked.inputs_BT.max() < 20, "of a model of text the option is a limit"
+
+
+def test_sequences_that_are_too_short_for_the_model_name_the_fix() -> None:
+    layout = load_arch("block")
+    layout.block.start, layout.block.length = False, 16
+    asked = subject(build(small(layout, num_layers=2, vocab_size=80), torch.float32))
+    message = "8 tokens are fewer than the 16 that the model needs; set recall.length=16"
+    with pytest.raises(UsageError, match=message):
+        recall_task.run(asked, recall_task.Options(pairs=(1,), length=8, sequences=2))
+    message = "15 tokens before the compression are fewer than the 16 .* set a larger compressed.length"
+    options = compressed.Options(parts=("recall",), pairs=(2,), length=30, sequences=2)
+    with pytest.raises(UsageError, match=message):
+        compressed.run(asked, options)
+
+
+def test_intervals_are_of_sequences_as_wholes() -> None:
+    """Of 32 questions about the same pairs."""
+    knowing = recall_task.run(subject(Oracle(first_time, 200)), recall_task.Options(kinds=("gap",), pairs=(4,)))
+    assert [(row["distance"], row["count"]) for row in knowing.rows] == [(16, 407), (32, 2793)]
+    for row in knowing.rows:
+        assert row["accuracy_high"] == 1 and row["accuracy_low"] == pytest.approx(wilson(100, 100)[0], abs=0.01)

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from arch.generation import evaluating
 from data.cli import TaskError, UsageError
 from data.files import DataError
+from data.recall import joined_pairs
 from data.tokenizer import pretrained
 from eval.evaluations import FOLDER, KEY, digest_of, entry, json_values, key_of, recorded_step, write_evaluation
 from eval.tasks import ChosenTask
@@ -141,6 +142,7 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
         quiet=quiet,
         group=process_group(module),
         steps="plain",  # while a graph is captured no other thread may call CUDA, and one fetches batches
+        joined=joined_pairs(manifest.recipe) if len(data.folders) == 1 else None,
     )
 
 

@@ -1,20 +1,21 @@
 """Models for evaluation and generation, wherever they are: runs, checkpoints, exported folders, the hub."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data.files import DataError
 from data.mixture import weights_of
+from data.recall import joined_pairs
 from data.shards import Manifest
 from data.tokenizer import pretrained
 from eval.source import Source, kind
 from eval.tasks.task import Prepared, Subject
 from train import checkpoint as checkpoints
 from train.device import device_type, named_device
-from train.loading import LoadedModel, load, run_of
+from train.loading import LoadedModel, load, prepared_folder, run_of
 from train.schema import PretrainConfig
 from train.tensor_pieces import COMPUTE_DTYPES
 
@@ -61,6 +62,9 @@ def open_subject(
     padded = config is not None and config.data.block_padding
     pad = loaded.tokenizer.end if padded else None
     subject = Subject(loaded.model, loaded.tokenizer, device, name, length, tuple(texts), text_key, None, seed, pad)
+    data = prepared_folder(config, source.prepared)
+    if data is not None and (config is None or not config.data.mix):
+        subject = replace(subject, joined=joined_pairs(Manifest.load(data).recipe))
     return Opened(subject, loaded, run)
 
 

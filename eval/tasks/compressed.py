@@ -19,13 +19,14 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from arch.compression.layout import left_alone, offloads
 from data.cli import UsageError
-from eval.intervals import interval, wilson
+from eval.intervals import interval
 from eval.methods import name_of
+from eval.tasks.recall import BLOCK, LENGTH, NAMES, check_joined, check_length
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 from eval.units import counted
@@ -65,7 +66,7 @@ class Options(TaskOptions):
     length: int | None = None
     sequences: int = 64
     dtype: str = "bf16"
-    batch: int = 16
+    batch: int = BLOCK
 
     def problems(self) -> list[str]:
         found = [f"parts: {part} is none of {', '.join(PARTS)}" for part in self.parts if part not in PARTS]
@@ -80,6 +81,12 @@ class Options(TaskOptions):
             if (value := getattr(self, name)) is not None and value < 1
         ]
         return found
+
+    def deciding(self) -> dict[str, Any]:
+        """All options, `batch` with them, as some methods act on a batch as a whole; and the sequences that are drawn
+        together, which once were those of a batch."""
+        drawn = {} if self.batch == BLOCK or self.parts == ("text",) else {"block": BLOCK}
+        return asdict(self) | drawn
 
 
 @dataclass
@@ -270,47 +277,47 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
 
     `accuracy`: the value is the likeliest of all tokens; `choice`: the likeliest of the values in its sequence.
     """
-    import torch
+    from eval.tasks.drawn import share_of_sequences
 
     kinds = ("recall",) if part == "recall" else ("known", "new")
-    counts = {kind: torch.zeros(3, dtype=torch.float64) for kind in kinds}
+    totals = {kind: [0.0, 0.0, 0.0] for kind in kinds}
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    samples: dict[str, list[float]] = {kind: [] for kind in kinds}
+    samples: dict[str, list[float]] = {}
     seen = Bytes(offloads(subject.method))
     for pairs in subject.progress(
         options.pairs, len(options.pairs), f"{subject.name}: {part}, {name_of(subject.method)}"
     ):
-        of_pairs = {kind: torch.zeros(3, dtype=torch.float64) for kind in kinds}
+        of_pairs: dict[str, list[list[float]]] = {kind: [] for kind in kinds}  # of each sequence
         try:
             for asked in batches(subject, options, part, pairs):
                 for kind, right_BT3 in right(subject, asked, part, options.dtype, seen).items():
-                    of_pairs[kind] += right_BT3.sum(dim=(0, 1))
-                    right_B3 = right_BT3.sum(dim=1)
-                    right_B3 = right_B3[right_B3[:, 2] > 0]  # chance asks, too
-                    samples[kind] += (right_B3[:, 1] / right_B3[:, 2]).tolist()
+                    of_pairs[kind] += right_BT3.sum(dim=1).tolist()
         except ValueError as problem:
             if isinstance(problem, UsageError):
                 raise
             notes.append(f"{part} with {pairs} pairs is left out: {problem}")
             continue
-        for kind, (accuracy, choice, count) in ((kind, found.tolist()) for kind, found in of_pairs.items()):
-            if not count:
+        for kind, found in of_pairs.items():
+            found = [counts for counts in found if counts[2]]  # chance asks, too
+            if not found:
                 notes.append(f"{part} with {pairs} pairs: no question is of kind {kind}; raise compressed.sequences")
                 continue
-            for name, value in (("accuracy", accuracy), ("choice", choice)):
-                ends = wilson(value, int(count))
-                rows.append(row(kind, f"{pairs} pairs", int(count), f"{kind}/{name}", value / count, *ends))
-            counts[kind] += of_pairs[kind]
+            *answers, count = zip(*found, strict=True)
+            for number, (name, right_S) in enumerate(zip(NAMES, answers, strict=True)):
+                share = share_of_sequences(right_S, count)
+                rows.append(row(kind, f"{pairs} pairs", int(sum(count)), f"{kind}/{name}", *share))
+                totals[kind][number] += sum(right_S)
+            totals[kind][2] += sum(count)
+            samples.setdefault(f"{kind}/accuracy", []).extend(counts[0] / counts[2] for counts in found)
     if not seen.steps:
         return TaskResult({}, notes=tuple(notes))
     figures = {
-        f"{kind}/{name}": (found[number] / found[2]).item()
-        for kind, found in counts.items()
-        for number, name in enumerate(("accuracy", "choice"))
-        if found[2]
+        f"{kind}/{name}": total[number] / total[2]
+        for kind, total in totals.items()
+        for number, name in enumerate(NAMES)
+        if total[2]
     }
-    samples = {kind: values for kind, values in samples.items() if values}
     figures |= {f"{part}/{name}": value for name, value in seen.figures().items()}
     return TaskResult(figures, rows, notes=tuple(notes), samples=samples)
 
@@ -331,27 +338,38 @@ class RecallBatch:
 def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[RecallBatch]:
     """Batches of questions. Of `turns`, half of them are those of the first turn, for keys of the even pairs alone.
 
-    Each batch is a function of (seed, number, pairs). Raises ValueError if they are impossible.
+    They are drawn in blocks that are functions of (seed, number, pairs). Raises ValueError if they are impossible,
+    UsageError if the model was trained on other pairs.
     """
     from data.recall import RecallTask
     from eval.recall import questions
+    from eval.tasks.drawn import in_batches
 
-    length, vocab_size = options.length or 16 * pairs, len(subject.model.output_weight)
-    if length > subject.context:
-        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set compressed.length")
-    task = RecallTask.of(length, pairs, vocab_size, options.joined)
+    check_joined(subject, options.joined, "compressed")
+    length = options.length or LENGTH * pairs
+    check_length(subject, length, "compressed.length")
+    task = RecallTask.of(length, pairs, subject.numbers or len(subject.model.output_weight), options.joined)
     step = task.pair_length
     first = step * pairs + task.gap
     turn = (length - first) // 2 if part == "turns" else 0
-    for number in range(-(-options.sequences // options.batch)):
-        size = min(options.batch, options.sequences - number * options.batch)
+    if first + turn < subject.model.plan.min_prompt:
+        raise ValueError(
+            f"{first + turn} tokens before the compression are fewer than the {subject.model.plan.min_prompt} that the "
+            "model needs; set a larger compressed.length"
+        )
+
+    def draw(number: int, size: int) -> "tuple[torch.Tensor, ...]":
         asked = questions(task, pairs, size, subject.seed, number)
         pair_BT = asked.source_BT // step  # negative before the questions
         keys_BP, values_BP = pairs_of(task, asked.inputs_BT, pairs)
         early_BQ = pair_BT[:, first : first + turn] // 2 * 2
         asked.inputs_BT[:, first : first + turn] = keys_BP.gather(1, early_BQ)
         pair_BT[:, first : first + turn] = early_BQ
-        yield RecallBatch(asked.inputs_BT, pair_BT, values_BP, first + turn)
+        return asked.inputs_BT, pair_BT, values_BP
+
+    for tensors in in_batches(draw, options.sequences, BLOCK, options.batch):
+        inputs_BT, pair_BT, values_BP = tensors
+        yield RecallBatch(inputs_BT, pair_BT, values_BP, first + turn)
 
 
 def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tuple[torch.Tensor, torch.Tensor]":

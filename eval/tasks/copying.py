@@ -3,23 +3,26 @@
 begin x1 x2 ... xn x1 x2 ... xn        scored: x2 to xn of the second occurrence, of which x1 cannot be known
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
-from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from eval.positions import Bucket
 
+    Draw = Callable[[Subject, int, int, int], Tensor]  # sequences [B, N] of (subject, B, N, number)
+
 SOURCES = ("random", "text")
 NAMES = ("accuracy", "generated")  # of what is copied
+COPY_BLOCK, INDUCTION_BLOCK = 16, 8  # sequences that are drawn together
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class CopyOptions(TaskOptions):
     lengths: tuple[int, ...] | None = None
     sequences: int = 50
     generate: bool = True
-    batch: int = 16
+    batch: int = COPY_BLOCK
 
     def problems(self) -> list[str]:
         found = [f"lengths: {length} is less than 2" for length in self.lengths or () if length < 2]
         return found + at_least_one(self, "sequences", "batch")
+
+    def deciding(self) -> dict[str, Any]:
+        """All options but the sequences per forward pass: any number of them has the digest of the default."""
+        return asdict(self) | {"batch": COPY_BLOCK}
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class InductionOptions(TaskOptions):
     sources: tuple[str, ...] = SOURCES
     length: int | None = None
     sequences: int = 32
-    batch: int = 8
+    batch: int = INDUCTION_BLOCK
 
     def problems(self) -> list[str]:
         found = [
@@ -65,6 +72,10 @@ class InductionOptions(TaskOptions):
         if self.length is not None and self.length < 2:
             found.append(f"length is {self.length}; it must be at least 2")
         return found + at_least_one(self, "sequences", "batch")
+
+    def deciding(self) -> dict[str, Any]:
+        """All options but the sequences per forward pass: any number of them has the digest of the default."""
+        return asdict(self) | {"batch": INDUCTION_BLOCK}
 
 
 def at_least_one(options: TaskOptions, *names: str) -> list[str]:
@@ -76,6 +87,8 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
 
     Raises UsageError if no length is possible.
     """
+    from eval.tasks.drawn import share_of_sequences
+
     least = max(2, subject.model.plan.min_prompt - 2)  # n + 2 tokens come before the second x2
     most = (subject.context - 1) // 2
     room = room_for_two(subject, least, most)
@@ -87,17 +100,17 @@ def copy(subject: Subject, options: CopyOptions) -> TaskResult:
     if not fitting:
         raise UsageError(f"copy.lengths: {room}")
     for length in subject.progress(fitting, len(fitting), f"{subject.name}: copy"):
-        batches = [random_tokens(subject, size, length, number) for number, size in batch_sizes(options)]
-        predicted = sum(subject.each(batches, partial(predicted_right, subject)))
+        batches = list(drawn(random_tokens, subject, options, length, COPY_BLOCK))
+        predicted = subject.each(batches, partial(predicted_right, subject))
         row: dict[str, Any] = {"length": length, "sequences": options.sequences}
-        asked = {"accuracy": (predicted, options.sequences * (length - 1))}
+        asked = {"accuracy": (predicted, length - 1)}
         if options.generate:
-            generated = sum(subject.each(batches, partial(generated_right, subject), same_passes=False))
-            asked["generated"] = (generated, options.sequences * (length - length // 2))
-        for name, (right, count) in asked.items():
-            share = counted_share(right, count)
-            row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
-            row[f"{name}_count"] = count
+            generated = subject.each(batches, partial(generated_right, subject), same_passes=False)
+            asked["generated"] = (generated, length - length // 2)
+        for name, (parts, count) in asked.items():
+            right = [some for part in parts for some in part]  # of each sequence
+            row |= share_of_sequences(right, [count] * len(right)).entries(name)
+            row[f"{name}_count"] = count * len(right)
         rows.append(row)
     names = NAMES[: 1 + options.generate]
     figures: dict[str, float] = {name: sum(row[name] for row in rows) / len(rows) for name in names}
@@ -111,30 +124,38 @@ def room_for_two(subject: Subject, least: int, most: int) -> str:
     return f"the model needs {least} or more, and a context of {subject.context} has room for {most} twice"
 
 
-def batch_sizes(options: CopyOptions | InductionOptions) -> Iterator[tuple[int, int]]:
-    """The number of each batch, and its sequences."""
-    for number in range(-(-options.sequences // options.batch)):
-        yield number, min(options.batch, options.sequences - number * options.batch)
+def drawn(
+    draw: "Draw", subject: Subject, options: CopyOptions | InductionOptions, length: int, block: int
+) -> "Iterator[Tensor]":
+    """Batches [B, N] of the sequences that `draw` makes, a block at a time."""
+    from eval.tasks.drawn import in_batches
+
+    blocks = in_batches(
+        lambda number, size: (draw(subject, size, length, number),), options.sequences, block, options.batch
+    )
+    return (x_BN for (x_BN,) in blocks)
 
 
-def predicted_right(subject: Subject, x_BN: "torch.Tensor") -> int:
-    """Tokens of the second occurrence of `x_BN`, but the first one, that are the likeliest in their places."""
+def predicted_right(subject: Subject, x_BN: "torch.Tensor") -> list[int]:
+    """Tokens of the second occurrence of each of `x_BN`, but the first one, that are the likeliest in their places."""
     import torch
 
     from eval.tasks.likelihood import next_token_likelihoods
 
     with torch.no_grad():
         _, greedy_BT = next_token_likelihoods(subject.model, repeated(subject, x_BN))
-    return int(greedy_BT[:, 1 - x_BN.shape[1] :].sum())
+    right: list[int] = greedy_BT[:, 1 - x_BN.shape[1] :].sum(dim=1).tolist()
+    return right
 
 
-def generated_right(subject: Subject, x_BN: "torch.Tensor") -> int:
-    """Tokens of the second half of `x_BN` that greedy decoding writes in their places, after all and the first half."""
+def generated_right(subject: Subject, x_BN: "torch.Tensor") -> list[int]:
+    """Tokens of the second half of each of `x_BN` that greedy decoding writes in their places, after all and the first
+    half."""
     half = x_BN.shape[1] // 2
     rows = x_BN.tolist()
     prompts = [[subject.tokenizer.begin, *row, *row[:half]] for row in rows]
     written = subject.generate(prompts, x_BN.shape[1] - half)
-    return sum(a == b for row, new in zip(rows, written, strict=True) for a, b in zip(row[half:], new, strict=False))
+    return [sum(a == b for a, b in zip(row[half:], new, strict=False)) for row, new in zip(rows, written, strict=True)]
 
 
 def random_tokens(subject: Subject, batch: int, length: int, number: int) -> "torch.Tensor":
@@ -202,7 +223,7 @@ def occurrences(
         return nats_BT.cpu(), greedy_BT.cpu()
 
     draw = random_tokens if source == "random" else text_tokens
-    batches = (draw(subject, size, length, number) for number, size in batch_sizes(options))
+    batches = drawn(draw, subject, options, length, INDUCTION_BLOCK)
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
     second: list[tuple[torch.Tensor, torch.Tensor]] = []
     right, total = 0, 0

@@ -1,22 +1,24 @@
 """Multi-query associative recall of random tokens: Zoology's sequences, and ours with a gap (data/recall.py)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data.cli import UsageError
 from data.config import RECALL_KINDS
-from eval.intervals import counted_share
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
+    from data.recall import RecallTask, ZoologyTask
     from eval.recall import Questions
 
 LENGTH = 16  # tokens for each pair, as in figure 2 of the paper
+BLOCK = 16  # sequences that are drawn together
+NAMES = ("accuracy", "choice")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Options(TaskOptions):
     kinds      zoology, the paper's sequences; gap, ours, whose second half asks for values of the first tokens
     pairs      numbers of pairs
     length     tokens per sequence; null: 16 for each pair
-    vocab      limit of the tokens that Zoology's sequences are drawn from
+    vocab      limit of the tokens that sequences are drawn from; of a model trained on data=recall these are those of
+               its data, which it must not change
     noise      random tokens instead of token 0 between the questions of Zoology's sequences
     joined     a pair of kind gap is one token, for models trained with data.source.recall.joined=true
     sequences  sequences for each kind and number of pairs
@@ -40,7 +43,7 @@ class Options(TaskOptions):
     noise: bool = False
     joined: bool = False
     sequences: int = 100
-    batch: int = 16
+    batch: int = BLOCK
 
     def problems(self) -> list[str]:
         found = [
@@ -58,25 +61,33 @@ class Options(TaskOptions):
         ]
         return found
 
+    def deciding(self) -> dict[str, Any]:
+        """All options but the sequences per forward pass: any number of them has the digest of the default."""
+        return asdict(self) | {"batch": BLOCK}
+
 
 def run(subject: Subject, options: Options) -> TaskResult:
     """Count right answers at the questions alone, by kind, number of pairs and distance from value to question.
 
     `accuracy`: the value is the likeliest of all tokens; `choice`: the likeliest of the values in its sequence.
+    Raises UsageError if nothing can be asked, or with other tokens than those of the model's data.
     """
     import torch
+
+    from eval.recall import right
+    from eval.tasks.drawn import share_of_sequences
 
     cells = [(kind, pairs) for kind in dict.fromkeys(options.kinds) for pairs in dict.fromkeys(options.pairs)]
     rows: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     notes = []
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, list[float]] = {}
     for kind, pairs in subject.progress(cells, len(cells), f"{subject.name}: recall"):
         try:
-            counts: dict[int, torch.Tensor] = {}
-            for found in subject.each(batches(subject, options, kind, pairs), partial(right, subject)):
-                for distance, count in found.items():
-                    counts[distance] = counts.get(distance, torch.zeros(3)) + count
+            counts: dict[int, list[Tensor]] = {}
+            for found in subject.each(batches(subject, options, kind, pairs), partial(right, subject.model)):
+                for distance, right_B3 in found.items():
+                    counts.setdefault(distance, []).append(right_B3)
             if not counts:
                 unanswered = subject.model.plan.min_prompt - 1
                 raise ValueError(
@@ -84,76 +95,88 @@ def run(subject: Subject, options: Options) -> TaskResult:
                     "recall.length"
                 )
         except ValueError as problem:
+            if isinstance(problem, UsageError):
+                raise
             notes.append(f"{kind} with {pairs} pairs is left out: {problem}")
             continue
-        for distance, (accuracy, choice, count) in sorted((d, c.tolist()) for d, c in counts.items()):
-            row: dict[str, Any] = {"kind": kind, "pairs": pairs, "distance": distance, "count": int(count)}
-            for name, value in (("accuracy", accuracy), ("choice", choice)):
-                share = counted_share(value, int(count))
-                row |= {name: share["share"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
+        of_pairs = [0.0, 0.0, 0.0]
+        for distance, parts in sorted(counts.items()):
+            *answers, asked = torch.cat(parts).T.tolist()
+            row: dict[str, Any] = {"kind": kind, "pairs": pairs, "distance": distance, "count": int(sum(asked))}
+            for name, right_S in zip(NAMES, answers, strict=True):
+                row |= share_of_sequences(right_S, asked).entries(name)
             rows.append(row)
-        total = torch.stack(tuple(counts.values())).sum(dim=0)
-        totals[kind] = totals.get(kind, torch.zeros(3)) + total
-        figures |= {f"{kind}/{name}/{pairs}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
+            of_pairs = [total + sum(more) for total, more in zip(of_pairs, (*answers, asked), strict=True)]
+        totals[kind] = [total + more for total, more in zip(totals.get(kind, [0.0] * 3), of_pairs, strict=True)]
+        figures |= {f"{kind}/{name}/{pairs}": of_pairs[i] / of_pairs[2] for i, name in enumerate(NAMES)}
     if not rows:
         raise UsageError("recall: nothing can be asked:\n" + "\n".join(notes))
     for kind, total in totals.items():
-        figures |= {f"{kind}/{name}": (total[i] / total[2]).item() for i, name in enumerate(NAMES)}
+        figures |= {f"{kind}/{name}": total[i] / total[2] for i, name in enumerate(NAMES)}
     notes.append("distance: tokens from the value to the question, rounded down to a power of 2")
     return TaskResult(figures, rows, notes=tuple(notes))
 
 
-NAMES = ("accuracy", "choice")
-
-
 def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Iterator[Questions]":
-    """Batches of questions, each a function of (seed, number, pairs). Raises ValueError if they are impossible."""
+    """Batches of questions, drawn in blocks that are functions of (seed, number, pairs).
+
+    Raises ValueError if they are impossible, UsageError if the model was trained on other tokens.
+    """
     import numpy as np
 
-    from data.recall import RecallTask, ZoologyTask
-    from eval.recall import questions, zoology_questions
+    from data.recall import ZoologyTask
+    from eval.recall import Questions, questions, zoology_questions
+    from eval.tasks.drawn import in_batches
 
-    length, vocab_size = options.length or LENGTH * pairs, len(subject.model.output_weight)
+    if kind == "gap":
+        check_joined(subject, options.joined, "recall")
+    length = options.length or LENGTH * pairs
+    check_length(subject, length, "recall.length")
+    task = task_of(subject, options, kind, length, pairs)
+
+    def draw(number: int, size: int) -> "tuple[Tensor, ...]":
+        if isinstance(task, ZoologyTask):
+            random = np.random.RandomState((subject.seed, number, pairs))
+            return zoology_questions(task, pairs, size, random)
+        return questions(task, pairs, size, subject.seed, number)
+
+    for tensors in in_batches(draw, options.sequences, BLOCK, options.batch):
+        yield Questions(*tensors)
+
+
+def check_length(subject: Subject, length: int, option: str) -> None:
+    """Raise ValueError unless the model takes sequences of `length` tokens, which `option` sets."""
     if length > subject.context:
-        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set recall.length")
-    for number in range(-(-options.sequences // options.batch)):
-        size = min(options.batch, options.sequences - number * options.batch)
+        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set {option}")
+    least = subject.model.plan.min_prompt
+    if length < least:
+        raise ValueError(f"{length} tokens are fewer than the {least} that the model needs; set {option}={least}")
+
+
+def check_joined(subject: Subject, joined: bool, task: str) -> None:
+    """Raise UsageError if the pairs of kind gap are not `joined` as in the model's data. `task`: whose option it is."""
+    if subject.joined in (None, joined):
+        return
+    fix = "false" if joined else "true recall.kinds=gap" if task == "recall" else "true"
+    told = f"{task}.joined is {str(joined).lower()}, but in the data of {subject.name}"
+    raise UsageError(f"{told} a pair is {'two tokens' if joined else 'one token'}; set {task}.joined={fix}")
+
+
+def task_of(subject: Subject, options: Options, kind: str, length: int, pairs: int) -> "RecallTask | ZoologyTask":
+    """The shape of the sequences. Raises UsageError if the model was trained on others."""
+    from data.recall import RecallTask, ZoologyTask
+
+    def of(vocab: int) -> RecallTask | ZoologyTask:
         if kind == "zoology":
-            task = ZoologyTask(length, min(options.vocab, vocab_size), noise=options.noise)
-            yield zoology_questions(task, pairs, size, np.random.RandomState((subject.seed, number, pairs)))
-        else:
-            ours = RecallTask.of(length, pairs, vocab_size, options.joined)
-            yield questions(ours, pairs, size, subject.seed, number)
+            return ZoologyTask(length, vocab, noise=options.noise)
+        return RecallTask.of(length, pairs, vocab, options.joined)
 
-
-def right(subject: Subject, questions: "Questions") -> "dict[int, torch.Tensor]":
-    """Answers that are right by accuracy, by choice, and questions, [3], by the power of 2 below their distance.
-
-    Questions that the model does not answer, in its first block, are left out.
-    """
-    import torch
-
-    from data.batches import IGNORE
-    from eval.tasks.likelihood import measure_next
-
-    tokens_BT, targets_BT = (x.to(subject.device) for x in (questions.inputs_BT, questions.targets_BT))
-    values_BP = targets_BT.topk(
-        int(questions.is_question.sum(dim=1).max()), dim=1
-    ).values  # IGNORE, where there are fewer
-    known_BP = values_BP != IGNORE
-
-    def measure(logits_NV: "torch.Tensor", row_N: "torch.Tensor", place_N: "torch.Tensor") -> "torch.Tensor":
-        target_N = targets_BT[row_N, place_N.clamp(0, targets_BT.shape[1] - 1)]
-        logits_NP = logits_NV.gather(1, values_BP[row_N].clamp(min=0)).masked_fill(~known_BP[row_N], -torch.inf)
-        chosen_N = values_BP[row_N].gather(1, logits_NP.argmax(dim=1, keepdim=True))[:, 0]
-        return torch.stack((logits_NV.argmax(dim=-1) == target_N, chosen_N == target_N), dim=-1).float()
-
-    with torch.no_grad():
-        right_BT2 = measure_next(subject.model, tokens_BT, measure).cpu()
-    asked_BT, distance_BT = (x[:, -right_BT2.shape[1] :] for x in (questions.is_question, questions.distance))
-    power_N = 2 ** distance_BT[asked_BT].float().log2().floor().int()
-    counts = {}
-    for power in sorted(set(power_N.tolist())):
-        here_N2 = right_BT2[asked_BT][power_N == power]
-        counts[power] = torch.cat((here_N2.sum(dim=0), torch.tensor([float(len(here_N2))])))
-    return counts
+    known = subject.numbers
+    if known is None:
+        return of(min(options.vocab, len(subject.model.output_weight)))
+    if options.vocab < known and of(options.vocab) != of(known):
+        raise UsageError(
+            f"recall.vocab is {options.vocab}, but the data of {subject.name} has {known} tokens, of which other ones "
+            f"are keys and values; set recall.vocab={known}"
+        )
+    return of(known)

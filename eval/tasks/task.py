@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -98,6 +98,7 @@ class Subject:
     method     what is done to the cache at test time; None: nothing
     group      processes that divide the items of tasks; None: this one does all
     steps      how tokens are decoded, as in arch.static_step.choose_way
+    joined     a pair is one token, or two, in the data=recall of kind gap that the model was trained on; None: in none
     """
 
     model: "LanguageModel"
@@ -114,6 +115,15 @@ class Subject:
     method: "CacheMethod | None" = None
     group: ProcessGroup | None = None
     steps: str = "auto"
+    joined: bool | None = None
+
+    @property
+    def numbers(self) -> int | None:
+        """Different tokens of the sequences that the model was trained on (`data=recall`, whose tokenizer is that of
+        the numbers below so many); None: it was trained on text."""
+        vocabulary = self.tokenizer.vocabulary
+        count = len(vocabulary) - 1  # without the end of text
+        return count if all(vocabulary.get(str(number)) == number for number in range(count)) else None
 
     def allocate_cache(self, rows: int, capacity: int, dtype: "torch.dtype | None" = None) -> Any:
         """An empty cache of the model for `rows` sequences of up to `capacity` tokens, with the method.
@@ -222,6 +232,10 @@ class Options:
     def problems(self) -> list[str]:
         """List what is wrong with them, each item beginning with the option; checked before anything is loaded."""
         return []
+
+    def deciding(self) -> dict[str, Any]:
+        """The options by name, for the digest of a result: what decides its figures."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

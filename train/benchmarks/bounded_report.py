@@ -2,7 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ def mean_nats(run: Result, length: str, first: int) -> float:
     return float(sum(b["nats"] * b["targets"] for b in buckets) / sum(b["targets"] for b in buckets))
 
 
-def accuracy(run: Result, pairs: int) -> float:
-    counts = run["counts"][str(pairs)].values()
-    return float(sum(right for right, _ in counts) / sum(total for _, total in counts))
+def accuracy(counts: Mapping[Any, Sequence[int]]) -> float:
+    """Fraction of the questions answered right, over all distances."""
+    return sum(right for right, _ in counts.values()) / sum(total for _, total in counts.values())
 
 
 def row(cells: list[str]) -> str:
@@ -113,7 +113,7 @@ def recall_table(result: Result, runs: dict[str, list[Result]]) -> str:
     pairs = result["settings"]["recall_pairs"]
     lines = head(["rule", "keeps, each layer", "state", "parameters", *(f"{count} pairs" for count in pairs), "lr"])
     for rule, group in runs.items():
-        shares = [mean_range([accuracy(run, count) for run in group], ".2f") for count in pairs]
+        shares = [mean_range([accuracy(run["counts"][str(count)]) for run in group], ".2f") for count in pairs]
         lines.append(row([f"`{rule}`", *costs(result["rules"][rule]), *shares, f"{group[0]['lr']:g}"]))
     return "\n".join(lines)
 
@@ -215,7 +215,7 @@ def draw_recall(result: Result, runs: dict[str, list[Result]], path: Path) -> No
         axes.set_ylim(-0.02, 1.05)
     left.annotate("chance", (ticks[0], 1 / values), (8, -10), textcoords="offset points", fontsize=8, color="#666666")
     for rule, group in runs.items():
-        plot_seeds(left, rule, ticks, [[accuracy(run, count) for count in pairs] for run in group], rule)
+        plot_seeds(left, rule, ticks, [[accuracy(run["counts"][str(count)]) for count in pairs] for run in group], rule)
         counts = [run["by_distance"] for run in group]
         distances = sorted(set.intersection(*(set(map(int, count)) for count in counts)))
         by_distance = [[count[str(d)][0] / count[str(d)][1] for d in distances] for count in counts]
@@ -299,7 +299,7 @@ def verdict(part: Result, task: str) -> str:
         return (
             -mean_nats(run, trained, beyond_window(window))
             if task == "lm"
-            else mean([{"x": accuracy(run, n)} for n in pairs], "x")
+            else mean([{"x": accuracy(run["counts"][str(n)])} for n in pairs], "x")
         )
 
     scores = {rule: [score(run) for run in group] for rule, group in runs.items() if rule != "full"}

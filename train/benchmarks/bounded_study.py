@@ -45,9 +45,9 @@ from eval.console import PlainConsole
 from eval.environment import ROOT, git_revision
 from eval.outcome import run_script
 from eval.positions import loss_by_position
-from eval.recall import accuracy, questions, recall
+from eval.recall import questions, right
 from eval.results import write_result
-from train.benchmarks.bounded_report import report
+from train.benchmarks.bounded_report import accuracy, report
 from train.benchmarks.timing import timed
 from train.datamodule import open_data
 from train.loss import cross_entropy_sum
@@ -58,6 +58,7 @@ from train.schema import OptimConfig
 RULES = {"full": "mha", "window": "swa_sinks", "gated": "bct_gated", "ring_slots": "bct", "ring_router": "bct_ring"}
 LONGER = (1, 2, 4)  # validation sequences, in lengths of training
 VAL_SEED = 10_000  # of recall questions that no run is trained on
+VAL_BATCH = 64  # of these
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,22 @@ def train_recall(model: Decoder, cell: Cell, settings: Settings, tick: Tick) -> 
             yield F.cross_entropy(model(batch.inputs_BT)[batch.is_question], batch.targets_BT[batch.is_question])
 
     fit(model, losses(), cell.lr, settings.recall_steps, tick)
-    counts = recall(model, far, pairs, settings.recall_val, VAL_SEED)
+    counts = {count: recall_counts(model, far, count, settings.recall_val) for count in pairs}
     long = replace(near, length=LONGER[-1] * near.length)
-    by_distance = recall(model, long, pairs[-1:], settings.recall_val, VAL_SEED)[pairs[-1]]
+    by_distance = recall_counts(model, long, pairs[-1], settings.recall_val)
     mean = sum(accuracy(count) for count in counts.values()) / len(counts)
     return {"accuracy": mean, "counts": counts, "by_distance": by_distance}
+
+
+def recall_counts(model: Decoder, task: RecallTask, pairs: int, sequences: int) -> dict[int, tuple[int, int]]:
+    """Count (questions answered right, questions asked) by the power of 2 below the distance to the value."""
+    counts: dict[int, tuple[int, int]] = {}
+    for number in range(-(-sequences // VAL_BATCH)):
+        batch = questions(task, pairs, min(VAL_BATCH, sequences - number * VAL_BATCH), VAL_SEED, number)
+        for distance, right_B3 in right(model, batch).items():
+            good, total = counts.get(distance, (0, 0))
+            counts[distance] = good + int(right_B3[:, 0].sum()), total + int(right_B3[:, 2].sum())
+    return counts
 
 
 TASKS = {"lm": train_lm, "recall": train_recall}
