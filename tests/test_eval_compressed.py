@@ -166,6 +166,44 @@ def test_questions_and_answers_are_no_text() -> None:
     assert "text is left out: the data is questions and their answers; give text=FILE" in found.notes
 
 
+def test_what_the_first_turn_left_out_is_neither_known_nor_new() -> None:
+    """Row by row: of two even pairs the first asks for one, the second for both."""
+    pair_BT = torch.tensor([[-1, -1, 0, 0, 0, 2, 1, 3], [-1, -1, 2, 0, 0, 2, 1, 2]])
+    asked = RecallBatch(torch.zeros_like(pair_BT), pair_BT, torch.ones(2, 4).long(), prefix=4)
+    found = compressed.right(OracleSubject(), asked, "turns", "bf16", Bytes())  # type: ignore[arg-type]
+    assert found["known"][..., 2].tolist() == [[1, 0, 0, 0], [1, 1, 0, 1]]
+    assert found["new"][..., 2].tolist() == [[0, 0, 1, 1], [0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("part", ["recall", "turns"])
+def test_bytes_are_those_of_sequences_of_one_length(part: str) -> None:
+    class Cache(OracleCache):
+        nbytes = 0
+
+    class Subject(OracleSubject):
+        def allocate_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> OracleCache:
+            cache = Cache()
+            cache.nbytes = rows * capacity
+            return cache
+
+    options = Options(pairs=(4, 2, 9), sequences=4)
+    found = compressed.of_recall(Subject(), options, part)  # type: ignore[arg-type]
+    assert {found.figures[f"{part}/{name}_bytes"] for name in ("end", "mean", "peak")} == {64}
+    assert f"{part}: bytes are those of sequences with 4 pairs, 64 tokens" in found.notes
+    assert any("with 9 pairs is left out: 144 tokens are beyond the context of 64" in note for note in found.notes)
+
+
+def test_what_is_impossible_is_known_before_and_faults_come_out() -> None:
+    class Subject(OracleSubject):
+        def allocate_cache(self, rows: int, capacity: int, dtype: torch.dtype) -> OracleCache:
+            raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        compressed.of_recall(Subject(), Options(pairs=(2,)), "recall")  # type: ignore[arg-type]
+    found = compressed.of_recall(Subject(), Options(pairs=(2,), length=3), "recall")  # type: ignore[arg-type]
+    assert not found.rows and "recall with 2 pairs is left out: 2 pairs: at least 1" in found.notes[0]
+
+
 def test_a_kind_that_chance_never_asks_for_is_left_out() -> None:
     """One question after the compression is of one kind; so are those of a sequence with few."""
     options = Options(pairs=(2,), sequences=1, length=8)
@@ -204,9 +242,10 @@ def test_the_size_of_a_batch_does_not_change_the_questions(part: str) -> None:
     assert all(one.equal(other) for parts in found[1:] for one, other in zip(found[0], parts, strict=True))
     if part == "recall":
         assert found[0][0][16:32].equal(questions(RecallTask.of(64, 4, 40), 4, 16, 0, number=1).inputs_BT)
-    assert Options().deciding() == asdict(Options())
+    since = {"known": "asked for", "bytes": "of the most pairs"}
+    assert Options().deciding() == {**asdict(Options()), **since}
     assert Options(batch=5, parts=("text",)).deciding() == asdict(Options(batch=5, parts=("text",)))
-    assert Options(batch=5).deciding() == {**asdict(Options(batch=5)), "block": 16}
+    assert Options(batch=5).deciding() == {**asdict(Options(batch=5)), **since, "block": 16}
 
 
 def test_questions_are_of_the_tokens_that_the_model_was_trained_on() -> None:

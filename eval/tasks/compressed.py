@@ -6,13 +6,14 @@ recall   keys and values, and noise, before the compression; questions after it 
          `recall.kinds=gap`), none of which the compression has seen
 turns    the same, with a first turn of questions for every other key before the compression: the second turn asks for
          those again (`known`), and for keys that nobody had asked for (`new`), which a method that keeps what the first
-         questions looked at has thrown away (SCBench, Li et al. 2024)
+         questions looked at has thrown away (SCBench, Li et al. 2024); what chance left out of a sequence's first turn
+         counts as neither
 
 The first token after the compression is fed and not scored as a target, so that every score comes through the
-compressed cache. Bytes are those of the cache's tensors, for one sequence: `end_bytes` after the last token,
-`mean_bytes` over the steps after the compression, `peak_bytes` also before it, with what the keep notes of the prompt's
-queries until then. A method that holds tokens in another
-memory (ArkVale) has `offloaded_bytes` there, which the others do not count, and copies `recalled_bytes` back per step.
+compressed cache. Bytes are those of the cache's tensors, for one sequence, of `recall` and `turns` for one with the
+most pairs: `end_bytes` after the last token, `mean_bytes` over the steps after the compression, `peak_bytes` also
+before it, with what the keep notes of the prompt's queries until then. A method that holds tokens in another memory
+(ArkVale) has `offloaded_bytes` there, which the others do not count, and copies `recalled_bytes` back per step.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -86,7 +87,9 @@ class Options(TaskOptions):
         """All options, `batch` with them, as some methods act on a batch as a whole; and the sequences that are drawn
         together, which once were those of a batch."""
         drawn = {} if self.batch == BLOCK or self.parts == ("text",) else {"block": BLOCK}
-        return asdict(self) | drawn
+        known = {"known": "asked for"} if "turns" in self.parts else {}  # once, whatever the first turn might ask for
+        several = self.length is None and len(self.pairs) > 1 and self.parts != ("text",)
+        return asdict(self) | drawn | known | ({"bytes": "of the most pairs"} if several else {})  # once, a mean
 
 
 @dataclass
@@ -284,20 +287,18 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     samples: dict[str, list[float]] = {}
-    seen = Bytes(offloads(subject.method))
+    seen_of: dict[int, Bytes] = {}
     for pairs in subject.progress(
         options.pairs, len(options.pairs), f"{subject.name}: {part}, {name_of(subject.method)}"
     ):
         of_pairs: dict[str, list[list[float]]] = {kind: [] for kind in kinds}  # of each sequence
-        try:
-            for asked in batches(subject, options, part, pairs):
-                for kind, right_BT3 in right(subject, asked, part, options.dtype, seen).items():
-                    of_pairs[kind] += right_BT3.sum(dim=1).tolist()
-        except ValueError as problem:
-            if isinstance(problem, UsageError):
-                raise
+        if problem := impossible(subject, options, part, pairs):
             notes.append(f"{part} with {pairs} pairs is left out: {problem}")
             continue
+        seen = seen_of[pairs] = Bytes(offloads(subject.method))
+        for asked in batches(subject, options, part, pairs):
+            for kind, right_BT3 in right(subject, asked, part, options.dtype, seen).items():
+                of_pairs[kind] += right_BT3.sum(dim=1).tolist()
         for kind, found in of_pairs.items():
             found = [counts for counts in found if counts[2]]  # chance asks, too
             if not found:
@@ -310,16 +311,50 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
                 totals[kind][number] += sum(right_S)
             totals[kind][2] += sum(count)
             samples.setdefault(f"{kind}/accuracy", []).extend(counts[0] / counts[2] for counts in found)
-    if not seen.steps:
+    if not seen_of:
         return TaskResult({}, notes=tuple(notes))
+    most = max(seen_of)
+    if len(seen_of) > 1:
+        notes.append(f"{part}: bytes are those of sequences with {most} pairs, {length_of(options, most):,} tokens")
     figures = {
         f"{kind}/{name}": total[number] / total[2]
         for kind, total in totals.items()
         for number, name in enumerate(NAMES)
         if total[2]
     }
-    figures |= {f"{part}/{name}": value for name, value in seen.figures().items()}
+    figures |= {f"{part}/{name}": value for name, value in seen_of[most].figures().items()}
     return TaskResult(figures, rows, notes=tuple(notes), samples=samples)
+
+
+def length_of(options: Options, pairs: int) -> int:
+    """Tokens of a sequence."""
+    return options.length or LENGTH * pairs
+
+
+def shape_of(subject: Subject, options: Options, part: str, pairs: int) -> "tuple[RecallTask, int, int]":
+    """The sequences of a part, the number of their tokens before the first question, and before the compression."""
+    from data.recall import RecallTask
+
+    length, vocab_size = length_of(options, pairs), subject.numbers or len(subject.model.output_weight)
+    task = RecallTask.of(length, pairs, vocab_size, options.joined)
+    first = task.pair_length * pairs + task.gap
+    return task, first, first + ((length - first) // 2 if part == "turns" else 0)
+
+
+def impossible(subject: Subject, options: Options, part: str, pairs: int) -> str:
+    """Say why a part has no sequences of so many pairs, with the fix; empty: it has."""
+    try:
+        check_length(subject, length_of(options, pairs), "compressed.length")
+    except ValueError as problem:
+        return str(problem)
+    task, _, prefix = shape_of(subject, options, part, pairs)
+    found = task.problems(pairs)
+    if prefix < subject.model.plan.min_prompt:
+        found.append(
+            f"{prefix} tokens before the compression are fewer than the {subject.model.plan.min_prompt} that the model "
+            "needs; set a larger compressed.length"
+        )
+    return "; ".join(found)
 
 
 @dataclass(frozen=True)
@@ -338,38 +373,27 @@ class RecallBatch:
 def batches(subject: Subject, options: Options, part: str, pairs: int) -> Iterator[RecallBatch]:
     """Batches of questions. Of `turns`, half of them are those of the first turn, for keys of the even pairs alone.
 
-    They are drawn in blocks that are functions of (seed, number, pairs). Raises ValueError if they are impossible,
-    UsageError if the model was trained on other pairs.
+    They are drawn in blocks that are functions of (seed, number, pairs). Raises UsageError if the model was trained on
+    other pairs.
     """
-    from data.recall import RecallTask
     from eval.recall import questions
     from eval.tasks.drawn import in_batches
 
     check_joined(subject, options.joined, "compressed")
-    length = options.length or LENGTH * pairs
-    check_length(subject, length, "compressed.length")
-    task = RecallTask.of(length, pairs, subject.numbers or len(subject.model.output_weight), options.joined)
-    step = task.pair_length
-    first = step * pairs + task.gap
-    turn = (length - first) // 2 if part == "turns" else 0
-    if first + turn < subject.model.plan.min_prompt:
-        raise ValueError(
-            f"{first + turn} tokens before the compression are fewer than the {subject.model.plan.min_prompt} that the "
-            "model needs; set a larger compressed.length"
-        )
+    task, first, prefix = shape_of(subject, options, part, pairs)
 
     def draw(number: int, size: int) -> "tuple[torch.Tensor, ...]":
         asked = questions(task, pairs, size, subject.seed, number)
-        pair_BT = asked.source_BT // step  # negative before the questions
+        pair_BT = asked.source_BT // task.pair_length  # negative before the questions
         keys_BP, values_BP = pairs_of(task, asked.inputs_BT, pairs)
-        early_BQ = pair_BT[:, first : first + turn] // 2 * 2
-        asked.inputs_BT[:, first : first + turn] = keys_BP.gather(1, early_BQ)
-        pair_BT[:, first : first + turn] = early_BQ
+        early_BQ = pair_BT[:, first:prefix] // 2 * 2
+        asked.inputs_BT[:, first:prefix] = keys_BP.gather(1, early_BQ)
+        pair_BT[:, first:prefix] = early_BQ
         return asked.inputs_BT, pair_BT, values_BP
 
     for tensors in in_batches(draw, options.sequences, BLOCK, options.batch):
         inputs_BT, pair_BT, values_BP = tensors
-        yield RecallBatch(inputs_BT, pair_BT, values_BP, first + turn)
+        yield RecallBatch(inputs_BT, pair_BT, values_BP, prefix)
 
 
 def pairs_of(task: "RecallTask", inputs_BT: "torch.Tensor", pairs: int) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -397,8 +421,9 @@ def right(subject: Subject, asked: RecallBatch, part: str, dtype: str, seen: Byt
     right_BT3 = torch.cat((right_BT2, torch.ones_like(right_BT2[..., :1])), dim=-1)
     if part == "recall":
         return {"recall": right_BT3}
-    known_BT1 = (asked.pair_BT[:, asked.prefix :] % 2 == 0)[..., None]
-    return {"known": right_BT3 * known_BT1, "new": right_BT3 * ~known_BT1}
+    pair_BT, early_BQ = asked.pair_BT[:, asked.prefix :], asked.pair_BT[:, : asked.prefix]
+    known_BT = (pair_BT[:, :, None] == early_BQ[:, None]).any(dim=-1)
+    return {"known": right_BT3 * known_BT[..., None], "new": right_BT3 * (pair_BT % 2 == 1)[..., None]}
 
 
 def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:
