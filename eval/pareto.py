@@ -368,7 +368,7 @@ def compare(runs: Sequence[Run], options: ParetoConfig) -> dict[str, Panel]:
         if others := differences(of):
             lines += [f"the runs differ in {', '.join(others)}: their values hardly compare", *name_data(of)]
         lines += [
-            f"{name} was measured with other options, or on other text, in some runs: it hardly compares"
+            f"{name}: some runs were measured with other options, types of numbers or texts; it hardly compares"
             for name in (options.x, metric)
             if measured_differently(of, name)
         ]
