@@ -16,11 +16,11 @@ from .config import LIMITS, DataConfig, PrepareConfig
 from .dotted import flat, lookup
 from .files import DataError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
+PRESETS = Path(__file__).resolve().parents[1] / "configs" / "data"
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load(name: str, overrides: list[str]) -> DataConfig:
@@ -35,7 +35,7 @@ def load(name: str, overrides: list[str]) -> DataConfig:
 
     if name not in names():
         raise DataError(f"no data set {name!r}{did_you_mean(name, names())} configs/data has {', '.join(names())}")
-    path, config = CONFIGS / f"{name}.yaml", DataConfig()
+    path, config = PRESETS / f"{name}.yaml", DataConfig()
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from arch import Plan
-from arch.compression.layout import check_method, compressed_bytes
 from arch.compression.method import parse_method
+from arch.compression.storage import check_method, compressed_bytes
 from arch.footprint import allocated_bytes, kv_bytes
 from eval.checks import is_finite
 from eval.methods import NONE

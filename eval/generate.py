@@ -255,7 +255,7 @@ def generate(subject: "Subject", prompts: Sequence[str], options: GenerateConfig
 def compressed_from(subject: "Subject", cache: Any, rows: int, capacity: int) -> str:
     """Say what `cache` would weigh without the method of `subject`, and what of it is elsewhere; empty without one."""
     from arch import allocated_bytes
-    from arch.compression.layout import offloads
+    from arch.compression.storage import offloads
 
     if subject.method is None:
         return ""

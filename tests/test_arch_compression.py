@@ -25,7 +25,9 @@ from arch.compression.coding import (
     unpack,
 )
 from arch.compression.compressed import KeptKernel, allocate_compressed
-from arch.compression.layout import (
+from arch.compression.method import CODECS, KEEPS, Budget, CacheMethod, CodecSpec, parse_method
+from arch.compression.small_buffers import CodedBuffer, CodedTensor, KeptBuffer
+from arch.compression.storage import (
     TensorLayout,
     check_method,
     coded_layouts,
@@ -36,8 +38,6 @@ from arch.compression.layout import (
     state_layout,
     tensor_layouts,
 )
-from arch.compression.method import CODECS, KEEPS, Budget, CacheMethod, CodecSpec, parse_method
-from arch.compression.small_buffers import CodedBuffer, CodedTensor, KeptBuffer
 from arch.compression.xkv import XkvBuffer
 from arch.compression.zipcache import ZipCacheBuffer
 from arch.layers import rope_table, rotate

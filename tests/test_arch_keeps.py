@@ -15,10 +15,10 @@ from arch import ArchConfig, StoreConfig, attend, resolve
 from arch.compression import scores
 from arch.compression.arkvale import ArkValeBuffer, page_digest, page_scores
 from arch.compression.compressed import KeptKernel, allocate_compressed
-from arch.compression.layout import compressed_bytes, left_alone, offloaded_bytes
 from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
 from arch.compression.small_buffers import KeptBuffer, gather_slots
+from arch.compression.storage import compressed_bytes, left_alone, offloaded_bytes
 from arch.masks import Dense
 from arch.plan import KVPlan
 

@@ -18,8 +18,8 @@ from arch import ArchConfig, LayoutError, SizeConfig, StoreConfig, kv_bytes, res
 from arch.attend import BACKENDS
 from arch.attention import build_reader, build_writer
 from arch.compression.compressed import allocate_compressed
-from arch.compression.layout import compressed_bytes
 from arch.compression.method import parse_method
+from arch.compression.storage import compressed_bytes
 from arch.footprint import num_params
 from arch.layers import inverse_rope, rope_table, rotate, rotate_step, step_rope
 from arch.masks import SequenceBatch

@@ -336,7 +336,7 @@ def test_values_of_other_types(word: str, message: str) -> None:
 
 
 def test_a_preset_is_plain_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.presets.CONFIGS", tmp_path)
+    monkeypatch.setattr("data.presets.PRESETS", tmp_path)
     (tmp_path / "mine.yaml").write_text(
         "name: ${oc.env:HOME}\nsource: {train: '${x}', val_share: 1e-3}\nval_tokens: 5\n"
     )

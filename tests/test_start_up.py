@@ -95,10 +95,9 @@ def test_answers_without_heavy_imports(
 
 
 def test_names_checked_early_are_those_of_the_export() -> None:
-    from train.hub import request, targets, tensor_files
+    from train.hub import request, targets
 
     assert tuple(targets.TARGETS) == request.TARGET_NAMES
-    assert tuple(tensor_files.DTYPES) == request.DTYPE_NAMES
 
 
 def test_waiting_threads_sleep_unless_the_user_chose_otherwise() -> None:

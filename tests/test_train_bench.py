@@ -151,7 +151,7 @@ def test_training_is_measured_at_the_micro_batch_that_fits(monkeypatch: pytest.M
     monkeypatch.setattr(gpu_train, "free_memory", lambda device: 79 * 2**30)
     sizes = {
         (arch, size, checkpointing): gpu_train.first_micro_batch(
-            gpu_train.model_config(arch, size, options), Execution(checkpointing=checkpointing), options
+            gpu_train.case_config(arch, size, options), Execution(checkpointing=checkpointing), options
         )
         for arch, size in (("mha", "1b"), ("bct", "1b"), ("mha", "3b"), ("cla2", "3b"), ("bct", "3b"))
         for checkpointing in (False, True)
@@ -165,7 +165,7 @@ def test_training_is_measured_at_the_micro_batch_that_fits(monkeypatch: pytest.M
 
     monkeypatch.setattr(gpu_train, "run", run)
     with pytest.raises(UnavailableError, match=r"a single sequence does not fit \(\d+ GiB by estimate\)"):
-        gpu_train.measure("ours", gpu_train.model_config("bct", "3b", options), options)
+        gpu_train.measure("ours", gpu_train.case_config("bct", "3b", options), options)
 
 
 def test_cases_of_training() -> None:
@@ -255,7 +255,7 @@ def test_study_is_a_run_of_pretrain(arch: str, corpus: Path, tmp_path: Path, mon
     monkeypatch.setattr(gpu_study, "ARCHS", (arch,))
     assert suite(tmp_path, "parts=study", f"data={corpus}") == 0
     case = read(tmp_path, "study")["cases"][f"{arch}-20m-seed0"]
-    size = asdict(gpu_study.model_config(arch, "20m", Options(toy=True)).size)
+    size = asdict(gpu_study.case_config(arch, "20m", Options(toy=True)).size)
     size |= {"vocab_size": Manifest.load(corpus).vocab_size, "batch_size": 4, "tokens": 960}
     changes = [f"size.{key}={'null' if value is None else value}" for key, value in size.items()]
     run = tmp_path / "run"

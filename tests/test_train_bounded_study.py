@@ -20,8 +20,8 @@ from train.benchmarks.bounded_study import (
     describe_rule,
     layout,
     main,
-    model_config,
     problems,
+    rule_config,
     study,
 )
 
@@ -42,7 +42,7 @@ def test_bounded_rules_allocate_equally_many_bytes(task: str, itemsize: int, win
     settings = Settings(window=window, itemsize=itemsize)
     found = {}
     for rule in BOUNDED:
-        plan = resolve(model_config(task, rule, settings))
+        plan = resolve(rule_config(task, rule, settings))
         sizes = {allocate(plan, 1, length, dtype=DTYPES[itemsize]).nbytes for length in (window, 50 * window)}
         assert len(sizes) == 1
         found[rule] = sizes.pop()
@@ -63,9 +63,9 @@ def test_rules_differ_by_their_routers_alone() -> None:
     settings = Settings()
     params = {}
     for rule in RULES:
-        config = model_config("lm", rule, settings)
+        config = rule_config("lm", rule, settings)
         params[rule] = num_params(config, resolve(config))
-    sinks = settings.lm_layers * model_config("lm", "window", settings).size.num_heads
+    sinks = settings.lm_layers * rule_config("lm", "window", settings).size.num_heads
     assert params["window"] == params["full"] + sinks
     assert all(0 <= count / params["full"] - 1 < 0.05 for count in params.values()), params
     assert all(store.kv_heads == "all" for rule in RULES for store in layout(rule, settings).stores.values())

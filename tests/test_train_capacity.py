@@ -212,7 +212,7 @@ def test_the_fused_kernel_is_named() -> None:
     about = {}
     for name in ("mha", "mla", "gqa4", "swa", "block"):
         model = ModelConfig(load_arch(name), load_size("1b"))
-        about[name] = device.fused_attention(model, resolve(model), torch.device("cpu"))
+        about[name] = device.sdpa_kernel_name(model, resolve(model), torch.device("cpu"))
     assert all(
         "scaled_dot_product_attention takes FLASH_ATTENTION" in text for name, text in about.items() if name != "swa"
     )

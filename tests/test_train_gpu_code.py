@@ -13,7 +13,7 @@ from conftest import ARCHS, BLOCKS, covering, whole_depth
 
 from arch.named import names
 from train.benchmarks import gpu_counts
-from train.benchmarks.gpu_case import Options, model_config
+from train.benchmarks.gpu_case import Options, case_config
 from train.benchmarks.gpu_code import SHARED_MEMORY, Assembled, Workshop, unavailable_reason
 from train.benchmarks.gpu_counts import OUT, count_operators, count_step, count_token, micro_batch_that_fits
 
@@ -83,7 +83,7 @@ class TestCode:
         """Forward and backward, each kind of block as one graph; and no more launches than were recorded."""
         if documents and arch in BLOCKS:
             pytest.skip("a Block Transformer cannot keep documents apart")
-        config = model_config(arch, gpu_counts.SIZE, Options(toy=False))
+        config = case_config(arch, gpu_counts.SIZE, Options(toy=False))
         step = count_step(config, micro_batch_that_fits(config), workshop, documents)
         blocks = [(calls, graphs) for part, calls, graphs in step.graphs if part == "model"]
         assert all(len(graphs) == 2 for _, graphs in blocks), "forward and backward"
@@ -102,7 +102,7 @@ class TestCode:
     @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in BLOCKS])
     def test_decoding_lowers_and_assembles(self, workshop: Workshop, arch: str) -> None:
         """A compiled step of fixed shapes, at the least depth with all of the pattern."""
-        config = model_config(arch, gpu_counts.SIZE, Options(toy=False))
+        config = case_config(arch, gpu_counts.SIZE, Options(toy=False))
         config.size.num_layers = whole_depth(arch, least=4)
         token = count_token(config, workshop)
         assert token.launches["compiled"] < token.launches["static"]

@@ -14,7 +14,7 @@ from torch import nn
 from data.files import sha256
 from train import checkpoint, tensor_pieces
 from train.errors import TrainingError
-from train.tensor_pieces import Layout, write_file
+from train.tensor_pieces import NewPiece, write_file
 
 
 def stepped(model: nn.Module) -> torch.optim.Optimizer:
@@ -44,9 +44,9 @@ def test_a_file_is_what_the_library_writes(tmp_path: Path, monkeypatch: pytest.M
         "half": torch.randn(9).bfloat16(),
         "int": torch.arange(6).reshape(2, 3)[:, 1:],
     }
-    layout = {name: Layout(tensor.dtype, tensor.shape, ()) for name, tensor in tensors.items()}
+    pieces = {name: NewPiece(tensor.dtype, tensor.shape, ()) for name, tensor in tensors.items()}
     path = tmp_path / "a.safetensors"
-    described = write_file(path, layout, tensors.values(), {"format": "pt"})
+    described = write_file(path, pieces, tensors.values(), {"format": "pt"})
     assert described == {"bytes": path.stat().st_size, "sha256": sha256(path)}
     read = load_file(path)
     assert read.keys() == tensors.keys()

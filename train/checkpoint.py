@@ -45,7 +45,7 @@ from eval.plain_yaml import read_config
 from eval.source import CHECKPOINT
 from train.errors import TrainingError
 from train.processes import distributed, gather, local_shard, on_rank_0, rank
-from train.tensor_pieces import DTYPES, SHARDING, Layout, StoredTensor, stored_tensors, write_file
+from train.tensor_pieces import DTYPES, SHARDING, NewPiece, StoredTensor, stored_tensors, write_file
 
 FORMAT = 2
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
@@ -87,23 +87,23 @@ class TensorWriter(HuggingFaceStorageWriter):
         for item in plan.items:
             data = item.tensor_data
             assert data is not None and item.index.fqn not in pieces, item  # rows of this process are one piece
-            layout = Layout(data.properties.dtype, data.chunk.sizes, data.chunk.offsets)
-            pieces[item.index.fqn] = layout, item
+            piece = NewPiece(data.properties.dtype, data.chunk.sizes, data.chunk.offsets)
+            pieces[item.index.fqn] = piece, item
         pieces = dict(sorted(pieces.items(), key=lambda entry: (-entry[1][0].dtype.itemsize, entry[0])))
-        layouts = {name: layout for name, (layout, _) in pieces.items()}
-        places = {name: {"saved_offsets": layout.offsets} for name, layout in layouts.items()}
+        new = {name: piece for name, (piece, _) in pieces.items()}
+        places = {name: {"saved_offsets": piece.offsets} for name, piece in new.items()}
         metadata = {SHARDING: json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
         if pieces:
             name = f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
             tensors = (cast(Tensor, planner.resolve_data(item)) for _, item in pieces.values())
             path = self.folder / name
             if self.copies is None:
-                self.files[name] = write_file(path, layouts, tensors, metadata)
+                self.files[name] = write_file(path, new, tensors, metadata)
             else:
                 copied = [self._copy(key, tensor) for key, tensor in zip(pieces, tensors, strict=True)]
-                self.unwritten[name] = partial(write_file, path, layouts, copied, metadata)
+                self.unwritten[name] = partial(write_file, path, new, copied, metadata)
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(MetadataIndex(name), layout.num_bytes, None) for name, layout in layouts.items()])
+        done.set_result([WriteResult(MetadataIndex(name), piece.num_bytes, None) for name, piece in new.items()])
         return done
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:

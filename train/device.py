@@ -43,7 +43,7 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def fused_attention(config: ModelConfig, plan: Plan, device: torch.device) -> str:
+def sdpa_kernel_name(config: ModelConfig, plan: Plan, device: torch.device) -> str:
     """Name the kernel that scaled_dot_product_attention takes on CUDA for the widest plainly causal store in bf16, and
     the version of cuDNN, on which the choice depends: torch leaves cuDNN's attention out below 9.15.1."""
     stores = [store for stack in plan.stacks for store in stack.plan.stores if store.masked and store.window is None]

@@ -149,7 +149,7 @@ def load(
     tied = checkpoint.identity_of(folder, run)
     device = named_device(device)
     with torch.device("meta"):
-        model = build(model_config(folder) if config is None else config.model, device_type=device.type, init=False)
+        model = build(recorded_config(folder) if config is None else config.model, device_type=device.type, init=False)
     model = model.to(dtype).to_empty(device=device)
     checkpoint.load(folder, model)
     place = None if prepared is None else Path(prepared)
@@ -162,7 +162,7 @@ def run_of(folder: Path) -> Path | None:
     return run if (run / "config.yaml").is_file() else None
 
 
-def model_config(folder: Path) -> ModelConfig:
+def recorded_config(folder: Path) -> ModelConfig:
     """The model of the checkpoint `folder` by its own record. Raises TrainingError if it describes none."""
     try:
         return from_dict(ModelConfig, checkpoint.load_info(folder)["config"])

@@ -36,7 +36,7 @@ DTYPES = {
 }
 # As command lines spell them.
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_CODES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _join(name: str, pieces: list[Piece], dtypes: set[str]) -> StoredTensor:
     return StoredTensor(shape, tuple(pieces), dtypes.pop())
 
 
-class Layout(NamedTuple):
+class NewPiece(NamedTuple):
     """Type, shape, and offsets in the whole tensor of a piece to be written."""
 
     dtype: torch.dtype
@@ -154,9 +154,9 @@ class Layout(NamedTuple):
 
 
 def write_file(
-    path: Path, layout: Mapping[str, Layout], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path, pieces: Mapping[str, NewPiece], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write `tensors`, in the order of `layout`, and wait until they are on the disk.
+    """Write `tensors`, in the order of `pieces`, and wait until they are on the disk.
 
     One of them is alive at a time, and no more than PART_BYTES of it are copied. Return size and sha256 of the file, as
     checkpoint.json has them.
@@ -170,12 +170,12 @@ def write_file(
             hashed.result()
 
         def write_tensor(name: str, tensor: Tensor) -> None:
-            assert (tensor.dtype, tuple(tensor.shape)) == (layout[name].dtype, tuple(layout[name].shape)), name
+            assert (tensor.dtype, tuple(tensor.shape)) == (pieces[name].dtype, tuple(pieces[name].shape)), name
             for block in _blocks(tensor):
                 write(block.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-        write(header(layout, metadata))
-        for name in layout:
+        write(header(pieces, metadata))
+        for name in pieces:
             write_tensor(name, next(left))
         assert next(left, None) is None
         file.flush()
@@ -192,17 +192,17 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor[begin : begin + rows]
 
 
-def header(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
+def header(pieces: Mapping[str, NewPiece], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file: length of the header, header. The tensors follow, one after the other.
 
     Written here because the writer of the library takes all tensors of a file at once.
     """
     fields: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, piece in layout.items():
+    for name, piece in pieces.items():
         begin, end = end, end + piece.num_bytes
         fields[name] = {
-            "dtype": DTYPE_NAMES[piece.dtype],
+            "dtype": DTYPE_CODES[piece.dtype],
             "shape": list(piece.shape),
             "data_offsets": [begin, end],
         }

@@ -27,7 +27,7 @@ from eval.remarks import remarks
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
-from train.device import device_type, free_memory, fused_attention
+from train.device import device_type, free_memory, sdpa_kernel_name
 from train.errors import TrainingError
 from train.estimates.capacity import choose_micro_batch
 from train.evaluations import Evaluations
@@ -82,7 +82,7 @@ def run(config: PretrainConfig) -> None:
         write_start(folder, config, plan, tied, about)
         print_start(config, plan, data, attention)
         if device == "cuda":
-            print(f"fused attention: {fused_attention(config.model, plan, torch.device('cuda', 0))}", flush=True)
+            print(f"fused attention: {sdpa_kernel_name(config.model, plan, torch.device('cuda', 0))}", flush=True)
     signals = Signals(folder, peers=several, rank=launched_rank())
     failed = True
     try:

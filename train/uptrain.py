@@ -71,11 +71,11 @@ def convert(config: DictConfig, out: Path) -> None:
     from train import checkpoint
     from train.hub.checkpoint_writer import next_command, write
     from train.hub.importer import print_plan
-    from train.loading import model_config
+    from train.loading import recorded_config
 
     try:
         folder = checkpoint.resolve(Path(config.source))
-        vanilla = model_config(folder)
+        vanilla = recorded_config(folder)
     except (TrainingError, UsageError) as error:
         raise UsageError(f"from={config.source}: {error}") from error
     if vanilla.arch.block is not None:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..masks import Dense, visible
 from ..precision import at_least_fp32
-from .layout import kept_slots, page_layouts, page_ring, pages_of
 from .scores import EMPTY
 from .small_buffers import CodedBuffer, CodedTensor, KeptBuffer
+from .storage import kept_slots, page_layouts, page_ring, pages_of
 
 
 def page_digest(keys_ZGKH: Tensor, kind: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..precision import at_least_fp32
-from .layout import TensorLayout
+from .storage import TensorLayout
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0

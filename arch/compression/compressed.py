@@ -31,9 +31,9 @@ from .keeps import (
     SnapBuffer,
     share_budget,
 )
-from .layout import acts, check_method, of_stack, sharing_groups, state_layout, tensor_layouts, with_budget
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, CodedState, KeptBuffer
+from .storage import acts, check_method, of_stack, sharing_groups, state_layout, tensor_layouts, with_budget
 from .think import ThinkBuffer
 from .xkv import XkvBuffer, factorise, share_again
 from .zipcache import ZipCacheBuffer
@@ -264,7 +264,7 @@ def allocate_compressed(
     """Allocate an empty cache as `allocate` or `allocate_blocks`, with `method` on its stores, for a model of `plan`.
 
     A codec acts from the first token on; with a keep all tokens are whole until `compress`. Bytes are those of
-    `layout.compressed_bytes`. Raises ValueError where `method` cannot act on `plan`.
+    `storage.compressed_bytes`. Raises ValueError where `method` cannot act on `plan`.
     """
     check_method(plan, method)
     caches = [_allocate(stack, batch, capacity, dtype, device, method, start_B) for stack in plan.stacks]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..masks import Dense, visible
 from ..precision import at_least_fp32
-from .layout import POSITION_BYTES, Kept, kept_slots, position_heads
 from .scores import (
     EMPTY,
     attention_weights,
@@ -32,6 +31,7 @@ from .scores import (
     snapkv_scores,
 )
 from .small_buffers import CodedBuffer, KeptBuffer
+from .storage import POSITION_BYTES, Kept, kept_slots, position_heads
 
 QUERIES = 256  # whose attention is computed at a time
 

@@ -14,9 +14,9 @@ from ..masks import Dense, visible
 from ..spans import Chunk, Span
 from ..store_spec import StoreSpec
 from .coding import decode, encode, zero_codes
-from .layout import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
 from .method import CacheMethod
 from .scores import EMPTY, merge_dropped
+from .storage import Kept, TensorLayout, kept_layouts, kept_slots, position_heads, tensor_layouts
 
 
 class CodedTensor:

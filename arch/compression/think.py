@@ -9,8 +9,8 @@ from torch import Tensor
 from ..buffers import SlotBuffer, Tensors
 from ..masks import Dense
 from ..precision import at_least_fp32
-from .layout import kept_layouts, kept_slots
 from .small_buffers import CodedBuffer, KeptBuffer
+from .storage import kept_layouts, kept_slots
 
 
 class ThinkBuffer(KeptBuffer):

@@ -17,8 +17,8 @@ from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..layers import Rope, rope_table, rotate
 from ..precision import at_least_fp32
 from ..store_spec import StoreSpec
-from .layout import TensorLayout, basis_layout, kept_slots, ranks, tensor_layouts
 from .small_buffers import CodedBuffer, CodedTensor, KeptBuffer
+from .storage import TensorLayout, basis_layout, kept_slots, ranks, tensor_layouts
 
 
 class XkvBuffer(KeptBuffer):

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..buffers import SlotBuffer, Tensors, repeat_row
 from ..masks import Dense
 from ..precision import at_least_fp32
-from .layout import kept_layouts, kept_slots
 from .scores import attention_weights, observe
 from .small_buffers import CodedBuffer, KeptBuffer, gather_slots
+from .storage import kept_layouts, kept_slots
 
 
 class Probes(NamedTuple):

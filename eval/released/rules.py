@@ -410,8 +410,8 @@ def minimax(keys: Keys) -> Sequence[Layer | None]:
     return of_types(keys, types, {FULL: lambda: full(keys), LINEAR: lambda: lightning})
 
 
-def mamba_state(inner: int, width: int, kernel: int, name: str = "mamba") -> StoreSpec:
-    return state(name, CacheTensor((inner, width), True), CacheTensor((inner, kernel)))
+def mamba_state(inner: int, width: int, kernel: int) -> StoreSpec:
+    return state("mamba", CacheTensor((inner, width), True), CacheTensor((inner, kernel)))
 
 
 def mamba2_state(heads: int, width: int, size: int, groups: int, kernel: int) -> StoreSpec:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arch.compression.layout import left_alone, offloads
+from arch.compression.storage import left_alone, offloads
 from data.cli import UsageError
 from eval.intervals import interval
 from eval.methods import name_of
@@ -428,7 +428,7 @@ def right(subject: Subject, asked: RecallBatch, part: str, dtype: str, seen: Byt
 
 def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:
     """Bytes that the formula gives for the cache of one window at its end; None if the text decides them."""
-    from arch.compression.layout import compressed_bytes, has_formula
+    from arch.compression.storage import compressed_bytes, has_formula
     from arch.footprint import allocated_bytes
 
     plan, itemsize = subject.model.plan, ITEMSIZES[dtype]

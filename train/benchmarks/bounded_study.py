@@ -145,7 +145,7 @@ def layout(rule: str, settings: Settings) -> ArchConfig:
     return arch
 
 
-def model_config(task: str, rule: str, settings: Settings) -> ModelConfig:
+def rule_config(task: str, rule: str, settings: Settings) -> ModelConfig:
     lm = task == "lm"
     width = settings.lm_width if lm else settings.recall_width
     size = SizeConfig(
@@ -162,10 +162,10 @@ def model_config(task: str, rule: str, settings: Settings) -> ModelConfig:
 
 def describe_rule(task: str, rule: str, settings: Settings) -> dict[str, Any]:
     """Costs of a rule: parameters, state bytes, and the difference of these to the window's in percent."""
-    config = model_config(task, rule, settings)
+    config = rule_config(task, rule, settings)
     plan = resolve_stack(config)
     state_bytes = _state_bytes(plan, settings)
-    window_bytes = _state_bytes(resolve_stack(model_config(task, "window", settings)), settings)
+    window_bytes = _state_bytes(resolve_stack(rule_config(task, "window", settings)), settings)
     store = plan.stores[0]
     return {
         "arch": RULES[rule],
@@ -324,7 +324,7 @@ def shared_settings(task: str, settings: Settings) -> dict[str, Any]:
 
 
 def run(cell: Cell, settings: Settings, tick: Tick) -> dict[str, Any]:
-    model = Decoder(model_config(cell.task, cell.rule, settings))
+    model = Decoder(rule_config(cell.task, cell.rule, settings))
     model.init_weights(cell.seed)
     measured, took = timed(lambda: TASKS[cell.task](model, cell, settings, tick))
     return asdict(cell) | measured | {"seconds": round(took, 1)}

@@ -35,7 +35,7 @@ class Case:
     line: Callable[[dict[str, Any]], str]
 
 
-def model_config(arch: str, size: str, options: Options, seq_len: int | None = None) -> ModelConfig:
+def case_config(arch: str, size: str, options: Options, seq_len: int | None = None) -> ModelConfig:
     """The layout at the named size, or at a toy size that also has eight query heads."""
     if options.toy:
         small = SizeConfig(num_layers=6, d_model=32, num_heads=8, head_dim=8, d_ff=48, vocab_size=67, seq_len=24)

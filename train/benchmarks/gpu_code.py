@@ -57,6 +57,35 @@ H100 = SimpleNamespace(
     is_integrated=0,
     gcnArchName="",
 )
+# What the functions of torch.cuda answer, those of the compiler's interface to a device, and those of its workers.
+OF_TORCH = {
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_properties": H100,
+    "get_device_capability": (9, 0),
+    "get_device_name": H100.name,
+    "is_bf16_supported": True,
+    "synchronize": None,
+    "get_rng_state": torch.empty(0, dtype=torch.uint8),
+    "set_rng_state": None,
+    "_lazy_init": None,
+}
+OF_DYNAMO = {
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_properties": H100,
+    "get_compute_capability": 90,
+    "is_triton_capable": True,
+    "raise_if_triton_unavailable": None,
+    "is_bf16_supported": True,
+    "synchronize": None,
+    "get_raw_stream": 0,
+    "exchange_device": 0,
+    "maybe_exchange_device": 0,
+}
+OF_WORKERS = {"get_device_properties": H100, "current_device": 0, "set_device": None}
 
 
 def unavailable_reason() -> str | None:
@@ -197,41 +226,13 @@ def as_on_an_h100() -> Iterator[Any]:
             return create_fw_bw_graph(score_mod, values, *others)
         return score_mod, score_mod
 
-    answers = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": H100,
-        "get_device_capability": (9, 0),
-        "get_device_name": H100.name,
-        "is_bf16_supported": True,
-        "synchronize": None,
-        "get_rng_state": torch.empty(0, dtype=torch.uint8),
-        "set_rng_state": None,
-        "_lazy_init": None,
-    }
-    of_dynamo = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_properties": H100,
-        "get_compute_capability": 90,
-        "is_triton_capable": True,
-        "raise_if_triton_unavailable": None,
-        "is_bf16_supported": True,
-        "synchronize": None,
-        "get_raw_stream": 0,
-        "exchange_device": 0,
-        "maybe_exchange_device": 0,
-    }
-    of_workers = {"get_device_properties": H100, "current_device": 0, "set_device": None}
     before = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
     mode = fake_tensor.FakeTensorMode(
         allow_non_fake_inputs=True, shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)  # first: it looks for a device, and makes up a guard where there is none
-        for owner, values in ((torch.cuda, answers), (CudaInterface, of_dynamo), (CudaInterface.Worker, of_workers)):
+        for owner, values in ((torch.cuda, OF_TORCH), (CudaInterface, OF_DYNAMO), (CudaInterface.Worker, OF_WORKERS)):
             for name, value in values.items():
                 function = always(value) if owner is torch.cuda else staticmethod(always(value))
                 stack.enter_context(patch.object(owner, name, function))

@@ -40,7 +40,7 @@ from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.outcome import run_script
 from eval.results import write_result
-from train.benchmarks.gpu_case import FAMILIES, Options, model_config
+from train.benchmarks.gpu_case import FAMILIES, Options, case_config
 from train.benchmarks.gpu_code import (
     DEVICE,
     Assembled,
@@ -394,7 +394,7 @@ def roof(config: ModelConfig, batch: int, step: Step) -> dict[str, float]:
 
 def count(arch: str, workshop: Workshop, steps: bool) -> dict[str, Any]:
     """All counts of a layout at the size SIZE, and unless `steps`, what its kernels need, also with documents."""
-    config = model_config(arch, SIZE, Options(toy=False))
+    config = case_config(arch, SIZE, Options(toy=False))
     batch = micro_batch_that_fits(config)
     step = count_step(config, batch, workshop)
     more: dict[str, Any] = {}
@@ -450,7 +450,7 @@ def summary(kernels: dict[str, list[Assembled]]) -> dict[str, Any]:
 
 def count_operators(arch: str) -> dict[str, int]:
     """Operators of a micro-step and of a decoded token at the toy size on the CPU, uncompiled."""
-    config = model_config(arch, SIZE, Options(toy=True))
+    config = case_config(arch, SIZE, Options(toy=True))
     model, size = build(config), config.size
     tokens = torch.zeros(2, size.seq_len, dtype=torch.int64)
     with Operators() as counter:

@@ -22,7 +22,7 @@ from arch.footprint import allocated_bytes, between_matrices, kv_bytes, stack_la
 from eval.hardware import GIGA, find_gpu
 from train.benchmarks.baselines import hugging_face, random_batch
 from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode_fn
-from train.benchmarks.gpu_case import Case, Options, model_config
+from train.benchmarks.gpu_case import Case, Options, case_config
 from train.benchmarks.timing import seconds, summary_stats
 
 ARCHS = ("mha", "gqa4", "mqa", "cla2", "mixattention", "mla", "block", "bct")
@@ -52,7 +52,7 @@ def decode_steps(options: Options) -> list[Case]:
 
 
 def _case(name: str, arch: str, context: int, batch: int, options: Options) -> Case:
-    run = functools.partial(measure, name, model_config(arch, "1b", options), context, batch, options)
+    run = functools.partial(measure, name, case_config(arch, "1b", options), context, batch, options)
     return Case(f"{name}-{arch}-1b-{context}x{batch}", 12, run, _line)
 
 

@@ -14,7 +14,7 @@ from arch.footprint import kv_bytes
 from data.config import DataConfig, PrepareConfig, SourceConfig, TokenizerConfig
 from data.shards import Manifest
 from train.benchmarks.baselines import UnavailableError
-from train.benchmarks.gpu_case import Case, Options, model_config
+from train.benchmarks.gpu_case import Case, Options, case_config
 from train.benchmarks.timing import timed
 from train.schema import OptimConfig, PretrainConfig
 
@@ -40,7 +40,7 @@ def _line(result: dict[str, Any]) -> str:
 def train(arch: str, seed: int, options: Options) -> dict[str, Any]:
     """Train one layout and validate it at the end."""
     folder = options.data or default_data(options.toy)
-    config = model_config(arch, "20m", options)
+    config = case_config(arch, "20m", options)
     if options.toy:
         config.size.vocab_size, config.size.batch_size, config.size.tokens = Manifest.load(folder).vocab_size, 4, 960
     else:

@@ -16,7 +16,7 @@ from arch import ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.hardware import find_gpu
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, kvfrontier, random_batch
-from train.benchmarks.gpu_case import FAMILIES, Case, Options, model_config
+from train.benchmarks.gpu_case import FAMILIES, Case, Options, case_config
 from train.benchmarks.timing import seconds, summary_stats
 from train.device import free_memory, peak_flops
 from train.estimates.activations import Execution
@@ -97,7 +97,7 @@ def record(
         "goal_mfu": GOAL_MFU.get(arch) if known else None,
         "goal_tokens_per_second": GOAL_TOKENS_PER_SECOND.get(arch) if known else None,
     }
-    return about | measure(name, model_config(arch, size, options, seq_len), options, checkpointing)
+    return about | measure(name, case_config(arch, size, options, seq_len), options, checkpointing)
 
 
 def first_micro_batch(config: ModelConfig, how: Execution, options: Options) -> int:

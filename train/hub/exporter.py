@@ -16,11 +16,11 @@ from train.hub.records import Check, Corpus, ExportUnderTest
 from train.hub.request import ExportRequest
 from train.hub.run_info import describe_training, load_corpus
 from train.hub.targets import Target, select_target
-from train.hub.tensor_files import DTYPES
 from train.hub.upload import check_push, push
 from train.hub.verify import table, verify
 from train.loading import run_of
 from train.run import load_config
+from train.tensor_pieces import COMPUTE_DTYPES
 
 NUM_WINDOWS = 4  # of validation text, on which perplexity is compared
 
@@ -55,7 +55,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
             "time it loads the model; out= with letters, digits and . _ - alone keeps it quiet",
             soft_wrap=True,
         )
-    dtype, partial = DTYPES[options.dtype], request.partial
+    dtype, partial = COMPUTE_DTYPES[options.dtype], request.partial
     try:
         write(request, reader, target, corpus)
         exported = ExportUnderTest(folder, partial, config, target, dtype, corpus)
@@ -80,7 +80,7 @@ def export_checkpoint(request: ExportRequest, console: Console) -> list[Check]:
 
 def write(request: ExportRequest, reader: CheckpointReader, target: Target, corpus: Corpus) -> None:
     """Write all of the folder but its card. Leaves nothing if that fails."""
-    folder, size, dtype = request.partial, target.config, DTYPES[request.options.dtype]
+    folder, size, dtype = request.partial, target.config, COMPUTE_DTYPES[request.options.dtype]
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -10,7 +10,7 @@ from eval.units import parse_bytes
 
 TARGET_NAMES = ("stock", "remote", "shipped")  # as in train/hub/targets.py
 LICENSE = r"[a-z0-9][a-z0-9.+-]{0,63}"  # identifiers of the hub are in small letters
-DTYPE_NAMES = ("fp32", "bf16")  # as in train/hub/tensor_files.py
+EXPORT_DTYPES = ("fp32", "bf16")  # of COMPUTE_DTYPES in train/tensor_pieces.py
 
 
 @dataclass
@@ -65,8 +65,8 @@ def check(options: ExportConfig) -> ExportRequest:
     assert options.checkpoint is not None and options.out is not None
     if options.license is not None and not re.fullmatch(LICENSE, options.license):
         raise UsageError(f"license={options.license}: give an identifier of the hub, such as apache-2.0, mit or other")
-    if options.dtype not in DTYPE_NAMES:
-        raise UsageError(f"dtype is {options.dtype}; choose {', '.join(DTYPE_NAMES)}")
+    if options.dtype not in EXPORT_DTYPES:
+        raise UsageError(f"dtype is {options.dtype}; choose {', '.join(EXPORT_DTYPES)}")
     if options.target != "auto" and options.target not in TARGET_NAMES:
         raise UsageError(f"target is {options.target}; choose auto, {', '.join(TARGET_NAMES)}")
     try:

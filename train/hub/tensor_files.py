@@ -16,10 +16,7 @@ from torch import Tensor
 
 from arch.convert import TensorReader
 from train.errors import TrainingError
-from train.hub import request
-from train.tensor_pieces import COMPUTE_DTYPES, DTYPE_NAMES, Layout, StoredTensor, open_file, write_file
-
-DTYPES = {name: COMPUTE_DTYPES[name] for name in request.DTYPE_NAMES}  # that can be written
+from train.tensor_pieces import DTYPE_CODES, NewPiece, StoredTensor, open_file, write_file
 
 
 class SafetensorsReader:
@@ -106,7 +103,7 @@ def write_shards(
     written = {}
     for number, names in enumerate(shards, start=1):
         path = folder / file_name(number, len(shards))
-        pieces = {f"{prefix}{name}": Layout(dtype, tensors.shapes[name], ()) for name in names}
+        pieces = {f"{prefix}{name}": NewPiece(dtype, tensors.shapes[name], ()) for name in names}
         converted = (_converted(name, tensors.get(name), dtype) for name in names)
         written[path.name] = WrittenFile(list(pieces), write_file(path, pieces, converted, {"format": "pt"}))
     return written
@@ -115,5 +112,5 @@ def write_shards(
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.to(dtype)
     if not tensor.isfinite().all():
-        raise TrainingError(f"{name} has elements too large for {DTYPE_NAMES[dtype]}")
+        raise TrainingError(f"{name} has elements too large for {DTYPE_CODES[dtype]}")
     return tensor

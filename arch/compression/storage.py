@@ -1,4 +1,4 @@
-"""Layout of compressed stores, and their bytes, without torch.
+"""What compressed stores hold, and its bytes, without torch.
 
 Tokens leave the newest, which are whole, in blocks; a block is stored as integers with scales and zeros. Where the
 cache of a store holds every position its blocks lie in order, else in a ring. A matrix per head is one block, which is
@@ -618,8 +618,9 @@ def compressed_bytes(
     """Bytes of the tensors of a compressed cache for `batch` sequences of up to `capacity` tokens.
 
     `prompt` None: before `compress`; else after it, called when the cache held as many tokens. A Block Transformer's
-    keep acts on its block decoder, whose positions are blocks. `chosen`: `CompressedCache.chosen_slots`, where the text
-    decides how many there are; without, PrefixKV has the bytes of an even budget, of which it takes no more.
+    keep acts on its block decoder, whose positions are blocks. Where the text decides how many slots there are, tests
+    give `chosen`, `CompressedCache.chosen_slots`; without, PrefixKV has the bytes of an even budget, of which it takes
+    no more.
 
     Raises ValueError where the text decides and `chosen` is missing (CORM).
     """
@@ -633,7 +634,8 @@ def compressed_bytes(
 def offloaded_bytes(
     plan: Plan, method: CacheMethod, batch: int, capacity: int, *, prompt: int, itemsize: int = 2
 ) -> int:
-    """Bytes that a compressed cache has in another memory, besides `compressed_bytes`, after a prompt."""
+    """Bytes that a compressed cache has in another memory, besides `compressed_bytes`, after a prompt, as tests compare
+    them with a cache; an evaluation measures them."""
     total = 0
     for stack in plan.stacks:
         slots = stack.num_positions(capacity)
