@@ -155,7 +155,7 @@ def draw_curves(groups: Sequence[Group], title: str, looks: Looks) -> Picture:
 
 @literal_text
 def draw_rates(tried: Sequence[Search], title: str, looks: Looks) -> Picture:
-    """Loss against the learning rate, a line for each layout, and above it the rates at which it diverged."""
+    """Loss against the learning rate, a line for each layout; above, by name, the rates at which one diverged."""
     picture = Picture(figsize=(7.4, 4.4), layout="constrained")
     axes = picture.add_subplot()
     diverged: list[tuple[str, list[float]]] = []
@@ -164,11 +164,15 @@ def draw_rates(tried: Sequence[Search], title: str, looks: Looks) -> Picture:
         line(axes, list(ended), list(ended.values()), search.label, looks)
         if rest := [lr for lr in search.losses if lr not in ended]:
             diverged.append((search.label, rest))
+    low, high = axes.get_ylim()
+    step = 0.06 * (high - low)
+    axes.set_ylim(low, high + step * len(diverged))
     for number, (label, rates) in enumerate(diverged):  # one above the other, as layouts share rates
-        height = 1.03 + 0.04 * number
-        style: dict[str, Any] = {"marker": "x", "linestyle": "", "clip_on": False, "color": looks[label].color}
-        axes.plot(rates, [height] * len(rates), transform=axes.get_xaxis_transform(), **style)
-    title += "\nx above: diverged" * bool(diverged)
+        axes.plot(rates, [high + step * number] * len(rates), marker="x", linestyle="", color=looks[label].color)
+        for lr in rates:
+            place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(label, (lr, high + step * number), fontsize=7, color=looks[label].color, **place)
+    title += "\nx: diverged, at no loss" * bool(diverged)
     log_axis(axes)
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("validation loss, nats")
