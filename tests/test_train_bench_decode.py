@@ -30,6 +30,11 @@ def test_layouts_without_a_stock_class_say_why() -> None:
         stock_model(small("cla2"), build_model(small("cla2"), torch.float32, CPU))
 
 
+def test_methods_whose_budget_holds_nothing_say_why() -> None:
+    found, reasons = decode_study.compressed_competitors({}, {"mha": small("mha")}, ("h2o@8B",), 64)
+    assert not found and "the least is h2o@" in reasons["mha/h2o@8B"]
+
+
 def test_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "size=tiny",

@@ -125,7 +125,8 @@ def main(arguments: list[str]) -> None:
         "shapes": {},
     }
     rivals, result["without_peer"] = competitors(configs, options.peers or (), options.compiled or ())
-    compressed, result["without_method"] = compressed_competitors(rivals, configs, options.cache or ())
+    longest = max(capacity_of(shape, options) for shape in shapes.values())
+    compressed, result["without_method"] = compressed_competitors(rivals, configs, options.cache or (), longest)
     rivals |= compressed
     for text, shape in shapes.items():
         print(f"{text}: {', '.join(rivals)}", flush=True)
@@ -220,14 +221,16 @@ def competitors(
 
 
 def compressed_competitors(
-    rivals: dict[str, Competitor], configs: dict[str, ModelConfig], methods: tuple[str, ...]
+    rivals: dict[str, Competitor], configs: dict[str, ModelConfig], methods: tuple[str, ...], capacity: int
 ) -> tuple[dict[str, Competitor], dict[str, str]]:
-    """Every layout with each method on its cache, as LAYOUT/METHOD, and why where that cannot be."""
+    """Every layout with each method on its cache, as LAYOUT/METHOD, and why where that cannot be in up to `capacity`
+    tokens."""
     found, reasons = {}, {}
     for arch, config in configs.items():
         for method in map(parse_method, methods):
             try:
                 check_method(resolve(config), method)
+                compressed_bytes(resolve(config), method, 1, capacity, itemsize=ITEMSIZE)  # finds budgets too small
             except ValueError as error:
                 reasons[f"{arch}/{method.text}"] = str(error)
                 continue
@@ -272,11 +275,16 @@ def stock_session(model: Any, peer: str, batch: int, capacity: int) -> Session:
     )
 
 
+def capacity_of(shape: Shape, options: DecodeConfig) -> int:
+    """Tokens of a sequence at its end."""
+    return shape.prompt + options.new * (1 + options.rounds)
+
+
 def measure(
     rivals: dict[str, Competitor], configs: dict[str, ModelConfig], shape: Shape, options: DecodeConfig
 ) -> dict[str, Any]:
     """Times of every competitor at one shape. Raises RuntimeError if equal weights decode to other tokens."""
-    capacity = shape.prompt + options.new * (1 + options.rounds)
+    capacity = capacity_of(shape, options)
     vocab_size = load_size(options.size).vocab_size
     prompt, _ = random_batch(vocab_size, shape.batch, shape.prompt, CPU, seed=0)
     sessions: dict[str, Session] = {}
