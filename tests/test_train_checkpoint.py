@@ -132,6 +132,21 @@ def test_a_signal_before_training_has_begun_stops_it(
     assert list(losses(tmp_path / "run")) == [1]
 
 
+def test_denormal_numbers_are_zero_while_a_cpu_trains(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, products = train.training.fit, []
+
+    def multiplied(*args: object) -> None:
+        products.append(float(torch.full((64,), 1e-39).mul(0.5).max()))
+        fit(*args)
+
+    monkeypatch.setattr(train.training, "fit", multiplied)
+    torch.set_flush_denormal(False)
+    pretrain(*options, f"folder={tmp_path / 'run'}")
+    assert products == [0.0]
+
+
 def test_disk_full_while_logging(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, write = tmp_path / "run", CSVLogger.save
 
