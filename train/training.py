@@ -50,9 +50,8 @@ def run(config: PretrainConfig) -> None:
     the run fails.
     """
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them
-    torch.set_flush_denormal(
-        True
-    )  # of all threads that begin later; products of denormals take a CPU five times as long
+    # In all threads that begin later: numbers next to zero make products on a CPU several times as slow.
+    torch.set_flush_denormal(True)
     plan, folder, options = resolve(config.model), Path(config.folder), config.trainer
     several = options.devices * options.num_nodes > 1
     if logs_to_wandb(config):
