@@ -76,14 +76,17 @@ class Text:
 def measure(config: ModelConfig) -> dict[str, object]:
     """Loss in nats per target at each of a few steps, and the shape of each tensor of the state dict.
 
-    Steps are of fp32. Matrices per head make so much of its rounding that the fourth loss is 5e-3 off in fp32, and
-    another on each processor: they are of fp64.
+    Steps are of fp32. Matrices per head make so much of its rounding, be it of an initial weight, that the fourth loss
+    is 5e-3 off in fp32, and another on each processor: weights and steps are of fp64.
     """
     config = deepcopy(config)
     config.size.vocab_size, config.size.seq_len = END_OF_TEXT + 1, SEQ_LEN
-    model = build(config, seed=0)
-    if any(store.kind == "matrix" for stack in model.plan.stacks for store in stack.plan.stores):
-        model = model.to(torch.float64)
+    matrices = any(store.kind == "matrix" for stack in resolve(config).stacks for store in stack.plan.stores)
+    torch.set_default_dtype(torch.float64 if matrices else torch.float32)
+    try:
+        model = build(config, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
     optimizer = build_optimizer(model, OptimConfig(lr=3e-3))
     losses = []
     for batch in TrainBatches(

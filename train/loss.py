@@ -56,14 +56,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(x_ND.dtype)
         rows = loss_rows(len(x_ND), len(weight), x_ND.itemsize, x_ND.is_cuda)
         with torch.autocast(x_ND.device.type, enabled=False):
-            total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+            total = torch.zeros((), dtype=at_least_fp32(x_ND.dtype), device=x_ND.device)
             grad_x = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
             wide = at_least_fp32(weight.dtype)
             grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
             for begin in range(0, len(x_ND), rows):
                 x, targets = x_ND[begin : begin + rows], targets_N[begin : begin + rows]
                 if not any(ctx.needs_input_grad):
-                    total += F.cross_entropy((x @ weight.T).float(), targets, ignore_index=IGNORE, reduction="sum")
+                    logits = x @ weight.T
+                    logits = logits.to(at_least_fp32(logits.dtype))
+                    total += F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
                     continue
                 loss, grad_logits = softmax(x @ weight.T, targets)
                 total += loss
@@ -101,14 +103,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def nll_and_gradient(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log-likelihood, in fp32, and its gradient [N, V] in the type of the logits."""
+    """Return the summed negative log-likelihood, at least fp32, and its gradient [N, V] in the type of the logits."""
     real_N = targets_N != IGNORE
     index_N1 = targets_N.clamp(min=0)[:, None]
-    log_probability_NV = logits_NV.float().log_softmax(dim=-1)
+    log_probability_NV = logits_NV.to(at_least_fp32(logits_NV.dtype)).log_softmax(dim=-1)
     loss = -(log_probability_NV.gather(1, index_N1)[:, 0] * real_N).sum()
     if torch.compiler.is_compiling():  # one kernel, where a scatter needs the probabilities in memory, in fp32
         is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == index_N1
-        gradient_NV = (log_probability_NV.exp() - is_target_NV.float()) * real_N[:, None]
+        gradient_NV = (log_probability_NV.exp() - is_target_NV.to(log_probability_NV.dtype)) * real_N[:, None]
     else:
         gradient_NV = log_probability_NV.exp_()
         gradient_NV.scatter_add_(1, index_N1, torch.full_like(index_N1, -1, dtype=gradient_NV.dtype))
