@@ -133,3 +133,10 @@ def test_logits_are_never_held_whole(short_chunks: None, grad: bool) -> None:
     assert 7 * 61 <= largest.elements <= 32 * 61, "no more than the output matrix, transposed"
     whole = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_losses_of_fp64_are_of_fp64(short_chunks: None) -> None:
+    """So that gradients can be compared with differences."""
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(cross_entropy_sum(torch.randint(7, (2, 3))), (x, weight))
