@@ -189,7 +189,8 @@ def test_intervals_of_shares_of_sequences() -> None:
     nothing to do with each other: as many as questions, but for Student's t; of all that are right: as sequences."""
     wholes = share_of_sequences([32.0] * 30 + [0.0] * 70, [32] * 100)
     assert wholes.value == 0.3
-    assert wholes[1:] == pytest.approx(wilson(0.3 * 95, 95), abs=2e-3) != pytest.approx(wilson(960, 3200), abs=0.05)
+    assert wholes[1:] == pytest.approx(wilson(0.3 * 95, 95), abs=2e-3)
+    assert wholes[1:] != pytest.approx(wilson(960, 3200), abs=0.01)
     random = np.random.default_rng(0)
     alone = share_of_sequences(random.binomial(32, 0.3, 2000).tolist(), [32] * 2000)
     assert alone.high - alone.low == pytest.approx(4 * math.sqrt(0.3 * 0.7 / 64000), rel=0.05)
@@ -211,6 +212,27 @@ def test_nineteen_of_twenty_intervals_hold_the_share() -> None:
         too_few.append(low <= 0.2 <= high)
     assert 0.93 < sum(holds) / 1000 < 0.98
     assert sum(too_few) / 1000 < 0.8
+
+
+def test_a_few_mistakes_make_no_interval_narrower() -> None:
+    """One question wrong in each of up to four sequences of 32, or right: no better than none, or worse."""
+    found = [share_of_sequences([31.0] * wrong + [32.0] * (100 - wrong), [32] * 100) for wrong in range(5)]
+    assert found == sorted(found, reverse=True)
+    assert [share.low for share in found] == sorted((share.low for share in found), reverse=True)
+    assert [share.high for share in found] == sorted((share.high for share in found), reverse=True)
+    turned = [share_of_sequences([1.0] * right + [0.0] * (100 - right), [32] * 100) for right in range(5)]
+    for share, other in zip(found, turned, strict=True):
+        assert (other.low, other.high) == pytest.approx((1 - share.high, 1 - share.low))
+
+
+def test_intervals_hold_a_share_whose_mistakes_are_seldom_whole_sequences() -> None:
+    """One sequence in 50 is wrong as a whole, and one question in 2,500 of the others; 100 sequences of 32 questions."""
+    random, holds = np.random.default_rng(2), 0
+    for _ in range(1000):
+        right = np.where(random.random(100) < 0.02, 0, random.binomial(32, 1 - 0.0004, 100)).astype(float).tolist()
+        share = share_of_sequences(right, [32] * 100)
+        holds += share.low <= 0.98 * (1 - 0.0004) <= share.high
+    assert holds / 1000 > 0.93
 
 
 @pytest.mark.parametrize("options", [copying.CopyOptions, copying.InductionOptions])

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from eval.intervals import Z95, student, wilson
 
+FEW = 5  # sequences whose differences say nothing yet
+
 
 def in_batches(
     draw: Callable[[int, int], tuple[Tensor, ...]], sequences: int, block: int, batch: int
@@ -48,8 +50,8 @@ def share_of_sequences(right: Sequence[float], asked: Sequence[float]) -> Share:
     is asked.
 
     Questions of one sequence are not independent, sequences are. The interval is Wilson's of as many independent
-    questions as would vary like the sequences (Korn and Graubard 1998; Dean and Pagano 2015), and of as many as there
-    are sequences where these do not vary because all answers are right, or none.
+    questions as would vary like the sequences (Korn and Graubard 1998; Dean and Pagano 2015), and of no more than there
+    are sequences where fewer than FEW of them have a mistake, or a right answer: so few do not tell how they vary.
     """
     pairs = [(some, count) for some, count in zip(right, asked, strict=True) if count]
     if not pairs:
@@ -62,5 +64,7 @@ def share_of_sequences(right: Sequence[float], asked: Sequence[float]) -> Share:
         variance = sequences / (sequences - 1) * squares / total**2
         most = share * (1 - share) / total  # variance of independent questions; less is chance
         independent = share * (1 - share) / max(variance, most) * (Z95 / student(sequences - 1)) ** 2
+        if min(sum(some < count for some, count in pairs), sum(some > 0 for some, _ in pairs)) < FEW:
+            independent = min(independent, sequences)
     trials = max(1, math.floor(independent))
     return Share(share, *wilson(share * trials, trials))
