@@ -86,7 +86,8 @@ class ParetoConfig:
 
 
 def points(runs: Sequence[Run], context: int, metric: str, itemsize: int, x: str = "stored") -> list[Point]:
-    """One point per experiment, the best in `x` first; on the frontier if none that is as good in `x` is as good.
+    """One point per experiment, the best in `x` first; on the frontier if no other is as good in both figures. Of equal
+    points the first is on it.
 
     `metric` and `x` name figures of eval/figures.py. Runs in which one of them is no figure that a run can have are
     passed over; `passed_over` names them.

@@ -21,6 +21,7 @@ from data.cli import TaskError, UsageError
 from eval import evaluate
 from eval import study as report
 from eval.identity import READING
+from eval.plots.study import context_title
 from eval.study_rows import compare, contexts_of, frontier, groups, read_rows, searches, sentence, verdict
 from train import pretrain, study
 from train.errors import DIVERGENCE_HINT
@@ -341,6 +342,14 @@ def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureF
     assert "http" not in page and "<h1>Study s</h1>" in page
     assert "<th>milliseconds per decoded token</th>" in page and "recall" not in page
     assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,,7,2048,8192")
+
+
+def test_a_panel_of_a_tasks_figure_does_not_say_at_which_length_it_was_measured() -> None:
+    assert context_title(64, [64], loss=True) == "At the trained length, 64 tokens"
+    assert context_title(128, [64], loss=True) == "Extrapolation: bytes at 128 tokens, loss at the trained length"
+    for context in (64, 128):
+        found = context_title(context, [64], loss=False)
+        assert found == f"Bytes at {context} tokens, the figure as its task measured it"
 
 
 def test_a_report_of_runs_that_all_diverged() -> None:

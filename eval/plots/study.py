@@ -110,12 +110,14 @@ def draw_bytes(groups: Sequence[Group], contexts: Sequence[int], figure: str, lo
 
 
 def context_title(context: int, trained: Collection[int], loss: bool) -> str:
-    """What a panel of bytes at `context` shows of models that were `trained` at these lengths."""
+    """What a panel of bytes at `context` shows of models that were `trained` at these lengths. A task may have measured
+    at another length."""
+    if not loss:
+        return f"Bytes at {context:,} tokens, the figure as its task measured it"
     if {context} == set(trained):
         return f"At the trained length, {context:,} tokens"
-    measured = "loss at the trained length" if loss else "the figure as its task measured it"
-    start = "Extrapolation: " if context > max(trained) else ""
-    return f"{start}bytes at {context:,} tokens, {measured}"
+    start = "Extrapolation: bytes" if context > max(trained) else "Bytes"
+    return f"{start} at {context:,} tokens, loss at the trained length"
 
 
 @literal_text
