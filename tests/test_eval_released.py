@@ -369,6 +369,7 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4
         ({"model_type": "hunyuan_v1_dense", "use_cla": True, "cla_share_factor": 2}, "use_cla is true"),
         ({"model_type": "minimax_m2", "attn_type_list": [0] * 62}, "attn_type_list marks layers"),
         ({"model_type": "falcon", "head_dim": 32}, "head_dim is 32 and must be 64"),
+        ({"model_type": "gemma2", "sliding_window_size": 8}, "sliding_window_size is 8 and must be 4096"),
     ],
 )
 def test_what_is_not_understood_is_refused(values: Any, message: str) -> None:
@@ -387,6 +388,8 @@ def test_keys_of_the_hub_that_decide_nothing() -> None:
         {"model_type": "deepseek_v2", "qk_nope_head_dim": 128, "qk_head_dim": 192, "q_lora_rank": 1536},
         {"model_type": "qwen3_moe", "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 48},
         {"model_type": "gemma2", "cache_implementation": "hybrid", "use_cache": True},
+        {"model_type": "gemma2", "sliding_window": 4096, "sliding_window_size": 4096},
+        {"model_type": "kimi_linear", "mla_use_nope": True},
         {"model_type": "deepseek_v3", "num_nextn_predict_layers": 1, "n_shared_experts": 1, "moe_layer_freq": 1},
     ):
         bare = {"model_type": values["model_type"]}

@@ -61,6 +61,7 @@ def sliding(keys: Keys, sinks: bool = False) -> StoreSpec:
     """A window; one that no context fills is none, as of Phi-3 with 128k positions."""
     heads, kv_heads = heads_of(keys)
     window, positions = keys.count("sliding_window"), keys.get("max_position_embeddings")
+    keys.same("sliding_window_size", window, "as sliding_window: of this type, both are one number")
     if isinstance(positions, int) and window >= positions:
         return grouped("full", kv_heads, head_width(keys, heads), sinks=sinks)
     return grouped("sliding", kv_heads, head_width(keys, heads), window=window, sinks=sinks)
@@ -398,6 +399,7 @@ def kimi_linear(keys: Keys) -> Sequence[Layer | None]:
         inputs = CacheTensor((3 * heads * width, inner.count("short_conv_kernel_size")))
         return state("kda", CacheTensor((heads, width, width), True), inputs)
 
+    keys.ignore("mla_use_nope")  # what has no positions is as wide
     return of_types(keys, types, {FULL: lambda: one_latent(keys), LINEAR: kda})
 
 
@@ -489,6 +491,8 @@ def nemotron_h(keys: Keys) -> Sequence[Layer | None]:
     made: dict[str, StoreSpec | None] = {"moe": None, "mlp": None}
     if FULL in types:
         made[FULL] = full(keys)
+    else:
+        keys.ignore("head_dim", "attention_head_dim")
     if LINEAR in types:
         groups = keys.optional("mamba_n_groups") or keys.count("n_groups")
         kernel = keys.optional("mamba_d_conv") or keys.count("conv_kernel")
