@@ -8,6 +8,7 @@ from dataclasses import dataclass
 Z95 = 1.959963984540054  # quantile of the normal distribution for an interval of 95 %
 # The same of Student's t, by degrees of freedom from 1 on.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+SIGNS = 6  # that differences of a mean of 0 all have one sign has by chance less than 5 %: 2 * 0.5**SIGNS
 BETTER, WORSE, UNDECIDED = "better", "worse", "not told apart"
 
 
@@ -23,7 +24,7 @@ def student(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of paired differences, with the interval of Student's t; `half` None: of a single pair."""
+    """Mean of paired differences, with the interval of Student's t; `half` None: they do not tell their spread."""
 
     mean: float
     half: float | None
@@ -38,11 +39,16 @@ class Interval:
 
 
 def interval(differences: Sequence[float]) -> Interval:
-    """Interval of `differences`, of which there is at least one."""
+    """Interval of `differences`, of which there is at least one.
+
+    Differences that are all equal, up to rounding, as those of counts can be, have no spread to estimate an interval
+    from. Fewer than SIGNS of them, like one, get none; of more the signs alone tell that the mean is not 0.
+    """
     count, mean = len(differences), statistics.fmean(differences)
-    if count < 2:
+    spread = statistics.stdev(differences) if count > 1 else 0.0
+    if count < SIGNS and spread <= 1e-9 * abs(mean):
         return Interval(mean, None, count)
-    return Interval(mean, student(count - 1) * statistics.stdev(differences) / math.sqrt(count), count)
+    return Interval(mean, student(count - 1) * spread / math.sqrt(count), count)
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:

@@ -185,6 +185,7 @@ def sentence(group: Group, baseline: Group) -> str:
     told = "no verdict beside" if reached == DIVERGED else f"{reached} {'from' if reached == UNDECIDED else 'than'}"
     if found.half is None:
         seeds = "one seed" if seeds == "1" else f"{seeds} seeds"
+        seeds += ", whose differences are equal" * (found.pairs > 1)
         return f"{group.label}: {told} {baseline.label}: {seeds} ({found.mean:+.4f} nats{note})."
     shown = f"{found.mean:+.4f} ± {found.half:.4f} nats over {seeds} seeds{note}"
     return f"{group.label}: {told} {baseline.label} ({shown})."

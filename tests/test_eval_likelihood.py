@@ -13,7 +13,7 @@ from arch import LanguageModel
 from arch.named import load_arch
 from data.cli import UsageError
 from eval.evaluations import digest_of
-from eval.intervals import counted_share, interval, student, wilson
+from eval.intervals import BETTER, UNDECIDED, WORSE, counted_share, interval, student, wilson
 from eval.tasks import copying, select_tasks
 from eval.tasks.drawn import share_of_sequences
 from eval.tasks.likelihood import continuation_likelihoods, measure_next, next_token_likelihoods, whole_likelihoods
@@ -256,3 +256,12 @@ def test_intervals_of_means() -> None:
     found = interval([1.0, 2.0, 6.0])
     assert (found.mean, found.half) == (3.0, pytest.approx(4.303 * math.sqrt(7 / 3)))
     assert interval([1.0]).half is None
+
+
+def test_a_few_equal_differences_tell_nothing_apart() -> None:
+    """Such as those of a count: one question more of 12,288 that both seeds answer. Signs of six or more do."""
+    for few in ([1 / 12288] * 2, [0.7 - 0.6, 0.9 - 0.8], [-1.0] * 5, [0.0] * 2):
+        found = interval(few)
+        assert (found.half, found.verdict) == (None, UNDECIDED)
+    assert interval([-1.0] * 6).verdict == BETTER and interval([0.0] * 6).verdict == UNDECIDED
+    assert interval([1.0, 1.001]).verdict == WORSE

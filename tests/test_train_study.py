@@ -181,6 +181,12 @@ def test_layouts_are_compared_by_seed() -> None:
     assert frontier({"a": (1, 3.0), "b": (2, 3.1), "c": (3, 2.0)}) == ["a", "c"]
 
 
+def test_equal_differences_of_a_few_seeds_are_no_verdict() -> None:
+    mha, cla2 = groups([row(arch, seed, loss) for arch, loss in (("mha", 3.0), ("cla2", 2.5)) for seed in (0, 1)], MAIN)
+    told = "cla2: not told apart from mha: 2 seeds, whose differences are equal (-0.5000 nats)."
+    assert sentence(cla2, mha) == told and verdict(cla2, mha) == "not told apart"
+
+
 def test_losses_of_other_targets_are_not_compared() -> None:
     """Those of a Block Transformer without the first block of a window, and of masked and padded documents. A row of
     before the last two were written is of neither."""
@@ -203,11 +209,11 @@ def test_losses_of_other_targets_are_not_compared() -> None:
 
 def test_seeds_that_are_missing_are_said() -> None:
     rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
-    rows += [row(arch, seed, 2.9 + seed / 10) for arch in ("cla2", "mqa") for seed in range(2)]
+    rows += [row(arch, seed, 2.9 + 0.101 * seed) for arch in ("cla2", "mqa") for seed in range(2)]
     rows.append(row("cla2", 2, None))
     mha, cla2, mqa = groups(rows, MAIN)
-    assert sentence(cla2, mha) == "cla2: no verdict beside mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds; 1 diverged)."
-    assert sentence(mqa, mha) == "mqa: better than mha (-0.1000 ± 0.0000 nats over 2 of 3 seeds)."
+    assert sentence(cla2, mha) == "cla2: no verdict beside mha (-0.0995 ± 0.0064 nats over 2 of 3 seeds; 1 diverged)."
+    assert sentence(mqa, mha) == "mqa: better than mha (-0.0995 ± 0.0064 nats over 2 of 3 seeds)."
     assert [report.columns(group, [mha], [], [], [])["seeds"] for group in (mha, cla2, mqa)] == ["3", "2 of 3", "2"]
 
 
@@ -215,7 +221,7 @@ def test_a_layout_that_diverged_is_not_better_and_is_listed() -> None:
     """Nor is one worse than a baseline that diverged; what is worse where neither did is worse."""
     nan = {"diverged": "the loss is nan at step 5"}
     rows = [row("mha", seed, 3.0 + seed / 10) for seed in range(3)]
-    rows += [*(row(arch, seed, loss + seed / 10) for arch, loss in (("cla2", 2.9), ("mla", 3.1)) for seed in range(2))]
+    rows += [row(arch, seed, loss + 0.101 * seed) for arch, loss in (("cla2", 2.9), ("mla", 3.1)) for seed in range(2)]
     rows += [row("cla2", 2, None, **nan), row("mla", 2, None), *(row("mqa", seed, None, **nan) for seed in range(3))]
     mha, cla2, mla, mqa = found = groups(rows, MAIN)
     assert [verdict(group, mha) for group in (cla2, mla, mqa)] == ["diverged", "worse", "diverged"]
@@ -300,7 +306,7 @@ def test_rows_of_several_commits_are_compared_if_the_user_says_so(
     """The later row of a seed counts. Of changes that were not committed the report warns."""
     other = "d" * 40 + "+"
     rows = [row("mha", 0, 3.0), row("mha", 1, 3.0), row("mha", 1, 3.1, commit=other)]
-    rows += [row("cla2", 0, 2.9), row("cla2", 1, 3.0, commit=other)]
+    rows += [row("cla2", 0, 2.9), row("cla2", 1, 3.001, commit=other)]
     for each in rows:
         append_row(tmp_path / "results.jsonl", each)
     with patch("eval.plots.style.Picture.write", lambda self, path, **options: path.write_bytes(b"png")):
@@ -308,7 +314,7 @@ def test_rows_of_several_commits_are_compared_if_the_user_says_so(
         pooled = (tmp_path / "report.html").read_text()
         report.main([str(tmp_path / "results.jsonl")])
         apart = (tmp_path / "report.html").read_text()
-    assert "cla2: better than mha (-0.1000 ± 0.0000 nats over 2 seeds)." in pooled
+    assert "cla2: better than mha (-0.0995 ± 0.0064 nats over 2 seeds)." in pooled
     assert "says that nothing that matters changed between them" in pooled and "shown apart" not in pooled
     assert "cla2 (ccccccc): not told apart from mha (ccccccc): 1 of 2 seeds" in apart and "pool=true" in apart
     assert "its rows may be of different code" in pooled
@@ -334,11 +340,11 @@ def test_a_baseline_has_the_conditions_of_its_layout() -> None:
 def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for seed in range(2):
         append_row(tmp_path / "results.jsonl", row("mha", seed, 3.0))
-        append_row(tmp_path / "results.jsonl", row("cla2", seed, 2.5))
+        append_row(tmp_path / "results.jsonl", row("cla2", seed, 2.5 + seed / 1000))
     with patch("eval.plots.style.Picture.write", lambda self, path, **options: path.write_bytes(b"png")):
         report.main([str(tmp_path / "results.jsonl")])
     page = (tmp_path / "report.html").read_text()
-    assert "cla2: better than mha (-0.5000 ± 0.0000 nats over 2 seeds)." in page and page.count("data:image/png") == 3
+    assert "cla2: better than mha (-0.4995 ± 0.0064 nats over 2 seeds)." in page and page.count("data:image/png") == 3
     assert "http" not in page and "<h1>Study s</h1>" in page
     assert "<th>milliseconds per decoded token</th>" in page and "recall" not in page
     assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,,7,2048,8192")
