@@ -58,7 +58,7 @@ class RecallTask:
     @classmethod
     def of(cls, length: int, pairs: int, vocab_size: int, joined: bool = False) -> "RecallTask":
         """Sequences whose second half asks, of up to 32 keys and as many values."""
-        room = vocab_size - cls.noise
+        room = max(0, vocab_size - cls.noise)
         symbols = min(32, math.isqrt(room + 1) - 1 if joined else room // 2)
         gap = max(0, length // 2 - (1 if joined else 2) * pairs)
         return cls(length, gap, keys=symbols, values=symbols, joined=joined)

@@ -226,7 +226,7 @@ def test_a_few_mistakes_make_no_interval_narrower() -> None:
 
 
 def test_intervals_hold_a_share_whose_mistakes_are_seldom_whole_sequences() -> None:
-    """One sequence in 50 is wrong as a whole, and one question in 2,500 of the others; 100 sequences of 32 questions."""
+    """100 of 32 questions: one sequence in 50 is wrong as a whole, and one question in 2,500 of the others."""
     random, holds = np.random.default_rng(2), 0
     for _ in range(1000):
         right = np.where(random.random(100) < 0.02, 0, random.binomial(32, 1 - 0.0004, 100)).astype(float).tolist()

@@ -296,6 +296,8 @@ def test_other_tokens_than_those_of_the_data_are_refused() -> None:
     recall_task.run(numbers(296, 4096), replace(options, vocab=72))  # of which there are as many keys and values
     with pytest.raises(UsageError, match=r"set recall.vocab=9000"):
         recall_task.run(numbers(9000, 9001), replace(options, kinds=("zoology",), vocab=8192))
+    asked = as_one(recall_task.batches(numbers(9000, 9001), recall_task.Options(), "zoology", 16))
+    assert asked.inputs_BT.max() > 8192, "nobody set the limit"
     for joined, message in (
         (
             True,
@@ -311,6 +313,19 @@ def test_other_tokens_than_those_of_the_data_are_refused() -> None:
         recall_task.run(given, recall_task.Options(kinds=("zoology",), pairs=(4,), sequences=1))
     asked = as_one(recall_task.batches(subject(Oracle(nothing, 4096)), options, "gap", 2))
     assert asked.inputs_BT.max() < 20, "of a model of text the option is a limit"
+
+
+def test_what_is_impossible_is_known_before_and_faults_come_out() -> None:
+    def fault(before: tuple[int, ...]) -> set[int]:
+        raise ValueError("a fault")
+
+    given, options = subject(Oracle(fault, 200)), recall_task.Options(kinds=("gap",), pairs=(2,), sequences=2)
+    for vocab in (1, 9):
+        with pytest.raises(UsageError, match=r"gap with 2 pairs is left out: keys is .* it must be at least 1"):
+            recall_task.run(given, replace(options, joined=True, vocab=vocab))
+    with pytest.raises(ValueError, match="a fault") as found:
+        recall_task.run(given, options)
+    assert not isinstance(found.value, UsageError)
 
 
 def test_sequences_that_are_too_short_for_the_model_name_the_fix() -> None:

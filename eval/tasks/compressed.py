@@ -27,7 +27,7 @@ from arch.compression.storage import left_alone, offloads
 from data.cli import UsageError
 from eval.intervals import interval
 from eval.methods import name_of
-from eval.tasks.recall import BLOCK, LENGTH, NAMES, check_joined, check_length
+from eval.tasks.recall import BLOCK, LENGTH, NAMES, check_joined, length_problem
 from eval.tasks.task import Options as TaskOptions
 from eval.tasks.task import Subject, TaskResult
 from eval.units import counted
@@ -343,10 +343,8 @@ def shape_of(subject: Subject, options: Options, part: str, pairs: int) -> "tupl
 
 def impossible(subject: Subject, options: Options, part: str, pairs: int) -> str:
     """Say why a part has no sequences of so many pairs, with the fix; empty: it has."""
-    try:
-        check_length(subject, length_of(options, pairs), "compressed.length")
-    except ValueError as problem:
-        return str(problem)
+    if problem := length_problem(subject, length_of(options, pairs), "compressed.length"):
+        return problem
     task, _, prefix = shape_of(subject, options, part, pairs)
     found = task.problems(pairs)
     if prefix < subject.model.plan.min_prompt:

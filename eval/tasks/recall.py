@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LENGTH = 16  # tokens for each pair, as in figure 2 of the paper
 BLOCK = 16  # sequences that are drawn together
+MOST = 8192  # tokens that sequences are drawn from by default, as in the paper
 NAMES = ("accuracy", "choice")
 
 
@@ -28,8 +29,8 @@ class Options(TaskOptions):
     kinds      zoology, the paper's sequences; gap, ours, whose second half asks for values of the first tokens
     pairs      numbers of pairs
     length     tokens per sequence; null: 16 for each pair
-    vocab      limit of the tokens that sequences are drawn from; of a model trained on data=recall these are those of
-               its data, which it must not change
+    vocab      limit of the tokens that sequences are drawn from; null: 8192, and of a model trained on data=recall all
+               of its data, which no other limit may change
     noise      random tokens instead of token 0 between the questions of Zoology's sequences
     joined     a pair of kind gap is one token, for models trained with data.source.recall.joined=true
     sequences  sequences for each kind and number of pairs
@@ -39,7 +40,7 @@ class Options(TaskOptions):
     kinds: tuple[str, ...] = RECALL_KINDS
     pairs: tuple[int, ...] = (4, 8, 16)
     length: int | None = None
-    vocab: int = 8192
+    vocab: int | None = None
     noise: bool = False
     joined: bool = False
     sequences: int = 100
@@ -62,8 +63,9 @@ class Options(TaskOptions):
         return found
 
     def deciding(self) -> dict[str, Any]:
-        """All options but the sequences per forward pass: any number of them has the digest of the default."""
-        return asdict(self) | {"batch": BLOCK}
+        """All options but the sequences per forward pass: any number of them has the digest of the default. The limit
+        of tokens that is not set has that of the number it stands for."""
+        return asdict(self) | {"batch": BLOCK, "vocab": self.vocab or MOST}
 
 
 def run(subject: Subject, options: Options) -> TaskResult:
@@ -83,30 +85,28 @@ def run(subject: Subject, options: Options) -> TaskResult:
     notes = []
     totals: dict[str, list[float]] = {}
     for kind, pairs in subject.progress(cells, len(cells), f"{subject.name}: recall"):
-        try:
-            counts: dict[int, list[Tensor]] = {}
-            for found in subject.each(batches(subject, options, kind, pairs), partial(right, subject.model)):
-                for distance, right_B3 in found.items():
-                    counts.setdefault(distance, []).append(right_B3)
-            if not counts:
-                unanswered = subject.model.plan.min_prompt - 1
-                raise ValueError(
-                    f"all questions lie in the first {unanswered} tokens, where the model answers none; set a larger "
-                    "recall.length"
-                )
-        except ValueError as problem:
-            if isinstance(problem, UsageError):
-                raise
+        problem = impossible(subject, options, kind, pairs)
+        counts: dict[int, list[Tensor]] = {}
+        asked = () if problem else batches(subject, options, kind, pairs)
+        for found in subject.each(asked, partial(right, subject.model)):
+            for distance, right_B3 in found.items():
+                counts.setdefault(distance, []).append(right_B3)
+        if not counts:
+            unanswered = subject.model.plan.min_prompt - 1
+            problem = problem or (
+                f"all questions lie in the first {unanswered} tokens, where the model answers none; set a larger "
+                "recall.length"
+            )
             notes.append(f"{kind} with {pairs} pairs is left out: {problem}")
             continue
         of_pairs = [0.0, 0.0, 0.0]
         for distance, parts in sorted(counts.items()):
-            *answers, asked = torch.cat(parts).T.tolist()
-            row: dict[str, Any] = {"kind": kind, "pairs": pairs, "distance": distance, "count": int(sum(asked))}
+            *answers, count_S = torch.cat(parts).T.tolist()
+            row: dict[str, Any] = {"kind": kind, "pairs": pairs, "distance": distance, "count": int(sum(count_S))}
             for name, right_S in zip(NAMES, answers, strict=True):
-                row |= share_of_sequences(right_S, asked).entries(name)
+                row |= share_of_sequences(right_S, count_S).entries(name)
             rows.append(row)
-            of_pairs = [total + sum(more) for total, more in zip(of_pairs, (*answers, asked), strict=True)]
+            of_pairs = [total + sum(more) for total, more in zip(of_pairs, (*answers, count_S), strict=True)]
         totals[kind] = [total + more for total, more in zip(totals.get(kind, [0.0] * 3), of_pairs, strict=True)]
         figures |= {f"{kind}/{name}/{pairs}": of_pairs[i] / of_pairs[2] for i, name in enumerate(NAMES)}
     if not rows:
@@ -118,21 +118,14 @@ def run(subject: Subject, options: Options) -> TaskResult:
 
 
 def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Iterator[Questions]":
-    """Batches of questions, drawn in blocks that are functions of (seed, number, pairs).
-
-    Raises ValueError if they are impossible, UsageError if the model was trained on other tokens.
-    """
+    """Batches of questions that are not `impossible`, drawn in blocks that are functions of (seed, number, pairs)."""
     import numpy as np
 
     from data.recall import ZoologyTask
     from eval.recall import Questions, questions, zoology_questions
     from eval.tasks.drawn import in_batches
 
-    if kind == "gap":
-        check_joined(subject, options.joined, "recall")
-    length = options.length or LENGTH * pairs
-    check_length(subject, length, "recall.length")
-    task = task_of(subject, options, kind, length, pairs)
+    task = task_of(subject, options, kind, pairs)
 
     def draw(number: int, size: int) -> "tuple[Tensor, ...]":
         if isinstance(task, ZoologyTask):
@@ -144,13 +137,25 @@ def batches(subject: Subject, options: Options, kind: str, pairs: int) -> "Itera
         yield Questions(*tensors)
 
 
-def check_length(subject: Subject, length: int, option: str) -> None:
-    """Raise ValueError unless the model takes sequences of `length` tokens, which `option` sets."""
+def impossible(subject: Subject, options: Options, kind: str, pairs: int) -> str:
+    """Say why there are no sequences of so many pairs, with the fix; empty: there are.
+
+    Raises UsageError if the model was trained on others.
+    """
+    if kind == "gap":
+        check_joined(subject, options.joined, "recall")
+    problem = length_problem(subject, options.length or LENGTH * pairs, "recall.length")
+    return problem or "; ".join(task_of(subject, options, kind, pairs).problems(pairs))
+
+
+def length_problem(subject: Subject, length: int, option: str) -> str:
+    """Say why the model takes no sequences of `length` tokens, which `option` sets; empty: it does."""
     if length > subject.context:
-        raise ValueError(f"{length} tokens are beyond the context of {subject.context}; set {option}")
+        return f"{length} tokens are beyond the context of {subject.context}; set {option}"
     least = subject.model.plan.min_prompt
     if length < least:
-        raise ValueError(f"{length} tokens are fewer than the {least} that the model needs; set {option}={least}")
+        return f"{length} tokens are fewer than the {least} that the model needs; set {option}={least}"
+    return ""
 
 
 def check_joined(subject: Subject, joined: bool, task: str) -> None:
@@ -162,9 +167,11 @@ def check_joined(subject: Subject, joined: bool, task: str) -> None:
     raise UsageError(f"{told} a pair is {'two tokens' if joined else 'one token'}; set {task}.joined={fix}")
 
 
-def task_of(subject: Subject, options: Options, kind: str, length: int, pairs: int) -> "RecallTask | ZoologyTask":
+def task_of(subject: Subject, options: Options, kind: str, pairs: int) -> "RecallTask | ZoologyTask":
     """The shape of the sequences. Raises UsageError if the model was trained on others."""
     from data.recall import RecallTask, ZoologyTask
+
+    length = options.length or LENGTH * pairs
 
     def of(vocab: int) -> RecallTask | ZoologyTask:
         if kind == "zoology":
@@ -173,8 +180,8 @@ def task_of(subject: Subject, options: Options, kind: str, length: int, pairs: i
 
     known = subject.numbers
     if known is None:
-        return of(min(options.vocab, len(subject.model.output_weight)))
-    if options.vocab < known and of(options.vocab) != of(known):
+        return of(min(options.vocab or MOST, len(subject.model.output_weight)))
+    if options.vocab is not None and options.vocab < known and of(options.vocab) != of(known):
         raise UsageError(
             f"recall.vocab is {options.vocab}, but the data of {subject.name} has {known} tokens, of which other ones "
             f"are keys and values; set recall.vocab={known}"
