@@ -627,14 +627,24 @@ def test_a_run_that_fails_otherwise_than_by_its_rate_is_waited_for(tmp_path: Pat
     assert study.divergence("exit code 137: killed") is study.divergence(DONE) is None
 
 
-def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path) -> None:
-    """The others of its layout go on, and the study says at its end that it failed."""
+def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The others of its layout go on; the study names a rate that did, and fails by runs that count and by layouts
+    without any rate."""
     options = StudyConfig(archs=["a"], lrs=[1e-3, 2e-3], lr_extra=0, tokens=10, tasks=[], folder=str(tmp_path))
     found = study.Study(options, [layout("a")])
     low, high = found.cells()[0]
     found.done |= {(RATE, cell.key, 0): {"loss": loss, "tasks": {}} for cell, loss in ((low, 2.0), (high, None))}
     assert found.cells()[1]["a"].lr == 1e-3 and found.tokens_left() == options.tokens
-    with pytest.raises(TaskError, match=r"1 run failed.*\na lr 0.002 seed 0 \(rate\): its validation loss is not fin"):
+    (main,) = found.startable({})
+    found.done[MAIN, main.key, 0] = {"loss": 2.0, "tasks": {}}
+    found.end(stopped=False)
+    said = capsys.readouterr().out
+    assert "a: diverged at 0.002 in the search" in said and "1 of 1 run done" in said
+    found.done[MAIN, main.key, 0] = {"loss": None, "tasks": {}}
+    with pytest.raises(TaskError, match=r"1 run failed.*\na lr 0.001 seed 0: its validation loss is not finite$"):
+        found.end(stopped=False)
+    found.done[RATE, low.key, 0] = {"loss": None, "tasks": {}}
+    with pytest.raises(TaskError, match=r"\na: no run, as it diverged at every learning rate; give lower lrs=$"):
         found.end(stopped=False)
     metrics = [{"step": "1", "val/loss": "3.0"}, {"step": "2", "val/loss": "nan"}]
     run = SimpleNamespace(config={"batch_size": 2, "size": {"seq_len": 4}}, metrics=metrics)

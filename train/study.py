@@ -233,7 +233,7 @@ class Study:
                 self.say(f"{cell} failed: {outcome}")
 
     def add_row(self, cell: Cell, folder: Path, seconds: float, diverged: str | None = None) -> None:
-        here = self.options.jobs if self.options.launcher == "local" else 1
+        here = self.options.jobs if self.options.launcher == "local" else None  # others may have the rest of a node
         try:
             row = row_of(cell, folder, here, diverged)
         except (RunError, UsageError, OSError, ValueError) as error:
@@ -264,6 +264,8 @@ class Study:
             self.say(f"{cell} did not save in {GRACE:.0f} seconds; it continues from the checkpoint before")
 
     def end(self, stopped: bool) -> None:
+        """Say what is done. Raises TaskError if a run of the main stage has no result, or cannot have one. A learning
+        rate that diverged is a result of the search, of which the best of the others is taken."""
         cells, chosen = self.cells()
         for arch, choice in chosen.items():
             if end := edge(choice.lr, choice.losses):
@@ -273,7 +275,15 @@ class Study:
         self.say(f"{ended} of {counted(total, 'run')} done; rows: {self.options.rows}")
         if stopped and ended < total:
             self.say("stopped; the same command continues")
-        no_loss = [f"{cell}: {why_no_loss(row)}" for cell in cells if (row := self.row(cell)) and row["loss"] is None]
+        lost = [cell for cell in cells if self.has_diverged(cell)]
+        no_loss = [f"{cell}: {why_no_loss(row)}" for cell in lost if cell.stage == MAIN and (row := self.row(cell))]
+        for arch in self.options.archs:
+            tried = [cell for cell in cells if (cell.arch, cell.stage) == (arch, RATE)]
+            diverged = [f"{cell.lr:g}" for cell in tried if cell in lost]
+            if diverged:
+                self.say(f"{arch}: diverged at {', '.join(diverged)} in the search of its learning rate")
+            if tried and len(diverged) == len(tried):
+                no_loss.append(f"{arch}: no run, as it diverged at every learning rate; give lower lrs=")
         if failed := [*self.failed.values(), *no_loss]:
             listed = "\n".join(failed)
             told = f"{counted(len(failed), 'run')} failed; the same command tries again those without a row"

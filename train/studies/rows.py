@@ -9,7 +9,7 @@ loss, ppl, bpb  of validation, null where the run diverged; `curve`, `val_curve`
 diverged        why the run could not go on; null: it has ended
 kv              bytes of a cache of bf16 at the length of training and each of CONTEXTS: [stored, read per token]
 tasks           figures, options and rows of the tasks of evaluation
-jobs            runs of the study that this machine had at a time
+jobs            runs of the study that this machine had at a time; null: a machine of SLURM, which may have had others
 commit, ...     commit (`+`: changed files), date, versions, hardware, threads of the run's last start;
                 `tokens_per_second`, the median of training
 """
@@ -52,7 +52,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def row_of(cell: Cell, folder: Path, jobs: int, diverged: str | None = None) -> dict[str, Any]:
+def row_of(cell: Cell, folder: Path, jobs: int | None, diverged: str | None = None) -> dict[str, Any]:
     """The row of the run of `cell` in `folder`, which has ended, or has `diverged` for that reason and has no result.
 
     Raises RunError if it cannot be read.
