@@ -46,7 +46,8 @@ def file_name(key: str) -> str:
 
 def digest_of(chosen: ChosenTask, subject: Subject) -> str:
     """Digest of what decides the figures beside the weights: the options, the context, the seed and the text, of times
-    how tokens are decoded, if not by plain steps, and the type of numbers, if it is not fp32."""
+    how tokens are decoded, if not by plain steps, the type of numbers, if it is not fp32, and how many tokens questions
+    are made of, if the model has more."""
     from arch.static_step import choose_way
 
     texts = None
@@ -59,6 +60,8 @@ def digest_of(chosen: ChosenTask, subject: Subject) -> str:
         values.append(way)
     if (numbers := number_type(subject)) != "float32":
         values.append(numbers)
+    if chosen.task.of_numbers and (count := subject.numbers) is not None and count < len(subject.model.output_weight):
+        values.append(count)
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -275,6 +275,16 @@ def numbers(count: int, model: int) -> Subject:
     return subject(Oracle(nothing, model), Text(number_tokenizer(count), count))
 
 
+@pytest.mark.parametrize("name", ["recall", "compressed"])
+def test_questions_of_other_tokens_have_another_digest(name: str) -> None:
+    """Of one model, by its data; a model of text keeps the digest that it had."""
+    (chosen,) = select_tasks([name])
+    digests = [digest_of(chosen, numbers(count, 4096)) for count in (77, 296, 4096)]
+    assert len(set(digests)) == 3
+    assert digest_of(chosen, subject(Oracle(nothing, 4096))) == digests[2], "all that the model has"
+    assert digest_of(chosen, numbers(296, 297)) == digests[1], "whatever else is in its vocabulary"
+
+
 @pytest.mark.parametrize(("kind", "joined"), [("gap", False), ("gap", True), ("zoology", False)])
 @pytest.mark.parametrize("count", [77, 296])
 def test_questions_are_of_the_tokens_that_the_model_was_trained_on(kind: str, joined: bool, count: int) -> None:

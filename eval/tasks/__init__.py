@@ -15,12 +15,14 @@ __all__ = ["TASKS", "ChosenTask", "Options", "Subject", "Task", "TaskResult", "s
 
 TASKS: dict[str, Task] = {
     "perplexity": Task(perplexity.Options, perplexity.run, reads_text=True),
-    "recall": Task(recall.Options, recall.run, larger=recall.NAMES),
+    "recall": Task(recall.Options, recall.run, of_numbers=True, larger=recall.NAMES),
     "needles": Task(needles.Options, needles.run, reads_text=True, larger=needles.NAMES),
     "copy": Task(copying.CopyOptions, copying.copy, larger=copying.NAMES),
     "induction": Task(copying.InductionOptions, copying.induction, reads_text=True, larger=("accuracy",)),
     "decode": Task(decoding.Options, decoding.run, timed=True, larger=("tokens_per_second",)),
-    "compressed": Task(compressed.Options, compressed.run, reads_text=True, compresses=True, larger=recall.NAMES),
+    "compressed": Task(
+        compressed.Options, compressed.run, reads_text=True, of_numbers=True, compresses=True, larger=recall.NAMES
+    ),
     "lm-eval": Task(harness.Options, harness.run, argument="names", larger=harness.LARGER),
 }
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arch.compression.storage import left_alone, offloads
+from arch.compression.storage import compressed_bytes, has_formula, left_alone, offloads
 from data.cli import UsageError
 from eval.intervals import interval
 from eval.methods import name_of
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PARTS = ("text", "recall", "turns")
+# Version of the protocol and of arch/compression, in the digest of every result: raise it where either changes so that
+# the same options and methods give other figures. Results of before 2026-11-30 have none.
+VERSION = 2
 MOST_NEW = 128  # tokens that are scored of a window by default: each is a step
 
 
@@ -84,12 +87,9 @@ class Options(TaskOptions):
         return found
 
     def deciding(self) -> dict[str, Any]:
-        """All options, `batch` with them, as some methods act on a batch as a whole; and the sequences that are drawn
-        together, which once were those of a batch."""
-        drawn = {} if self.batch == BLOCK or self.parts == ("text",) else {"block": BLOCK}
-        known = {"known": "asked for"} if "turns" in self.parts else {}  # once, whatever the first turn might ask for
-        several = self.length is None and len(self.pairs) > 1 and self.parts != ("text",)
-        return asdict(self) | drawn | known | ({"bytes": "of the most pairs"} if several else {})  # once, a mean
+        """All options, `batch` with them, as some methods act on a batch as a whole; and the version, of `none` as of
+        methods, whose figures are compared with its."""
+        return asdict(self) | {"version": VERSION}
 
 
 @dataclass
@@ -144,6 +144,11 @@ def run(subject: Subject, options: Options) -> TaskResult:
         parts.remove("text")
         notes.append("text is left out: the data is questions and their answers; give text=FILE")
     for part in parts:
+        if part == "text":
+            prefix, new = lengths(subject, options)
+            if problem := too_little(subject, prefix, prefix + new, options.dtype):
+                notes.append(f"text is left out: {problem}")
+                continue
         found = of_text(subject, options) if part == "text" else of_recall(subject, options, part)
         figures |= found.figures
         rows += found.rows
@@ -352,7 +357,20 @@ def impossible(subject: Subject, options: Options, part: str, pairs: int) -> str
             f"{prefix} tokens before the compression are fewer than the {subject.model.plan.min_prompt} that the model "
             "needs; set a larger compressed.length"
         )
+    if not found and (problem := too_little(subject, prefix, task.length, options.dtype)):
+        found.append(problem)
     return "; ".join(found)
+
+
+def too_little(subject: Subject, prefix: int, length: int, dtype: str) -> str:
+    """Say why the budget of the method holds nothing of `length` tokens, with the least that does; empty: it does."""
+    if subject.method is None or not has_formula(subject.method):
+        return ""
+    try:
+        compressed_bytes(subject.model.plan, subject.method, 1, length, prompt=prefix, itemsize=ITEMSIZES[dtype])
+    except ValueError as problem:
+        return str(problem)
+    return ""
 
 
 @dataclass(frozen=True)
@@ -426,7 +444,6 @@ def right(subject: Subject, asked: RecallBatch, part: str, dtype: str, seen: Byt
 
 def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:
     """Bytes that the formula gives for the cache of one window at its end; None if the text decides them."""
-    from arch.compression.storage import compressed_bytes, has_formula
     from arch.footprint import allocated_bytes
 
     plan, itemsize = subject.model.plan, ITEMSIZES[dtype]

@@ -265,6 +265,7 @@ class Task:
     run         evaluates a subject
     argument    the field of `options`, a tuple of str, that collects what follows a colon: tasks=[name:a,name:b]
     reads_text  what text= or data.path= names changes the figures
+    of_numbers  asks a model of data=recall with the tokens of its data (`Subject.numbers`)
     compresses  runs over a cache of the subject's method
     timed       how the subject decodes (`Subject.steps`) changes the figures
     larger      last words of the names of figures of which more is better, whatever length or filter follows
@@ -274,6 +275,7 @@ class Task:
     run: Callable[[Subject, Any], TaskResult]
     argument: str | None = None
     reads_text: bool = False
+    of_numbers: bool = False
     compresses: bool = False
     timed: bool = False
     larger: tuple[str, ...] = ()
