@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import arch
 from data.cli import UsageError
 from eval.tasks import TASKS, select_tasks
 from eval.tasks.task import Options, ProcessGroup, Subject, Task, TaskResult
+from train.evaluations import check_pairs
 from train.pretrain import main
 from train.schema import EvalsConfig, PretrainConfig, evals_problems
 
@@ -171,6 +173,32 @@ def test_a_run_that_had_ended_is_evaluated(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary["evaluations"]) == ["perplexity"]
     assert "warning: step 2: the task impossible: the vocabulary is too small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_run_that_asks_for_other_pairs_does_not_start(joined: bool) -> None:
+    """Of one folder of data=recall; a mixture is asked as the options say."""
+    recipe = {"source": {"recall": {"kind": "gap", "joined": joined}}}
+    config, folders = PretrainConfig(), {Path("data"): SimpleNamespace(recipe=recipe)}
+    said = "recall.joined is false, .* one token; set evals.options={recall: {joined: true, kinds: .gap.}}"
+    if not joined:
+        said = "recall.joined is true, .* two tokens; set evals.options={recall: {joined: false}}"
+    for right in (False, True):
+        given = joined if right else not joined
+        config.evals = EvalsConfig(["recall", "compressed"], options={"compressed": {"joined": joined}})
+        config.evals.options["recall"] = {"joined": given, "kinds": ["gap"]}
+        if right:
+            check_pairs(config, folders)  # type: ignore[arg-type]
+        else:
+            with pytest.raises(UsageError, match=said):
+                check_pairs(config, folders)  # type: ignore[arg-type]
+    config.evals.options = {"recall": {"kinds": ["zoology"]}, "compressed": {"parts": ["text"]}}
+    check_pairs(config, folders)  # type: ignore[arg-type]
+    config.evals.options = {"compressed": {"joined": not joined}, "recall": {"kinds": ["zoology"]}}
+    with pytest.raises(UsageError, match=f"set evals.options={{compressed: {{joined: {str(joined).lower()}}}}}"):
+        check_pairs(config, folders)  # type: ignore[arg-type]
+    config.data.mix = {"data": 1.0}
+    check_pairs(config, folders)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

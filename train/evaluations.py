@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ from torch.distributed.fsdp import FSDPModule
 
 from arch.generation import evaluating
 from data.cli import TaskError, UsageError
+from data.config import DataConfig
 from data.files import DataError
 from data.recall import joined_pairs
+from data.shards import Manifest
 from data.tokenizer import pretrained
 from eval.evaluations import FOLDER, KEY, digest_of, entry, json_values, key_of, recorded_step, write_evaluation
-from eval.tasks import ChosenTask
+from eval.tasks import ChosenTask, compressed, recall
 from eval.tasks.task import Prepared, ProcessGroup, Subject, TaskResult
 from train.datamodule import TokenDataModule
 from train.device import synchronize
 from train.lit_module import LitModel, lit_model
 from train.loading import Text
 from train.processes import gather, rank, world_size
-from train.schema import EvalsConfig, chosen_tasks
+from train.schema import EvalsConfig, PretrainConfig, chosen_tasks
 
 
 class Evaluations(L.Callback):
@@ -142,8 +144,33 @@ def subject_of(module: LitModel, data: TokenDataModule, texts: tuple[Path, ...],
         quiet=quiet,
         group=process_group(module),
         steps="plain",  # while a graph is captured no other thread may call CUDA, and one fetches batches
-        joined=joined_pairs(manifest.recipe) if len(data.folders) == 1 else None,
+        joined=joined_of(config.data, data.folders),
     )
+
+
+def joined_of(config: DataConfig, folders: Mapping[Path, Manifest]) -> bool | None:
+    """`joined_pairs` of the data of a run; None: it is a mixture, or has no pairs."""
+    return None if config.mix else joined_pairs(next(iter(folders.values())).recipe)
+
+
+def check_pairs(config: PretrainConfig, folders: Mapping[Path, Manifest]) -> None:
+    """Raise UsageError if a task of the run asks for other pairs than those of its data, which it would refuse at each
+    of its turns."""
+    known = joined_of(config.data, folders)
+    for chosen in chosen_tasks(config.evals):
+        options = chosen.options
+        if isinstance(options, recall.Options):
+            asks, fix = "gap" in options.kinds, ", kinds: [gap]" if known else ""
+        elif isinstance(options, compressed.Options):
+            asks, fix = options.parts != ("text",), ""
+        else:
+            continue
+        if asks and known not in (None, options.joined):
+            told = f"evals.options: {chosen.name}.joined is {str(options.joined).lower()}, but in the run's data"
+            pair = f"a pair is {'one token' if known else 'two tokens'}"
+            raise UsageError(
+                f"{told} {pair}; set evals.options={{{chosen.name}: {{joined: {str(known).lower()}{fix}}}}}"
+            )
 
 
 def process_group(module: LitModel) -> ProcessGroup | None:

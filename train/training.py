@@ -30,7 +30,7 @@ from train.datamodule import TokenDataModule, check_limits
 from train.device import device_type, free_memory, sdpa_kernel_name
 from train.errors import TrainingError
 from train.estimates.capacity import choose_micro_batch
-from train.evaluations import Evaluations
+from train.evaluations import Evaluations, check_pairs
 from train.fp8 import check_fp8
 from train.lightning_private import launched_processes
 from train.lightning_trainer import lightning_trainer
@@ -68,6 +68,7 @@ def run(config: PretrainConfig) -> None:
     data = TokenDataModule(config, check=False)
     if config.resume is None:  # a resumed run keeps the limits it started with
         check_limits(config.data, data.folders)
+        check_pairs(config, data.folders)
     try:
         check_data(config, folder, source, tied, data)
     except DataError as error:
