@@ -377,10 +377,11 @@ def test_a_budget_in_bytes_is_what_is_held(name: str, text: str) -> None:
     """Against budgets of tokens, tried one by one: the most of which slots, positions, scores, digests and the
     whole ring are not more. Where there are none, the least budget that works is named."""
     plan, prompt = resolve(small(name, num_layers=1)), 240
-    room = 400 if "streaming" in text or "snapstream" in text else 0  # a ring is filled later
+    room = 400 if "streaming" in text or "snapstream" in text else 0  # a ring is filled later, or has been
 
     def held(budget: str) -> int:
-        return compressed_bytes(plan, parse_method(text.format(budget)), 1, prompt + room, prompt=prompt)
+        method = parse_method(text.format(budget))
+        return max(compressed_bytes(plan, method, 1, prompt + room, prompt=at) for at in {prompt, prompt + room})
 
     by_tokens = {tokens: held(str(tokens)) for tokens in range(1, prompt)}
     least = min(by_tokens.values())
@@ -404,6 +405,41 @@ def test_a_budget_in_bytes_is_what_is_held(name: str, text: str) -> None:
             allocate_compressed(
                 plan, 1, prompt + room, dtype=torch.bfloat16, method=parse_method(text.format(f"{least - 1}{unit}"))
             )
+
+
+@pytest.mark.parametrize(
+    ("windows", "text"),
+    [
+        ((None,), "int4+random@{}(recent=3)"),
+        ((None, 40), "h2o@{}(every=16,windows=true)"),
+        ((None, 40), "int4+snapkv@{}(every=4,windows=true)"),
+        ((40,), "int4(group=8)+h2o@{}(every=16,windows=true)"),
+    ],
+)
+def test_a_budget_in_bytes_of_short_prompts_and_windows(windows: tuple[int | None, ...], text: str) -> None:
+    """Against all numbers of tokens, of which the last are the whole cache, or that of a window."""
+    stores = {f"s{at}": StoreConfig(kv_heads=2, window=window) for at, window in enumerate(windows)}
+    pattern = [f"new {name}" for name in stores]
+    plan = resolve(small(ArchConfig(stores, pattern), num_layers=len(windows), window=None))
+
+    def held(budget: str) -> int:
+        return compressed_bytes(plan, parse_method(text.format(budget)), 1, 90, prompt=90)
+
+    by_tokens = [held(str(tokens)) for tokens in range(1, 91)]
+    for amount in range(min(by_tokens), max(by_tokens) + 60, 53):
+        best = next(size for size in reversed(by_tokens) if size <= amount)
+        for unit in ("B-total", "B") if len(windows) == 1 else ("B-total",):
+            assert held(f"{amount}{unit}") == best
+
+
+def test_stores_read_together_take_bytes_only_where_their_slots_are_alike() -> None:
+    """As many elements are not as many bytes with a codec."""
+    stores = {"first": StoreConfig(kv_heads=2, k_dim=12, v_dim=4), "kv": StoreConfig(kv_heads=2)}
+    arch = ArchConfig(stores, ["new first", "new kv", "reuse kv values=first"])
+    plan = resolve(small(arch, num_layers=3, window=None))
+    check_method(plan, parse_method("int4+streaming@20"))
+    with pytest.raises(ValueError, match=r"keep other positions of one .* streaming with a budget of tokens"):
+        check_method(plan, parse_method("int4+streaming@783B"))
 
 
 @pytest.mark.parametrize("name", ["gqa2", "fusedkv", "fusedkv_lite"])

@@ -194,7 +194,7 @@ def check_second_reads(plan: KVPlan, method: CacheMethod) -> None:
             continue
         one, other = plan.stores[plan.reads[layer]], plan.stores[second.store]
         in_bytes = keep.budget is not None and keep.budget.unit == "bytes"
-        if keep.name == "streaming" and not (in_bytes and one.slot.elements != other.slot.elements):
+        if keep.name == "streaming" and not (in_bytes and one.slot != other.slot):
             continue  # the same positions of both
         if keep.name == "xkv" or (keep.name == "think" and second.how == "values"):
             continue  # all positions of both; of what is taken from the other store no channel goes
@@ -322,15 +322,24 @@ def tokens_of_bytes(stores: tuple[StoreSpec, ...], method: CacheMethod, itemsize
     amount = math.floor(keep.budget.amount)
     if sum(whole_bytes(store, codec, capacity, itemsize) for store in stores) <= amount:
         return capacity
+    options = keep.options
+
+    def whole_from(store: StoreSpec) -> int:
+        """Tokens from which on everything stays: a window has no more slots than these and those of `every`."""
+        return capacity if store.window is None else min(store.window, capacity) - options.get("every", 0)
 
     def held(tokens: int) -> int:
-        kept = slots_of_budget(keep, tokens, itemsize, tokens + 1)
-        ring = kept.window is not None  # which a token has left
-        return sum(kept_bytes(store, codec, kept, capacity, capacity - ring, itemsize) for store in stores)
+        kept, total = slots_of_budget(keep, tokens, itemsize, tokens + 1), 0
+        prompts = (capacity,) if kept.window is None else (capacity, capacity - 1)  # a token has left the ring, or none
+        for store in stores:
+            if tokens >= whole_from(store):
+                total += whole_bytes(store, codec, capacity, itemsize)
+            else:
+                total += max(kept_bytes(store, codec, kept, capacity, prompt, itemsize) for prompt in prompts)
+        return total
 
-    # From `begin` on, `period` more tokens always are as many bytes more: those of a block, or of a page. Below it the
-    # newest tokens and the pages have less than their number or size.
-    options = keep.options
+    # From `begin` on, `period` more tokens always are as many bytes more: those of a block, or of a page, until a
+    # window is whole. Below it the newest tokens and the pages have less than their number or size.
     if keep.name == "arkvale":
         period = options["page"]
         begin = max(4 * period, 2 * (options["recent"] + period))
@@ -338,12 +347,19 @@ def tokens_of_bytes(stores: tuple[StoreSpec, ...], method: CacheMethod, itemsize
         period = max(layout.block for store in stores for layout in tensor_layouts(store, codec, 1))
         newest = max(options.get(key, 0) for key in ("sinks", "recent", "window", "ring"))
         begin = 2 * newest + 2 * period + (codec.recent if codec else 0)
-    begin = max(1, min(begin, capacity))
-    bytes_of = {tokens: held(tokens) for tokens in range(begin, max(begin, min(begin + period, capacity)) + 1)}
-    more = max(1, held(begin + period) - bytes_of[begin])
-    most = max((n + (amount - size) // more * period for n, size in bytes_of.items() if size <= amount), default=0)
-    if most:
-        return int(min(most, capacity))
+    last = max(1, capacity - 1)
+    begin = max(1, min(begin, last))
+    edges = {whole_from(store) for store in stores if begin < whole_from(store) <= last}
+    bytes_of: dict[int, int] = {}
+    end = last
+    for first in sorted({begin, *edges}, reverse=True):
+        sizes = {tokens: held(tokens) for tokens in range(first, min(first + period, end) + 1)}
+        more = max(1, held(first + period) - sizes[first])
+        most = [n + min((amount - size) // more, (end - n) // period) * period for n, size in sizes.items()]
+        fitting = [tokens for tokens, size in zip(most, sizes.values(), strict=True) if size <= amount]
+        if fitting:
+            return int(max(fitting))
+        bytes_of, end = bytes_of | sizes, first - 1
     for tokens in range(begin - 1, 0, -1):
         bytes_of[tokens] = held(tokens)
         if bytes_of[tokens] <= amount:
