@@ -215,9 +215,12 @@ def usable(found: Sequence[Group], figures: Sequence[str]) -> tuple[list[str], l
     for name in figures:
         having = [row for group in found if group.figures(name) for row in group.rows]
         task = name.partition("/")[0]
-        if task in TASKS and TASKS[task].timed and any(row.get("jobs") != 1 for row in having):
+        timed = task in TASKS and TASKS[task].timed
+        if timed and any(row.get("jobs") != 1 for row in having):
             why = "runs of the study that share a machine slow each other down, and the rows do not say jobs=1"
             lines[f"{task} is left out: {why}"] = None
+        elif timed and len({(row.get("hardware"), row.get("threads")) for row in having}) > 1:
+            lines[f"{task} is left out: times of different hardware or threads do not compare"] = None
         elif options := unequal_options(having, task):
             lines[f"{task} is left out: it was measured with different options ({', '.join(options)})"] = None
         elif having:

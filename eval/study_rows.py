@@ -17,6 +17,7 @@ from eval.intervals import UNDECIDED, WORSE, Interval, interval
 Row = dict[str, Any]
 T = TypeVar("T")
 DIVERGED = "diverged"  # the verdict on a layout of which a run did, unless the others are worse anyway
+QUESTIONS = "what its digest is of: questions, text or type of numbers"
 SIZE = ("num_layers", "d_model", "vocab_size")  # of models that are compared; widths of heads and MLPs are a layout's
 
 
@@ -260,11 +261,28 @@ def edge_sentence(label: str, lr: float, end: str) -> str:
     return f"{label}: its learning rate, {lr:g}, is the {end} that was tried; a {beyond} one may be better."
 
 
+def deciding_options(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of `task`, as they are recorded; those that do not decide its figures with the value that the task's
+    digests have."""
+    from eval.tasks import TASKS
+
+    kind = TASKS[task].options if task in TASKS else None
+    if kind is None or not options:
+        return dict(options)
+    known = {field.name for field in fields(kind)}
+    deciding = kind(**{name: value for name, value in options.items() if name in known}).deciding()
+    return {name: deciding.get(name, value) for name, value in options.items()}
+
+
 def unequal_options(rows: Iterable[Row], task: str) -> list[str]:
-    """The options in which the results of `task` differ, as far as they are recorded."""
-    given = [row["tasks"][task].get("options") or {} for row in rows if task in row["tasks"]]
+    """The options in which the results of `task` differ, as far as they are recorded; of equal ones, QUESTIONS if the
+    digests of those results that have one differ."""
+    found = [row["tasks"][task] for row in rows if task in row["tasks"]]
+    given = [deciding_options(task, of.get("options") or {}) for of in found]
     names = dict.fromkeys(name for options in given for name in options)
-    return [name for name in names if len({json.dumps(options[name]) for options in given if name in options}) > 1]
+    unequal = [name for name in names if len({json.dumps(options[name]) for options in given if name in options}) > 1]
+    digests = {of["digest"] for of in found if of.get("digest")}
+    return unequal or [QUESTIONS] * (len(digests) > 1)
 
 
 def frontier(points: Mapping[T, tuple[float, float]]) -> list[T]:

@@ -259,12 +259,35 @@ def test_figures_of_unequal_tasks_and_times_of_shared_machines_are_left_out() ->
     assert report.usable(groups([row("mha", 0, 3.0)], MAIN), names) == (["decode/token_ms"], [])
     _, (shared,) = report.usable(groups([row("mha", 0, 3.0), row("cla2", 0, 3.0, jobs=2)], MAIN), names)
     assert shared.startswith("decode is left out: runs of the study that share a machine slow each other down")
+    for other in ({"hardware": "another CPU"}, {"threads": 2}):
+        _, (mixed,) = report.usable(groups([row("mha", 0, 3.0), row("mha", 1, 3.0, **other)], MAIN), names)
+        assert mixed == "decode is left out: times of different hardware or threads do not compare"
     same, other = ([row("mha", 0, 3.0, tasks=recall(True)), row("cla2", 0, 3.0, tasks=recall(of))] for of in (1, 0))
     same[1]["tasks"] = recall(True) | {"copy": {}}
     assert report.usable(groups(same, MAIN), names) == (["recall/gap/accuracy"], [])
     assert report.usable(groups(other, MAIN), names) == (
         [], ["recall is left out: it was measured with different options (joined)"]
     )  # fmt: skip
+
+
+def test_figures_of_other_questions_are_left_out() -> None:
+    """By the digests of those rows that have one, and not for what does not decide a figure: recall's batch."""
+
+    def found(*results: dict[str, Any]) -> tuple[list[str], list[str]]:
+        figures = {"figures": {"gap/accuracy": 0.5}}
+        rows = [row("mha", seed, 3.0, tasks={"recall": figures | of}) for seed, of in enumerate(results)]
+        return report.usable(groups(rows, MAIN), ["recall/gap/accuracy"])
+
+    options = {"pairs": [4], "batch": 16}
+    batch, pairs = {"options": options | {"batch": 100}}, {"options": options | {"pairs": [8]}}
+    for other in (batch, batch | {"digest": "d"}):
+        assert found({"options": options, "digest": "d"}, other) == (["recall/gap/accuracy"], [])
+    for first, second, named in (
+        ({"options": options, "digest": "d"}, {"options": options, "digest": "e"}, "what its digest is of: questions"),
+        ({"options": options}, pairs, "pairs"),
+    ):
+        names, (line,) = found(first, second)
+        assert not names and line.startswith(f"recall is left out: it was measured with different options ({named}")
 
 
 def test_learning_rates_are_of_one_study_at_one_commit() -> None:
@@ -542,6 +565,8 @@ def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: py
     assert row["kv"]["32"] == [32 * 4 * 2 * 4 * 2] * 2 and row["tokens"] == 256
     (start,) = json.loads((jobs[0].folder / "run.json").read_text())
     assert (row["date"], row["threads"], row["jobs"]) == (start["date"], torch.get_num_threads(), 1)
+    recorded = json.loads((jobs[0].folder / "summary.json").read_text())["evaluations"]["perplexity"]
+    assert row["tasks"]["perplexity"]["digest"] == recorded["digest"]
 
 
 def test_a_run_that_diverges_has_a_row_and_is_not_trained_again(
@@ -666,6 +691,19 @@ def test_the_search_at_the_full_budget_is_not_the_main_run(tmp_path: Path) -> No
     assert not found.startable({}) and len(groups(read_rows(options.rows), MAIN)) == 1
 
 
+@pytest.mark.parametrize(("launcher", "jobs"), [("local", 2), ("slurm", None)])
+def test_a_row_says_how_many_runs_its_machine_had_if_the_study_knows(
+    launcher: str, jobs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = StudyConfig(archs=["a"], tasks=[], folder=str(tmp_path), jobs=2, launcher=launcher)
+    found, told = study.Study(options, [layout("a")]), []
+    (cell,) = found.cells()[0]
+    rest = {"starts": 2, "tokens_per_second": None, "loss": 1.0}
+    monkeypatch.setattr(study, "row_of", lambda cell, folder, jobs, diverged: told.append(jobs) or rest)
+    found.add_row(cell, tmp_path / "run", 1.0)
+    assert told == [jobs]
+
+
 def test_a_run_of_another_commit_makes_way(tmp_path: Path) -> None:
     options = StudyConfig(archs=["a"], seeds=[0], lrs=[1e-3], tokens=10, tasks=[], folder=str(tmp_path))
     found = study.Study(options, [layout("a")])
@@ -680,8 +718,10 @@ def test_a_run_of_another_commit_makes_way(tmp_path: Path) -> None:
 
 def test_results_of_other_options_do_not_count(tmp_path: Path) -> None:
     options = {"pairs": (4, 8), "sequences": 64}
-    assert same_options({"options": {"pairs": [4, 8], "sequences": 64, "new": 1}}, options)
-    assert not same_options({"options": {"pairs": [4], "sequences": 64}}, options)
+    assert same_options("recall", {"options": {"pairs": [4, 8], "sequences": 64, "new": 1}}, options)
+    assert not same_options("recall", {"options": {"pairs": [4], "sequences": 64}}, options)
+    of_batch = {"options": {"batch": 100}}, {"batch": 16}
+    assert same_options("recall", *of_batch) and not same_options("compressed", *of_batch)
     job = Job(tmp_path, (), ("tasks=recall",), {"recall": options}, 1)
     (tmp_path / "evaluations").mkdir()
     assert not job.has_result("recall")

@@ -107,7 +107,7 @@ class Study:
         if row is None or row.get("diverged"):  # then there is nothing to evaluate
             return row is not None
         return all(
-            task in row["tasks"] and same_options(row["tasks"][task], options)
+            task in row["tasks"] and same_options(task, row["tasks"][task], options)
             for task, options in self.tasks_of(cell).items()
         )
 

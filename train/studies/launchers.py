@@ -15,6 +15,7 @@ from data.cli import UsageError, hydra_value
 from eval.environment import ROOT
 from eval.evaluations import FOLDER, KEY, file_name
 from eval.runs import Run, RunError
+from eval.study_rows import deciding_options
 
 LOG = "study.log"  # in the folder of a run: what its commands printed
 PR_SET_PDEATHSIG = 1  # of prctl
@@ -58,7 +59,7 @@ class Job:
             result = json.loads((self.folder / FOLDER / f"{file_name(task)}.json").read_text())
         except (OSError, ValueError):
             return False
-        return same_options(result, self.tasks[task])
+        return same_options(task, result, self.tasks[task])
 
     def start(self, command: list[str]) -> subprocess.Popen[bytes]:
         """Start `command` in a session of its own, so that Ctrl-C reaches it through the study alone; it is asked to
@@ -94,10 +95,12 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
 
 
-def same_options(result: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Tell whether a result was measured with `options`, as far as it records them."""
-    recorded = result.get("options") or {}
-    wanted = json.loads(json.dumps(options, default=str))
+def same_options(task: str, result: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Tell whether a result of `task` was measured with `options`, as far as it records them and they decide its
+    figures."""
+    recorded, wanted = (
+        json.loads(json.dumps(deciding_options(task, of), default=str)) for of in (result.get("options") or {}, options)
+    )
     return all(recorded[key] == value for key, value in wanted.items() if key in recorded)
 
 

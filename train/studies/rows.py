@@ -8,7 +8,7 @@ data            digest and name of the text, in a mixture with its weight
 loss, ppl, bpb  of validation, null where the run diverged; `curve`, `val_curve`: [tokens, loss]
 diverged        why the run could not go on; null: it has ended
 kv              bytes of a cache of bf16 at the length of training and each of CONTEXTS: [stored, read per token]
-tasks           figures, options and rows of the tasks of evaluation
+tasks           figures, options, rows and digest of the tasks of evaluation, the digest of all that decides the figures
 jobs            runs of the study that this machine had at a time; null: a machine of SLURM, which may have had others
 commit, ...     commit (`+`: changed files), date, versions, hardware, threads of the run's last start;
                 `tokens_per_second`, the median of training
@@ -36,7 +36,7 @@ from train.studies.cells import Cell
 CONTEXTS = (2048, 8192, 32768, 131072)
 POINTS = 60  # of a curve
 # Of a task's result; what else is in its file can be had from the run.
-TASK_KEYS = ("figures", "options", "rows", "context")
+TASK_KEYS = ("figures", "options", "rows", "context", "digest")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
