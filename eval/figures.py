@@ -131,8 +131,8 @@ def figure(run: Run, name: str, context: int, itemsize: int, method: str = NONE)
 
 
 def stored_bytes(plan: Plan, method: str, context: int, itemsize: int) -> int | None:
-    """Bytes of a cache of `context` tokens that has just been compressed, by the formula of `method`; None if it has
-    none, or `plan` does not take it."""
+    """Bytes of a cache of `context` tokens that has just been compressed, by the formula of `method`; None where the
+    text decides, `plan` does not take the method, or its budget holds no slot of so many tokens."""
     try:
         found = parse_method(method)
         check_method(plan, found)
