@@ -411,7 +411,9 @@ def sample(
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    # A tiny temperature must not overflow, nor be counted as zero.
+    logits_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True)
+    temperature = max(temperature, torch.finfo(logits_BV.dtype).tiny)
     probability_BV, token_BV = (logits_BV / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_k is not None and top_k < logits_BV.shape[1]:
         probability_BV = probability_BV.masked_fill(probability_BV < probability_BV[:, top_k - 1 : top_k], 0.0)

@@ -27,7 +27,7 @@ from eval.remarks import remarks
 from train import checkpoint
 from train.callbacks import CheckpointCallback, GracefulStop
 from train.datamodule import TokenDataModule, check_limits
-from train.device import device_type, free_memory, sdpa_kernel_name
+from train.device import device_type, flushing_denormals, free_memory, sdpa_kernel_name
 from train.errors import TrainingError
 from train.estimates.capacity import choose_micro_batch
 from train.evaluations import Evaluations, check_pairs
@@ -43,6 +43,7 @@ from train.schema import PretrainConfig, TrainerConfig, num_steps
 from train.signals import RunStopped, Signals
 
 
+@flushing_denormals()
 def run(config: PretrainConfig) -> None:
     """Train and validate; everything is written to `config.folder`.
 
@@ -50,8 +51,6 @@ def run(config: PretrainConfig) -> None:
     the run fails.
     """
     assert config.name is not None and config.folder is not None  # pretrain.py chooses them
-    # In all threads that begin later: numbers next to zero make products on a CPU several times as slow.
-    torch.set_flush_denormal(True)
     plan, folder, options = resolve(config.model), Path(config.folder), config.trainer
     several = options.devices * options.num_nodes > 1
     if logs_to_wandb(config):
