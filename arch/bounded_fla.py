@@ -46,7 +46,7 @@ def gsa(
 
 
 def gsa_lacks(store: StoreSpec) -> list[str]:
-    """What `store` requires and gated slot attention does not have."""
+    """List what `store` requires and gated slot attention does not have."""
     reasons = [] if store.rule == "gated" else [f"rule {store.rule}"]
     if store.sinks:
         reasons.append("sinks")

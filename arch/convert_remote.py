@@ -273,7 +273,7 @@ def _layer_problems(hf: Mapping[str, Any]) -> list[str]:
 
 
 def _source_problems(sources: list[int], value_sources: list[int]) -> list[str]:
-    """What is impossible about the layers whose keys, and whose values, each layer reads."""
+    """List what is impossible about the layers whose keys, and whose values, each layer reads."""
     if not all(0 <= source <= layer and sources[source] == source for layer, source in enumerate(sources)):
         return [f"kv_source_layers is {sources}; layers read themselves, or an earlier one that does"]
     if not all(

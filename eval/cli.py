@@ -77,10 +77,7 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         sys.argv, picked = typed, HydraConfig.get()
         choices = picked.runtime.choices
         try:
-            given = typed_values()
-            wrong = [*unknown_keys(config), *mistyped_booleans(schema, given), *empty_values(given)]
-            if wrong:
-                fail("\n".join(wrong))  # a sweep, too: they are wrong in all of its runs
+            check_keys(config, schema)
             if picked.mode == RunMode.MULTIRUN and launched_rank() == 0:
                 total = sweep_size(words, picked.sweeper.params or {})
                 print(f"run {picked.job.num + 1} of {total}: {visible(' '.join(picked.overrides.task))}", flush=True)
@@ -114,6 +111,14 @@ def launch(task: Callable[[DictConfig, Choices], None], name: str, schema: type)
         fail(explain(error, words))  # Hydra's, about the command line: no task has raised it
     finally:
         sys.argv = typed
+
+
+def check_keys(config: DictConfig, schema: type) -> None:
+    """End the process, a whole sweep with it, if keys of the command line are unknown or their values of no use: they
+    are so in all of its runs."""
+    given = typed_values()
+    if wrong := [*unknown_keys(config), *mistyped_booleans(schema, given), *empty_values(given)]:
+        fail("\n".join(wrong))
 
 
 @contextmanager

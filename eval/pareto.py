@@ -188,8 +188,8 @@ def mixed(groups: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def conditions(run: Run) -> dict[str, Any]:
-    """What the figures of a run may depend on, if by rounding alone, beside what `experiment` has; empty where its
-    files do not tell."""
+    """Return what the figures of a run may depend on, if by rounding alone, beside what `experiment` has; empty where
+    its files do not tell."""
     try:
         starts = [start for start in run.starts if isinstance(start, dict)]
         precision, compiled, accelerator = (

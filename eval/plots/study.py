@@ -110,8 +110,8 @@ def draw_bytes(groups: Sequence[Group], contexts: Sequence[int], figure: str, lo
 
 
 def context_title(context: int, trained: Collection[int], loss: bool) -> str:
-    """What a panel of bytes at `context` shows of models that were `trained` at these lengths. A task may have measured
-    at another length."""
+    """Title of a panel of bytes at `context`, of models that were `trained` at these lengths; a task may have measured
+    at another."""
     if not loss:
         return f"Bytes at {context:,} tokens, the figure as its task measured it"
     if {context} == set(trained):
