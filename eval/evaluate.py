@@ -17,7 +17,7 @@ if not __package__:  # run as a script
 
     end_on_ctrl_c()
 
-from arch.compression.storage import check_method
+from arch.compression.checks import check_method
 from data.cli import UsageError, parse, usage
 from eval.methods import NONE, name_of, read_method, with_brackets
 from eval.outcome import run_script

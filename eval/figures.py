@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from arch import Plan
+from arch.compression.checks import check_method
 from arch.compression.method import parse_method
-from arch.compression.storage import check_method, compressed_bytes
+from arch.compression.storage import compressed_bytes
 from arch.footprint import allocated_bytes, kv_bytes
 from eval.checks import is_finite
 from eval.methods import NONE

@@ -13,6 +13,7 @@ from conftest import ARCHS, build, small, tokens, whole_depth
 
 from arch import ArchConfig, LatentConfig, MatrixConfig, StoreConfig, allocate, resolve
 from arch.attend import Mask, reference, sdpa
+from arch.compression.checks import check_method
 from arch.compression.coding import (
     FP8,
     FP8_TO_FP16,
@@ -29,7 +30,6 @@ from arch.compression.method import CODECS, KEEPS, Budget, CacheMethod, CodecSpe
 from arch.compression.small_buffers import CodedBuffer, CodedTensor, KeptBuffer
 from arch.compression.storage import (
     TensorLayout,
-    check_method,
     coded_layouts,
     compressed_bytes,
     keeps,

@@ -14,11 +14,12 @@ from torch import Tensor
 from arch import ArchConfig, StoreConfig, attend, resolve
 from arch.compression import scores
 from arch.compression.arkvale import ArkValeBuffer, page_digest, page_scores
+from arch.compression.checks import left_alone
 from arch.compression.compressed import KeptKernel, allocate_compressed
 from arch.compression.method import parse_method
 from arch.compression.scores import EMPTY
 from arch.compression.small_buffers import KeptBuffer, gather_slots
-from arch.compression.storage import compressed_bytes, left_alone, offloaded_bytes
+from arch.compression.storage import compressed_bytes, offloaded_bytes
 from arch.masks import Dense
 from arch.plan import KVPlan
 
@@ -665,8 +666,17 @@ def test_pages_with_room_for_all_but_the_newest_change_rounding_alone() -> None:
     ],
 )
 def test_stores_that_a_keep_leaves_alone_are_named(name: str, left: str) -> None:
-    assert left_alone(resolve(small(name)), parse_method("snapkv@25%")) == left
-    assert left_alone(resolve(small(name)), parse_method("int4")) == ""
-    assert "local" not in left_alone(resolve(small(name)), parse_method("snapkv@3(every=1,windows=true)"))
-    much, fits = left_alone(resolve(small(name)), parse_method("snapkv@5(every=1,windows=true)")), "local" not in left
+    assert left_alone(resolve(small(name)), parse_method("snapkv@25%"), 64) == left
+    assert left_alone(resolve(small(name)), parse_method("int4"), 64) == ""
+    assert "local" not in left_alone(resolve(small(name)), parse_method("snapkv@3(every=1,windows=true)"), 64)
+    much = left_alone(resolve(small(name)), parse_method("snapkv@5(every=1,windows=true)"), 64)
+    fits = "local" not in left
     assert fits or much.startswith("store local, whose window of 6 tokens holds no more than what would stay")
+
+
+def test_a_total_budget_leaves_windows_alone_where_the_cache_is_short() -> None:
+    stores = {"full": StoreConfig(kv_heads=2), "near": StoreConfig(kv_heads=2, window=40)}
+    plan = resolve(small(ArchConfig(stores, ["new full", "new near"]), max_window=None))
+    method = parse_method("h2o@13000B-total(every=1,windows=true)")
+    assert left_alone(plan, method, 40) == "store near, whose window of 40 tokens holds no more than what would stay"
+    assert left_alone(plan, method, 1000) == ""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from arch import ArchConfig, LatentConfig, LayoutError, StoreConfig, allocate, resolve
 from arch.buffers import StateBuffer
+from arch.compression.checks import check_method
 from arch.compression.method import parse_method
-from arch.compression.storage import check_method
 from arch.config import MAX_WIDTH
 from arch.footprint import kv_bytes
 from arch.layers import rope_table

@@ -21,6 +21,7 @@ from ..plan import StackPlan
 from ..positions import TokenPositions
 from ..spans import Chunk, Span
 from .arkvale import ArkValeBuffer
+from .checks import check_method
 from .keeps import (
     CormBuffer,
     H2OBuffer,
@@ -33,7 +34,7 @@ from .keeps import (
 )
 from .method import CacheMethod
 from .small_buffers import CodedBuffer, CodedState, KeptBuffer
-from .storage import acts, check_method, of_stack, sharing_groups, state_layout, tensor_layouts, with_budget
+from .storage import acts, of_stack, sharing_groups, state_layout, tensor_layouts, with_budget
 from .think import ThinkBuffer
 from .xkv import XkvBuffer, factorise, share_again
 from .zipcache import ZipCacheBuffer

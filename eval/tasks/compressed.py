@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arch.compression.storage import compressed_bytes, has_formula, left_alone, offloads
+from arch.compression.checks import left_alone
+from arch.compression.storage import compressed_bytes, has_formula, offloads
 from data.cli import UsageError
 from eval.intervals import interval
 from eval.methods import name_of
@@ -156,10 +157,6 @@ def run(subject: Subject, options: Options) -> TaskResult:
         notes += found.notes
     if not rows:
         raise UsageError("compressed: nothing can be measured:\n" + "\n".join(notes))
-    if subject.method is not None and (
-        left := left_alone(subject.model.plan, subject.method, ITEMSIZES[options.dtype])
-    ):
-        notes.insert(0, f"{subject.method.text} drops nothing of {left}")
     return TaskResult(figures, rows, notes=tuple(dict.fromkeys(notes)), samples=samples)
 
 
@@ -237,7 +234,8 @@ def of_text(subject: Subject, options: Options) -> TaskResult:
         f"text: {counted(count, 'window')} of {prefix:,} tokens, compression, and {new:,} tokens scored one by one, "
         "each window from scratch; the same windows for every model of this tokenizer and every method"
     )
-    return TaskResult(figures, rows, notes=(note,), samples={"loss": means_N.tolist()})
+    notes = (*about_stores(subject, prefix + new, options.dtype), note)
+    return TaskResult(figures, rows, notes=notes, samples={"loss": means_N.tolist()})
 
 
 def lengths(subject: Subject, options: Options) -> tuple[int, int]:
@@ -319,6 +317,7 @@ def of_recall(subject: Subject, options: Options, part: str) -> TaskResult:
     if not seen_of:
         return TaskResult({}, notes=tuple(notes))
     most = max(seen_of)
+    notes += about_stores(subject, length_of(options, most), options.dtype)
     if len(seen_of) > 1:
         notes.append(f"{part}: bytes are those of sequences with {most} pairs, {length_of(options, most):,} tokens")
     figures = {
@@ -440,6 +439,14 @@ def right(subject: Subject, asked: RecallBatch, part: str, dtype: str, seen: Byt
     pair_BT, early_BQ = asked.pair_BT[:, asked.prefix :], asked.pair_BT[:, : asked.prefix]
     known_BT = (pair_BT[:, :, None] == early_BQ[:, None]).any(dim=-1)
     return {"known": right_BT3 * known_BT[..., None], "new": right_BT3 * (pair_BT % 2 == 1)[..., None]}
+
+
+def about_stores(subject: Subject, capacity: int, dtype: str) -> list[str]:
+    """A note of the stores that the method leaves alone in caches for `capacity` tokens, if there are any."""
+    if subject.method is None:
+        return []
+    left = left_alone(subject.model.plan, subject.method, capacity, ITEMSIZES[dtype])
+    return [f"{subject.method.text} drops nothing of {left}"] if left else []
 
 
 def formula_bytes(subject: Subject, prefix: int, new: int, dtype: str) -> float | None:

@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arch import LanguageModel, ModelConfig, resolve
+from arch.compression.checks import check_method
 from arch.compression.compressed import allocate_compressed
 from arch.compression.method import CacheMethod, parse_method
-from arch.compression.storage import check_method, compressed_bytes, has_formula
+from arch.compression.storage import compressed_bytes, has_formula
 from arch.config import head_dim
 from arch.footprint import allocated_bytes, kv_bytes, max_batch, num_params
 from arch.named import load_arch, load_size, names
