@@ -28,6 +28,7 @@ if not __package__:  # run as a script
 from data.cli import UsageError, parse
 from data.files import write_text
 from eval.outcome import run_script
+from eval.published import Order, order_of, read_published
 from eval.study_rows import (
     Group,
     Row,
@@ -64,10 +65,12 @@ STYLE = (
 class StudyReport:
     """Options.
 
-    baseline  layout that the others are compared with
-    out       folder for the files; null: that of the rows
-    figures   figures of tasks that are in the table and drawn against bytes, as far as the rows have them
-    pool      compare rows of different commits: you say that nothing that matters has changed between them
+    baseline   layout that the others are compared with
+    out        folder for the files; null: that of the rows
+    figures    figures of tasks that are in the table and drawn against bytes, as far as the rows have them
+    pool       compare rows of different commits: you say that nothing that matters has changed between them
+    published  CSV file of a paper's figures, the lower the better, in two columns: layout, and their name. Says of
+               every two layouts whether the losses here have the published order (pairs.csv, published.png)
     """
 
     files: tuple[str, ...] = ()
@@ -75,6 +78,7 @@ class StudyReport:
     out: Path | None = None
     figures: tuple[str, ...] = ("recall/zoology/accuracy", "recall/gap/accuracy", "induction/text", "copy/accuracy")
     pool: bool = False
+    published: Path | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,13 +95,15 @@ def main(arguments: Sequence[str]) -> None:
     baselines = [group for group in found if group.first["arch"] == options.baseline]
     if not baselines:
         raise UsageError(f"no run has the layout {options.baseline}; choose baseline= one of the layouts")
+    order = None if options.published is None else order_of(found, read_published(options.published))
     folder = options.out or paths[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = write_report(folder, rows, found, baselines, options)
+        verdicts = [*sentences(found, baselines), *([] if order is None else [order.summary()]), *warnings(found, rows)]
+        written = write_report(folder, rows, found, baselines, verdicts, order, options)
     except OSError as error:
         raise UsageError(f"cannot write to {folder} ({error.strerror}); give another folder with out=") from error
-    print("\n".join([*sentences(found, baselines), *warnings(found, rows), *map(str, written)]))
+    print("\n".join([*verdicts, *map(str, written)]))
 
 
 def as_one_commit(rows: Sequence[Row]) -> list[Row]:
@@ -183,14 +189,28 @@ def heading(name: str) -> str:
 
 
 def pictures(
-    rows: Sequence[Row], found: Sequence[Group], contexts: Sequence[int], figures: Sequence[str]
+    rows: Sequence[Row],
+    found: Sequence[Group],
+    contexts: Sequence[int],
+    figures: Sequence[str],
+    order: Order | None = None,
 ) -> "dict[str, Picture]":
     """The pictures that the rows have figures for, by the names of their files."""
-    from eval.plots.study import draw_bytes, draw_curves, draw_decoding, draw_rates, has_curves, looks_of
+    from eval.plots.study import (
+        draw_bytes,
+        draw_curves,
+        draw_decoding,
+        draw_published,
+        draw_rates,
+        has_curves,
+        looks_of,
+    )
 
     tried = searches(rows)
     looks = looks_of([*(search.label for search in tried), *(group.label for group in found)])
     drawn = {"loss": draw_bytes(found, contexts, "loss", looks)}
+    if order is not None:
+        drawn["published"] = draw_published(found, order, looks)
     for figure in figures:
         having = [group for group in found if group.figures(figure)]
         if having and figure != TOKEN_MS:
@@ -229,14 +249,20 @@ def usable(found: Sequence[Group], figures: Sequence[str]) -> tuple[list[str], l
 
 
 def write_report(
-    folder: Path, rows: Sequence[Row], found: Sequence[Group], baselines: Sequence[Group], options: StudyReport
+    folder: Path,
+    rows: Sequence[Row],
+    found: Sequence[Group],
+    baselines: Sequence[Group],
+    verdicts: Sequence[str],
+    order: Order | None,
+    options: StudyReport,
 ) -> list[Path]:
     """Write the page, the pictures and the table; return their paths."""
     figures, left_out = usable(found, (TOKEN_MS, *options.figures))
     contexts, tried = contexts_of(found), searches(rows)
     table = [columns(group, baselines, figures, contexts, tried) for group in found]
     images, written = [], []
-    for name, picture in pictures(rows, found, contexts, figures).items():
+    for name, picture in pictures(rows, found, contexts, figures, order).items():
         written.append(folder / f"{name}.png")
         picture.write(written[-1], dpi=130)
         images.append(base64.b64encode(written[-1].read_bytes()).decode())
@@ -246,10 +272,13 @@ def write_report(
     writer.writerows(table)
     write_text(folder / "study.csv", text.getvalue())
     title = f"Study {', '.join(dict.fromkeys(group.first['study'] for group in found))}"
-    verdicts = [*sentences(found, baselines), *warnings(found, rows)]
+    tables = [folder / "study.csv"]
+    if order is not None:
+        tables.append(folder / "pairs.csv")
+        write_text(tables[-1], order.table())
     about = [*conditions(found, options.pool), *left_out]
     write_text(folder / "report.html", page(title, table, verdicts, images, about))
-    return [folder / "report.html", folder / "study.csv", *written]
+    return [folder / "report.html", *tables, *written]
 
 
 def conditions(found: Sequence[Group], pool: bool = False) -> list[str]:

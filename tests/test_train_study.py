@@ -1,9 +1,11 @@
 """Studies: matched sizes, which runs are left, rows, and jobs that are cut and continue."""
 
+import csv
 import json
 import re
 import sys
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -371,6 +373,59 @@ def test_report_needs_nothing_outside_it(tmp_path: Path, capsys: pytest.CaptureF
     assert "http" not in page and "<h1>Study s</h1>" in page
     assert "<th>milliseconds per decoded token</th>" in page and "recall" not in page
     assert (tmp_path / "study.csv").read_text().splitlines()[1].startswith("cla2,2,0.001,,7,2048,8192")
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_losses_are_set_beside_published_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Pairs of layouts with unequal figures, compared by seed; layouts without a figure are left out."""
+    means = {"mha": 3.0, "gqa2": 3.2, "mqa": 3.1, "cla2": 3.19, "swa": 2.0}
+    noise = {"mha": (0, 1, 2), "gqa2": (0, 2, 2), "mqa": (0, 1, 3), "cla2": (9, 0, -9), "swa": (0, 0, 0)}
+    for name, mean in means.items():
+        for seed in range(3):
+            append_row(tmp_path / "results.jsonl", row(name, seed, mean + noise[name][seed] / 1000))
+    file = write_lines(tmp_path / "paper.csv", "layout,perplexity", "mha,13.1", "gqa2,13.3", "mqa,13.5", "cla2,13.5")
+    report.main([str(tmp_path / "results.jsonl"), f"published={file}"])
+    said = (
+        "perplexity: of 5 pairs of layouts 3 have the published order (an order drawn at random: 0 to 5); 4 are told "
+        "apart, 3 of them as published."
+    )
+    assert said in capsys.readouterr().out
+    assert escape(said) in (tmp_path / "report.html").read_text() and (tmp_path / "published.png").stat().st_size
+    with (tmp_path / "pairs.csv").open(newline="") as lines:
+        found = {(line["better"], line["worse"]): line for line in csv.DictReader(lines)}
+    assert {pair: line["verdict"] for pair, line in found.items()} == {
+        ("mha", "gqa2"): "as published", ("mha", "mqa"): "as published", ("mha", "cla2"): "as published",
+        ("gqa2", "mqa"): "reversed", ("gqa2", "cla2"): "not told apart",
+    }  # fmt: skip
+    line = found["gqa2", "mqa"]
+    assert (line["published"], line["published of worse"]) == ("13.3", "13.5")
+    assert float(line["difference"]) == pytest.approx(0.1)
+    assert float(line["half_width"]) == pytest.approx(4.303 * 0.001 / 3**0.5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["mha,13.1"], "first line is to be layout,NAME"),
+        (["layout,perplexity", "mha,13.1,2"], "mha,13.1,2 is no layout with a figure"),
+        (["layout,perplexity", "mha,low"], "mha,low is no layout with a figure"),
+        (["layout,perplexity", "mha,nan"], "mha has no finite figure"),
+        (["layout,perplexity", "mha,1", "mha,2"], "mha has no finite figure, or two"),
+        (["layout,perplexity", "mha,1", "mla,2"], "no two layouts that can be compared, of mha, cla2"),
+        (["layout,perplexity", "mha,1", "cla2,1"], "different figures for no two layouts"),
+        ([], "first line is to be layout,NAME"),
+    ],
+)
+def test_published_figures_that_cannot_be_used(tmp_path: Path, lines: list[str], said: str) -> None:
+    for name in ("mha", "cla2"):
+        append_row(tmp_path / "results.jsonl", row(name, 0, 3.0))
+    with pytest.raises(UsageError, match=re.escape(said)):
+        report.main([str(tmp_path / "results.jsonl"), f"published={write_lines(tmp_path / 'paper.csv', *lines)}"])
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_panel_of_a_tasks_figure_does_not_say_at_which_length_it_was_measured() -> None:

@@ -5,10 +5,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 from eval.figures import axis
 from eval.plots.points import Name, Spot, boxes_of_steps, name_spots, side_by_side
 from eval.plots.style import DOMINATED, GRID, Axes, Look, Picture, line_looks, literal_text, plain_axes
+from eval.published import Order
 from eval.study_rows import Group, Search, frontier
 from eval.units import bytes_text
 
@@ -29,11 +31,13 @@ def points(
     values: Mapping[str, Sequence[float]],
     looks: Looks,
     lower: bool = True,
+    stepped: bool = True,
 ) -> None:
     """Draw the mean of `values` at `places` with its name, and the frontier with a band from the lowest to the highest.
     The scales and labels of `axes` must be as they stay.
 
-    lower  low values are the better ones
+    lower    low values are the better ones
+    stepped  draw the frontier
     """
     named = [name for name in places if values.get(name)]
     plain_axes(axes)
@@ -45,11 +49,14 @@ def points(
     axes.set_xlim(axes.get_xlim())
     axes.set_ylim(axes.get_ylim())
     by_name = dict(zip(named, spots, strict=True))
-    kept = [by_name[of] for of in frontier({of: (x, y if lower else -y) for of, (x, y, *_) in by_name.items()})]
-    kept.append(kept[-1]._replace(x=axes.get_xlim()[1]))  # whatever lies beyond it is dominated
-    x, y, lowest, highest = zip(*kept, strict=True)
-    axes.step(x, y, where="post", color=DOMINATED, zorder=1)
-    axes.fill_between(x, lowest, highest, step="post", color=GRID, alpha=0.6, zorder=0)
+    lines: list[Bbox] = []
+    if stepped:
+        kept = [by_name[of] for of in frontier({of: (x, y if lower else -y) for of, (x, y, *_) in by_name.items()})]
+        kept.append(kept[-1]._replace(x=axes.get_xlim()[1]))  # whatever lies beyond it is dominated
+        x, y, lowest, highest = zip(*kept, strict=True)
+        axes.step(x, y, where="post", color=DOMINATED, zorder=1)
+        axes.fill_between(x, lowest, highest, step="post", color=GRID, alpha=0.6, zorder=0)
+        lines = boxes_of_steps(axes, x, y)
     picture.canvas.draw()
     for name, spot, place in zip(named, spots, side_by_side(picture, axes, spots), strict=True):
         spread, look = [[spot.y - spot.lowest], [spot.highest - spot.y]], looks[name]
@@ -57,7 +64,7 @@ def points(
         axes.errorbar(spot.x, spot.y, yerr=spread, fmt=look.marker, **style)
     names = [Name(number, name, {"fontsize": 7, "color": looks[name].color}) for number, name in enumerate(named)]
     names.sort(key=lambda name: spots[name.number].x)
-    name_spots(picture, axes, spots, names, lines=boxes_of_steps(axes, x, y))
+    name_spots(picture, axes, spots, names, lines=lines)
 
 
 def bytes_axis(axes: Axes) -> None:
@@ -118,6 +125,21 @@ def context_title(context: int, trained: Collection[int], loss: bool) -> str:
         return f"At the trained length, {context:,} tokens"
     start = "Extrapolation: bytes" if context > max(trained) else "Bytes"
     return f"{start} at {context:,} tokens, loss at the trained length"
+
+
+@literal_text
+def draw_published(groups: Sequence[Group], order: Order, looks: Looks) -> Picture:
+    """Loss against published figures: if both have one order, points ascend."""
+    picture = Picture(figsize=(7.4, 4.8), layout="constrained")
+    axes = picture.add_subplot()
+    axes.margins(x=0.12, y=0.16)
+    axes.set_xlabel(order.published.name)
+    axes.set_ylabel("validation loss, nats")
+    axes.set_title("Losses here against published figures\nbars: range of the seeds", fontsize=9)
+    places = {group.label: order.published.figures[group.label] for group in groups if group.label in order.layouts}
+    losses = {group.label: list(group.losses.values()) for group in groups}
+    points(picture, axes, places, losses, looks, stepped=False)
+    return picture
 
 
 @literal_text
