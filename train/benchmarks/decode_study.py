@@ -52,7 +52,7 @@ from train.benchmarks.decoding import DecodeFn, argmax_last, build_model, decode
 from train.benchmarks.timing import CPU, Turns, summary_stats, take_turns, time_ratios, timed
 
 ITEMSIZE = 4  # fp32
-FAMILIES = ("mha", "gqa4", "mqa", "mla", "cla2", "mixattention", "swa", "yoco", "block", "bct", "bct_gated")
+MEASURED = ("mha", "gqa4", "mqa", "mla", "cla2", "mixattention", "swa", "yoco", "block", "bct", "bct_gated")
 # transformers' caches; a name of a competitor is LAYOUT, LAYOUT/CACHE, or LAYOUT/compiled.
 PEERS = ("dynamic", "static")
 
@@ -77,7 +77,7 @@ class DecodeConfig:
     """
 
     size: str = "20m"
-    archs: tuple[str, ...] = FAMILIES
+    archs: tuple[str, ...] = MEASURED
     shapes: tuple[str, ...] = ("512x1", "2048x1", "8192x1", "1024x8")
     new: int = 16
     rounds: int = 7

@@ -10,7 +10,7 @@ import torch
 from arch import ModelConfig, SizeConfig
 from arch.named import load_arch, load_size
 
-FAMILIES = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3", "block", "bct")
+MEASURED = ("mha", "gqa4", "cla2", "mixattention", "mla", "mqa", "swa", "gemma3", "block", "bct")
 
 
 @dataclass(frozen=True)

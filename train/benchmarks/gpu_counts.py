@@ -40,7 +40,7 @@ from data.cli import UsageError, did_you_mean, fail, parse
 from eval.environment import ROOT, git_revision
 from eval.outcome import run_script
 from eval.results import write_result
-from train.benchmarks.gpu_case import FAMILIES, Options, case_config
+from train.benchmarks.gpu_case import MEASURED, Options, case_config
 from train.benchmarks.gpu_code import (
     DEVICE,
     Assembled,
@@ -399,7 +399,7 @@ def count(arch: str, workshop: Workshop, steps: bool) -> dict[str, Any]:
     step = count_step(config, batch, workshop)
     more: dict[str, Any] = {}
     if not steps:
-        token = count_token(config, workshop, compiled=arch in FAMILIES)
+        token = count_token(config, workshop, compiled=arch in MEASURED)
         graphs = [*(lowered for _, _, lowered in step.graphs), *token.graphs]
         if config.arch.block is None:
             graphs += (lowered for _, _, lowered in count_step(config, batch, workshop, documents=True).graphs)

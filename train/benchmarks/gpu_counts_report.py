@@ -180,7 +180,7 @@ torch's own template, less with the options that wide heads are given (arch/atte
 ## A decoded token
 
 Launches at batch 1 with {context} tokens in the cache, bf16: operator by operator; in a step of fixed shapes, as it is
-captured in a CUDA graph; and that step compiled, for one layout of each family. For a Block Transformer it is the mean
+captured in a CUDA graph; and that step compiled, for some layouts. For a Block Transformer it is the mean
 over a block.
 
 | layout | plain | fixed shapes | compiled |

@@ -16,7 +16,7 @@ from arch import ModelConfig, resolve
 from arch.footprint import num_params, train_flops_per_token
 from eval.hardware import find_gpu
 from train.benchmarks.baselines import BUILDERS, Step, UnavailableError, kvfrontier, random_batch
-from train.benchmarks.gpu_case import FAMILIES, Case, Options, case_config
+from train.benchmarks.gpu_case import MEASURED, Case, Options, case_config
 from train.benchmarks.timing import seconds, summary_stats
 from train.device import free_memory, peak_flops
 from train.estimates.activations import Execution
@@ -55,7 +55,7 @@ def train_3b_8k(options: Options) -> list[Case]:
 def throughput(size: str, seq_len: int, estimate: float, options: Options) -> list[Case]:
     """Make a case for each family, each baseline right after the layout that it shares; the checkpointed one comes
     last."""
-    chosen = [("ours", arch, False) for arch in FAMILIES]
+    chosen = [("ours", arch, False) for arch in MEASURED]
     for name, archs in BASELINES.items():
         for arch in archs:
             chosen.insert(chosen.index(("ours", arch, False)) + 1, (name, arch, False))
