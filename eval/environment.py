@@ -48,10 +48,8 @@ def hardware() -> str:
     torch = sys.modules.get("torch")  # commands that only read results do without its import
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     threads = os.cpu_count() if torch is None else torch.get_num_threads()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 
 def driver() -> str | None:
@@ -62,6 +60,20 @@ def driver() -> str | None:
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _processor() -> str:
+    """Name of the processor; of one that Linux has no name for, as those of ARM, its maker's numbers."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if asked.stdout.strip():
+            return asked.stdout.strip()
+    described = [line.partition(":") for line in _lines("/proc/cpuinfo")]
+    values = {name.strip(): value.strip() for name, _, value in described}
+    if "model name" in values:
+        return values["model name"]
+    numbers = [f"{name} {values[name]}" for name in ("CPU implementer", "CPU part") if name in values]
+    return ", ".join([platform.processor() or platform.machine(), *numbers])
 
 
 def _lines(path: str) -> list[str]:

@@ -19,6 +19,7 @@ from eval.source import Source
 from eval.tasks.haystack import Haystack, haystack_sentences, largest_fit, split_sentences
 from eval.tasks.needles import KINDS, WITH_DEPTH, Options, all_makers, match, run, split_choices
 from eval.tasks.samples import Sample
+from eval.tasks.words import draw_names
 from train.subjects import data_of_run, open_subject
 
 TOKENIZERS = tokenizers_of_all_kinds()
@@ -34,6 +35,13 @@ def make(kind: str, tokenizer: str, depth: float = 50.0, number: int = 0, length
     given = Options(kinds=(kind,), **{"common": 3, **options})
     ((_, maker),) = all_makers(subject(Oracle(nothing, 600), TOKENIZERS[tokenizer]), given)
     return maker(length, depth if kind in WITH_DEPTH else None, number)
+
+
+def test_more_choices_than_there_are_numbers_end() -> None:
+    with pytest.raises(ValueError, match="different numbers of 5 digits: there are 90000"):
+        make("passkey", next(iter(TOKENIZERS)), choices=20_000)
+    with pytest.raises(ValueError, match="20000 different names of 3 letters: there are 17576"):
+        draw_names(np.random.default_rng(0), 20_000, letters=3)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -24,6 +25,7 @@ from eval import evaluate
 from eval import study as report
 from eval.identity import READING
 from eval.plots.study import context_title
+from eval.published import Published, order_of
 from eval.study_rows import compare, contexts_of, frontier, groups, read_rows, searches, sentence, verdict
 from train import pretrain, study
 from train.errors import DIVERGENCE_HINT
@@ -387,11 +389,14 @@ def test_losses_are_set_beside_published_figures(tmp_path: Path, capsys: pytest.
     for name, mean in means.items():
         for seed in range(3):
             append_row(tmp_path / "results.jsonl", row(name, seed, mean + noise[name][seed] / 1000))
-    file = write_lines(tmp_path / "paper.csv", "layout,perplexity", "mha,13.1", "gqa2,13.3", "mqa,13.5", "cla2,13.5")
+    file = write_lines(
+        tmp_path / "paper.csv", "layout,perplexity", "mha,13.1", "gqa2,13.3", "mqa,13.5", "cla2,13.5", "mla,13"
+    )
     report.main([str(tmp_path / "results.jsonl"), f"published={file}"])
     said = (
         "perplexity: of 5 pairs of layouts 3 have the published order (an order drawn at random: 0 to 5); 4 are told "
-        "apart, 3 of them as published."
+        "apart, 3 of them as published (of equal layouts one of twenty would be, by chance). No run here: mla. "
+        "No published figure: swa."
     )
     assert said in capsys.readouterr().out
     assert escape(said) in (tmp_path / "report.html").read_text() and (tmp_path / "published.png").stat().st_size
@@ -405,6 +410,35 @@ def test_losses_are_set_beside_published_figures(tmp_path: Path, capsys: pytest.
     assert (line["published"], line["published of worse"]) == ("13.3", "13.5")
     assert float(line["difference"]) == pytest.approx(0.1)
     assert float(line["half_width"]) == pytest.approx(4.303 * 0.001 / 3**0.5)
+
+
+def test_layouts_of_which_a_run_diverged_are_no_pair() -> None:
+    rows = [row(name, seed, 3.0 + seed / 10) for name in ("mha", "mqa") for seed in range(2)]
+    rows += [row("cla2", 0, 2.0), row("cla2", 1, None)]
+    order = order_of(groups(rows, MAIN), Published("perplexity", {"mha": 1.0, "mqa": 2.0, "cla2": 3.0}))
+    assert [(pair.better, pair.worse) for pair in order.pairs] == [("mha", "mqa")]
+    assert order.summary().endswith("A run diverged: cla2.")
+
+
+def test_a_published_figure_of_two_groups_of_runs_is_refused() -> None:
+    rows = [row("mha", 0, 3.0), row("mha", 0, 3.1, commit="d" * 40), row("cla2", 0, 3.2)]
+    with pytest.raises(UsageError, match=r"of which there are mha \(ccccccc\) and mha \(ddddddd\)"):
+        order_of(groups(rows, MAIN), Published("perplexity", {"mha": 1.0, "cla2": 2.0}))
+    assert order_of(groups(report.as_one_commit(rows), MAIN), Published("perplexity", {"mha": 1.0, "cla2": 2.0})).pairs
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        (range(15), (34, 71)),  # Kendall's statistic, half of 105 pairs and 1.96 times half the root of n(n-1)(2n+5)/18
+        ([0] * 5 + [1] * 5, (3, 22)),  # Mann and Whitney's, of two groups of five: U of 2 and less is below 2.5 %
+    ],
+)
+def test_how_many_pairs_agree_by_chance(figures: Sequence[int], expected: tuple[int, int]) -> None:
+    names = [f"layout{number}" for number in range(len(figures))]
+    published = Published("perplexity", {name: float(figure) for name, figure in zip(names, figures, strict=True)})
+    order = order_of(groups([row(name, 0, 3.0) for name in names], MAIN), published)
+    assert order.at_random() == pytest.approx(expected, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from eval.hardware import TERA, find_gpu
 
 @contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Count denormal numbers as zero, in this thread and those that it starts: they make a CPU's products several times
-    as slow.
+    """Count denormal numbers as zero, which make a CPU's products several times as slow.
+
+    In this thread and those that it starts: threads of torch that run already are as they were, and those that start
+    within stay so afterwards.
     """
     torch.set_flush_denormal(True)
     try:

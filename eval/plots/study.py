@@ -136,7 +136,8 @@ def draw_published(groups: Sequence[Group], order: Order, looks: Looks) -> Pictu
     axes.set_xlabel(order.published.name)
     axes.set_ylabel("validation loss, nats")
     axes.set_title("Losses here against published figures\nbars: range of the seeds", fontsize=9)
-    places = {group.label: order.published.figures[group.label] for group in groups if group.label in order.layouts}
+    figures = order.published.figures
+    places = {group.label: figures[name] for group in groups if (name := group.first["arch"]) in order.layouts}
     losses = {group.label: list(group.losses.values()) for group in groups}
     points(picture, axes, places, losses, looks, stepped=False)
     return picture

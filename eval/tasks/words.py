@@ -105,7 +105,9 @@ def draw_pairs(random: np.random.Generator, count: int) -> list[str]:
 
 
 def draw_numbers(random: np.random.Generator, count: int, digits: int = 7) -> list[str]:
-    """Different numbers of so many digits, the first of which is not 0."""
+    """Different numbers of so many digits, the first of which is not 0. Raises ValueError if there are fewer."""
+    if count > (most := 9 * 10 ** (digits - 1)):
+        raise ValueError(f"{count} different numbers of {digits} digits: there are {most}")
     found: dict[str, None] = {}
     while len(found) < count:
         found.setdefault(str(random.integers(10 ** (digits - 1), 10**digits)))
@@ -113,7 +115,9 @@ def draw_numbers(random: np.random.Generator, count: int, digits: int = 7) -> li
 
 
 def draw_names(random: np.random.Generator, count: int, letters: int = 5) -> list[str]:
-    """Different names of variables, so many capital letters each."""
+    """Different names of variables, so many capital letters each. Raises ValueError if there are fewer."""
+    if count > (most := 26**letters):
+        raise ValueError(f"{count} different names of {letters} letters: there are {most}")
     found: dict[str, None] = {}
     while len(found) < count:
         found.setdefault("".join(chr(ord("A") + i) for i in random.integers(26, size=letters)))
