@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from .cores import cores
 from .files import DataError
 from .sources import Document
 from .tokenizer import Encoder
@@ -31,8 +32,8 @@ def encoded(
 
     Raises DataError if a worker process dies.
     """
-    if workers is None:  # macOS has no affinity
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers is None:
+        workers = cores()
     if workers == 1:
         encode = Encoder(Tokenizer.from_file(str(folder / "tokenizer.json")), end)
         for batch in _batches(documents):

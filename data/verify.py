@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import source_record
+from .cores import cores
 from .files import DataError, sha256, write_json
 from .shards import CHUNK, THREADS, Manifest, Shard, read_offsets
 
@@ -43,7 +44,7 @@ def verify_once(
     if total > SMALL:
         say(f"comparing {len(unread)} shards of {folder} ({total / 1e9:.1f} GB) with their checksums, once")
     done, said_at = 0, time.monotonic()
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, cores())) as pool:
         found = {pool.submit(_checksum, folder / shard.file): shard for shard in unread}
         try:
             for future in as_completed(found):

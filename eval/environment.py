@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data.cores import cores
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     "torch",
@@ -48,7 +50,7 @@ def hardware() -> str:
     torch = sys.modules.get("torch")  # commands that only read results do without its import
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    threads = os.cpu_count() if torch is None else torch.get_num_threads()
+    threads = cores() if torch is None else torch.get_num_threads()
     return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 

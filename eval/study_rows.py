@@ -35,14 +35,19 @@ def read_rows(path: Path) -> list[Row]:
         raise UsageError(f"{path} cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and {"key", "seed", "arch", "stage", "loss"} <= row.keys()):
-                raise ValueError("it is no row of a study")
-            rows.append(row)
+            rows.append(parse_row(line))
         except ValueError as error:
             if number < len(lines):
                 raise UsageError(f"{path}, line {number}: {error}; delete it, its run is then done again") from error
     return rows
+
+
+def parse_row(line: str | bytes) -> Row:
+    """Read a row. Raises ValueError if `line` is none."""
+    row = json.loads(line)
+    if not (isinstance(row, dict) and {"key", "seed", "arch", "stage", "loss"} <= row.keys()):
+        raise ValueError("it is no row of a study")
+    return row
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

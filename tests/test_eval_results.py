@@ -52,7 +52,7 @@ def test_a_mac_names_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hardware_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(environment.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(environment, "cores", lambda: 2)
     assert environment.hardware().endswith(", 2 threads")
-    monkeypatch.setattr(environment.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(environment, "cores", lambda: 1)
     assert environment.hardware().endswith(", 1 thread")

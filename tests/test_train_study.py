@@ -1,11 +1,18 @@
 """Studies: matched sizes, which runs are left, rows, and jobs that are cut and continue."""
 
 import csv
+import fcntl
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +23,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, launch_in_process
+from omegaconf import OmegaConf
 
 from arch import LayoutError, resolve
 from arch.named import CONFIGS, load_arch, model_config, names
@@ -26,24 +34,26 @@ from eval import study as report
 from eval.identity import READING
 from eval.plots.study import context_title
 from eval.published import Published, order_of
+from eval.runs import Run
 from eval.study_rows import compare, contexts_of, frontier, groups, read_rows, searches, sentence, verdict
 from train import pretrain, study
 from train.errors import DIVERGENCE_HINT
 from train.matching import find_match
 from train.schema import PretrainConfig
+from train.studies import launchers
 from train.studies.cells import MAIN, RATE, Layout, next_cells, rate_to_try
 from train.studies.launchers import (
     DONE,
     STOPPED,
     Job,
     LocalHandle,
-    LocalLauncher,
     SlurmJob,
     SlurmLauncher,
+    _end_with_parent,
     same_options,
 )
 from train.studies.rows import append_row, curve
-from train.studies.schema import StudyConfig
+from train.studies.schema import StudyConfig, problems
 
 # Layouts whose heads would have to be more than 64 times as wide for MHA's bytes.
 FEW_BYTES = ("characterai", "deepseek_v4_hca", "mlkv")
@@ -89,6 +99,13 @@ def test_rates_first_then_seeds_outermost() -> None:
     main = [(cell.seed, cell.arch, cell.lr) for cell in cells() if cell.stage == MAIN]
     assert main == [(3, "a", 2e-3), (3, "b", 1e-3), (4, "a", 2e-3), (4, "b", 1e-3)]
     assert rate_to_try(StudyConfig(lrs=[1e-3]), {}) == []
+    assert rate_to_try(StudyConfig(lrs=[1e-3, 1.001e-3]), {1e-3: 2.0, 1.001e-3: 1.0}) == [], "the next is 1e-3 again"
+
+
+@pytest.mark.parametrize("lr", [6e-3, 2.15e-3, 1e-5, 1e30, 0.00123456789])
+def test_a_run_is_trained_at_the_very_rate_of_its_row(lr: float) -> None:
+    words = layout("a").cell(StudyConfig(), MAIN, lr, 0).words
+    assert [OmegaConf.from_dotlist([word]).optim.lr for word in words if word.startswith("optim.lr=")] == [lr]
 
 
 def test_keys_tell_configurations_apart_and_not_seeds() -> None:
@@ -110,6 +127,27 @@ def test_rows_survive_a_cut_line(tmp_path: Path) -> None:
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(UsageError, match="line 1"):
         read_rows(path)
+
+
+def test_a_row_that_lacks_the_end_of_its_line_stays(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row("mha", 0, 3.0)))
+    append_row(path, row("mha", 1, 3.0))
+    assert [found["seed"] for found in read_rows(path)] == [0, 1]
+
+
+def test_studies_with_one_file_of_rows_take_turns(tmp_path: Path) -> None:
+    path, first = tmp_path / "results.jsonl", json.dumps(row("mha", 0, 3.0)) + "\n"
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(first[:9])
+        other.flush()
+        second = threading.Thread(target=append_row, args=(path, row("mha", 1, 3.0)))
+        second.start()
+        second.join(0.2)
+        other.write(first[9:])
+    second.join()
+    assert [found["seed"] for found in read_rows(path)] == [0, 1]
 
 
 VOCABULARY = "run=['+experiment=laptop','size.vocab_size=600']"
@@ -150,6 +188,92 @@ def test_a_job_goes_on_until_all_is_done(tmp_path: Path) -> None:
     assert wait(LocalHandle(failing)) == "exit code 3: no text here"
     object.__setattr__(failing, "program", "pass")
     assert wait(LocalHandle(failing)).startswith("it ended without any progress")
+
+
+class Script(Job):
+    """A job that is a program of Python; `said` is what it has written to the file of its argument."""
+
+    program = ""
+
+    def next_command(self) -> list[str]:
+        return [sys.executable, "-S", "-c", self.program, str(self.folder / "said")]
+
+    @property
+    def said(self) -> str:
+        path = self.folder / "said"
+        return path.read_text() if path.exists() else ""
+
+
+class Preempted(Script):
+    program = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGUSR1)
+time.sleep(100)
+"""
+
+
+class Ranks(Script):
+    program = """
+import subprocess, sys
+rank = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+rank += "; file.write('locked'); file.flush(); time.sleep(100)"
+subprocess.run([sys.executable, "-S", "-c", rank, sys.argv[1]])
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the system has no SIGUSR1")
+def test_a_preempted_job_of_slurm_saves_and_is_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the handler of a signal, as submitit does, which comes while the job waits for its run."""
+    helpers = SimpleNamespace(DelayedSubmission=lambda call: call)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(helpers=helpers))
+    job, queued = SlurmJob(Preempted(tmp_path, (), (), {}, 1)), []
+
+    def handler(number: int, frame: Any) -> None:
+        queued.append(job.checkpoint())
+        sys.exit()
+
+    previous = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(SystemExit):
+            job()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+    assert job.job.said == "saved" and queued[0].job == job.job
+
+
+def is_locked(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def until(told: Callable[[], Any], seconds: float) -> bool:
+    """Wait up to so many seconds for what `told` tells, and tell whether it came."""
+    patience = time.monotonic() + seconds
+    while not (found := told()) and time.monotonic() < patience:
+        time.sleep(0.02)
+    return bool(found)
+
+
+def test_all_processes_of_a_run_are_killed(tmp_path: Path) -> None:
+    handle = LocalHandle(job := Ranks(tmp_path, (), (), {}, 1))
+    assert until(lambda: job.said, 30)
+    handle.kill()
+    assert until(lambda: not is_locked(tmp_path / "said"), 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_run_whose_study_has_just_died_does_not_start() -> None:
+    done = subprocess.run(["echo", "ran"], preexec_fn=partial(_end_with_parent, -1), capture_output=True)
+    assert done.returncode and not done.stdout
 
 
 def test_commands_of_a_run(tmp_path: Path) -> None:
@@ -516,6 +640,10 @@ def test_tasks_of_a_study_are_a_choice_of_those_that_its_file_has_options_of(
         ("{wide: '+arch=mqa'}", "write layouts={mqa_wide: ['+arch=mqa', 'size.head_dim=32']}"),
         ("{wide: ['+arch=mqa', 'arch.stores.kv.window=0']}", "arch.stores.kv.window is 0"),
         (
+            "{wide: ['+arch=mqa', '++size.vocab_size=700']}",
+            "run has size.vocab_size=600, which replaces ++size.vocab_size=700 of layouts.wide; give",
+        ),
+        (
             "{wide: ['+arch=mqa'], b: ['+arch=mha']}",
             "layouts.b is of no use without b among archs; write archs=[wide,b]",
         ),
@@ -524,7 +652,8 @@ def test_tasks_of_a_study_are_a_choice_of_those_that_its_file_has_options_of(
 def test_layouts_of_a_study_of_its_own_are_checked(
     own: str, message: str, corpus: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ["plan=true", f"data.path={corpus}", "archs=[wide]", f"layouts={own}", "run=['+size=tiny']"]
+    run = "run=['+size=tiny','size.vocab_size=600']"
+    words = ["plan=true", f"data.path={corpus}", "archs=[wide]", f"layouts={own}", run]
     with pytest.raises(SystemExit):
         launch_in_process(study.main, "study", StudyConfig, words)
     assert message in capsys.readouterr().err
@@ -631,7 +760,7 @@ class Recorded:
 def test_equal_bytes_at_a_toy_size(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layout of the study's own is trained and evaluated as planned."""
     jobs: list[Job] = []
-    monkeypatch.setattr(LocalLauncher, "start", lambda launcher, job: jobs.append(job) or Recorded(job))
+    monkeypatch.setattr(study, "LocalHandle", lambda job: jobs.append(job) or Recorded(job))
     monkeypatch.setattr(study, "PAUSE", 0)
     small = "size.num_layers=4 size.d_model=32 size.d_ff=48 size.seq_len=32 data.val_tokens=256 logger=csv batch_size=4"
     words = ["+study=equal_bytes", f"data.path={corpus}", f"folder={tmp_path}", "archs=[tied2]", "seeds=[0]"]
@@ -664,11 +793,11 @@ def test_a_run_that_diverges_has_a_row_and_is_not_trained_again(
     jobs: list[Job] = []
     outcome = ["exit code 137: killed"]
 
-    def start(launcher: LocalLauncher, job: Job) -> Any:
+    def start(job: Job) -> Any:
         jobs.append(job)
         return SimpleNamespace(job=job, poll=lambda: outcome[-1])
 
-    monkeypatch.setattr(LocalLauncher, "start", start)
+    monkeypatch.setattr(study, "LocalHandle", start)
     monkeypatch.setattr(study, "PAUSE", 0)
     small = "size.num_layers=1 size.d_model=32 size.d_ff=48 size.seq_len=32 data.val_tokens=256 logger=csv batch_size=4"
     words = ["+study=equal_bytes", f"data.path={corpus}", f"folder={tmp_path}", "archs=[mha]", "seeds=[0]"]
@@ -749,7 +878,7 @@ def test_a_run_without_a_finite_loss_has_diverged(tmp_path: Path, capsys: pytest
     low, high = found.cells()[0]
     found.done |= {(RATE, cell.key, 0): {"loss": loss, "tasks": {}} for cell, loss in ((low, 2.0), (high, None))}
     assert found.cells()[1]["a"].lr == 1e-3 and found.tokens_left() == options.tokens
-    (main,) = found.startable({})
+    (main,) = found.waiting()
     found.done[MAIN, main.key, 0] = {"loss": 2.0, "tasks": {}}
     found.end(stopped=False)
     said = capsys.readouterr().out
@@ -773,11 +902,11 @@ def test_the_search_at_the_full_budget_is_not_the_main_run(tmp_path: Path) -> No
     for cell in found.cells()[0]:
         append_row(options.rows, row("a", 0, cell.lr, key=cell.key, stage=RATE, commit=found.commit))
     found = study.Study(options, [layout("a")])
-    assert [(cell.stage, cell.lr) for cell in found.startable({})] == [(MAIN, 1e-3)]
-    (cell,) = found.startable({})
+    assert [(cell.stage, cell.lr) for cell in found.waiting()] == [(MAIN, 1e-3)]
+    (cell,) = found.waiting()
     append_row(options.rows, row("a", 0, 1e-3, key=cell.key, commit=found.commit))
     found = study.Study(options, [layout("a")])
-    assert not found.startable({}) and len(groups(read_rows(options.rows), MAIN)) == 1
+    assert not found.waiting() and len(groups(read_rows(options.rows), MAIN)) == 1
 
 
 @pytest.mark.parametrize(("launcher", "jobs"), [("local", 2), ("slurm", None)])
@@ -791,6 +920,108 @@ def test_a_row_says_how_many_runs_its_machine_had_if_the_study_knows(
     monkeypatch.setattr(study, "row_of", lambda cell, folder, jobs, diverged: told.append(jobs) or rest)
     found.add_row(cell, tmp_path / "run", 1.0)
     assert told == [jobs]
+
+
+class Recording:
+    """A job with an outcome of its own, or without one, that records what it is asked."""
+
+    def __init__(self, job: Job, outcome: str | None = None):
+        self.job, self.outcome = job, outcome
+        self.asked: list[str] = []
+
+    def poll(self) -> str | None:
+        return self.outcome
+
+    def stop(self) -> None:
+        self.asked.append("stop")
+
+    def kill(self) -> None:
+        self.asked.append("kill")
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Study:
+    """A study of three runs, one at a time."""
+    rest = {"starts": 1, "tokens_per_second": None}
+    monkeypatch.setattr(study, "PAUSE", 0.01)
+    monkeypatch.setattr(study, "row_of", lambda cell, *_: row("a", cell.seed, 3.0, key=cell.key) | rest)
+    options = StudyConfig(archs=["a"], seeds=[0, 1, 2], tokens=10, tasks=[], folder=str(tmp_path))
+    return study.Study(options, [layout("a")])
+
+
+def test_no_run_starts_at_another_commit_than_those_before(
+    three: study.Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    commits = iter([three.commit, "other", "other", "third"])
+    monkeypatch.setattr(study, "git_revision", lambda: next(commits))
+    said = "no more runs start, as the checkout is at other by now, and was at "
+    with pytest.raises(TaskError, match=f"^{said}.*others=keep"):
+        three.run(lambda job: Recording(job, DONE))
+    assert len(read_rows(three.options.rows)) == 1 and capsys.readouterr().out.count(said) == 1
+    three.options.others = "keep"
+    study.Study(three.options, [layout("a")]).run(lambda job: Recording(job, DONE))
+    assert len(read_rows(three.options.rows)) == 3 and next(commits) == "third"
+
+
+def test_a_run_that_cannot_be_started_or_read_leaves_the_others(three: study.Study) -> None:
+    def start(job: Job) -> Any:
+        if "seed0" in job.folder.name:
+            raise PermissionError(13, "Permission denied", str(job.folder))
+        handle = Recording(job, DONE)
+        if "seed1" in job.folder.name:
+            handle.poll = lambda: Run(job.folder).summary
+        return handle
+
+    with pytest.raises(TaskError, match=r"2 runs failed.*\n.*seed 0: .*Permission denied.*\n.*seed 1: .*holds no"):
+        three.run(start)
+    assert [found["seed"] for found in read_rows(three.options.rows)] == [2]
+
+
+def test_whatever_ends_a_study_stops_its_runs(three: study.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Recording(three.job(three.waiting()[0]))
+    monkeypatch.setattr(study, "GRACE", 0.05)
+    monkeypatch.setattr(three, "collect", lambda running: 0 if handle.asked else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        three.run(lambda job: handle)
+    assert handle.asked == ["stop", "kill"]
+
+
+def test_a_second_ctrl_c_does_not_wait(
+    three: study.Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(study, "GRACE", 20)
+    handle = Recording(three.job(three.waiting()[0]))
+    handle.poll = lambda: os.kill(os.getpid(), signal.SIGINT)
+    began = time.monotonic()
+    three.run(lambda job: handle)
+    assert handle.asked == ["stop", "kill"] and time.monotonic() - began < 10
+    said = capsys.readouterr().out
+    assert "saving 1 run, up to 20 seconds; Ctrl-C now ends them unsaved" in said and "has not saved" in said
+
+
+def test_runs_without_checkpoints_are_not_evaluated_with_other_tasks(three: study.Study) -> None:
+    """They are refused with the fix, but for one that makes way, as it was begun at another commit."""
+    folder = three.job(three.waiting()[0]).folder
+    three.options.tasks = ["recall"]
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    (folder / "run.json").write_text(json.dumps([{"git": "other"}]))
+    three.refuse_without_checkpoints()
+    (folder / "run.json").write_text(json.dumps([{"git": three.commit}]))
+    fix = "keep=false has deleted the checkpoints.* delete these folders to train again:\n"
+    with pytest.raises(UsageError, match=f"^{fix}{re.escape(str(folder))}$"):
+        three.refuse_without_checkpoints()
+    (folder / "checkpoints" / "last").mkdir(parents=True)
+    three.refuse_without_checkpoints()
+
+
+def test_threads_are_those_that_a_run_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert StudyConfig(jobs=2).threads_of_run == 2
+    needed = "launcher=slurm needs threads=, the cores of one run"
+    assert [line.partition(":")[0] for line in problems(StudyConfig(launcher="slurm"))] == [needed]
+    assert not problems(StudyConfig(launcher="slurm", threads=8))
 
 
 def test_a_run_of_another_commit_makes_way(tmp_path: Path) -> None:
@@ -834,6 +1065,7 @@ def test_a_run_evaluated_while_it_trained_is_evaluated_with_the_options_of_the_s
 
 def test_jobs_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setattr(launchers, "PAUSE", 0.01)
     with pytest.raises(UsageError, match="needs submitit"):
         SlurmLauncher(tmp_path, {}, 2)
     submitit = SimpleNamespace(AutoExecutor=Executor, helpers=SimpleNamespace(DelayedSubmission=lambda call: call))

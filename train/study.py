@@ -3,8 +3,8 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
@@ -32,11 +32,10 @@ from eval.study_rows import edge, edge_sentence, newest, read_rows, why_no_loss
 from eval.units import bytes_text, count_text, counted, duration_text
 from train.errors import DIVERGENCE_HINT
 from train.studies.cells import MAIN, RATE, Cell, Choice, Layout, describe, layouts, next_cells
-from train.studies.launchers import DONE, STOPPED, Handle, Job, LocalLauncher, SlurmLauncher, Start, same_options
+from train.studies.launchers import DONE, PAUSE, STOPPED, Handle, Job, LocalHandle, SlurmLauncher, Start, same_options
 from train.studies.rows import append_row, row_of
 from train.studies.schema import StudyConfig, problems, unused
 
-PAUSE = 0.5  # seconds between two looks at what runs
 GRACE = 180.0  # seconds that a run has to save
 
 
@@ -47,6 +46,7 @@ def main(config: DictConfig, choices: Choices) -> None:
         raise LayoutError(found)
     assert options.chosen is not None  # the tasks exist
     study = Study(options, layouts(options))
+    study.refuse_without_checkpoints()
     study.print_plan()
     if options.plan:
         return
@@ -54,7 +54,7 @@ def main(config: DictConfig, choices: Choices) -> None:
     lock = FileLock(options.place / "study.lock")
     try:
         with lock.acquire(timeout=0):
-            study.run(LocalLauncher().start if options.launcher == "local" else slurm(options))
+            study.run(LocalHandle if options.launcher == "local" else slurm(options))
     except Timeout:
         raise UsageError(f"another process works on {options.place}; wait for it, or give another folder=") from None
 
@@ -71,6 +71,7 @@ class Study:
         self.commit = str(git_revision())
         self.done: dict[tuple[str, str, int], dict[str, Any]] = {}  # by stage, key and seed
         self.failed: dict[str, str] = {}  # by the name of the run's folder
+        self.moved = ""  # why no more runs start
         self.seconds = self.trained = 0.0  # of the runs of this start, and their tokens
         self._read_rows()
 
@@ -182,64 +183,103 @@ class Study:
         limit = self.options.limit_minutes
         deadline = float("inf") if limit is None else time.monotonic() + 60 * limit
         running: dict[str, tuple[Cell, Handle, float]] = {}
-        with stop_signals() as stopped:
-            while True:
-                if stopped or time.monotonic() > deadline:
-                    self.wait_for_stop(running)
-                    break
-                for cell in self.startable(running):
-                    self.make_way(cell)
-                    running[cell.folder_name] = (cell, start(self.job(cell)), time.monotonic())
-                    self.say(f"{cell} starts")
-                if not running:
-                    break
-                time.sleep(PAUSE)
-                self.collect(running)
-        self.end(bool(stopped) or time.monotonic() > deadline)
+        with stop_signals() as received:
+            try:
+                waiting = self.waiting()
+                while not received and time.monotonic() < deadline:
+                    while waiting and len(running) < self.options.jobs and not self.has_moved():
+                        cell = waiting.pop(0)
+                        with self.failing(cell):
+                            self.make_way(cell)
+                            running[cell.folder_name] = (cell, start(self.job(cell)), time.monotonic())
+                            self.say(f"{cell} starts")
+                    if not running:
+                        break
+                    time.sleep(PAUSE)
+                    if self.collect(running):
+                        waiting = self.waiting(running)
+            finally:
+                self.stop(running, received)
+        self.end(bool(received) or time.monotonic() > deadline)
+
+    def waiting(self, running: Collection[str] = ()) -> list[Cell]:
+        """The runs that are to be started, as far as they are known; `running`: folders of those that are."""
+        cells, _ = self.cells()
+        begun = {*running, *self.failed}
+        return [cell for cell in cells if cell.folder_name not in begun and not self.is_done(cell)]
+
+    def has_moved(self) -> bool:
+        """Tell whether the checkout, which the next run would import, is at another commit by now; say so once."""
+        if not self.moved and self.options.others != "keep" and (commit := str(git_revision())) != self.commit:
+            self.moved = (
+                f"no more runs start, as the checkout is at {commit} by now, and was at {self.commit}: restore that, "
+                "or go on with others=keep. A git worktree of its own does not change under a study"
+            )
+            self.say(self.moved)
+        return bool(self.moved)
+
+    @contextmanager
+    def failing(self, cell: Cell) -> Iterator[None]:
+        """Take an error as the failure of the run of `cell`, whatever is wrong with its files: the others go on."""
+        try:
+            yield
+        except Exception as error:
+            plain = isinstance(error, OSError | ValueError)
+            self.fail(cell, str(error) if plain else f"{type(error).__name__}: {error}")
+
+    def fail(self, cell: Cell, why: str) -> None:
+        self.failed[cell.folder_name] = f"{cell}: {why}"
+        self.say(f"{cell} failed: {why}")
 
     def make_way(self, cell: Cell) -> None:
         """Rename the folder of the run if it was begun at another commit, whose rows do not count."""
         folder = self.job(cell).folder
-        if self.options.others == "keep" or not (folder / "run.json").exists():
-            return
-        commits = {str(start.get("git")) for start in Run(folder).starts}
-        if commits != {self.commit}:
+        if commits := self.other_commits(folder):
             aside = set_aside(folder, f"of-{'-'.join(sorted(commit[:7] for commit in commits))}")
             self.say(f"{folder.name} was begun at another commit; it is now {aside.name}")
 
-    def startable(self, running: Mapping[str, Any]) -> list[Cell]:
-        cells, _ = self.cells()
-        waiting = [
-            cell
-            for cell in cells
-            if not self.is_done(cell) and cell.folder_name not in running and cell.folder_name not in self.failed
-        ]
-        return waiting[: self.options.jobs - len(running)]
+    def other_commits(self, folder: Path) -> set[str]:
+        """The commits at which the run in `folder` was started, if its row would not count for them."""
+        if self.options.others == "keep" or not (folder / "run.json").exists():
+            return set()
+        commits = {str(start.get("git")) for start in Run(folder).starts}
+        return set() if commits == {self.commit} else commits
 
-    def collect(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
-        """Write the rows of what has ended or diverged, and take note of what has failed otherwise."""
+    def refuse_without_checkpoints(self) -> None:
+        """Raise UsageError if runs are to be evaluated whose checkpoints keep=false has deleted."""
+        found = []
+        for job in map(self.job, self.waiting()):
+            with suppress(RunError):  # which is a failure of that run, when it starts
+                if not self.other_commits(job.folder) and job.lacks_checkpoints():
+                    found.append(str(job.folder))
+        if found:
+            raise UsageError(
+                "keep=false has deleted the checkpoints of runs that would be evaluated with other tasks or options; "
+                "give tasks= and options= of before, or delete these folders to train again:\n" + "\n".join(found)
+            )
+
+    def collect(self, running: dict[str, tuple[Cell, Handle, float]]) -> bool:
+        """Write the rows of what has ended or diverged, and take note of what has failed otherwise. Tell whether there
+        was any."""
+        before = len(running)
         for name, (cell, handle, began) in list(running.items()):
-            outcome = handle.poll()
-            if outcome is None:
-                continue
+            with self.failing(cell):
+                outcome = handle.poll()
+                if outcome is None:
+                    continue
+                diverged = divergence(outcome)
+                if outcome == DONE or diverged:
+                    self.add_row(cell, handle.job.folder, time.monotonic() - began, diverged)
+                elif outcome == STOPPED:
+                    self.say(f"{cell} is stopped, and continues from its checkpoint")
+                else:
+                    self.fail(cell, outcome)
             del running[name]
-            diverged = divergence(outcome)
-            if outcome == DONE or diverged:
-                self.add_row(cell, handle.job.folder, time.monotonic() - began, diverged)
-            elif outcome == STOPPED:
-                self.say(f"{cell} is stopped, and continues from its checkpoint")
-            else:
-                self.failed[name] = f"{cell}: {outcome}"
-                self.say(f"{cell} failed: {outcome}")
+        return len(running) < before
 
     def add_row(self, cell: Cell, folder: Path, seconds: float, diverged: str | None = None) -> None:
         here = self.options.jobs if self.options.launcher == "local" else None  # others may have the rest of a node
-        try:
-            row = row_of(cell, folder, here, diverged)
-        except (RunError, UsageError, OSError, ValueError) as error:
-            self.failed[folder.name] = f"{cell}: {error}"
-            self.say(f"{cell} failed: {error}")
-            return
+        row = row_of(cell, folder, here, diverged)
         append_row(self.options.rows, row)
         self.done[cell.stage, cell.key, cell.seed] = row
         if row["starts"] == 1 and not diverged:
@@ -252,16 +292,22 @@ class Study:
         outcome = f"has diverged: {diverged}" if diverged else f"has ended: loss {loss}"
         self.say(f"{cell} {outcome}{rate}; {self.left_text()}")
 
-    def wait_for_stop(self, running: dict[str, tuple[Cell, Handle, float]]) -> None:
-        for _, handle, _ in running.values():
-            handle.stop()
-        patience = time.monotonic() + GRACE
-        while running and time.monotonic() < patience:
+    def stop(self, running: dict[str, tuple[Cell, Handle, float]], received: Collection[int]) -> None:
+        """Let what runs save. What has not after GRACE seconds, or at one more signal in `received`, is ended."""
+        if not running:
+            return
+        for cell, handle, _ in running.values():
+            with self.failing(cell):
+                handle.stop()
+        self.say(f"saving {counted(len(running), 'run')}, up to {GRACE:.0f} seconds; Ctrl-C now ends them unsaved")
+        patience, before = time.monotonic() + GRACE, len(received)
+        while running and time.monotonic() < patience and len(received) == before:
             time.sleep(PAUSE)
             self.collect(running)
         for cell, handle, _ in running.values():
-            handle.kill()
-            self.say(f"{cell} did not save in {GRACE:.0f} seconds; it continues from the checkpoint before")
+            with self.failing(cell):
+                handle.kill()
+                self.say(f"{cell} has not saved; it continues from the checkpoint before")
 
     def end(self, stopped: bool) -> None:
         """Say what is done. Raises TaskError if a run of the main stage has no result, or cannot have one. A learning
@@ -288,6 +334,8 @@ class Study:
             listed = "\n".join(failed)
             told = f"{counted(len(failed), 'run')} failed; the same command tries again those without a row"
             raise TaskError(f"{told}:\n{listed}")
+        if self.moved:
+            raise TaskError(self.moved)
 
     def say(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

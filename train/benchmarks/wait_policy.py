@@ -21,6 +21,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from data.cli import TaskError, UsageError, parse
+from data.cores import cores
 from eval.environment import ROOT
 from eval.outcome import run_script
 from eval.results import write_result
@@ -87,9 +88,8 @@ def main(arguments: list[str]) -> None:
     options = parse(WaitPolicyConfig, arguments)
     if options.repeats < 1:
         raise UsageError(f"repeats is {options.repeats}; it must be at least 1")
-    cores = os.cpu_count() or 1
     speeds: dict[str, list[float]] = {}
-    for _, others, policy in product(range(options.repeats), (0, cores), POLICIES):
+    for _, others, policy in product(range(options.repeats), (0, cores()), POLICIES):
         name = f"{policy}, {'beside ' + str(others) + ' busy processes' if others else 'alone'}"
         with busy(others):
             speeds.setdefault(name, []).append(tokens_per_second(policy, options.tokens))
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     payload = {
         "run": RUN,
         "tokens": options.tokens,
-        "cores": cores,
+        "cores": cores(),
         "policies": POLICIES,
         "tokens_per_second": {name: summary_stats(values) for name, values in speeds.items()},
     }

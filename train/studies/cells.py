@@ -70,7 +70,7 @@ class Layout:
     def cell(self, study: StudyConfig, stage: str, lr: float, seed: int) -> Cell:
         tokens = study.lr_tokens if stage == RATE else study.tokens
         config = replace(self.config, tokens=tokens, seed=seed, optim=replace(self.config.optim, lr=lr))
-        words = (*self.words, f"optim.lr={lr:g}", f"tokens={tokens}", f"seed={seed}")
+        words = (*self.words, f"optim.lr={lr!r}", f"tokens={tokens}", f"seed={seed}")
         return Cell(study.name, stage, self.arch, lr, seed, tokens, key_of(config, self.data), words, self.match)
 
 
@@ -169,7 +169,8 @@ def rate_to_try(study: StudyConfig, losses: Mapping[float, float | None]) -> lis
     if best is None or len(losses) >= len(study.lrs) + study.lr_extra or best not in (tried[0], tried[-1]):
         return []
     factor = (given[-1] / given[0]) ** (1 / (len(given) - 1))
-    return [float(f"{best * (factor if best == tried[-1] else 1 / factor):.3g}")]
+    further = float(f"{best * (factor if best == tried[-1] else 1 / factor):.3g}")
+    return [] if further in losses else [further]  # rates that are too near to be told apart by three digits
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float | None:

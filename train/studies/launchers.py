@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +21,9 @@ from eval.runs import Run, RunError
 from eval.study_rows import deciding_options
 
 LOG = "study.log"  # in the folder of a run: what its commands printed
+PAUSE = 0.5  # seconds between two looks at what runs
 PR_SET_PDEATHSIG = 1  # of prctl
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Job:
         words = [f"checkpoint={self.folder}", "wandb=false", *self.task_words]
         return [sys.executable, str(ROOT / "eval" / "evaluate.py"), *words]
 
+    def lacks_checkpoints(self) -> bool:
+        """Tell whether the run has ended and has none, but is to be evaluated. Raises RunError if it cannot be read."""
+        evaluates = Run(self.folder).finished and self.next_command() is not None
+        return evaluates and not any((self.folder / "checkpoints").glob("*"))
+
     def evaluated(self) -> list[str]:
         """The tasks with which the finished run was evaluated. Raises RunError if its summary cannot be read."""
         recorded = Run(self.folder).summary.get(KEY, {})
@@ -74,7 +84,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 env=variables,
                 start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(_end_with_parent, os.getpid()) if LIBC else None,
             )
 
     def progress(self) -> tuple[Any, ...]:
@@ -104,8 +114,12 @@ def same_options(task: str, result: Mapping[str, Any], options: Mapping[str, Any
     return all(recorded[key] == value for key, value in wanted.items() if key in recorded)
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_parent(parent: int) -> None:
+    """Ask the system for a SIGTERM at the end of `parent`, the process that has started this one."""
+    assert LIBC is not None
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(128 + signal.SIGTERM)
 
 
 class Handle(Protocol):
@@ -148,7 +162,8 @@ class LocalHandle:
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+            with suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile, which macOS calls the latter
+                os.killpg(self.process.pid, signal.SIGKILL)  # with the other ranks
             self.process.wait()
 
     def _advance(self) -> str | None:
@@ -169,37 +184,31 @@ class LocalHandle:
         return self._advance()
 
 
-class LocalLauncher:
-    """Processes of this machine."""
-
-    def start(self, job: Job) -> Handle:
-        return LocalHandle(job)
-
-
 class SlurmJob:
     """A job within SLURM, as submitit calls it; one that is preempted, or whose time is over, is queued again."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.process: subprocess.Popen[bytes] | None = None
+        self.handle: LocalHandle | None = None
 
     def __call__(self) -> str:
-        while (command := self.job.next_command()) is not None:
-            before = self.job.progress()
-            self.process = self.job.start(command)
-            if code := self.process.wait():
-                return f"exit code {code}: {self.job.last_line()}"
-            if self.job.progress() == before:
-                return f"it ended without any progress: {self.job.last_line()}"
-        return DONE
+        self.handle = LocalHandle(self.job)
+        while (outcome := self.handle.poll()) is None:
+            time.sleep(PAUSE)
+        return outcome
 
     def checkpoint(self) -> Any:
-        """Let the run save, and return what submitit is to queue again."""
+        """Let the run save, and return what submitit is to queue again.
+
+        A signal handler calls it in the midst of `__call__`, which may hold the lock of Popen.
+        """
         import submitit
 
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
+        if self.handle is not None:
+            self.handle.stop()
+            if self.handle.process is not None:
+                with suppress(ChildProcessError):  # its end was noticed already
+                    os.waitpid(self.handle.process.pid, 0)
         return submitit.helpers.DelayedSubmission(SlurmJob(self.job))
 
 

@@ -14,6 +14,7 @@ commit, ...     commit (`+`: changed files), date, versions, hardware, threads o
                 `tokens_per_second`, the median of training
 """
 
+import fcntl
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from eval.checks import is_finite
 from eval.evaluations import FOLDER, KEY, file_name
 from eval.identity import READING, Identity
 from eval.runs import Run, deciding_values, finished_run
+from eval.study_rows import parse_row
 from train.run import load_config
 from train.schema import num_steps
 from train.studies.cells import Cell
@@ -40,13 +42,21 @@ TASK_KEYS = ("figures", "options", "rows", "context", "digest")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add `row` to the file `path`, flushed to the disk. A last line that was cut off goes."""
+    """Add `row` to the file `path`, flushed to the disk, while no other study does.
+
+    A last line that was cut off goes; a row that lacks no more than the end of its line gets that.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         file.seek(0)
-        if (written := file.read()) and not written.endswith(b"\n"):  # else another study may add a row meanwhile
-            file.truncate(written.rfind(b"\n") + 1)
+        if last := file.read().rpartition(b"\n")[2]:
+            try:
+                parse_row(last)
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(file.tell() - len(last))
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())

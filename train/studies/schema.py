@@ -1,16 +1,18 @@
 """Schema of `train/study.py`: every key of its command line, with its meaning."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.cores import cores
 from eval.tasks import TASKS, ChosenTask, section, sections
 from train.schema import MATCHES, EvalsConfig, chosen_tasks, option_text
 
 LAUNCHERS = ("local", "slurm")
 OTHERS = ("refuse", "keep", "ignore")
+# Keys of train/pretrain.py that are not for `run` and `layouts`.
+TAKEN = ("seed", "tokens", "optim.lr", "match", "name", "folder", "resume", "data.path", "trainer.max_hours")
 
 
 @dataclass
@@ -44,7 +46,7 @@ class StudyConfig:
     folder         parent of the run folders; null: runs/studies/<name>
     results        file of the rows; null: results.jsonl in the folder
     jobs           runs at a time
-    threads        threads per run; null: the cores of this machine, shared evenly
+    threads        threads per run; null: the cores of this machine, shared evenly. launcher=slurm needs a number
     limit_minutes  save and end after this many minutes; the same command continues. null: no limit
     keep           keep the checkpoints of finished runs
     others         rows of another commit: refuse, keep (they count as done, in groups of their own), or ignore
@@ -89,7 +91,7 @@ class StudyConfig:
 
     @property
     def threads_of_run(self) -> int:
-        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        return self.threads or max(1, cores() // self.jobs)
 
     def layout_words(self, arch: str) -> list[str]:
         """The words of the command line of train/pretrain.py that choose a layout."""
@@ -144,31 +146,33 @@ def problems(config: StudyConfig) -> list[str]:
         found.append("lrs must be positive, and lr_extra at least 0")
     if config.slurm is not None and not isinstance(config.slurm, dict):
         found.append(f"slurm is {config.slurm!r}; write slurm={{slurm_partition: NAME}}")
-    taken = (
-        "seed",
-        "tokens",
-        "optim.lr",
-        "match",
-        "name",
-        "folder",
-        "resume",
-        "data.path",
-        "trainer.max_hours",
-    )
+    if config.launcher == "slurm" and config.threads is None:
+        found.append("launcher=slurm needs threads=, the cores of one run: this machine has others than those of SLURM")
     found += [
-        f"run has {word}; {key} is the study's to set" for word, key in keys(config.run) if key in (*taken, "arch")
+        f"run has {word}; {key} is the study's to set" for word, key in keys(config.run) if key in (*TAKEN, "arch")
     ]
+    return [*found, *layout_problems(config)]
+
+
+def layout_problems(config: StudyConfig) -> list[str]:
+    """List what makes no sense in the layouts of the study's own, each with the fix."""
     own = {} if config.layouts is None else config.layouts
     if not isinstance(own, dict) or not all(
         isinstance(words, list) and all(isinstance(word, str) for word in words) for words in own.values()
     ):
-        return [*found, f"layouts is {own!r}; write layouts={{mqa_wide: ['+arch=mqa', 'size.head_dim=32']}}"]
+        return [f"layouts is {own!r}; write layouts={{mqa_wide: ['+arch=mqa', 'size.head_dim=32']}}"]
+    found, shared = [], {key: word for word, key in keys(config.run)}
     for name, words in own.items():
         found += [
-            f"layouts.{name} has {word}; {key} is the study's to set" for word, key in keys(words) if key in taken
+            f"layouts.{name} has {word}; {key} is the study's to set" for word, key in keys(words) if key in TAKEN
         ]
         if sum(key == "arch" for _, key in keys(words)) != 1:
             found.append(f"layouts.{name} is {words}; it needs one +arch=, the layout that the other words change")
+        found += [
+            f"run has {shared[key]}, which replaces {word} of layouts.{name}; give {key} in one of them alone"
+            for word, key in keys(words)
+            if key in shared and name in config.archs
+        ]
     return found
 
 
