@@ -1,13 +1,13 @@
 """Figures that a paper published for its layouts, set beside the losses of a study: have they the same order?"""
 
 import csv
-import io
 import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.cli import UsageError
 from eval.intervals import BETTER, UNDECIDED, Interval
@@ -101,15 +101,21 @@ class Order:
         cut = DRAWN // 40  # 2.5 %
         return agreeing[cut], agreeing[-1 - cut]
 
-    def table(self) -> str:
-        """The pairs as CSV: published figures, the difference of losses in nats, and half of its interval of 95 %."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["better", "worse", "published", "published of worse", "difference", "half_width", "verdict"])
-        for pair in self.pairs:
-            figures = [self.published.figures[name] for name in (pair.better, pair.worse)]
-            writer.writerow([pair.better, pair.worse, *figures, pair.loss.mean, pair.loss.half, pair.verdict])
-        return text.getvalue()
+    def table(self) -> list[dict[str, Any]]:
+        """A line for each pair: published figures, the difference of losses in nats, and half of its interval."""
+        figures = self.published.figures
+        return [
+            {
+                "better": pair.better,
+                "worse": pair.worse,
+                "published of better": figures[pair.better],
+                "published of worse": figures[pair.worse],
+                "difference": pair.loss.mean,
+                "half_width": pair.loss.half,
+                "verdict": pair.verdict,
+            }
+            for pair in self.pairs
+        ]
 
 
 def order_of(found: Sequence[Group], published: Published) -> Order:

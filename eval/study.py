@@ -257,7 +257,7 @@ def write_report(
     order: Order | None,
     options: StudyReport,
 ) -> list[Path]:
-    """Write the page, the pictures and the table; return their paths."""
+    """Write the page, the tables and the pictures; return their paths."""
     figures, left_out = usable(found, (TOKEN_MS, *options.figures))
     contexts, tried = contexts_of(found), searches(rows)
     table = [columns(group, baselines, figures, contexts, tried) for group in found]
@@ -266,19 +266,22 @@ def write_report(
         written.append(folder / f"{name}.png")
         picture.write(written[-1], dpi=130)
         images.append(base64.b64encode(written[-1].read_bytes()).decode())
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    write_text(folder / "study.csv", text.getvalue())
+    tables = {"study": table} if order is None else {"study": table, "pairs": order.table()}
+    written = [*(write_table(folder / f"{name}.csv", lines) for name, lines in tables.items()), *written]
     title = f"Study {', '.join(dict.fromkeys(group.first['study'] for group in found))}"
-    tables = [folder / "study.csv"]
-    if order is not None:
-        tables.append(folder / "pairs.csv")
-        write_text(tables[-1], order.table())
     about = [*conditions(found, options.pool), *left_out]
     write_text(folder / "report.html", page(title, table, verdicts, images, about))
-    return [folder / "report.html", *tables, *written]
+    return [folder / "report.html", *written]
+
+
+def write_table(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    """Write `lines`, which have the same keys, as CSV; return `path`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(path, text.getvalue())
+    return path
 
 
 def conditions(found: Sequence[Group], pool: bool = False) -> list[str]:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,15 @@ def in_process(folder: Path, request: Request) -> tuple[Response, dict[str, torc
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card of a run exported as typed has one; drawing it takes longer than the rest of an export."""
     monkeypatch.setattr(train.hub.card, "draw_plan", lambda plan, name, context, itemsize, path: path.touch())
+
+
+@pytest.mark.parametrize("theirs", [math.nan, math.inf])
+def test_a_perplexity_that_is_no_number_differs(theirs: float) -> None:
+    """It is said in the table of checks, where a process that ends would say nothing."""
+    exported: Any = SimpleNamespace(corpus=SimpleNamespace(windows=[[1, 2, 3]]))
+    read = json.loads(json.dumps(theirs))  # as the response travels
+    (check,) = train.hub.verify.check_loss(exported, read, 1.0, 1e-3, first=0)
+    assert check.passed is False and check.found == str(theirs)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from eval import evaluate
 from eval import study as report
 from eval.identity import READING
 from eval.plots.study import context_title
-from eval.published import Published, order_of
+from eval.published import Published, order_of, read_published
 from eval.runs import Run
 from eval.study_rows import compare, contexts_of, frontier, groups, read_rows, searches, sentence, verdict
 from train import pretrain, study
@@ -531,9 +531,23 @@ def test_losses_are_set_beside_published_figures(tmp_path: Path, capsys: pytest.
         ("gqa2", "mqa"): "reversed", ("gqa2", "cla2"): "not told apart",
     }  # fmt: skip
     line = found["gqa2", "mqa"]
-    assert (line["published"], line["published of worse"]) == ("13.3", "13.5")
+    assert (line["published of better"], line["published of worse"]) == ("13.3", "13.5")
     assert float(line["difference"]) == pytest.approx(0.1)
     assert float(line["half_width"]) == pytest.approx(4.303 * 0.001 / 3**0.5)
+
+
+def test_the_page_of_cla_table1_says_what_its_rows_say() -> None:
+    folder = ROOT / "docs" / "results" / "cla-table1"
+    order = order_of(groups(read_rows(folder / "results.jsonl"), MAIN), read_published(folder / "published.csv"))
+    same, (low, high) = sum(pair.loss.mean < 0 for pair in order.pairs), order.at_random()
+    page = " ".join((folder / "README.md").read_text().split())
+    told = [line["verdict"] for line in order.table() if line["verdict"] != "not told apart"]
+    assert f"Of {len(order.pairs)} pairs of designs {same} have the published order" in page
+    assert f"({low} to {high})" in page
+    assert (len(told), told.count("as published")) == (8, 3)
+    with (folder / "pairs.csv").open(newline="") as lines:
+        written = [(line["better"], line["worse"], float(line["difference"])) for line in csv.DictReader(lines)]
+    assert written == [(pair.better, pair.worse, pytest.approx(pair.loss.mean)) for pair in order.pairs]
 
 
 def test_layouts_of_which_a_run_diverged_are_no_pair() -> None:
